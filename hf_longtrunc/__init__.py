@@ -1,0 +1,45 @@
+"""Truncation sampling and long context for Hugging Face transformers.
+
+Every public name is listed here and loaded on first use: importing the package imports nothing else,
+registers nothing and changes nothing in torch or transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_longtrunc.pretrained import load_pretrained as load_pretrained
+    from hf_longtrunc.sampling.attach import attach_processors as attach_processors
+    from hf_longtrunc.sampling.processors import (
+        EpsilonLogitsProcessor as EpsilonLogitsProcessor,
+        EtaLogitsProcessor as EtaLogitsProcessor,
+    )
+    from hf_longtrunc.sampling.trace import (
+        TruncationRecord as TruncationRecord,
+        TruncationTrace as TruncationTrace,
+    )
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "TruncationRecord": "hf_longtrunc.sampling.trace",
+    "TruncationTrace": "hf_longtrunc.sampling.trace",
+    "attach_processors": "hf_longtrunc.sampling.attach",
+    "load_pretrained": "hf_longtrunc.pretrained",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

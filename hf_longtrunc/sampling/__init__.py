@@ -1,0 +1,1 @@
+"""After the logits: which tokens may be drawn."""

@@ -1,0 +1,110 @@
+r"""Entropy-dependent thresholds on rows of scores, in pure torch.
+
+A row of scores s (logits, log-probabilities, anything up to a constant) is read as p = softmax(s). With
+z = s - max s, w = exp z, Z = sum w:
+
+    log p = z - log Z         H = log Z - (sum w z) / Z         keep a token iff log p >= log threshold
+
+so one exponential and two sums give everything: no sort, no second softmax, no host sync. The maximum sits at
+z = 0, which makes "the most probable token stays" a clamp of the bar at zero.
+
+Invariants:
+- fp32 arithmetic whatever the input; entries at -inf (cut by an earlier processor) count as p = 0.
+- a row's result depends on that row alone, to the bit (see `_row_sum`).
+- a row that is no distribution (a NaN, a +inf, or nothing but -inf) has threshold NaN, no comparison with which
+  holds: it comes back unchanged, so that the sampler reports it instead of drawing from something invented here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+# exp(-200) is exactly 0 in fp32: the floor gives tokens at -inf zero weight and keeps 0 * (-inf) out of the sums.
+_Z_FLOOR = -200.0
+# A summation tree of this width is one warp wide on CUDA and never split between threads on a CPU.
+_FOLD = 32
+
+
+class Softmax(NamedTuple):
+    """Rows of log-probabilities, log p = z - log_total, with their entropy in nats; z is 0 at a row's maximum."""
+
+    z: Float[Tensor, "*rows vocab"]
+    log_total: Float[Tensor, "*rows 1"]
+    entropy: Float[Tensor, "*rows 1"]
+
+
+def softmax_rows(scores: Float[Tensor, "*rows vocab"]) -> Softmax:
+    """Read each row of scores as a distribution, in fp32.
+
+    Cost: one `exp`, two sums, two temporaries of the size of `scores`. The entropy is Shannon's, of the whole row;
+    tokens of probability zero add nothing to it.
+    """
+    scores = scores.float()
+    z = (scores - scores.amax(-1, keepdim=True)).clamp_min_(_Z_FLOOR)
+    weights = z.exp()
+    total = _row_sum(weights)
+    log_total = total.log()
+    return Softmax(z, log_total, log_total - _row_sum(weights.mul_(z)) / total)
+
+
+def eta_log_threshold(rows: Softmax, epsilon: float) -> Float[Tensor, "*rows 1"]:
+    """Log of eta: min(log epsilon, log epsilon / 2 - H) (Hewitt et al. 2022, section 4.2).
+
+    H is the entropy of the full row, so the bar falls below epsilon only where H > -log(epsilon) / 2: a flat
+    distribution keeps a long tail, a peaked one is cut at epsilon.
+    """
+    return (math.log(epsilon) / 2 - rows.entropy).clamp_max(math.log(epsilon))
+
+
+def epsilon_log_threshold(rows: Softmax, epsilon: float) -> Float[Tensor, "*rows 1"]:
+    """Log of epsilon for every row that is a distribution, NaN for the others (Hewitt et al. 2022, section 4.1)."""
+    return torch.where(rows.log_total.isnan(), rows.log_total, math.log(epsilon))
+
+
+def below_threshold(
+    scores: Float[Tensor, "*rows vocab"],
+    rows: Softmax,
+    log_threshold: Float[Tensor, "*rows 1"],
+    min_tokens_to_keep: int = 1,
+) -> Tensor:
+    """Mark each token with log p < log_threshold that is not among the row's most probable ones.
+
+    Args:
+        scores: the rows that `rows` was made from.
+        rows: their softmax.
+        log_threshold: one bar a row, in nats.
+        min_tokens_to_keep: so many of the largest scores stay whatever the bar, ties with the last of them too;
+            1 costs nothing, more costs a `topk`.
+
+    Returns:
+        A boolean mask of the shape of `scores`.
+    """
+    cut = rows.z < (log_threshold + rows.log_total).clamp_max(0)
+    if min_tokens_to_keep > 1:
+        kth_largest = scores.topk(min(min_tokens_to_keep, scores.shape[-1]), dim=-1).values[..., -1:]
+        cut = cut & (scores < kth_largest)
+    return cut
+
+
+def _row_sum(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows 1"]:
+    """Sum over the last dimension by a 32-ary tree, whose shape depends on that dimension alone.
+
+    `Tensor.sum` splits a lone long row between threads (CPU) or blocks (CUDA) and not one of many rows: the same
+    row then rounds differently in another batch, and a token on the bar is kept in one and cut in the other.
+    log32(n) reductions; the tree also rounds less than a running sum.
+    """
+    n = values.shape[-1]
+    if n <= _FOLD:
+        return values.sum(-1, keepdim=True)
+    whole = n - n % _FOLD
+    partial = values[..., :whole].unflatten(-1, (-1, _FOLD)).sum(-1)
+    if whole < n:
+        partial = torch.cat([partial, values[..., whole:].sum(-1, keepdim=True)], dim=-1)
+    return _row_sum(partial)

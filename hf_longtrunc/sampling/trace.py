@@ -1,0 +1,281 @@
+"""What a sampler cut at every step: entropy, threshold, tokens and mass kept, and the token that was drawn."""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from hf_longtrunc.sampling.attach import rebuild_processor_list
+from hf_longtrunc.sampling.cutoffs import softmax_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
+# Speculative decoding asks about several positions ahead and may take them back; it runs at batch size 1 only.
+_OPEN_STEPS_OF_ONE_ROW = 64
+
+
+@dataclass(frozen=True)
+class TruncationRecord:
+    """One row of scores as a truncation sampler met it; probabilities are those before the first processor.
+
+    Attributes:
+        run: which generation, counted from 0; a new prompt starts a new one.
+        row: row of the batch (under beam search: the beam's slot).
+        position: tokens before this one, padding included.
+        entropy: of the full distribution, in nats.
+        threshold: probability that the last processor with a `threshold` method held the tokens against, or None.
+        lowest_kept: the smallest probability that was kept.
+        kept: how many tokens can still be drawn.
+        kept_mass: their probability.
+        token, probability, rank: the token that was drawn (1 = the most probable), None while it is unknown.
+    """
+
+    run: int
+    row: int
+    position: int
+    entropy: float
+    threshold: float | None
+    lowest_kept: float
+    kept: int
+    kept_mass: float
+    token: int | None = None
+    probability: float | None = None
+    rank: int | None = None
+
+
+class _OpenStep(NamedTuple):
+    """A step whose token is not known yet, or may still be taken back."""
+
+    ids: Tensor  # [rows, position], on the CPU
+    log_probs: Tensor  # [rows, vocab], where the scores are
+    keys: list[tuple[int, int, int]]
+
+
+class TruncationTrace(LogitsProcessor):
+    """Applies processors and records, per step and row, what they cut.
+
+    Two ways in. `generate(logits_processor=[TruncationTrace([EtaLogitsProcessor(...)])])` watches the processors that
+    it is given. `with trace.observe(model): model.generate(..., top_p=0.9)` watches the whole list that `generate`
+    builds, transformers' own warpers included. Scores and results are never changed by the watching.
+
+    A drawn token is read off the next call's `input_ids` by matching prefixes, so permuted beams, speculative
+    decoding and calls that are taken back are followed; `finish(sequences)` supplies the last one. Call
+    `records`, `to_frame()` or `plot()` after that.
+
+    Args:
+        processors: applied in this order; None to watch plain sampling or to `observe`.
+        eos_token_id: a row is not recorded past this token (`observe` takes the model's own).
+        max_records: the oldest records beyond so many are dropped, and counted in `dropped`.
+
+    Cost: a softmax and a host synchronisation a step. Memory: 150 bytes or so a record, the last step's
+    log-probabilities [rows, vocab], and those of up to 64 steps at batch size 1. Not for continuous batching, whose
+    calls do not say which request a row belongs to: transformers drops it there with a warning.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        processors: Sequence[Callable[[Tensor, Tensor], Tensor]] | None = None,
+        *,
+        eos_token_id: int | Sequence[int] | None = None,
+        max_records: int = 1_000_000,
+    ):
+        if isinstance(max_records, bool) or not isinstance(max_records, int) or max_records < 1:
+            raise ValueError(f"max_records must be a whole number of at least 1, got {max_records!r}")
+        self.processors = list(processors or [])
+        self.max_records = max_records
+        self._eos = _as_set(eos_token_id)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything recorded."""
+        self.dropped = 0
+        self._run = -1
+        self._records: dict[tuple[int, int, int], TruncationRecord] = {}
+        self._open: deque[_OpenStep] = deque()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Apply the processors to `scores` [rows, vocab] and record the step."""
+        return self._watched(self.processors, input_ids, scores)
+
+    @contextmanager
+    def observe(self, model: Any) -> Iterator[TruncationTrace]:
+        """Watch the whole processor list of everything that `model` generates inside the block."""
+
+        def watch(build: Callable[..., LogitsProcessorList], *args: Any, **kwargs: Any) -> LogitsProcessorList:
+            return LogitsProcessorList([_Watched(self, build(*args, **kwargs))])
+
+        self._eos = self._eos or _as_set(model.generation_config.eos_token_id)
+        with rebuild_processor_list(model, watch):
+            yield self
+
+    def finish(self, sequences: Tensor) -> TruncationTrace:
+        """Read the last drawn tokens off `sequences` [rows, length], what `generate` returned."""
+        ids = sequences.detach().cpu()
+        self._read_tokens(ids)
+        self._take_back(ids.shape[1])
+        self._open.clear()
+        return self
+
+    @property
+    def records(self) -> list[TruncationRecord]:
+        """The records in order of run, row and position, each row up to its end-of-sequence token."""
+        ended: set[tuple[int, int]] = set()
+        kept = []
+        for key in sorted(self._records):
+            record = self._records[key]
+            if key[:2] not in ended:
+                kept.append(record)
+            if record.token in self._eos:
+                ended.add(key[:2])
+        return kept
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the records as a pandas frame, a column per field of `TruncationRecord`."""
+        try:
+            import pandas as pd
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("to_frame() needs pandas: pip install 'hf_longtrunc[eval]'") from error
+        columns = list(TruncationRecord.__dataclass_fields__)
+        return pd.DataFrame([asdict(record) for record in self.records], columns=columns)
+
+    def plot(self, *, row: int = 0, run: int = 0, axes: Sequence[Axes] | None = None, label: str = "") -> list[Axes]:
+        """Draw entropy, threshold and kept mass along the text of one row: three Axes, one above the other.
+
+        Pass the Axes that an earlier call returned to lay several samplers over each other. Where no processor
+        declares a threshold, the smallest kept probability is drawn.
+        """
+        records = [record for record in self.records if record.row == row and record.run == run]
+        if not records:
+            raise ValueError(f"nothing recorded for row={row}, run={run}: generate with this trace first")
+        if axes is None:
+            axes = _three_axes()
+        steps = [record.position - records[0].position + 1 for record in records]
+        bars = [record.lowest_kept if record.threshold is None else record.threshold for record in records]
+        series = [record.entropy for record in records], bars, [record.kept_mass for record in records]
+        for panel, values in zip(axes, series, strict=True):
+            panel.plot(steps, values, label=label, linewidth=1.4)
+        if label:
+            axes[0].legend(loc="upper left", ncols=4, frameon=False, fontsize="small")
+        return list(axes)
+
+    def _watched(self, processors: Sequence[Any], input_ids: Tensor, scores: Tensor) -> Tensor:
+        before, threshold = scores, None
+        for processor in processors:
+            bar = getattr(processor, "threshold", None)
+            threshold = bar(scores) if callable(bar) else threshold
+            scores = processor(input_ids, scores)
+        self._record(input_ids.detach().cpu(), before, scores, threshold)
+        return scores
+
+    def _record(self, ids: Tensor, before: Tensor, after: Tensor, threshold: Tensor | None) -> None:
+        if not self._continues(ids):
+            self._run += 1
+            self._open.clear()
+        self._read_tokens(ids)
+        self._take_back(ids.shape[1])
+        rows = softmax_rows(before)
+        log_probs = rows.z - rows.log_total
+        columns = _columns(log_probs, rows.entropy, after, threshold)
+        keys = [(self._run, row, ids.shape[1]) for row in range(ids.shape[0])]
+        for key, values in zip(keys, zip(*columns, strict=True), strict=True):
+            self._records[key] = TruncationRecord(*key, *values)
+        self._open.append(_OpenStep(ids, log_probs, keys))
+        if len(self._open) > (_OPEN_STEPS_OF_ONE_ROW if ids.shape[0] == 1 else 1):
+            self._open.popleft()
+        self._forget_oldest()
+
+    def _continues(self, ids: Tensor) -> bool:
+        """Whether some row of `ids` goes on from, or goes back into, a row of the last step."""
+        if not self._open:
+            return False
+        last = self._open[-1].ids
+        shared = min(last.shape[1], ids.shape[1])
+        return shared > 0 and bool(_same_rows(ids[:, :shared], last[:, :shared]).any())
+
+    def _read_tokens(self, ids: Tensor) -> None:
+        """Fill in the token of every open step that `ids` reaches past, from the first row that goes on from it."""
+        for step in self._open:
+            position = step.ids.shape[1]
+            if position < ids.shape[1]:
+                same = _same_rows(ids[:, :position], step.ids)
+                self._fill_in(step, ids[same.int().argmax(0), position], same.any(0))
+
+    def _fill_in(self, step: _OpenStep, tokens: Tensor, known: Tensor) -> None:
+        """Write tokens [rows] with their probability and rank into the records of `step`, where they are known."""
+        drawn = step.log_probs.gather(1, tokens[:, None].to(step.log_probs.device))
+        ranks = (step.log_probs > drawn).sum(1) + 1
+        columns = known.tolist(), tokens.tolist(), drawn.exp()[:, 0].tolist(), ranks.tolist()
+        for key, is_known, token, probability, rank in zip(step.keys, *columns, strict=True):
+            if is_known and key in self._records:
+                self._records[key] = replace(self._records[key], token=token, probability=probability, rank=rank)
+
+    def _take_back(self, length: int) -> None:
+        """Drop what this run recorded at `length` or later: those positions were proposed and not accepted."""
+        while self._open and self._open[-1].ids.shape[1] >= length:
+            for key in self._open.pop().keys:
+                self._records.pop(key, None)
+
+    def _forget_oldest(self) -> None:
+        while len(self._records) > self.max_records:
+            del self._records[next(iter(self._records))]
+            self.dropped += 1
+
+
+class _Watched(LogitsProcessor):
+    """The list that `generate` built, under a trace's eyes."""
+
+    supports_continuous_batching = False
+
+    def __init__(self, trace: TruncationTrace, processors: LogitsProcessorList):
+        self.trace, self.processors = trace, processors
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.trace._watched(self.processors, input_ids, scores)
+
+
+def _columns(log_probs: Tensor, entropy: Tensor, after: Tensor, threshold: Tensor | None) -> list[list[Any]]:
+    """Entropy, threshold, lowest kept probability, number and mass kept, each a list over rows."""
+    # A token can still be drawn if the sampler's fp32 softmax gives it any probability, whatever the filter value was.
+    kept = (after.float() - after.amax(-1, keepdim=True).float()).exp() > 0
+    probs = log_probs.exp()
+    lowest = probs.masked_fill(~kept, torch.inf).amin(-1)
+    mass = probs.masked_fill(~kept, 0).sum(-1).clamp_max(1)
+    bars = [None] * len(lowest) if threshold is None else threshold[:, 0].tolist()
+    return [entropy[:, 0].tolist(), bars, lowest.tolist(), kept.sum(-1).tolist(), mass.tolist()]
+
+
+def _same_rows(left: Tensor, right: Tensor) -> Tensor:
+    """[m, n]: whether row m of `left` [m, length] equals row n of `right` [n, length]."""
+    return (left[:, None] == right[None]).all(-1)
+
+
+def _as_set(token_ids: int | Sequence[int] | None) -> set[int]:
+    if token_ids is None:
+        return set()
+    return {token_ids} if isinstance(token_ids, int) else set(token_ids)
+
+
+def _three_axes() -> list[Axes]:
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plot() needs matplotlib: pip install 'hf_longtrunc[eval]'") from error
+    _, axes = plt.subplots(3, 1, sharex=True, figsize=(9, 6), layout="constrained")
+    axes[0].set_ylabel("entropy (nats)")
+    axes[1].set(ylabel="threshold (probability)", yscale="log")
+    axes[2].set(ylabel="kept mass", xlabel="generated token", ylim=(None, 1.01))
+    for panel in axes:
+        panel.spines[["top", "right"]].set_visible(False)
+    return list(axes)

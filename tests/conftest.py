@@ -1,0 +1,94 @@
+"""What every test shares: strict warnings, shape-checked pure files, tiny models, the real one where it is cached."""
+
+from __future__ import annotations
+
+import builtins
+import logging
+
+import jaxtyping
+import pytest
+import torch
+
+# The package names jaxtyping's types for readers and mypy only. Here they become real, so that beartype holds every
+# call of a pure file to its declared shapes and dtypes. It must happen before the first import of those files.
+PURE_FILES = ["hf_longtrunc.sampling.cutoffs"]
+for shape_type in ("Bool", "Float", "Int"):
+    setattr(builtins, shape_type, getattr(jaxtyping, shape_type))
+jaxtyping.install_import_hook(PURE_FILES, "beartype.beartype")
+
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from hf_longtrunc.pretrained import cached_model_folder, load_pretrained  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+class _Deprecations(logging.Handler):
+    """Collects what transformers logs about its own future: today's notice is the next release's failure."""
+
+    def __init__(self) -> None:
+        super().__init__(level=logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecat" in message.lower() or "will be removed" in message.lower():
+            self.messages.append(message)
+
+
+@pytest.fixture(autouse=True)
+def no_transformers_deprecations():
+    handler = _Deprecations()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    assert not handler.messages, f"transformers deprecates something that we use: {handler.messages}"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "initializer_range": 0.4,  # spread logits: a tiny model that is not nearly uniform
+    }
+    return LlamaConfig(**{**settings, **changes})
+
+
+@pytest.fixture
+def tiny_model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(tiny_config()).eval()
+
+
+@pytest.fixture
+def tiny_gpt2() -> GPT2LMHeadModel:
+    config = GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.4)
+    config.eos_token_id = config.bos_token_id = None
+    config.pad_token_id = 0
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """SmolLM2-135M-Instruct; the default run fetches nothing."""
+    if not cached_model_folder().exists():
+        pytest.skip("the real model was never fetched: run `hf-longtrunc demo` once")
+    return load_pretrained(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(real_model) -> AutoTokenizer:
+    return real_model[1]

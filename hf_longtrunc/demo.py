@@ -101,17 +101,16 @@ def _step_cells(run: SampledText, tokenizer: Any, step: int) -> tuple[str, str, 
 
 def _summary_table(runs: list[SampledText], epsilon: float) -> Table:
     table = Table(title="Over the whole text", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("sampler", "tokens", "kept (median)", "cut (mean)", f"drawn under eta {epsilon:g}", "tokens/s"):
+    for heading in ("sampler", "tokens", "kept (median)", "cut (mean)", f"refused by eta {epsilon:g}", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "sampler" else "right")
     for run in runs:
         records = run.trace.records
-        under = sum((record.probability or 0) < _eta(record, epsilon) * (1 - 1e-5) for record in records)
         table.add_row(
             run.name,
             str(len(records)),
             f"{median(record.kept for record in records):,.0f}",
             f"{fmean(1 - record.kept_mass for record in records):.1%}",
-            str(under),
+            str(sum(_refused(record, epsilon) for record in records)),
             f"{len(records) / run.seconds:.1f}",
         )
     return table
@@ -130,10 +129,13 @@ def _picture(runs: list[SampledText], epsilon: float, path: Path) -> Path:
     for column, run in enumerate(runs):
         run.trace.plot(axes=list(panels[:, column]))
         # What eta would have asked of this text: the dots under the dashed line are the tokens that it refuses.
-        panels[1, column].plot([_eta(record, epsilon) for record in run.trace.records], "k--", linewidth=0.8)
+        steps = range(1, len(run.trace.records) + 1)
+        panels[1, column].plot(steps, [_eta(record, epsilon) for record in run.trace.records], "k--", linewidth=0.8)
+        refused = [(n, r.probability) for n, r in zip(steps, run.trace.records, strict=True) if _refused(r, epsilon)]
+        panels[1, column].plot(*zip(*refused, strict=True) if refused else ([], []), "rx", markersize=5)
         panels[0, column].set_title(run.name, loc="left")
         panels[2, column].set_xlabel("generated token")
-    names = ("entropy (nats)", f"drawn (dots), cut (line)\neta {epsilon:g} (dashed)", "kept mass")
+    names = ("entropy (nats)", f"drawn (dots), cut (line),\nrefused by eta {epsilon:g} (x)", "kept mass")
     for panel, name in zip(panels[:, 0], names, strict=True):
         panel.set_ylabel(name)
     panels[2, 0].set_ylim(0.6, 1.02)
@@ -141,6 +143,11 @@ def _picture(runs: list[SampledText], epsilon: float, path: Path) -> Path:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+def _refused(record: TruncationRecord, epsilon: float) -> bool:
+    # The recorded entropy is rounded to fp32: a token on the bar itself is not called refused.
+    return record.probability is not None and record.probability < _eta(record, epsilon) * (1 - 1e-5)
 
 
 def _eta(record: TruncationRecord, epsilon: float) -> float:

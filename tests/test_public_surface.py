@@ -10,12 +10,18 @@ import pytest
 import hf_longtrunc
 
 PUBLIC = [
+    "BestFitPackingCollator",
     "EpsilonLogitsProcessor",
     "EtaLogitsProcessor",
+    "PackedDataset",
+    "PackedStream",
     "TruncationRecord",
     "TruncationTrace",
     "attach_processors",
+    "best_fit_decreasing",
+    "check_packed",
     "load_pretrained",
+    "pack",
 ]
 
 

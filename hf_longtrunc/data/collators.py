@@ -36,9 +36,9 @@ class BestFitPackingCollator:
         seq_length: tokens in a row.
         tokenizer: gives the padding token.
         pad_token_id: fills rows up; None takes the tokenizer's, or its EOS, or 0. No padding is ever learned.
-        layout: "rows" gives [rows, seq_length], for eager, sdpa and flex attention; "flat" one row of all tokens without
-            padding, [1, tokens], with cu_seq_lens_q/k, max_length_q/k and seq_idx, for flash attention; "auto" takes
-            "flat" if `model` uses flash attention.
+        layout: "rows" gives [rows, seq_length], for eager, sdpa and flex attention; "flat" one row of all tokens,
+            [1, tokens], without padding, with cu_seq_lens_q/k, max_length_q/k and seq_idx, for flash attention; "auto"
+            takes "flat" if `model` uses flash attention.
         model: asked once for its attention and its longest position; not kept.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A self-test: does this model, called with this batch's arguments, keep packed documents apart?"""
+"""A self-test of a model, called as it will be called: does it keep packed documents apart."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
         model.train(was_training)
     if not leaked <= _LEAK * own:
         raise ValueError(
-            f"documents packed in one row see each other in this {type(model).__name__}: changing the first one's tokens "
-            f"moved its own logits by {own:.3g} and the second one's by {leaked:.3g}. {_advice(model, batch)}"
+            f"documents packed in one row see each other in this {type(model).__name__}: changing the first one's "
+            f"tokens moved its own logits by {own:.3g} and the second one's by {leaked:.3g}. {_advice(model, batch)}"
         )
 
 
@@ -74,8 +74,8 @@ def _probe(batch: Mapping[str, Any]) -> dict[str, Any]:
     if mask is not None:
         if mask.ndim != 2:
             raise ValueError(
-                f"the batch's attention_mask has {mask.ndim} dimensions: a ready-made block mask replaces a model's own "
-                "(a sliding window is lost); leave it out, restarting position_ids say the same"
+                f"the batch's attention_mask has {mask.ndim} dimensions: a ready-made block mask replaces a model's "
+                "own (a sliding window is lost); leave it out, restarting position_ids say the same"
             )
         probe["attention_mask"] = mask.new_ones(rows, 2 * _DOCUMENT)
     bounds = torch.arange(rows * 2 + 1, device=device, dtype=torch.int32) * _DOCUMENT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from hf_longtrunc.data.documents import IGNORE
@@ -20,5 +22,5 @@ def segments(row) -> list[list[int]]:
     """Token ids of every learnable segment in one collated row: the padding has no labels and is left out."""
     starts = [i for i, position in enumerate(row["position_ids"].tolist()) if position == 0]
     bounds = [*starts, len(row["input_ids"])]
-    spans = [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    spans = [slice(a, b) for a, b in pairwise(bounds)]
     return [row["input_ids"][span].tolist() for span in spans if (row["labels"][span] != IGNORE).any()]

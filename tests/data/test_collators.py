@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def difference_from_alone(model, batch, **arguments) -> float:
         worst = 0.0
         for row, logits in enumerate(packed):
             bounds = [*(batch["position_ids"][row] == 0).nonzero().flatten().tolist(), logits.shape[0]]
-            for start, end in zip(bounds, bounds[1:], strict=False):
+            for start, end in pairwise(bounds):
                 alone = model(input_ids=batch["input_ids"][row : row + 1, start:end], use_cache=False).logits[0]
                 worst = max(worst, (logits[start:end] - alone).abs().max().item())
     return worst / packed.abs().max().item()
@@ -64,7 +65,8 @@ def test_the_first_token_of_a_piece_and_the_padding_are_not_learned(batch):
 def test_llama_logits_are_those_of_every_document_alone(batch, attention):
     model = LlamaForCausalLM._from_config(tiny_config(), attn_implementation=attention).eval()
     assert difference_from_alone(model, batch, use_cache=False) < 1e-6
-    assert difference_from_alone(model.double(), batch, use_cache=False) < 1e-14
+    if attention == "sdpa":  # eager attention takes its softmax in fp32
+        assert difference_from_alone(model.double(), batch, use_cache=False) < 1e-14
     check_packed(model, batch | {"use_cache": False})
 
 
@@ -73,7 +75,8 @@ def test_a_sliding_window_stays_one(batch, attention):
     model = mistral()
     model.set_attn_implementation(attention)
     assert difference_from_alone(model, batch, use_cache=False) < 1e-6
-    assert difference_from_alone(model.double(), batch, use_cache=False) < 1e-14
+    if attention == "sdpa":  # eager attention takes its softmax in fp32
+        assert difference_from_alone(model.double(), batch, use_cache=False) < 1e-14
     check_packed(model, batch | {"use_cache": False})
 
 
@@ -82,8 +85,11 @@ def test_learned_positions_restart(tiny_gpt2, batch):
     check_packed(tiny_gpt2, batch | {"use_cache": False})
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside its compiler
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 def test_flex_attention(batch, device):
+    # Compiled for a CPU it says the same, after a minute in the compiler.
+    torch.compiler.set_stance("force_eager" if device == "cpu" else "default")
     config = tiny_config(hidden_size=64)
     model = LlamaForCausalLM._from_config(config, attn_implementation="flex_attention").eval().to(device)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
@@ -295,7 +301,7 @@ def test_bad_examples(example, error, message):
 
 def test_bad_batches_and_parameters():
     packed = {"input_ids": [1, 2], "position_ids": [0, 1], "labels": [1, 2]}
-    with pytest.raises(ValueError, match="packed rows .* and raw documents"):
+    with pytest.raises(ValueError, match=r"packed rows .* and raw documents"):
         BestFitPackingCollator(8)([packed, {"input_ids": [1]}])
     with pytest.raises(ValueError, match="a packed row has 2 tokens, more than the collator's seq_length = 1"):
         BestFitPackingCollator(1)([packed])

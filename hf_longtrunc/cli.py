@@ -9,12 +9,14 @@ import typer
 from rich.console import Console
 
 from hf_longtrunc import load_pretrained
+from hf_longtrunc.data.command import pack_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 console = Console()
+app.command("pack")(pack_command)
 
 Model = Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")]
 
@@ -35,7 +37,7 @@ def demo(
     output_dir: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("longtrunc_demo"),
 ) -> None:
     """Run every technique on a real model and show what it does: two minutes on two CPU cores."""
-    from hf_longtrunc.demo import PROMPT, sampling_part
+    from hf_longtrunc.demo import PROMPT, packing_part, sampling_part
 
     if not 0 < epsilon < 1:
         raise typer.BadParameter(f"must lie in (0, 1), got {epsilon}", param_hint="--epsilon")
@@ -53,6 +55,7 @@ def demo(
         seed=seed,
         console=console,
     )
+    packing_part(loaded, tokenizer, output_dir, console=console)
 
 
 def _load(model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -92,9 +92,6 @@ class Packing:
         order and slicing every `seq_length` tokens.
         """
         tokens, rows = int(self.length.sum(dtype=np.int64)), len(self)
-        kept = np.bincount(self.document, weights=self.length, minlength=len(self.document_lengths))
-        is_whole = np.ones(len(self.document_lengths), bool)
-        is_whole[self.document[self.length < self.document_lengths[self.document]]] = False
         return {
             "documents": len(self.document_lengths),
             "tokens": tokens,
@@ -103,11 +100,26 @@ class Packing:
             "ideal_rows": -(-tokens // self.seq_length),
             "efficiency": tokens / (rows * self.seq_length),
             "documents_per_row": len(self.items) / rows,
-            "truncated_documents": int(np.count_nonzero(~is_whole)),
-            "truncated_by_concatenation": _cut_by_concatenation(self.document_lengths, self.seq_length),
-            "dropped_documents": int(np.count_nonzero(kept == 0)),
+            "truncated_documents": int(np.count_nonzero(self.cut_documents())),
+            "truncated_by_concatenation": int(np.count_nonzero(self.cut_by_concatenation())),
+            "dropped_documents": int(
+                np.count_nonzero(np.bincount(self.document, minlength=len(self.document_lengths)) == 0)
+            ),
             "dropped_tokens": int(self.document_lengths.sum(dtype=np.int64)) - tokens,
         }
+
+    def cut_documents(self) -> NDArray[np.bool_]:
+        """Mark the documents that are cut or shortened."""
+        is_cut = np.zeros(len(self.document_lengths), np.bool_)
+        is_cut[self.document[self.length < self.document_lengths[self.document]]] = True
+        return is_cut
+
+    def cut_by_concatenation(self) -> NDArray[np.bool_]:
+        """Mark the documents that would be cut by joining all of them and slicing every `seq_length` tokens."""
+        ends = np.cumsum(self.document_lengths, dtype=np.int64)
+        first, last = (ends - self.document_lengths) // self.seq_length, (ends - 1) // self.seq_length
+        is_cut: NDArray[np.bool_] = (first != last) & (self.document_lengths > 0)
+        return is_cut
 
 
 def best_fit_decreasing(
@@ -214,7 +226,7 @@ def _checked_lengths(lengths: object) -> Indices:
 def _pieces(lengths: Indices, seq_length: int, long: LongDocuments, min_piece: int) -> tuple[Indices, Indices, Indices]:
     """Return document, start and length of every piece worth packing, in the order of the documents."""
     if long == "error" and lengths.max() > seq_length:
-        index = int(lengths.argmax())
+        index = int(np.argmax(lengths > seq_length))
         raise ValueError(
             f"document {index} has {lengths[index]} tokens, more than seq_length = {seq_length}; "
             'pass long="split", "truncate" or "drop", or a larger seq_length'
@@ -260,12 +272,6 @@ def _stable_argsort(keys: Indices) -> Indices:
         order = order[np.argsort(digits[order], kind="stable")]
         shift += 16
     return order
-
-
-def _cut_by_concatenation(lengths: Indices, seq_length: int) -> int:
-    ends = np.cumsum(lengths, dtype=np.int64)
-    first, last = (ends - lengths) // seq_length, (ends - 1) // seq_length
-    return int(np.count_nonzero((first != last) & (lengths > 0)))
 
 
 def _index_dtype(largest: int) -> type[np.signedinteger[Any]]:

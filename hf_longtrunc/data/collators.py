@@ -26,9 +26,9 @@ _POOR_FILL = 0.9
 class BestFitPackingCollator:
     """Collate examples into rows of `seq_length` tokens for Trainer, with boundaries in `position_ids`.
 
-    Rows that come packed (they have `position_ids`, from `pack()`) are laid out as they are. Raw documents are cut and
-    best-fitted within the batch: an exact replacement for padding, the same loss and gradients in fewer tokens. The
-    first token of every piece and the padding have label -100; padding is a segment of its own. There is never an
+    Rows that come packed (they have `position_ids` or `seq_lengths`, from `pack()`) are laid out as they are.
+    Raw documents are cut and best-fitted within the batch: an exact replacement for padding, the same loss and
+    gradients in fewer tokens. The first token of every piece and the padding have label -100; padding is a segment of its own. There is never an
     `attention_mask`: transformers separates the documents only without one, and only without a cache (Trainer switches
     it off; calling the model yourself, pass `use_cache=False`).
 
@@ -66,14 +66,14 @@ class BestFitPackingCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate examples; tensors are int64, cu_seq_lens and seq_idx int32."""
-        packed = [example.get("position_ids") is not None for example in examples]
+        packed = [any(example.get(name) is not None for name in _BOUNDARIES) for example in examples]
         if any(packed) and not all(packed):
             raise ValueError("a batch holds packed rows (with position_ids) and raw documents: use one kind")
         rows = self._packed_rows(examples) if any(packed) else self._best_fit(examples)
         return _flat_batch(rows) if self.layout == "flat" else self._row_batch(rows)
 
     def _packed_rows(self, examples: Sequence[Mapping[str, Any]]) -> list[Row]:
-        rows = [{name: np.asarray(row[name], np.int64) for name in _ROW_COLUMNS} for row in examples]
+        rows = [_packed_row(row) for row in examples]
         longest = max(len(row["input_ids"]) for row in rows)
         if longest > self.seq_length:
             raise ValueError(
@@ -117,6 +117,18 @@ class BestFitPackingCollator:
 
 
 _ROW_COLUMNS = ("input_ids", "position_ids", "labels")
+_BOUNDARIES = ("position_ids", "seq_lengths")
+
+
+def _packed_row(example: Mapping[str, Any]) -> Row:
+    """Read a packed row; where a trainer kept only TRL's `seq_lengths`, the positions are made of them."""
+    row = {name: np.asarray(example[name], np.int64) for name in ("input_ids", "labels")}
+    if example.get("position_ids") is not None:
+        row["position_ids"] = np.asarray(example["position_ids"], np.int64)
+    else:
+        pieces = [np.arange(length) for length in example["seq_lengths"]]
+        row["position_ids"] = np.concatenate([np.empty(0, np.int64), *pieces])
+    return row
 
 
 def _flat_batch(rows: list[Row]) -> dict[str, Any]:

@@ -300,6 +300,11 @@ def test_bad_examples(example, error, message):
         BestFitPackingCollator(8)([example])
 
 
+def test_rows_with_trls_seq_lengths_alone_are_packed_rows():
+    row = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, 7, -100, 9], "seq_lengths": [3, 2]}
+    assert BestFitPackingCollator(6)([row])["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0]]
+
+
 def test_bad_batches_and_parameters():
     packed = {"input_ids": [1, 2], "position_ids": [0, 1], "labels": [1, 2]}
     with pytest.raises(ValueError, match=r"packed rows .* and raw documents"):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def main() -> None:
         save_strategy="no",
         report_to="none",
         use_cpu=arguments.cpu,
-        ddp_backend="gloo" if arguments.cpu else None,
+        ddp_backend="gloo" if arguments.cpu and "WORLD_SIZE" in os.environ else None,
         dataloader_pin_memory=not arguments.cpu,
     )
     packed = pack(

@@ -26,11 +26,11 @@ _POOR_FILL = 0.9
 class BestFitPackingCollator:
     """Collate examples into rows of `seq_length` tokens for Trainer, with boundaries in `position_ids`.
 
-    Rows that come packed (they have `position_ids` or `seq_lengths`, from `pack()`) are laid out as they are.
-    Raw documents are cut and best-fitted within the batch: an exact replacement for padding, the same loss and
-    gradients in fewer tokens. The first token of every piece and the padding have label -100; padding is a segment of its own. There is never an
-    `attention_mask`: transformers separates the documents only without one, and only without a cache (Trainer switches
-    it off; calling the model yourself, pass `use_cache=False`).
+    Rows that come packed (they have `position_ids` or `seq_lengths`, from `pack()`) are laid out as they are. Raw
+    documents are cut and best-fitted within the batch: an exact replacement for padding, the same loss and gradients
+    in fewer tokens. The first token of every piece and the padding have label -100; padding is a segment of its own.
+    There is never an `attention_mask`: transformers separates the documents only without one, and only without a
+    cache (Trainer switches it off; calling the model yourself, pass `use_cache=False`).
 
     Args:
         seq_length: tokens in a row.

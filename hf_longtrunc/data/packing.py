@@ -19,6 +19,7 @@ Invariants:
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -172,29 +173,31 @@ def plan_rows(histogram: Indices, seq_length: int) -> RowPlan:
     Cost: proportional to the number of distinct lengths, independent of the number of pieces.
     """
     waiting: defaultdict[int, deque[tuple[int, int]]] = defaultdict(deque)  # runs, by remaining space
-    spaces = 0  # bit r is set iff waiting[r] is not empty
+    spaces: list[int] = []  # those with a run waiting, ascending
     moves: list[tuple[int, int, int]] = []
     num_rows = 0
     for size in (np.flatnonzero(histogram[1:])[::-1] + 1).tolist():
         left = int(histogram[size])
         while left:
-            fitting = spaces >> size
-            space = size + (fitting & -fitting).bit_length() - 1 if fitting else seq_length
+            fitting = bisect_left(spaces, size)
+            is_new = fitting == len(spaces)
+            space = seq_length if is_new else spaces[fitting]
             most = space // size
-            first, rows = waiting[space].popleft() if fitting else (num_rows, max(1, left // most))
+            first, rows = (num_rows, max(1, left // most)) if is_new else waiting[space].popleft()
             taken, each = (min(rows, left // most), most) if left >= most else (1, left)
             moves.append((first, taken, each))
             left -= taken * each
-            if not fitting:
+            if is_new:
                 num_rows += taken
             elif taken < rows:
                 waiting[space].appendleft((first + taken, rows - taken))
             elif not waiting[space]:
-                spaces ^= 1 << space
+                del spaces[fitting]
             rest = space - each * size
             if rest:
+                if not waiting[rest]:
+                    insort(spaces, rest)
                 waiting[rest].append((first, taken))
-                spaces |= 1 << rest
     first_rows, rows_moved, pieces = np.array(moves, dtype=np.int64).reshape(-1, 3).T
     return RowPlan(first_rows, rows_moved, pieces, num_rows)
 
@@ -231,27 +234,24 @@ def _pieces(lengths: Indices, seq_length: int, long: LongDocuments, min_piece: i
             f"document {index} has {lengths[index]} tokens, more than seq_length = {seq_length}; "
             'pass long="split", "truncate" or "drop", or a larger seq_length'
         )
-    document = np.arange(len(lengths), dtype=_index_dtype(len(lengths)))
-    start, length = np.zeros_like(lengths), np.minimum(lengths, seq_length)
-    if long == "split" and lengths.max() > seq_length:
-        counts = -(-lengths // seq_length)
-        document = np.repeat(document, counts)
-        first_piece = np.cumsum(counts) - counts
-        start = np.arange(len(document), dtype=_index_dtype(len(document)))
-        start -= np.repeat(first_piece.astype(start.dtype), counts)
-        start = start.astype(lengths.dtype, copy=False) * seq_length
-        length = np.minimum(np.repeat(lengths, counts) - start, seq_length)
-    keep = length >= min_piece
-    if long == "drop":
-        keep &= lengths <= seq_length
-    if not keep.any():
+    if long == "split":
+        counts = lengths // seq_length + (lengths % seq_length >= min_piece)
+    else:
+        counts = (lengths >= min_piece) & ((lengths <= seq_length) | (long == "truncate"))
+    dtype = _index_dtype(int(counts.sum(dtype=np.int64)))
+    document = np.repeat(np.arange(len(lengths), dtype=dtype), counts)
+    if not len(document):
         raise ValueError(
             f"nothing is left to pack: of {len(lengths)} documents none has a piece of {min_piece} to {seq_length} "
             f"tokens (min_piece = {min_piece}, long = {long!r})"
         )
-    if not keep.all():
-        document, start, length = document[keep], start[keep], length[keep]
-    return document, start, length
+    if len(document) == np.count_nonzero(counts):
+        return document, np.zeros(len(document), lengths.dtype), np.minimum(lengths[document], seq_length)
+    # Pieces of a document stand in a row: the n-th of them starts at its token n * seq_length.
+    start = np.arange(len(document), dtype=dtype)
+    start -= np.repeat((np.cumsum(counts) - counts).astype(dtype), counts)
+    start = start.astype(lengths.dtype, copy=False) * seq_length
+    return document, start, np.minimum(lengths[document] - start, seq_length)
 
 
 def _decreasing(length: Indices, seq_length: int, seed: int | None) -> Indices:

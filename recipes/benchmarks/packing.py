@@ -6,7 +6,7 @@ Expected (docs/packing.md has the measured tables): a million documents in <= 0.
 loop, the same number of rows as TRL's over the whole set; a histogram of a thousand million documents in < 0.1 s.
 
 All contestants get the same array of piece lengths, cut before the clock starts, in one process; a figure is CPU
-seconds, the fastest of the turns. TRL's own search tree runs in the loop of its packing, without TRL's moving of tokens.
+seconds, the fastest of the turns. TRL's own search tree runs in the loop of its packing; moving tokens is left out.
 "global" packs the whole set at once, "shipped" the 1,000 documents at a time that `trl.pack_dataset` sees. TRL and
 lightbinpack are left out where they are not installed. `--large` adds 1e7 documents from lengths to rows.
 """

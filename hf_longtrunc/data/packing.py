@@ -237,7 +237,8 @@ def _pieces(lengths: Indices, seq_length: int, long: LongDocuments, min_piece: i
     if long == "split":
         counts = lengths // seq_length + (lengths % seq_length >= min_piece)
     else:
-        counts = (lengths >= min_piece) & ((lengths <= seq_length) | (long == "truncate"))
+        is_packed = (lengths >= min_piece) & ((lengths <= seq_length) | (long == "truncate"))
+        counts = is_packed.astype(lengths.dtype)
     dtype = _index_dtype(int(counts.sum(dtype=np.int64)))
     document = np.repeat(np.arange(len(lengths), dtype=dtype), counts)
     if not len(document):

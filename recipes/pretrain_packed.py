@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from hf_longtrunc import BestFitPackingCollator, check_packed, pack
 
 EOS = 0
-MODULES = "argparse asyncio collections datetime decimal json logging pathlib random re statistics subprocess typing"
+MODULES = "argparse asyncio collections datetime decimal json logging pathlib random re statistics subprocess"
 
 
 def main() -> None:

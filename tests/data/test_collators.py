@@ -98,6 +98,20 @@ def test_flex_attention(batch, device):
         assert difference_from_alone(model, batch, use_cache=False) < 1e-5
 
 
+@NEEDS_CUDA
+def test_flash_attention_on_cuda_wants_the_flat_layout():
+    pytest.importorskip("flash_attn")
+    config = tiny_config(hidden_size=128, num_attention_heads=4)
+    model = LlamaForCausalLM._from_config(config, attn_implementation="flash_attention_2", dtype=torch.bfloat16)
+    model = model.eval().cuda()
+    rows, flat = (BestFitPackingCollator(32, layout=layout)(raw_examples(LENGTHS)) for layout in ("rows", "flat"))
+    flat = {name: value.cuda() if torch.is_tensor(value) else value for name, value in flat.items()}
+    check_packed(model, flat | {"use_cache": False})
+    rows = {name: value.cuda() for name, value in rows.items()}
+    with pytest.raises(ValueError, match=r"see each other.*layout='flat'"):
+        check_packed(model, rows | {"use_cache": False})
+
+
 def test_a_two_dimensional_mask_leaks_and_the_guard_says_so(tiny_model, batch):
     leaky = batch | {"attention_mask": torch.ones_like(batch["input_ids"])}
     assert difference_from_alone(tiny_model, leaky, use_cache=False) > 0.01

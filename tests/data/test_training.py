@@ -124,3 +124,6 @@ def test_two_ranks_make_the_same_steps_and_see_every_token_once(tmp_path):
     seen = sorted(tuple(document) for rank in ranks for document in rank["documents"])
     assert seen == sorted(tuple(example["input_ids"]) for example in raw_examples(LENGTHS))
     assert ranks[0]["parameters"] == ranks[1]["parameters"]
+    streamed = [tuple(document) for rank in ranks for document in rank["streamed"]]
+    assert set(streamed) <= set(seen)
+    assert len(streamed) == len(set(streamed)) > 30  # four steps of the stream: no document on both ranks

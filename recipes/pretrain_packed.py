@@ -3,8 +3,8 @@
     python recipes/pretrain_packed.py
     accelerate launch --multi_gpu --num_processes 2 recipes/pretrain_packed.py --cpu    # two processes on gloo
 
-Cost: one minute on two CPU cores with the defaults. Expected: the loss falls from 5.5 (256 bytes, evenly) under 2.6 in
-100 steps, and the two-process run makes half the steps an epoch, the same on both ranks, with every row once.
+Cost: half a minute to two minutes on two CPU cores with the defaults. Expected: the loss falls from 5.5 (256 bytes,
+evenly) to 2.6-2.7 in 100 steps; with two processes an epoch has half the steps, the same on both ranks.
 
 The corpus is the docstrings of Python's standard library, or `--files` of text, one document a paragraph; the tokenizer
 is the bytes. `row_multiple` makes the number of rows a multiple of processes x batch, so that no sampler repeats a row;

@@ -230,6 +230,17 @@ def _documents() -> list[list[int]]:
     return [example["input_ids"] for example in raw_examples(LENGTHS)]
 
 
+@pytest.mark.real_model
+def test_a_real_model_keeps_documents_apart(real_model):
+    model, tokenizer = real_model
+    texts = ["The harbour was quiet.", "Numbers are not opinions, and opinions are not numbers.", "Rain again"]
+    collator = BestFitPackingCollator(24, tokenizer, model=model)
+    with pytest.warns(UserWarning, match="packing within this batch"):
+        batch = collator([{"input_ids": tokenizer(text)["input_ids"]} for text in texts])
+    check_packed(model, batch | {"use_cache": False})
+    assert difference_from_alone(model, batch, use_cache=False) < 1e-5
+
+
 def test_labels_and_masks_decide_what_is_learned():
     example = {
         "input_ids": [0, 5, 6, 7, 8, 9, 0],

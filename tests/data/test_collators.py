@@ -88,7 +88,11 @@ def test_learned_positions_restart(tiny_gpt2, batch):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from inside its compiler
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
-def test_flex_attention(batch, device):
+def test_flex_attention(batch, device, monkeypatch):
+    # torch's compiler switches off the checks of distributions for good, which other tests rely on.
+    monkeypatch.setattr(
+        torch.distributions.Distribution, "_validate_args", torch.distributions.Distribution._validate_args
+    )
     config = tiny_config(hidden_size=64)
     model = LlamaForCausalLM._from_config(config, attn_implementation="flex_attention").eval().to(device)
     batch = {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,8 +1,11 @@
 """Passkey retrieval: a five-digit number hidden in filler, asked for at the end (Mohtashami and Jaggi 2023).
 
 A prompt is [opening | filler | key sentence | filler | question] and has exactly the asked number of tokens. It is put
-together from the tokens of whole sentences, each tokenised alone, so a length is a sum and nothing is tokenised twice;
-the filler's first sentence is the one that loses tokens from its start to make the length exact.
+together from the tokens of whole sentences, each tokenised alone, so its length is a sum; the filler's first sentence
+loses tokens from its start to make it exact.
+
+The prompt is plain text that the model goes on with, for chat models too: SmolLM2-135M-Instruct finds the key in 7,000
+tokens of repeated filler when it is asked so, and no longer always when the same words are put into a chat turn.
 """
 
 from __future__ import annotations
@@ -32,7 +35,6 @@ REPEATED_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here 
 _OPENING = "There is an important pass key hidden in a long text. Find it and remember it. I will ask you about it."
 _KEY = "The pass key is {key}. Remember it. {key} is the pass key."
 _QUESTION = "What is the pass key? The pass key is"
-_CONTENT = "<<filler>>"  # stands where the chat template puts a message's text
 _ANSWER_TOKENS = 12
 
 
@@ -70,8 +72,7 @@ class PasskeyPrompts:
     """Makes passkey prompts of an exact token length for one tokenizer and one filler.
 
     Args:
-        tokenizer: a transformers tokenizer. With a chat template the prompt is one user turn and the answer's first
-            words, "The pass key is", are put into the assistant's mouth; without one it is plain text.
+        tokenizer: a transformers tokenizer; the special tokens that it opens a text with open the prompt.
         text: the filler; None repeats `REPEATED_FILLER`. A text is cut into sentences, a prompt takes a stretch of it
             whose place is drawn per task, and a text that is too short for the length starts again from its beginning.
 
@@ -82,8 +83,14 @@ class PasskeyPrompts:
     def __init__(self, tokenizer: Any, text: str | None = None):
         self.tokenizer = tokenizer
         self.filler = "repeated" if text is None else "text"
-        self._sentences = self._tokens_of(_sentences(REPEATED_FILLER if text is None else text))
-        self._opening, self._question = self._frame()
+        sentences = _sentences(REPEATED_FILLER if text is None else text)
+        if not sentences:
+            raise ValueError(
+                "text holds no sentence to make filler of; give another text, or None for a repeated filler"
+            )
+        self._sentences = self._tokens_of(sentences)
+        self._opening: list[int] = tokenizer(_OPENING).input_ids
+        (self._question,) = self._tokens_of([_QUESTION])
 
     def __call__(self, task: PasskeyTask) -> tuple[list[int], str]:
         """Return the prompt's token ids, exactly `task.length` of them, and the key.
@@ -115,22 +122,10 @@ class PasskeyPrompts:
             room -= len(sentence)
         return backwards[::-1]
 
-    def _frame(self) -> tuple[list[int], list[int]]:
-        """Tokens of everything in front of the filler, and of everything behind it."""
-        if not self.tokenizer.chat_template:
-            return self.tokenizer(_OPENING).input_ids, self._tokens_of([_QUESTION])[0]
-        turn = [{"role": "user", "content": _CONTENT}]
-        rendered = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        head, tail = rendered.split(_CONTENT)
-        question, answer = _QUESTION.split("? ")
-        return self._plain(head + _OPENING), self._plain(f" {question}?{tail}{answer}")
-
     def _tokens_of(self, sentences: Sequence[str]) -> list[list[int]]:
-        tokens: list[list[int]] = self._plain([" " + sentence for sentence in sentences])
+        spaced = [" " + sentence for sentence in sentences]
+        tokens: list[list[int]] = self.tokenizer(spaced, add_special_tokens=False, verbose=False).input_ids
         return tokens
-
-    def _plain(self, text: Any) -> Any:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def passkey_tasks(

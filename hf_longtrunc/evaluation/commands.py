@@ -76,13 +76,13 @@ def _compare(
     console.print(f"{len(input_ids):,} tokens; the model was trained on windows of {window:,}.")
     if out is not None:
         append_records(out / "perplexity.jsonl", records)
-        plot_perplexity(losses, trained_window=window).figure.savefig(out / "perplexity.png", dpi=150)
+        plot_perplexity(losses, trained_window=window).figure.canvas.print_figure(out / "perplexity.png", dpi=150)
         console.print(f"Wrote {out / 'perplexity.jsonl'} and {out / 'perplexity.png'}")
 
 
 def _read_tokens(stream: TextIO, tokenizer: Any, limit: int) -> Tensor:
     """Return the first `limit` token ids of a text, reading no more of it than they need: it may have no end."""
-    text, ids = "", []
+    text, ids = "", list[int]()
     while len(ids) < limit + _MARGIN and (more := stream.read(8 * (limit + _MARGIN - len(ids)))):
         text += more
         ids = tokenizer(text, verbose=False).input_ids

@@ -63,7 +63,7 @@ def stream_losses(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     """Read one text per row, chunk by chunk without end, and yield each token's loss given all tokens before it.
 
     Args:
-        model: a causal LM in eval mode whose forward takes and returns `past_key_values`, patched or not.
+        model: a causal LM in eval mode, patched or not. It is read through the cache that its `generate` builds.
         chunks: token ids [texts, any length >= 1], each the continuation of the one before.
 
     Yields:
@@ -71,7 +71,7 @@ def stream_losses(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         device. The first chunk's are one column shorter: nothing predicts the first token.
 
     Raises:
-        ValueError: the model is in training mode, hands back no cache, or a chunk is empty.
+        TypeError, ValueError: token ids that are none; a model in training mode, or one that keeps no cache.
 
     Cost: one forward a chunk; the logits of one chunk [texts, length, V] in the model's dtype and once in fp32.
     """
@@ -80,13 +80,15 @@ def stream_losses(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     cache, last = None, None
     for chunk in chunks:
         ids = _checked_ids(chunk).to(model.device)
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        if cache is None:
-            raise ValueError(f"{type(model).__name__} returned no past_key_values, so it cannot be read in chunks")
-        inside = _losses(output.logits[:, :-1], ids[:, 1:])
-        yield inside if last is None else torch.cat([_losses(last, ids[:, :1]), inside], dim=1)
-        last = output.logits[:, -1:].clone()
+        if last is None:
+            cache, last = _read_first(model, ids[:, :1])
+            ids = ids[:, 1:]
+        if ids.shape[1] == 0:
+            yield last.new_empty(ids.shape, dtype=torch.float32)
+            continue
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        yield torch.cat([_losses(last, ids[:, :1]), _losses(logits[:, :-1], ids[:, 1:])], dim=1)
+        last = logits[:, -1:].clone()
 
 
 def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: bool | str = False) -> Tensor:
@@ -228,6 +230,23 @@ def plot_perplexity(
     axes.set(xlabel="position (tokens)", ylabel="perplexity", yscale="log")
     axes.legend(frameon=False)
     return axes
+
+
+def _read_first(model: Any, ids: Tensor) -> tuple[Any, Tensor]:
+    """Return the cache that `generate` builds for `model`, having read ids [texts, 1], and the logits [texts, 1, V]."""
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=1,
+        do_sample=False,
+        use_cache=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    cache = output.past_key_values
+    if cache is None or cache.get_seq_length() != 1:
+        raise ValueError(f"{type(model).__name__} keeps no past_key_values, so it cannot be read in chunks")
+    return cache, output.logits[0][:, None]
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import io
 import itertools
 import math
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import matplotlib as mpl
 import pytest
@@ -70,7 +69,7 @@ def test_a_stream_without_end_is_read_as_it_comes_and_logits_exist_for_one_chunk
     endless = (text[:, start : start + 8] for start in itertools.cycle(range(0, 64, 8)))
     pieces = list(itertools.islice(stream_losses(tiny_model, endless), 8))
     assert [piece.shape[1] for piece in pieces] == [7] + [8] * 7
-    assert set(shapes) == {(1, 8, 97)}
+    assert shapes == [(1, 1, 97), (1, 7, 97)] + [(1, 8, 97)] * 7
     tiny_model.lm_head._forward_hooks.clear()
     torch.testing.assert_close(torch.cat(pieces, 1), token_losses(tiny_model, text))
 
@@ -190,6 +189,14 @@ def test_bad_input_is_named(tiny_model, error, says, call):
 
 
 def test_a_model_without_a_cache_is_refused(tiny_model):
-    tiny_model.register_forward_hook(lambda module, args, output: replace(output, past_key_values=None))
-    with pytest.raises(ValueError, match="no past_key_values"):
+    without = {"past_key_values": None, "use_cache": False}
+    tiny_model.register_forward_pre_hook(lambda module, args, kwargs: (args, {**kwargs, **without}), with_kwargs=True)
+    with pytest.raises(ValueError, match="keeps no past_key_values"):
         token_losses(tiny_model, torch.ones(9, dtype=torch.long))
+
+
+def test_a_first_token_that_is_padding_or_ends_texts_counts_like_any_other(tiny_model):
+    tiny_model.generation_config.update(pad_token_id=0, eos_token_id=3, temperature=0.5, top_k=7, do_sample=True)
+    rows = torch.tensor([[0, 5, 3, 8, 0, 9], [3, 3, 3, 1, 0, 2]])
+    losses = token_losses(tiny_model, rows, chunk=4).double()
+    torch.testing.assert_close(losses, full_forward_losses(tiny_model, rows), atol=1e-5, rtol=1e-5)

@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hf_longtrunc.attention.cache import LambdaCacheLayer as LambdaCacheLayer
+    from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite
     from hf_longtrunc.pretrained import load_pretrained as load_pretrained
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
     from hf_longtrunc.sampling.processors import (
@@ -26,6 +28,8 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "LMInfinite": "hf_longtrunc.attention.lm_infinite",
+    "LambdaCacheLayer": "hf_longtrunc.attention.cache",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "attach_processors": "hf_longtrunc.sampling.attach",

@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hf_longtrunc.attention.cache import LambdaCacheLayer as LambdaCacheLayer
+    from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite
     from hf_longtrunc.evaluation.passkey import (
         PasskeyPrompts as PasskeyPrompts,
         PasskeyRecord as PasskeyRecord,
@@ -52,6 +54,8 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "LMInfinite": "hf_longtrunc.attention.lm_infinite",
+    "LambdaCacheLayer": "hf_longtrunc.attention.cache",
     "PasskeyPrompts": "hf_longtrunc.evaluation.passkey",
     "PasskeyRecord": "hf_longtrunc.evaluation.passkey",
     "PasskeyTask": "hf_longtrunc.evaluation.passkey",

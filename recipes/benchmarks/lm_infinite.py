@@ -54,10 +54,11 @@ class Layer(NamedTuple):
 
     @property
     def scoring(self) -> Scoring:
+        """Scale of the dot products."""
         return Scoring(self.dim**-0.5)
 
     def tokens(self, n: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-        """Random queries, keys and values of n tokens."""
+        """Return random queries, keys and values of n tokens."""
         heads = self.heads, self.kv_heads, self.kv_heads
         return tuple(torch.randn(batch, h, n, self.dim, dtype=self.dtype, device=self.device) for h in heads)  # type: ignore[return-value]
 
@@ -84,7 +85,7 @@ class Timing:
 
 
 def measured(run: Callable[[], object], device: str, repeats: int) -> tuple[float, float]:
-    """Median milliseconds of a call after two calls to warm up, and the peak MiB that one call adds on CUDA."""
+    """Return the median milliseconds of a call after two calls to warm up, and the peak MiB that one call adds on CUDA."""
     on_cuda = device == "cuda"
     times, before = [], 0
     for _ in range(repeats + 2):
@@ -102,7 +103,7 @@ def measured(run: Callable[[], object], device: str, repeats: int) -> tuple[floa
 
 
 def window_blocks(n: int, window: int, device: str) -> BlockMask:
-    """The sliding window's blocks, from their indices: `create_block_mask` would make an n x n tensor first."""
+    """Build the sliding window's mask from block indices: `create_block_mask` makes an n x n tensor first."""
     from torch.nn.attention.flex_attention import BlockMask
 
     row = torch.arange(-(-n // _BLOCK), device=device)
@@ -124,7 +125,7 @@ def window_blocks(n: int, window: int, device: str) -> BlockMask:
 
 
 def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
-    """What a prompt of n tokens is run through."""
+    """Return what a prompt of n tokens is run through."""
     query, key, value = layer.tokens(n)
     positions = torch.arange(n, device=layer.device)[None]
     sinks = key[:, :, : layer.sinks], value[:, :, : layer.sinks]
@@ -157,7 +158,7 @@ def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
 
 
 def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], object]]:
-    """What the token after n tokens is run through."""
+    """Return what the token after n tokens is run through."""
     query, key, value = layer.tokens(1, batch)
     _, all_keys, all_values = layer.tokens(n, batch)
     few = slice(0, layer.sinks + layer.window)
@@ -187,7 +188,7 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
 
 
 def cache_mib(layer: Layer, n: int) -> tuple[float, float]:
-    """MiB of one layer's LM-Infinite cache and of an ordinary one, after n tokens at batch 1."""
+    """Return the MiB of one layer's LM-Infinite cache and of an ordinary one, after n tokens at batch 1."""
     _, key, value = layer.tokens(n)
     cache = LambdaCacheLayer(layer.sinks, layer.window, layer.window)
     cache.expect(n, None, layer.rotate)
@@ -203,7 +204,7 @@ def timings(
 
 
 def timing_table(rows: list[Timing], title: str) -> Table:
-    """A line per size: each side's median, the last side's ratio to each of the others, its time per token."""
+    """Lay out a line per size: each side's median, the last side's ratio to each of the others, its time per token."""
     sides = list(dict.fromkeys(row.side for row in rows))
     ours = sides[-1]
     table = Table("n", *(f"{side} (ms)" for side in sides), *(f"ratio to {side}" for side in sides[:-1]), title=title)

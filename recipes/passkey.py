@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -44,7 +44,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for passkey.jsonl and passkey.png.")] = Path("passkey"),
 ) -> None:
     language_model, tokenizer = load_pretrained(model)
-    arms = {"unmodified": nullcontext, "LM-Infinite": LMInfinite(num_sink_tokens=sinks, window_length=window)}
+    arms: dict[str, Any] = {
+        "unmodified": nullcontext,
+        "LM-Infinite": LMInfinite(num_sink_tokens=sinks, window_length=window),
+    }
     prompts = PasskeyPrompts(tokenizer, None if text is None else text.read_text(encoding="utf-8"))
     grid = [int(length) for length in lengths.split(",")], [float(depth) for depth in depths.split(",")]
     tasks = passkey_tasks(*grid, keys_per_cell=keys, seed=seed)

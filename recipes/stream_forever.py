@@ -67,6 +67,7 @@ def main(
     seed: int = 0,
 ) -> None:
     torch.manual_seed(seed)
+    language_model: Any
     language_model, tokenizer = load_pretrained(model)
     start = tokenizer(PROMPT, return_tensors="pt").input_ids.to(language_model.device)
     with LMInfinite(num_sink_tokens=sinks, window_length=window)(language_model):

@@ -85,7 +85,7 @@ class Timing:
 
 
 def measured(run: Callable[[], object], device: str, repeats: int) -> tuple[float, float]:
-    """Return the median milliseconds of a call after two calls to warm up, and the peak MiB that one call adds on CUDA."""
+    """Return the median milliseconds of a call, two to warm up left out, and the peak MiB that it adds on CUDA."""
     on_cuda = device == "cuda"
     times, before = [], 0
     for _ in range(repeats + 2):
@@ -115,10 +115,11 @@ def window_blocks(n: int, window: int, device: str) -> BlockMask:
     partial = first[:, None] + columns
     partial = torch.where(columns == counts[:, None] - 1, row[:, None], partial).clamp_max(len(row) - 1)
     full = (first_full[:, None] + columns).clamp_max(len(row) - 1)
-    indices = [x.to(torch.int32)[None, None].contiguous() for x in (counts, partial, row - first_full, full)]
+    counts, partial, full_counts, full = (
+        x.to(torch.int32)[None, None].contiguous() for x in (counts, partial, row - first_full, full)
+    )
     return BlockMask.from_kv_blocks(
-        *indices,
-        BLOCK_SIZE=_BLOCK,
+        *(counts, partial, full_counts, full, _BLOCK),
         mask_mod=lambda batch, head, i, j: (j <= i) & (i - j < window),
         seq_lengths=(n, n),
     )

@@ -108,6 +108,9 @@ class LambdaCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
         assert self.sink_keys is not None and self.sink_values is not None
+        if self.seen < self.max_padding + self.num_sink_tokens:
+            self._store_sinks(self.sink_keys, key_states)
+            self._store_sinks(self.sink_values, value_states)
         if self.seen == 0:
             returned = key_states, value_states
         elif new > 1:
@@ -125,9 +128,6 @@ class LambdaCacheLayer(CacheLayerMixin):
 
     def _store(self, key_states: Tensor, value_states: Tensor) -> None:
         new = key_states.shape[2]
-        if self.seen < self.max_padding + self.num_sink_tokens:
-            self._store_sinks(self.sink_keys, key_states)
-            self._store_sinks(self.sink_values, value_states)
         kept = min(new, self.ring_size)
         columns = torch.arange(self.seen + new - kept, self.seen + new, device=key_states.device)
         slots = columns % self.ring_size + self.num_sink_tokens

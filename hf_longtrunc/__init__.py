@@ -37,6 +37,10 @@ if TYPE_CHECKING:
         append_records as append_records,
         read_records as read_records,
     )
+    from hf_longtrunc.evaluation.streaming import (
+        cache_bytes as cache_bytes,
+        start_stream as start_stream,
+    )
     from hf_longtrunc.evaluation.texts import python_reference as python_reference
     from hf_longtrunc.pretrained import load_pretrained as load_pretrained
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
@@ -65,6 +69,7 @@ _HOME = {
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "append_records": "hf_longtrunc.evaluation.records",
     "attach_processors": "hf_longtrunc.sampling.attach",
+    "cache_bytes": "hf_longtrunc.evaluation.streaming",
     "compare_losses": "hf_longtrunc.evaluation.perplexity",
     "default_edges": "hf_longtrunc.evaluation.perplexity",
     "load_pretrained": "hf_longtrunc.pretrained",
@@ -78,6 +83,7 @@ _HOME = {
     "python_reference": "hf_longtrunc.evaluation.texts",
     "read_records": "hf_longtrunc.evaluation.records",
     "run_passkey": "hf_longtrunc.evaluation.passkey",
+    "start_stream": "hf_longtrunc.evaluation.streaming",
     "stream_losses": "hf_longtrunc.evaluation.perplexity",
     "token_losses": "hf_longtrunc.evaluation.perplexity",
 }

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from hf_longtrunc import EtaLogitsProcessor, LMInfinite, load_pretrained
+from hf_longtrunc import EtaLogitsProcessor, LMInfinite, cache_bytes, load_pretrained, start_stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,20 +31,15 @@ if TYPE_CHECKING:
 PROMPT = "It was a bright morning, and the road to the sea was long."
 
 
-def cache_bytes(cache: Any) -> int:
-    """Return the bytes of all tensors that the layers of a transformers cache hold."""
-    tensors = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
-
-def written(model: Any, tokenizer: Any, cache: Any, last: Tensor) -> Iterator[Tensor]:
+def written(model: Any, tokenizer: Any, cache: Any, logits: Tensor) -> Iterator[Tensor]:
     """Yield what the model writes, a token [1, 1] at a time, by eta-sampling; its end-of-text tokens are ruled out."""
     eta = EtaLogitsProcessor(epsilon=2e-3)
     while True:
-        logits = model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1].float()
-        logits[:, tokenizer.all_special_ids] = -torch.inf
-        last = torch.multinomial(eta(None, logits).softmax(-1), 1)
-        yield last
+        scores = logits[:, -1].float()
+        scores[:, tokenizer.all_special_ids] = -torch.inf
+        token = torch.multinomial(eta(None, scores).softmax(-1), 1)
+        yield token
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
 
 
 def read(model: Any, cache: Any, ids: Tensor) -> Iterator[Tensor]:
@@ -71,10 +66,9 @@ def main(
     language_model, tokenizer = load_pretrained(model)
     start = tokenizer(PROMPT, return_tensors="pt").input_ids.to(language_model.device)
     with LMInfinite(num_sink_tokens=sinks, window_length=window)(language_model):
-        begun = language_model.generate(start, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
-        cache = begun.past_key_values
+        cache, logits = start_stream(language_model, start)
         if text is None:
-            stream = written(language_model, tokenizer, cache, begun.sequences[:, -1:])
+            stream = written(language_model, tokenizer, cache, logits)
         else:
             ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids
             stream = read(language_model, cache, ids.to(language_model.device))

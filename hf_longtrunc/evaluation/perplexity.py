@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_longtrunc.evaluation.records import arm_settings, model_settings
+from hf_longtrunc.evaluation.streaming import start_stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -81,7 +82,7 @@ def stream_losses(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     for chunk in chunks:
         ids = _checked_ids(chunk).to(model.device)
         if last is None:
-            cache, last = _read_first(model, ids[:, :1])
+            cache, last = start_stream(model, ids[:, :1])
             ids = ids[:, 1:]
         if ids.shape[1] == 0:
             yield last.new_empty(ids.shape, dtype=torch.float32)
@@ -230,23 +231,6 @@ def plot_perplexity(
     axes.set(xlabel="position (tokens)", ylabel="perplexity", yscale="log")
     axes.legend(frameon=False)
     return axes
-
-
-def _read_first(model: Any, ids: Tensor) -> tuple[Any, Tensor]:
-    """Return the cache that `generate` builds for `model`, having read ids [texts, 1], and the logits [texts, 1, V]."""
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=1,
-        do_sample=False,
-        use_cache=True,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    cache = output.past_key_values
-    if cache is None or cache.get_seq_length() != 1:
-        raise ValueError(f"{type(model).__name__} keeps no past_key_values, so it cannot be read in chunks")
-    return cache, output.logits[0][:, None]
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

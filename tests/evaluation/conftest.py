@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 PROSE = (
     "Call me Ishmael. Some years ago, never mind how long precisely, I thought I would sail about a little. "
@@ -37,3 +37,16 @@ def tokenizer(trained_tokenizer) -> PreTrainedTokenizerFast:
 @pytest.fixture
 def prose() -> str:
     return PROSE
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(trained_tokenizer, tmp_path_factory) -> str:
+    """A folder that `load_pretrained` loads: a Llama of two layers, trained window 64, and its tokenizer."""
+    vocab = trained_tokenizer.get_vocab_size()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    config = LlamaConfig(vocab_size=vocab, num_attention_heads=4, num_key_value_heads=2, bos_token_id=0, **sizes)
+    config.eos_token_id = None
+    folder = tmp_path_factory.mktemp("tiny model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=trained_tokenizer, bos_token="<|start|>").save_pretrained(folder)
+    return str(folder)

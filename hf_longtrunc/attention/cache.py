@@ -19,8 +19,8 @@ class LambdaCacheLayer(CacheLayerMixin):
     S slots for the sinks and a ring of R = L + `ROLLBACK` slots in which column c lies at slot c mod R, so a token is
     stored by one indexed write. A row's sinks are its first S *real* tokens, whatever its left padding.
 
-    For one new token, `update` turns the sinks that have left the window on to the distance ceiling, in their slots,
-    and returns the buffers themselves. For several it returns [sinks | window before | new tokens], once per call.
+    For one new token `update` returns the buffers themselves; what becomes of the sinks' slots is up to the attention,
+    since the next call fills them afresh. For several it returns [sinks | window before | new tokens], once per call.
     For the first tokens of all it returns these alone.
 
     `get_seq_length` counts the tokens seen. `crop` takes back up to `ROLLBACK` + 1 tokens exactly, any number before
@@ -32,11 +32,10 @@ class LambdaCacheLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, num_sink_tokens: int, window_length: int, max_distance: int):
+    def __init__(self, num_sink_tokens: int, window_length: int):
         super().__init__()
         self.num_sink_tokens = num_sink_tokens
         self.window_length = window_length
-        self.max_distance = max_distance
         self.ring_size = window_length + self.ROLLBACK
         self.seen = 0
         self.written = 0  # the most tokens ever seen: what the ring has overwritten, after a crop too
@@ -45,19 +44,15 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.sink_keys: Tensor | None = None  # [batch, heads, S, dim], at their own positions
         self.sink_values: Tensor | None = None
         self._expected: int | None = None
-        self._rotate: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def expect(
-        self, new_tokens: int, padding: Tensor | None, rotate: Callable[[Tensor, Tensor], Tensor] | None
-    ) -> None:
+    def expect(self, new_tokens: int, padding: Tensor | None) -> None:
         """Prepare the next `update`, which is refused without: only a patched model calls this.
 
         Args:
             new_tokens: how many are about to come.
             padding: columns before each row's first real token [batch]; read before the first token only.
-            rotate: `Rotation.rotate` of the layer, None where it rotates nothing.
         """
-        self._expected, self._rotate = new_tokens, rotate
+        self._expected = new_tokens
         if self.seen == 0:
             self.padding = padding
             self.max_padding = 0 if padding is None else int(padding.max())
@@ -122,7 +117,8 @@ class LambdaCacheLayer(CacheLayerMixin):
             )
         self._store(key_states, value_states)
         if new == 1 and self.seen > 1:
-            self._turn_sinks()
+            self.keys[:, :, : self.num_sink_tokens].copy_(self.sink_keys)
+            self.values[:, :, : self.num_sink_tokens].copy_(self.sink_values)
             returned = self.keys, self.values
         return returned
 
@@ -144,16 +140,6 @@ class LambdaCacheLayer(CacheLayerMixin):
         is_new = ((index >= 0) & (index < states.shape[2]))[:, None, :, None]
         index = index.clamp(0, states.shape[2] - 1)[:, None, :, None].expand(*states.shape[:2], -1, states.shape[3])
         store.copy_(torch.where(is_new, states.detach().gather(2, index), store))
-
-    def _turn_sinks(self) -> None:
-        """Put the sinks into their slots as the newest token sees them: at distance min(i - j, D)."""
-        keys = self.sink_keys
-        if self._rotate is not None and self.seen - 1 > self.max_distance:
-            sinks = torch.arange(self.num_sink_tokens, device=keys.device)
-            newest = self._positions(torch.tensor([self.seen - 1], device=keys.device))
-            keys = self._rotate(keys, (newest - self.max_distance - sinks).clamp_min(0))
-        self.keys[:, :, : self.num_sink_tokens].copy_(keys)
-        self.values[:, :, : self.num_sink_tokens].copy_(self.sink_values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (tokens seen and coming, 0): transformers' own mask is made for these and then not used."""

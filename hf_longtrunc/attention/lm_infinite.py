@@ -8,14 +8,16 @@ import itertools
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
 from hf_longtrunc.attention.cache import LambdaCacheLayer
+from hf_longtrunc.attention.families import gptj_rotation, own_forward
 from hf_longtrunc.attention.lambda_attention import (
     PATHS,
     Scoring,
@@ -108,7 +110,8 @@ class LMInfinite:
 
 def trained_length(config: PreTrainedConfig) -> int:
     """Return how many tokens a model was trained for: `max_position_embeddings`, stretched by a RoPE scaling that the
-    config states relative to an original length."""
+    config states relative to an original length.
+    """
     config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions"):
         length = getattr(config, name, None)
@@ -139,7 +142,8 @@ class Patch:
         self.path = path
         self._name = f"lm_infinite_{next(_serial)}"
         self._model = model
-        self._decoder = model.get_decoder()
+        decoder = model.get_decoder()
+        self._decoder = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
         self._rotations: dict[nn.Module, Rotation | None] = {}
         self._original = model.config._attn_implementation
         self._parameters = list(inspect.signature(self._decoder.forward).parameters)
@@ -172,6 +176,7 @@ class Patch:
         self._undo.callback(hook.remove)
         self._set(decoder, "_lm_infinite", self)
         sources = self._replace_rotary_modules()
+        self._replace_own_forwards()
         self._find_rotations(sources)
         self._layer_rotations = {module.layer_idx: rotation for module, rotation in self._rotations.items()}
         self._check_against(before)
@@ -212,6 +217,14 @@ class Patch:
         except ValueError as error:
             raise ValueError(f"LMInfinite cannot patch {type(self._model).__name__}: {error}") from None
         return sources
+
+    def _replace_own_forwards(self) -> None:
+        for module in self._decoder.modules():
+            build = own_forward(module)
+            if build is not None:
+                self._set(module, "forward", build(module, partial(self._attend_own, module)))
+                if hasattr(module, "embed_positions"):
+                    self._rotations[module] = gptj_rotation(module)
 
     # -- learning how each layer rotates ------------------------------------------------------------------------------
 
@@ -262,6 +275,8 @@ class Patch:
                 )
             )
         for module, states in unrotated.items():
+            if module in self._rotations:
+                continue
             if not torch.allclose(states, states[:, :, :1].expand_as(states), rtol=1e-2, atol=1e-4):
                 raise ValueError(
                     self._refusal(
@@ -271,7 +286,7 @@ class Patch:
             try:
                 self._rotations[module] = find_rotation(states, rotated[module], sources)
             except ValueError as error:
-                raise ValueError(self._refusal(f"in layer {module.layer_idx} {error}")) from None
+                raise ValueError(self._refusal(f"in {type(module).__name__} {error}")) from None
 
     def _captured(self, tokens: Tensor, sources: list[ExactRotary], factor: float) -> dict[nn.Module, Tensor]:
         """Queries and keys [batch, heads + kv_heads, n, dim] of each full-attention layer, for `factor` times the probe angles."""
@@ -281,6 +296,10 @@ class Patch:
         try:
             self._forward(tokens)
             return self._captures
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                self._refusal("its attention does not go through transformers' attention and mask interfaces")
+            ) from error
         finally:
             self._captures = None
             for source in sources:
@@ -311,18 +330,17 @@ class Patch:
         past = 0 if cache is None else int(cache.get_seq_length())
         mask = _checked_mask(inputs.get("attention_mask"), past + new)
         rings = self._rings(cache)
-        padding = rings[0][1].padding if rings and past else _padding(mask, new)
+        padding = rings[0].padding if rings and past else _padding(mask, new)
         queries = past + torch.arange(new, device=device)[None]
         queries = queries if padding is None else queries - padding.to(device)[:, None]
         if new > 1:
             _check_positions(inputs.get("position_ids"), mask, new)
         if "position_ids" in self._parameters:
             inputs["position_ids"] = queries.clamp_min(0)
-        for index, ring in rings:
-            rotation = self._layer_rotations[index]
-            ring.expect(new, padding, None if rotation is None else rotation.rotate)
+        for ring in rings:
+            ring.expect(new, padding)
         if rings:
-            keys = rings[0][1].key_positions(new, device)
+            keys = rings[0].key_positions(new, device)
         else:
             keys = torch.arange(past + new, device=device)[None]
             keys = keys if padding is None else keys - padding.to(device)[:, None]
@@ -330,16 +348,14 @@ class Patch:
         self._carried = carried[:, None] if rings and past else carried
         return (), inputs
 
-    def _rings(self, cache: Cache | None) -> list[tuple[int, LambdaCacheLayer]]:
-        if cache is None:
-            return []
-        rings = [(i, layer) for i, layer in enumerate(cache.layers) if isinstance(layer, LambdaCacheLayer)]
-        for _, ring in rings:
-            theirs = ring.num_sink_tokens, ring.window_length, ring.max_distance
-            if theirs != (self.num_sink_tokens, self.window_length, self.max_distance):
+    def _rings(self, cache: Cache | None) -> list[LambdaCacheLayer]:
+        rings = [layer for layer in cache.layers if isinstance(layer, LambdaCacheLayer)] if cache is not None else []
+        for ring in rings:
+            theirs, ours = (ring.num_sink_tokens, ring.window_length), (self.num_sink_tokens, self.window_length)
+            if theirs != ours:
                 raise ValueError(
-                    f"this cache was built for (num_sink_tokens, window_length, max_distance) = {theirs}, and the "
-                    f"model is patched with {(self.num_sink_tokens, self.window_length, self.max_distance)}"
+                    f"this cache was built for (num_sink_tokens, window_length) = {theirs}, and the model is patched "
+                    f"with {ours}: start anew, or patch with the same numbers"
                 )
         return rings
 
@@ -364,13 +380,13 @@ class Patch:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """The attention function that this patch's name stands for."""
-        if attention_mask is None or attention_mask.dtype != torch.int64:
+        is_native = attention_mask is None or attention_mask.dtype != torch.int64
+        if is_native and self._captures is not None:
+            return _nothing(query, value).transpose(1, 2), None
+        if is_native:
             return self._native(module)(
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
             )
-        if self._captures is not None:
-            self._captures[module] = torch.cat([query, key], dim=1)
-            return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
         scoring = Scoring(
             scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap=kwargs.get("softcap"),
@@ -383,32 +399,50 @@ class Patch:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         return AttentionInterface().get_interface(self._original, eager)
 
+    def _attend_own(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, carried: Any, scoring: Scoring
+    ) -> Tensor:
+        """Serve a module with a forward of ours; its model may have reshaped what the mask carried."""
+        is_intact = isinstance(carried, Tensor) and carried.dtype == torch.int64
+        return self.attend(module, query, key, value, carried if is_intact else self._carried, scoring)
+
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, carried: Tensor, scoring: Scoring
     ) -> Tensor:
         """Λ-attention of one layer, [batch, heads, n, value_dim], given the positions that the mask carries."""
-        new, sinks = query.shape[2], self.num_sink_tokens
+        if self._captures is not None:
+            if module in self._captures:
+                raise ValueError("a layer runs several times in one forward")
+            self._captures[module] = torch.cat([query, key], dim=1)
+            return _nothing(query, value)
+        new, sinks, window = query.shape[2], self.num_sink_tokens, self.window_length
         led_by_sinks = carried.ndim == 3
-        i, j = carried.reshape(-1, carried.shape[-1]).split([new, key.shape[2]], dim=-1)
-        if led_by_sinks and new == 1:
-            seen = torch.cat(
-                [i - j[:, :sinks] >= self.window_length, visible(i, j[:, sinks:], 0, self.window_length)[:, 0]], -1
+        if carried.shape[-1] != new + key.shape[2]:
+            raise ValueError(
+                f"the cache hands out {key.shape[2]} keys where {carried.shape[-1] - new} were announced: this kind of "
+                "cache cannot be used on a model patched by LMInfinite; take DynamicCache or leave it to generate()"
             )
+        i, j = carried.reshape(-1, carried.shape[-1]).split([new, key.shape[2]], dim=-1)
+        rotation = self._rotations[module]
+        if led_by_sinks and new == 1:
+            if rotation is not None and sinks:
+                steps = (i - self.max_distance - j[:, :sinks]).clamp_min(0)
+                key[:, :, :sinks] = rotation.rotate(key[:, :, :sinks], steps)
+            seen = torch.cat([i - j[:, :sinks] >= window, visible(i, j[:, sinks:], 0, window)[:, 0]], dim=-1)
             return single_query_attention(query, key, value, distance(i, j, self.max_distance)[:, 0], seen, scoring)
         if led_by_sinks:
             far = key[:, :, :sinks], value[:, :, :sinks]
             key, value, j = key[:, :, sinks:], value[:, :, sinks:], j[:, sinks:]
         else:
             far = _first_real(key, j, sinks), _first_real(value, j, sinks)
-        rotation = self._rotations[module]
         return lambda_attention(
             query,
             key,
             value,
             i,
             j,
-            sinks=far if sinks and (led_by_sinks or key.shape[2] > self.window_length) else None,
-            window=self.window_length,
+            sinks=far if sinks and (led_by_sinks or key.shape[2] > window) else None,
+            window=window,
             max_distance=self.max_distance,
             scoring=scoring,
             rotate=None if rotation is None else rotation.rotate,
@@ -435,8 +469,12 @@ class Patch:
     def _swap_layers(self, cache: Cache) -> None:
         for index in self._layer_rotations:
             if index < len(cache.layers) and type(cache.layers[index]) is DynamicLayer:
-                settings = self.num_sink_tokens, self.window_length, self.max_distance
-                cache.layers[index] = LambdaCacheLayer(*settings)
+                cache.layers[index] = LambdaCacheLayer(self.num_sink_tokens, self.window_length)
+
+
+def _nothing(query: Tensor, value: Tensor) -> Tensor:
+    """Zeros in the place of an attention output [batch, heads, n, value_dim]."""
+    return query.new_zeros(*query.shape[:3], value.shape[-1])
 
 
 def _first_real(states: Tensor, positions: Tensor, count: int) -> Tensor:

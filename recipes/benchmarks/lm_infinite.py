@@ -31,7 +31,13 @@ from torch import Tensor
 
 from hf_longtrunc import append_records
 from hf_longtrunc.attention.cache import LambdaCacheLayer
-from hf_longtrunc.attention.lambda_attention import Scoring, lambda_attention, single_query_attention
+from hf_longtrunc.attention.lambda_attention import (
+    Scoring,
+    distance,
+    lambda_attention,
+    single_query_attention,
+    visible,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -164,8 +170,8 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
     _, all_keys, all_values = layer.tokens(n, batch)
     few = slice(0, layer.sinks + layer.window)
     few_keys, few_values = all_keys[:, :, few].contiguous(), all_values[:, :, few].contiguous()
-    cache = LambdaCacheLayer(layer.sinks, layer.window, layer.window)
-    cache.expect(n, None, layer.rotate)
+    cache = LambdaCacheLayer(layer.sinks, layer.window)
+    cache.expect(n, None)
     cache.update(all_keys, all_values)
 
     def plain(keys: Tensor, values: Tensor) -> Tensor:
@@ -177,10 +183,14 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
     j = cache.key_positions(1, torch.device(layer.device))  # made once a step, not once a layer: not timed
 
     def lm_infinite() -> Tensor:
-        cache.expect(1, None, layer.rotate)
+        cache.expect(1, None)
         keys, values = cache.update(key, value)
-        seen = (j >= 0) & (j <= i) & ((i - j < layer.window) | (j < layer.sinks))
-        return single_query_attention(query, keys, values, (i - j).clamp_max(layer.window), seen, layer.scoring)
+        sinks = keys[:, :, : layer.sinks]
+        sinks.copy_(layer.rotate(sinks, (i - layer.window - j[:, : layer.sinks]).clamp_min(0)))
+        seen = visible(i, j, 0, layer.window)[:, 0]
+        seen[:, : layer.sinks] = i - j[:, : layer.sinks] >= layer.window
+        distances = distance(i, j, layer.window)[:, 0]
+        return single_query_attention(query, keys, values, distances, seen, layer.scoring)
 
     return {
         "full": lambda: plain(all_keys, all_values),
@@ -192,8 +202,8 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
 def cache_mib(layer: Layer, n: int) -> tuple[float, float]:
     """Return the MiB of one layer's LM-Infinite cache and of an ordinary one, after n tokens at batch 1."""
     _, key, value = layer.tokens(n)
-    cache = LambdaCacheLayer(layer.sinks, layer.window, layer.window)
-    cache.expect(n, None, layer.rotate)
+    cache = LambdaCacheLayer(layer.sinks, layer.window)
+    cache.expect(n, None)
     cache.update(key, value)
     held = sum(tensor.nbytes for tensor in vars(cache).values() if isinstance(tensor, Tensor))
     return held / 2**20, (key.nbytes + value.nbytes) / 2**20

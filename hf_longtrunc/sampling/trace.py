@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -69,8 +70,8 @@ class TruncationTrace(LogitsProcessor):
     builds, transformers' own warpers included. Scores and results are never changed by the watching.
 
     A drawn token is read off the next call's `input_ids` by matching prefixes, so permuted beams, speculative
-    decoding and calls that are taken back are followed; `finish(sequences)` supplies the last one. Call
-    `records`, `to_frame()` or `plot()` after that.
+    decoding and calls that are taken back are followed. `finish(sequences)` supplies the last one: call it after each
+    generation, then read `records`, `to_frame()` or `plot()`.
 
     Args:
         processors: applied in this order; None to watch plain sampling or to `observe`.
@@ -148,27 +149,31 @@ class TruncationTrace(LogitsProcessor):
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("to_frame() needs pandas: pip install 'hf_longtrunc[eval]'") from error
         columns = list(TruncationRecord.__dataclass_fields__)
-        return pd.DataFrame([asdict(record) for record in self.records], columns=columns)
+        frame: pd.DataFrame = pd.DataFrame([asdict(record) for record in self.records], columns=columns)
+        return frame
 
     def plot(self, *, row: int = 0, run: int = 0, axes: Sequence[Axes] | None = None, label: str = "") -> list[Axes]:
-        """Draw entropy, threshold and kept mass along the text of one row: three Axes, one above the other.
+        """Draw one row along its text: entropy; threshold and the drawn tokens' probabilities; kept mass.
 
-        Pass the Axes that an earlier call returned to lay several samplers over each other. Where no processor
-        declares a threshold, the smallest kept probability is drawn.
+        Where no processor declares a threshold the smallest kept probability is drawn, and nothing where nothing was
+        cut. `axes`: three Axes to draw into, as an earlier call returned them, to lay several samplers over each
+        other; None makes a figure of three panels.
         """
         records = [record for record in self.records if record.row == row and record.run == run]
         if not records:
             raise ValueError(f"nothing recorded for row={row}, run={run}: generate with this trace first")
-        if axes is None:
-            axes = _three_axes()
+        top, middle, bottom = axes = _three_axes() if axes is None else list(axes)
         steps = [record.position - records[0].position + 1 for record in records]
-        bars = [record.lowest_kept if record.threshold is None else record.threshold for record in records]
-        series = [record.entropy for record in records], bars, [record.kept_mass for record in records]
-        for panel, values in zip(axes, series, strict=True):
-            panel.plot(steps, values, label=label, linewidth=1.4)
+        (line,) = top.plot(steps, [record.entropy for record in records], label=label, linewidth=1.2)
+        color = line.get_color()
+        middle.plot(steps, [_bar(record) for record in records], color=color, linewidth=1.2)
+        drawn = [math.nan if record.probability is None else record.probability for record in records]
+        middle.plot(steps, drawn, ".", color=color, markersize=3)
+        bottom.plot(steps, [record.kept_mass for record in records], color=color, linewidth=1.2)
+        middle.set_yscale("log")
         if label:
-            axes[0].legend(loc="upper left", ncols=4, frameon=False, fontsize="small")
-        return list(axes)
+            top.legend(loc="upper left", ncols=4, frameon=False, fontsize="small")
+        return axes
 
     def _watched(self, processors: Sequence[Any], input_ids: Tensor, scores: Tensor) -> Tensor:
         before, threshold = scores, None
@@ -197,20 +202,23 @@ class TruncationTrace(LogitsProcessor):
         self._forget_oldest()
 
     def _continues(self, ids: Tensor) -> bool:
-        """Whether some row of `ids` goes on from, or goes back into, a row of the last step."""
-        if not self._open:
-            return False
-        last = self._open[-1].ids
-        shared = min(last.shape[1], ids.shape[1])
-        return shared > 0 and bool(_same_rows(ids[:, :shared], last[:, :shared]).any())
+        """Whether some row of `ids` goes on from an open step; a lone row may also go back into one (speculation)."""
+        for step in self._open:
+            shared = min(step.ids.shape[1], ids.shape[1])
+            goes_on = ids.shape[0] == 1 or ids.shape[1] > step.ids.shape[1]
+            if goes_on and _same_rows(ids[:, :shared], step.ids[:, :shared]).any():
+                return True
+        return False
 
     def _read_tokens(self, ids: Tensor) -> None:
-        """Fill in the token of every open step that `ids` reaches past, from the first row that goes on from it."""
+        """Fill in the token of every open step that `ids` reaches past, from a row that goes on from it."""
         for step in self._open:
             position = step.ids.shape[1]
             if position < ids.shape[1]:
                 same = _same_rows(ids[:, :position], step.ids)
-                self._fill_in(step, ids[same.int().argmax(0), position], same.any(0))
+                # Rows with equal text (several returns of one prompt) each go on from themselves: weigh them first.
+                source = (same.int() + torch.eye(*same.shape, dtype=torch.int) * same).argmax(0)
+                self._fill_in(step, ids[source, position], same.any(0))
 
     def _fill_in(self, step: _OpenStep, tokens: Tensor, known: Tensor) -> None:
         """Write tokens [rows] with their probability and rank into the records of `step`, where they are known."""
@@ -267,15 +275,20 @@ def _as_set(token_ids: int | Sequence[int] | None) -> set[int]:
     return {token_ids} if isinstance(token_ids, int) else set(token_ids)
 
 
+def _bar(record: TruncationRecord) -> float:
+    if record.threshold is not None:
+        return record.threshold
+    return record.lowest_kept if record.kept_mass < 1 - 1e-5 else math.nan
+
+
 def _three_axes() -> list[Axes]:
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("plot() needs matplotlib: pip install 'hf_longtrunc[eval]'") from error
     _, axes = plt.subplots(3, 1, sharex=True, figsize=(9, 6), layout="constrained")
-    axes[0].set_ylabel("entropy (nats)")
-    axes[1].set(ylabel="threshold (probability)", yscale="log")
-    axes[2].set(ylabel="kept mass", xlabel="generated token", ylim=(None, 1.01))
-    for panel in axes:
+    for panel, name in zip(axes, ("entropy (nats)", "threshold (line), drawn (dots)", "kept mass"), strict=True):
+        panel.set_ylabel(name)
         panel.spines[["top", "right"]].set_visible(False)
+    axes[-1].set_xlabel("generated token")
     return list(axes)

@@ -1,0 +1,154 @@
+"""The parts of `hf-longtrunc demo`: each shows one technique on a real model, as a table and a picture."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from hf_longtrunc import EtaLogitsProcessor, TruncationRecord, TruncationTrace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPT = "The lighthouse keeper had not spoken to anyone for eleven days when"
+
+
+@dataclass(frozen=True)
+class SampledText:
+    """One sampler's continuation and what the trace saw of it."""
+
+    name: str
+    text: str
+    trace: TruncationTrace
+    seconds: float
+
+
+def sampling_part(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    prompt: str = PROMPT,
+    max_new_tokens: int = 80,
+    epsilon: float = 2e-3,
+    top_p: float = 0.9,
+    seed: int = 0,
+    steps_shown: int = 12,
+    console: Console,
+) -> None:
+    """Continue `prompt` by plain sampling, top-p and eta, and show what each of them cut at every step."""
+    samplers: dict[str, dict[str, Any]] = {
+        "plain": {},
+        f"top-p {top_p:g}": {"top_p": top_p},
+        f"eta {epsilon:g}": {"logits_processor": [EtaLogitsProcessor(epsilon)]},
+    }
+    console.rule("Truncation sampling: what each sampler cuts")
+    console.print(f"[dim]prompt[/dim]  {prompt}")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    runs = []
+    for name, settings in samplers.items():
+        with console.status(f"generating {max_new_tokens} tokens by {name} sampling"):
+            runs.append(_sample(model, tokenizer, inputs, name, seed, max_new_tokens, settings))
+        console.print(f"\n[bold]{name}[/bold]  {runs[-1].text}")
+    console.print(_steps_table(runs, tokenizer, steps_shown))
+    console.print(_summary_table(runs, epsilon))
+    console.print(f"picture: [bold]{_picture(runs, epsilon, folder / 'sampling.png')}[/bold]")
+
+
+def _sample(
+    model: Any, tokenizer: Any, inputs: Any, name: str, seed: int, max_new_tokens: int, settings: dict[str, Any]
+) -> SampledText:
+    trace = TruncationTrace()
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    with trace.observe(model):
+        # top_k=0 switches off the cut to 50 tokens that generate() makes on its own.
+        sequences = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=max_new_tokens, **settings)
+    seconds = time.perf_counter() - start
+    text = tokenizer.decode(sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return SampledText(name, text.strip(), trace.finish(sequences), seconds)
+
+
+def _steps_table(runs: list[SampledText], tokenizer: Any, steps: int) -> Table:
+    title = f"The first {steps} steps: token drawn, tokens kept, probability cut"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for run in runs:
+        table.add_column(run.name, no_wrap=True, width=10)
+        table.add_column("kept", justify="right", no_wrap=True, min_width=6)
+        table.add_column("cut", justify="right", no_wrap=True, min_width=5)
+    for step in range(steps):
+        table.add_row(*(cell for run in runs for cell in _step_cells(run, tokenizer, step)))
+    return table
+
+
+def _step_cells(run: SampledText, tokenizer: Any, step: int) -> tuple[str, str, str]:
+    if step >= len(run.trace.records):
+        return "", "", ""
+    record = run.trace.records[step]
+    token = repr(tokenizer.decode([record.token]))[1:-1]
+    return token, f"{record.kept:,}", f"{1 - record.kept_mass:.1%}"
+
+
+def _summary_table(runs: list[SampledText], epsilon: float) -> Table:
+    table = Table(title="Over the whole text", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("sampler", "tokens", "kept (median)", "cut (mean)", f"refused by eta {epsilon:g}", "tokens/s"):
+        table.add_column(heading, justify="left" if heading == "sampler" else "right")
+    for run in runs:
+        records = run.trace.records
+        table.add_row(
+            run.name,
+            str(len(records)),
+            f"{median(record.kept for record in records):,.0f}",
+            f"{fmean(1 - record.kept_mass for record in records):.1%}",
+            str(sum(_refused(record, epsilon) for record in records)),
+            f"{len(records) / run.seconds:.1f}",
+        )
+    return table
+
+
+def _picture(runs: list[SampledText], epsilon: float, path: Path) -> Path:
+    """One column a sampler, three panels each, on common scales."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        3, len(runs), sharex=True, sharey="row", figsize=(4 * len(runs), 6), layout="constrained", squeeze=False
+    )
+    for column, run in enumerate(runs):
+        run.trace.plot(axes=list(panels[:, column]))
+        # What eta would have asked of this text: the dots under the dashed line are the tokens that it refuses.
+        steps = range(1, len(run.trace.records) + 1)
+        panels[1, column].plot(steps, [_eta(record, epsilon) for record in run.trace.records], "k--", linewidth=0.8)
+        refused = [(n, r.probability) for n, r in zip(steps, run.trace.records, strict=True) if _refused(r, epsilon)]
+        panels[1, column].plot(*zip(*refused, strict=True) if refused else ([], []), "rx", markersize=5)
+        panels[0, column].set_title(run.name, loc="left")
+        panels[2, column].set_xlabel("generated token")
+    names = ("entropy (nats)", f"drawn (dots), cut (line),\nrefused by eta {epsilon:g} (x)", "kept mass")
+    for panel, name in zip(panels[:, 0], names, strict=True):
+        panel.set_ylabel(name)
+    panels[2, 0].set_ylim(0.6, 1.02)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
+def _refused(record: TruncationRecord, epsilon: float) -> bool:
+    # The recorded entropy is rounded to fp32: a token on the bar itself is not called refused.
+    return record.probability is not None and record.probability < _eta(record, epsilon) * (1 - 1e-5)
+
+
+def _eta(record: TruncationRecord, epsilon: float) -> float:
+    return min(epsilon, math.sqrt(epsilon) * math.exp(-record.entropy))

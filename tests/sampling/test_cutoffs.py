@@ -1,0 +1,163 @@
+"""The thresholds against a per-token reference in double precision, and the edges of what a row can be."""
+
+from __future__ import annotations
+
+import math
+
+import jaxtyping
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from hf_longtrunc.sampling import cutoffs
+from hf_longtrunc.sampling.cutoffs import below_threshold, epsilon_log_threshold, eta_log_threshold, softmax_rows
+
+INF = math.inf
+SCORES = st.floats(-60, 60, width=32) | st.just(-INF)
+ROWS = st.lists(SCORES, min_size=1, max_size=70).filter(lambda row: max(row) > -INF)
+EPSILONS = st.floats(1e-6, 0.999)
+
+
+def naive_softmax(row: list[float]) -> list[float]:
+    top = max(row)
+    weights = [math.exp(score - top) for score in row]
+    return [weight / math.fsum(weights) for weight in weights]
+
+
+def naive_entropy(row: list[float]) -> float:
+    return -math.fsum(p * math.log(p) for p in naive_softmax(row) if p > 0)
+
+
+def naive_eta(row: list[float], epsilon: float) -> float:
+    return min(epsilon, math.sqrt(epsilon) * math.exp(-naive_entropy(row)))
+
+
+def kept(scores: torch.Tensor, epsilon: float, bar=eta_log_threshold, **options) -> torch.Tensor:
+    rows = softmax_rows(scores)
+    return ~below_threshold(scores, rows, bar(rows, epsilon), **options)
+
+
+@given(ROWS)
+def test_entropy_is_shannons_in_nats(row):
+    assert softmax_rows(torch.tensor([row])).entropy.item() == pytest.approx(naive_entropy(row), abs=2e-5)
+
+
+@given(ROWS, EPSILONS)
+def test_threshold_is_the_papers_formula(row, epsilon):
+    eta = eta_log_threshold(softmax_rows(torch.tensor([row])), epsilon).exp().item()
+    assert eta == pytest.approx(naive_eta(row, epsilon), rel=5e-5)
+
+
+@given(ROWS, EPSILONS)
+def test_kept_set_is_the_papers_away_from_the_bar(row, epsilon):
+    probs, eta = naive_softmax(row), naive_eta(row, epsilon)
+    for p, score, is_kept in zip(probs, row, kept(torch.tensor([row]), epsilon)[0].tolist(), strict=True):
+        if score == max(row):
+            assert is_kept
+        elif abs(p - eta) > 1e-4 * eta:
+            assert is_kept == (p >= eta)
+
+
+@given(ROWS, EPSILONS)
+def test_epsilon_keeps_what_reaches_it_and_the_maximum(row, epsilon):
+    mask = kept(torch.tensor([row]), epsilon, epsilon_log_threshold)[0].tolist()
+    for p, score, is_kept in zip(naive_softmax(row), row, mask, strict=True):
+        if abs(p - epsilon) > 1e-4 * epsilon:
+            assert is_kept == (p >= epsilon or score == max(row))
+
+
+@given(ROWS, EPSILONS, st.integers(1, 80))
+def test_min_tokens_to_keep_is_the_top_of_the_row_with_ties(row, epsilon, minimum):
+    scores = torch.tensor([row])
+    bar = sorted(row, reverse=True)[min(minimum, len(row)) - 1]
+    expected = kept(scores, epsilon) | (scores >= bar)
+    assert torch.equal(kept(scores, epsilon, min_tokens_to_keep=minimum), expected)
+
+
+@given(ROWS, st.floats(-1000, 1000))
+@settings(max_examples=50)
+def test_a_constant_added_to_a_row_changes_nothing_beyond_rounding(row, shift):
+    rows, shifted = softmax_rows(torch.tensor([row])), softmax_rows(torch.tensor([row]) + shift)
+    assert shifted.entropy.item() == pytest.approx(rows.entropy.item(), abs=5e-3)
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 1023, 1024, 1025, 50257])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_row_is_the_same_to_the_bit_in_any_batch(vocab, threads):
+    scores = torch.randn(16, vocab) * 4
+    torch.set_num_threads(threads)
+    try:
+        together = softmax_rows(scores)
+        alone = [softmax_rows(scores[i : i + 1]) for i in range(16)]
+        shuffled = softmax_rows(scores.flip(0))
+    finally:
+        torch.set_num_threads(1)
+    for field in ("z", "log_total", "entropy"):
+        assert torch.equal(getattr(together, field), torch.cat([getattr(row, field) for row in alone]))
+        assert torch.equal(getattr(together, field), getattr(shuffled, field).flip(0))
+
+
+def test_tensor_sum_would_not_be(monkeypatch):
+    """Why `_row_sum` exists. If torch's own sum becomes batch-invariant, this fails and the tree can go."""
+    values = torch.rand(16, 50257)
+    torch.set_num_threads(2)
+    try:
+        alone = torch.cat([values[i : i + 1].sum(-1) for i in range(16)])
+        assert not torch.equal(alone, values.sum(-1))
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("n", [1, 5, 32, 33, 64, 1000, 1024, 1056, 40000])
+def test_row_sum_is_the_sum(n):
+    values = torch.rand(3, n)
+    expected = values.double().sum(-1, keepdim=True)
+    torch.testing.assert_close(cutoffs._row_sum(values).double(), expected, rtol=1e-6, atol=0)
+
+
+def test_one_finite_token():
+    row = torch.tensor([[-INF, 3.0, -INF]])
+    rows = softmax_rows(row)
+    assert rows.entropy.item() == 0
+    assert eta_log_threshold(rows, 0.01).item() == pytest.approx(math.log(0.01))
+    assert kept(row, 0.01).tolist() == [[False, True, False]]
+
+
+@pytest.mark.parametrize("epsilon", [1e-4, 0.5, 0.999999])
+@pytest.mark.parametrize("vocab", [2, 3, 1000, 50257])
+def test_equal_scores_are_all_kept(vocab, epsilon):
+    row = torch.full((1, vocab), 2.5)
+    assert softmax_rows(row).entropy.item() == pytest.approx(math.log(vocab), rel=1e-6)
+    assert kept(row, epsilon).all()
+    assert kept(row, epsilon, epsilon_log_threshold).all(), "the maximum stays, and every token ties with it"
+
+
+def test_vocabulary_of_one():
+    assert kept(torch.tensor([[-7.0]]), 0.5).tolist() == [[True]]
+
+
+@pytest.mark.parametrize("bad", [[math.nan, 1.0, 0.0], [INF, 1.0, 0.0], [-INF, -INF, -INF], [INF, math.nan, -INF]])
+@pytest.mark.parametrize("bar", [eta_log_threshold, epsilon_log_threshold])
+def test_a_row_that_is_no_distribution_is_left_alone_and_harms_no_neighbour(bad, bar):
+    good = [5.0, 0.0, -20.0]
+    mask = kept(torch.tensor([bad, good]), 0.05, bar)
+    assert mask[0].all()
+    assert torch.equal(mask[1:], kept(torch.tensor([good]), 0.05, bar))
+    assert not mask[1].all()
+
+
+def test_tokens_at_minus_infinity_leave_the_entropy_of_the_rest():
+    rest = torch.randn(1, 40)
+    padded = torch.cat([rest, torch.full((1, 500), -INF)], dim=1)
+    assert softmax_rows(padded).entropy.item() == pytest.approx(softmax_rows(rest).entropy.item(), rel=1e-6)
+
+
+def test_any_number_of_leading_dimensions():
+    scores = torch.randn(2, 3, 50)
+    assert torch.equal(kept(scores, 0.01), kept(scores.view(6, 50), 0.01).view(2, 3, 50))
+    assert torch.equal(kept(scores[0, 0], 0.01), kept(scores, 0.01)[0, 0])
+
+
+def test_shapes_are_checked_in_tests():
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'scores'"):
+        softmax_rows(torch.tensor([[1, 2, 3]]))

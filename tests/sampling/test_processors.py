@@ -1,0 +1,178 @@
+"""The processors as host objects: beside transformers' own, in every dtype, compiled, and against bad arguments."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import EpsilonLogitsWarper, EtaLogitsWarper, TopKLogitsWarper
+
+from hf_longtrunc import EpsilonLogitsProcessor, EtaLogitsProcessor
+
+INF = math.inf
+
+
+def random_scores(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
+    """Rows of several scales, some of them with a heavy head, as language models have."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.tensor([0.1, 1.0, 3.0, 8.0])[torch.arange(rows) % 4, None]
+    return torch.randn(rows, vocab, generator=generator) * scale + 12 * (
+        torch.rand(rows, vocab, generator=generator) < 2 / vocab
+    )
+
+
+def same_outside_rounding(ours, theirs, scores, bar) -> int:
+    """Number of tokens on which the kept sets differ, each of which must lie on the bar to fp32 rounding."""
+    differ = (ours == -INF) != (theirs == -INF)
+    p, bars = scores.double().softmax(-1)[differ], bar.double().expand_as(scores)[differ]
+    assert ((p - bars).abs() <= 4e-6 * bars).all()
+    return int(differ.sum())
+
+
+@pytest.mark.parametrize("epsilon", [3e-4, 2e-3, 0.1])
+def test_kept_set_is_that_of_transformers_on_ten_thousand_rows(epsilon):
+    ours, theirs = EtaLogitsProcessor(epsilon), EtaLogitsWarper(epsilon)
+    differing = 0
+    for seed in range(10):
+        scores = random_scores(1000, 997, seed)
+        differing += same_outside_rounding(ours(None, scores), theirs(None, scores), scores, ours.threshold(scores))
+    assert differing <= 20, f"{differing} of 9,970,000 tokens"
+
+
+def test_epsilon_kept_set_is_that_of_transformers():
+    for seed in range(3):
+        scores = random_scores(1000, 997, seed)
+        ours, theirs = EpsilonLogitsProcessor(3e-3), EpsilonLogitsWarper(3e-3)
+        same_outside_rounding(ours(None, scores), theirs(None, scores), scores, ours.threshold(scores))
+
+
+def test_kept_scores_keep_their_bits_and_the_input_is_not_written():
+    scores = random_scores(8, 300)
+    before = scores.clone()
+    result = EtaLogitsProcessor(2e-3)(None, scores)
+    assert torch.equal(scores, before)
+    assert torch.equal(result[result > -INF], scores[result > -INF])
+    assert result.data_ptr() != scores.data_ptr()
+
+
+def test_bfloat16_is_computed_in_fp32_where_transformers_rounds_the_threshold():
+    """Transformers' warper computes softmax and entropy in bf16, 3 decimal digits: its bar is off by up to percents."""
+    scores = (torch.randn(8, 50000) * 3).bfloat16()
+    processor = EtaLogitsProcessor(2e-3)
+    ours = processor(None, scores)
+    assert ours.dtype == torch.bfloat16
+    exact = processor(None, scores.float())
+    assert torch.equal(ours == -INF, exact == -INF)
+    theirs = EtaLogitsWarper(2e-3)(None, scores)
+    assert ((theirs == -INF) != (exact == -INF)).sum() > 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_come_back_as_they_were(dtype):
+    scores = torch.randn(4, 100, dtype=dtype)
+    result = EtaLogitsProcessor(0.01)(None, scores)
+    assert result.dtype == dtype
+    assert torch.equal(result == -INF, EtaLogitsProcessor(0.01)(None, scores.float()) == -INF)
+
+
+@pytest.mark.parametrize("bad", [[math.nan, 1.0], [INF, 1.0], [-INF, -INF]])
+def test_rows_that_are_no_distribution_come_back_unchanged_where_transformers_raises(bad):
+    scores = torch.tensor([bad, [4.0, -9.0]])
+    result = EtaLogitsProcessor(0.01)(None, scores)
+    assert torch.equal(result[0].nan_to_num(nan=77.0), scores[0].nan_to_num(nan=77.0))
+    assert result[1].tolist() == [4.0, -INF]
+    with pytest.raises(ValueError, match=r"Categorical|constraint"):
+        EtaLogitsWarper(0.01)(None, scores)
+
+
+@pytest.mark.parametrize("processor", [EtaLogitsProcessor(2e-3), EpsilonLogitsProcessor(2e-3)])
+def test_a_row_does_not_depend_on_its_batch(processor):
+    scores = random_scores(32, 50257)
+    together = processor(None, scores)
+    assert torch.equal(together, torch.cat([processor(None, scores[i : i + 1]) for i in range(32)]))
+    garbage = torch.cat([scores[:1], torch.full((1, 50257), math.nan), torch.full((1, 50257), 1e30)])
+    assert torch.equal(processor(None, garbage)[:1], together[:1])
+
+
+def test_filter_value_and_min_tokens_to_keep():
+    scores = torch.tensor([[9.0, 1.0, 0.0, -1.0]])
+    assert EtaLogitsProcessor(0.2, filter_value=-1e4)(None, scores).tolist() == [[9.0, -1e4, -1e4, -1e4]]
+    assert EtaLogitsProcessor(0.2, min_tokens_to_keep=3)(None, scores).tolist() == [[9.0, 1.0, 0.0, -INF]]
+    assert EtaLogitsProcessor(0.2, min_tokens_to_keep=99)(None, scores).tolist() == scores.tolist()
+
+
+def test_ties_on_the_last_token_to_keep_all_stay():
+    scores = torch.tensor([[9.0, 1.0, 1.0, -1.0]])
+    assert EpsilonLogitsProcessor(0.5, min_tokens_to_keep=2)(None, scores).tolist() == [[9.0, 1.0, 1.0, -INF]]
+
+
+def test_after_another_processor_the_entropy_is_that_of_what_remains():
+    scores = torch.randn(4, 1000)
+    cut = TopKLogitsWarper(top_k=20)(None, scores)
+    remaining = cut[cut > -INF].view(4, 20)
+    bar = EtaLogitsProcessor(0.05).threshold
+    torch.testing.assert_close(bar(cut), bar(remaining), rtol=1e-6, atol=0)
+    assert not EtaLogitsProcessor(0.05)(None, cut).isnan().any()
+
+
+def test_compiles_into_one_graph():
+    """In a process of its own: the shape checks that the tests put around pure files are not for the compiler."""
+    program = """
+import torch
+from hf_longtrunc import EpsilonLogitsProcessor, EtaLogitsProcessor
+scores = torch.randn(4, 1003) * 4
+for processor in EtaLogitsProcessor(2e-3), EpsilonLogitsProcessor(2e-3), EtaLogitsProcessor(2e-3, min_tokens_to_keep=3):
+    compiled = torch.compile(lambda scores: processor(None, scores), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(scores), processor(None, scores)), processor
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("cls", [EtaLogitsProcessor, EpsilonLogitsProcessor])
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"epsilon": 0.0}, ValueError, r"epsilon must lie in \(0, 1\), got 0.0"),
+        ({"epsilon": 1.0}, ValueError, "epsilon must lie in"),
+        ({"epsilon": -3e-4}, ValueError, "epsilon must lie in"),
+        ({"epsilon": math.nan}, ValueError, "epsilon must lie in"),
+        ({"epsilon": INF}, ValueError, "epsilon must lie in"),
+        ({"epsilon": "3e-4"}, TypeError, "epsilon must be a number.*'3e-4' of type str"),
+        ({"epsilon": True}, TypeError, "epsilon must be a number"),
+        ({"epsilon": None}, TypeError, "epsilon must be a number"),
+        ({"epsilon": [3e-4]}, TypeError, "epsilon must be a number"),
+        ({"epsilon": 0.1, "min_tokens_to_keep": 0}, ValueError, "min_tokens_to_keep must be at least 1, got 0"),
+        ({"epsilon": 0.1, "min_tokens_to_keep": 1.5}, TypeError, "min_tokens_to_keep must be a whole number"),
+        ({"epsilon": 0.1, "min_tokens_to_keep": True}, TypeError, "min_tokens_to_keep must be a whole number"),
+        ({"epsilon": 0.1, "filter_value": "-inf"}, TypeError, "filter_value must be a number"),
+        ({"epsilon": 0.1, "filter_value": math.nan}, ValueError, "filter_value must be finite or -inf"),
+        ({"epsilon": 0.1, "filter_value": INF}, ValueError, "filter_value must be finite or -inf"),
+    ],
+)
+def test_bad_arguments_are_named(cls, arguments, error, message):
+    with pytest.raises(error, match=message):
+        cls(**arguments)
+
+
+def test_options_are_keyword_only():
+    with pytest.raises(TypeError, match="positional"):
+        EtaLogitsProcessor(0.1, 2)
+
+
+def test_numpy_numbers_are_numbers():
+    assert EtaLogitsProcessor(np.float32(0.25)).epsilon == 0.25
+
+
+def test_bad_scores_are_named():
+    with pytest.raises(TypeError, match=r"floating-point.*int64"):
+        EtaLogitsProcessor(0.1)(None, torch.tensor([[1, 2]]))
+    with pytest.raises(ValueError, match="at least one token"):
+        EtaLogitsProcessor(0.1)(None, torch.zeros(2, 0))
+
+
+def test_repr_shows_the_parameter():
+    assert repr(EtaLogitsProcessor(3e-4)) == "EtaLogitsProcessor(epsilon=0.0003)"

@@ -1,0 +1,81 @@
+"""The command line, run as a user runs it, on a tiny model saved in a folder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from hf_longtrunc.cli import app
+from tests.conftest import tiny_config
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,"
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {c: i for i, c in enumerate(letters, 4)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    LlamaForCausalLM(tiny_config(vocab_size=len(vocabulary))).save_pretrained(folder)
+    return str(folder)
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "80"})
+
+
+def test_demo_prints_three_texts_two_tables_and_writes_the_picture(model_folder, tmp_path):
+    result = invoke("demo", "--model", model_folder, "--max-new-tokens", "15", "--output-dir", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    for part in ("plain", "top-p 0.9", "eta 0.002", "The first 12 steps", "Over the whole text", "refused"):
+        assert part in result.output
+    assert (tmp_path / "sampling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_of_one_step(model_folder, tmp_path):
+    result = invoke("demo", "--model", model_folder, "--max-new-tokens", "1", "--output-dir", str(tmp_path))
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--epsilon", "1.5", "must lie in (0, 1), got 1.5"),
+        ("--epsilon", "zero", "--epsilon"),
+        ("--top-p", "0", "must lie in (0, 1], got 0.0"),
+        ("--max-new-tokens", "0", "--max-new-tokens"),
+    ],
+)
+def test_bad_options_are_named(option, value, message):
+    result = invoke("demo", option, value)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_model_that_is_not_there_is_a_sentence_not_a_traceback(tmp_path):
+    result = invoke("demo", "--model", str(tmp_path / "nowhere"))
+    assert result.exit_code == 1
+    assert "Could not load" in result.output
+    assert "--model takes a hub id or a folder" in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_help_names_the_commands():
+    result = invoke("--help")
+    assert result.exit_code == 0
+    assert "demo" in result.output
+
+
+def test_module_and_script_are_the_same_program():
+    environment = os.environ | {"COLUMNS": "80"}
+    result = subprocess.run(
+        [sys.executable, "-m", "hf_longtrunc", "--help"], check=True, capture_output=True, text=True, env=environment
+    )
+    assert "demo" in result.stdout

@@ -1,0 +1,77 @@
+"""The front door: what is public, what importing costs, and that nothing is touched by it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import hf_longtrunc
+
+PUBLIC = [
+    "EpsilonLogitsProcessor",
+    "EtaLogitsProcessor",
+    "TruncationRecord",
+    "TruncationTrace",
+    "attach_processors",
+    "load_pretrained",
+]
+
+
+def run(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+
+
+def test_the_public_names_are_these():
+    assert hf_longtrunc.__all__ == sorted(PUBLIC)
+
+
+def test_every_public_name_exists_and_is_documented():
+    for name in hf_longtrunc.__all__:
+        assert getattr(hf_longtrunc, name).__doc__
+        assert name in dir(hf_longtrunc)
+
+
+def test_an_unknown_name_says_what_there_is():
+    with pytest.raises(AttributeError, match=r"no attribute 'Eta'.*EtaLogitsProcessor"):
+        hf_longtrunc.Eta  # noqa: B018
+
+
+def test_import_brings_nothing_with_it():
+    """No torch, no optional package, nothing registered: the import is this file's own few lines."""
+    program = """
+import sys
+before = set(sys.modules)
+import hf_longtrunc
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(new & {"torch", "transformers", "numpy", "rich", "typer", "matplotlib", "pandas", "datasets",
+                    "accelerate", "gguf", "tqdm", "jaxtyping", "beartype"}))
+"""
+    assert run(program).strip() == "[]"
+
+
+def test_processors_need_no_optional_package():
+    """With every optional package hidden, the sampling room still imports and works."""
+    program = """
+import sys
+for name in ("rich", "matplotlib", "pandas", "datasets", "accelerate", "gguf", "jaxtyping", "beartype"):
+    sys.modules[name] = None
+import torch
+from hf_longtrunc import EtaLogitsProcessor, TruncationTrace, attach_processors, load_pretrained
+print(EtaLogitsProcessor(0.1)(None, torch.tensor([[3.0, -3.0]])).tolist())
+"""
+    assert run(program).strip() == "[[3.0, -inf]]"
+
+
+def test_command_line_says_what_to_install():
+    program = """
+import sys
+sys.modules["rich"] = None
+from hf_longtrunc.__main__ import main
+try:
+    main()
+except SystemExit as error:
+    print(error)
+"""
+    assert "pip install 'hf_longtrunc[demo]'" in run(program)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import nullcontext
+from io import StringIO
 from pathlib import Path  # noqa: TC003  typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -31,53 +31,64 @@ _MARGIN = 16  # tokens at the end of a text cut anywhere that might have been ot
 
 
 def ppl(
-    file: Annotated[str, typer.Argument(help="A text file, or - for standard input.")] = "-",
+    file: Annotated[typer.FileText, typer.Argument(encoding="utf-8", help="A text, or - for standard input.")] = "-",  # type: ignore[assignment]
     model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
-    window: Annotated[int | None, typer.Option(help="LM-Infinite's window; the trained one if left out.")] = None,
-    sinks: Annotated[int, typer.Option(help="First tokens that stay visible.")] = 16,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="LM-Infinite's window; the trained one if left out.")
+    ] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that stay visible.")] = 16,
     tokens: Annotated[int, typer.Option(min=2, help="Read so many tokens of the text.")] = 12_288,
     skip: Annotated[int, typer.Option(min=0, help="Leave out so many tokens before them.")] = 0,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward.")] = 512,
-    out: Annotated[Path | None, typer.Option(help="Folder for perplexity.png and perplexity.jsonl.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Where perplexity.png and perplexity.jsonl go.")] = None,
 ) -> None:
-    """Perplexity by position in a text, the unmodified model against LM-Infinite, on the same tokens in one run."""
-    language_model, tokenizer = load_pretrained(model)
-    with sys.stdin if file == "-" else open(file, encoding="utf-8") as stream:
-        input_ids = _read_tokens(stream, tokenizer, skip + tokens)[skip:]
-    arms: dict[str, Arm] = {
-        "unmodified": nullcontext,
-        "LM-Infinite": LMInfinite(num_sink_tokens=sinks, window_length=window),
-    }
-    _compare(Console(), language_model, input_ids, arms, chunk=chunk, out=out)
+    """Perplexity by position in a text: the unmodified model against LM-Infinite, on the same tokens in one run."""
+    try:
+        language_model, tokenizer = load_pretrained(model)
+    except (OSError, ModuleNotFoundError, ValueError) as error:
+        raise typer.BadParameter(
+            f"could not load {model or 'the default model'}: {error}", param_hint="--model"
+        ) from error
+    input_ids = _read_tokens(file, tokenizer, skip + tokens)[skip:]
+    if len(input_ids) < 2:
+        raise typer.BadParameter(f"at least 2 tokens are needed, the text has {len(input_ids)}", param_hint="FILE")
+    arm = LMInfinite(num_sink_tokens=sinks, window_length=window)
+    _compare(language_model, input_ids, arm, chunk=chunk, folder=output_dir, console=Console())
 
 
 def past_the_window(
-    console: Console, model: Any, tokenizer: Any, *, text: str | None = None, tokens: int = 10_240
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    text: str | None = None,
+    tokens: int = 12_288,
+    console: Console,
 ) -> None:
-    """Show what happens past the trained window, unmodified and under LM-Infinite: the demo's part.
+    """Read a text to half as far again as the model's window, unmodified and under LM-Infinite: the demo's part.
 
-    The text is Python's own language reference unless one is given. Cost: two readings of `tokens` tokens; with the
-    default model a few minutes on two cores.
+    The text is Python's own language reference unless one is given; the picture and the records go to `folder`. Cost:
+    two readings of `tokens` tokens.
     """
-    stream = python_reference() if text is None else text
-    input_ids = torch.tensor(tokenizer(stream[: tokens * 16], verbose=False).input_ids[:tokens])
-    _compare(console, model, input_ids, {"unmodified": nullcontext, "LM-Infinite": LMInfinite()})
+    console.rule("LM-Infinite: reading past the trained window")
+    source = python_reference() if text is None else text
+    input_ids = _read_tokens(StringIO(source), tokenizer, tokens)
+    _compare(model, input_ids, LMInfinite(), folder=folder, console=console)
 
 
 def _compare(
-    console: Console, model: Any, input_ids: Tensor, arms: dict[str, Arm], *, chunk: int = 512, out: Path | None = None
+    model: Any, input_ids: Tensor, arm: LMInfinite, *, chunk: int = 512, folder: Path | None, console: Console
 ) -> None:
-    if len(input_ids) < 2:
-        raise typer.BadParameter(f"the text holds {len(input_ids)} tokens, at least 2 are needed")
     window = model.config.get_text_config().max_position_embeddings
+    arms: dict[str, Arm] = {"unmodified": nullcontext, "LM-Infinite": arm}
     losses = compare_losses(model, input_ids, arms, chunk=chunk, progress=True)
     records = perplexity_records(model, losses, arms, default_edges(window, len(input_ids)))
     console.print(perplexity_table(records))
     console.print(f"{len(input_ids):,} tokens; the model was trained on windows of {window:,}.")
-    if out is not None:
-        append_records(out / "perplexity.jsonl", records)
-        plot_perplexity(losses, trained_window=window).figure.canvas.print_figure(out / "perplexity.png", dpi=150)
-        console.print(f"Wrote {out / 'perplexity.jsonl'} and {out / 'perplexity.png'}")
+    if folder is not None:
+        append_records(folder / "perplexity.jsonl", records)
+        plot_perplexity(losses, trained_window=window).figure.canvas.print_figure(folder / "perplexity.png", dpi=150)
+        console.print(f"picture: [bold]{folder / 'perplexity.png'}[/bold]")
 
 
 def _read_tokens(stream: TextIO, tokenizer: Any, limit: int) -> Tensor:

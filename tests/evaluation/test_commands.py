@@ -51,7 +51,7 @@ def long_text(prose):
 def test_ppl_compares_both_arms_on_the_tokens_of_a_file(run, tiny_folder, long_text, tmp_path):
     (tmp_path / "text.txt").write_text(long_text, encoding="utf-8")
     options = ["--model", tiny_folder, "--tokens", 300, "--skip", 20, "--window", 48, "--sinks", 2, "--chunk", 50]
-    result = run(tmp_path / "text.txt", *options, "--out", tmp_path / "out")
+    result = run(tmp_path / "text.txt", *options, "--output-dir", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "LM-Infinite" in result.output
     assert "300 tokens; the model was trained on windows of 64" in result.output.replace("\n", " ")
@@ -78,7 +78,22 @@ def test_ppl_says_when_there_is_no_text(run, tiny_folder, tmp_path):
     (tmp_path / "empty.txt").write_text("")
     result = run(tmp_path / "empty.txt", "--model", tiny_folder)
     assert result.exit_code == 2
-    assert "at least 2" in result.output
+    assert "at least 2 tokens" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["missing.txt"], "missing.txt"),
+        (["-", "--window", 0], "--window"),
+        (["-", "--sinks", -1], "--sinks"),
+        (["-", "--model", "/no/such/folder"], "could not load"),
+    ],
+)
+def test_ppl_says_what_is_wrong(run, tiny_folder, options, says):
+    result = run("--model", tiny_folder, *options, input="some words of text", env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert says in result.output
 
 
 def test_a_text_without_end_is_read_as_far_as_needed(tokenizer, prose):
@@ -97,12 +112,14 @@ def test_a_text_without_end_is_read_as_far_as_needed(tokenizer, prose):
     assert len(_read_tokens(io.StringIO("a few words"), tokenizer, 500)) == len(tokenizer("a few words").input_ids)
 
 
-def test_the_demo_part_needs_no_text(tiny_folder):
+def test_the_demo_part_needs_no_text(tiny_folder, tmp_path):
     model, tokenizer = load_pretrained(tiny_folder)
     console = Console(file=io.StringIO(), width=120)
-    past_the_window(console, model, tokenizer, tokens=150)
+    past_the_window(model, tokenizer, tmp_path, tokens=150, console=console)
     assert "LM-Infinite" in console.file.getvalue()
     assert "128-256" in console.file.getvalue()
+    assert len(read_records(tmp_path / "perplexity.jsonl", PerplexityRecord)) == 2 * 6
+    assert (tmp_path / "perplexity.png").exists()
 
 
 def test_the_reference_is_long_and_says_nothing_twice():

@@ -101,34 +101,37 @@ class LambdaCacheLayer(CacheLayerMixin):
         self._expected = None
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        assert self.sink_keys is not None and self.sink_values is not None
         if self.seen < self.max_padding + self.num_sink_tokens:
             self._store_sinks(self.sink_keys, key_states)
             self._store_sinks(self.sink_values, value_states)
-        if self.seen == 0:
-            returned = key_states, value_states
-        elif new > 1:
-            columns = torch.arange(self.seen - self._kept(), self.seen, device=self.keys.device)
-            slots = columns % self.ring_size + self.num_sink_tokens
+        if self.seen and new > 1:
             returned = (
-                torch.cat([self.sink_keys, self.keys.index_select(2, slots), key_states], dim=2),
-                torch.cat([self.sink_values, self.values.index_select(2, slots), value_states], dim=2),
+                self._leading(self.keys, self.sink_keys, key_states),
+                self._leading(self.values, self.sink_values, value_states),
             )
+        else:
+            returned = (key_states, value_states) if self.seen == 0 else (self.keys, self.values)
         self._store(key_states, value_states)
-        if new == 1 and self.seen > 1:
-            self.keys[:, :, : self.num_sink_tokens].copy_(self.sink_keys)
-            self.values[:, :, : self.num_sink_tokens].copy_(self.sink_values)
-            returned = self.keys, self.values
         return returned
 
+    def _leading(self, ring: Tensor, sinks: Tensor, new: Tensor) -> Tensor:
+        """[sinks | window before | new tokens], in the order of the text."""
+        columns = torch.arange(self.seen - self._kept(), self.seen, device=ring.device)
+        slots = columns % self.ring_size + self.num_sink_tokens
+        return torch.cat([sinks, ring.index_select(2, slots), new], dim=2)
+
     def _store(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Write the new tokens into the ring, and the sinks afresh into their slots."""
         new = key_states.shape[2]
         kept = min(new, self.ring_size)
         columns = torch.arange(self.seen + new - kept, self.seen + new, device=key_states.device)
         slots = columns % self.ring_size + self.num_sink_tokens
-        self.keys.index_copy_(2, slots, key_states[:, :, new - kept :].detach())
-        self.values.index_copy_(2, slots, value_states[:, :, new - kept :].detach())
+        for buffer, sinks, states in (
+            (self.keys, self.sink_keys, key_states),
+            (self.values, self.sink_values, value_states),
+        ):
+            buffer.index_copy_(2, slots, states[:, :, new - kept :].detach())
+            buffer[:, :, : self.num_sink_tokens].copy_(sinks)
         self.seen += new
         self.written = max(self.written, self.seen)
 

@@ -60,16 +60,16 @@ class Scoring(NamedTuple):
 
 
 def visible(
-    query_positions: Int[Tensor, "*rows n"], key_positions: Int[Tensor, "*rows m"], num_sink_tokens: int, window: int
-) -> Bool[Tensor, "*rows n m"]:
+    query_positions: Int[Tensor, "*#rows n"], key_positions: Int[Tensor, "*#rows m"], num_sink_tokens: int, window: int
+) -> Bool[Tensor, "... n m"]:
     """Return whether a query sees a key: j <= i and (i - j < window or j < num_sink_tokens), padding never."""
     i, j = query_positions[..., :, None], key_positions[..., None, :]
     return (j >= 0) & (j <= i) & ((i - j < window) | (j < num_sink_tokens))
 
 
 def distance(
-    query_positions: Int[Tensor, "*rows n"], key_positions: Int[Tensor, "*rows m"], max_distance: int
-) -> Int[Tensor, "*rows n m"]:
+    query_positions: Int[Tensor, "*#rows n"], key_positions: Int[Tensor, "*#rows m"], max_distance: int
+) -> Int[Tensor, "... n m"]:
     """Return min(i - j, max_distance)."""
     return (query_positions[..., :, None] - key_positions[..., None, :]).clamp_max(max_distance)
 
@@ -140,7 +140,7 @@ def single_query_attention(
 
     One ordinary attention call: the heads of a group become the queries of their key head.
     """
-    bias = None if scoring.slopes is None else -scoring.slopes[None, :, None, None] * distances[:, None, None]
+    bias = None if scoring.slopes is None else _bias(scoring.slopes, distances[:, None], query)
     return _attend(query, key, value, seen[:, None], scoring, choose_path("auto", scoring), bias=bias)
 
 
@@ -177,7 +177,7 @@ def _attend_block(task: _Task, start: int, stop: int, path: str) -> Tensor:
     query, i = task.query[:, :, start:stop], task.query_positions[:, start:stop]
     key, value, j = task.key[:, :, keys], task.value[:, :, keys], task.key_positions[:, keys]
     seen, slopes, far = visible(i, j, 0, task.window), task.scoring.slopes, None
-    bias = None if slopes is None else -slopes[:, None, None] * distance(i, j, task.max_distance)[:, None]
+    bias = None if slopes is None else _bias(slopes, distance(i, j, task.max_distance), query)
     if task.sinks is not None:
         sink_positions = torch.arange(task.sinks[0].shape[2], device=key.device)[None]
         far = _far_scores(task, query, i, sink_positions)
@@ -199,7 +199,7 @@ def _far_scores(task: _Task, query: Tensor, i: Tensor, j: Tensor) -> Tensor:
             scores = torch.where(near, grouped_scores(query, key), scores)
     scores = _capped(scores * task.scoring.scaling, task.scoring.softcap)
     if task.scoring.slopes is not None:
-        scores = scores - task.scoring.slopes[:, None, None] * distance(i, j, task.max_distance)[:, None]
+        scores = scores + _bias(task.scoring.slopes, distance(i, j, task.max_distance), query)
     return scores
 
 
@@ -275,6 +275,11 @@ def _with_far_dimensions(query: Tensor, key: Tensor, far: Tensor) -> tuple[Tenso
     identity = torch.eye(sinks, dtype=key.dtype, device=key.device).repeat(1, len(parts))  # [S, parts * S]
     far_key = F.pad(identity, (key.shape[-1], 0)).expand(*key.shape[:2], -1, -1)
     return torch.cat([query, *parts], dim=-1), torch.cat([far_key, F.pad(key, (0, identity.shape[-1]))], dim=2)
+
+
+def _bias(slopes: Tensor, distances: Tensor, query: Tensor) -> Tensor:
+    """ALiBi's part of the logits [rows, heads, n, m] at distances [rows, n, m]."""
+    return -slopes.to(torch.promote_types(query.dtype, torch.float32))[:, None, None] * distances[:, None]
 
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:

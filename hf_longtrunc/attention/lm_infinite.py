@@ -109,8 +109,10 @@ class LMInfinite:
 
 
 def trained_length(config: PreTrainedConfig) -> int:
-    """Return how many tokens a model was trained for: `max_position_embeddings`, stretched by a RoPE scaling that the
-    config states relative to an original length.
+    """Return how many tokens a model was trained for.
+
+    That is `max_position_embeddings` (or what its config calls it), or the length that YaRN's factor stretches the
+    original one to, if that is more.
     """
     config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions"):
@@ -229,18 +231,20 @@ class Patch:
     # -- learning how each layer rotates ------------------------------------------------------------------------------
 
     def _reference_output(self) -> Tensor:
-        """The unmodified model's hidden states for a few tokens that fit the window."""
+        """Hidden states of a few tokens that fit the window."""
         tokens = torch.arange(min(8, self.window_length), device=_device(self._decoder))[None]
-        return self._forward(tokens * 7 % self._vocabulary())
+        return self._forward(
+            (tokens * 7 + 3) % self._vocabulary()
+        )  # not 0, which is often padding and embedded as zero
 
     def _check_against(self, before: Tensor) -> None:
         """Within the window nothing may have changed: the guard against architectures nobody has thought of."""
-        difference = (self._reference_output() - before).double().norm() / before.double().norm()
+        difference = (self._reference_output() - before).double().norm()
         tolerance = 0.1 if before.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        if not difference < tolerance:
+        if not difference <= tolerance * before.double().norm():
             raise ValueError(
                 f"LMInfinite cannot patch {type(self._model).__name__}: within the window its attention would give "
-                f"other results than the model's own (relative difference {difference:.1e}), so it computes something "
+                f"other results than the model's own (they differ by {difference:.1e}), so it computes something "
                 "that is not reproduced here"
             )
 
@@ -271,7 +275,8 @@ class Patch:
         if not unrotated:
             raise ValueError(
                 self._refusal(
-                    "none of its layers takes full causal attention through transformers' attention interface"
+                    "each of its layers was trained with a sliding window of its own, or none takes its attention and "
+                    "its mask from transformers' interfaces"
                 )
             )
         for module, states in unrotated.items():
@@ -280,7 +285,8 @@ class Patch:
             if not torch.allclose(states, states[:, :, :1].expand_as(states), rtol=1e-2, atol=1e-4):
                 raise ValueError(
                     self._refusal(
-                        "its queries depend on absolute positions (learned or sinusoidal position embeddings) or its layers mix tokens outside attention, so distances cannot be limited"
+                        "its queries depend on absolute positions (learned or sinusoidal position embeddings), or its "
+                        "layers mix tokens outside attention (recurrence, convolution): there is no distance to limit"
                     )
                 )
             try:
@@ -289,7 +295,7 @@ class Patch:
                 raise ValueError(self._refusal(f"in {type(module).__name__} {error}")) from None
 
     def _captured(self, tokens: Tensor, sources: list[ExactRotary], factor: float) -> dict[nn.Module, Tensor]:
-        """Queries and keys [batch, heads + kv_heads, n, dim] of each full-attention layer, for `factor` times the probe angles."""
+        """Queries and keys [batch, heads + kv_heads, n, dim] of each layer, turned by `factor` times the probe angles."""
         for source in sources:
             source.probing = factor
         self._captures: dict[nn.Module, Tensor] | None = {}
@@ -298,7 +304,9 @@ class Patch:
             return self._captures
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             raise ValueError(
-                self._refusal("its attention does not go through transformers' attention and mask interfaces")
+                self._refusal(
+                    f"its layers cannot be probed through transformers' attention and mask interfaces: {error}"
+                )
             ) from error
         finally:
             self._captures = None
@@ -310,7 +318,7 @@ class Patch:
 
     _captures = None
 
-    # -- a forward: the hook knows the cache, the mask carries positions, the attention uses them -----------------------
+    # -- a forward: the hook knows the cache, the mask carries positions, the attention uses them ----------------------
 
     def _begin(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -360,7 +368,7 @@ class Patch:
         return rings
 
     def _mask(self, *args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
-        """In place of a mask: positions [rows, n + m] of queries and keys, with a dimension more if sinks lead the keys.
+        """Carry positions [rows, n + m] of queries and keys in place of a mask, [rows, 1, n + m] if sinks lead the keys.
 
         Layers that were trained with a window of their own get their own mask.
         """
@@ -379,7 +387,7 @@ class Patch:
         dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """The attention function that this patch's name stands for."""
+        """Compute attention under this patch's name."""
         is_native = attention_mask is None or attention_mask.dtype != torch.int64
         if is_native and self._captures is not None:
             return _nothing(query, value).transpose(1, 2), None
@@ -409,10 +417,10 @@ class Patch:
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, carried: Tensor, scoring: Scoring
     ) -> Tensor:
-        """Λ-attention of one layer, [batch, heads, n, value_dim], given the positions that the mask carries."""
+        """Return the Λ-attention of one layer, [batch, heads, n, value_dim], given the positions that the mask carries."""
         if self._captures is not None:
             if module in self._captures:
-                raise ValueError("a layer runs several times in one forward")
+                raise ValueError("a layer runs several times in a forward")
             self._captures[module] = torch.cat([query, key], dim=1)
             return _nothing(query, value)
         new, sinks, window = query.shape[2], self.num_sink_tokens, self.window_length
@@ -503,7 +511,7 @@ def _checked_mask(mask: Any, length: int) -> Tensor | None:
 
 
 def _padding(mask: Tensor | None, new: int) -> Tensor | None:
-    """Columns before each row's first real token [batch]; None where there are none, as far as that is cheap to know."""
+    """Columns before each row's first real token [batch]; None where it is cheap to know that there are none."""
     if mask is None:
         return None
     mask = mask.bool()
@@ -528,8 +536,8 @@ def _check_positions(position_ids: Any, mask: Tensor | None, new: int) -> None:
         steps = steps | ~(real[:, 1:] & real[:, :-1])
     if not bool(steps.all()):
         raise ValueError(
-            "position_ids must count up by one within a row on a model patched by LMInfinite, which counts distances in "
-            "tokens: packed rows and position_ids that jump (CREAM) cannot be combined with it"
+            "position_ids must count up by one within a row on a model patched by LMInfinite, which counts distances "
+            "in tokens: packed rows and position_ids that jump (CREAM) cannot be combined with it"
         )
 
 

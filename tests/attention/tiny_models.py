@@ -30,9 +30,21 @@ SMALL = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
+MIXED = ["sliding_attention", "full_attention"]
+
 # What some families need beside it: sizes that must agree, or a full-attention layer among windowed ones.
 EXTRA: dict[str, dict[str, Any]] = {
     "falcon": {"alibi": False},
+    "mistral": {"sliding_window": None},
+    "ministral": {"layer_types": MIXED},
+    "gemma3_text": {"layer_types": MIXED},
+    "cohere2": {"layer_types": MIXED},
+    "cohere2_moe": {"layer_types": MIXED},
+    "exaone4": {"layer_types": MIXED},
+    "exaone_moe": {"layer_types": MIXED},
+    "olmo3": {"layer_types": MIXED},
+    "afmoe": {"layer_types": MIXED},
+    "llama4_text": {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]},
 }
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_longtrunc.attention.cache import LambdaCacheLayer as LambdaCacheLayer
-    from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite
+    from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
     from hf_longtrunc.evaluation.passkey import (
         PasskeyPrompts as PasskeyPrompts,
         PasskeyRecord as PasskeyRecord,
@@ -86,6 +86,7 @@ _HOME = {
     "start_stream": "hf_longtrunc.evaluation.streaming",
     "stream_losses": "hf_longtrunc.evaluation.perplexity",
     "token_losses": "hf_longtrunc.evaluation.perplexity",
+    "trained_length": "hf_longtrunc.attention.lm_infinite",
 }
 
 __all__ = sorted(_HOME)

@@ -37,6 +37,7 @@ from hf_longtrunc import (
     perplexity_table,
     plot_perplexity,
     start_stream,
+    trained_length,
 )
 
 _TIMED_TOKENS, _WARM_UP = 200, 20
@@ -59,7 +60,7 @@ def synchronize() -> None:
 
 
 def perplexity(console: Console, model: Any, rows: Tensor, chunk: int, out: Path) -> None:
-    window = model.config.max_position_embeddings
+    window = trained_length(model.config)
     arms: dict[str, Any] = {"unmodified": nullcontext}
     for sinks, length in [(16, window), (16, window // 4), (0, window)]:
         arms[f"S={sinks}, L={length}"] = LMInfinite(num_sink_tokens=sinks, window_length=length)

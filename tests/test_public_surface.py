@@ -40,6 +40,7 @@ PUBLIC = [
     "start_stream",
     "stream_losses",
     "token_losses",
+    "trained_length",
 ]
 
 

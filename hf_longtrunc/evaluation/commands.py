@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from hf_longtrunc import LMInfinite, load_pretrained
+from hf_longtrunc import LMInfinite, load_pretrained, trained_length
 from hf_longtrunc.evaluation.perplexity import (
     compare_losses,
     default_edges,
@@ -53,6 +53,11 @@ def ppl(
     if len(input_ids) < 2:
         raise typer.BadParameter(f"at least 2 tokens are needed, the text has {len(input_ids)}", param_hint="FILE")
     arm = LMInfinite(num_sink_tokens=sinks, window_length=window)
+    try:
+        with arm(language_model):
+            trained_length(language_model.config)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
     _compare(language_model, input_ids, arm, chunk=chunk, folder=output_dir, console=Console())
 
 
@@ -79,7 +84,7 @@ def past_the_window(
 def _compare(
     model: Any, input_ids: Tensor, arm: LMInfinite, *, chunk: int = 512, folder: Path | None, console: Console
 ) -> None:
-    window = model.config.get_text_config().max_position_embeddings
+    window = trained_length(model.config)
     arms: dict[str, Arm] = {"unmodified": nullcontext, "LM-Infinite": arm}
     losses = compare_losses(model, input_ids, arms, chunk=chunk, progress=True)
     records = perplexity_records(model, losses, arms, default_edges(window, len(input_ids)))

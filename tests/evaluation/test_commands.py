@@ -96,6 +96,14 @@ def test_ppl_says_what_is_wrong(run, tiny_folder, options, says):
     assert says in result.output
 
 
+def test_ppl_refuses_a_model_that_cannot_be_patched_before_it_reads(run, tiny_gpt2, tokenizer, tmp_path):
+    tiny_gpt2.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    result = run("-", "--model", tmp_path, input="some words of text", env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert "cannot patch" in result.output
+
+
 def test_a_text_without_end_is_read_as_far_as_needed(tokenizer, prose):
     class Endless(io.TextIOBase):
         source, given = cycle(prose), 0

@@ -8,6 +8,7 @@ a quarter of it, and S = 0 with the trained window. SmolLM2-135M-Instruct on Mob
 tokens: unmodified 40 before the trained window of 8,192 and thousands after it; S = 16 stays at 36 to 50; S = 0 is
 nearly twice that.
 streaming: tokens per second, one token at a time, and the bytes of the cache, after 10k to 100k tokens seen.
+prompt: a single prompt of 131k and of a million tokens (the text, over and over) through `generate`, time and memory.
 
 Cost: with SmolLM2-135M-Instruct a few minutes on a data-centre GPU. The kernels are in benchmarks/lm_infinite.py.
 """
@@ -95,6 +96,19 @@ def streaming(model: Any, ids: Tensor, arm: LMInfinite, stops: list[int], chunk:
     return speeds
 
 
+def prompt(console: Console, model: Any, ids: Tensor, n: int) -> None:
+    """Read one prompt of n tokens in one call of `generate`, under LM-Infinite."""
+    row = ids.repeat(-(-n // len(ids)))[None, :n].to(model.device)
+    with LMInfinite()(model):
+        since = time.perf_counter()
+        cache, _ = start_stream(model, row)
+        synchronize()
+    seconds = time.perf_counter() - since
+    peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0
+    size = cache_bytes(cache) / 2**20
+    console.print(f"prompt of {n:,} tokens: {seconds:.1f} s, cache {size:.1f} MiB, peak {peak:,.0f} MiB of GPU memory")
+
+
 def speed_table(speeds: list[StreamSpeed]) -> Table:
     table = Table("arm", title="streaming, one token at a time")
     for column in ("tokens seen", "tokens/s", "cache MiB", "peak GPU MiB"):
@@ -108,10 +122,11 @@ def speed_table(speeds: list[StreamSpeed]) -> Table:
 def main(
     text: Annotated[Path, typer.Option(help="A long text.")],
     model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
-    parts: Annotated[str, typer.Option(help="What to measure.")] = "perplexity,streaming",
+    parts: Annotated[str, typer.Option(help="What to measure.")] = "perplexity,streaming,prompt",
     starts: Annotated[str, typer.Option(help="Where in the tokens each stretch begins.")] = "2000,100000",
     tokens: Annotated[int, typer.Option(help="Tokens per stretch.")] = 65_536,
     stops: Annotated[str, typer.Option(help="Tokens seen when the streaming speed is taken.")] = "10000,30000,100000",
+    prompts: Annotated[str, typer.Option(help="Lengths of the prompts.")] = "131072,1048576",
     chunk: Annotated[int, typer.Option(help="Tokens per forward.")] = 2048,
     out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("lm_infinite"),
 ) -> None:
@@ -130,6 +145,9 @@ def main(
             speeds = streaming(language_model, stream, arm, seen, chunk)
             console.print(speed_table(speeds))
             append_records(out / "streaming.jsonl", speeds)
+    if "prompt" in parts.split(","):
+        for length in prompts.split(","):
+            prompt(console, language_model, ids, int(length))
 
 
 if __name__ == "__main__":

@@ -168,10 +168,19 @@ def test_recipe_lm_infinite(tiny_folder, tmp_path, long_text, capsys):
     (tmp_path / "text.txt").write_text(long_text)
     main = runpy.run_path(str(RECIPES / "lm_infinite.py"))["main"]
     where = {"text": tmp_path / "text.txt", "model": tiny_folder, "out": tmp_path}
-    main(**where, parts="perplexity,streaming", starts="0,100", tokens=200, stops="100,400", chunk=64)
+    main(
+        **where,
+        parts="perplexity,streaming,prompt",
+        starts="0,100",
+        tokens=200,
+        stops="100,400",
+        prompts="900",
+        chunk=64,
+    )
     shown = capsys.readouterr().out
     assert "S=0, L=64" in shown
     assert "streaming" in shown
+    assert "prompt of 900 tokens" in shown
     assert len(read_records(tmp_path / "perplexity.jsonl", PerplexityRecord)) == 4 * 6
 
 

@@ -221,6 +221,8 @@ def plot_perplexity(
         axes: draw into these Axes, which are returned; None makes new ones.
     """
     axes = axes or _new_axes()
+    from matplotlib.ticker import LogFormatter
+
     for name, loss in losses.items():
         width = max(1, -(-loss.shape[-1] // _POINTS_OF_A_CURVE))
         bins = perplexity_by_position(loss, range(0, loss.shape[-1] + width, width))
@@ -229,6 +231,8 @@ def plot_perplexity(
     if trained_window is not None:
         axes.axvline(trained_window, color="grey", linestyle=":", linewidth=1, label="trained window")
     axes.set(xlabel="position (tokens)", ylabel="perplexity", yscale="log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.legend(frameon=False)
     return axes
 

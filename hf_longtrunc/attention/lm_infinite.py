@@ -390,7 +390,7 @@ class Patch:
         """Compute attention under this patch's name."""
         is_native = attention_mask is None or attention_mask.dtype != torch.int64
         if is_native and self._captures is not None:
-            return _nothing(query, value).transpose(1, 2), None
+            return _nothing(query, value).transpose(1, 2).contiguous(), None
         if is_native:
             return self._native(module)(
                 module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -475,6 +475,9 @@ class Patch:
         return result
 
     def _swap_layers(self, cache: Cache) -> None:
+        # Where layers read each other's keys, what one of them does to its sinks would reach the next.
+        if getattr(self._decoder.config, "num_kv_shared_layers", 0):
+            return
         for index in self._layer_rotations:
             if index < len(cache.layers) and type(cache.layers[index]) is DynamicLayer:
                 cache.layers[index] = LambdaCacheLayer(self.num_sink_tokens, self.window_length)

@@ -174,6 +174,29 @@ def test_no_score_outside_the_window_is_ever_computed(monkeypatch):
     assert max(columns for _, columns in widths) == 4 + 20 - 1 + 10
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("n", "sinks", "window"), [(5, 3, 40), (400, 0, 40), (400, 3, 270), (300, 130, 20), (200, 3, 1)])
+def test_flex_attention_is_the_blockwise_path(n, sinks, window):
+    query, key, value = states(n, dtype=torch.float32)
+    sinks = min(sinks, n)
+    settings = (sinks, window, window + 5, Scoring(0.4))
+    flex = ours(query, key, value, *settings, path="flex")
+    assert (flex - ours(query, key, value, *settings, path="sdpa")).abs().max() < 2e-5
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_with_padding_and_a_past():
+    query, key, value = states(300, batch=2, dtype=torch.float32)
+    i = torch.arange(300)[None] - torch.tensor([0, 150])[:, None]
+    turned = ROTATION.rotate(query, i)[:, :, 100:], ROTATION.rotate(key, i)
+    far = torch.randn(2, 2, 4, DIM), torch.randn(2, 2, 4, DIM)
+    settings = {"sinks": far, "window": 30, "max_distance": 30, "scoring": Scoring(0.4), "rotate": ROTATION.rotate}
+    flex, sdpa = (lambda_attention(*turned, value, i[:, 100:], i, path=path, **settings) for path in ("flex", "sdpa"))
+    real = (i[:, 100:] >= 0)[:, None, :, None]
+    assert ((flex - sdpa) * real).abs().max() < 2e-5
+    assert flex.isfinite().all()
+
+
 def test_paths_are_named():
     assert choose_path("auto", Scoring(1.0)) == "sdpa"
     assert choose_path("auto", Scoring(1.0, softcap=2.0)) == "eager"

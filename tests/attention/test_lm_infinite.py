@@ -337,6 +337,23 @@ def test_rows_of_a_cache_can_be_repeated_and_chosen(llama):
         assert (got - expected).abs().max() < 3e-5
 
 
+def test_the_decode_step_compiles_whole_and_stays_compiled(llama):
+    """No graph break, and no more graphs than one for fixed and one for moving lengths."""
+    from torch._dynamo.utils import counters
+
+    ids = prompt(60)
+    with SETTINGS(llama):
+        whole = logits(llama, ids)
+        cache = ring_cache(llama)
+        logits(llama, ids[:, :20], past_key_values=cache)
+        torch.compiler.reset()
+        counters.clear()
+        step = torch.compile(llama, backend="eager", fullgraph=True)
+        parts = [step(ids[:, t : t + 1], past_key_values=cache).logits for t in range(20, 60)]
+    assert (torch.cat(parts, dim=1) - whole[:, 20:]).abs().max() < 3e-5
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_the_references(checkpointing):
     ids = prompt()

@@ -35,8 +35,11 @@ def flex_lambda_attention(
     """Attend as `lambda_attention` does.
 
     Args:
-        query, key, value: rotated, the keys in the order of the text and ending with the queries' own.
-        query_positions, key_positions: counted from each row's first real token.
+        query: rotated at its own positions.
+        key: likewise, in the order of the text and ending with the queries' own.
+        value: of the keys.
+        query_positions: counted from each row's first real token.
+        key_positions: likewise.
         far: the sinks' logits [batch, heads, n, S] and values [batch, kv_heads, S, value_dim], None without sinks.
         window: L.
         scaling: of the dot products; `far` has it already.
@@ -97,7 +100,7 @@ def _block_mask(
 
 
 def _chosen(blocks: Tensor, is_chosen: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Counts [1, 1, rows] and indices [1, 1, rows, all key blocks] of the chosen blocks, these first."""
+    """Return counts [1, 1, rows] and indices [1, 1, rows, all key blocks] of the chosen blocks, these first."""
     order = (~is_chosen).int().argsort(dim=-1, stable=True)
     total = -(-length // BLOCK)
     indices = blocks.gather(1, order).clamp_max(total - 1)
@@ -107,5 +110,5 @@ def _chosen(blocks: Tensor, is_chosen: Tensor, length: int) -> tuple[Tensor, Ten
 
 @lru_cache
 def _kernel(device_type: str) -> Any:
-    """The compiled kernel; on a CPU the plain definition, slow and good for tests."""
+    """Return the compiled kernel; on a CPU the plain definition, slow and good for tests."""
     return flex_attention if device_type == "cpu" else torch.compile(flex_attention, dynamic=True)

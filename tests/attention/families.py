@@ -1,6 +1,6 @@
 """What LM-Infinite does with each causal language model of transformers: the documentation's table.
 
-    python -m tests.attention.families > docs/lm_infinite_families.md
+python -m tests.attention.families > docs/lm_infinite_families.md
 """
 
 from __future__ import annotations

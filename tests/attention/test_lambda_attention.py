@@ -40,8 +40,18 @@ def ours(query, key, value, sinks, window, max_distance, scoring, rotation=ROTAT
     far = (key[:, :, :sinks], value[:, :, :sinks]) if sinks else None
     rotate = None if rotation is None else rotation.rotate
     return lambda_attention(
-        query, key, value, i, i, sinks=far, window=window, max_distance=max_distance, scoring=scoring, rotate=rotate, **options
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        i,
+        i,
+        sinks=far,
+        window=window,
+        max_distance=max_distance,
+        scoring=scoring,
+        rotate=rotate,
+        **options,
+    )
 
 
 def test_mask_and_distance_are_their_definitions():
@@ -102,7 +112,14 @@ def test_half_precision_errs_no_more_than_twice_what_plain_attention_does(path):
     assert (got[0].double() - expected).square().mean().sqrt() < allowed
 
 
-@pytest.mark.parametrize("changes", [{"softcap": 0.7}, {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.01], dtype=torch.float64)}, {"null_logits": torch.tensor([0.3, -1.0, 2.0, 0.0])}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"softcap": 0.7},
+        {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.01], dtype=torch.float64)},
+        {"null_logits": torch.tensor([0.3, -1.0, 2.0, 0.0])},
+    ],
+)
 def test_soft_capping_slopes_and_null_logits(changes):
     query, key, value = states(40)
     rotation, rope = (None, None) if "slopes" in changes else (ROTATION, ROPE)
@@ -175,7 +192,9 @@ def test_no_score_outside_the_window_is_ever_computed(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(("n", "sinks", "window"), [(5, 3, 40), (400, 0, 40), (400, 3, 270), (300, 130, 20), (200, 3, 1)])
+@pytest.mark.parametrize(
+    ("n", "sinks", "window"), [(5, 3, 40), (400, 0, 40), (400, 3, 270), (300, 130, 20), (200, 3, 1)]
+)
 def test_flex_attention_is_the_blockwise_path(n, sinks, window):
     query, key, value = states(n, dtype=torch.float32)
     sinks = min(sinks, n)

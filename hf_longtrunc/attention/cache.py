@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+
+from hf_longtrunc.attention.row_positions import from_first_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +35,7 @@ class LambdaCacheLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, num_sink_tokens: int, window_length: int):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.num_sink_tokens = num_sink_tokens
         self.window_length = window_length
         self.ring_size = window_length + self.ROLLBACK
@@ -41,8 +43,10 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.written = 0  # the most tokens ever seen: what the ring has overwritten, after a crop too
         self.padding: Tensor | None = None  # columns before each row's first real token [batch], None: none
         self.max_padding = 0
-        self.sink_keys: Tensor | None = None  # [batch, heads, S, dim], at their own positions
-        self.sink_values: Tensor | None = None
+        self.keys: Any = None  # [batch, heads, S + R, dim]
+        self.values: Any = None
+        self.sink_keys: Any = None  # [batch, heads, S, dim], at their own positions
+        self.sink_values: Any = None
         self._expected: int | None = None
 
     def expect(self, new_tokens: int, padding: Tensor | None) -> None:
@@ -50,10 +54,10 @@ class LambdaCacheLayer(CacheLayerMixin):
 
         Args:
             new_tokens: how many are about to come.
-            padding: columns before each row's first real token [batch]; read before the first token only.
+            padding: columns before each row's first real token [batch]; read until every row has one.
         """
         self._expected = new_tokens
-        if self.seen == 0:
+        if self.seen <= self.max_padding:
             self.padding = padding
             self.max_padding = 0 if padding is None else int(padding.max())
 
@@ -61,17 +65,14 @@ class LambdaCacheLayer(CacheLayerMixin):
         """Positions [rows, m] of the keys that the next `update` will return, negative for padding and empty slots."""
         total, sinks = self.seen + new_tokens, torch.arange(self.num_sink_tokens, device=device)
         if self.seen == 0:
-            return self._positions(torch.arange(total, device=device))
+            return from_first_token(torch.arange(total, device=device), self.padding)
         if new_tokens == 1:
             slots = torch.arange(self.ring_size, device=device)
             columns = total - 1 - (total - 1 - slots) % self.ring_size
         else:
             columns = torch.arange(total - new_tokens - self._kept(), total, device=device)
-        positions = self._positions(columns)
+        positions = from_first_token(columns, self.padding)
         return torch.cat([sinks.expand(positions.shape[0], -1), positions], dim=-1)
-
-    def _positions(self, columns: Tensor) -> Tensor:
-        return columns[None] if self.padding is None else columns - self.padding.to(columns.device)[:, None]
 
     def _kept(self) -> int:
         """How many columns before the new ones their first window reaches."""
@@ -115,7 +116,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         return returned
 
     def _leading(self, ring: Tensor, sinks: Tensor, new: Tensor) -> Tensor:
-        """[sinks | window before | new tokens], in the order of the text."""
+        """Return [sinks | window before | new tokens], in the order of the text."""
         columns = torch.arange(self.seen - self._kept(), self.seen, device=ring.device)
         slots = columns % self.ring_size + self.num_sink_tokens
         return torch.cat([sinks, ring.index_select(2, slots), new], dim=2)

@@ -30,6 +30,7 @@ def gptj_rotation(module: Any) -> Rotation:
 
 
 def gptj_forward(module: Any, attend: Attend) -> Callable[..., Any]:
+    """Build the forward of a `GPTJAttention`."""
     rotation = gptj_rotation(module)
 
     def projections(hidden_states: Tensor) -> tuple[Tensor, ...]:
@@ -40,11 +41,14 @@ def gptj_forward(module: Any, attend: Attend) -> Callable[..., Any]:
 
 
 def codegen_forward(module: Any, attend: Attend) -> Callable[..., Any]:
+    """Build the forward of a `CodeGenAttention`."""
     rotation = gptj_rotation(module)
 
     def projections(hidden_states: Tensor) -> tuple[Tensor, ...]:
         fused = module.qkv_proj(hidden_states)
-        parts = fused.unflatten(-1, (4, -1)).chunk(3, dim=-1)  # trained on four cores, each with its share of heads
+        parts = fused.view(*fused.shape[:2], 4, -1).chunk(
+            3, dim=-1
+        )  # trained on four cores, each with its share of heads
         query, value, key = (_heads(part.flatten(-2), module.num_attention_heads) for part in parts)
         return query, key, value
 
@@ -73,6 +77,7 @@ def _gptj_like_forward(
 
 
 def falcon_forward(module: Any, attend: Attend) -> Callable[..., Any]:
+    """Build the forward of a `FalconAttention`, rotary or ALiBi (whose bias Falcon scales like its scores)."""
     rotate = sys.modules["transformers.models.falcon.modeling_falcon"].apply_rotary_pos_emb
     scaling = module.inv_norm_factor
     slopes = _slopes(module, "build_alibi_tensor") * scaling if module.config.alibi else None
@@ -99,6 +104,7 @@ def falcon_forward(module: Any, attend: Attend) -> Callable[..., Any]:
 
 
 def bloom_forward(module: Any, attend: Attend) -> Callable[..., Any]:
+    """Build the forward of a `BloomAttention`."""
     slopes = _slopes(module, "build_alibi_tensor")
 
     def forward(
@@ -121,6 +127,7 @@ def bloom_forward(module: Any, attend: Attend) -> Callable[..., Any]:
 
 
 def mpt_forward(module: Any, attend: Attend) -> Callable[..., Any]:
+    """Build the forward of an `MptAttention`."""
     slopes = _slopes(module, "build_mpt_alibi_tensor")
 
     def forward(
@@ -167,12 +174,13 @@ def _slopes(module: Any, builder: str) -> Tensor:
         bias = build(heads, 2, device=device)
     else:
         bias = build(torch.ones(1, 2, dtype=torch.long, device=device), heads, torch.float32)
-    return (bias[..., 1] - bias[..., 0]).flatten()
+    slopes: Tensor = (bias[..., 1] - bias[..., 0]).flatten()
+    return slopes
 
 
 def _heads(states: Tensor, heads: int) -> Tensor:
     """[batch, n, heads * dim] -> [batch, heads, n, dim]."""
-    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return states.view(*states.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _merged(states: Tensor) -> Tensor:

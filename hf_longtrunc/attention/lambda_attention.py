@@ -112,11 +112,15 @@ def lambda_attention(
         [batch, heads, n, value_dim] in the dtype of `query`.
     """
     task = _Task(query, key, value, query_positions, key_positions, sinks, window, max_distance, scoring, rotate)
-    path = choose_path(path, scoring)
+    path = choose_path(path, scoring, query)
     if path == "flex":
         from hf_longtrunc.attention.flex import flex_lambda_attention
 
-        return flex_lambda_attention(*task)
+        far = None
+        if sinks is not None:
+            sink_positions = torch.arange(sinks[0].shape[2], device=key.device)[None]
+            far = _far_scores(task, query, query_positions, sink_positions), sinks[1]
+        return flex_lambda_attention(query, key, value, query_positions, key_positions, far, window, scoring.scaling)
     remember = torch.is_grad_enabled() and query.requires_grad and query.shape[2] > block_size
     blocks = []
     for start in range(0, query.shape[2], block_size):
@@ -144,14 +148,20 @@ def single_query_attention(
     return _attend(query, key, value, seen[:, None], scoring, choose_path("auto", scoring), bias=bias)
 
 
-def choose_path(path: str, scoring: Scoring) -> str:
+def choose_path(path: str, scoring: Scoring, query: Tensor | None = None) -> str:
     """Return the path that `path` names, "auto" resolved."""
     if path not in PATHS:
         raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
     if path == "auto":
+        # FlexAttention takes sinks' logits as a constant of its kernel: a good one for inference on long prompts.
+        long_prompt = query is not None and query.is_cuda and query.shape[2] >= 1024 and not query.requires_grad
+        if scoring.is_plain and long_prompt and not scoring.dropout:
+            return "flex"
         return "sdpa" if scoring.is_plain else "eager"
-    if path == "sdpa" and not scoring.is_plain:
-        raise ValueError("path 'sdpa' has no soft-capping, ALiBi slopes or null logits: use 'eager' or 'auto'")
+    if path != "eager" and not scoring.is_plain:
+        raise ValueError(f"path {path!r} has no soft-capping, ALiBi slopes or null logits: use 'eager' or 'auto'")
+    if path == "flex" and scoring.dropout:
+        raise ValueError("path 'flex' has no attention dropout: use 'sdpa', 'eager' or 'auto'")
     return path
 
 

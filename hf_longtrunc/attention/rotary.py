@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 _LAYOUTS: tuple[Literal["halves", "pairs"], ...] = ("halves", "pairs")
 
 
+class CannotPatchError(ValueError):
+    """A model does something that LM-Infinite cannot reproduce; the message says what."""
+
+
 @dataclass(frozen=True)
 class Rotation:
     """The rotation of one layer's queries and keys.
@@ -82,7 +86,7 @@ class ExactRotary:
     While `probing` is a number, every angle is that multiple of `probe_angles`, whatever the position.
 
     Raises:
-        ValueError: the module's answers follow none of the known forms.
+        CannotPatchError: the module's answers follow none of the known forms.
     """
 
     def __init__(self, module: nn.Module, layer_type: str | None, window: int, generator: torch.Generator):
@@ -91,7 +95,7 @@ class ExactRotary:
         device = getattr(twin, f"{prefix}inv_freq").device
         positions = torch.tensor([[0, 1, 2, 3, max(4, window - 1)]], device=device)
         extra = {"layer_type": layer_type} if layer_type else {}
-        answer = twin.forward(torch.zeros(1, 5, 1, dtype=torch.float64, device=device), positions, **extra)
+        answer = type(twin).forward(twin, torch.zeros(1, 5, 1, dtype=torch.float64, device=device), positions, **extra)
         self.frequencies: Tensor = getattr(twin, f"{prefix}inv_freq").detach().double().cpu().clone().to(device)
         self.probe_angles = 0.2 + 1.2 * torch.rand(self.frequencies.shape, generator=generator, dtype=torch.float64)
         self.probing: float | None = None
@@ -103,7 +107,7 @@ class ExactRotary:
         self.is_complex = isinstance(answer, Tensor) and answer.is_complex()
         sample = answer if self.is_complex else answer[0]
         if not isinstance(sample, Tensor) or sample.ndim != 3 or sample.shape[-1] not in (count, 2 * count):
-            raise ValueError(f"{name} answers with something else than cosines and sines [batch, n, dim]")
+            raise CannotPatchError(f"{name} answers with something else than cosines and sines [batch, n, dim]")
         self.scale = float(sample[0, 0, 0].real)
         self.dtype = None if sample.dtype == torch.float64 else sample.dtype
         order = torch.arange(count, device=self.frequencies.device)
@@ -116,7 +120,7 @@ class ExactRotary:
         ours = self(torch.zeros(1, dtype=torch.float64, device=positions.device), positions)
         pairs = [(ours, answer)] if self.is_complex else list(zip(ours, answer, strict=True))
         if not all(torch.allclose(mine, theirs[:, :4].to(mine.dtype), atol=1e-4) for mine, theirs in pairs):
-            raise ValueError(f"{name} computes its angles in a way that is not position * inv_freq")
+            raise CannotPatchError(f"{name} computes its angles in a way that is not position * inv_freq")
 
     def __call__(self, x: Tensor, positions: Tensor) -> Any:
         """Return what the module would, for positions [rows, n]."""
@@ -148,7 +152,7 @@ def find_rotation(unrotated: Tensor, rotated: Tensor, sources: list[ExactRotary]
         The rotation, or None where nothing was rotated.
 
     Raises:
-        ValueError: neither explains what is seen.
+        CannotPatchError: neither explains what is seen.
     """
     scale = unrotated.double().norm()
     tolerance = 2e-2 if unrotated.dtype in (torch.float16, torch.bfloat16) else 1e-4
@@ -158,7 +162,7 @@ def find_rotation(unrotated: Tensor, rotated: Tensor, sources: list[ExactRotary]
         turned = candidate.turn(unrotated.double(), source.probe_angles.to(unrotated.device) * candidate.sign)
         if (turned - rotated.double()).norm() <= tolerance * scale:
             return replace(candidate, frequencies=source.frequencies.to(unrotated.device))
-    raise ValueError("it turns queries or keys in a way that is no rotation of planes by position * frequency")
+    raise CannotPatchError("it turns queries or keys in a way that is no rotation of planes by position * frequency")
 
 
 def _candidates(dim: int, sources: list[ExactRotary]) -> Iterator[tuple[ExactRotary, Rotation]]:
@@ -174,6 +178,6 @@ def exact_forward(sources: dict[str | None, ExactRotary]) -> Callable[..., Any]:
     """Return a `forward` that takes the place of a rotary module's own."""
 
     def forward(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
-        return sources[layer_type](x, position_ids)
+        return sources[layer_type](x, position_ids.to(x.device))
 
     return forward

@@ -40,8 +40,18 @@ def ours(query, key, value, sinks, window, max_distance, scoring, rotation=ROTAT
     far = (key[:, :, :sinks], value[:, :, :sinks]) if sinks else None
     rotate = None if rotation is None else rotation.rotate
     return lambda_attention(
-        query, key, value, i, i, sinks=far, window=window, max_distance=max_distance, scoring=scoring, rotate=rotate, **options
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        i,
+        i,
+        sinks=far,
+        window=window,
+        max_distance=max_distance,
+        scoring=scoring,
+        rotate=rotate,
+        **options,
+    )
 
 
 def test_mask_and_distance_are_their_definitions():
@@ -102,7 +112,14 @@ def test_half_precision_errs_no_more_than_twice_what_plain_attention_does(path):
     assert (got[0].double() - expected).square().mean().sqrt() < allowed
 
 
-@pytest.mark.parametrize("changes", [{"softcap": 0.7}, {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.01], dtype=torch.float64)}, {"null_logits": torch.tensor([0.3, -1.0, 2.0, 0.0])}])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"softcap": 0.7},
+        {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.01], dtype=torch.float64)},
+        {"null_logits": torch.tensor([0.3, -1.0, 2.0, 0.0])},
+    ],
+)
 def test_soft_capping_slopes_and_null_logits(changes):
     query, key, value = states(40)
     rotation, rope = (None, None) if "slopes" in changes else (ROTATION, ROPE)
@@ -172,6 +189,31 @@ def test_no_score_outside_the_window_is_ever_computed(monkeypatch):
     ours(query, key, value, 4, 20, 20, Scoring(0.4), path="sdpa", block_size=10)
     assert sum(rows for rows, _ in widths) == 400
     assert max(columns for _, columns in widths) == 4 + 20 - 1 + 10
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("n", "sinks", "window"), [(5, 3, 40), (400, 0, 40), (400, 3, 270), (300, 130, 20), (200, 3, 1)]
+)
+def test_flex_attention_is_the_blockwise_path(n, sinks, window):
+    query, key, value = states(n, dtype=torch.float32)
+    sinks = min(sinks, n)
+    settings = (sinks, window, window + 5, Scoring(0.4))
+    flex = ours(query, key, value, *settings, path="flex")
+    assert (flex - ours(query, key, value, *settings, path="sdpa")).abs().max() < 2e-5
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_with_padding_and_a_past():
+    query, key, value = states(300, batch=2, dtype=torch.float32)
+    i = torch.arange(300)[None] - torch.tensor([0, 150])[:, None]
+    turned = ROTATION.rotate(query, i)[:, :, 100:], ROTATION.rotate(key, i)
+    far = torch.randn(2, 2, 4, DIM), torch.randn(2, 2, 4, DIM)
+    settings = {"sinks": far, "window": 30, "max_distance": 30, "scoring": Scoring(0.4), "rotate": ROTATION.rotate}
+    flex, sdpa = (lambda_attention(*turned, value, i[:, 100:], i, path=path, **settings) for path in ("flex", "sdpa"))
+    real = (i[:, 100:] >= 0)[:, None, :, None]
+    assert ((flex - sdpa) * real).abs().max() < 2e-5
+    assert flex.isfinite().all()
 
 
 def test_paths_are_named():

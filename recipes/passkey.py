@@ -7,7 +7,8 @@ Cost: one prompt of 7,000 tokens takes SmolLM2-135M-Instruct about 35 s on one C
 data-centre GPU. A run that was cut off goes on where it stopped: records are appended to OUT/passkey.jsonl.
 
 Expect, in repeated filler: unmodified 1.0 up to 7,000 tokens and 0 past the trained window of 8,192; with window and
-sinks alone, an answer only where the key stands in the window or among the sinks.
+sinks alone, an answer only where the key stands in the window or among the sinks. In a novel the unmodified model is
+worse inside its window already: 5 of 5 keys at 4,000 tokens, 2 of 5 (the two last depths) at 7,500.
 """
 
 from __future__ import annotations

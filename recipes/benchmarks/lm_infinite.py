@@ -11,7 +11,7 @@ cache update and attention. Medians; every ratio is against a side measured in t
 CUDA: 32 query heads, 8 key-value heads, d = 128, L = 4096, S = 16, bf16, n = 8k..131k, then n = 1M for its memory.
 CPU: 8 and 2 heads, d = 64, L = 1024, S = 16, fp32, n = 4k..32k; microseconds per token show that time is linear in n.
 
-Cost: about two minutes on an H100, about two on two CPU cores.
+Cost: a few minutes on an H100, most of them for compiling FlexAttention; about five on a CPU core.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ def timings(
 
 
 def timing_table(rows: list[Timing], title: str) -> Table:
-    """Lay out a line per size: each side's median, the last side's ratio to each of the others, its time per token."""
+    """Lay out a line per size: each side's median, the last side's ratio to each of the others and time per token."""
     sides = list(dict.fromkeys(row.side for row in rows))
     ours = sides[-1]
     table = Table("n", title=title)
@@ -224,9 +224,11 @@ def timing_table(rows: list[Timing], title: str) -> Table:
         table.add_column(column, justify="right")
     for n in dict.fromkeys(row.n for row in rows):
         at = {row.side: row for row in rows if row.n == n}
-        ratios = [f"{at[ours].median_ms / at[side].median_ms:.2f}" for side in sides[:-1]]
         times = [f"{at[side].median_ms:.3f}" for side in sides]
-        table.add_row(f"{n:,}", *times, *ratios, f"{at[ours].median_ms * 1e3 / n:.3f}", f"{at[ours].peak_mib:,.0f}")
+        ratios = [f"{at[ours].median_ms / at[side].median_ms:.2f}" for side in sides[:-1]]
+        new_tokens = n if at[ours].task == "prefill" else at[ours].batch
+        per_token = f"{at[ours].median_ms * 1e3 / new_tokens:.2f}"
+        table.add_row(f"{n:,}", *times, *ratios, per_token, f"{at[ours].peak_mib:,.0f}")
     return table
 
 

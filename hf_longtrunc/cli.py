@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from hf_longtrunc import load_pretrained
+from hf_longtrunc.evaluation.commands import ppl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,6 +54,9 @@ def demo(
         seed=seed,
         console=console,
     )
+
+
+app.command()(ppl)
 
 
 def _load(model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -27,18 +27,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hf_longtrunc import (
-    LMInfinite,
+from hf_longtrunc import LMInfinite, load_pretrained, trained_length
+from hf_longtrunc.evaluation import (
     append_records,
     cache_bytes,
     compare_losses,
     default_edges,
-    load_pretrained,
     perplexity_records,
     perplexity_table,
     plot_perplexity,
     start_stream,
-    trained_length,
 )
 
 _TIMED_TOKENS, _WARM_UP = 200, 20

@@ -20,15 +20,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hf_longtrunc import (
-    LMInfinite,
-    PasskeyPrompts,
-    load_pretrained,
-    passkey_table,
-    passkey_tasks,
-    plot_passkey,
-    run_passkey,
-)
+from hf_longtrunc import LMInfinite, load_pretrained
+from hf_longtrunc.evaluation import PasskeyPrompts, passkey_table, passkey_tasks, plot_passkey, run_passkey
 
 
 def main(

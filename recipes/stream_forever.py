@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from hf_longtrunc import EtaLogitsProcessor, LMInfinite, cache_bytes, load_pretrained, start_stream
+from hf_longtrunc import EtaLogitsProcessor, LMInfinite, load_pretrained
+from hf_longtrunc.evaluation import cache_bytes, start_stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

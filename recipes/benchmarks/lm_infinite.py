@@ -29,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hf_longtrunc import append_records
 from hf_longtrunc.attention.cache import LambdaCacheLayer
 from hf_longtrunc.attention.lambda_attention import (
     Scoring,
@@ -38,6 +37,7 @@ from hf_longtrunc.attention.lambda_attention import (
     single_query_attention,
     visible,
 )
+from hf_longtrunc.evaluation import append_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,12 +16,11 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
-from hf_longtrunc import (
-    LMInfinite,
+from hf_longtrunc import LMInfinite, load_pretrained
+from hf_longtrunc.evaluation import (
     PasskeyRecord,
     PerplexityRecord,
     compare_losses,
-    load_pretrained,
     perplexity_by_position,
     python_reference,
     read_records,

@@ -7,8 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from hf_longtrunc import (
-    LMInfinite,
+from hf_longtrunc import LMInfinite
+from hf_longtrunc.evaluation import (
     PasskeyPrompts,
     compare_losses,
     passkey_tasks,

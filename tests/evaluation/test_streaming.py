@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_longtrunc import LMInfinite, cache_bytes, start_stream, token_losses
+from hf_longtrunc import LMInfinite
+from hf_longtrunc.evaluation import cache_bytes, start_stream, token_losses
 
 
 def test_a_stream_starts_with_the_cache_and_logits_of_a_forward(tiny_model):

@@ -189,11 +189,13 @@ class Patch:
         rings = self._rings(cache)
         has_begun = bool(rings) and past > rings[0].max_padding
         padding = rings[0].padding if has_begun else left_padding(mask, new)
-        columns = torch.arange(past + new, device=device)
-        queries = from_first_token(columns[past:], padding)
+        queries = from_first_token(torch.arange(past, past + new, device=device), padding)
         for ring in rings:
             ring.expect(new, padding)
-        keys = rings[0].key_positions(new, device) if rings else from_first_token(columns, padding)
+        if rings:
+            keys = rings[0].key_positions(new, device)
+        else:
+            keys = from_first_token(torch.arange(past + new, device=device), padding)
         carried = torch.cat([queries, keys], dim=-1)
         self._carried = carried[:, None] if rings and past else carried
         if "position_ids" in self._parameters:

@@ -66,6 +66,7 @@ class Patch:
         self._rotations: dict[nn.Module, Rotation | None] = {}
         self._probe: Probe | None = None
         self._carried: Tensor | None = None
+        self._ring_view: tuple[Tensor, Tensor] | None = None  # of one decoded token: which slots, at which distance
         self._undo = ExitStack()
         try:
             self._attach()
@@ -198,6 +199,8 @@ class Patch:
             keys = from_first_token(torch.arange(past + new, device=device), padding)
         carried = torch.cat([queries, keys], dim=-1)
         self._carried = carried[:, None] if rings and past else carried
+        if rings and past and new == 1:
+            self._ring_view = self._seen_slots(queries, keys), distance(queries, keys, self.max_distance)[:, 0]
         if "position_ids" in self._parameters:
             inputs["position_ids"] = queries.clamp_min(0)
         return (), inputs
@@ -313,12 +316,18 @@ class Patch:
         self, query: Tensor, key: Tensor, value: Tensor, i: Tensor, j: Tensor, scoring: Scoring, rotate: Any
     ) -> Tensor:
         """Decode over [sinks | ring], the sinks turned on in their slots to where the query is to see them."""
-        sinks, window = self.num_sink_tokens, self.window_length
+        assert self._ring_view is not None
+        seen, distances = (view.to(query.device) for view in self._ring_view)
+        sinks = self.num_sink_tokens
         if rotate is not None and sinks:
             steps = (i - self.max_distance - j[:, :sinks]).clamp_min(0)
             key[:, :, :sinks] = rotate(key[:, :, :sinks], steps)
-        seen = torch.cat([i - j[:, :sinks] >= window, visible(i, j[:, sinks:], 0, window)[:, 0]], dim=-1)
-        return single_query_attention(query, key, value, distance(i, j, self.max_distance)[:, 0], seen, scoring)
+        return single_query_attention(query, key, value, distances, seen, scoring)
+
+    def _seen_slots(self, i: Tensor, j: Tensor) -> Tensor:
+        """Return [rows, S + R]: the sinks that have left the window of the query at i [rows, 1], and the window."""
+        sinks, window = self.num_sink_tokens, self.window_length
+        return torch.cat([i - j[:, :sinks] >= window, visible(i, j[:, sinks:], 0, window)[:, 0]], dim=-1)
 
     # -- generate() ----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
 from hf_longtrunc.attention.cache import LambdaCacheLayer
@@ -118,8 +118,9 @@ class Patch:
             )
         if model.config.is_encoder_decoder:
             raise CannotPatchError("it is an encoder-decoder, not a causal language model")
-        if model._is_stateful:
-            raise CannotPatchError("it has recurrent layers, whose state has no distance to limit")
+        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        if model._is_stateful or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+            raise CannotPatchError("it has recurrent or convolutional layers, whose state has no distance to limit")
 
     def _give_own_configs(self) -> None:
         """Let every module of the model hold a copy of its config that names this patch's attention.

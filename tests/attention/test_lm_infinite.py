@@ -570,6 +570,8 @@ def test_bad_calls(llama):
         ("gpt2", "absolute positions"),
         ("opt", "absolute positions"),
         ("mamba", "recurrent"),
+        ("minimax", "recurrent"),
+        ("lfm2", "recurrent"),
     ],
 )
 def test_models_without_a_distance_to_limit_are_refused(family, reason):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
 from hf_longtrunc.attention.cache import LambdaCacheLayer
@@ -66,6 +66,7 @@ class Patch:
         self._rotations: dict[nn.Module, Rotation | None] = {}
         self._probe: Probe | None = None
         self._carried: Tensor | None = None
+        self._ring_view: tuple[Tensor, Tensor] | None = None  # of one decoded token: which slots, at which distance
         self._undo = ExitStack()
         try:
             self._attach()
@@ -117,8 +118,9 @@ class Patch:
             )
         if model.config.is_encoder_decoder:
             raise CannotPatchError("it is an encoder-decoder, not a causal language model")
-        if model._is_stateful:
-            raise CannotPatchError("it has recurrent layers, whose state has no distance to limit")
+        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        if model._is_stateful or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+            raise CannotPatchError("it has recurrent or convolutional layers, whose state has no distance to limit")
 
     def _give_own_configs(self) -> None:
         """Let every module of the model hold a copy of its config that names this patch's attention.
@@ -189,13 +191,17 @@ class Patch:
         rings = self._rings(cache)
         has_begun = bool(rings) and past > rings[0].max_padding
         padding = rings[0].padding if has_begun else left_padding(mask, new)
-        columns = torch.arange(past + new, device=device)
-        queries = from_first_token(columns[past:], padding)
+        queries = from_first_token(torch.arange(past, past + new, device=device), padding)
         for ring in rings:
             ring.expect(new, padding)
-        keys = rings[0].key_positions(new, device) if rings else from_first_token(columns, padding)
+        if rings:
+            keys = rings[0].key_positions(new, device)
+        else:
+            keys = from_first_token(torch.arange(past + new, device=device), padding)
         carried = torch.cat([queries, keys], dim=-1)
         self._carried = carried[:, None] if rings and past else carried
+        if rings and past and new == 1:
+            self._ring_view = self._seen_slots(queries, keys), distance(queries, keys, self.max_distance)[:, 0]
         if "position_ids" in self._parameters:
             inputs["position_ids"] = queries.clamp_min(0)
         return (), inputs
@@ -311,12 +317,18 @@ class Patch:
         self, query: Tensor, key: Tensor, value: Tensor, i: Tensor, j: Tensor, scoring: Scoring, rotate: Any
     ) -> Tensor:
         """Decode over [sinks | ring], the sinks turned on in their slots to where the query is to see them."""
-        sinks, window = self.num_sink_tokens, self.window_length
+        assert self._ring_view is not None
+        seen, distances = (view.to(query.device) for view in self._ring_view)
+        sinks = self.num_sink_tokens
         if rotate is not None and sinks:
             steps = (i - self.max_distance - j[:, :sinks]).clamp_min(0)
             key[:, :, :sinks] = rotate(key[:, :, :sinks], steps)
-        seen = torch.cat([i - j[:, :sinks] >= window, visible(i, j[:, sinks:], 0, window)[:, 0]], dim=-1)
-        return single_query_attention(query, key, value, distance(i, j, self.max_distance)[:, 0], seen, scoring)
+        return single_query_attention(query, key, value, distances, seen, scoring)
+
+    def _seen_slots(self, i: Tensor, j: Tensor) -> Tensor:
+        """Return [rows, S + R]: the sinks that have left the window of the query at i [rows, 1], and the window."""
+        sinks, window = self.num_sink_tokens, self.window_length
+        return torch.cat([i - j[:, :sinks] >= window, visible(i, j[:, sinks:], 0, window)[:, 0]], dim=-1)
 
     # -- generate() ----------------------------------------------------------------------------------------------------
 

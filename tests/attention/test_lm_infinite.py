@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_longtrunc import LambdaCacheLayer, LMInfinite
@@ -281,6 +282,32 @@ def test_cache_bytes_are_constant(llama):
         assert cache.get_seq_length() == 470
 
 
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation inside the block made or touched."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_a_step_costs_the_same_however_long_the_stream(llama):
+    with SETTINGS(llama):
+        cache = ring_cache(llama)
+        logits(llama, prompt(), past_key_values=cache)
+        with Largest() as early:
+            logits(llama, prompt(1), past_key_values=cache)
+        for layer in cache.layers:
+            layer.seen = layer.written = 10_000_000
+        with Largest() as late:
+            logits(llama, prompt(1), past_key_values=cache)
+    assert late.elements == early.elements
+
+
 # -- 6: generate in its modes, compile, gradients --------------------------------------------------------------------
 
 
@@ -422,7 +449,7 @@ def moved(model, layer, jump):
 # -- the surroundings ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning:peft")
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # what peft asks a model for
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_a_peft_wrapper_is_patched_through_and_may_come_later(llama, patch_first):
     peft = pytest.importorskip("peft")
@@ -543,6 +570,8 @@ def test_bad_calls(llama):
         ("gpt2", "absolute positions"),
         ("opt", "absolute positions"),
         ("mamba", "recurrent"),
+        ("minimax", "recurrent"),
+        ("lfm2", "recurrent"),
     ],
 )
 def test_models_without_a_distance_to_limit_are_refused(family, reason):

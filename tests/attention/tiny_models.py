@@ -44,6 +44,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "exaone_moe": {"layer_types": MIXED},
     "olmo3": {"layer_types": MIXED},
     "afmoe": {"layer_types": MIXED},
+    "lfm2": {"layer_types": ["full_attention", "conv"]},
     "llama4_text": {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]},
 }
 

@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hf_longtrunc.attention.cache import LambdaCacheLayer as LambdaCacheLayer
+    from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
     from hf_longtrunc.data.guard import check_packed as check_packed
@@ -34,6 +36,8 @@ _HOME = {
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
     "PackedDataset": "hf_longtrunc.data.dataset",
     "PackedStream": "hf_longtrunc.data.stream",
+    "LMInfinite": "hf_longtrunc.attention.lm_infinite",
+    "LambdaCacheLayer": "hf_longtrunc.attention.cache",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "attach_processors": "hf_longtrunc.sampling.attach",
@@ -41,6 +45,7 @@ _HOME = {
     "check_packed": "hf_longtrunc.data.guard",
     "load_pretrained": "hf_longtrunc.pretrained",
     "pack": "hf_longtrunc.data.dataset",
+    "trained_length": "hf_longtrunc.attention.lm_infinite",
 }
 
 __all__ = sorted(_HOME)

@@ -41,9 +41,9 @@ def attach_processors(model: Any, processors: Sequence[Processor], *, after_warp
     def join(build: Callable[..., LogitsProcessorList], *args: Any, **kwargs: Any) -> LogitsProcessorList:
         if after_warpers:
             return _after_warpers(build(*args, **kwargs), attached)
+        # transformers merges the call's own list into the one that it builds, and takes each processor once.
         given = kwargs.pop("logits_processor", None) or []
-        new = [processor for processor in attached if not _contains(given, processor)]
-        return build(*args, logits_processor=LogitsProcessorList([*given, *new]), **kwargs)
+        return build(*args, logits_processor=LogitsProcessorList([*given, *attached]), **kwargs)
 
     with rebuild_processor_list(model, join):
         yield
@@ -73,12 +73,8 @@ def _after_warpers(processors: LogitsProcessorList, attached: list[Processor]) -
     end = len(processors)
     while end and isinstance(processors[end - 1], _ALWAYS_LAST):
         end -= 1
-    new = [processor for processor in attached if not _contains(processors, processor)]
+    new = [processor for processor in attached if processor not in processors]
     return LogitsProcessorList([*processors[:end], *new, *processors[end:]])
-
-
-def _contains(processors: Sequence[object], processor: object) -> bool:
-    return any(processor is other for other in processors)
 
 
 def _generating_instance(model: Any) -> Any:

@@ -45,15 +45,17 @@ def main() -> None:
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console.print(
         f"{name} ({platform.machine()}), torch {torch.__version__}, transformers {transformers.__version__}; "
-        f"milliseconds a call, median of {arguments.turns} turns; ratio = ours / transformers', eager"
+        f"milliseconds a call, median of up to {arguments.turns} turns; ratio = ours / transformers', eager"
     )
     table = Table()
     for heading in ("vocabulary", "batch", *_contestants(arguments, "cpu"), "eta ratio", "eps. ratio", "floor"):
         table.add_column(heading, justify="right")
     cells = [(vocab, batch) for vocab in arguments.vocab for batch in arguments.batch]
-    for vocab, batch in track(cells, description="timing", console=Console(stderr=True)):
-        table.add_row(f"{vocab:,}", str(batch), *_row(arguments, vocab, batch))
-    console.print(table)
+    try:
+        for vocab, batch in track(cells, description="timing", console=Console(stderr=True)):
+            table.add_row(f"{vocab:,}", str(batch), *_row(arguments, vocab, batch))
+    finally:  # what was measured is shown, whatever stopped the rest
+        console.print(table)
 
 
 def _row(arguments: argparse.Namespace, vocab: int, batch: int) -> list[str]:
@@ -91,12 +93,11 @@ def _scores(batch: int, vocab: int, device: str) -> torch.Tensor:
 
 
 def _median_ms(call: Callable[[torch.Tensor], object], scores: torch.Tensor, arguments: argparse.Namespace) -> float:
-    """Median over turns; a turn repeats the call until it lasts long enough to be timed."""
+    """Median over turns, no more of them once 2 seconds are spent; a turn of small scores is many calls."""
     repeats = max(1, round(4e6 / scores.numel()))
-    turns = []
-    for _ in range(3):
-        call(scores)
-    for _ in range(arguments.turns):
+    turns: list[float] = []
+    call(scores)
+    while not turns or (len(turns) < arguments.turns and sum(turns) * repeats < 2):
         _synchronize(scores)
         start = time.perf_counter()
         for _ in range(repeats):

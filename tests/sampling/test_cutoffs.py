@@ -97,7 +97,16 @@ def test_a_row_is_the_same_to_the_bit_in_any_batch(vocab, threads):
         assert torch.equal(getattr(together, field), getattr(shuffled, field).flip(0))
 
 
-def test_tensor_sum_would_not_be(monkeypatch):
+def test_also_where_a_level_of_the_tree_is_long_enough_to_be_split():
+    torch.set_num_threads(2)
+    try:
+        values = torch.rand(4, 32 * 40_000)
+        assert torch.equal(cutoffs._row_sum(values), torch.cat([cutoffs._row_sum(row[None]) for row in values]))
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_tensor_sum_would_not_be():
     """Why `_row_sum` exists. If torch's own sum becomes batch-invariant, this fails and the tree can go."""
     values = torch.rand(16, 50257)
     torch.set_num_threads(2)

@@ -139,6 +139,15 @@ def test_rows_end_at_their_end_of_sequence_token(tiny_model):
     assert [(r.row, r.token) for r in trace.records] == [(0, 9), (0, 2), (1, 9), (1, 4), (1, 3)]
 
 
+def test_steps_proposed_past_the_end_are_dropped():
+    sequence = torch.tensor([[1, 5, 9, 4, 3, 8]])
+    trace = TruncationTrace()
+    for length in (3, 4, 5):
+        trace(sequence[:, :length], torch.randn(1, 97))
+    trace.finish(sequence[:, :5])
+    assert [(record.position, record.token) for record in trace.records] == [(3, 4), (4, 3)]
+
+
 def test_a_new_prompt_is_a_new_run(tiny_model):
     trace = TruncationTrace([EtaLogitsProcessor(EPSILON)])
     for prompt in (PROMPT, PROMPT[:, :3] + 1):

@@ -1,0 +1,1 @@
+"""In attention: which keys a query sees, and at which distance."""

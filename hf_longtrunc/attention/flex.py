@@ -1,0 +1,114 @@
+"""Λ-attention as one FlexAttention kernel: for prompts on CUDA.
+
+The sinks stand before the keys, their logits are computed beside (n S dot products) and put in the place of the
+kernel's own by the score modification; the block mask names, for each block of queries, the sinks' blocks and those
+that its windows span. It is built from these indices: the n x n booleans that `create_block_mask` goes through take
+128 GiB at 131,072 tokens.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+BLOCK = 128
+
+
+def flex_lambda_attention(
+    query: Float[Tensor, "batch heads n dim"],
+    key: Float[Tensor, "batch kv_heads m dim"],
+    value: Float[Tensor, "batch kv_heads m value_dim"],
+    query_positions: Int[Tensor, "rows n"],
+    key_positions: Int[Tensor, "rows m"],
+    far: tuple[Tensor, Tensor] | None,
+    window: int,
+    scaling: float,
+) -> Float[Tensor, "batch heads n value_dim"]:
+    """Attend as `lambda_attention` does.
+
+    Args:
+        query: rotated at its own positions.
+        key: likewise, in the order of the text and ending with the queries' own.
+        value: of the keys.
+        query_positions: counted from each row's first real token.
+        key_positions: likewise.
+        far: the sinks' logits [batch, heads, n, S] and values [batch, kv_heads, S, value_dim], None without sinks.
+        window: L.
+        scaling: of the dot products; `far` has it already.
+    """
+    sinks = 0 if far is None else far[0].shape[-1]
+    lead = -(-sinks // BLOCK) * BLOCK  # the sinks fill whole blocks
+    if far is not None:
+        key = torch.cat([F.pad(key[:, :, :0], (0, 0, lead, 0)), key], dim=2)
+        value = torch.cat([F.pad(far[1], (0, 0, 0, lead - sinks)), value], dim=2)
+    last = query_positions.shape[0] - 1
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        row = b.clamp_max(last)
+        i = query_positions[row, q]
+        j = key_positions[row, (kv - lead).clamp_min(0)]
+        is_near = (j >= 0) & (j <= i) & (i - j < window) | (i < 0)  # a padding query sees all it is shown: finite
+        return ((kv >= lead) & is_near) | ((kv < sinks) & (i - kv >= window))
+
+    def put_far(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        assert far is not None
+        return torch.where(kv < sinks, far[0][b, h, q, kv.clamp_max(sinks - 1)].to(score.dtype), score)
+
+    mask = _block_mask(query.shape[2], key.shape[2] - lead, lead, window, seen, last == 0, query.device)
+    output = _kernel(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=None if far is None else put_far,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output
+
+
+def _block_mask(
+    n: int, m: int, lead: int, window: int, seen: Any, has_full_blocks: bool, device: torch.device
+) -> BlockMask:
+    """Blocks of keys for each block of queries: the sinks', then those from its first window's start to its last query.
+
+    Blocks between the two edges are seen whole and need no mask, unless padding moves the edges from row to row.
+    """
+    starts = torch.arange(0, n, BLOCK, device=device)
+    first_query, last_query = starts + m - n, (starts + BLOCK).clamp_max(n) - 1 + m - n
+    first_block = (first_query - window + 1).clamp_min(0) // BLOCK
+    counts = last_query // BLOCK - first_block + 1
+    offsets = torch.arange(int(counts.max()), device=device)
+    blocks = first_block[:, None] + offsets  # [query blocks, key blocks]
+    is_needed = offsets < counts[:, None]
+    is_whole = (blocks * BLOCK + BLOCK - 1 <= first_query[:, None]) & (last_query[:, None] - blocks * BLOCK < window)
+    is_whole = is_whole & is_needed & has_full_blocks
+    sinks = torch.arange(lead // BLOCK, device=device).expand(len(starts), -1)
+    blocks = torch.cat([sinks, blocks + lead // BLOCK], dim=-1)
+    is_partial = F.pad(is_needed & ~is_whole, (lead // BLOCK, 0), value=True)
+    partial, whole = (_chosen(blocks, chosen, lead + m) for chosen in (is_partial, F.pad(is_whole, (lead // BLOCK, 0))))
+    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(n, lead + m))
+
+
+def _chosen(blocks: Tensor, is_chosen: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Return counts [1, 1, rows] and indices [1, 1, rows, all key blocks] of the chosen blocks, these first."""
+    order = (~is_chosen).int().argsort(dim=-1, stable=True)
+    total = -(-length // BLOCK)
+    indices = blocks.gather(1, order).clamp_max(total - 1)
+    indices = F.pad(indices, (0, max(0, total - indices.shape[1])))[:, :total]
+    return is_chosen.sum(-1, dtype=torch.int32)[None, None], indices.int()[None, None].contiguous()
+
+
+@lru_cache
+def _kernel(device_type: str) -> Any:
+    """Return the compiled kernel; on a CPU the plain definition, slow and good for tests."""
+    return flex_attention if device_type == "cpu" else torch.compile(flex_attention, dynamic=True)

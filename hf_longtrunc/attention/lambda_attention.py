@@ -1,0 +1,306 @@
+r"""The Λ-shaped mask with its distance ceiling, as attention over tensors.
+
+With window L, S sinks and ceiling D >= L, for a query at position i and a key at position j <= i, both counted from
+the row's first real token:
+
+    visible(i, j)  = i - j < L  or  j < S          distance(i, j) = min(i - j, D)
+
+and one softmax over all that is visible. Keys nearer than L form the *local* set; a sink that has left the window is
+seen through the *far* set, where its score is <R(D) q, k>: R(D - i) turns a rotated query to distance D of every sink
+at once, whatever i is, so the far set costs n S dot products and no per-pair rotation.
+
+Invariants:
+- O(n (S + L)) time. A query block meets the S sinks and the L - 1 + block keys before its end, never more, and no
+  n x n tensor exists, of scores or of booleans. Under autograd every block is recomputed in the backward pass.
+- a position below zero is padding: as a key it is invisible; as a query its output is finite and means nothing.
+- positions are taken as differences only, so a row may start anywhere.
+
+Sources: Han et al. 2024, "LM-Infinite", arXiv 2308.16137, section 3.2. Deviation: an old sink's distance is
+min(i - j, D) for any D >= L; the paper has D = L.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Bool, Float, Int
+
+PATHS = ("auto", "sdpa", "eager", "flex")
+
+
+class Scoring(NamedTuple):
+    """How a pair becomes a logit: scaling * <q, k>, soft-capped, minus slope * distance.
+
+    Attributes:
+        scaling: factor of the dot product.
+        softcap: c in c * tanh(score / c), or None.
+        slopes: ALiBi's slope of each query head [heads], or None.
+        null_logits: a learned logit of each query head [heads] that joins the softmax and carries no value, or None.
+        dropout: probability that an attention weight is dropped.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    slopes: Tensor | None = None
+    null_logits: Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether an ordinary attention kernel computes it."""
+        return self.softcap is None and self.slopes is None and self.null_logits is None
+
+
+def visible(
+    query_positions: Int[Tensor, "*#rows n"], key_positions: Int[Tensor, "*#rows m"], num_sink_tokens: int, window: int
+) -> Bool[Tensor, "... n m"]:
+    """Return whether a query sees a key: j <= i and (i - j < window or j < num_sink_tokens), padding never."""
+    i, j = query_positions[..., :, None], key_positions[..., None, :]
+    return (j >= 0) & (j <= i) & ((i - j < window) | (j < num_sink_tokens))
+
+
+def distance(
+    query_positions: Int[Tensor, "*#rows n"], key_positions: Int[Tensor, "*#rows m"], max_distance: int
+) -> Int[Tensor, "... n m"]:
+    """Return min(i - j, max_distance)."""
+    return (query_positions[..., :, None] - key_positions[..., None, :]).clamp_max(max_distance)
+
+
+def lambda_attention(
+    query: Float[Tensor, "batch heads n dim"],
+    key: Float[Tensor, "batch kv_heads m dim"],
+    value: Float[Tensor, "batch kv_heads m value_dim"],
+    query_positions: Int[Tensor, "rows n"],
+    key_positions: Int[Tensor, "rows m"],
+    *,
+    sinks: tuple[Tensor, Tensor] | None,
+    window: int,
+    max_distance: int,
+    scoring: Scoring,
+    rotate: Callable[[Tensor, Tensor], Tensor] | None = None,
+    path: str = "auto",
+    block_size: int = 512,
+) -> Float[Tensor, "batch heads n value_dim"]:
+    """Attend over a window of keys and the row's first keys.
+
+    Args:
+        query: rotated at its own positions.
+        key: rotated at its own positions, in the order of the text and ending with the n queries' own keys.
+        value: of the keys; its dimension may differ from theirs.
+        query_positions: counted from each row's first real token; `rows` is the batch, or 1 where all rows agree.
+        key_positions: likewise, one step apart; negative is padding.
+        sinks: keys [batch, kv_heads, S, dim] and values of positions 0..S-1, rotated there; None where no query has
+            a position of `window` or more. What they hold at positions that do not exist yet is not read.
+        window: L, at least 1.
+        max_distance: D, at least L.
+        scoring: scale, cap, slopes.
+        rotate: `rotate(x, steps)` turns x [batch, heads, n, dim] on by steps [rows, n] positions; None leaves it, as
+            layers without rotary positions want it.
+        path: "sdpa" (any device), "eager" (any device and any scoring; the only one for soft-capping, slopes and null
+            logits), "flex" (CUDA; FlexAttention), or "auto".
+        block_size: queries taken together by the blockwise paths.
+
+    Returns:
+        [batch, heads, n, value_dim] in the dtype of `query`.
+    """
+    task = _Task(query, key, value, query_positions, key_positions, sinks, window, max_distance, scoring, rotate)
+    path = choose_path(path, scoring, query)
+    if path == "flex":
+        from hf_longtrunc.attention.flex import flex_lambda_attention
+
+        far = None
+        if sinks is not None:
+            sink_positions = torch.arange(sinks[0].shape[2], device=key.device)[None]
+            far = _far_scores(task, query, query_positions, sink_positions), sinks[1]
+        return flex_lambda_attention(query, key, value, query_positions, key_positions, far, window, scoring.scaling)
+    remember = torch.is_grad_enabled() and query.requires_grad and query.shape[2] > block_size
+    blocks = []
+    for start in range(0, query.shape[2], block_size):
+        stop = min(start + block_size, query.shape[2])
+        if remember:
+            blocks.append(checkpoint(_attend_block, task, start, stop, path, use_reentrant=False))
+        else:
+            blocks.append(_attend_block(task, start, stop, path))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def single_query_attention(
+    query: Float[Tensor, "batch heads 1 dim"],
+    key: Float[Tensor, "batch kv_heads m dim"],
+    value: Float[Tensor, "batch kv_heads m value_dim"],
+    distances: Int[Tensor, "rows m"],
+    seen: Bool[Tensor, "rows m"],
+    scoring: Scoring,
+) -> Float[Tensor, "batch heads 1 value_dim"]:
+    """Attend with one query a row over keys in any order that already stand at the right distance.
+
+    One ordinary attention call: the heads of a group become the queries of their key head.
+    """
+    bias = None if scoring.slopes is None else _bias(scoring.slopes, distances[:, None], query)
+    return _attend(query, key, value, seen[:, None], scoring, choose_path("auto", scoring), bias=bias)
+
+
+def choose_path(path: str, scoring: Scoring, query: Tensor | None = None) -> str:
+    """Return the path that `path` names, "auto" resolved."""
+    if path not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
+    if path == "auto":
+        # FlexAttention takes sinks' logits as a constant of its kernel: a good one for inference on long prompts.
+        long_prompt = query is not None and query.is_cuda and query.shape[2] >= 1024 and not query.requires_grad
+        if scoring.is_plain and long_prompt and not scoring.dropout:
+            return "flex"
+        return "sdpa" if scoring.is_plain else "eager"
+    if path != "eager" and not scoring.is_plain:
+        raise ValueError(f"path {path!r} has no soft-capping, ALiBi slopes or null logits: use 'eager' or 'auto'")
+    if path == "flex" and scoring.dropout:
+        raise ValueError("path 'flex' has no attention dropout: use 'sdpa', 'eager' or 'auto'")
+    return path
+
+
+class _Task(NamedTuple):
+    """The arguments of `lambda_attention`, as its blocks share them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
+    sinks: tuple[Tensor, Tensor] | None
+    window: int
+    max_distance: int
+    scoring: Scoring
+    rotate: Callable[[Tensor, Tensor], Tensor] | None
+
+
+def _attend_block(task: _Task, start: int, stop: int, path: str) -> Tensor:
+    """Attention of queries start..stop over the keys that their windows span, and the sinks."""
+    ahead = task.key.shape[2] - task.query.shape[2]  # keys before the first query
+    keys = slice(max(0, ahead + start - task.window + 1), ahead + stop)
+    query, i = task.query[:, :, start:stop], task.query_positions[:, start:stop]
+    key, value, j = task.key[:, :, keys], task.value[:, :, keys], task.key_positions[:, keys]
+    seen, slopes, far = visible(i, j, 0, task.window), task.scoring.slopes, None
+    bias = None if slopes is None else _bias(slopes, distance(i, j, task.max_distance), query)
+    if task.sinks is not None:
+        sink_positions = torch.arange(task.sinks[0].shape[2], device=key.device)[None]
+        far = _far_scores(task, query, i, sink_positions)
+        seen = torch.cat([i[:, :, None] - sink_positions[:, None] >= task.window, seen], dim=-1)
+        value = torch.cat([task.sinks[1], value], dim=2)
+    return _attend(query, key, value, seen, task.scoring, path, far, bias)
+
+
+def _far_scores(task: _Task, query: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Logits [batch, heads, n, S] of queries at i [rows, n] with the sinks at distance min(i - j, D)."""
+    assert task.sinks is not None
+    key = task.sinks[0]
+    if task.rotate is None:
+        scores = grouped_scores(query, key)
+    else:
+        scores = grouped_scores(task.rotate(query, task.max_distance - i), task.rotate(key, -j))
+        if task.max_distance > task.window:
+            near = (i[:, :, None] - j[:, None] < task.max_distance)[:, None]
+            scores = torch.where(near, grouped_scores(query, key), scores)
+    scores = _capped(scores * task.scoring.scaling, task.scoring.softcap)
+    if task.scoring.slopes is not None:
+        scores = scores + _bias(task.scoring.slopes, distance(i, j, task.max_distance), query)
+    return scores
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    scoring: Scoring,
+    path: str,
+    far: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """One softmax over S far logits [batch, heads, n, S], where there are any, and m keys.
+
+    `value` [batch, kv_heads, S + m, value_dim] and `seen` [rows, n, S + m] begin with the far set; `bias` joins the
+    scores of the m keys.
+    """
+    if path == "eager":
+        return _eager_attend(query, key, value, seen, scoring, far, bias)
+    # A padding query sees everything rather than nothing: its output is finite, and nobody reads it.
+    return _sdpa_attend(query, key, value, seen | ~seen.any(-1, keepdim=True), scoring, far)
+
+
+def _eager_attend(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scoring: Scoring, far: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    scores = _capped(grouped_scores(query, key) * scoring.scaling, scoring.softcap)
+    scores = scores if bias is None else scores + bias
+    scores = scores if far is None else torch.cat([far, scores], dim=-1)
+    scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
+    if scoring.null_logits is not None:
+        null = scoring.null_logits.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, null], dim=-1)
+    weights = scores.softmax(-1)[..., : value.shape[2]].to(value.dtype)
+    weights = F.dropout(weights, scoring.dropout) if scoring.dropout else weights
+    batch, heads, n, m = weights.shape
+    return (weights.reshape(batch, value.shape[1], -1, m) @ value).view(batch, heads, n, -1)
+
+
+def _sdpa_attend(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scoring: Scoring, far: Tensor | None
+) -> Tensor:
+    batch, heads, n, value_dim = *query.shape[:3], value.shape[-1]
+    if far is not None:
+        query, key = _with_far_dimensions(query, key, far / scoring.scaling)
+    dim = max(query.shape[-1], value_dim)
+    query, key, value = (F.pad(x, (0, dim - x.shape[-1])) for x in (query, key, value))
+    if n == 1:
+        query = query.view(batch, key.shape[1], -1, dim)  # the heads of a group as the queries of their key head
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=seen[:, None],
+        dropout_p=scoring.dropout,
+        scale=scoring.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output[..., :value_dim].reshape(batch, heads, n, value_dim)
+
+
+def _with_far_dimensions(query: Tensor, key: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+    """Let any attention kernel add the far logits: as dot products over dimensions of their own.
+
+    Query [q, far] meets key [k, 0] of the local set and key [0, identity] of the far set, so the mask stays a boolean
+    that all heads share. In half precision the logits are held as a rounded value and its remainder, 16 bits or more.
+    """
+    parts = [far.to(query.dtype)]
+    if query.dtype in (torch.float16, torch.bfloat16):
+        parts.append((far - parts[0]).to(query.dtype))
+    sinks = far.shape[-1]
+    identity = torch.eye(sinks, dtype=key.dtype, device=key.device).repeat(1, len(parts))  # [S, parts * S]
+    far_key = F.pad(identity, (key.shape[-1], 0)).expand(*key.shape[:2], -1, -1)
+    return torch.cat([query, *parts], dim=-1), torch.cat([far_key, F.pad(key, (0, identity.shape[-1]))], dim=2)
+
+
+def _bias(slopes: Tensor, distances: Tensor, query: Tensor) -> Tensor:
+    """ALiBi's part of the logits [rows, heads, n, m] at distances [rows, n, m]."""
+    return -slopes.to(torch.promote_types(query.dtype, torch.float32))[:, None, None] * distances[:, None]
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def grouped_scores(
+    query: Float[Tensor, "batch heads n dim"], key: Float[Tensor, "batch kv_heads m dim"]
+) -> Float[Tensor, "batch heads n m"]:
+    """Return the dot products, in fp32 or better, of each query head with its group's key head."""
+    batch, heads, n, dim = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(wide).reshape(batch, key.shape[1], -1, dim)
+    return (grouped @ key.to(wide).transpose(-1, -2)).view(batch, heads, n, key.shape[2])

@@ -1,0 +1,133 @@
+"""LM-Infinite for transformers models: `with LMInfinite()(model): model.generate(...)`."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_longtrunc.attention.lambda_attention import PATHS
+from hf_longtrunc.attention.patch import Patch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True)
+class LMInfinite:
+    """Λ-shaped attention with a distance ceiling: a pretrained model on texts of any length, without training.
+
+    Every query sees the `num_sink_tokens` first tokens of its row and the last `window_length`, itself included; no
+    key ever seems farther away than `max_distance`. On texts of up to `window_length` tokens the model computes what
+    it always did. Cost: time O(n (S + L)) for n tokens; `generate` builds a cache of constant size. What lies outside
+    sinks and window cannot be read: perplexity stays flat at any length, recall of the middle does not.
+
+    Args:
+        num_sink_tokens: S; 10 to 100 in the paper. 0 leaves a plain sliding window.
+        window_length: L; None takes the length that the model was trained for, from its config.
+        max_distance: D, at least L; None takes L.
+        retrieval: reserved for reading the middle; None.
+        path: how a prompt's attention is computed, see `lambda_attention`: "auto", "sdpa", "eager" or "flex".
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its range.
+
+    `with LMInfinite(...)(model):` patches for the block; `patch = LMInfinite(...).attach(model)` until
+    `patch.detach()`. Only that model instance is touched, and afterwards it is as it was.
+
+    Source: Han et al. 2024, "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models", arXiv
+    2308.16137. Deviations: positions are counted from each row's first real token, and rotary angles are computed in
+    fp64, so padding changes nothing and a stream may be of any length.
+    """
+
+    num_sink_tokens: int = 16
+    window_length: int | None = None
+    max_distance: int | None = None
+    retrieval: None = None
+    path: str = "auto"
+
+    def __post_init__(self) -> None:
+        _check_count("num_sink_tokens", self.num_sink_tokens, 0)
+        if self.window_length is not None:
+            _check_count("window_length", self.window_length, 1)
+        if self.max_distance is not None:
+            _check_count("max_distance", self.max_distance, self.window_length or 1)
+        if self.retrieval is not None:
+            raise TypeError(f"retrieval must be None, got {self.retrieval!r}")
+        if self.path not in PATHS:
+            raise ValueError(f"path must be one of {', '.join(PATHS)}, got {self.path!r}")
+
+    @contextmanager
+    def __call__(self, model: Any) -> Iterator[Any]:
+        """Patch `model` for the block and yield it."""
+        patch = self.attach(model)
+        try:
+            yield model
+        finally:
+            patch.detach()
+
+    def attach(self, model: Any) -> Patch:
+        """Patch `model`, a transformers causal language model or a PEFT wrapper of one, until `detach()`.
+
+        Runs a few forwards of four tokens to learn how each layer rotates its queries and keys.
+
+        Raises:
+            TypeError: it is no such model.
+            ValueError: it is patched already, its architecture cannot be (the message says why), or `max_distance`
+                is smaller than the window that its config implies.
+        """
+        owner = _language_model(model)
+        window = trained_length(owner.config) if self.window_length is None else self.window_length
+        max_distance = window if self.max_distance is None else self.max_distance
+        if max_distance < window:
+            raise ValueError(
+                f"max_distance must be at least the window, got {max_distance} for window_length={window}"
+                f"{' (the trained length)' if self.window_length is None else ''}; leave it out to take the window"
+            )
+        return Patch(owner, self.num_sink_tokens, window, max_distance, self.path)
+
+
+def trained_length(config: PreTrainedConfig) -> int:
+    """Return how many tokens a model was trained for.
+
+    That is `max_position_embeddings` (or what its config calls it), or the length that YaRN's factor stretches the
+    original one to, if that is more.
+    """
+    config = config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions"):
+        length = getattr(config, name, None)
+        if isinstance(length, int):
+            break
+    else:
+        raise ValueError(
+            f"{type(config).__name__} does not say how long the texts were that it was trained on: pass "
+            "window_length=..."
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    sets = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    stretched = [
+        int(values["original_max_position_embeddings"] * values["factor"])
+        for values in sets
+        if values.get("original_max_position_embeddings") and values.get("factor") and values.get("rope_type") == "yarn"
+    ]
+    return max([length, *stretched])
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}")
+    if value < least:
+        why = ": never smaller than window_length" if name == "max_distance" else ""
+        raise ValueError(f"{name} must be at least {least}{why}, got {value}")
+
+
+def _language_model(model: Any) -> Any:
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers causal language model or a PEFT wrapper of one, got {type(model).__name__}"
+        )
+    return model

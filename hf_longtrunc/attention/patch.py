@@ -1,0 +1,371 @@
+"""A model under LM-Infinite: what is put in place, what runs in a forward, and how all of it is taken back."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import sys
+from contextlib import ExitStack
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
+from transformers.masking_utils import causal_mask_function
+
+from hf_longtrunc.attention.cache import LambdaCacheLayer
+from hf_longtrunc.attention.families import gptj_rotation, own_forward
+from hf_longtrunc.attention.lambda_attention import (
+    Scoring,
+    distance,
+    lambda_attention,
+    single_query_attention,
+    visible,
+)
+from hf_longtrunc.attention.probe import Probe, forward_quietly
+from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward, rotary_modules
+from hf_longtrunc.attention.row_positions import (
+    check_positions,
+    checked_mask,
+    first_real,
+    from_first_token,
+    left_padding,
+)
+
+if TYPE_CHECKING:
+    from hf_longtrunc.attention.rotary import ExactRotary, Rotation
+
+_serial = itertools.count()
+
+
+class Patch:
+    """A patched model: what `LMInfinite.attach` returns. `detach()` undoes it.
+
+    Every change is an attribute of this model's own modules, a hook, or an entry under a name of this patch's own in
+    transformers' two attention registries; each pushes its undoing when it is made.
+
+    In a forward, a hook before the decoder learns from cache and padding the positions of queries and keys, the
+    model's mask argument carries them to the layers (so they are right when gradient checkpointing runs a layer again
+    much later), and the attention function uses them.
+    """
+
+    def __init__(self, model: Any, num_sink_tokens: int, window_length: int, max_distance: int, path: str):
+        self.num_sink_tokens = num_sink_tokens
+        self.window_length = window_length
+        self.max_distance = max_distance
+        self.path = path
+        self._name = f"lm_infinite_{next(_serial)}"
+        self._model = model
+        decoder = model.get_decoder()
+        self._decoder: Any = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+        self._original = model.config._attn_implementation
+        self._parameters = list(inspect.signature(self._decoder.forward).parameters)
+        self._rotations: dict[nn.Module, Rotation | None] = {}
+        self._probe: Probe | None = None
+        self._carried: Tensor | None = None
+        self._ring_view: tuple[Tensor, Tensor] | None = None  # of one decoded token: which slots, at which distance
+        self._undo = ExitStack()
+        try:
+            self._attach()
+        except BaseException as error:
+            self._undo.close()
+            if isinstance(error, CannotPatchError):
+                raise ValueError(f"LMInfinite cannot patch {type(model).__name__}: {error}") from error
+            raise
+
+    def detach(self) -> None:
+        """Give the model back as it was; a second call does nothing."""
+        self._undo.close()
+        self._rotations.clear()
+
+    # -- putting in place ----------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        decoder, model = self._decoder, self._model
+        self._refuse_at_sight()
+        before = self._few_hidden_states()
+        self._give_own_configs()
+        for registry, function in ((AttentionInterface, self._attention), (AttentionMaskInterface, self._mask)):
+            registry.register(self._name, function)
+            self._undo.callback(registry._global_mapping.pop, self._name)
+        self._undo.callback(decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        self._set(decoder, "_lm_infinite", self)
+        self._learn_rotations(self._replace_rotary_modules())
+        self._check_against(before)
+        self._set(model, "_prepare_cache_for_generation", self._prepare_cache)
+        self._set(model, "init_continuous_batching", _refuse_continuous_batching)
+        for module in {model, decoder}:
+            self._set(module, "__deepcopy__", _refuse_deepcopy)
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an instance attribute, and note how to take it back."""
+        attributes = owner.__dict__
+        if name in attributes:
+            self._undo.callback(attributes.__setitem__, name, attributes[name])
+        else:
+            self._undo.callback(attributes.pop, name)
+        attributes[name] = value
+
+    def _refuse_at_sight(self) -> None:
+        model = self._model
+        if "_lm_infinite" in self._decoder.__dict__:
+            raise ValueError(
+                f"this {type(model).__name__} is patched by LMInfinite already: detach that patch first, they do not "
+                "nest"
+            )
+        if model.config.is_encoder_decoder:
+            raise CannotPatchError("it is an encoder-decoder, not a causal language model")
+        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        if model._is_stateful or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+            raise CannotPatchError("it has recurrent or convolutional layers, whose state has no distance to limit")
+
+    def _give_own_configs(self) -> None:
+        """Let every module of the model hold a copy of its config that names this patch's attention.
+
+        A config object may be shared with other models, and is saved with this one: neither must see the name.
+        """
+        copies: dict[int, Any] = {}
+        for module in self._model.modules():
+            for name, config in list(module.__dict__.items()):
+                if isinstance(config, PreTrainedConfig):
+                    self._set(module, name, copy.deepcopy(config, copies))
+        for config in copies.values():
+            if isinstance(config, PreTrainedConfig):
+                config._attn_implementation_internal = self._name
+
+    def _replace_rotary_modules(self) -> list[ExactRotary]:
+        sources: list[ExactRotary] = []
+        for module, rotaries in rotary_modules(self._decoder, self.window_length):
+            self._set(module, "forward", exact_forward(rotaries))
+            sources.extend(rotaries.values())
+        return sources
+
+    def _learn_rotations(self, sources: list[ExactRotary]) -> None:
+        known: dict[nn.Module, Rotation | None] = {}
+        for module in self._decoder.modules():
+            build = own_forward(module)
+            if build is not None:
+                self._set(module, "forward", build(module, partial(self._attend_own, module)))
+                if hasattr(module, "embed_positions"):
+                    known[module] = gptj_rotation(module)
+        self._probe = Probe(self._decoder, sources)
+        try:
+            self._rotations = self._probe.rotations(known)
+        finally:
+            self._probe = None
+
+    def _few_hidden_states(self) -> Tensor:
+        """Return the hidden states of a few tokens that fit the window."""
+        vocabulary = self._decoder.get_input_embeddings().weight.shape[0]
+        # Not token 0, which is often padding and embedded as zero.
+        return forward_quietly(self._decoder, [[(7 * i + 3) % vocabulary for i in range(min(8, self.window_length))]])
+
+    def _check_against(self, before: Tensor) -> None:
+        """Refuse a model that has changed within the window: the guard against what nobody has thought of."""
+        difference = (self._few_hidden_states() - before).double().norm()
+        tolerance = 0.1 if before.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        if not difference <= tolerance * before.double().norm():
+            raise CannotPatchError(
+                f"within the window its attention would give other results than the model's own (they differ by "
+                f"{difference:.1e}), so it computes something that is not reproduced here"
+            )
+
+    # -- a forward: the hook knows the cache, the mask carries positions, the attention uses them ----------------------
+
+    def _begin(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        """Find the positions of this forward's queries and keys, before the decoder runs."""
+        if decoder.config._attn_implementation != self._name:
+            raise ValueError(
+                "set_attn_implementation was called on a model patched by LMInfinite, whose attention would no longer "
+                "run: detach first"
+            )
+        inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        new, device, cache = tokens.shape[1], tokens.device, inputs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        mask = checked_mask(inputs.get("attention_mask"), past + new)
+        check_positions(inputs.get("position_ids"), mask, new)
+        rings = self._rings(cache)
+        has_begun = bool(rings) and past > rings[0].max_padding
+        padding = rings[0].padding if has_begun else left_padding(mask, new)
+        queries = from_first_token(torch.arange(past, past + new, device=device), padding)
+        for ring in rings:
+            ring.expect(new, padding)
+        if rings:
+            keys = rings[0].key_positions(new, device)
+        else:
+            keys = from_first_token(torch.arange(past + new, device=device), padding)
+        carried = torch.cat([queries, keys], dim=-1)
+        self._carried = carried[:, None] if rings and past else carried
+        if rings and past and new == 1:
+            self._ring_view = self._seen_slots(queries, keys), distance(queries, keys, self.max_distance)[:, 0]
+        if "position_ids" in self._parameters:
+            inputs["position_ids"] = queries.clamp_min(0)
+        return (), inputs
+
+    def _rings(self, cache: Any) -> list[LambdaCacheLayer]:
+        layers = [] if cache is None else cache.layers
+        rings = [layer for layer in layers if isinstance(layer, LambdaCacheLayer)]
+        for ring in rings:
+            theirs, ours = (ring.num_sink_tokens, ring.window_length), (self.num_sink_tokens, self.window_length)
+            if theirs != ours:
+                raise ValueError(
+                    f"this cache was built for (num_sink_tokens, window_length) = {theirs}, and the model is patched "
+                    f"with {ours}: start anew, or patch with the same numbers"
+                )
+        return rings
+
+    def _mask(self, *args: Any, local_size: int | None = None, mask_function: Any = None, **kwargs: Any) -> Any:
+        """Carry positions [rows, n + m] of queries and keys in place of a mask.
+
+        They have a dimension more, [rows, 1, n + m], where sinks lead the keys. Layers that were trained with a window
+        of their own get their own mask.
+        """
+        if local_size is not None:
+            native: Any = AttentionMaskInterface._global_mapping[self._original]
+            return native(*args, local_size=local_size, mask_function=mask_function, **kwargs)
+        if mask_function is not causal_mask_function:
+            raise ValueError(
+                "this call wants a mask that is more than causal (packed rows, or tokens that see ahead): LMInfinite "
+                "makes its own and cannot add to it"
+            )
+        return self._carried
+
+    def _attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Any]:
+        """Compute attention under this patch's name."""
+        if not _is_carried(attention_mask):
+            if self._probe is not None:
+                return _nothing(query, value).transpose(1, 2).contiguous(), None
+            native = self._native(module)
+            output: tuple[Tensor, Any] = native(
+                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+            )
+            return output
+        scoring = Scoring(
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=kwargs.get("softcap"),
+            null_logits=kwargs.get("s_aux"),
+            dropout=dropout,
+        )
+        return self._attend(module, query, key, value, attention_mask, scoring).transpose(1, 2).contiguous(), None
+
+    def _native(self, module: nn.Module) -> Any:
+        """Return what the model's own implementation would run for this layer."""
+        if self._original == "eager":
+            return sys.modules[type(module).__module__].eager_attention_forward
+        return AttentionInterface._global_mapping[self._original]
+
+    def _attend_own(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, carried: Any, scoring: Scoring
+    ) -> Tensor:
+        """Serve a module with a forward of ours; its model may have reshaped what the mask carried."""
+        carried = carried if _is_carried(carried) else self._carried
+        return self._attend(module, query, key, value, carried, scoring)
+
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, carried: Tensor, scoring: Scoring
+    ) -> Tensor:
+        """Return the Λ-attention of one layer [batch, heads, n, value_dim], given the positions that were carried."""
+        if self._probe is not None:
+            self._probe.record(module, query, key)
+            return _nothing(query, value)
+        new, announced = query.shape[2], carried.shape[-1] - query.shape[2]
+        if key.shape[2] != announced:
+            raise ValueError(
+                f"the cache hands out {key.shape[2]} keys where {announced} were announced: this kind of cache cannot "
+                "be used on a model patched by LMInfinite; take DynamicCache or leave it to generate()"
+            )
+        positions = carried.reshape(-1, carried.shape[-1])
+        i, j = positions[:, :new], positions[:, new:]
+        rotation, sinks = self._rotations[module], self.num_sink_tokens
+        rotate = None if rotation is None else rotation.rotate
+        if carried.ndim == 3 and new == 1:
+            return self._attend_ring(query, key, value, i, j, scoring, rotate)
+        if carried.ndim == 3:
+            far = key[:, :, :sinks], value[:, :, :sinks]
+            key, value, j = key[:, :, sinks:], value[:, :, sinks:], j[:, sinks:]
+        else:
+            far = first_real(key, j, sinks), first_real(value, j, sinks)
+        return lambda_attention(
+            query,
+            key,
+            value,
+            i,
+            j,
+            sinks=far if sinks and (carried.ndim == 3 or key.shape[2] > self.window_length) else None,
+            window=self.window_length,
+            max_distance=self.max_distance,
+            scoring=scoring,
+            rotate=rotate,
+            path=self.path,
+        )
+
+    def _attend_ring(
+        self, query: Tensor, key: Tensor, value: Tensor, i: Tensor, j: Tensor, scoring: Scoring, rotate: Any
+    ) -> Tensor:
+        """Decode over [sinks | ring], the sinks turned on in their slots to where the query is to see them."""
+        assert self._ring_view is not None
+        seen, distances = (view.to(query.device) for view in self._ring_view)
+        sinks = self.num_sink_tokens
+        if rotate is not None and sinks:
+            steps = (i - self.max_distance - j[:, :sinks]).clamp_min(0)
+            key[:, :, :sinks] = rotate(key[:, :, :sinks], steps)
+        return single_query_attention(query, key, value, distances, seen, scoring)
+
+    def _seen_slots(self, i: Tensor, j: Tensor) -> Tensor:
+        """Return [rows, S + R]: the sinks that have left the window of the query at i [rows, 1], and the window."""
+        sinks, window = self.num_sink_tokens, self.window_length
+        return torch.cat([i - j[:, :sinks] >= window, visible(i, j[:, sinks:], 0, window)[:, 0]], dim=-1)
+
+    # -- generate() ----------------------------------------------------------------------------------------------------
+
+    def _prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Build the cache that `generate` would, with ring layers in the place of those that grow."""
+        if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} cannot be used on a model patched "
+                "by LMInfinite, whose own cache is of constant size already: leave it out"
+            )
+        given = model_kwargs.get("past_key_values")
+        prepare = type(self._model)._prepare_cache_for_generation
+        result = prepare(self._model, generation_config, model_kwargs, *args, **kwargs)
+        # Where layers read each other's keys, what one of them does to its sinks would reach the next.
+        are_keys_shared = bool(getattr(self._decoder.config, "num_kv_shared_layers", 0))
+        if given is None and "past_key_values" in model_kwargs and not are_keys_shared:
+            layers = model_kwargs["past_key_values"].layers
+            for index in {getattr(module, "layer_idx", len(layers)) for module in self._rotations}:
+                if index < len(layers) and type(layers[index]) is DynamicLayer:
+                    layers[index] = LambdaCacheLayer(self.num_sink_tokens, self.window_length)
+        return result
+
+
+def _is_carried(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.dtype == torch.int64
+
+
+def _nothing(query: Tensor, value: Tensor) -> Tensor:
+    """Zeros in the place of an attention output [batch, heads, n, value_dim]."""
+    return query.new_zeros(*query.shape[:3], value.shape[-1])
+
+
+def _refuse_deepcopy(memo: Any) -> Any:
+    raise TypeError("a model patched by LMInfinite cannot be copied: detach first, copy, and patch the copy")
+
+
+def _refuse_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+    raise ValueError(
+        "continuous batching keeps a cache and an attention of its own: detach LMInfinite first, or use generate()"
+    )

@@ -1,0 +1,94 @@
+"""Learning, by experiment, how each layer of a model rotates its queries and keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_longtrunc.attention.rotary import CannotPatchError, Rotation, find_rotation
+
+if TYPE_CHECKING:
+    from hf_longtrunc.attention.rotary import ExactRotary
+
+
+class Probe:
+    """Two forwards of a decoder, at angle zero and at known angles, whose attention hands its queries and keys here.
+
+    Attention answers zero meanwhile, so both forwards hand every layer the same input; and four times the same token
+    makes a layer give itself away that mixes tokens outside attention or adds absolute positions.
+
+    Args:
+        decoder: the model that holds the layers.
+        sources: its rotary modules, in place already.
+    """
+
+    def __init__(self, decoder: Any, sources: list[ExactRotary]):
+        self.decoder = decoder
+        self.sources = sources
+        self._captured: dict[nn.Module, Tensor] = {}
+
+    def record(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
+        """Keep what one layer's attention was called with, [batch, heads, n, dim] each."""
+        if module in self._captured:
+            raise CannotPatchError("a layer runs several times in a forward")
+        self._captured[module] = torch.cat([query, key], dim=1)
+
+    def rotations(self, known: dict[nn.Module, Rotation | None]) -> dict[nn.Module, Rotation | None]:
+        """Return the rotation of each layer that was recorded, None for one that rotates nothing.
+
+        Raises:
+            CannotPatchError: no layer was, or one does what no rotation explains.
+        """
+        unrotated, rotated = self._states(0.0), self._states(1.0)
+        if not unrotated:
+            raise CannotPatchError(
+                "each of its layers was trained with a sliding window of its own, or none takes its attention and its "
+                "mask from transformers' interfaces"
+            )
+        for module, states in unrotated.items():
+            if module not in known and not torch.allclose(
+                states, states[:, :, :1].expand_as(states), rtol=1e-2, atol=1e-4
+            ):
+                raise CannotPatchError(
+                    "its queries depend on absolute positions (learned or sinusoidal position embeddings), or its "
+                    "layers mix tokens outside attention (recurrence, convolution): there is no distance to limit"
+                )
+        return {
+            module: known[module] if module in known else find_rotation(states, rotated[module], self.sources)
+            for module, states in unrotated.items()
+        }
+
+    def _states(self, factor: float) -> dict[nn.Module, Tensor]:
+        """Return each layer's queries and keys, turned by `factor` times the probe angles."""
+        vocabulary = self.decoder.get_input_embeddings().weight.shape[0]
+        self._captured = {}
+        for source in self.sources:
+            source.probing = factor
+        try:
+            forward_quietly(self.decoder, [[vocabulary // 3] * 4, [vocabulary // 2] * 4])
+        except CannotPatchError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise CannotPatchError(
+                f"its layers cannot be probed through transformers' attention and mask interfaces ({error})"
+            ) from error
+        finally:
+            for source in self.sources:
+                source.probing = None
+        return self._captured
+
+
+def forward_quietly(decoder: Any, tokens: list[list[int]]) -> Tensor:
+    """Return hidden states without cache, dropout or gradient, leaving no trace in the model."""
+    ids = torch.tensor(tokens, device=decoder.get_input_embeddings().weight.device)
+    training = {module: module.training for module in decoder.modules()}
+    decoder.eval()
+    try:
+        with torch.no_grad():
+            hidden: Tensor = decoder(input_ids=ids, use_cache=False)[0]
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    return hidden

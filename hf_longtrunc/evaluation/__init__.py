@@ -1,0 +1,77 @@
+"""Measuring: perplexity by position, passkeys, streams; tables, plots and records of them, loaded on first use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_longtrunc.evaluation.passkey import (
+        PasskeyPrompts as PasskeyPrompts,
+        PasskeyRecord as PasskeyRecord,
+        PasskeyTask as PasskeyTask,
+        passkey_table as passkey_table,
+        passkey_tasks as passkey_tasks,
+        plot_passkey as plot_passkey,
+        run_passkey as run_passkey,
+    )
+    from hf_longtrunc.evaluation.perplexity import (
+        PerplexityRecord as PerplexityRecord,
+        PositionBin as PositionBin,
+        compare_losses as compare_losses,
+        default_edges as default_edges,
+        perplexity_by_position as perplexity_by_position,
+        perplexity_records as perplexity_records,
+        perplexity_table as perplexity_table,
+        plot_perplexity as plot_perplexity,
+        stream_losses as stream_losses,
+        token_losses as token_losses,
+    )
+    from hf_longtrunc.evaluation.records import (
+        append_records as append_records,
+        read_records as read_records,
+    )
+    from hf_longtrunc.evaluation.streaming import (
+        cache_bytes as cache_bytes,
+        start_stream as start_stream,
+    )
+    from hf_longtrunc.evaluation.texts import (
+        python_reference as python_reference,
+    )
+
+_HOME = {
+    "PasskeyPrompts": "hf_longtrunc.evaluation.passkey",
+    "PasskeyRecord": "hf_longtrunc.evaluation.passkey",
+    "PasskeyTask": "hf_longtrunc.evaluation.passkey",
+    "PerplexityRecord": "hf_longtrunc.evaluation.perplexity",
+    "PositionBin": "hf_longtrunc.evaluation.perplexity",
+    "append_records": "hf_longtrunc.evaluation.records",
+    "cache_bytes": "hf_longtrunc.evaluation.streaming",
+    "compare_losses": "hf_longtrunc.evaluation.perplexity",
+    "default_edges": "hf_longtrunc.evaluation.perplexity",
+    "passkey_table": "hf_longtrunc.evaluation.passkey",
+    "passkey_tasks": "hf_longtrunc.evaluation.passkey",
+    "perplexity_by_position": "hf_longtrunc.evaluation.perplexity",
+    "perplexity_records": "hf_longtrunc.evaluation.perplexity",
+    "perplexity_table": "hf_longtrunc.evaluation.perplexity",
+    "plot_passkey": "hf_longtrunc.evaluation.passkey",
+    "plot_perplexity": "hf_longtrunc.evaluation.perplexity",
+    "python_reference": "hf_longtrunc.evaluation.texts",
+    "read_records": "hf_longtrunc.evaluation.records",
+    "run_passkey": "hf_longtrunc.evaluation.passkey",
+    "start_stream": "hf_longtrunc.evaluation.streaming",
+    "stream_losses": "hf_longtrunc.evaluation.perplexity",
+    "token_losses": "hf_longtrunc.evaluation.perplexity",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,268 @@
+"""Perplexity by position: what a model loses, token by token, as a text goes on.
+
+A text is read in chunks through the model's own cache. Logits exist for one chunk at a time, so memory is what the
+cache needs: constant where the cache is bounded, linear in the text where it is an ordinary one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_longtrunc.evaluation.records import arm_settings, model_settings
+from hf_longtrunc.evaluation.streaming import start_stream
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+    from hf_longtrunc.evaluation.records import Arm
+
+_POINTS_OF_A_CURVE = 64
+
+
+@dataclass(frozen=True)
+class PositionBin:
+    """Mean loss over the positions start <= position < end.
+
+    Attributes:
+        start: the first position.
+        end: one past the last position.
+        tokens: predicted tokens that went into the mean, all texts together.
+        nll: mean negative log-likelihood in nats: over the texts at each position, then over the positions.
+        perplexity: exp(nll).
+    """
+
+    start: int
+    end: int
+    tokens: int
+    nll: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class PerplexityRecord(PositionBin):
+    """A bin, and what was run: the arm's name and settings, the model, its dtype and device, how many texts."""
+
+    arm: str
+    settings: str
+    model: str
+    dtype: str
+    device: str
+    texts: int
+
+
+@torch.no_grad()
+def stream_losses(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Read one text per row, chunk by chunk without end, and yield each token's loss given all tokens before it.
+
+    Args:
+        model: a causal LM in eval mode, patched or not. It is read through the cache that its `generate` builds.
+        chunks: token ids [texts, any length >= 1], each the continuation of the one before.
+
+    Yields:
+        For each chunk the fp32 negative log-likelihoods of its tokens [texts, length], in nats, on the model's
+        device. The first chunk's are one column shorter: nothing predicts the first token.
+
+    Raises:
+        TypeError, ValueError: token ids that are none; a model in training mode, or one that keeps no cache.
+
+    Cost: one forward a chunk; the logits of one chunk [texts, length, V] in the model's dtype and once in fp32.
+    """
+    if model.training:
+        raise ValueError("model is in training mode, where dropout changes the losses: call model.eval() first")
+    cache, last = None, None
+    for chunk in chunks:
+        ids = _checked_ids(chunk).to(model.device)
+        if last is None:
+            cache, last = start_stream(model, ids[:, :1])
+            ids = ids[:, 1:]
+        if ids.shape[1] == 0:
+            yield last.new_empty(ids.shape, dtype=torch.float32)
+            continue
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        yield torch.cat([_losses(last, ids[:, :1]), _losses(logits[:, :-1], ids[:, 1:])], dim=1)
+        last = logits[:, -1:].clone()
+
+
+def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: bool | str = False) -> Tensor:
+    """Return the negative log-likelihood of every token of whole texts, as one full forward would, in chunks.
+
+    Args:
+        model: see `stream_losses`.
+        input_ids: token ids [texts, n] of texts of one length, or [n] for a single one; n >= 2.
+        chunk: tokens a forward.
+        progress: show a bar, under this name if it is a string.
+
+    Returns:
+        fp32 nats on the CPU, [texts, n - 1] (or [n - 1]): entry i is the loss of token i + 1, i.e. of the prediction
+        made at position i from tokens 0..i.
+
+    Raises:
+        TypeError, ValueError: see `stream_losses`; input_ids are not integers of such a shape; chunk < 1.
+    """
+    rows = _checked_ids(input_ids if input_ids.ndim == 2 else input_ids[None])
+    if rows.shape[1] < 2:
+        raise ValueError(f"input_ids must hold at least 2 tokens a text, got {rows.shape[1]}: the first has no loss")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    name = progress if isinstance(progress, str) else None
+    pieces = []
+    with tqdm(total=rows.shape[1], desc=name, unit="tok", disable=not progress) as bar:
+        for piece in stream_losses(model, torch.split(rows, chunk, dim=1)):
+            pieces.append(piece.cpu())
+            bar.update(piece.shape[1] + (len(pieces) == 1))
+            bar.set_postfix(ppl=f"{piece.mean().exp().item():.1f}", refresh=False)
+    losses = torch.cat(pieces, dim=1)
+    return losses if input_ids.ndim == 2 else losses[0]
+
+
+def compare_losses(
+    model: Any, input_ids: Tensor, arms: Mapping[str, Arm], *, chunk: int = 512, progress: bool = False
+) -> dict[str, Tensor]:
+    """Run `token_losses` on the same tokens once per arm.
+
+    Args:
+        model: see `stream_losses`.
+        input_ids: see `token_losses`.
+        arms: name -> callable (model) -> context manager under which the model is run, e.g.
+            `{"unmodified": nullcontext, "LM-Infinite": LMInfinite(window_length=2048)}`.
+        chunk: tokens a forward.
+        progress: show a bar per arm.
+
+    Returns:
+        The arms' losses by name, in the arms' order.
+    """
+    losses = {}
+    for name, arm in arms.items():
+        with arm(model):
+            losses[name] = token_losses(model, input_ids, chunk=chunk, progress=name if progress else False)
+    return losses
+
+
+def perplexity_by_position(losses: Tensor, edges: Sequence[int]) -> list[PositionBin]:
+    """Average losses over texts, then over the positions of each bin, then exponentiate.
+
+    Args:
+        losses: nats [texts, positions] or [positions].
+        edges: increasing positions e0 < e1 < ...; bin i takes e_i <= position < e_(i+1). Positions beyond the texts
+            are left out of a bin, and a bin without any token is left out of the list.
+
+    Raises:
+        ValueError: fewer than two edges, or edges that do not increase from 0 or more.
+    """
+    rows = losses if losses.ndim == 2 else losses[None]
+    bins = []
+    for start, end in pairwise(_checked_edges(edges)):
+        inside = rows[:, start:end].double()
+        if inside.numel():
+            nll = inside.mean(0).mean()
+            bins.append(PositionBin(start, end, inside.numel(), nll.item(), nll.exp().item()))
+    return bins
+
+
+def default_edges(window_length: int, length: int) -> list[int]:
+    """Return bin edges around a trained window L: 0, L/2, L, 1.25 L, 1.5 L, 2 L, 4 L, ... until `length` is inside."""
+    edges = [0, window_length // 2, window_length, window_length * 5 // 4, window_length * 3 // 2, window_length * 2]
+    while edges[-1] < length:
+        edges.append(edges[-1] * 2)
+    needed = next(index for index, edge in enumerate(edges) if edge >= length)
+    return edges[: needed + 1]
+
+
+def perplexity_records(
+    model: Any, losses: Mapping[str, Tensor], arms: Mapping[str, Arm], edges: Sequence[int]
+) -> list[PerplexityRecord]:
+    """Bin what `compare_losses` returned, one record per arm and bin."""
+    return [
+        PerplexityRecord(
+            **vars(position_bin),
+            arm=name,
+            settings=arm_settings(arms[name]),
+            texts=1 if loss.ndim == 1 else loss.shape[0],
+            **model_settings(model),
+        )
+        for name, loss in losses.items()
+        for position_bin in perplexity_by_position(loss, edges)
+    ]
+
+
+def perplexity_table(records: Sequence[PerplexityRecord]) -> Table:
+    """Lay records out as a rich table: a row per arm, a column per bin of positions."""
+    try:
+        from rich.table import Table
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("perplexity_table() needs rich: pip install 'hf_longtrunc[eval]'") from error
+    bins = sorted({(record.start, record.end) for record in records})
+    table = Table("arm", title="perplexity by position")
+    for start, end in bins:
+        table.add_column(f"{start:,}-{end:,}", justify="right")
+    for arm in dict.fromkeys(record.arm for record in records):
+        values = {(record.start, record.end): record.perplexity for record in records if record.arm == arm}
+        table.add_row(arm, *(f"{values[key]:,.1f}" if key in values else "" for key in bins))
+    return table
+
+
+def plot_perplexity(
+    losses: Mapping[str, Tensor], *, trained_window: int | None = None, axes: Axes | None = None
+) -> Axes:
+    """Draw perplexity against position, a line per arm, each point the mean over 1/64 of the text.
+
+    Args:
+        losses: what `compare_losses` returned.
+        trained_window: draw a vertical line at this position.
+        axes: draw into these Axes, which are returned; None makes new ones.
+    """
+    axes = axes or _new_axes()
+    from matplotlib.ticker import LogFormatter
+
+    for name, loss in losses.items():
+        width = max(1, -(-loss.shape[-1] // _POINTS_OF_A_CURVE))
+        bins = perplexity_by_position(loss, range(0, loss.shape[-1] + width, width))
+        centres = [(point.start + min(point.end, loss.shape[-1])) / 2 for point in bins]
+        axes.plot(centres, [point.perplexity for point in bins], label=name, linewidth=1.4)
+    if trained_window is not None:
+        axes.axvline(trained_window, color="grey", linestyle=":", linewidth=1, label="trained window")
+    axes.set(xlabel="position (tokens)", ylabel="perplexity", yscale="log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.legend(frameon=False)
+    return axes
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    # [texts, m, V], [texts, m] -> [texts, m]
+    logits = logits.float()
+    return logits.logsumexp(-1) - logits.gather(-1, targets[..., None]).squeeze(-1)
+
+
+def _checked_ids(ids: Tensor) -> Tensor:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"token ids must be integers (int64 or int32), got {ids.dtype}")
+    if ids.ndim != 2 or ids.numel() == 0:
+        raise ValueError(f"token ids must be [texts, tokens] with at least one of each, got shape {tuple(ids.shape)}")
+    return ids.long()
+
+
+def _checked_edges(edges: Sequence[int]) -> Sequence[int]:
+    increasing = all(left < right for left, right in pairwise(edges))
+    if len(edges) < 2 or edges[0] < 0 or not increasing:
+        raise ValueError(f"edges must be at least two positions that increase from 0 or more, got {list(edges)}")
+    return edges
+
+
+def _new_axes() -> Axes:
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("plot_perplexity() needs matplotlib: pip install 'hf_longtrunc[eval]'") from error
+    _, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes

@@ -1,0 +1,62 @@
+"""What was measured, on what: one dataclass a measurement, one JSON line a record."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable
+    from contextlib import AbstractContextManager
+
+    Arm = Callable[[Any], AbstractContextManager[Any]]
+
+RecordT = TypeVar("RecordT")
+
+
+def append_records(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
+    """Append each record, an instance of a dataclass of plain values, as one JSON line; folders are made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+
+
+def read_records(path: str | os.PathLike[str], record_type: type[RecordT]) -> list[RecordT]:
+    """Read the records that `append_records` wrote; a file that is not there holds none.
+
+    Raises:
+        ValueError: a line is no JSON object with exactly the fields of `record_type`, e.g. the end of a run that was
+            cut off while it wrote; the message names the line.
+    """
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    return [_parsed(line, record_type, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _parsed(line: str, record_type: type[RecordT], where: str) -> RecordT:
+    expected = [field.name for field in fields(record_type)]  # type: ignore[arg-type]
+    try:
+        values = json.loads(line)
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or sorted(values) != sorted(expected):
+        raise ValueError(
+            f"{where}: expected a JSON object with the fields {', '.join(expected)}, got {line[:80]!r}; delete that "
+            "line, or write to another file"
+        )
+    return record_type(**values)
+
+
+def arm_settings(arm: Arm) -> str:
+    """Say what an arm of a comparison is, the same in every process: its repr, or a function's or class's name."""
+    return getattr(arm, "__qualname__", None) or repr(arm)
+
+
+def model_settings(model: Any) -> dict[str, Any]:
+    """Return the settings of `model` that a record names: where it came from, its dtype and its device's type."""
+    name = model.config.name_or_path or type(model).__name__
+    return {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}

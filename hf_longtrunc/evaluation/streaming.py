@@ -1,0 +1,43 @@
+"""Reading a text through the cache that a model's `generate` builds, without asking it to generate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def start_stream(model: Any, input_ids: Tensor) -> tuple[Any, Tensor]:
+    """Read the first tokens of a stream; go on with `model(input_ids=..., past_key_values=cache, use_cache=True)`.
+
+    Args:
+        model: a causal LM that generates. Patched by LMInfinite, it builds a cache of constant size.
+        input_ids: [texts, n >= 1], no padding.
+
+    Returns:
+        The cache, which has seen n tokens, and the logits [texts, 1, V] that predict the next one.
+
+    Raises:
+        ValueError: the model keeps no cache.
+    """
+    output = model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=1,
+        do_sample=False,
+        use_cache=True,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    cache = output.past_key_values
+    if cache is None or cache.get_seq_length() != input_ids.shape[1]:
+        raise ValueError(f"{type(model).__name__} keeps no past_key_values, so it cannot be read in chunks")
+    return cache, output.logits[0][:, None]
+
+
+def cache_bytes(cache: Any) -> int:
+    """Return the bytes of all tensors that the layers of a transformers cache hold, each storage once."""
+    held = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, held)}.values())

@@ -1,0 +1,273 @@
+"""One attention layer under LM-Infinite against the kernels that it has to stand beside, all sides in one process.
+
+    python recipes/benchmarks/lm_infinite.py --out bench            # CUDA when there is one, else the CPU's sizes
+    python recipes/benchmarks/lm_infinite.py --device cpu
+
+Prefill of n tokens: full causal attention (the fastest kernel that `scaled_dot_product_attention` finds for it), a
+plain sliding window (FlexAttention; on a CPU the blockwise path without sinks), and LM-Infinite, its rotations
+included. Decode of one token: full attention over the n keys, plain attention over S + L keys, and LM-Infinite's
+cache update and attention. Medians; every ratio is against a side measured in the same run.
+
+CUDA: 32 query heads, 8 key-value heads, d = 128, L = 4096, S = 16, bf16, n = 8k..131k, then n = 1M for its memory.
+CPU: 8 and 2 heads, d = 64, L = 1024, S = 16, fp32, n = 4k..32k; microseconds per token show that time is linear in n.
+
+Cost: a few minutes on an H100, most of them for compiling FlexAttention; about five on a CPU core.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003  typer reads the annotations
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from hf_longtrunc.attention.cache import LambdaCacheLayer
+from hf_longtrunc.attention.lambda_attention import (
+    Scoring,
+    distance,
+    lambda_attention,
+    single_query_attention,
+    visible,
+)
+from hf_longtrunc.evaluation import append_records
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.nn.attention.flex_attention import BlockMask
+
+_BLOCK = 128  # FlexAttention's block of queries and of keys
+
+
+class Layer(NamedTuple):
+    """Sizes of one attention layer and of LM-Infinite in it."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+    window: int
+    sinks: int
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def scoring(self) -> Scoring:
+        """Scale of the dot products."""
+        return Scoring(self.dim**-0.5)
+
+    def tokens(self, n: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        """Return random queries, keys and values of n tokens."""
+        heads = self.heads, self.kv_heads, self.kv_heads
+        return tuple(torch.randn(batch, h, n, self.dim, dtype=self.dtype, device=self.device) for h in heads)  # type: ignore[return-value]
+
+    def rotate(self, x: Tensor, steps: Tensor) -> Tensor:
+        """Turn x [batch, heads, n, dim] on by steps [rows, n] positions, half-split layout, base 10,000."""
+        frequencies = 10_000 ** (-torch.arange(0, self.dim, 2, device=x.device) / self.dim)
+        angles = (steps[..., None] * frequencies)[:, None]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        left, right = x.chunk(2, dim=-1)
+        return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One line of a table and of the JSON-lines file."""
+
+    task: str
+    side: str
+    n: int
+    batch: int
+    median_ms: float
+    peak_mib: float
+    device: str
+
+
+def measured(run: Callable[[], object], device: str, repeats: int) -> tuple[float, float]:
+    """Return the median milliseconds of a call, two to warm up left out, and the peak MiB that it adds on CUDA."""
+    on_cuda = device == "cuda"
+    times, before = [], 0
+    for _ in range(repeats + 2):
+        if on_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        since = time.perf_counter()
+        run()
+        if on_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - since)
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_cuda else 0.0
+    return statistics.median(times[2:]) * 1e3, peak
+
+
+def window_blocks(n: int, window: int, device: str) -> BlockMask:
+    """Build the sliding window's mask from block indices: `create_block_mask` makes an n x n tensor first."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    row = torch.arange(-(-n // _BLOCK), device=device)
+    first = ((row * _BLOCK - window + 1).clamp_min(0)) // _BLOCK
+    # A block is full where its oldest key is still in the window of its newest query, and before the diagonal.
+    first_full = torch.minimum((((row + 1) * _BLOCK - window).clamp_min(0) + _BLOCK - 1) // _BLOCK, row)
+    columns = torch.arange(len(row), device=device, dtype=torch.int32)
+    counts = first_full - first + 1  # the blocks that the window's far edge cuts, and the diagonal
+    partial = first[:, None] + columns
+    partial = torch.where(columns == counts[:, None] - 1, row[:, None], partial).clamp_max(len(row) - 1)
+    full = (first_full[:, None] + columns).clamp_max(len(row) - 1)
+    counts, partial, full_counts, full = (
+        x.to(torch.int32)[None, None].contiguous() for x in (counts, partial, row - first_full, full)
+    )
+    return BlockMask.from_kv_blocks(
+        *(counts, partial, full_counts, full, _BLOCK),
+        mask_mod=lambda batch, head, i, j: (j <= i) & (i - j < window),
+        seq_lengths=(n, n),
+    )
+
+
+def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
+    """Return what a prompt of n tokens is run through."""
+    query, key, value = layer.tokens(n)
+    positions = torch.arange(n, device=layer.device)[None]
+    sinks = key[:, :, : layer.sinks], value[:, :, : layer.sinks]
+
+    def full() -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    def windowed(path: str, sinks: tuple[Tensor, Tensor] | None) -> Tensor:
+        return lambda_attention(
+            *(query, key, value, positions, positions),
+            sinks=sinks,
+            window=layer.window,
+            max_distance=layer.window,
+            scoring=layer.scoring,
+            rotate=layer.rotate,
+            path=path,
+        )
+
+    sides: dict[str, Callable[[], object]] = {"full": full}
+    if layer.device == "cuda":
+        from torch.nn.attention.flex_attention import flex_attention
+
+        flex = torch.compile(flex_attention, dynamic=False)
+        blocks = window_blocks(n, layer.window, layer.device)
+        sides["window only"] = lambda: flex(query, key, value, block_mask=blocks, enable_gqa=True)
+    else:
+        sides["window only"] = lambda: windowed("auto", None)
+    sides["LM-Infinite"] = lambda: windowed("auto", sinks)
+    return sides
+
+
+def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], object]]:
+    """Return what the token after n tokens is run through."""
+    query, key, value = layer.tokens(1, batch)
+    _, all_keys, all_values = layer.tokens(n, batch)
+    few = slice(0, layer.sinks + layer.window)
+    few_keys, few_values = all_keys[:, :, few].contiguous(), all_values[:, :, few].contiguous()
+    cache = LambdaCacheLayer(layer.sinks, layer.window)
+    cache.expect(n, None)
+    cache.update(all_keys, all_values)
+
+    def plain(keys: Tensor, values: Tensor) -> Tensor:
+        # The heads of a group become the queries of their key head: the kernel reads every key once.
+        grouped = query.view(batch, layer.kv_heads, -1, layer.dim)
+        return F.scaled_dot_product_attention(grouped, keys, values)
+
+    i = torch.full((1, 1), n, device=layer.device)
+    j = cache.key_positions(1, torch.device(layer.device))  # made once a step, not once a layer: not timed
+
+    def lm_infinite() -> Tensor:
+        cache.expect(1, None)
+        keys, values = cache.update(key, value)
+        sinks = keys[:, :, : layer.sinks]
+        sinks.copy_(layer.rotate(sinks, (i - layer.window - j[:, : layer.sinks]).clamp_min(0)))
+        seen = visible(i, j, 0, layer.window)[:, 0]
+        seen[:, : layer.sinks] = i - j[:, : layer.sinks] >= layer.window
+        distances = distance(i, j, layer.window)[:, 0]
+        return single_query_attention(query, keys, values, distances, seen, layer.scoring)
+
+    return {
+        "full": lambda: plain(all_keys, all_values),
+        "S + L keys": lambda: plain(few_keys, few_values),
+        "LM-Infinite": lm_infinite,
+    }
+
+
+def cache_mib(layer: Layer, n: int) -> tuple[float, float]:
+    """Return the MiB of one layer's LM-Infinite cache and of an ordinary one, after n tokens at batch 1."""
+    _, key, value = layer.tokens(n)
+    cache = LambdaCacheLayer(layer.sinks, layer.window)
+    cache.expect(n, None)
+    cache.update(key, value)
+    held = sum(tensor.nbytes for tensor in vars(cache).values() if isinstance(tensor, Tensor))
+    return held / 2**20, (key.nbytes + value.nbytes) / 2**20
+
+
+def timings(
+    task: str, n: int, batch: int, sides: dict[str, Callable[[], object]], device: str, repeats: int
+) -> list[Timing]:
+    return [Timing(task, side, n, batch, *measured(run, device, repeats), device) for side, run in sides.items()]
+
+
+def timing_table(rows: list[Timing], title: str) -> Table:
+    """Lay out a line per size: each side's median, the last side's ratio to each of the others and time per token."""
+    sides = list(dict.fromkeys(row.side for row in rows))
+    ours = sides[-1]
+    table = Table("n", title=title)
+    for column in [*(f"{side} ms" for side in sides), *(f"/ {side}" for side in sides[:-1]), "us/token", "peak MiB"]:
+        table.add_column(column, justify="right")
+    for n in dict.fromkeys(row.n for row in rows):
+        at = {row.side: row for row in rows if row.n == n}
+        times = [f"{at[side].median_ms:.3f}" for side in sides]
+        ratios = [f"{at[ours].median_ms / at[side].median_ms:.2f}" for side in sides[:-1]]
+        new_tokens = n if at[ours].task == "prefill" else at[ours].batch
+        per_token = f"{at[ours].median_ms * 1e3 / new_tokens:.2f}"
+        table.add_row(f"{n:,}", *times, *ratios, per_token, f"{at[ours].peak_mib:,.0f}")
+    return table
+
+
+@torch.inference_mode()
+def main(
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; left out: CUDA when there is one.")] = None,
+    largest: Annotated[int | None, typer.Option(help="Leave out larger n than this.")] = None,
+    repeats: Annotated[int, typer.Option(help="Timed calls of which the median is taken.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Folder for lm_infinite.jsonl.")] = None,
+) -> None:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    console, on_cuda = Console(), device == "cuda"
+    layer = (
+        Layer(32, 8, 128, 4096, 16, torch.bfloat16, device)
+        if on_cuda
+        else Layer(8, 2, 64, 1024, 16, torch.float32, device)
+    )
+    name = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
+    console.print(f"{name}, torch {torch.__version__}, {layer}")
+    sizes = [2**13, 2**14, 2**15, 2**16, 2**17] if on_cuda else [2**12, 2**13, 2**14, 2**15]
+    sizes = [n for n in sizes if n <= (largest or n)]
+    prefill = [row for n in sizes for row in timings("prefill", n, 1, prefill_sides(layer, n), device, repeats)]
+    console.print(timing_table(prefill, "prefill, batch 1"))
+    batch = 8 if on_cuda else 1
+    decode = [
+        row for n in sizes for row in timings("decode", n, batch, decode_sides(layer, n, batch), device, 10 * repeats)
+    ]
+    console.print(timing_table(decode, f"decode of one token after n, batch {batch}"))
+    for n in sizes:
+        ours, ordinary = cache_mib(layer, n)
+        console.print(f"cache of one layer after {n:,} tokens: {ours:.2f} MiB, ordinary {ordinary:.2f} MiB")
+    rows = [*prefill, *decode]
+    if on_cuda and largest is None:
+        million = timings("prefill", 2**20, 1, {"LM-Infinite": prefill_sides(layer, 2**20)["LM-Infinite"]}, device, 1)
+        console.print(timing_table(million, "prefill of a million tokens"))
+        rows += million
+    if out is not None:
+        append_records(out / "lm_infinite.jsonl", rows)
+
+
+if __name__ == "__main__":
+    typer.run(main)

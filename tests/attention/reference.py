@@ -1,0 +1,107 @@
+"""What LM-Infinite is, pair by pair in fp64: the judge of every fast path."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+
+def is_visible(i: int, j: int, sinks: int, window: int) -> bool:
+    return 0 <= j <= i and (i - j < window or j < sinks)
+
+
+@dataclass
+class Rope:
+    """A layout of rotary positions as a test knows it, written down independently of the package."""
+
+    dim: int  # rotated dimensions, the first of a head
+    pairs: bool = False  # neighbours instead of halves
+    base: float = 10000.0
+    frequencies: Tensor | None = None  # [dim / 2], in place of those of `base`
+
+    def turn(self, x: Tensor, steps: Tensor) -> Tensor:
+        """x [..., dim_of_head] by steps, any shape that broadcasts against x's leading ones."""
+        exponent = torch.arange(0, self.dim, 2, dtype=torch.float64) / self.dim
+        w = self.base**-exponent if self.frequencies is None else self.frequencies.double()
+        phase = torch.polar(torch.ones_like(steps[..., None] * w), steps[..., None].double() * w)
+        x = x.double()
+        part, rest = x[..., : self.dim], x[..., self.dim :]
+        if self.pairs:
+            plane = torch.complex(part[..., ::2], part[..., 1::2]) * phase
+            part = torch.stack([plane.real, plane.imag], dim=-1).flatten(-2)
+        else:
+            half = self.dim // 2
+            plane = torch.complex(part[..., :half], part[..., half:]) * phase
+            part = torch.cat([plane.real, plane.imag], dim=-1)
+        return torch.cat([part, rest.expand(*part.shape[:-1], -1)], dim=-1)
+
+
+@dataclass
+class Naive:
+    """Λ-attention of one row, every pair on its own."""
+
+    sinks: int
+    window: int
+    max_distance: int
+    rope: Rope | None = None
+    slopes: Tensor | None = None
+    extra: dict[str, float] = field(default_factory=dict)
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        null_logits: Tensor | None = None,
+    ) -> Tensor:
+        """[heads, n, dim] each (kv_heads for key and value), unrotated -> [heads, n, value_dim], fp64."""
+        heads, n, _ = query.shape
+        group = heads // key.shape[0]
+        key, value = (x.double().repeat_interleave(group, dim=0) for x in (key, value))
+        i = torch.arange(n)
+        away = (i[:, None] - i[None, :]).clamp(0, self.max_distance)
+        seen = torch.tensor([[is_visible(a, b, self.sinks, self.window) for b in range(n)] for a in range(n)])
+        turned = query.double()[:, :, None, :].expand(-1, -1, n, -1)
+        turned = turned if self.rope is None else self.rope.turn(turned, away)
+        scores = (turned * key[:, None]).sum(-1) * scaling
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = scores if self.slopes is None else scores - self.slopes.double()[:, None, None] * away
+        scores = scores.masked_fill(~seen, -math.inf)
+        if null_logits is not None:
+            null = null_logits.detach().double()[:, None, None].expand(heads, n, 1)
+            return torch.cat([scores, null], dim=-1).softmax(-1)[..., :-1] @ value
+        return scores.softmax(-1) @ value
+
+
+def install(model, naive: Naive, name: str = "naive_lambda") -> None:
+    """Let an unpatched interface model compute its full-attention layers by `naive` (one row, no cache)."""
+
+    def attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
+        if attention_mask is not None:  # a layer with a window of its own
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        positions = torch.arange(query.shape[2])
+        rows = []
+        for q, k, v in zip(query, key, value, strict=True):
+            q, k = (x if naive.rope is None else naive.rope.turn(x, -positions) for x in (q, k))
+            rows.append(naive(q, k, v, scaling or query.shape[-1] ** -0.5, softcap, s_aux))
+        return torch.stack(rows).to(query.dtype).transpose(1, 2).contiguous(), None
+
+    def mask(*args, local_size=None, **kwargs):
+        return (
+            None
+            if local_size is None
+            else sdpa_mask(*args, local_size=local_size, **{**kwargs, "allow_is_causal_skip": False})
+        )
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    model.set_attn_implementation(name)

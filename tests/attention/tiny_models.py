@@ -1,0 +1,76 @@
+"""A tiny model of every causal language model family that transformers can build from a configuration."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+# One value for each of the names that configurations give to the same thing.
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32, "d_model": 32, "n_embd": 32, "word_embed_proj_dim": 32, "embedding_size": 32,
+    "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "ffn_hidden_size": 48, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16, "d_ff": 48,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "decoder_layers": 2,
+    "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "decoder_attention_heads": 4,
+    "num_key_value_heads": 2, "num_kv_heads": 2,
+    "head_dim": 8, "rotary_dim": 4,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_topk": 2,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
+    "max_position_embeddings": 256, "n_positions": 256, "max_seq_len": 256, "seq_length": 256,
+    "sliding_window": 8, "attention_chunk_size": 8,
+    "initializer_range": 0.3,
+    "attention_dropout": 0.0, "hidden_dropout": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+MIXED = ["sliding_attention", "full_attention"]
+
+# What some families need beside it: sizes that must agree, or a full-attention layer among windowed ones.
+EXTRA: dict[str, dict[str, Any]] = {
+    "falcon": {"alibi": False},
+    "mistral": {"sliding_window": None},
+    "ministral": {"layer_types": MIXED},
+    "gemma3_text": {"layer_types": MIXED},
+    "cohere2": {"layer_types": MIXED},
+    "cohere2_moe": {"layer_types": MIXED},
+    "exaone4": {"layer_types": MIXED},
+    "exaone_moe": {"layer_types": MIXED},
+    "olmo3": {"layer_types": MIXED},
+    "afmoe": {"layer_types": MIXED},
+    "lfm2": {"layer_types": ["full_attention", "conv"]},
+    "llama4_text": {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]},
+}
+
+
+def family_names() -> list[str]:
+    return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)
+
+
+def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
+    config_class = CONFIG_MAPPING[family]
+    known = set(inspect.signature(config_class.__init__).parameters)
+    known |= {name for cls in config_class.__mro__ for name in getattr(cls, "__annotations__", {})}
+    renamed = set(getattr(config_class, "attribute_map", {}).values())
+    settings = {name: value for name, value in SMALL.items() if name in known | renamed}
+    if getattr(config_class(), "sliding_window", None) is None:
+        settings.pop("sliding_window", None)
+    return config_class(**{**settings, **EXTRA.get(family, {}), **changes})
+
+
+def tiny_model(family: str, **changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = tiny_config(family, **changes)
+    with torch.device("meta"):
+        size = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+    if size > 5_000_000:
+        raise ValueError(f"{family} came out with {size} parameters: its configuration calls some size by another name")
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = None
+    return model

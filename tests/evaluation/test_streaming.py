@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_longtrunc import LMInfinite
+from hf_longtrunc.evaluation import cache_bytes, start_stream, token_losses
+
+
+def test_a_stream_starts_with_the_cache_and_logits_of_a_forward(tiny_model):
+    ids = torch.randint(97, (2, 9))
+    cache, logits = start_stream(tiny_model, ids)
+    assert cache.get_seq_length() == 9
+    torch.testing.assert_close(logits[:, 0], tiny_model(ids).logits[:, -1])
+
+
+def test_bytes_of_a_cache_are_those_of_its_tensors():
+    cache = DynamicCache()
+    for layer in range(3):
+        cache.update(torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 4), layer)
+    assert cache_bytes(cache) == 3 * (2 * 5 * 8 + 2 * 5 * 4) * 4
+
+
+def test_an_unmodified_cache_grows_and_a_patched_one_does_not(tiny_model):
+    short, long = torch.randint(97, (1, 100)), torch.randint(97, (1, 200))
+    assert cache_bytes(start_stream(tiny_model, long)[0]) == 2 * cache_bytes(start_stream(tiny_model, short)[0])
+    with LMInfinite(num_sink_tokens=2, window_length=8)(tiny_model):
+        patched = [cache_bytes(start_stream(tiny_model, ids)[0]) for ids in (short, long)]
+    assert patched[0] == patched[1] < cache_bytes(start_stream(tiny_model, short)[0])
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 32, 300])
+def test_losses_under_lm_infinite_do_not_depend_on_the_chunks(tiny_model, chunk):
+    ids = torch.randint(97, (2, 150))
+    plain = token_losses(tiny_model, ids)
+    with LMInfinite(num_sink_tokens=3, window_length=20)(tiny_model):
+        logits = tiny_model(ids, use_cache=False).logits
+        losses = token_losses(tiny_model, ids, chunk=chunk)
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    torch.testing.assert_close(losses, expected, atol=3e-5, rtol=0)
+    torch.testing.assert_close(losses[:, :20], plain[:, :20], atol=3e-5, rtol=0)
+    assert (losses[:, 20:] - plain[:, 20:]).abs().max() > 0.1

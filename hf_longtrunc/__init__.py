@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hf_longtrunc.attention.cache import LambdaCacheLayer as LambdaCacheLayer
     from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
+    from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
+    from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
+    from hf_longtrunc.data.guard import check_packed as check_packed
+    from hf_longtrunc.data.packing import best_fit_decreasing as best_fit_decreasing
+    from hf_longtrunc.data.stream import PackedStream as PackedStream
     from hf_longtrunc.pretrained import load_pretrained as load_pretrained
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
     from hf_longtrunc.sampling.processors import (
@@ -26,14 +31,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "BestFitPackingCollator": "hf_longtrunc.data.collators",
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "PackedDataset": "hf_longtrunc.data.dataset",
+    "PackedStream": "hf_longtrunc.data.stream",
     "LMInfinite": "hf_longtrunc.attention.lm_infinite",
     "LambdaCacheLayer": "hf_longtrunc.attention.cache",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "attach_processors": "hf_longtrunc.sampling.attach",
+    "best_fit_decreasing": "hf_longtrunc.data.packing",
+    "check_packed": "hf_longtrunc.data.guard",
     "load_pretrained": "hf_longtrunc.pretrained",
+    "pack": "hf_longtrunc.data.dataset",
     "trained_length": "hf_longtrunc.attention.lm_infinite",
 }
 

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from hf_longtrunc import load_pretrained
+from hf_longtrunc.data.command import pack_command
 from hf_longtrunc.evaluation.commands import ppl
 
 if TYPE_CHECKING:
@@ -30,10 +31,11 @@ class Part(str, Enum):
     """The demo's parts, in the order in which they run."""
 
     sampling = "sampling"
+    packing = "packing"
     past_window = "past-window"
 
 
-QUICK = [Part.sampling]
+QUICK = [Part.sampling, Part.packing]
 
 
 @app.command()
@@ -51,9 +53,10 @@ def demo(
     """Run the techniques on a real model and show what they do.
 
     [b]sampling[/b]: plain sampling, top-p and eta on one prompt, and what each of them cut; half a minute on two cores.
+    [b]packing[/b]: docstrings packed into rows, and that no document sees another; ten seconds.
     [b]past-window[/b]: a text longer than the trained window, unmodified and under LM-Infinite; some four minutes.
     """
-    from hf_longtrunc.demo import PROMPT, sampling_part
+    from hf_longtrunc.demo import PROMPT, packing_part, sampling_part
     from hf_longtrunc.evaluation.commands import past_the_window
 
     if not 0 < epsilon < 1:
@@ -74,6 +77,8 @@ def demo(
             seed=seed,
             console=console,
         )
+    if Part.packing in chosen:
+        packing_part(loaded, tokenizer, output_dir, console=console)
     if Part.past_window in chosen:
         past_the_window(loaded, tokenizer, output_dir, text=text.read() if text else None, console=console)
     else:
@@ -81,6 +86,7 @@ def demo(
 
 
 app.command()(ppl)
+app.command("pack")(pack_command)
 
 
 def _load(model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

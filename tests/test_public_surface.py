@@ -12,14 +12,20 @@ from hf_longtrunc import evaluation
 
 PUBLIC = {
     hf_longtrunc: [
+        "BestFitPackingCollator",
         "EpsilonLogitsProcessor",
         "EtaLogitsProcessor",
         "LMInfinite",
         "LambdaCacheLayer",
+        "PackedDataset",
+        "PackedStream",
         "TruncationRecord",
         "TruncationTrace",
         "attach_processors",
+        "best_fit_decreasing",
+        "check_packed",
         "load_pretrained",
+        "pack",
         "trained_length",
     ],
     evaluation: [

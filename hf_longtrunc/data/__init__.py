@@ -1,0 +1,1 @@
+"""Before the model: which documents share a row."""

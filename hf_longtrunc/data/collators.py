@@ -1,0 +1,167 @@
+"""Batches in which no document sees another: packed rows laid out, raw documents best-fitted within the batch."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from hf_longtrunc.data.documents import IGNORE, join, read_document
+from hf_longtrunc.data.packing import best_fit_decreasing, checked_seq_length
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_longtrunc.data.documents import Tokens
+
+Row = dict[str, "Tokens"]
+
+_POOR_FILL = 0.9
+
+
+class BestFitPackingCollator:
+    """Collate examples into rows of `seq_length` tokens for Trainer, with boundaries in `position_ids`.
+
+    Rows that come packed (they have `position_ids` or `seq_lengths`, from `pack()`) are laid out as they are. Raw
+    documents are cut and best-fitted within the batch: an exact replacement for padding, the same loss and gradients
+    in fewer tokens. The first token of every piece and the padding have label -100; padding is a segment of its own.
+    There is never an `attention_mask`: transformers separates the documents only without one, and only without a
+    cache (Trainer switches it off; calling the model yourself, pass `use_cache=False`).
+
+    Args:
+        seq_length: tokens in a row.
+        tokenizer: gives the padding token.
+        pad_token_id: fills rows up; None takes the tokenizer's, or its EOS, or 0. No padding is ever learned.
+        layout: "rows" gives [rows, seq_length], for eager, sdpa and flex attention; "flat" one row of all tokens,
+            [1, tokens], without padding, with cu_seq_lens_q/k, max_length_q/k and seq_idx, for flash attention; "auto"
+            takes "flat" if `model` uses flash attention.
+        model: asked once for its attention and its longest position; not kept.
+
+    Raises:
+        TypeError, ValueError: an example that is no document (its place in the batch and column named), a packed row
+            longer than `seq_length`, packed and raw examples in one batch.
+    """
+
+    def __init__(
+        self,
+        seq_length: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        pad_token_id: int | None = None,
+        layout: Literal["auto", "rows", "flat"] = "auto",
+        *,
+        model: PreTrainedModel | None = None,
+    ) -> None:
+        self.seq_length = checked_seq_length(seq_length)
+        if layout not in ("auto", "rows", "flat"):
+            raise ValueError(f"layout must be 'auto', 'rows' or 'flat', got {layout!r}")
+        self.pad_token_id = _padding_token(tokenizer) if pad_token_id is None else pad_token_id
+        self.layout = ("flat" if model is not None and _uses_flash(model) else "rows") if layout == "auto" else layout
+        if model is not None:
+            _warn_beyond_window(self.seq_length, getattr(model.config, "max_position_embeddings", None), "model")
+        self._warned = False
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collate examples; tensors are int64, cu_seq_lens and seq_idx int32."""
+        packed = [any(example.get(name) is not None for name in _BOUNDARIES) for example in examples]
+        if any(packed) and not all(packed):
+            raise ValueError("a batch holds packed rows (with position_ids) and raw documents: use one kind")
+        rows = self._packed_rows(examples) if any(packed) else self._best_fit(examples)
+        return _flat_batch(rows) if self.layout == "flat" else self._row_batch(rows)
+
+    def _packed_rows(self, examples: Sequence[Mapping[str, Any]]) -> list[Row]:
+        rows = [_packed_row(row) for row in examples]
+        longest = max(len(row["input_ids"]) for row in rows)
+        if longest > self.seq_length:
+            raise ValueError(
+                f"a packed row has {longest} tokens, more than the collator's seq_length = {self.seq_length}; "
+                "give both the seq_length of pack()"
+            )
+        return rows
+
+    def _best_fit(self, examples: Sequence[Mapping[str, Any]]) -> list[Row]:
+        documents = [read_document(example, f"example {i} of the batch") for i, example in enumerate(examples)]
+        plan = best_fit_decreasing([len(d.input_ids) for d in documents], self.seq_length, min_piece=1)
+        self._warn_if_poor(plan.stats()["efficiency"])
+        return [
+            join([documents[plan.document[p]].cut(plan.start[p], plan.length[p]) for p in plan.row(row)])
+            for row in range(len(plan))
+        ]
+
+    def _row_batch(self, rows: list[Row]) -> dict[str, Any]:
+        shape = len(rows), self.seq_length
+        batch = {
+            "input_ids": np.full(shape, self.pad_token_id, np.int64),
+            "position_ids": np.zeros(shape, np.int64),
+            "labels": np.full(shape, IGNORE, np.int64),
+        }
+        for index, row in enumerate(rows):
+            fill = len(row["input_ids"])
+            for name in _ROW_COLUMNS:
+                batch[name][index, :fill] = row[name]
+            batch["position_ids"][index, fill:] = np.arange(self.seq_length - fill)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def _warn_if_poor(self, efficiency: float) -> None:
+        if self.layout == "rows" and efficiency < _POOR_FILL and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"packing within this batch fills {efficiency:.0%} of its rows: a batch of few documents cannot be "
+                "packed well. Larger batches are packed better; hf_longtrunc.pack(dataset, seq_length) packs the whole "
+                "dataset",
+                stacklevel=4,
+            )
+
+
+_ROW_COLUMNS = ("input_ids", "position_ids", "labels")
+_BOUNDARIES = ("position_ids", "seq_lengths")
+
+
+def _packed_row(example: Mapping[str, Any]) -> Row:
+    """Read a packed row; where a trainer kept only TRL's `seq_lengths`, the positions are made of them."""
+    row = {name: np.asarray(example[name], np.int64) for name in ("input_ids", "labels")}
+    if example.get("position_ids") is not None:
+        row["position_ids"] = np.asarray(example["position_ids"], np.int64)
+    else:
+        pieces = [np.arange(length) for length in example["seq_lengths"]]
+        row["position_ids"] = np.concatenate([np.empty(0, np.int64), *pieces])
+    return row
+
+
+def _flat_batch(rows: list[Row]) -> dict[str, Any]:
+    flat = {name: np.concatenate([row[name] for row in rows]) for name in _ROW_COLUMNS}
+    is_first = flat["position_ids"] == 0
+    bounds = np.append(np.flatnonzero(is_first), len(is_first)).astype(np.int32)
+    longest = int(np.diff(bounds).max(initial=0))
+    cu_seq_lens = torch.from_numpy(bounds)
+    return {
+        **{name: torch.from_numpy(array)[None] for name, array in flat.items()},
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens.clone(),
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": torch.from_numpy((np.cumsum(is_first) - 1).astype(np.int32))[None],
+    }
+
+
+def _padding_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    for token in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _uses_flash(model: PreTrainedModel) -> bool:
+    return "flash" in (model.config._attn_implementation or "")
+
+
+def _warn_beyond_window(seq_length: int, window: int | None, owner: str) -> None:
+    if window is not None and seq_length > window:
+        warnings.warn(
+            f"seq_length = {seq_length} is more than the {owner}'s maximum of {window} tokens: a document of that "
+            "length has positions that the model does not know",
+            stacklevel=3,
+        )

@@ -1,0 +1,230 @@
+"""Best-fit packing of a whole dataset: an index view of its documents, no rewritten corpus."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sized
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from torch.utils.data import Dataset as TorchDataset
+
+from hf_longtrunc.data.columns import ArrowDocuments
+from hf_longtrunc.data.documents import COLUMNS, Document, join, read_document
+from hf_longtrunc.data.packing import best_fit_decreasing, checked_seq_length
+from hf_longtrunc.data.stream import PackedStream
+
+if TYPE_CHECKING:
+    import datasets
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+    from hf_longtrunc.data.documents import Tokens
+    from hf_longtrunc.data.packing import LongDocuments, Packing
+
+logger = logging.getLogger(__name__)
+
+
+class _Documents(Protocol):
+    columns: list[str]
+
+    def lengths(self, eos_token_id: int | None) -> NDArray[np.int64]: ...
+
+    def __getitem__(self, index: int) -> Document: ...
+
+
+class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
+    """A dataset's documents packed into rows: a view that holds indices and gathers a row's tokens when asked.
+
+    Row i is a dict of int64 arrays of at most `seq_length` tokens: `input_ids`, `position_ids` that restart with every
+    piece, and `labels`, -100 at every piece's first token. Give it to Trainer together with `BestFitPackingCollator`.
+    Rows are indices, so samplers, data parallelism and resuming need nothing special; the view pickles.
+
+    Made by `pack()`.
+    """
+
+    def __init__(
+        self, documents: _Documents, packing: Packing, order: NDArray[np.int64], eos_token_id: int | None
+    ) -> None:
+        self.packing = packing
+        self._documents = documents
+        self._order = order
+        self._eos_token_id = eos_token_id
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> dict[str, Tokens]:
+        row = int(self._order[index])
+        pieces = self.packing.row(row) if row < len(self.packing) else ()
+        return join([self._piece(int(piece)) for piece in pieces])
+
+    def stats(self) -> dict[str, int | float]:
+        """Count rows, cuts and drops: see `Packing.stats`."""
+        return self.packing.stats()
+
+    def materialize(self) -> datasets.Dataset:
+        """Write the rows out as a `datasets.Dataset`, in this order, with TRL's `seq_lengths` beside the columns."""
+        library = _import_datasets()
+        integers = library.List(library.Value("int64"))
+        columns = ("input_ids", "position_ids", "labels", "seq_lengths")
+        features = library.Features(dict.fromkeys(columns, integers))
+        packed: datasets.Dataset = library.Dataset.from_generator(
+            _rows_with_lengths, gen_kwargs={"rows": self}, features=features
+        )
+        return packed
+
+    def _piece(self, piece: int) -> Document:
+        packing = self.packing
+        document = self._documents[int(packing.document[piece])].ending_with(self._eos_token_id)
+        return document.cut(int(packing.start[piece]), int(packing.length[piece]))
+
+
+def pack(
+    dataset: Any,
+    seq_length: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    long: LongDocuments = "split",
+    min_piece: int = 2,
+    seed: int | None = 0,
+    row_multiple: int = 1,
+    pool_size: int = 8192,
+) -> Any:
+    """Pack a tokenized dataset's documents into rows of `seq_length` tokens by best-fit decreasing.
+
+    Args:
+        dataset: a `datasets.Dataset` (lengths are read from Arrow's offsets, the tokens stay where they are), any other
+            dataset with `len` and indices (read through once), a mapping of splits, or an iterable of examples, which
+            is packed as a stream. Columns: `input_ids`; `labels`, `attention_mask` (its zeros are padding and cut off),
+            `assistant_masks` and `completion_mask` (folded into the labels) are used where present, others are not.
+        seq_length: tokens in a row.
+        tokenizer: its EOS is put behind every document that does not end with it, before anything is cut; None leaves
+            the documents as they are.
+        long: what becomes of a document longer than a row: "split", "truncate", "drop" or "error".
+        min_piece: shorter pieces are left out and counted; 1 keeps every token.
+        seed: orders the rows and decides among pieces of equal length; None keeps the algorithm's order.
+        row_multiple: rows of padding only are added until the number of rows is a multiple of this; with the number of
+            processes times the batch size, no sampler repeats or drops a row.
+        pool_size: documents in the pool, for a stream.
+
+    Returns:
+        A `PackedDataset`, a dict of them for a mapping of splits, or a `PackedStream` for an iterable.
+
+    Raises:
+        TypeError, ValueError: no documents, a column that is no flat list of integers or has another length than
+            `input_ids` (row and column are named), a bad parameter.
+    """
+    if isinstance(dataset, Mapping):
+        options: dict[str, Any] = {"long": long, "min_piece": min_piece, "seed": seed, "row_multiple": row_multiple}
+        options["pool_size"] = pool_size
+        return {name: pack(split, seq_length, tokenizer, **options) for name, split in dataset.items()}
+    seq_length = checked_seq_length(seq_length)
+    _warn_beyond_window(seq_length, tokenizer)
+    eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
+    if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")) or isinstance(dataset, str):
+        return _stream(dataset, seq_length, eos_token_id, long, min_piece, seed, row_multiple, pool_size)
+    documents = _documents(dataset)
+    unused = sorted(set(documents.columns) - set(COLUMNS))
+    if unused:
+        logger.info("packing leaves out the columns %s", ", ".join(unused))
+    packing = best_fit_decreasing(
+        documents.lengths(eos_token_id), seq_length, long=long, min_piece=min_piece, seed=seed
+    )
+    return PackedDataset(documents, packing, _row_order(len(packing), row_multiple, seed), eos_token_id)
+
+
+class _SizedDocuments:
+    """The documents of any dataset with `len` and indices."""
+
+    def __init__(self, dataset: Any) -> None:
+        if not len(dataset):
+            raise ValueError("the dataset is empty: there are no documents to pack")
+        self.dataset = dataset
+        self.columns = list(self._example(0))
+
+    def lengths(self, eos_token_id: int | None) -> NDArray[np.int64]:
+        lengths = (len(self[i].ending_with(eos_token_id).input_ids) for i in range(len(self.dataset)))
+        return np.fromiter(lengths, np.int64, len(self.dataset))
+
+    def __getitem__(self, index: int) -> Document:
+        return read_document(self._example(index), f"row {index}")
+
+    def _example(self, index: int) -> Mapping[str, Any]:
+        example = self.dataset[index]
+        if not isinstance(example, Mapping):
+            raise TypeError(
+                f"row {index} of the dataset must be a mapping of columns, got {type(example).__name__}; "
+                'give rows as {"input_ids": [...]}'
+            )
+        return example
+
+
+def _documents(dataset: Any) -> _Documents:
+    library = sys.modules.get("datasets")  # a datasets.Dataset cannot exist without it
+    if library is not None and isinstance(dataset, library.Dataset):
+        return ArrowDocuments(dataset)
+    return _SizedDocuments(dataset)
+
+
+def _stream(
+    dataset: Any,
+    seq_length: int,
+    eos_token_id: int | None,
+    long: LongDocuments,
+    min_piece: int,
+    seed: int | None,
+    row_multiple: int,
+    pool_size: int,
+) -> PackedStream:
+    if not isinstance(dataset, Iterable) or isinstance(dataset, (str, bytes)):
+        raise TypeError(
+            f"dataset must be a dataset of tokenized documents or an iterable of them, got {type(dataset).__name__}; "
+            'tokenize first, so that an example is {"input_ids": [...]}'
+        )
+    if row_multiple != 1:
+        raise ValueError("row_multiple needs a dataset of known length; a stream's rows cannot be counted beforehand")
+    return PackedStream(
+        dataset,
+        seq_length,
+        eos_token_id=eos_token_id,
+        long=long,
+        min_piece=min_piece,
+        seed=seed,
+        pool_size=pool_size,
+    )
+
+
+def _row_order(rows: int, row_multiple: int, seed: int | None) -> NDArray[np.int64]:
+    if not isinstance(row_multiple, int) or row_multiple < 1:
+        raise ValueError(f"row_multiple must be a whole number >= 1, got {row_multiple!r}")
+    order = np.arange(-(-rows // row_multiple) * row_multiple)
+    return order if seed is None else np.random.default_rng(seed).permutation(order)
+
+
+def _rows_with_lengths(rows: PackedDataset) -> Iterable[dict[str, Tokens]]:
+    for index in range(len(rows)):
+        row = rows[index]
+        bounds = np.append(np.flatnonzero(row["position_ids"] == 0), len(row["input_ids"]))
+        yield {**row, "seq_lengths": np.diff(bounds)}
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("materialize() needs datasets: pip install 'hf_longtrunc[train]'") from error
+    return datasets
+
+
+def _warn_beyond_window(seq_length: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    # transformers writes 1e30 where a tokenizer knows no maximum.
+    window = getattr(tokenizer, "model_max_length", None)
+    if window is not None and seq_length > window:
+        warnings.warn(
+            f"seq_length = {seq_length} is more than the tokenizer's model_max_length of {window}: a document of that "
+            "length has positions that the model does not know",
+            stacklevel=3,
+        )

@@ -1,0 +1,279 @@
+"""Best-fit-decreasing packing of documents into rows of `seq_length` tokens, planned on the histogram of lengths.
+
+Documents longer than a row are first cut into pieces of `seq_length` tokens and a remainder; pieces are never cut
+again. The longest piece goes first, into the row with the smallest remaining space that still holds it (Ding et al.
+2024, arXiv 2404.10830, section 2.1 and appendix B).
+
+At most `seq_length` distinct lengths exist, so all n pieces of one length s are placed in bulk. Let r >= s be the
+smallest space that some row has (a new row has seq_length):
+
+    k = r // s                  a row takes k in succession: after the first, r - s is the smallest space that fits
+    b = min(#rows(r), n // k)   so many rows go from r to r - k s at once; if 0 < n < k, one row takes the n
+
+Invariants:
+- the result is that of the sequential algorithm, item for item, with first-in-first-out among equal rows.
+- rows that move together have consecutive numbers: a run (first row, number of rows) is all the state they need.
+- the work of planning is a few steps per distinct length, whatever the number of documents; measured 2.8 seq_length.
+"""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_left, insort
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Indices: TypeAlias = NDArray[np.signedinteger[Any]]
+LongDocuments: TypeAlias = Literal["split", "truncate", "drop", "error"]
+
+_LONG = ("split", "truncate", "drop", "error")
+
+
+class RowPlan(NamedTuple):
+    """Moves in order of decreasing piece length: `rows` rows from `first` on take `pieces` pieces each.
+
+    Three int64 arrays, one entry a move; the moves consume the pieces one after another.
+    """
+
+    first: Indices
+    rows: Indices
+    pieces: Indices
+    num_rows: int
+
+    def row_of_piece(self) -> Indices:
+        """Return the row of every piece, the pieces in order of decreasing length."""
+        dtype = _index_dtype(self.num_rows)
+        # The visited rows, move by move: `first`, `first + 1`, ... restart with every move.
+        ends = np.cumsum(self.rows)
+        visited = np.arange(ends[-1] if len(ends) else 0, dtype=dtype)
+        visited += np.repeat((self.first - ends + self.rows).astype(dtype), self.rows)
+        return np.repeat(visited, np.repeat(self.pieces.astype(dtype), self.rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Which piece of which document lies in which row; read-only integer arrays.
+
+    Row i holds the pieces `items[offsets[i]:offsets[i + 1]]`; piece p is the `length[p]` tokens of document
+    `document[p]` from its token `start[p]` on. Rows are in the order in which the algorithm opened them: the fullest
+    pieces first, so shuffle the rows (not the pieces) before training on them.
+    """
+
+    seq_length: int
+    items: Indices
+    offsets: Indices
+    document: Indices
+    start: Indices
+    length: Indices
+    document_lengths: Indices
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> Indices:
+        """Return the pieces of one row, in the order in which they lie there."""
+        return self.items[self.offsets[index] : self.offsets[index + 1]]
+
+    def fills(self) -> Indices:
+        """Return the number of tokens in every row."""
+        ends = np.concatenate([[0], np.cumsum(self.length[self.items], dtype=np.int64)])
+        fills: Indices = np.diff(ends[self.offsets])
+        return fills
+
+    def stats(self) -> dict[str, int | float]:
+        """Count what packing did; tokens are packed tokens, `documents` and `dropped_*` speak of the input.
+
+        `ideal_rows` is ceil(tokens / seq_length), `efficiency` tokens / (rows * seq_length). `truncated_documents`
+        are cut or shortened here; `truncated_by_concatenation` would be cut by joining all documents in the given
+        order and slicing every `seq_length` tokens.
+        """
+        tokens, rows = int(self.length.sum(dtype=np.int64)), len(self)
+        return {
+            "documents": len(self.document_lengths),
+            "tokens": tokens,
+            "pieces": len(self.items),
+            "rows": rows,
+            "ideal_rows": -(-tokens // self.seq_length),
+            "efficiency": tokens / (rows * self.seq_length),
+            "documents_per_row": len(self.items) / rows,
+            "truncated_documents": int(np.count_nonzero(self.cut_documents())),
+            "truncated_by_concatenation": int(np.count_nonzero(self.cut_by_concatenation())),
+            "dropped_documents": int(
+                np.count_nonzero(np.bincount(self.document, minlength=len(self.document_lengths)) == 0)
+            ),
+            "dropped_tokens": int(self.document_lengths.sum(dtype=np.int64)) - tokens,
+        }
+
+    def cut_documents(self) -> NDArray[np.bool_]:
+        """Mark the documents that are cut or shortened."""
+        is_cut = np.zeros(len(self.document_lengths), np.bool_)
+        is_cut[self.document[self.length < self.document_lengths[self.document]]] = True
+        return is_cut
+
+    def cut_by_concatenation(self) -> NDArray[np.bool_]:
+        """Mark the documents that would be cut by joining all of them and slicing every `seq_length` tokens."""
+        ends = np.cumsum(self.document_lengths, dtype=np.int64)
+        first, last = (ends - self.document_lengths) // self.seq_length, (ends - 1) // self.seq_length
+        is_cut: NDArray[np.bool_] = (first != last) & (self.document_lengths > 0)
+        return is_cut
+
+
+def best_fit_decreasing(
+    lengths: ArrayLike,
+    seq_length: int,
+    *,
+    long: LongDocuments = "split",
+    min_piece: int = 2,
+    seed: int | None = None,
+) -> Packing:
+    """Pack documents of `lengths` tokens into as few rows of `seq_length` as best-fit decreasing finds.
+
+    Args:
+        lengths: tokens of every document, EOS included: integers >= 0.
+        seq_length: tokens in a row.
+        long: what becomes of a document longer than a row: "split" cuts it into pieces, "truncate" keeps its first
+            `seq_length` tokens, "drop" leaves it out, "error" raises.
+        min_piece: shorter pieces are left out and counted as dropped tokens; by default only lone tokens, which have
+            no token before them to be predicted from. 1 keeps every token.
+        seed: shuffles pieces of equal length among the places that they could equally take; None keeps the order of
+            the documents. Neither changes the number of rows nor their fills.
+
+    Raises:
+        TypeError, ValueError: a length that is no integer or is negative, no documents, nothing left to pack, or a
+            parameter out of range; the message names the first offender.
+
+    Cost: about 0.1 s and 60 bytes a document for a million of them; three radix sorts dominate.
+    """
+    seq_length = checked_seq_length(seq_length)
+    lengths = _checked_lengths(lengths)
+    if long not in _LONG:
+        raise ValueError(f"long must be one of {', '.join(map(repr, _LONG))}, got {long!r}")
+    if not isinstance(min_piece, int) or not 1 <= min_piece <= seq_length:
+        raise ValueError(f"min_piece must lie in 1..seq_length = {seq_length}, got {min_piece!r}")
+    document, start, length = _pieces(lengths, seq_length, long, min_piece)
+    order = _decreasing(length, seq_length, seed)
+    plan = plan_rows(np.bincount(length, minlength=seq_length + 1), seq_length)
+    row = plan.row_of_piece()
+    items = order[_stable_argsort(row)]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=plan.num_rows))])
+    arrays = items, offsets, document, start, length, lengths
+    for array in arrays:
+        array.flags.writeable = False
+    return Packing(seq_length, *arrays)
+
+
+def plan_rows(histogram: Indices, seq_length: int) -> RowPlan:
+    """Plan the rows for `histogram[s]` pieces of s tokens each, s = 0..seq_length; `histogram[0]` is not looked at.
+
+    Cost: proportional to the number of distinct lengths, independent of the number of pieces.
+    """
+    waiting: defaultdict[int, deque[tuple[int, int]]] = defaultdict(deque)  # runs, by remaining space
+    spaces: list[int] = []  # those with a run waiting, ascending
+    moves: list[tuple[int, int, int]] = []
+    num_rows = 0
+    for size in (np.flatnonzero(histogram[1:])[::-1] + 1).tolist():
+        left = int(histogram[size])
+        while left:
+            fitting = bisect_left(spaces, size)
+            is_new = fitting == len(spaces)
+            space = seq_length if is_new else spaces[fitting]
+            most = space // size
+            first, rows = (num_rows, max(1, left // most)) if is_new else waiting[space].popleft()
+            taken, each = (min(rows, left // most), most) if left >= most else (1, left)
+            moves.append((first, taken, each))
+            left -= taken * each
+            if is_new:
+                num_rows += taken
+            elif taken < rows:
+                waiting[space].appendleft((first + taken, rows - taken))
+            elif not waiting[space]:
+                del spaces[fitting]
+            rest = space - each * size
+            if rest:
+                if not waiting[rest]:
+                    insort(spaces, rest)
+                waiting[rest].append((first, taken))
+    first_rows, rows_moved, pieces = np.array(moves, dtype=np.int64).reshape(-1, 3).T
+    return RowPlan(first_rows, rows_moved, pieces, num_rows)
+
+
+def checked_seq_length(seq_length: object) -> int:
+    """Return `seq_length` as a positive int."""
+    if isinstance(seq_length, bool) or not hasattr(seq_length, "__index__"):
+        raise TypeError(f"seq_length must be a whole number of tokens, got {seq_length!r}")
+    value = operator.index(seq_length)
+    if value < 1:
+        raise ValueError(f"seq_length must be at least 1 token, got {value}")
+    return value
+
+
+def _checked_lengths(lengths: object) -> Indices:
+    array = np.asarray(lengths)
+    if array.ndim != 1:
+        raise ValueError(f"lengths must be one integer a document, got an array of shape {array.shape}")
+    if not len(array):
+        raise ValueError("lengths is empty: there are no documents to pack")
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be integers, got {array.dtype} (first entry {array[0]!r})")
+    lowest = int(array.argmin())
+    if array[lowest] < 0:
+        raise ValueError(f"lengths must not be negative, got {array[lowest]} for document {lowest}")
+    return array.astype(_index_dtype(int(array.max())))
+
+
+def _pieces(lengths: Indices, seq_length: int, long: LongDocuments, min_piece: int) -> tuple[Indices, Indices, Indices]:
+    """Return document, start and length of every piece worth packing, in the order of the documents."""
+    if long == "error" and lengths.max() > seq_length:
+        index = int(np.argmax(lengths > seq_length))
+        raise ValueError(
+            f"document {index} has {lengths[index]} tokens, more than seq_length = {seq_length}; "
+            'pass long="split", "truncate" or "drop", or a larger seq_length'
+        )
+    if long == "split":
+        counts = lengths // seq_length + (lengths % seq_length >= min_piece)
+    else:
+        is_packed = (lengths >= min_piece) & ((lengths <= seq_length) | (long == "truncate"))
+        counts = is_packed.astype(lengths.dtype)
+    dtype = _index_dtype(int(counts.sum(dtype=np.int64)))
+    document = np.repeat(np.arange(len(lengths), dtype=dtype), counts)
+    if not len(document):
+        raise ValueError(
+            f"nothing is left to pack: of {len(lengths)} documents none has a piece of {min_piece} to {seq_length} "
+            f"tokens (min_piece = {min_piece}, long = {long!r})"
+        )
+    if len(document) == np.count_nonzero(counts):
+        return document, np.zeros(len(document), lengths.dtype), np.minimum(lengths[document], seq_length)
+    # Pieces of a document stand in a row: the n-th of them starts at its token n * seq_length.
+    start = np.arange(len(document), dtype=dtype)
+    start -= np.repeat((np.cumsum(counts) - counts).astype(dtype), counts)
+    start = start.astype(lengths.dtype, copy=False) * seq_length
+    return document, start, np.minimum(lengths[document] - start, seq_length)
+
+
+def _decreasing(length: Indices, seq_length: int, seed: int | None) -> Indices:
+    """Order pieces by decreasing length; equal ones as they come, or shuffled by `seed`."""
+    if seed is None:
+        return _stable_argsort(seq_length - length)
+    shuffled = np.random.default_rng(seed).permutation(len(length)).astype(_index_dtype(len(length)))
+    return shuffled[_stable_argsort(seq_length - length[shuffled])]
+
+
+def _stable_argsort(keys: Indices) -> Indices:
+    """Sort non-negative keys stably by their 16-bit digits: numpy's stable sort of uint16 is a radix sort."""
+    dtype = _index_dtype(len(keys))
+    order = np.argsort((keys & 0xFFFF).astype(np.uint16), kind="stable").astype(dtype)
+    shift, highest = 16, int(keys.max())
+    while highest >> shift:
+        digits = ((keys >> shift) & 0xFFFF).astype(np.uint16)
+        order = order[np.argsort(digits[order], kind="stable")]
+        shift += 16
+    return order
+
+
+def _index_dtype(largest: int) -> type[np.signedinteger[Any]]:
+    return np.int32 if largest < 2**31 else np.int64

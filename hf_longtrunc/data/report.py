@@ -1,0 +1,75 @@
+"""What packing did to a corpus, as a table and a picture, beside concatenating and slicing it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+    from hf_longtrunc.data.packing import Packing
+
+
+def packing_table(packing: Packing) -> Table:
+    """Tabulate `packing.stats()` beside concatenation: rows, cut documents, dropped documents and tokens."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    stats = packing.stats()
+    documents, ideal = int(stats["documents"]), int(stats["ideal_rows"])
+    title = f"{documents:,} documents, {stats['tokens']:,} tokens in rows of {packing.seq_length:,}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("", "best fit", "concatenation"):
+        table.add_column(heading, justify="right" if heading else "left")
+    cut, cut_there = int(stats["truncated_documents"]), int(stats["truncated_by_concatenation"])
+    table.add_row("rows", f"{stats['rows']:,}", f"{ideal:,}")
+    table.add_row("of it tokens", f"{stats['efficiency']:.3%}", f"{stats['tokens'] / ideal / packing.seq_length:.3%}")
+    table.add_row("documents cut", f"{cut:,} ({cut / documents:.1%})", f"{cut_there:,} ({cut_there / documents:.1%})")
+    table.add_row("pieces in a row", f"{stats['documents_per_row']:.1f}", "")
+    table.add_row("documents left out", f"{stats['dropped_documents']:,}", "0")
+    table.add_row("tokens left out", f"{stats['dropped_tokens']:,}", "0")
+    return table
+
+
+def plot_packing(packing: Packing, axes: Any) -> tuple[Axes, Axes]:
+    """Draw how full the rows are, and which documents are cut here and by concatenation, by their length.
+
+    Args:
+        packing: the plan.
+        axes: two matplotlib axes.
+
+    Returns:
+        The two axes.
+    """
+    fills_axes, cuts_axes = axes
+    fills = packing.fills() / packing.seq_length
+    fills_axes.hist(fills, bins=np.linspace(0, 1, 51), log=True)
+    fills_axes.set(xlabel="part of the row that holds tokens", ylabel="rows", xlim=(0, 1))
+    fills_axes.set_title(f"rows of {packing.seq_length:,}: {fills.mean():.2%} full", loc="left")
+    lengths = packing.document_lengths
+    bins = np.geomspace(1, max(2, int(lengths.max()) + 1), 40)
+    cuts_axes.hist(lengths, bins=bins, color="0.85", label="documents")
+    cuts_axes.hist(lengths[packing.cut_by_concatenation()], bins=bins, histtype="step", label="cut by concatenation")
+    cuts_axes.hist(lengths[packing.cut_documents()], bins=bins, histtype="step", label="cut by best fit")
+    cuts_axes.axvline(packing.seq_length, color="0.5", linestyle=":")
+    cuts_axes.set(xscale="log", yscale="log", xlabel="tokens in the document", ylabel="documents")
+    cuts_axes.legend()
+    return fills_axes, cuts_axes
+
+
+def save_picture(packing: Packing, path: Any) -> Any:
+    """Write `plot_packing` to a file and return its path."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    plot_packing(packing, axes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

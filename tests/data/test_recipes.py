@@ -1,0 +1,33 @@
+"""The recipes of packing run as they stand, on little."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def run(monkeypatch, recipe, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", [recipe, *arguments])
+    runpy.run_path(str(RECIPES / recipe), run_name="__main__")
+
+
+def test_pretrain_packed(monkeypatch, tmp_path, capsys):
+    options = ("--steps", "2", "--batch", "2", "--seq-length", "64", "--output-dir", str(tmp_path))
+    run(monkeypatch, "pretrain_packed.py", "--cpu", *options)
+    printed = capsys.readouterr().out
+    assert "'dropped_tokens': 0" in printed
+    assert "train_loss" in printed
+
+
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
+def test_benchmark(monkeypatch, capsys):
+    options = ("--documents", "3000", "--seq-length", "128", "--turns", "1", "--no-training")
+    run(monkeypatch, "benchmarks/packing.py", *options)
+    printed = capsys.readouterr().out
+    assert "3,000 documents" in printed
+    assert "bytes a document" in printed

@@ -1,0 +1,162 @@
+"""The streaming pool: every token once, nearly as dense as packing everything, resumable, nothing waits forever."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from itertools import islice
+
+import datasets
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from hf_longtrunc import BestFitPackingCollator, PackedStream, best_fit_decreasing, pack
+from tests.data.corpora import raw_examples, token_lists
+from tests.data.test_dataset import Tokenizer, documents_of, expected
+
+SEQ_LENGTH = 64
+LENGTHS = np.random.default_rng(5).integers(2, 100, 400).tolist()
+
+
+class Source:
+    """An iterable that can be read again, and fails at `failing` if told so."""
+
+    def __init__(self, lengths=LENGTHS, failing=None):
+        self.examples, self.failing = raw_examples(lengths), failing
+
+    def __iter__(self):
+        for index, example in enumerate(self.examples):
+            if index == self.failing:
+                raise OSError("the connection is gone")
+            yield example
+
+
+def stream(source=None, **options) -> PackedStream:
+    return pack(source or Source(), SEQ_LENGTH, min_piece=1, pool_size=options.pop("pool_size", 50), **options)
+
+
+def lists(rows) -> list[list[int]]:
+    return [row["input_ids"].tolist() for row in rows]
+
+
+@pytest.mark.parametrize("pool_size", [1, 7, 50, 10_000])
+def test_every_token_once(pool_size):
+    rows = list(stream(pool_size=pool_size))
+    assert documents_of(rows) == expected(LENGTHS)
+    assert all(len(row["input_ids"]) <= SEQ_LENGTH for row in rows)
+
+
+def test_eos_and_generators():
+    rows = list(pack((example for example in raw_examples(LENGTHS)), SEQ_LENGTH, Tokenizer(), min_piece=1))
+    assert documents_of(rows) == expected(LENGTHS, eos=2)
+
+
+def test_a_large_pool_comes_close_to_packing_everything():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(3.5, 1.0, 20_000), 2, 2000).astype(int).tolist()
+    everything = len(best_fit_decreasing(lengths, 256, min_piece=1))
+    packed = sum(1 for _ in PackedStream(Source(lengths), 256, min_piece=1, pool_size=4096))
+    assert everything <= packed <= 1.001 * everything
+
+
+def test_the_same_rows_every_time_and_another_order_by_another_seed():
+    rows = stream()
+    first = lists(rows)
+    assert lists(rows) == first
+    assert lists(stream(seed=1)) != first
+    assert documents_of(stream(seed=1)) == documents_of(rows)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 37, 150, 10_000])
+def test_resumed_anywhere_it_goes_on_as_if_uninterrupted(taken):
+    whole = lists(stream())
+    interrupted = stream()
+    head = lists(islice(interrupted, taken))
+    state = copy.deepcopy(interrupted.state_dict())
+    resumed = stream()
+    resumed.load_state_dict(state)
+    assert head + lists(resumed) == whole
+    assert lists(resumed) == whole  # the epoch after it starts over
+
+
+def test_nothing_waits_forever():
+    """A document of 40 fits with no other of 40: without a limit the odd one would stay to the end of the stream."""
+    lengths = [33, *[64] * 500]
+    rows = lists(PackedStream(Source(lengths), SEQ_LENGTH, pool_size=4, max_rounds=5, seed=None))
+    assert [len(row) for row in rows].index(33) < 30
+    assert len(rows) == 501
+
+
+def test_long_documents():
+    assert sorted(map(len, lists(stream(Source([150, 10]))))) == [32, 64, 64]
+    shortened = stream(Source([150, 10]), long="truncate")
+    assert sorted(map(len, lists(shortened))) == [10, 64]
+    assert shortened.dropped == {"documents": 0, "tokens": 86}
+    dropped = stream(Source([150, 10]), long="drop")
+    assert lists(dropped) == token_lists([150, 10])[1:]
+    assert dropped.dropped == {"documents": 1, "tokens": 150}
+    with pytest.raises(ValueError, match="document 1 of the stream has 150 tokens"):
+        list(stream(Source([10, 150]), long="error"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_share_the_documents(workers):
+    loader = DataLoader(stream(), 4, collate_fn=BestFitPackingCollator(SEQ_LENGTH), num_workers=workers)
+    found = Counter()
+    for batch in loader:
+        for row in range(len(batch["input_ids"])):
+            learned = batch["labels"][row] != -100
+            found.update(batch["input_ids"][row][learned].tolist())
+    assert found == Counter(token for piece in expected(LENGTHS).elements() for token in piece[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_datasets_streams_share_themselves_out(workers):
+    source = datasets.Dataset.from_list(raw_examples(LENGTHS)).to_iterable_dataset(num_shards=4)
+    loader = DataLoader(stream(source), None, num_workers=workers)
+    assert documents_of(loader) == expected(LENGTHS)
+
+
+def test_a_source_that_fails_is_heard():
+    with pytest.raises(OSError, match="the connection is gone"):
+        list(stream(Source(failing=200)))
+
+
+def test_a_bad_document_is_named():
+    with pytest.raises(TypeError, match="document 1 of the stream: column 'input_ids' must hold integers"):
+        list(stream([{"input_ids": [1, 2]}, {"input_ids": [1.5]}].__iter__()))
+
+
+def test_an_empty_stream_is_an_error():
+    with pytest.raises(ValueError, match="the stream is empty"):
+        list(stream(iter(())))
+
+
+def test_the_epoch_is_handed_on():
+    source = datasets.Dataset.from_list(raw_examples(LENGTHS)).to_iterable_dataset().shuffle(seed=0, buffer_size=100)
+    rows = stream(source)
+    first = lists(rows)
+    rows.set_epoch(1)
+    second = lists(rows)
+    assert first != second
+    assert documents_of(stream(source)) == expected(LENGTHS)
+    stream().set_epoch(1)  # a source without epochs is left alone
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"pool_size": 0}, "pool_size must be"),
+        ({"max_rounds": 0}, "max_rounds must be"),
+        ({"min_piece": 0}, "min_piece must"),
+    ],
+)
+def test_bad_parameters(option, message):
+    with pytest.raises(ValueError, match=message):
+        PackedStream(Source(), SEQ_LENGTH, **option)
+
+
+def test_a_stream_has_no_row_multiple():
+    with pytest.raises(ValueError, match="row_multiple needs a dataset of known length"):
+        stream(row_multiple=8)

@@ -1,0 +1,129 @@
+"""Under Trainer and accelerate: the same trajectory as padding, every token once on two ranks, resumed exactly."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from hf_longtrunc import BestFitPackingCollator, pack
+from hf_longtrunc.data.documents import IGNORE
+from tests.conftest import tiny_config
+from tests.data.corpora import raw_examples
+
+SEQ_LENGTH = 64
+LENGTHS = np.random.default_rng(7).integers(2, 40, 96).tolist()
+WORKER = Path(__file__).with_name("two_ranks.py")
+
+
+def pad(examples):
+    """Collate as the field does: a row a document, padded to the longest; the first token is never a target."""
+    width = max(len(example["input_ids"]) for example in examples)
+    batch = {name: torch.zeros(len(examples), width, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    batch["labels"] = torch.full((len(examples), width), IGNORE)
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example["input_ids"])
+        batch["input_ids"][row, : len(ids)], batch["attention_mask"][row, : len(ids)] = ids, 1
+        batch["labels"][row, 1 : len(ids)] = ids[1:]
+    return batch
+
+
+def token_mean(outputs, labels, num_items_in_batch=None):
+    """The mean over targets in the logits' own precision: transformers' loss is always taken in fp32."""
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / num_items_in_batch
+
+
+def trained(folder, dataset, collator, *, dtype=torch.float64, steps=12, resume=None, callbacks=(), **arguments):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config()).to(dtype)
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": steps, "seed": 3}
+    settings |= {"output_dir": str(folder), "report_to": "none", "save_strategy": "no", "use_cpu": True}
+    settings |= {"disable_tqdm": True, "learning_rate": 1e-2, "logging_strategy": "no", "dataloader_pin_memory": False}
+    trainer = Trainer(
+        model,
+        TrainingArguments(**settings | arguments),
+        train_dataset=dataset,
+        data_collator=collator,
+        compute_loss_func=token_mean,
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_training_stop = state.global_step == self.steps
+
+
+@pytest.mark.filterwarnings("ignore:packing within this batch")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_twelve_steps_on_raw_documents_equal_the_padded_run(tmp_path, workers):
+    dataset = datasets.Dataset.from_list(raw_examples(LENGTHS))
+    padded = trained(tmp_path, dataset, pad)
+    packed = trained(tmp_path, dataset, BestFitPackingCollator(SEQ_LENGTH), dataloader_num_workers=workers)
+    assert (packed - padded).abs().max() < 1e-12
+    start = trained(tmp_path, dataset, pad, learning_rate=0.0)
+    assert (padded - start).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["dataset", "stream"])
+def test_resumed_in_mid_epoch_it_equals_the_uninterrupted_run(tmp_path, kind):
+    def dataset():
+        examples = raw_examples(LENGTHS * 4)
+        return pack(examples if kind == "dataset" else (Examples(examples)), SEQ_LENGTH, pool_size=60)
+
+    collator = BestFitPackingCollator(SEQ_LENGTH)
+    settings = {"per_device_train_batch_size": 2, "dtype": torch.float32, "steps": 10}
+    whole = trained(tmp_path / "whole", dataset(), collator, **settings)
+    folder = tmp_path / "cut"
+    trained(folder, dataset(), collator, callbacks=[StopAfter(4)], **settings)
+    resumed = trained(folder, dataset(), collator, resume=str(folder / "checkpoint-4"), **settings)
+    assert torch.equal(resumed, whole)
+
+
+class Examples:
+    """A stream that can be read again, without a length."""
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __iter__(self):
+        return iter(self.examples)
+
+
+def test_two_ranks_make_the_same_steps_and_see_every_token_once(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # --multi_gpu is accelerate's word for torchrun; the worker's TrainingArguments put it on the CPU and gloo.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*launch, str(WORKER), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["world"] == ranks[1]["world"] == 2
+    assert ranks[0]["steps"] == ranks[1]["steps"] > 3
+    seen = sorted(tuple(document) for rank in ranks for document in rank["documents"])
+    assert seen == sorted(tuple(example["input_ids"]) for example in raw_examples(LENGTHS))
+    assert ranks[0]["parameters"] == ranks[1]["parameters"]
+    streamed = [tuple(document) for rank in ranks for document in rank["streamed"]]
+    assert set(streamed) <= set(seen)
+    assert len(streamed) == len(set(streamed)) > 30  # four steps of the stream: no document on both ranks

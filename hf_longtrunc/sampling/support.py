@@ -115,6 +115,7 @@ class _Head(NamedTuple):
     """Some columns of a row, in coordinates in which sum_j p-hat_j b_j b_j^T is the identity."""
 
     columns: Int[Tensor, " k"]
+    inside: Tensor  # [vocab] bool: which tokens are columns
     probs: Float[Tensor, " k"]
     basis: Float[Tensor, "k width"]
     whitener: Float[Tensor, "width width"]  # head coordinates = b @ whitener; l = whitener @ (head's l)
@@ -127,16 +128,16 @@ class _Head(NamedTuple):
 
 
 class _Programs(NamedTuple):
-    """Interior-point iterates, one row a token: u, its duals to floor and ceiling, t, and l."""
+    """Interior-point iterates, one row a token. Side 0 is the floor (slack 1 + u), side 1 the ceiling (s - u)."""
 
     index: Int[Tensor, " n"]
     target: Float[Tensor, "n width"]
     bar: Float[Tensor, " n"]
-    u: Float[Tensor, "n k"]
-    floor_dual: Float[Tensor, "n k"]
-    ceiling_dual: Float[Tensor, "n k"]
+    slack: Float[Tensor, "n 2 k"]
+    dual: Float[Tensor, "n 2 k"]
     t: Float[Tensor, " n"]
-    multipliers: Float[Tensor, "n width"]
+    multipliers: Float[Tensor, "n width"]  # the latest l with l . target = 1
+    upper: Float[Tensor, " n"]  # T at it
 
     def select(self, rows: Tensor) -> _Programs:
         return _Programs(*(field[rows] for field in self))
@@ -157,16 +158,11 @@ class _Bound(NamedTuple):
     negative: Float[Tensor, " n"]
     shift: Float[Tensor, " n"]
 
-    def per_unit(self, box: _Box) -> Float[Tensor, " n"]:
-        """T(l) at l . b_i = 1."""
-        return (box.ceiling * self.positive + self.negative) / (1 + self.shift)
-
 
 class _Newton(NamedTuple):
     """The Newton system at an iterate, with its affine (predictor) step."""
 
-    x: Float[Tensor, "n k"]  # 1 + u, or 1 without a floor
-    y: Float[Tensor, "n k"]  # ceiling - u
+    ratio: Float[Tensor, "n 2 k"]  # dual / slack
     weight: Float[Tensor, "n k"]  # du per df
     factor: Float[Tensor, "n width width"]  # Cholesky, of the normal matrix scaled to a unit diagonal
     scale: Float[Tensor, "n width"]
@@ -175,10 +171,9 @@ class _Newton(NamedTuple):
     multipliers: Float[Tensor, "n width"]
     f: Float[Tensor, "n k"]
     du: Float[Tensor, "n k"]
-    d_floor: Float[Tensor, "n k"]
-    d_ceiling: Float[Tensor, "n k"]
+    d_slack: Float[Tensor, "n 2 k"]
+    d_dual: Float[Tensor, "n 2 k"]
     primal_step: Float[Tensor, " n"]
-    dual_step: Float[Tensor, " n"]
 
     def select(self, rows: Tensor) -> _Newton:
         return _Newton(*(field[rows] for field in self))
@@ -200,7 +195,9 @@ class _InteriorPoint:
         self.pairs = head.pairs() if tokens >= _PAIRS_PAY else None
         weights = 1 + head.probs.mean() / head.probs
         self.weights = weights * (head.probs.sum() / (weights @ head.probs))
-        self.total = 2 * head.probs.sum()
+        self.sign = head.probs.new_tensor([[box.floored], [-1.0]])
+        # The dual objective, per dual variable.
+        self.cost = torch.cat([head.probs, box.ceiling * head.probs])
 
     def solve(self, target: Tensor, bar: Tensor, settle: float = 0.0) -> _Outcome:
         """Decide for each target [n, width] whether t reaches its bar [n].
@@ -214,9 +211,10 @@ class _InteriorPoint:
         for _ in range(_MAX_ITERATIONS):
             newton = self._newton(programs)
             going = self._harvest(programs, newton, settle, outcome)
-            if not going.any():
+            left = int(going.sum())
+            if not left:
                 break
-            if not going.all():
+            if left < len(going):
                 programs, newton = programs.select(going), newton.select(going)
             programs = self._advance(programs, newton)
         return outcome
@@ -227,50 +225,37 @@ class _InteriorPoint:
         return torch.cat([self._screen(newton, *part) for part in _split(_SCREENED_TOGETHER, target, bar)])
 
     def _screen(self, newton: _Newton, target: Tensor, bar: Tensor) -> Tensor:
-        weight = newton.weight[0]
-        scaled = torch.cholesky_solve((target * newton.scale).T, newton.factor[0]).T * newton.scale
-        f = scaled @ self.head.basis.T
+        u = newton.solve(target) @ self.head.basis.T * newton.weight
         # t along the ray: 1 over the first of u's bounds that it meets.
-        reach = 1 / torch.maximum(
-            (f * (weight / self.box.ceiling)).amax(1), (f * (weight * -self.box.floored)).amax(1).clamp_min(1e-300)
-        )
-        residual = (f * (weight * self.head.probs)) @ self.head.basis - target
+        rate = torch.maximum(u.amax(1) / self.box.ceiling, -self.box.floored * u.amin(1))
+        residual = (u * self.head.probs) @ self.head.basis - target
         exact = residual.abs().amax(1) <= _RESIDUAL * target.norm(dim=1)
-        return exact & (reach >= bar * (1 + _MARGIN))
+        return exact & (rate * bar * (1 + _MARGIN) <= 1)
 
     def _start(self, target: Tensor, bar: Tensor) -> _Programs:
         """u = 0 and l = 1 for the constant: feasible on both sides, products near their targets, for every token."""
-        n, s, floored = len(target), self.box.ceiling, self.box.floored
-        floor_dual = (s / (1 - floored * s) if s < 0.5 else 1.0) * self.weights.expand(n, -1)
-        constant = torch.zeros_like(target[:1])
-        constant[0, 0] = 1
-        one = torch.linalg.solve(self.head.whitener, constant.T).T
-        return _Programs(
-            torch.arange(n, device=target.device),
-            target,
-            bar,
-            torch.zeros_like(floor_dual),
-            floor_dual,
-            1 + floored * floor_dual,
-            torch.zeros_like(bar),
-            one.expand(n, -1),
-        )
+        s, floored = self.box.ceiling, self.box.floored
+        floor_dual = (s / (1 - floored * s) if s < 0.5 else 1.0) * self.weights
+        dual = torch.stack([floor_dual, 1 + floored * floor_dual])
+        slack = torch.stack([torch.ones_like(floor_dual), torch.full_like(floor_dual, s)])
+        index = torch.arange(len(target), device=target.device)
+        every = len(target), -1, -1
+        nothing = torch.zeros_like(target), torch.full_like(bar, torch.inf)
+        return _Programs(index, target, bar, slack.expand(every), dual.expand(every), torch.zeros_like(bar), *nothing)
 
     def _newton(self, programs: _Programs) -> _Newton:
-        s, floored = self.box.ceiling, self.box.floored
-        x, y = 1 + floored * programs.u, s - programs.u
-        floor_ratio, ceiling_ratio = programs.floor_dual / x, programs.ceiling_dual / y
-        weight = 1 / (ceiling_ratio + floored * floor_ratio)
+        ratio = programs.dual / programs.slack
+        weight = 1 / (self.sign.square().T @ ratio)[:, 0]
         factor, scale = _scaled_cholesky(self._normal_matrix(weight * self.head.probs))
         ray = scale * torch.cholesky_solve((scale * programs.target)[..., None], factor)[..., 0]
         dt = 1 / (programs.target * ray).sum(1)
         multipliers = ray * dt[:, None]
         f = multipliers @ self.head.basis.T
         du = f * weight
-        d_floor = -programs.floor_dual - floored * floor_ratio * du
-        d_ceiling = -programs.ceiling_dual + ceiling_ratio * du
-        primal, dual = self._steps(programs, x, y, du, d_floor, d_ceiling)
-        return _Newton(x, y, weight, factor, scale, ray, dt, multipliers, f, du, d_floor, d_ceiling, primal, dual)
+        d_slack = self.sign * du[:, None]
+        d_dual = -torch.addcmul(programs.dual, ratio, d_slack)
+        step = _longest(programs.slack, d_slack)
+        return _Newton(ratio, weight, factor, scale, ray, dt, multipliers, f, du, d_slack, d_dual, step)
 
     def _normal_matrix(self, weight: Float[Tensor, "n k"]) -> Float[Tensor, "n width width"]:
         basis = self.head.basis
@@ -282,40 +267,45 @@ class _InteriorPoint:
         matrix[:, i, j] = matrix[:, j, i] = weight @ self.pairs
         return matrix
 
-    def _steps(self, programs: _Programs, x: Tensor, y: Tensor, du: Tensor, d_floor: Tensor, d_ceiling: Tensor) -> list[Tensor]:
-        """Longest primal and dual steps [n] that keep every slack and dual positive."""
-        primal = torch.maximum((-self.box.floored * du / x).amax(1), (du / y).amax(1))
-        dual = -torch.minimum((d_floor / programs.floor_dual).amin(1), (d_ceiling / programs.ceiling_dual).amin(1))
-        return [1 / rate.clamp_min(1e-300) for rate in (primal, dual)]
-
     def _harvest(self, programs: _Programs, newton: _Newton, settle: float, outcome: _Outcome) -> Tensor:
         """Write down what is proved at this iterate; return which programs go on."""
-        # Bounds on the optimum: the ray to the box's boundary; T at this iterate's l and at the predictor's.
+        # The optimum lies between t where the ray meets the box and T at the predictor's or the last corrector's l.
         lower = programs.t + newton.primal_step * newton.dt
-        here = _bound(programs.multipliers @ self.head.basis.T, self.head.probs, self.box).per_unit(self.box)
-        ahead = _bound(newton.f, self.head.probs, self.box).per_unit(self.box)
-        upper = torch.minimum(here, ahead)
-        below = (upper < programs.bar * (1 - _MARGIN)) & (settle * (upper - lower) <= programs.bar - upper)
-        keep = below.nonzero()[:, 0]
-        best = torch.where((ahead < here)[keep, None], newton.multipliers[keep], programs.multipliers[keep])
-        outcome.status[programs.index[keep]] = 1
-        outcome.multipliers[programs.index[keep]] = best
-        reaching = (lower >= programs.bar * (1 + _MARGIN)).nonzero()[:, 0]
-        u, proved = self._feasible(programs, newton, reaching)
-        cut = reaching[proved]
-        outcome.status[programs.index[cut]] = -1
-        outcome.u[programs.index[cut]] = u[proved]
-        going = ~below & newton.dt.isfinite()
-        going[cut] = False
+        ahead = self._per_unit(newton.f)
+        upper = torch.minimum(ahead, programs.upper)
+        below = upper < programs.bar * (1 - _MARGIN)
+        if settle:
+            below &= settle * (upper - lower) <= programs.bar - upper
+        above = lower >= programs.bar * (1 + _MARGIN)
+        going = newton.dt.isfinite()
+        if below.any():
+            outcome.status[programs.index[below]] = 1
+            best = torch.where((ahead < programs.upper)[:, None], newton.multipliers, programs.multipliers)
+            outcome.multipliers[programs.index[below]] = best[below]
+            going &= ~below
+        if above.any():
+            rows = above.nonzero()[:, 0]
+            u, proved = self._feasible(programs.select(rows), newton.select(rows))
+            cut = rows[proved]
+            outcome.status[programs.index[cut]] = -1
+            outcome.u[programs.index[cut]] = u[proved]
+            going[cut] = False
         return going
 
-    def _feasible(self, programs: _Programs, newton: _Newton, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _per_unit(self, f: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
+        """T(l) over the head's columns, for f of l with l . b_i = 1."""
+        if self.box.floored:
+            return torch.maximum(self.box.ceiling * f, -f) @ self.head.probs
+        bound = _bound(f, self.head.probs, self.box)
+        return self.box.ceiling * bound.positive / (1 + bound.shift)
+
+    def _feasible(self, programs: _Programs, newton: _Newton) -> tuple[Tensor, Tensor]:
         """u at a point of the ray just past the bar, its equalities corrected, and whether it is a proof."""
-        target, bar, basis = programs.target[rows], programs.bar[rows], self.head.basis
-        past_bar = (bar * (1 + 1e-4) - programs.t[rows]) / newton.dt[rows]
-        step = torch.minimum(newton.primal_step[rows], past_bar.clamp_min(0))
-        u = programs.u[rows] + step[:, None] * newton.du[rows]
-        t = programs.t[rows] + step * newton.dt[rows]
+        target, bar, basis = programs.target, programs.bar, self.head.basis
+        past_bar = (bar * (1 + 1e-4) - programs.t) / newton.dt
+        step = torch.minimum(newton.primal_step, past_bar.clamp_min(0))
+        u = self.box.ceiling - programs.slack[:, 1] + step[:, None] * newton.du
+        t = programs.t + step * newton.dt
         goal = t[:, None] * target
         # Least squares in the head's coordinates, in which the columns' second moment is the identity.
         u = u - (((u * self.head.probs) @ basis) - goal) @ basis.T
@@ -326,37 +316,41 @@ class _InteriorPoint:
 
     def _advance(self, programs: _Programs, newton: _Newton) -> _Programs:
         """Mehrotra's corrector: aim at the centre as far as the predictor failed to close the gap."""
-        s, floored, q = self.box.ceiling, self.box.floored, self.head.probs
-        gap = programs.floor_dual @ q + s * (programs.ceiling_dual @ q) - programs.t
-        primal, dual = newton.primal_step.clamp_max(1), newton.dual_step.clamp_max(1)
-        closed = dual * (newton.d_floor @ q + s * (newton.d_ceiling @ q)) - primal * newton.dt
+        gap = programs.dual.flatten(1) @ self.cost - programs.t
+        dual_step = _longest(programs.dual, newton.d_dual).clamp_max(1)
+        closed = dual_step * (newton.d_dual.flatten(1) @ self.cost) - newton.primal_step.clamp_max(1) * newton.dt
         centring = (1 + closed / gap).clamp(0, 1) ** 3
-        mu = (centring * gap / self.total)[:, None] * self.weights
-        floor_goal = (mu - floored * newton.du * newton.d_floor) / newton.x
-        ceiling_goal = (mu + newton.du * newton.d_ceiling) / newton.y
-        aim = ceiling_goal - floored * floor_goal
-        residual = (programs.u * q) @ self.head.basis - programs.t[:, None] * programs.target
-        h = newton.solve((newton.weight * aim * q) @ self.head.basis - residual)
+        mu = (centring * gap)[:, None] * (self.weights / (2 * self.head.probs.sum()))
+        goal = (mu[:, None] - newton.d_slack * newton.d_dual) / programs.slack
+        aim = -(self.sign.T @ goal)[:, 0]
+        h = newton.solve((newton.weight * aim * self.head.probs) @ self.head.basis)
         dt = (1 - (programs.target * h).sum(1)) * newton.dt
-        multipliers = h + dt[:, None] * newton.ray
-        du = newton.weight * (multipliers @ self.head.basis.T - aim)
-        d_floor = floor_goal - programs.floor_dual - floored * programs.floor_dual / newton.x * du
-        d_ceiling = ceiling_goal - programs.ceiling_dual + programs.ceiling_dual / newton.y * du
-        steps = self._steps(programs, newton.x, newton.y, du, d_floor, d_ceiling)
-        primal, dual = (_STEP * step.clamp_max(1 / _STEP)[:, None] for step in steps)
+        multipliers = torch.addcmul(h, dt[:, None], newton.ray)
+        f = multipliers @ self.head.basis.T
+        du = newton.weight * (f - aim)
+        d_slack = self.sign * du[:, None]
+        d_dual = goal - torch.addcmul(programs.dual, newton.ratio, d_slack)
+        primal = (_STEP * _longest(programs.slack, d_slack)).clamp_max(1)
+        dual = (_STEP * _longest(programs.dual, d_dual)).clamp_max(1)
         return programs._replace(
-            u=programs.u + primal * du,
-            t=programs.t + primal[:, 0] * dt,
-            floor_dual=programs.floor_dual + dual * d_floor,
-            ceiling_dual=programs.ceiling_dual + dual * d_ceiling,
-            multipliers=programs.multipliers + dual * (multipliers - programs.multipliers),
+            slack=torch.addcmul(programs.slack, primal[:, None, None], d_slack),
+            dual=torch.addcmul(programs.dual, dual[:, None, None], d_dual),
+            t=torch.addcmul(programs.t, primal, dt),
+            multipliers=multipliers,
+            upper=self._per_unit(f),
         )
+
+
+def _longest(values: Float[Tensor, "n 2 k"], change: Float[Tensor, "n 2 k"]) -> Float[Tensor, " n"]:
+    """Longest step that keeps every value positive."""
+    return -1 / (change / values).amin((1, 2)).clamp_max(-1e-300)
 
 
 def _bound(f: Float[Tensor, "n k"], probs: Float[Tensor, " k"], box: _Box) -> _Bound:
     """The parts of T for rows of f = l . b_j; without a floor f is first raised until it is nowhere negative."""
     if box.floored:
-        return _Bound(f.clamp_min(0) @ probs, -(f.clamp_max(0) @ probs), torch.zeros_like(f[:, 0]))
+        positive = f.clamp_min(0) @ probs
+        return _Bound(positive, positive - f @ probs, torch.zeros_like(positive))
     shift = -f.amin(1).clamp_max(0)
     return _Bound(f @ probs + shift * probs.sum(), torch.zeros_like(shift), shift)
 
@@ -547,8 +541,7 @@ class _RowWork:
     @property
     def head(self) -> _Head:
         if self._head is None:
-            most = self.row.probs.topk(min(self.checker.columns, len(self.row.probs))).indices
-            self._head = _make_head(self.row, most)
+            self._head = _make_head(self.row, _most_probable(self.row.probs, self.checker.columns))
         return self._head
 
     def screen(self) -> None:
@@ -604,8 +597,7 @@ class _RowWork:
     def _programs(self, head: _Head, which: Tensor) -> tuple[Tensor, Tensor]:
         """Targets in head coordinates and bars: outside the head a token's own column is at its ceiling for free."""
         tokens, probs = self.tokens[which], self.probs[which]
-        inside = torch.isin(tokens, head.columns)
-        return self.row.basis[tokens] @ head.whitener, probs * (1 + self.box.ceiling * inside)
+        return self.row.basis[tokens] @ head.whitener, probs * (1 + self.box.ceiling * head.inside[tokens])
 
     def _decide_batch(self, solver: _InteriorPoint, batch: Tensor) -> None:
         for _ in range(_MAX_ROUNDS):
@@ -650,7 +642,7 @@ class _RowWork:
             cost = (torch.maximum(self.box.ceiling * f, -f) * self.row.probs).amax(0)
         else:
             cost = (-f).amax(0).masked_fill(self.row.probs <= 0, -torch.inf)
-        cost[head.columns] = -torch.inf
+        cost[head.inside] = -torch.inf
         worst = cost.topk(min(len(head.columns) // 2, len(cost) - len(head.columns))).indices
         return _make_head(self.row, torch.cat([head.columns, worst]))
 
@@ -659,19 +651,30 @@ class _RowWork:
         token = int(self.tokens[n])
         full = torch.zeros_like(self.row.probs)
         full[head.columns] = u
-        full[token] -= 1 + self.box.ceiling * float((head.columns == token).any())
+        full[token] -= 1 + self.box.ceiling * float(head.inside[token])
         probs = self.row.probs * (1 + full / -full[token])
         probs[token] = 0
         self.proofs[n] = Certificate(token, Decision.CUT, distribution=probs)
 
 
+def _most_probable(probs: Float[Tensor, " vocab"], count: int) -> Int[Tensor, " k"]:
+    """About `count` of the most probable tokens: any set is correct, a full `topk` would cost more than a solve."""
+    if len(probs) > 16 * count:
+        bar = probs[::16].topk(count // 16).values[-1]
+        columns = (probs >= bar).nonzero()[:, 0]
+        if count // 2 <= len(columns) <= 2 * count:
+            return columns
+    return probs.topk(min(count, len(probs))).indices
+
+
 def _make_head(row: _Row, columns: Int[Tensor, " k"]) -> _Head:
     columns = columns[row.probs[columns] > 1e-30]
+    inside = torch.zeros_like(row.probs, dtype=torch.bool)
+    inside[columns] = True
     probs, basis = row.probs[columns], row.basis[columns]
     gram = (basis.T * probs) @ basis
     scale = gram.diagonal().clamp_min(1e-300).rsqrt()
     scaled = gram * scale[:, None] * scale
     scaled.diagonal().add_(1e-9)
-    inverse = torch.linalg.inv(torch.linalg.cholesky(scaled))
-    whitener = (inverse * scale).T
-    return _Head(columns, probs, basis @ whitener, whitener)
+    whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(scaled), scale.diag(), upper=False).T
+    return _Head(columns, inside, probs, basis @ whitener, whitener.contiguous())

@@ -55,10 +55,18 @@ _EPSILON = torch.finfo(torch.float64).eps
 _STEP = 0.9995
 _MAX_ITERATIONS = 60
 _MAX_ROUNDS = 12
-# Tokens that are solved together: their [tokens, columns] arrays stay in a core's second-level cache.
-_BATCH = 32
-_SCREENED_TOGETHER = 256
+# Numbers in the [tokens, columns] arrays of tokens that are solved together: they stay in a core's second-level cache.
+_BATCH_SIZE = 2**15
 _VERIFIED_TOGETHER = 16
+# Most tokens are cut on so few columns, in so few iterations; what is left goes on to more.
+_SIFTING_COLUMNS = 128
+_SIFTING_ITERATIONS = 8
+# Columns that join the head for each multiplier that the whole vocabulary refuses.
+_JOINING = 32
+# The other tokens are bundled by the signs of f under so many of those multipliers.
+_BITS = 8
+# Columns of less probability than this have nothing to give.
+_NEGLIGIBLE = 1e-30
 # From so many tokens on, products b_jk b_jl formed once make the normal matrices cheaper.
 _PAIRS_PAY = 4
 # tau above this is "every threshold": s stays representable.
@@ -112,10 +120,14 @@ class _Row(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """Some columns of a row, in coordinates in which sum_j p-hat_j b_j b_j^T is the identity."""
+    """Columns of a row: single tokens first, then bundles of tokens that share one u.
 
-    columns: Int[Tensor, " k"]
-    inside: Tensor  # [vocab] bool: which tokens are columns
+    A u on these columns is a u on the vocabulary, zero for tokens in no column: what is feasible here is feasible
+    there. Coordinates are those in which sum_j p-hat_j b_j b_j^T over the columns is the identity.
+    """
+
+    singles: Int[Tensor, " singles"]
+    member: Int[Tensor, " vocab"]  # the column that each token belongs to, -1 for none
     probs: Float[Tensor, " k"]
     basis: Float[Tensor, "k width"]
     whitener: Float[Tensor, "width width"]  # head coordinates = b @ whitener; l = whitener @ (head's l)
@@ -199,7 +211,12 @@ class _InteriorPoint:
         # The dual objective, per dual variable.
         self.cost = torch.cat([head.probs, box.ceiling * head.probs])
 
-    def solve(self, target: Tensor, bar: Tensor, settle: float = 0.0) -> _Outcome:
+    @property
+    def batch(self) -> int:
+        """Tokens to solve together."""
+        return max(_PAIRS_PAY, _BATCH_SIZE // len(self.head.probs))
+
+    def solve(self, target: Tensor, bar: Tensor, *, settle: float = 0.0, iterations: int = _MAX_ITERATIONS) -> _Outcome:
         """Decide for each target [n, width] whether t reaches its bar [n].
 
         `settle`: a token below its bar is only let go once the gap between the two bounds is at most 1 / settle of the
@@ -208,7 +225,7 @@ class _InteriorPoint:
         n, k = len(target), len(self.head.probs)
         outcome = _Outcome(target.new_zeros(n, dtype=torch.int8), target.new_zeros(n, k), torch.zeros_like(target))
         programs = self._start(target, bar)
-        for _ in range(_MAX_ITERATIONS):
+        for _ in range(iterations):
             newton = self._newton(programs)
             going = self._harvest(programs, newton, settle, outcome)
             left = int(going.sum())
@@ -222,7 +239,7 @@ class _InteriorPoint:
     def screen(self, target: Tensor, bar: Tensor) -> Tensor:
         """[n]: whether the first step alone, whose matrix all tokens share, reaches the bar."""
         newton = self._newton(self._start(target[:1], bar[:1]))
-        return torch.cat([self._screen(newton, *part) for part in _split(_SCREENED_TOGETHER, target, bar)])
+        return torch.cat([self._screen(newton, *part) for part in _split(2 * self.batch, target, bar)])
 
     def _screen(self, newton: _Newton, target: Tensor, bar: Tensor) -> Tensor:
         u = newton.solve(target) @ self.head.basis.T * newton.weight
@@ -389,7 +406,7 @@ class SupportChecker:
     mercy of a solver's tolerance; the restricted program, its proofs and their reuse are not in the paper.
     """
 
-    def __init__(self, basis: SoftmaxBasis, *, variant: Variant = "paper", columns: int = 1024):
+    def __init__(self, basis: SoftmaxBasis, *, variant: Variant = "paper", columns: int = 512):
         if not isinstance(basis, SoftmaxBasis):
             raise TypeError(f"basis must be a SoftmaxBasis, got {type(basis).__name__}; see SoftmaxBasis.from_model")
         if variant not in ("paper", "official"):
@@ -460,7 +477,7 @@ class SupportChecker:
     def _kept(self, row: _Row, tau: float, floor: float) -> Tensor:
         tokens = ((row.probs >= floor) & (row.probs < tau)).nonzero()[:, 0]
         work = _RowWork(self, row, tau, tokens[row.probs[tokens].argsort(descending=True)], False)
-        work.screen()
+        work.sift()
         work.decide()
         mask = row.probs >= tau
         mask[work.tokens[work.decisions == 1]] = True
@@ -544,32 +561,36 @@ class _RowWork:
             self._head = _make_head(self.row, _most_probable(self.row.probs, self.checker.columns))
         return self._head
 
-    def screen(self) -> None:
-        """Cut what the first step alone cuts, all at once."""
+    def sift(self) -> None:
+        """Cut what a few columns cut in a few steps: most tokens, at a fraction of the cost."""
         pending = self._pending()
-        if len(pending) >= _PAIRS_PAY:
-            solver = _InteriorPoint(self.head, self.box, 1)
-            cut = solver.screen(*self._programs(self.head, pending))
-            self.decisions[pending[cut]] = -1
-            self.checker.checked += int(cut.sum())
+        if len(pending) < _PAIRS_PAY:
+            return
+        head = _make_head(self.row, self.row.probs.topk(min(_SIFTING_COLUMNS, len(self.row.probs))).indices)
+        solver = _InteriorPoint(head, self.box, len(pending))
+        target, bar = self._programs(head, pending)
+        cut = solver.screen(target, bar)
+        rest = (~cut).nonzero()[:, 0]
+        for part in rest.split(solver.batch):
+            cut[part] = solver.solve(target[part], bar[part], iterations=_SIFTING_ITERATIONS).status == -1
+        self.decisions[pending[cut]] = -1
+        self.checker.checked += int(cut.sum())
 
     def decide(self) -> None:
         """Decide what is pending, the first tokens first: their multipliers often keep later ones."""
         pending = self._pending()
         self.checker.checked += len(pending)
-        unresolved = 0
         if len(pending):
             solver = _InteriorPoint(self.head, self.box, len(pending))
         while len(pending):
-            batch, pending = pending[:_BATCH], pending[_BATCH:]
+            batch, pending = pending[: solver.batch], pending[solver.batch :]
             self._decide_batch(solver, batch)
-            unresolved += int((self.decisions[batch] == 0).sum())
+            self.checker.undecided += int((self.decisions[batch] == 0).sum())
             pending = pending[self.decisions[pending] == 0]
-        self.checker.undecided += unresolved
 
     def largest_ceiling(self, box: _Box) -> float:
         """Largest ceiling s at which the best multipliers at `box` still keep the one token; its s where it is cut."""
-        target_token = self.tokens
+        refused = self.row.probs.new_zeros(0, len(self.row.probs))
         for _ in range(_MAX_ROUNDS):
             head = self.head
             self.box = box
@@ -579,11 +600,12 @@ class _RowWork:
             multipliers = outcome.multipliers @ head.whitener.T
             f = multipliers @ self.row.basis.T
             bound = _bound(f, self.row.probs, box)
-            own = self.probs * (f[:, target_token][0] + bound.shift)
+            own = self.probs * (f[:, self.tokens][0] + bound.shift)
             room = float(own - bound.negative) / max(float(bound.positive - own), 1e-300)
             if room > box.ceiling:
                 return room
-            self._head = self._wider(head, f)
+            refused = torch.cat([refused, f])[-_BITS:]
+            self._head = self._widened(head, refused)
         return box.ceiling
 
     def certificates(self) -> list[Certificate]:
@@ -597,9 +619,10 @@ class _RowWork:
     def _programs(self, head: _Head, which: Tensor) -> tuple[Tensor, Tensor]:
         """Targets in head coordinates and bars: outside the head a token's own column is at its ceiling for free."""
         tokens, probs = self.tokens[which], self.probs[which]
-        return self.row.basis[tokens] @ head.whitener, probs * (1 + self.box.ceiling * head.inside[tokens])
+        return self.row.basis[tokens] @ head.whitener, probs * (1 + self.box.ceiling * (head.member[tokens] >= 0))
 
     def _decide_batch(self, solver: _InteriorPoint, batch: Tensor) -> None:
+        refused = self.row.probs.new_zeros(0, len(self.row.probs))
         for _ in range(_MAX_ROUNDS):
             outcome = solver.solve(*self._programs(solver.head, batch))
             cut, keep = (outcome.status == -1).nonzero()[:, 0], (outcome.status == 1).nonzero()[:, 0]
@@ -608,16 +631,14 @@ class _RowWork:
                 for n in cut.tolist():
                     self._prove_cut(int(batch[n]), solver.head, outcome.u[n])
             multipliers = outcome.multipliers[keep] @ solver.head.whitener.T
-            misjudged = [
-                f[self.decisions[which] == 0]
-                for which, part in _split(_VERIFIED_TOGETHER, batch[keep], multipliers)
-                if len(f := self._verify(part))
-            ]
             batch = batch[keep]
+            for which, part in _split(_VERIFIED_TOGETHER, batch, multipliers):
+                f = self._verify(part)
+                refused = torch.cat([refused, f[self.decisions[which] == 0]])[-_BITS:]
             batch = batch[self.decisions[batch] == 0]
             if not len(batch):
                 return
-            solver = _InteriorPoint(self._wider(solver.head, torch.cat(misjudged)), self.box, len(batch))
+            solver = _InteriorPoint(self._widened(solver.head, refused), self.box, len(batch))
 
     def _verify(self, multipliers: Float[Tensor, "n width"]) -> Float[Tensor, "n vocab"]:
         """Keep every pending token that one of the multipliers keeps over the whole vocabulary; return their f."""
@@ -636,22 +657,28 @@ class _RowWork:
                 self.proofs[n] = Certificate(int(self.tokens[n]), Decision.KEPT, multipliers=proof)
         return f
 
-    def _wider(self, head: _Head, f: Float[Tensor, "n vocab"]) -> _Head:
-        """The head with the columns that the rows of f paid most for without knowing it."""
+    def _widened(self, head: _Head, refused: Float[Tensor, "n vocab"]) -> _Head:
+        """The head with the columns that the refused f pay most for, and the rest bundled by the signs of these f.
+
+        In bundles on which f has one sign T is exact: the same l is not taken for a proof again. Without a floor only
+        single columns can help.
+        """
         if self.box.floored:
-            cost = (torch.maximum(self.box.ceiling * f, -f) * self.row.probs).amax(0)
+            cost = torch.maximum(self.box.ceiling * refused, -refused).mul_(self.row.probs)
         else:
-            cost = (-f).amax(0).masked_fill(self.row.probs <= 0, -torch.inf)
-        cost[head.inside] = -torch.inf
-        worst = cost.topk(min(len(head.columns) // 2, len(cost) - len(head.columns))).indices
-        return _make_head(self.row, torch.cat([head.columns, worst]))
+            cost = (-refused).masked_fill_(self.row.probs <= 0, -torch.inf)
+        cost[:, head.singles] = -torch.inf
+        joining = cost.topk(min(_JOINING, cost.shape[1]), dim=1).indices.flatten()
+        chosen = torch.zeros_like(self.row.probs, dtype=torch.bool)
+        chosen[head.singles] = chosen[joining] = True
+        return _make_head(self.row, chosen.nonzero()[:, 0], refused > 0 if self.box.floored else None)
 
     def _prove_cut(self, n: int, head: _Head, u: Float[Tensor, " k"]) -> None:
         """From sum p-hat u b = bar b_i to a distribution without token i: mix with p-hat until p_i = 0."""
         token = int(self.tokens[n])
-        full = torch.zeros_like(self.row.probs)
-        full[head.columns] = u
-        full[token] -= 1 + self.box.ceiling * float(head.inside[token])
+        inside = head.member >= 0
+        full = torch.where(inside, u[head.member.clamp_min(0)], 0)
+        full[token] -= 1 + self.box.ceiling * float(inside[token])
         probs = self.row.probs * (1 + full / -full[token])
         probs[token] = 0
         self.proofs[n] = Certificate(token, Decision.CUT, distribution=probs)
@@ -667,14 +694,32 @@ def _most_probable(probs: Float[Tensor, " vocab"], count: int) -> Int[Tensor, " 
     return probs.topk(min(count, len(probs))).indices
 
 
-def _make_head(row: _Row, columns: Int[Tensor, " k"]) -> _Head:
-    columns = columns[row.probs[columns] > 1e-30]
-    inside = torch.zeros_like(row.probs, dtype=torch.bool)
-    inside[columns] = True
-    probs, basis = row.probs[columns], row.basis[columns]
+def _make_head(row: _Row, singles: Int[Tensor, " singles"], signs: Tensor | None = None) -> _Head:
+    """Columns of single tokens; with `signs` [n, vocab] the other tokens in bundles of equal signs."""
+    singles = singles[row.probs[singles] > _NEGLIGIBLE]
+    member = torch.full_like(row.probs, -1, dtype=torch.long)
+    member[singles] = torch.arange(len(singles), device=member.device)
+    probs, basis = row.probs[singles], row.basis[singles]
+    if signs is not None:
+        bundle, mass, mean = _bundles(row, member < 0, signs)
+        member = torch.where((member < 0) & (bundle >= 0), bundle + len(singles), member)
+        probs, basis = torch.cat([probs, mass]), torch.cat([basis, mean])
     gram = (basis.T * probs) @ basis
     scale = gram.diagonal().clamp_min(1e-300).rsqrt()
     scaled = gram * scale[:, None] * scale
     scaled.diagonal().add_(1e-9)
     whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(scaled), scale.diag(), upper=False).T
-    return _Head(columns, inside, probs, basis @ whitener, whitener.contiguous())
+    return _Head(singles, member, probs, basis @ whitener, whitener.contiguous())
+
+
+def _bundles(row: _Row, free: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each free token's bundle (-1 for none), and the bundles' mass and mean."""
+    places = 2 ** torch.arange(len(signs), device=signs.device)
+    code = (signs * places[:, None]).sum(0)
+    tokens = free.nonzero()[:, 0]
+    mass = row.probs.new_zeros(2 ** len(signs)).index_add_(0, code[tokens], row.probs[tokens])
+    moment = row.basis[tokens] * row.probs[tokens, None]
+    total = row.basis.new_zeros(len(mass), row.basis.shape[1]).index_add_(0, code[tokens], moment)
+    used = mass > _NEGLIGIBLE
+    number = torch.where(used, used.cumsum(0) - 1, -1)
+    return torch.where(free, number[code], -1), mass[used], total[used] / mass[used, None]

@@ -10,11 +10,15 @@ import pytest
 import hf_longtrunc
 
 PUBLIC = [
+    "BasisAwareLogitsProcessor",
     "EpsilonLogitsProcessor",
     "EtaLogitsProcessor",
+    "SoftmaxBasis",
+    "SupportChecker",
     "TruncationRecord",
     "TruncationTrace",
     "attach_processors",
+    "critical_threshold",
     "load_pretrained",
 ]
 

@@ -97,7 +97,7 @@ class SoftmaxBasis:
         mean = _mean_row(weight) if centered else weight.new_zeros(weight.shape[1], dtype=torch.float64)
 
         def chunks() -> Iterator[Tensor]:
-            for rows in weight.split(_CHUNK):
+            for rows in torch.split(weight, _CHUNK):
                 yield rows.double() - mean
 
         directions = _leading_directions(chunks, weight, rank, method, progress)
@@ -147,7 +147,9 @@ class SoftmaxBasis:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             if "weight_hash" not in metadata:
-                raise ValueError(f"{path} holds no softmax basis: it has no weight_hash; write one with basis.save(path)")
+                raise ValueError(
+                    f"{path} holds no softmax basis: it has no weight_hash; write one with basis.save(path)"
+                )
             factors, values = file.get_tensor("factors"), file.get_tensor("singular_values")
         softcap = None if metadata["softcap"] == "None" else float(metadata["softcap"])
         return cls(factors, values, metadata["weight_hash"], metadata["centered"] == "True", softcap)
@@ -201,18 +203,18 @@ def _probed_weight(head: Any, model: Any) -> Tensor:
     parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     eye = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
     at_zero = head(torch.zeros_like(eye[:1]))
-    return torch.cat([(head(units) - at_zero).T for units in eye.split(512)], dim=1)
+    return torch.cat([(head(units) - at_zero).T for units in torch.split(eye, 512)], dim=1)
 
 
 def _hash(weight: Tensor) -> str:
     digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
-    for rows in weight.split(_CHUNK):
-        digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for rows in torch.split(weight, _CHUNK):
+        digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _mean_row(weight: Tensor) -> Tensor:
-    return torch.stack([rows.double().sum(0) for rows in weight.split(_CHUNK)]).sum(0) / weight.shape[0]
+    return torch.stack([rows.double().sum(0) for rows in torch.split(weight, _CHUNK)]).sum(0) / weight.shape[0]
 
 
 def _shown(chunks: Iterable[Tensor], progress: bool, total: int) -> Iterable[Tensor]:

@@ -42,8 +42,6 @@ from torch import Tensor
 from hf_longtrunc.sampling.basis import SoftmaxBasis
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from jaxtyping import Float, Int
 
     Variant = Literal["paper", "official"]
@@ -142,7 +140,7 @@ class _Head(NamedTuple):
 class _Programs(NamedTuple):
     """Interior-point iterates, one row a token. Side 0 is the floor (slack 1 + u), side 1 the ceiling (s - u)."""
 
-    index: Int[Tensor, " n"]
+    place: Int[Tensor, " n"]
     target: Float[Tensor, "n width"]
     bar: Float[Tensor, " n"]
     slack: Float[Tensor, "n 2 k"]
@@ -214,7 +212,7 @@ class _InteriorPoint:
     @property
     def batch(self) -> int:
         """Tokens to solve together."""
-        return max(_PAIRS_PAY, _BATCH_SIZE // len(self.head.probs))
+        return int(max(_PAIRS_PAY, _BATCH_SIZE // len(self.head.probs)))
 
     def solve(self, target: Tensor, bar: Tensor, *, settle: float = 0.0, iterations: int = _MAX_ITERATIONS) -> _Outcome:
         """Decide for each target [n, width] whether t reaches its bar [n].
@@ -246,19 +244,19 @@ class _InteriorPoint:
         # t along the ray: 1 over the first of u's bounds that it meets.
         rate = torch.maximum(u.amax(1) / self.box.ceiling, -self.box.floored * u.amin(1))
         residual = (u * self.head.probs) @ self.head.basis - target
-        exact = residual.abs().amax(1) <= _RESIDUAL * target.norm(dim=1)
+        exact: Tensor = residual.abs().amax(1) <= _RESIDUAL * target.norm(dim=1)
         return exact & (rate * bar * (1 + _MARGIN) <= 1)
 
     def _start(self, target: Tensor, bar: Tensor) -> _Programs:
-        """u = 0 and l = 1 for the constant: feasible on both sides, products near their targets, for every token."""
+        """Start from u = 0 and l = 1 for the constant: feasible on both sides and nearly centred, for every token."""
         s, floored = self.box.ceiling, self.box.floored
         floor_dual = (s / (1 - floored * s) if s < 0.5 else 1.0) * self.weights
         dual = torch.stack([floor_dual, 1 + floored * floor_dual])
         slack = torch.stack([torch.ones_like(floor_dual), torch.full_like(floor_dual, s)])
-        index = torch.arange(len(target), device=target.device)
+        place = torch.arange(len(target), device=target.device)
         every = len(target), -1, -1
         nothing = torch.zeros_like(target), torch.full_like(bar, torch.inf)
-        return _Programs(index, target, bar, slack.expand(every), dual.expand(every), torch.zeros_like(bar), *nothing)
+        return _Programs(place, target, bar, slack.expand(every), dual.expand(every), torch.zeros_like(bar), *nothing)
 
     def _newton(self, programs: _Programs) -> _Newton:
         ratio = programs.dual / programs.slack
@@ -296,16 +294,16 @@ class _InteriorPoint:
         above = lower >= programs.bar * (1 + _MARGIN)
         going = newton.dt.isfinite()
         if below.any():
-            outcome.status[programs.index[below]] = 1
+            outcome.status[programs.place[below]] = 1
             best = torch.where((ahead < programs.upper)[:, None], newton.multipliers, programs.multipliers)
-            outcome.multipliers[programs.index[below]] = best[below]
+            outcome.multipliers[programs.place[below]] = best[below]
             going &= ~below
         if above.any():
             rows = above.nonzero()[:, 0]
             u, proved = self._feasible(programs.select(rows), newton.select(rows))
             cut = rows[proved]
-            outcome.status[programs.index[cut]] = -1
-            outcome.u[programs.index[cut]] = u[proved]
+            outcome.status[programs.place[cut]] = -1
+            outcome.u[programs.place[cut]] = u[proved]
             going[cut] = False
         return going
 
@@ -317,7 +315,7 @@ class _InteriorPoint:
         return self.box.ceiling * bound.positive / (1 + bound.shift)
 
     def _feasible(self, programs: _Programs, newton: _Newton) -> tuple[Tensor, Tensor]:
-        """u at a point of the ray just past the bar, its equalities corrected, and whether it is a proof."""
+        """Return u at a point of the ray just past the bar, its equalities corrected, and whether it is a proof."""
         target, bar, basis = programs.target, programs.bar, self.head.basis
         past_bar = (bar * (1 + 1e-4) - programs.t) / newton.dt
         step = torch.minimum(newton.primal_step, past_bar.clamp_min(0))
@@ -364,7 +362,7 @@ def _longest(values: Float[Tensor, "n 2 k"], change: Float[Tensor, "n 2 k"]) -> 
 
 
 def _bound(f: Float[Tensor, "n k"], probs: Float[Tensor, " k"], box: _Box) -> _Bound:
-    """The parts of T for rows of f = l . b_j; without a floor f is first raised until it is nowhere negative."""
+    """Return the parts of T for rows of f; without a floor f is first raised until it is nowhere negative."""
     if box.floored:
         positive = f.clamp_min(0) @ probs
         return _Bound(positive, positive - f @ probs, torch.zeros_like(positive))
@@ -383,7 +381,7 @@ def _scaled_cholesky(matrix: Float[Tensor, "n width width"]) -> tuple[Tensor, Te
 
 
 def _split(size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(tensor.split(size) for tensor in tensors), strict=True))
+    return list(zip(*(torch.split(tensor, size) for tensor in tensors), strict=True))
 
 
 class SupportChecker:
@@ -460,6 +458,11 @@ class SupportChecker:
         ]
         return torch.tensor(values, dtype=torch.float64, device=scores.device).reshape(tokens.shape)
 
+    def row(self, scores: Tensor, tau: float) -> SupportRow:
+        """Return the decisions of one row of scores [V] at one tau, its shared work done once."""
+        rows, _ = self._rows(scores, tau)
+        return SupportRow(self, self._row(rows[0]), tau)
+
     def _over_rows(
         self, scores: Tensor, tau: float | Tensor, tokens: Tensor, proofs: list[Certificate] | None
     ) -> Tensor:
@@ -502,9 +505,10 @@ class SupportChecker:
 
     def _row(self, scores: Tensor) -> _Row:
         probs, basis, softcap = scores.double().softmax(-1), self._basis, self.basis.softcap
-        if not bool(probs.isfinite().all()):
+        if not bool(probs.sum().isfinite()):
             raise ValueError("scores must be finite or -inf, at least one of them finite, in every row")
         if softcap is not None:
+            _check_capped(scores, softcap)
             # d logits / d hidden = diag(1 - (z / cap)^2) W: the error is orthogonal to those columns.
             slope = (1 - (scores.double() / softcap).square()).clamp_min(0).nan_to_num(0)
             basis = torch.cat([basis[:, :1], basis[:, 1:] * slope[:, None]], dim=1)
@@ -514,7 +518,7 @@ class SupportChecker:
         if scores.ndim == 0 or scores.shape[-1] != self.basis.vocab_size or not scores.is_floating_point():
             raise ValueError(
                 f"scores must be a floating-point tensor [..., {self.basis.vocab_size}], the vocabulary of the basis, "
-                f"got {scores.dtype} of shape {tuple(scores.shape)}; make the basis from the model that makes the scores"
+                f"got {scores.dtype} of shape {tuple(scores.shape)}; make the basis from the model they come from"
             )
         rows = scores.reshape(-1, scores.shape[-1])
         taus = torch.as_tensor(tau, dtype=torch.float64).reshape(-1).cpu()
@@ -533,7 +537,9 @@ class SupportChecker:
                 f"{tuple(tokens.shape)}"
             )
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < scores.shape[-1]:
-            raise ValueError(f"tokens must lie in 0..{scores.shape[-1] - 1}, got {int(tokens.min())}..{int(tokens.max())}")
+            raise ValueError(
+                f"tokens must lie in 0..{scores.shape[-1] - 1}, got {int(tokens.min())}..{int(tokens.max())}"
+            )
         return tokens.to(scores.device)
 
 
@@ -542,6 +548,24 @@ def critical_threshold(
 ) -> Tensor:
     """Return tau* of tokens: `SupportChecker(basis, variant=variant).critical_threshold(scores, tokens)`."""
     return SupportChecker(basis, variant=variant).critical_threshold(scores, tokens, tolerance=tolerance)
+
+
+class SupportRow:
+    """One row of scores at one tau, for tokens asked about one after the other; made by `SupportChecker.row`."""
+
+    def __init__(self, checker: SupportChecker, row: _Row, tau: float):
+        self._checker, self._row, self._tau = checker, row, tau
+        self._head: _Head | None = None
+
+    def decide(self, token: int) -> Decision:
+        """Decide one token."""
+        work = _RowWork(
+            self._checker, self._row, self._tau, torch.tensor([token], device=self._row.probs.device), False
+        )
+        work.head = self._head
+        work.decide()
+        self._head = work.head
+        return Decision(int(work.decisions[0]))
 
 
 class _RowWork:
@@ -553,13 +577,13 @@ class _RowWork:
         self.probs = row.probs[tokens]
         self.decisions = (self.probs >= tau).to(torch.int8) - (self.probs <= 0).to(torch.int8)
         self.proofs: dict[int, Certificate] = {}
-        self._head: _Head | None = None
+        self.head: _Head | None = None
 
-    @property
-    def head(self) -> _Head:
-        if self._head is None:
-            self._head = _make_head(self.row, _most_probable(self.row.probs, self.checker.columns))
-        return self._head
+    def the_head(self) -> _Head:
+        """Return the columns to start with, made on first use."""
+        if self.head is None:
+            self.head = _make_head(self.row, _most_probable(self.row.probs, self.checker.columns))
+        return self.head
 
     def sift(self) -> None:
         """Cut what a few columns cut in a few steps: most tokens, at a fraction of the cost."""
@@ -571,7 +595,7 @@ class _RowWork:
         target, bar = self._programs(head, pending)
         cut = solver.screen(target, bar)
         rest = (~cut).nonzero()[:, 0]
-        for part in rest.split(solver.batch):
+        for part in torch.split(rest, solver.batch):
             cut[part] = solver.solve(target[part], bar[part], iterations=_SIFTING_ITERATIONS).status == -1
         self.decisions[pending[cut]] = -1
         self.checker.checked += int(cut.sum())
@@ -581,7 +605,7 @@ class _RowWork:
         pending = self._pending()
         self.checker.checked += len(pending)
         if len(pending):
-            solver = _InteriorPoint(self.head, self.box, len(pending))
+            solver = _InteriorPoint(self.the_head(), self.box, len(pending))
         while len(pending):
             batch, pending = pending[: solver.batch], pending[solver.batch :]
             self._decide_batch(solver, batch)
@@ -592,7 +616,7 @@ class _RowWork:
         """Largest ceiling s at which the best multipliers at `box` still keep the one token; its s where it is cut."""
         refused = self.row.probs.new_zeros(0, len(self.row.probs))
         for _ in range(_MAX_ROUNDS):
-            head = self.head
+            head = self.the_head()
             self.box = box
             outcome = _InteriorPoint(head, box, 1).solve(*self._programs(head, torch.arange(1)), settle=1.0)
             if int(outcome.status[0]) != 1:
@@ -605,7 +629,7 @@ class _RowWork:
             if room > box.ceiling:
                 return room
             refused = torch.cat([refused, f])[-_BITS:]
-            self._head = self._widened(head, refused)
+            self.head = self._widened(head, refused)
         return box.ceiling
 
     def certificates(self) -> list[Certificate]:
@@ -658,7 +682,7 @@ class _RowWork:
         return f
 
     def _widened(self, head: _Head, refused: Float[Tensor, "n vocab"]) -> _Head:
-        """The head with the columns that the refused f pay most for, and the rest bundled by the signs of these f.
+        """Add the columns that the refused f pay most for, and bundle the rest by the signs of these f.
 
         In bundles on which f has one sign T is exact: the same l is not taken for a proof again. Without a floor only
         single columns can help.
@@ -682,6 +706,16 @@ class _RowWork:
         probs = self.row.probs * (1 + full / -full[token])
         probs[token] = 0
         self.proofs[n] = Certificate(token, Decision.CUT, distribution=probs)
+
+
+def _check_capped(scores: Tensor, softcap: float) -> None:
+    largest = scores[scores > -torch.inf].abs().max()
+    if largest > softcap * (1 + 1e-3) or scores.double().logsumexp(0).abs() < 1e-3:
+        raise ValueError(
+            f"this model caps its logits at {softcap:g}, and the basis needs those logits themselves: got "
+            "log-probabilities (as beam search hands them) or scores that another processor changed first; sample "
+            "without beams and put basis-aware truncation first"
+        )
 
 
 def _most_probable(probs: Float[Tensor, " vocab"], count: int) -> Int[Tensor, " k"]:

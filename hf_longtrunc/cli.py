@@ -55,6 +55,26 @@ def demo(
     )
 
 
+@app.command()
+def match(
+    text: Annotated[str, typer.Argument(help="A human text, or a file that holds one.")],
+    model: Model = None,
+    rank: Annotated[int, typer.Option(min=0, help="Directions of the softmax basis.")] = 20,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text that are read.")] = 512,
+    picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("longtrunc_match.png"),
+) -> None:
+    """Find the epsilons at which eta, epsilon and basis-aware truncation refuse the same share of a human text."""
+    from hf_longtrunc.evaluation.matching import match_text
+
+    loaded, tokenizer = _load(model)
+    if len(text) < 4096 and Path(text).is_file():
+        text = Path(text).read_text(encoding="utf-8")
+    try:
+        match_text(loaded, tokenizer, text, picture, rank=rank, max_tokens=max_tokens, console=console)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def _load(model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         with console.status("loading the model"):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
+    Method = Literal["exact", "randomized"]
+
 # Rows of the output embedding that are in float64 at one time.
 _CHUNK = 16384
 _OVERSAMPLING = 16
@@ -78,7 +80,7 @@ class SoftmaxBasis:
         rank: int = 20,
         *,
         centered: bool = False,
-        method: Literal["exact", "randomized"] = "exact",
+        method: Method = "exact",
         softcap: float | None = None,
         progress: bool = False,
     ) -> SoftmaxBasis:

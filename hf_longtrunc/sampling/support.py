@@ -413,7 +413,7 @@ class SupportChecker:
             raise ValueError(f"columns must be a whole number of at least 1, got {columns!r}")
         self.basis, self.variant, self.columns = basis, variant, columns
         self.checked = self.undecided = 0
-        ones = torch.ones_like(basis.factors[:, :1])
+        ones = basis.factors.new_ones(basis.vocab_size, 1)
         self._basis = torch.cat([ones, basis.factors], dim=1).contiguous()
         self._largest = self._basis.abs().amax(0)
 
@@ -643,7 +643,8 @@ class _RowWork:
     def _programs(self, head: _Head, which: Tensor) -> tuple[Tensor, Tensor]:
         """Targets in head coordinates and bars: outside the head a token's own column is at its ceiling for free."""
         tokens, probs = self.tokens[which], self.probs[which]
-        return self.row.basis[tokens] @ head.whitener, probs * (1 + self.box.ceiling * (head.member[tokens] >= 0))
+        bar = probs + self.box.ceiling * (probs * (head.member[tokens] >= 0))
+        return self.row.basis[tokens] @ head.whitener, bar
 
     def _decide_batch(self, solver: _InteriorPoint, batch: Tensor) -> None:
         refused = self.row.probs.new_zeros(0, len(self.row.probs))
@@ -720,7 +721,7 @@ def _check_capped(scores: Tensor, softcap: float) -> None:
 
 def _most_probable(probs: Float[Tensor, " vocab"], count: int) -> Int[Tensor, " k"]:
     """About `count` of the most probable tokens: any set is correct, a full `topk` would cost more than a solve."""
-    if len(probs) > 16 * count:
+    if len(probs) > 16 * count and count >= 256:
         bar = probs[::16].topk(count // 16).values[-1]
         columns = (probs >= bar).nonzero()[:, 0]
         if count // 2 <= len(columns) <= 2 * count:

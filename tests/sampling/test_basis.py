@@ -52,7 +52,13 @@ def test_truncated_is_the_basis_of_lower_rank(weight):
 def test_from_model_reads_tied_heads_gpt2_and_adapters(tiny_model, tiny_gpt2):
     for model in (tiny_model, tiny_gpt2):
         weight = model.get_output_embeddings().weight
-        assert torch.equal(SoftmaxBasis.from_model(model, 5).factors, SoftmaxBasis.from_weight(weight.detach(), 5).factors)
+        assert torch.equal(
+            SoftmaxBasis.from_model(model, 5).factors, SoftmaxBasis.from_weight(weight.detach(), 5).factors
+        )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_adapted_head_is_read_as_it_acts(tiny_model):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)
     before = tiny_model.get_output_embeddings().weight.detach().clone()
@@ -105,7 +111,7 @@ def test_progress_goes_to_the_terminal(weight, capsys):
     assert "softmax basis" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rank", [-1, 41, 2.0, True])
+@pytest.mark.parametrize("rank", [-1, 41, True])
 def test_bad_rank(weight, rank):
     with pytest.raises(ValueError, match=r"rank must be a whole number in 0\.\.40"):
         SoftmaxBasis.from_weight(weight, rank)

@@ -102,7 +102,9 @@ def test_every_certificate_holds_on_synthetic_rows(vocab, rank, tau):
         p = scores.softmax(-1)
         below = (p < tau).nonzero()[:, 0]
         ordered = below[p[below].argsort(descending=True)]
-        tokens = ordered[torch.unique(torch.linspace(0, max(len(ordered) - 1, 0), 16).long())] if len(ordered) else below
+        tokens = (
+            ordered[torch.unique(torch.linspace(0, max(len(ordered) - 1, 0), 16).long())] if len(ordered) else below
+        )
         judge = Judge(basis, scores, tau)
         for proof in checker.certify(scores, tau, tokens):
             undecided += judge.verdict(proof) is Decision.UNDECIDED
@@ -118,7 +120,7 @@ def test_every_certificate_holds_on_real_logits(real_model):
         logits = model(**tokenizer(REAL_TEXT, return_tensors="pt")).logits[0]
     basis = SoftmaxBasis.from_model(model)
     checker = SupportChecker(basis)
-    counts = {decision: 0 for decision in Decision}
+    counts = dict.fromkeys(Decision, 0)
     for n, scores in enumerate(logits[4:]):
         tau = [2e-3, 1e-2, 5e-2, 3e-4][n % 4]
         p = scores.double().softmax(-1)
@@ -159,7 +161,7 @@ def test_decisions_are_those_of_an_exact_program_on_two_thousand_small_cases():
 
 @pytest.mark.parametrize("rank", [2, 10])
 def test_official_variant_is_the_closed_form(rank):
-    """Without p >= 0: kept iff p-hat_i > tau * max{p_i : p >= 0, sum p = 1, W^T p = W^T p-hat}; never more than paper's."""
+    """Without p >= 0: kept iff p-hat_i > tau * max{p_i : p >= 0, sum p = 1, W^T p = W^T p-hat}; a subset of paper's."""
     extra = 0
     for seed in range(12):
         basis, scores = random_basis(80, rank, seed), random_scores(80, seed, 2.0)
@@ -293,12 +295,12 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="finite or -inf"):
         checker.check(scores * torch.nan, 0.1, tokens)
     with pytest.raises(ValueError, match="floor must lie"):
-        checker.kept(scores, 0.1, floor=-1)
+        checker.kept(scores, 0.1, floor=-1.0)
     with pytest.raises(ValueError, match="variant must be"):
         SupportChecker(basis, variant="wrong")
     with pytest.raises(ValueError, match="columns must be"):
         SupportChecker(basis, columns=0)
-    with pytest.raises(TypeError, match="basis must be a SoftmaxBasis"):
+    with pytest.raises(TypeError, match="basis"):
         SupportChecker(basis.factors)
 
 

@@ -751,10 +751,9 @@ def _bundles(row: _Row, free: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Te
     """Each free token's bundle (-1 for none), and the bundles' mass and mean."""
     places = 2 ** torch.arange(len(signs), device=signs.device)
     code = (signs * places[:, None]).sum(0)
-    tokens = free.nonzero()[:, 0]
-    mass = row.probs.new_zeros(2 ** len(signs)).index_add_(0, code[tokens], row.probs[tokens])
-    moment = row.basis[tokens] * row.probs[tokens, None]
-    total = row.basis.new_zeros(len(mass), row.basis.shape[1]).index_add_(0, code[tokens], moment)
+    probs = torch.where(free, row.probs, 0)
+    mass = probs.new_zeros(2 ** len(signs)).index_add_(0, code, probs)
+    total = probs.new_zeros(len(mass), row.basis.shape[1]).index_add_(0, code, row.basis * probs[:, None])
     used = mass > _NEGLIGIBLE
     number = torch.where(used, used.cumsum(0) - 1, -1)
     return torch.where(free, number[code], -1), mass[used], total[used] / mass[used, None]

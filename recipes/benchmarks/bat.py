@@ -45,6 +45,8 @@ TEXT = (
 
 
 class Problem(NamedTuple):
+    """One token of one row of scores, to be decided at tau."""
+
     scores: torch.Tensor
     tau: float
     token: int
@@ -68,8 +70,8 @@ def main() -> None:
         logits = model(**tokenizer(TEXT, return_tensors="pt")).logits[0, 4:].float()
     basis = SoftmaxBasis.from_model(model, arguments.rank)
     console.print(
-        f"{platform.machine()}, 1 thread, torch {torch.__version__}, SciPy {scipy.__version__}; V = {basis.vocab_size}, "
-        f"rank {basis.rank}; CPU milliseconds"
+        f"{platform.machine()}, 1 thread, torch {torch.__version__}, SciPy {scipy.__version__}; "
+        f"V = {basis.vocab_size}, rank {basis.rank}; CPU milliseconds"
     )
     console.print(_checks(basis, logits, arguments))
     console.print(_kept_sets(basis, logits, arguments))

@@ -222,6 +222,17 @@ def test_rows_are_decided_as_alone():
         assert torch.equal(together[row], SupportChecker(basis).check(scores[row], float(tau[row]), tokens[row]))
 
 
+def test_results_are_ordinary_tensors():
+    basis, scores = random_basis(50, 3, 0), random_scores(50, 0)
+    checker = SupportChecker(basis)
+    mask, decisions = checker.kept(scores, 0.01), checker.check(scores, 0.01, torch.arange(50))
+    mask |= True
+    decisions += 1
+    for proof in checker.certify(scores, 0.01, torch.arange(50)):
+        for part in (proof.multipliers, proof.distribution):
+            assert part is None or not part.is_inference()
+
+
 def test_tokens_that_are_out_already_are_cut_and_change_nothing_else():
     """Dropping tokens of probability zero leaves the same program over the others."""
     basis, scores = random_basis(120, 5, 2), random_scores(120, 2)

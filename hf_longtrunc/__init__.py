@@ -19,9 +19,15 @@ if TYPE_CHECKING:
     from hf_longtrunc.data.stream import PackedStream as PackedStream
     from hf_longtrunc.pretrained import load_pretrained as load_pretrained
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
+    from hf_longtrunc.sampling.basis import SoftmaxBasis as SoftmaxBasis
     from hf_longtrunc.sampling.processors import (
+        BasisAwareLogitsProcessor as BasisAwareLogitsProcessor,
         EpsilonLogitsProcessor as EpsilonLogitsProcessor,
         EtaLogitsProcessor as EtaLogitsProcessor,
+    )
+    from hf_longtrunc.sampling.support import (
+        SupportChecker as SupportChecker,
+        critical_threshold as critical_threshold,
     )
     from hf_longtrunc.sampling.trace import (
         TruncationRecord as TruncationRecord,
@@ -31,18 +37,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.processors",
     "BestFitPackingCollator": "hf_longtrunc.data.collators",
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
-    "PackedDataset": "hf_longtrunc.data.dataset",
-    "PackedStream": "hf_longtrunc.data.stream",
     "LMInfinite": "hf_longtrunc.attention.lm_infinite",
     "LambdaCacheLayer": "hf_longtrunc.attention.cache",
+    "PackedDataset": "hf_longtrunc.data.dataset",
+    "PackedStream": "hf_longtrunc.data.stream",
+    "SoftmaxBasis": "hf_longtrunc.sampling.basis",
+    "SupportChecker": "hf_longtrunc.sampling.support",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "attach_processors": "hf_longtrunc.sampling.attach",
     "best_fit_decreasing": "hf_longtrunc.data.packing",
     "check_packed": "hf_longtrunc.data.guard",
+    "critical_threshold": "hf_longtrunc.sampling.support",
     "load_pretrained": "hf_longtrunc.pretrained",
     "pack": "hf_longtrunc.data.dataset",
     "trained_length": "hf_longtrunc.attention.lm_infinite",

@@ -31,11 +31,12 @@ class Part(str, Enum):
     """The demo's parts, in the order in which they run."""
 
     sampling = "sampling"
+    bat = "bat"
     packing = "packing"
     past_window = "past-window"
 
 
-QUICK = [Part.sampling, Part.packing]
+QUICK = [Part.sampling, Part.bat, Part.packing]
 
 
 @app.command()
@@ -53,10 +54,11 @@ def demo(
     """Run the techniques on a real model and show what they do.
 
     [b]sampling[/b]: plain sampling, top-p and eta on one prompt, and what each of them cut; half a minute on two cores.
+    [b]bat[/b]: basis-aware truncation, and the tokens that it kept below eta's threshold; half a minute.
     [b]packing[/b]: docstrings packed into rows, and that no document sees another; ten seconds.
     [b]past-window[/b]: a text longer than the trained window, unmodified and under LM-Infinite; some four minutes.
     """
-    from hf_longtrunc.demo import PROMPT, packing_part, sampling_part
+    from hf_longtrunc.demo import PROMPT, bat_part, packing_part, sampling_part
     from hf_longtrunc.evaluation.commands import past_the_window
 
     if not 0 < epsilon < 1:
@@ -77,6 +79,8 @@ def demo(
             seed=seed,
             console=console,
         )
+    if Part.bat in chosen:
+        bat_part(loaded, tokenizer, output_dir, prompt=prompt or PROMPT, seed=seed, console=console)
     if Part.packing in chosen:
         packing_part(loaded, tokenizer, output_dir, console=console)
     if Part.past_window in chosen:
@@ -87,6 +91,26 @@ def demo(
 
 app.command()(ppl)
 app.command("pack")(pack_command)
+
+
+@app.command()
+def match(
+    text: Annotated[str, typer.Argument(help="A human text, or a file that holds one.")],
+    model: Model = None,
+    rank: Annotated[int, typer.Option(min=0, help="Directions of the softmax basis.")] = 20,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text that are read.")] = 512,
+    picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("longtrunc_match.png"),
+) -> None:
+    """Find the epsilons at which eta, epsilon and basis-aware truncation refuse the same share of a human text."""
+    from hf_longtrunc.evaluation.matching import match_text
+
+    loaded, tokenizer = _load(model)
+    if len(text) < 4096 and Path(text).is_file():
+        text = Path(text).read_text(encoding="utf-8")
+    try:
+        match_text(loaded, tokenizer, text, picture, rank=rank, max_tokens=max_tokens, console=console)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _load(model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -15,9 +15,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from hf_longtrunc import (
+    BasisAwareLogitsProcessor,
     BestFitPackingCollator,
     EtaLogitsProcessor,
     PackedDataset,
+    SoftmaxBasis,
     TruncationRecord,
     TruncationTrace,
     check_packed,
@@ -74,6 +76,47 @@ def sampling_part(
     console.print(_steps_table(runs, tokenizer, steps_shown))
     console.print(_summary_table(runs, epsilon))
     console.print(f"picture: [bold]{_picture(runs, epsilon, folder / 'sampling.png')}[/bold]")
+
+
+def bat_part(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    prompt: str = PROMPT,
+    max_new_tokens: int = 60,
+    epsilon: float = 0.01,
+    rank: int = 20,
+    seed: int = 0,
+    steps_shown: int = 12,
+    console: Console,
+) -> None:
+    """Continue `prompt` by basis-aware truncation and show the tokens that it kept below eta's threshold."""
+    console.rule("Basis-aware truncation: tokens kept because it is proved that they belong")
+    with console.status(f"softmax basis of rank {rank}"):
+        basis = SoftmaxBasis.from_model(model, rank)
+    processor = BasisAwareLogitsProcessor(basis, epsilon, mode="mask")
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    settings = {"logits_processor": [processor]}
+    with console.status(f"generating {max_new_tokens} tokens by basis-aware truncation"):
+        run = _sample(model, tokenizer, inputs, f"BAT {epsilon:g}", seed, max_new_tokens, settings)
+    console.print(f"[bold]{run.name}[/bold]  {run.text}")
+    console.print(_rescue_table(run, tokenizer, steps_shown))
+    checker = processor.checker
+    console.print(f"{checker.checked:,} tokens decided by proof, {checker.undecided} undecided")
+    console.print(f"picture: [bold]{_picture([run], epsilon, folder / 'bat.png')}[/bold]")
+
+
+def _rescue_table(run: SampledText, tokenizer: Any, steps: int) -> Table:
+    title = f"The first {steps} steps: kept by eta's threshold, and rescued below it by a proof"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("drawn", "p", "threshold", "kept", "rescued"):
+        table.add_column(heading, justify="left" if heading == "drawn" else "right")
+    for record in run.trace.records[:steps]:
+        token = repr(tokenizer.decode([record.token]))[1:-1]
+        figures = f"{record.probability:.1e}", f"{record.threshold:.1e}"
+        table.add_row(token, *figures, f"{record.kept:,}", f"{record.kept_below:,}")
+    return table
 
 
 def _sample(

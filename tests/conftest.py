@@ -11,7 +11,13 @@ import torch
 
 # The package names jaxtyping's types for readers and mypy only. Here they become real, so that beartype holds every
 # call of a pure file to its declared shapes and dtypes. It must happen before the first import of those files.
-PURE_FILES = ["hf_longtrunc.data.packing", "hf_longtrunc.sampling.cutoffs", "hf_longtrunc.attention.lambda_attention"]
+PURE_FILES = [
+    "hf_longtrunc.attention.lambda_attention",
+    "hf_longtrunc.data.packing",
+    "hf_longtrunc.sampling.basis",
+    "hf_longtrunc.sampling.cutoffs",
+    "hf_longtrunc.sampling.support",
+]
 for shape_type in ("Bool", "Float", "Int"):
     setattr(builtins, shape_type, getattr(jaxtyping, shape_type))
 jaxtyping.install_import_hook(PURE_FILES, "beartype.beartype")

@@ -12,6 +12,10 @@ from hf_longtrunc import evaluation
 
 PUBLIC = {
     hf_longtrunc: [
+        "BasisAwareLogitsProcessor",
+        "SoftmaxBasis",
+        "SupportChecker",
+        "critical_threshold",
         "BestFitPackingCollator",
         "EpsilonLogitsProcessor",
         "EtaLogitsProcessor",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from transformers import LogitsProcessor
 
 from hf_longtrunc.sampling.cutoffs import (
@@ -15,9 +16,15 @@ from hf_longtrunc.sampling.cutoffs import (
     eta_log_threshold,
     softmax_rows,
 )
+from hf_longtrunc.sampling.support import Decision, SupportChecker
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
+
+    from hf_longtrunc.sampling.basis import SoftmaxBasis
+    from hf_longtrunc.sampling.support import Variant
 
 
 class _ThresholdLogitsProcessor(LogitsProcessor):
@@ -89,6 +96,145 @@ class EpsilonLogitsProcessor(_ThresholdLogitsProcessor):
 
     def _log_threshold(self, rows: Softmax) -> Tensor:
         return epsilon_log_threshold(rows, self.epsilon)
+
+
+class BasisAwareLogitsProcessor(LogitsProcessor):
+    """Basis-aware truncation: below the plain threshold, keep the tokens whose true probability is provably not zero.
+
+    The model's error lies in the few directions that its output embedding cannot express. A token is cut only if some
+    distribution with the same image in `basis`, nowhere above p-hat / (1 - tau), gives it probability zero; tau is the
+    threshold of eta- or epsilon-sampling, so the kept set contains theirs. The theory holds at temperature 1.
+
+    Args:
+        basis: of the model that generates: `SoftmaxBasis.from_model(model)`.
+        epsilon: in (0, 1), the parameter of `cutoff`. The kept set grows with the rank: match it again for each rank
+            (`hf-longtrunc match`).
+        cutoff: "eta" or "epsilon", which threshold tau is.
+        mode: "sample" draws here, without replacement until a token is kept, and leaves exactly that token: samples of
+            p-hat restricted to the kept set at 0.1 to 0.5 checks a token. "mask" removes exactly the cut tokens:
+            deterministic, for beams and for further samplers, at a solve for every token near the bar.
+        variant: "paper", or "official" for the authors' code, which lets p go below zero and keeps fewer tokens.
+        generator: of the draws in sample mode; a list gives every row its own, which makes a row's draws independent
+            of its batch. None takes torch's.
+        max_tries: after so many refused draws take the most probable token, as the official code does after 10; None
+            goes on until a token is kept.
+        floor: in mask mode tokens of less probability are cut without a proof.
+        filter_value: the score that a removed token gets.
+
+    The most probable token always stays, and a row of equal scores comes back unchanged: all its tokens are most
+    probable ones. Undecided tokens count as cut; `checker.checked` and `checker.undecided` count.
+
+    Raises:
+        TypeError, ValueError: a bad argument; scores of another vocabulary than the basis has.
+
+    Source: Finlayson et al. 2023, arXiv 2310.01693, section 5 and algorithm 1. Deviations: see `SupportChecker`.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        basis: SoftmaxBasis,
+        epsilon: float,
+        *,
+        cutoff: Literal["eta", "epsilon"] = "eta",
+        mode: Literal["sample", "mask"] = "sample",
+        variant: Variant = "paper",
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        max_tries: int | None = None,
+        floor: float = 1e-6,
+        filter_value: float = -math.inf,
+    ):
+        if cutoff not in ("eta", "epsilon"):
+            raise ValueError(f"cutoff must be 'eta' or 'epsilon', got {cutoff!r}")
+        if mode not in ("sample", "mask"):
+            raise ValueError(f"mode must be 'sample' or 'mask', got {mode!r}")
+        if max_tries is not None and (isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 1):
+            raise ValueError(f"max_tries must be a whole number of at least 1, or None, got {max_tries!r}")
+        if not 0 <= floor < 1:
+            raise ValueError(f"floor must lie in [0, 1), got {floor!r}")
+        self.checker = SupportChecker(basis, variant=variant)
+        self.epsilon = _checked_epsilon(epsilon)
+        self.cutoff, self.mode, self.max_tries, self.floor = cutoff, mode, max_tries, float(floor)
+        self.generator = generator
+        self.filter_value = _checked_filter_value(filter_value)
+
+    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
+        """Return a copy of `scores` [rows, V] with `filter_value` in place of every removed token.
+
+        A row that is no distribution, or whose scores are all equal, comes back unchanged.
+        """
+        self._check_vocabulary(_checked_scores(scores))
+        rows = softmax_rows(scores)
+        bar = self._log_threshold(rows)
+        plain = ~below_threshold(scores, rows, bar) & (scores > -math.inf)
+        tau = bar.double().exp()
+        # Nothing to decide in a broken row (its bar is NaN) nor in one whose tokens are all most probable.
+        decidable = (~bar.isnan() & (scores != scores.amax(-1, keepdim=True)).any(-1, keepdim=True))[:, 0]
+        if self.mode == "mask":
+            kept = self._mask(scores, plain, tau, decidable)
+        else:
+            kept = self._draw(scores, rows.z - rows.log_total, plain, tau, decidable)
+        return scores.masked_fill(~kept & decidable[:, None], self.filter_value)
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        """Return tau for each row of `scores` [..., V]: the bar below which a token needs a proof, [..., 1]."""
+        return self._log_threshold(softmax_rows(_checked_scores(scores))).exp()
+
+    def _log_threshold(self, rows: Softmax) -> Tensor:
+        return (eta_log_threshold if self.cutoff == "eta" else epsilon_log_threshold)(rows, self.epsilon)
+
+    def _mask(self, scores: Tensor, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:
+        kept = plain.clone()
+        if decidable.any():
+            kept[decidable] |= self.checker.kept(scores[decidable], tau[decidable], floor=self.floor)
+        return kept
+
+    def _draw(self, scores: Tensor, log_probs: Tensor, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:
+        """One token a row: the first kept one in the order of log p plus Gumbel noise."""
+        order = (log_probs - self._noise(scores).log()).masked_fill(scores == -math.inf, -math.inf)
+        drawn = order.argmax(-1, keepdim=True)
+        refused = decidable & ~plain.gather(1, drawn)[:, 0]
+        for row in refused.nonzero()[:, 0].tolist():
+            drawn[row] = self._first_kept(scores[row], order[row], plain[row], float(tau[row, 0]))
+        return torch.zeros_like(plain).scatter_(1, drawn, True)
+
+    def _first_kept(self, scores: Tensor, order: Tensor, plain: Tensor, tau: float) -> int:
+        """Walk down `order` [V] from its first token, which is below tau, to one that is kept."""
+        row = self.checker.row(scores, tau)
+        tries = 0
+        while self.max_tries is None or tries < self.max_tries:
+            token = int(order.argmax())
+            if plain[token] or row.decide(token) is Decision.KEPT:
+                return token
+            order[token] = -math.inf
+            tries += 1
+        return int(scores.argmax())
+
+    def _noise(self, scores: Tensor) -> Tensor:
+        """Exponential noise [rows, V]; minus its logarithm is Gumbel's."""
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        if self.generator is None or isinstance(self.generator, torch.Generator):
+            return noise.exponential_(generator=self.generator)
+        if len(self.generator) != len(scores):
+            raise ValueError(
+                f"generator must be one torch.Generator or one for each of the {len(scores)} rows of the batch "
+                f"(num_return_sequences and beams count), got {len(self.generator)}"
+            )
+        for row, generator in zip(noise, self.generator, strict=True):
+            row.exponential_(generator=generator)
+        return noise
+
+    def _check_vocabulary(self, scores: Tensor) -> None:
+        size = self.checker.basis.vocab_size
+        if scores.ndim != 2 or scores.shape[1] != size:
+            raise ValueError(
+                f"scores must have shape [rows, {size}], the vocabulary of the basis, got {tuple(scores.shape)}; "
+                "make the basis from the model that generates: SoftmaxBasis.from_model(model)"
+            )
+
+    def __repr__(self) -> str:
+        return f"BasisAwareLogitsProcessor({self.checker.basis!r}, epsilon={self.epsilon:g}, mode={self.mode!r})"
 
 
 def _checked_epsilon(epsilon: object) -> float:

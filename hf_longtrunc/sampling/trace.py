@@ -38,7 +38,11 @@ class TruncationRecord:
         lowest_kept: the smallest probability that was kept.
         kept: how many tokens can still be drawn.
         kept_mass: their probability.
+        kept_below: how many of them lie below the threshold, None without one: what basis-aware truncation rescued.
+        cut_above: how many tokens at or above the threshold were cut, None without one. A processor that draws itself
+            (basis-aware truncation in sample mode) leaves one token and cuts every other in this count.
         token, probability, rank: the token that was drawn (1 = the most probable), None while it is unknown.
+        critical_threshold: that token's basis-aware probability, where the trace was asked for it.
     """
 
     run: int
@@ -49,9 +53,12 @@ class TruncationRecord:
     lowest_kept: float
     kept: int
     kept_mass: float
+    kept_below: int | None = None
+    cut_above: int | None = None
     token: int | None = None
     probability: float | None = None
     rank: int | None = None
+    critical_threshold: float | None = None
 
 
 class _OpenStep(NamedTuple):
@@ -75,6 +82,8 @@ class TruncationTrace(LogitsProcessor):
 
     Args:
         processors: applied in this order; None to watch plain sampling or to `observe`.
+        critical_threshold: how to find tau* of drawn tokens: `SupportChecker(basis).critical_threshold`, some ten
+            milliseconds a token; None leaves that column empty.
         eos_token_id: a row is not recorded past this token (`observe` takes the model's own).
         max_records: the oldest records beyond so many are dropped, and counted in `dropped`.
 
@@ -89,12 +98,14 @@ class TruncationTrace(LogitsProcessor):
         self,
         processors: Sequence[Callable[[Tensor, Tensor], Tensor]] | None = None,
         *,
+        critical_threshold: Callable[[Tensor, Tensor], Tensor] | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         max_records: int = 1_000_000,
     ):
         if isinstance(max_records, bool) or not isinstance(max_records, int) or max_records < 1:
             raise ValueError(f"max_records must be a whole number of at least 1, got {max_records!r}")
         self.processors = list(processors or [])
+        self.critical_threshold = critical_threshold
         self.max_records = max_records
         self._eos = _as_set(eos_token_id)
         self.clear()
@@ -228,6 +239,14 @@ class TruncationTrace(LogitsProcessor):
         for key, is_known, token, probability, rank in zip(step.keys, *columns, strict=True):
             if is_known and key in self._records:
                 self._records[key] = replace(self._records[key], token=token, probability=probability, rank=rank)
+                if self.critical_threshold is not None:
+                    self._fill_in_critical(key, step.log_probs[key[1]])
+
+    def _fill_in_critical(self, key: tuple[int, int, int], log_probs: Tensor) -> None:
+        record = self._records[key]
+        if self.critical_threshold is not None and record.token is not None:
+            value = self.critical_threshold(log_probs, torch.tensor([record.token], device=log_probs.device))
+            self._records[key] = replace(record, critical_threshold=float(value[0]))
 
     def _take_back(self, length: int) -> None:
         """Drop what this run recorded at `length` or later: those positions were proposed and not accepted."""
@@ -254,14 +273,20 @@ class _Watched(LogitsProcessor):
 
 
 def _columns(log_probs: Tensor, entropy: Tensor, after: Tensor, threshold: Tensor | None) -> list[list[Any]]:
-    """Entropy, threshold, lowest kept probability, number and mass kept, each a list over rows."""
+    """Entropy, threshold, lowest kept, number and mass kept, number kept below and cut above: lists over rows."""
     # A token can still be drawn if the sampler's fp32 softmax gives it any probability, whatever the filter value was.
     kept = (after.float() - after.amax(-1, keepdim=True).float()).exp() > 0
     probs = log_probs.exp()
     lowest = probs.masked_fill(~kept, torch.inf).amin(-1)
     mass = probs.masked_fill(~kept, 0).sum(-1).clamp_max(1)
-    bars = [None] * len(lowest) if threshold is None else threshold[:, 0].tolist()
-    return [entropy[:, 0].tolist(), bars, lowest.tolist(), kept.sum(-1).tolist(), mass.tolist()]
+    columns = [entropy[:, 0].tolist(), lowest.tolist(), kept.sum(-1).tolist(), mass.tolist()]
+    unknown = [None] * len(lowest)
+    if threshold is None:
+        return [columns[0], unknown, *columns[1:], unknown, unknown]
+    # A token on the bar to fp32 rounding counts as neither.
+    below = (kept & (probs < threshold * (1 - 1e-5))).sum(-1).tolist()
+    above = (~kept & (probs > threshold * (1 + 1e-5))).sum(-1).tolist()
+    return [columns[0], threshold[:, 0].tolist(), *columns[1:], below, above]
 
 
 def _same_rows(left: Tensor, right: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def test_frame_and_plot(tiny_model):
     trace = TruncationTrace([EtaLogitsProcessor(EPSILON)])
     sequences = tiny_model.generate(PROMPT, do_sample=True, max_new_tokens=8, logits_processor=[trace])
     frame = trace.finish(sequences).to_frame()
-    assert frame.shape == (8, 11)
+    assert frame.shape == (8, 14)
     assert frame["token"].tolist() == sequences[0, 6:].tolist()
     axes = trace.plot(label="eta")
     assert axes[0].lines[0].get_ydata().tolist() == frame["entropy"].tolist()

@@ -1,0 +1,243 @@
+r"""The column space of a model's output embedding, cut to its leading directions.
+
+A softmax model's logits are W h with W [V, d] and d much smaller than V. Where the hidden state h minimises the
+cross-entropy against a true distribution p*, the gradient W^T (p* - p) vanishes: the model's error is orthogonal to
+every column of W, hence to every combination W v of them. A basis is V of c such columns, those with the most energy:
+
+    factors = W [v_1 ... v_c] / rms,    v_k the leading eigenvectors of W^T W = sum over chunks of W_chunk^T W_chunk
+
+Each column lies in the column space of W to rounding whatever the error of v_k: a randomised or inaccurate
+decomposition can only choose weaker directions, never false ones. Columns are scaled to root mean square 1, which
+changes no constraint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterable, Iterator
+
+    from jaxtyping import Float
+
+    Method = Literal["exact", "randomized"]
+
+# Rows of the output embedding that are in float64 at one time.
+_CHUNK = 16384
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 8
+
+
+class _Directions(NamedTuple):
+    vectors: Float[Tensor, "width rank"]
+    singular_values: Float[Tensor, " rank"]
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxBasis:
+    """The leading `rank` directions of a model's output embedding, for basis-aware truncation.
+
+    Attributes:
+        factors: [vocabulary, rank], float64: the output embedding times its leading right singular vectors, each
+            column scaled to root mean square 1, the leading one first.
+        singular_values: [rank], of the directions, largest first.
+        weight_hash: SHA-256 of the weights it was made from: a basis says nothing about any other weights.
+        centered: whether the mean row was subtracted first (softmax cannot see a vector that is added to every row).
+        softcap: the cap c of a head that returns c * tanh(logits / c), None for a plain head.
+
+    Make one with `from_model` or `from_weight`, keep it with `save` and `load`.
+    Source: Finlayson et al. 2023, "Closing the Curious Case of Neural Text Degeneration", arXiv 2310.01693, section 4.
+    Deviation: the columns' scale; `centered` and `softcap` are not in the paper.
+    """
+
+    factors: Float[Tensor, "vocab rank"]
+    singular_values: Float[Tensor, " rank"]
+    weight_hash: str
+    centered: bool = False
+    softcap: float | None = None
+
+    @classmethod
+    def from_model(cls, model: Any, rank: int = 20, **options: Any) -> SoftmaxBasis:
+        """Make the basis of `model.get_output_embeddings()`.
+
+        A bias or a constant scale on the logits leaves the column space as it is. A head that is no plain linear layer
+        (adapters, quantised weights) is read as head(I) - head(0). A cap (`config.final_logit_softcapping`) is noted
+        in the basis. `options` are those of `from_weight`.
+        """
+        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        return cls.from_weight(_head_weight(model), rank, softcap=softcap, **options)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,
+        rank: int = 20,
+        *,
+        centered: bool = False,
+        method: Method = "exact",
+        softcap: float | None = None,
+        progress: bool = False,
+    ) -> SoftmaxBasis:
+        """Make the basis of an output embedding [vocabulary, width], on its device.
+
+        Args:
+            weight: any floating dtype; worked on in float64, 16384 rows at a time.
+            rank: how many directions, 0 to the smaller side of `weight`; the paper uses 20.
+            centered: subtract the mean row first.
+            method: "exact" decomposes W^T W (vocabulary * width^2 multiplications); "randomized" iterates on a block of
+                rank + 16 vectors (18 passes of vocabulary * width * that), for widths of several thousand.
+            softcap: the cap of the logits, if the head has one.
+            progress: show a bar (needs tqdm).
+        """
+        _check_weight(weight, rank, method, softcap)
+        mean = _mean_row(weight) if centered else weight.new_zeros(weight.shape[1], dtype=torch.float64)
+
+        def chunks() -> Iterator[Tensor]:
+            for rows in torch.split(weight, _CHUNK):
+                yield rows.double() - mean
+
+        directions = _leading_directions(chunks, weight, rank, method, progress)
+        factors = torch.cat([rows @ directions.vectors for rows in chunks()])
+        rms = factors.square().mean(0).sqrt()
+        factors = factors / rms.where(rms > 0, 1)
+        return cls(factors, directions.singular_values, _hash(weight), centered, softcap)
+
+    @property
+    def rank(self) -> int:
+        """Number of directions."""
+        return self.factors.shape[1]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens: the width of the logits, which may exceed the tokenizer."""
+        return self.factors.shape[0]
+
+    def truncated(self, rank: int) -> SoftmaxBasis:
+        """Return the basis of the first `rank` of these directions."""
+        if not 0 <= rank <= self.rank:
+            raise ValueError(f"rank must lie in 0..{self.rank}, the directions this basis has, got {rank}")
+        parts = self.factors[:, :rank].contiguous(), self.singular_values[:rank].clone()
+        return SoftmaxBasis(*parts, self.weight_hash, self.centered, self.softcap)
+
+    def check_model(self, model: Any) -> None:
+        """Raise ValueError unless this basis was made from the weights that `model` has now; hashes them once."""
+        if _hash(_head_weight(model)) != self.weight_hash:
+            raise ValueError(
+                "this basis was made from other weights than the model's output embedding has now: make it again with "
+                "SoftmaxBasis.from_model(model)"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the basis to a safetensors file."""
+        from safetensors.torch import save_file
+
+        metadata = {"weight_hash": self.weight_hash, "centered": str(self.centered), "softcap": str(self.softcap)}
+        tensors = {"factors": self.factors, "singular_values": self.singular_values}
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> SoftmaxBasis:
+        """Read a basis that `save` wrote."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if "weight_hash" not in metadata:
+                raise ValueError(
+                    f"{path} holds no softmax basis: it has no weight_hash; write one with basis.save(path)"
+                )
+            factors, values = file.get_tensor("factors"), file.get_tensor("singular_values")
+        softcap = None if metadata["softcap"] == "None" else float(metadata["softcap"])
+        return cls(factors, values, metadata["weight_hash"], metadata["centered"] == "True", softcap)
+
+    def __repr__(self) -> str:
+        return f"SoftmaxBasis(vocab_size={self.vocab_size}, rank={self.rank}, weight_hash={self.weight_hash[:12]!r})"
+
+
+def _leading_directions(
+    chunks: Callable[[], Iterator[Tensor]], weight: Tensor, rank: int, method: str, progress: bool
+) -> _Directions:
+    """Leading right singular vectors of the chunks' rows, from products with W^T W alone."""
+    width = weight.shape[1]
+
+    def gram_times(block: Tensor) -> Tensor:
+        product = torch.zeros_like(block)
+        for rows in _shown(chunks(), progress, -(-weight.shape[0] // _CHUNK)):
+            product += rows.T @ (rows @ block if block.shape[1] < width else rows)
+        return product
+
+    if method == "exact" or rank + _OVERSAMPLING >= width:
+        block = torch.eye(width, dtype=torch.float64, device=weight.device)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        block = torch.randn(width, rank + _OVERSAMPLING, dtype=torch.float64, generator=generator).to(weight.device)
+        for _ in range(_POWER_ITERATIONS):
+            block = torch.linalg.qr(gram_times(block)).Q
+    # Rayleigh-Ritz: the best directions inside the block's span; the whole space in the exact case.
+    energies, inner = torch.linalg.eigh(block.T @ gram_times(block))
+    leading = inner.flip(1)[:, :rank]
+    return _Directions(block @ leading, energies.flip(0)[:rank].clamp_min(0).sqrt())
+
+
+def _head_weight(model: Any) -> Tensor:
+    """Return the output embedding [vocabulary, width] of a causal language model."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(
+            f"{type(model).__name__} has no output embedding: basis-aware truncation needs a language model whose "
+            "logits are a linear map of its last hidden state"
+        )
+    weight = getattr(head, "weight", None)
+    plain = type(head) in (nn.Linear, nn.Embedding) and isinstance(weight, Tensor) and weight.is_floating_point()
+    return weight.detach() if plain and weight is not None else _probed_weight(head, model)
+
+
+@torch.no_grad()
+def _probed_weight(head: Any, model: Any) -> Tensor:
+    """W [vocabulary, width] of an affine head, read as head(I) - head(0), 512 unit vectors at a time."""
+    width = model.config.get_text_config().hidden_size
+    parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    eye = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
+    at_zero = head(torch.zeros_like(eye[:1]))
+    return torch.cat([(head(units) - at_zero).T for units in torch.split(eye, 512)], dim=1)
+
+
+def _hash(weight: Tensor) -> str:
+    digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
+    for rows in torch.split(weight, _CHUNK):
+        digest.update(rows.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _mean_row(weight: Tensor) -> Tensor:
+    return torch.stack([rows.double().sum(0) for rows in torch.split(weight, _CHUNK)]).sum(0) / weight.shape[0]
+
+
+def _shown(chunks: Iterable[Tensor], progress: bool, total: int) -> Iterable[Tensor]:
+    if not progress:
+        return chunks
+    from tqdm import tqdm
+
+    return tqdm(chunks, total=total, desc="softmax basis", unit="chunk", leave=False)
+
+
+def _check_weight(weight: Tensor, rank: object, method: str, softcap: float | None) -> None:
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight must be a floating-point matrix [vocabulary, width], got {weight.dtype} of shape "
+            f"{tuple(weight.shape)}; for a quantised or adapted head use SoftmaxBasis.from_model"
+        )
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= min(weight.shape):
+        raise ValueError(f"rank must be a whole number in 0..{min(weight.shape)} for this weight, got {rank!r}")
+    if not weight.isfinite().all():
+        raise ValueError("weight must be finite, got NaN or infinite entries")
+    if method not in ("exact", "randomized"):
+        raise ValueError(f"method must be 'exact' or 'randomized', got {method!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, or None for a plain head, got {softcap!r}")

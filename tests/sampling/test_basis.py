@@ -1,0 +1,135 @@
+"""SoftmaxBasis: its columns against a dense decomposition, every kind of head, the file, and bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_longtrunc import SoftmaxBasis
+
+
+def span_angle(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Largest sine between the two column spaces."""
+    a, b = torch.linalg.qr(left.double()).Q, torch.linalg.qr(right.double()).Q
+    return float(torch.linalg.matrix_norm(a - b @ (b.T @ a), 2))
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(700, 40) * torch.logspace(0, -1.5, 40) + torch.randn(40)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_columns_span_the_leading_directions(weight, centered, method):
+    basis = SoftmaxBasis.from_weight(weight, 8, centered=centered, method=method)
+    dense = weight.double() - (weight.double().mean(0) if centered else 0)
+    u, s, _ = torch.linalg.svd(dense, full_matrices=False)
+    assert span_angle(basis.factors, u[:, :8]) < 1e-6
+    torch.testing.assert_close(basis.singular_values, s[:8], rtol=1e-8, atol=0)
+    torch.testing.assert_close(basis.factors.square().mean(0), torch.ones(8).double())
+
+
+def test_every_column_lies_in_the_column_space_even_where_the_decomposition_is_poor():
+    """What the proof needs; a randomised decomposition of a flat spectrum only picks other directions."""
+    weight = torch.randn(5000, 128)
+    basis = SoftmaxBasis.from_weight(weight, 10, method="randomized")
+    u = torch.linalg.svd(weight.double(), full_matrices=False).U
+    residual = basis.factors - u @ (u.T @ basis.factors)
+    assert residual.abs().max() < 1e-10
+
+
+def test_truncated_is_the_basis_of_lower_rank(weight):
+    basis = SoftmaxBasis.from_weight(weight, 10)
+    lower = SoftmaxBasis.from_weight(weight, 4)
+    assert span_angle(basis.truncated(4).factors, lower.factors) < 1e-7
+    assert basis.truncated(0).factors.shape == (700, 0)
+    with pytest.raises(ValueError, match=r"rank must lie in 0\.\.10"):
+        basis.truncated(11)
+
+
+def test_from_model_reads_tied_heads_gpt2_and_adapters(tiny_model, tiny_gpt2):
+    for model in (tiny_model, tiny_gpt2):
+        weight = model.get_output_embeddings().weight
+        assert torch.equal(
+            SoftmaxBasis.from_model(model, 5).factors, SoftmaxBasis.from_weight(weight.detach(), 5).factors
+        )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_adapted_head_is_read_as_it_acts(tiny_model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)
+    before = tiny_model.get_output_embeddings().weight.detach().clone()
+    adapted = peft.get_peft_model(tiny_model, config)
+    head = adapted.get_output_embeddings()
+    full = before + head.get_delta_weight("default").detach()
+    basis = SoftmaxBasis.from_model(adapted, 5)
+    assert span_angle(basis.factors, SoftmaxBasis.from_weight(full, 5).factors) < 1e-5
+    assert span_angle(basis.factors, SoftmaxBasis.from_weight(before, 5).factors) > 1e-3
+
+
+def test_a_bias_is_left_out(tiny_model):
+    plain = SoftmaxBasis.from_model(tiny_model, 5)
+    head = nn.Linear(32, 97, bias=True)
+    head.weight = tiny_model.lm_head.weight
+    tiny_model.lm_head = head
+    assert torch.equal(SoftmaxBasis.from_model(tiny_model, 5).factors, plain.factors)
+
+
+def test_saved_and_loaded(weight, tmp_path):
+    basis = SoftmaxBasis.from_weight(weight, 6, centered=True, softcap=30.0)
+    basis.save(tmp_path / "basis.safetensors")
+    loaded = SoftmaxBasis.load(tmp_path / "basis.safetensors")
+    assert torch.equal(loaded.factors, basis.factors)
+    assert torch.equal(loaded.singular_values, basis.singular_values)
+    assert (loaded.weight_hash, loaded.centered, loaded.softcap) == (basis.weight_hash, True, 30.0)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds no softmax basis"):
+        SoftmaxBasis.load(tmp_path / "other.safetensors")
+
+
+def test_changed_weights_are_noticed(tiny_model):
+    basis = SoftmaxBasis.from_model(tiny_model, 5)
+    basis.check_model(tiny_model)
+    with torch.no_grad():
+        tiny_model.lm_head.weight[3, 4] += 1e-3
+    with pytest.raises(ValueError, match="made from other weights"):
+        basis.check_model(tiny_model)
+
+
+def test_bfloat16_weights(weight):
+    basis = SoftmaxBasis.from_weight(weight.bfloat16(), 4)
+    assert span_angle(basis.factors, SoftmaxBasis.from_weight(weight, 4).factors) < 0.02
+
+
+def test_progress_goes_to_the_terminal(weight, capsys):
+    SoftmaxBasis.from_weight(weight, 4, progress=True)
+    assert "softmax basis" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [-1, 41, True])
+def test_bad_rank(weight, rank):
+    with pytest.raises(ValueError, match=r"rank must be a whole number in 0\.\.40"):
+        SoftmaxBasis.from_weight(weight, rank)
+
+
+def test_bad_weights(weight):
+    with pytest.raises(ValueError, match="floating-point matrix"):
+        SoftmaxBasis.from_weight(weight[0], 1)
+    with pytest.raises(ValueError, match="floating-point matrix"):
+        SoftmaxBasis.from_weight(weight.long(), 1)
+    with pytest.raises(ValueError, match="finite"):
+        SoftmaxBasis.from_weight(weight / 0, 1)
+    with pytest.raises(ValueError, match="method must be"):
+        SoftmaxBasis.from_weight(weight, 1, method="fast")
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        SoftmaxBasis.from_weight(weight, 1, softcap=-1.0)
+
+
+def test_a_model_without_a_head(tiny_model):
+    with pytest.raises(ValueError, match="LlamaModel has no output embedding"):
+        SoftmaxBasis.from_model(tiny_model.model)

@@ -1,0 +1,323 @@
+"""Decisions and certificates: verified independently, against exact small programs, and against each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy.optimize import linprog
+
+from hf_longtrunc import SoftmaxBasis, SupportChecker, critical_threshold
+from hf_longtrunc.sampling import support
+from hf_longtrunc.sampling.support import Certificate, Decision
+
+REAL_TEXT = (
+    "The lighthouse keeper had not spoken to anyone for eleven days when the boat came. In the spring of 1872 the "
+    "Royal Society sent an expedition to measure the depth of the southern oceans; my grandmother used to make soup "
+    "from nettles, onions and whatever the garden offered, and she never once wrote a recipe down."
+)
+
+
+def random_basis(vocab: int, rank: int, seed: int) -> SoftmaxBasis:
+    generator = torch.Generator().manual_seed(seed)
+    width = max(rank, min(vocab, rank + 3))
+    # Spectrum that falls like a real output embedding's, with a common direction.
+    weight = torch.randn(vocab, width, generator=generator, dtype=torch.float64) * torch.logspace(0, -1, width)
+    return SoftmaxBasis.from_weight(weight + 0.3 * torch.randn(width, generator=generator), min(rank, width))
+
+
+def random_scores(vocab: int, seed: int, spread: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return torch.randn(vocab, generator=generator, dtype=torch.float64) * spread
+
+
+def exact_minimum(basis: SoftmaxBasis, probs: np.ndarray, tau: float, token: int, floored: bool = True) -> float | None:
+    """min p_i / p-hat_i under the paper's constraints, well scaled: x_j = p_j / p-hat_j, rows of unit norm."""
+    weights = np.concatenate([np.ones((len(probs), 1)), basis.factors.numpy()], axis=1)
+    used = probs > 0
+    matrix = (weights * probs[:, None])[used].T
+    matrix /= np.abs(matrix).sum(1, keepdims=True)
+    cost = np.zeros(used.sum())
+    place = int(used[:token].sum())
+    cost[place] = 1
+    bounds = [(0 if floored or j == place else None, 1 / (1 - tau)) for j in range(len(cost))]
+    options = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
+    result = linprog(cost, A_eq=matrix, b_eq=matrix.sum(1), bounds=bounds, method="highs", options=options)
+    return result.fun if result.status == 0 else None
+
+
+class Judge:
+    """Verifies certificates of one row by the definitions alone, in numpy."""
+
+    def __init__(self, basis: SoftmaxBasis, scores: torch.Tensor, tau: float, floored: bool = True):
+        z = scores.double().numpy()
+        self.probs = np.exp(z - z.max())
+        self.probs /= self.probs.sum()
+        self.weights = np.concatenate([np.ones((len(z), 1)), basis.factors.numpy()], axis=1)
+        self.size = np.abs(self.weights).T @ self.probs
+        self.sigma, self.tau, self.floored = 1 / (1 - tau), tau, floored
+
+    def verdict(self, proof: Certificate) -> Decision:
+        if proof.decision is Decision.KEPT and proof.multipliers is not None:
+            self.judge_keep(proof.token, proof.multipliers.numpy())
+        elif proof.decision is Decision.KEPT:
+            assert self.probs[proof.token] >= self.tau * (1 - 1e-12)
+        elif proof.decision is Decision.CUT and proof.distribution is not None:
+            self.judge_cut(proof.token, proof.distribution.numpy())
+        elif proof.decision is Decision.CUT:
+            assert self.probs[proof.token] == 0
+        return proof.decision
+
+    def judge_keep(self, token: int, multipliers: np.ndarray) -> None:
+        f = self.weights @ multipliers
+        if not self.floored:
+            assert f[self.probs > 0].min() >= -1e-12 * np.abs(multipliers).max()
+        total = self.probs @ ((self.sigma - 1) * f.clip(0) + (-f).clip(0))
+        assert total < self.sigma * self.probs[token] * f[token] * (1 - 1e-9)
+
+    def judge_cut(self, token: int, p: np.ndarray) -> None:
+        assert p[token] == 0
+        assert (p <= self.sigma * self.probs * (1 + 1e-9)).all()
+        if self.floored:
+            assert (p >= -1e-9 * self.probs).all()
+        difference = np.abs(self.weights.T @ (p - self.probs))
+        assert (difference <= 1e-9 * self.size).all()
+        # Far stricter than the statement asks: relative to what was moved at all, down to p-hat's own rounding.
+        moved = np.abs(self.weights).T @ np.abs(p - self.probs)
+        assert (difference <= 1e-6 * moved + 1e-14 * self.size).all()
+
+
+SHAPES = [(50, 1), (50, 8), (50, 40), (300, 3), (300, 20), (2000, 20), (2000, 64), (50000, 20)]
+
+
+@pytest.mark.parametrize(("vocab", "rank"), SHAPES)
+@pytest.mark.parametrize("tau", [1e-4, 3e-3, 0.05, 0.3])
+def test_every_certificate_holds_on_synthetic_rows(vocab, rank, tau):
+    checks = undecided = 0
+    basis = random_basis(vocab, rank, vocab + rank)
+    checker = SupportChecker(basis)
+    for seed in range(2 if vocab == 50000 else 4):
+        scores = random_scores(vocab, seed, spread=[1.0, 3.0, 6.0, 2.0][seed])
+        p = scores.softmax(-1)
+        below = (p < tau).nonzero()[:, 0]
+        ordered = below[p[below].argsort(descending=True)]
+        tokens = (
+            ordered[torch.unique(torch.linspace(0, max(len(ordered) - 1, 0), 16).long())] if len(ordered) else below
+        )
+        judge = Judge(basis, scores, tau)
+        for proof in checker.certify(scores, tau, tokens):
+            undecided += judge.verdict(proof) is Decision.UNDECIDED
+            checks += 1
+    assert undecided == 0, f"{undecided} of {checks}"
+
+
+@pytest.mark.real_model
+def test_every_certificate_holds_on_real_logits(real_model):
+    """Over 2,000 checks on SmolLM2; not one may stay undecided."""
+    model, tokenizer = real_model
+    with torch.no_grad():
+        logits = model(**tokenizer(REAL_TEXT, return_tensors="pt")).logits[0]
+    basis = SoftmaxBasis.from_model(model)
+    checker = SupportChecker(basis)
+    counts = dict.fromkeys(Decision, 0)
+    for n, scores in enumerate(logits[4:]):
+        tau = [2e-3, 1e-2, 5e-2, 3e-4][n % 4]
+        p = scores.double().softmax(-1)
+        drawn = torch.multinomial(p * (p < tau), 8, generator=torch.Generator().manual_seed(n))
+        spread = p.argsort(descending=True)[torch.linspace(5, 800, 32).long()]
+        tokens = torch.cat([drawn, spread])
+        judge = Judge(basis, scores, tau)
+        for proof in checker.certify(scores, tau, tokens):
+            counts[judge.verdict(proof)] += 1
+    assert sum(counts.values()) >= 2000
+    assert min(counts[Decision.KEPT], counts[Decision.CUT]) > 300
+    assert counts[Decision.UNDECIDED] == 0
+
+
+def test_decisions_are_those_of_an_exact_program_on_two_thousand_small_cases():
+    cases = ties = 0
+    for seed in range(250):
+        generator = np.random.default_rng(seed)
+        vocab, rank = int(generator.integers(20, 150)), int(generator.integers(1, 13))
+        tau = float(np.exp(generator.uniform(np.log(1e-4), np.log(0.3))))
+        basis, scores = random_basis(vocab, rank, seed), random_scores(vocab, seed, generator.uniform(0.5, 4))
+        probs = scores.softmax(-1)
+        tokens = torch.from_numpy(generator.choice(vocab, 8, replace=False))
+        decisions = SupportChecker(basis).check(scores, tau, tokens)
+        for token, decision in zip(tokens.tolist(), decisions.tolist(), strict=True):
+            cases += 1
+            if probs[token] >= tau:
+                assert decision == Decision.KEPT
+                continue
+            minimum = exact_minimum(basis, probs.numpy(), tau, token)
+            if minimum is None or 1e-9 < minimum < 1e-6:
+                ties += 1
+                continue
+            assert decision == (Decision.KEPT if minimum >= 1e-6 else Decision.CUT), (seed, token, minimum)
+    assert cases == 2000
+    assert ties <= 10
+
+
+@pytest.mark.parametrize("rank", [2, 10])
+def test_official_variant_is_the_closed_form(rank):
+    """Without p >= 0: kept iff p-hat_i > tau * max{p_i : p >= 0, sum p = 1, W^T p = W^T p-hat}; a subset of paper's."""
+    extra = 0
+    for seed in range(12):
+        basis, scores = random_basis(80, rank, seed), random_scores(80, seed, 2.0)
+        probs, tau = scores.softmax(-1).numpy(), [3e-3, 3e-2][seed % 2]
+        tokens = torch.arange(0, 80, 5)
+        official = SupportChecker(basis, variant="official")
+        for proof in official.certify(scores, tau, tokens):
+            Judge(basis, scores, tau, floored=False).verdict(proof)
+        decisions = official.check(scores, tau, tokens)
+        paper = SupportChecker(basis).check(scores, tau, tokens)
+        assert (decisions <= paper).all()
+        extra += int((paper > decisions).sum())
+        weights = np.concatenate([np.ones((80, 1)), basis.factors.numpy()], axis=1).T
+        for token, decision in zip(tokens.tolist(), decisions.tolist(), strict=True):
+            cost = -np.eye(80)[token]
+            best = -linprog(cost, A_eq=weights, b_eq=weights @ probs, bounds=(0, None), method="highs").fun
+            if probs[token] < tau and abs(probs[token] / (tau * best) - 1) > 1e-6:
+                assert decision == (Decision.KEPT if probs[token] > tau * best else Decision.CUT)
+    assert extra > 0
+
+
+@pytest.mark.parametrize("tau", [1e-3, 1e-2, 0.1])
+def test_rank_zero_is_the_plain_threshold(tau):
+    basis = random_basis(200, 5, 0).truncated(0)
+    scores = random_scores(200, 3)
+    assert torch.equal(SupportChecker(basis).kept(scores, tau, floor=0.0), scores.softmax(-1) >= tau)
+
+
+@given(seed=st.integers(0, 10_000), tau=st.floats(1e-3, 0.3))
+@settings(max_examples=15, deadline=None)
+def test_more_directions_only_add_tokens_and_the_plain_set_is_in_all(seed, tau):
+    basis, scores = random_basis(150, 12, seed), random_scores(150, seed, 2.5)
+    kept = scores.softmax(-1) >= tau
+    for rank in (1, 4, 12):
+        more = SupportChecker(basis.truncated(rank)).kept(scores, tau, floor=0.0)
+        assert (more | ~kept).all(), rank
+        kept = more
+
+
+@given(seed=st.integers(0, 10_000), tau=st.floats(1e-4, 0.3), columns=st.sampled_from([8, 64, 512]))
+@settings(max_examples=10, deadline=None)
+def test_the_set_is_that_of_single_checks_whatever_the_columns(seed, tau, columns):
+    basis, scores = random_basis(400, 6, seed), random_scores(400, seed, 2.5)
+    kept = SupportChecker(basis, columns=columns).kept(scores, tau, floor=0.0)
+    checker = SupportChecker(basis)
+    alone = [checker.check(scores, tau, torch.tensor([token])).item() == 1 for token in range(0, 400, 9)]
+    assert kept[::9].tolist() == alone
+    assert checker.undecided == 0
+
+
+def test_rows_are_decided_as_alone():
+    basis = random_basis(500, 8, 1)
+    scores = torch.stack([random_scores(500, seed) for seed in range(6)])
+    tau = torch.logspace(-4, -1, 6)
+    tokens = scores.argsort(descending=True)[:, 10:60]
+    together = SupportChecker(basis).check(scores, tau, tokens)
+    for row in range(6):
+        assert torch.equal(together[row], SupportChecker(basis).check(scores[row], float(tau[row]), tokens[row]))
+
+
+def test_results_are_ordinary_tensors():
+    basis, scores = random_basis(50, 3, 0), random_scores(50, 0)
+    checker = SupportChecker(basis)
+    mask, decisions = checker.kept(scores, 0.01), checker.check(scores, 0.01, torch.arange(50))
+    mask |= True
+    decisions += 1
+    for proof in checker.certify(scores, 0.01, torch.arange(50)):
+        for part in (proof.multipliers, proof.distribution):
+            assert part is None or not part.is_inference()
+
+
+def test_tokens_that_are_out_already_are_cut_and_change_nothing_else():
+    """Dropping tokens of probability zero leaves the same program over the others."""
+    basis, scores = random_basis(120, 5, 2), random_scores(120, 2)
+    out = torch.arange(0, 120, 3)
+    scores[out] = -torch.inf
+    kept = SupportChecker(basis).kept(scores, 0.02, floor=0.0)
+    assert not kept[out].any()
+    rest = torch.tensor([token for token in range(120) if token % 3])
+    smaller = SoftmaxBasis(basis.factors[rest].contiguous(), basis.singular_values, "")
+    assert torch.equal(kept[rest], SupportChecker(smaller).kept(scores[rest], 0.02, floor=0.0))
+
+
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_critical_threshold_parts_kept_from_cut(variant):
+    basis, scores = random_basis(300, 6, 4), random_scores(300, 4, 2.5)
+    tokens = scores.argsort(descending=True)[[3, 10, 30, 60, 120]]
+    critical = critical_threshold(basis, scores, tokens, variant=variant)
+    probs = scores.softmax(-1)[tokens]
+    assert (critical >= probs * (1 - 1e-12)).all()
+    checker = SupportChecker(basis, variant=variant)
+    for token, value in zip(tokens, critical.tolist(), strict=True):
+        assert checker.check(scores, value * (1 - 1e-6), token[None]).item() == Decision.KEPT
+        if value < 0.99:
+            assert checker.check(scores, value * (1 + 3e-4), token[None]).item() == Decision.CUT
+
+
+def test_softcapped_logits_have_their_own_constraints():
+    """Capped logits: the gradient is diag(1 - (z / c)^2) W, so the exact program on those columns must agree."""
+    cap, basis = 5.0, random_basis(100, 6, 5)
+    capped = SoftmaxBasis(basis.factors, basis.singular_values, "", softcap=cap)
+    logits = cap * torch.tanh(random_scores(100, 5) / cap)
+    slope = 1 - (logits / cap).square()
+    scaled = SoftmaxBasis(basis.factors * slope[:, None], basis.singular_values, "")
+    kept = SupportChecker(capped).kept(logits, 0.02, floor=0.0)
+    assert torch.equal(kept, SupportChecker(scaled).kept(logits, 0.02, floor=0.0))
+    assert not torch.equal(kept, SupportChecker(basis).kept(logits, 0.02, floor=0.0))
+    with pytest.raises(ValueError, match="caps its logits at 5"):
+        SupportChecker(capped).kept(logits.log_softmax(-1), 0.02)
+
+
+def test_a_keep_that_the_whole_vocabulary_refuses_is_no_keep(monkeypatch):
+    """With the verification switched off, wrong keeps appear: it is what the proofs hang on."""
+    basis, scores = random_basis(3000, 12, 6), random_scores(3000, 6, 1.5)
+    tokens = scores.argsort(descending=True)[:400]
+    exact = SupportChecker(basis, columns=64).check(scores, 0.01, tokens)
+
+    def believe(self, multipliers):
+        own = (self.decisions == 0).nonzero()[: len(multipliers), 0]
+        self.decisions[own] = 1
+        return multipliers @ self.row.basis.T
+
+    monkeypatch.setattr(support._RowWork, "_verify", believe)
+    assert (SupportChecker(basis, columns=64).check(scores, 0.01, tokens) != exact).any()
+
+
+def test_bad_input_is_named():
+    basis, scores = random_basis(50, 3, 0), torch.zeros(50)
+    tokens = torch.tensor([1])
+    checker = SupportChecker(basis)
+    for tau in (0.0, 1.0, -0.1, 2.0):
+        with pytest.raises(ValueError, match=r"tau must lie in \(0, 1\)"):
+            checker.check(scores, tau, tokens)
+    with pytest.raises(ValueError, match="the vocabulary of the basis"):
+        checker.check(torch.zeros(51), 0.1, tokens)
+    with pytest.raises(ValueError, match="tokens must lie in"):
+        checker.check(scores, 0.1, torch.tensor([50]))
+    with pytest.raises(ValueError, match="tokens must be an int64 tensor"):
+        checker.check(scores, 0.1, torch.tensor([[1]]))
+    with pytest.raises(ValueError, match="one number or one a row"):
+        checker.check(scores[None], torch.tensor([0.1, 0.2]), tokens[None])
+    with pytest.raises(ValueError, match="finite or -inf"):
+        checker.check(scores * torch.nan, 0.1, tokens)
+    with pytest.raises(ValueError, match="floor must lie"):
+        checker.kept(scores, 0.1, floor=-1.0)
+    with pytest.raises(ValueError, match="variant must be"):
+        SupportChecker(basis, variant="wrong")
+    with pytest.raises(ValueError, match="columns must be"):
+        SupportChecker(basis, columns=0)
+    with pytest.raises(TypeError, match="basis"):
+        SupportChecker(basis.factors)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_decides_as_the_cpu():
+    basis = random_basis(5000, 20, 8)
+    scores = torch.stack([random_scores(5000, seed, 2.5) for seed in range(4)])
+    on_cpu = SupportChecker(basis).kept(scores, 0.005)
+    assert torch.equal(SupportChecker(basis).kept(scores.cuda(), 0.005).cpu(), on_cpu)

@@ -59,10 +59,11 @@ def main() -> None:
 
 
 def _row(arguments: argparse.Namespace, vocab: int, batch: int) -> list[str]:
+    torch.compiler.reset()  # every shape compiles anew, and a process has a limit of recompilations
     scores = _scores(batch, vocab, arguments.device)
     contestants: dict[str, Callable[[torch.Tensor], object]] = _contestants(arguments, arguments.device)
     contestants["floor"] = torch.clone
-    times = {name: _median_ms(call, scores, arguments) for name, call in contestants.items()}
+    times = _medians_ms(contestants, scores, arguments.turns)
     ratios = times["eta"] / times["HF eta"], times["eps."] / times["HF eps."]
     floor = times.pop("floor")
     return [*(f"{t:.3f}" for t in times.values()), *(f"{ratio:.2f}x" for ratio in ratios), f"{floor:.3f}"]
@@ -92,19 +93,31 @@ def _scores(batch: int, vocab: int, device: str) -> torch.Tensor:
     return (torch.randn(batch, vocab, generator=generator) * 2.6 - 5).to(device)
 
 
-def _median_ms(call: Callable[[torch.Tensor], object], scores: torch.Tensor, arguments: argparse.Namespace) -> float:
-    """Median over turns, no more of them once 2 seconds are spent; a turn of small scores is many calls."""
+def _medians_ms(
+    contestants: dict[str, Callable[[torch.Tensor], object]], scores: torch.Tensor, turns: int
+) -> dict[str, float]:
+    """Median milliseconds a call. In each turn every contestant has its go, so that a slow moment hits them all.
+
+    A go at small scores is many calls; no turn begins once 10 seconds are spent.
+    """
     repeats = max(1, round(4e6 / scores.numel()))
-    turns: list[float] = []
-    call(scores)
-    while not turns or (len(turns) < arguments.turns and sum(turns) * repeats < 2):
-        _synchronize(scores)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call(scores)
-        _synchronize(scores)
-        turns.append((time.perf_counter() - start) / repeats)
-    return statistics.median(turns) * 1e3
+    for call in contestants.values():
+        _seconds(call, scores, 2)  # warm up
+    goes: dict[str, list[float]] = {name: [] for name in contestants}
+    begin = time.perf_counter()
+    while not goes["floor"] or (len(goes["floor"]) < turns and time.perf_counter() - begin < 10):
+        for name, call in contestants.items():
+            goes[name].append(_seconds(call, scores, repeats))
+    return {name: statistics.median(measured) * 1e3 for name, measured in goes.items()}
+
+
+def _seconds(call: Callable[[torch.Tensor], object], scores: torch.Tensor, repeats: int) -> float:
+    _synchronize(scores)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call(scores)
+    _synchronize(scores)
+    return (time.perf_counter() - start) / repeats
 
 
 def _synchronize(scores: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ import inspect
 import math
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,11 @@ class SampledText:
     text: str
     trace: TruncationTrace
     seconds: float
+
+    @cached_property
+    def records(self) -> list[TruncationRecord]:
+        """The trace's records, put in order once."""
+        return self.trace.records
 
 
 def sampling_part(
@@ -112,7 +118,7 @@ def _rescue_table(run: SampledText, tokenizer: Any, steps: int) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for heading in ("drawn", "p", "threshold", "kept", "rescued"):
         table.add_column(heading, justify="left" if heading == "drawn" else "right")
-    for record in run.trace.records[:steps]:
+    for record in run.records[:steps]:
         token = repr(tokenizer.decode([record.token]))[1:-1]
         figures = f"{record.probability:.1e}", f"{record.threshold:.1e}"
         table.add_row(token, *figures, f"{record.kept:,}", f"{record.kept_below:,}")
@@ -146,9 +152,9 @@ def _steps_table(runs: list[SampledText], tokenizer: Any, steps: int) -> Table:
 
 
 def _step_cells(run: SampledText, tokenizer: Any, step: int) -> tuple[str, str, str]:
-    if step >= len(run.trace.records):
+    if step >= len(run.records):
         return "", "", ""
-    record = run.trace.records[step]
+    record = run.records[step]
     token = repr(tokenizer.decode([record.token]))[1:-1]
     return token, f"{record.kept:,}", f"{1 - record.kept_mass:.1%}"
 
@@ -158,7 +164,7 @@ def _summary_table(runs: list[SampledText], epsilon: float) -> Table:
     for heading in ("sampler", "tokens", "kept (median)", "cut (mean)", f"refused by eta {epsilon:g}", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "sampler" else "right")
     for run in runs:
-        records = run.trace.records
+        records = run.records
         table.add_row(
             run.name,
             str(len(records)),
@@ -183,9 +189,9 @@ def _picture(runs: list[SampledText], epsilon: float, path: Path) -> Path:
     for column, run in enumerate(runs):
         run.trace.plot(axes=list(panels[:, column]))
         # What eta would have asked of this text: the dots under the dashed line are the tokens that it refuses.
-        steps = range(1, len(run.trace.records) + 1)
-        panels[1, column].plot(steps, [_eta(record, epsilon) for record in run.trace.records], "k--", linewidth=0.8)
-        refused = [(n, r.probability) for n, r in zip(steps, run.trace.records, strict=True) if _refused(r, epsilon)]
+        steps = range(1, len(run.records) + 1)
+        panels[1, column].plot(steps, [_eta(record, epsilon) for record in run.records], "k--", linewidth=0.8)
+        refused = [(n, r.probability) for n, r in zip(steps, run.records, strict=True) if _refused(r, epsilon)]
         panels[1, column].plot(*zip(*refused, strict=True) if refused else ([], []), "rx", markersize=5)
         panels[0, column].set_title(run.name, loc="left")
         panels[2, column].set_xlabel("generated token")

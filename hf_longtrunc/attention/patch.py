@@ -6,7 +6,6 @@ import copy
 import inspect
 import itertools
 import sys
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 from transformers.masking_utils import causal_mask_function
 
 from hf_longtrunc.attention.cache import LambdaCacheLayer
+from hf_longtrunc.attention.changes import Changes
 from hf_longtrunc.attention.families import gptj_rotation, own_forward
 from hf_longtrunc.attention.lambda_attention import (
     Scoring,
@@ -67,18 +67,18 @@ class Patch:
         self._probe: Probe | None = None
         self._carried: Tensor | None = None
         self._ring_view: tuple[Tensor, Tensor] | None = None  # of one decoded token: which slots, at which distance
-        self._undo = ExitStack()
+        self._changes = Changes()
         try:
             self._attach()
         except BaseException as error:
-            self._undo.close()
+            self._changes.close()
             if isinstance(error, CannotPatchError):
                 raise ValueError(f"LMInfinite cannot patch {type(model).__name__}: {error}") from error
             raise
 
     def detach(self) -> None:
         """Give the model back as it was; a second call does nothing."""
-        self._undo.close()
+        self._changes.close()
         self._rotations.clear()
 
     # -- putting in place ----------------------------------------------------------------------------------------------
@@ -90,24 +90,15 @@ class Patch:
         self._give_own_configs()
         for registry, function in ((AttentionInterface, self._attention), (AttentionMaskInterface, self._mask)):
             registry.register(self._name, function)
-            self._undo.callback(registry._global_mapping.pop, self._name)
-        self._undo.callback(decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        self._set(decoder, "_lm_infinite", self)
+            self._changes.callback(registry._global_mapping.pop, self._name)
+        self._changes.callback(decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        self._changes.set(decoder, "_lm_infinite", self)
         self._learn_rotations(self._replace_rotary_modules())
         self._check_against(before)
-        self._set(model, "_prepare_cache_for_generation", self._prepare_cache)
-        self._set(model, "init_continuous_batching", _refuse_continuous_batching)
+        self._changes.set(model, "_prepare_cache_for_generation", self._prepare_cache)
+        self._changes.set(model, "init_continuous_batching", _refuse_continuous_batching)
         for module in {model, decoder}:
-            self._set(module, "__deepcopy__", _refuse_deepcopy)
-
-    def _set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an instance attribute, and note how to take it back."""
-        attributes = owner.__dict__
-        if name in attributes:
-            self._undo.callback(attributes.__setitem__, name, attributes[name])
-        else:
-            self._undo.callback(attributes.pop, name)
-        attributes[name] = value
+            self._changes.set(module, "__deepcopy__", _refuse_deepcopy)
 
     def _refuse_at_sight(self) -> None:
         model = self._model
@@ -131,7 +122,7 @@ class Patch:
         for module in self._model.modules():
             for name, config in list(module.__dict__.items()):
                 if isinstance(config, PreTrainedConfig):
-                    self._set(module, name, copy.deepcopy(config, copies))
+                    self._changes.set(module, name, copy.deepcopy(config, copies))
         for config in copies.values():
             if isinstance(config, PreTrainedConfig):
                 config._attn_implementation_internal = self._name
@@ -139,7 +130,7 @@ class Patch:
     def _replace_rotary_modules(self) -> list[ExactRotary]:
         sources: list[ExactRotary] = []
         for module, rotaries in rotary_modules(self._decoder, self.window_length):
-            self._set(module, "forward", exact_forward(rotaries))
+            self._changes.set(module, "forward", exact_forward(rotaries))
             sources.extend(rotaries.values())
         return sources
 
@@ -148,7 +139,7 @@ class Patch:
         for module in self._decoder.modules():
             build = own_forward(module)
             if build is not None:
-                self._set(module, "forward", build(module, partial(self._attend_own, module)))
+                self._changes.set(module, "forward", build(module, partial(self._attend_own, module)))
                 if hasattr(module, "embed_positions"):
                     known[module] = gptj_rotation(module)
         self._probe = Probe(self._decoder, sources)

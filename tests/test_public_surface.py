@@ -55,6 +55,7 @@ PUBLIC = {
         "start_stream",
         "stream_losses",
         "token_losses",
+        "update_model_card",
     ],
 }
 

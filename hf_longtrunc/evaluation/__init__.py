@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from hf_longtrunc.evaluation.card import update_model_card as update_model_card
     from hf_longtrunc.evaluation.passkey import (
         PasskeyPrompts as PasskeyPrompts,
         PasskeyRecord as PasskeyRecord,
@@ -63,6 +64,7 @@ _HOME = {
     "start_stream": "hf_longtrunc.evaluation.streaming",
     "stream_losses": "hf_longtrunc.evaluation.perplexity",
     "token_losses": "hf_longtrunc.evaluation.perplexity",
+    "update_model_card": "hf_longtrunc.evaluation.card",
 }
 
 __all__ = sorted(_HOME)

@@ -1,0 +1,39 @@
+"""The notebooks run from the first cell to the last, on a tiny model in place of the real one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.test_cli import model_folder  # noqa: F401
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "docs" / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_three():
+    assert [path.stem for path in NOTEBOOKS] == ["packed_training", "past_the_window", "sampling"]
+
+
+@pytest.mark.filterwarnings("default:.*:DeprecationWarning")  # Jupyter's own
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, model_folder, monkeypatch, tmp_path):  # noqa: F811
+    shutil.copytree(model_folder, tmp_path / "cache" / "SmolLM2-135M-Instruct")
+    monkeypatch.setenv("HF_LONGTRUNC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_committed_as_it_ran(path):
+    """Every code cell was executed, in order, without an error, and what it printed names no one's machine."""
+    notebook = nbformat.read(path, as_version=4)
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert "/tmp/" not in path.read_text(encoding="utf-8")

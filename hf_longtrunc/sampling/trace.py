@@ -312,7 +312,7 @@ def _three_axes() -> list[Axes]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("plot() needs matplotlib: pip install 'hf_longtrunc[eval]'") from error
     _, axes = plt.subplots(3, 1, sharex=True, figsize=(9, 6), layout="constrained")
-    for panel, name in zip(axes, ("entropy (nats)", "threshold (line), drawn (dots)", "kept mass"), strict=True):
+    for panel, name in zip(axes, ("entropy (nats)", "threshold (line),\ndrawn (dots)", "kept mass"), strict=True):
         panel.set_ylabel(name)
         panel.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("generated token")

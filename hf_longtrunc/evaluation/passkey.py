@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from hf_longtrunc.evaluation.records import append_records, arm_settings, model_settings, read_records
+from hf_longtrunc.evaluation.records import Journal, arm_settings, model_settings
 
 if TYPE_CHECKING:
     import os
@@ -162,18 +162,16 @@ def run_passkey(
     Raises:
         ValueError: a task that no prompt can be made for; a line of `path` that is no passkey record.
     """
-    known = {_identity(record): record for record in (read_records(path, PasskeyRecord) if path else [])}
+    journal = Journal(path, PasskeyRecord, ("key", "answer", "correct"))
     records = []
     for name, arm in arms.items():
         setting = {"filler": prompts.filler, "arm": name, "settings": arm_settings(arm), **model_settings(model)}
         with arm(model):
             for task in tqdm(tasks, desc=name, unit="key", disable=not progress):
-                planned = PasskeyRecord(**vars(task), **setting, key="", answer="", correct=False)
-                record = known.get(_identity(planned))
+                record = journal.get(**vars(task), **setting)
                 if record is None:
                     record = _ask(model, prompts, task, setting)
-                    if path:
-                        append_records(path, [record])
+                    journal.add(record)
                 records.append(record)
     return records
 
@@ -223,14 +221,6 @@ def plot_passkey(records: Sequence[PasskeyRecord]) -> list[Axes]:
 def accuracy(records: Sequence[PasskeyRecord]) -> float:
     """Return the share of correct answers, NaN where there are no records."""
     return sum(record.correct for record in records) / len(records) if records else float("nan")
-
-
-def _identity(record: PasskeyRecord) -> tuple[object, ...]:
-    """Everything that decides a record's answer; the device does not."""
-    return (
-        *(record.length, record.depth, record.trial, record.seed, record.filler),
-        *(record.arm, record.settings, record.model, record.dtype),
-    )
 
 
 def _ask(model: Any, prompts: PasskeyPrompts, task: PasskeyTask, setting: dict[str, Any]) -> PasskeyRecord:

@@ -89,9 +89,7 @@ def scrolls(
     output_dir: Annotated[Path, typer.Option(help="Records, predictions, metrics and picture.")] = Path("scrolls"),
 ) -> None:
     """SCROLLS' official scores of a model, unmodified and patched, on the same examples in one run."""
-    arms: dict[str, Arm] = {"unmodified": nullcontext}
-    if lm_infinite:
-        arms["lm-infinite"] = LMInfinite(num_sink_tokens=sinks, window_length=window)
+    arms = _arms(lm_infinite, window, sinks)
     try:
         rows = Rows(task, data, split=split, limit=limit)
         language_model, tokenizer = _load(model)
@@ -102,6 +100,43 @@ def scrolls(
     except (OSError, ModuleNotFoundError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     _report_scrolls(task, records, results, output_dir, Console())
+
+
+def lm_eval(
+    tasks: Annotated[list[str], typer.Argument(help="Names of lm-evaluation-harness' tasks.")],
+    model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many samples a task.")] = None,
+    lengths: Annotated[str | None, typer.Option(help="RULER's prompt lengths in tokens, e.g. 4096,8192.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Refuse longer prompts; unmodified: the trained window if left out.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    lm_infinite: Annotated[bool, typer.Option("--lm-infinite", help="Run LM-Infinite too, side by side.")] = False,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="LM-Infinite's window; the trained one if left out.")
+    ] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens that stay visible.")] = 16,
+    output_dir: Annotated[Path, typer.Option(help="Where lm_eval.jsonl goes.")] = Path("lm_eval"),
+) -> None:
+    """lm-evaluation-harness on a model, unmodified and patched; a prompt that does not fit is an error, never cut."""
+    try:
+        from hf_longtrunc.evaluation.harness import harness_table, run_harness
+
+        sizes = [int(length) for length in lengths.split(",")] if lengths else None
+        settings = {"limit": limit, "lengths": sizes, "max_length": max_length, "batch_size": batch_size}
+        arms = _arms(lm_infinite, window, sinks)
+        records = run_harness(*_load(model), tasks, arms, **settings, path=output_dir / "lm_eval.jsonl")  # type: ignore[arg-type]
+    except (OSError, ModuleNotFoundError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+    Console().print(harness_table(records))
+
+
+def _arms(lm_infinite: bool, window: int | None, sinks: int) -> dict[str, Arm]:
+    """Return the arms that a command compares: the unmodified model and each patch that was asked for."""
+    arms: dict[str, Arm] = {"unmodified": nullcontext}
+    if lm_infinite:
+        arms["lm-infinite"] = LMInfinite(num_sink_tokens=sinks, window_length=window)
+    return arms
 
 
 def _report_scrolls(

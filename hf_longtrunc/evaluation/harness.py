@@ -81,14 +81,17 @@ class PatchedLM(HFLM):  # type: ignore[misc]
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
-        if self.backend == "causal":
-            made: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
-            return made
+        if self.backend == "seq2seq":
+            return self._decode(context, max_length - context.shape[1], stop, **kwargs)
+        made: Tensor = super()._model_generate(context, max_length, stop, **kwargs)
+        return made
+
+    def _decode(self, context: Tensor, new_tokens: int, stop: list[str], **kwargs: Any) -> Tensor:
         if not kwargs.get("temperature"):
             kwargs = {"do_sample": False, **kwargs, "temperature": None}
-        made = self.model.generate(
+        made: Tensor = self.model.generate(
             input_ids=context,
-            max_new_tokens=max_length - context.shape[1],
+            max_new_tokens=new_tokens,
             stopping_criteria=stop_sequences_criteria(self.tokenizer, stop, 1, context.shape[0]),
             pad_token_id=self.tokenizer.pad_token_id,
             **kwargs,

@@ -79,8 +79,9 @@ class Journal(Generic[RecordT]):
         if self.path:
             append_records(self.path, [record])
 
-    def _cell(self, values: dict[str, Any]) -> str:
-        return json.dumps({name: value for name, value in values.items() if name not in self._results}, sort_keys=True)
+    def _cell(self, values: dict[str, Any]) -> frozenset[tuple[str, Any]]:
+        planned = {name: value for name, value in values.items() if name not in self._results}
+        return frozenset((name, tuple(value) if isinstance(value, list) else value) for name, value in planned.items())
 
 
 def arm_settings(arm: Arm) -> str:

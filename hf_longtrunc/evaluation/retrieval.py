@@ -188,7 +188,7 @@ class VariablePrompts:
 
 
 class KeyValuePrompts:
-    """A JSON object of uuids, one of whose values is asked for by its key (Liu et al. 2023, arXiv 2307.03172).
+    """Pairs of uuids, a line each, of which one is asked for by its key (Liu et al. 2023, arXiv 2307.03172).
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -198,6 +198,7 @@ class KeyValuePrompts:
     """
 
     battery, filler = "key-value", "pairs"
+    _opening = "Each line below is a key and its value. I will ask you for the value of one key.\n\n"
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -213,14 +214,16 @@ class KeyValuePrompts:
             raise ValueError(f"depth must lie in [0, 1], from the prompt's start to its end, got {task.depth}")
         draw = task.random
         key, value = _uuid(draw), _uuid(draw)
-        opened: list[int] = self.tokenizer("Find the value of a key in the JSON object below.\n\n{").input_ids
-        closed = self._tokens("}\n\n" + f'The value of the key "{key}" is "')
-        asked = self._tokens(f'"{key}": "{value}",\n')
+        opened: list[int] = self.tokenizer(
+            "Each line below is a key and its value. I will ask you for the value of one key.\n\n"
+        ).input_ids
+        closed = self._tokens(f'\nThe value of the key "{key}" is "')
+        asked = self._tokens(f'"{key}": "{value}"\n')
         room = task.length - len(opened) - len(closed) - len(asked)
         if room < 0:
             raise ValueError(f"length must be at least {task.length - room} tokens for this prompt, got {task.length}")
         pairs: list[list[int]] = []
-        while (room := room - len(pair := self._tokens(f'"{_uuid(draw)}": "{_uuid(draw)}",\n'))) >= 0:
+        while (room := room - len(pair := self._tokens(f'"{_uuid(draw)}": "{_uuid(draw)}"\n'))) >= 0:
             pairs.append(pair)
         pairs.insert(round(task.depth * len(pairs)), asked)
         return [*opened, *(token for pair in pairs for token in pair), *closed], [value]

@@ -257,7 +257,8 @@ def _logits(model: Any, ids: Tensor, chunk: int) -> Iterator[Tensor]:
     """Yield the fp32 logits [1, V] that predict each token of ids [n] after the first, holding a chunk at a time."""
     cache, first = start_stream(model, ids[None, :1])
     yield first[0].float()
-    for piece in torch.split(ids[1:-1], chunk):
+    for start in range(1, len(ids) - 1, chunk):
+        piece = ids[start : min(start + chunk, len(ids) - 1)]
         logits = model(input_ids=piece[None], past_key_values=cache, use_cache=True).logits[0]
         yield from torch.split(logits.float(), 1)
 
@@ -316,8 +317,9 @@ def _settings(processors: Sequence[Callable[[Tensor, Tensor], Tensor]]) -> str:
 def _described(processor: Callable[[Tensor, Tensor], Tensor]) -> str:
     plain = (bool, int, float, str, type(None))
     parameters = {key: value for key, value in vars(processor).items() if isinstance(value, plain)}
-    own_repr = type(processor).__repr__ is not object.__repr__
-    name = getattr(processor, "__qualname__", None) or (repr(processor) if own_repr else type(processor).__name__)
+    kind: Any = type(processor)
+    name = repr(processor) if kind.__repr__ is not object.__repr__ else kind.__name__
+    name = getattr(processor, "__qualname__", name)
     return f"{name} {parameters}"
 
 

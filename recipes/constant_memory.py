@@ -42,7 +42,8 @@ class MemoryRecord:
 def tiny_model() -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    return model.eval()
 
 
 def tokens_of(text: Path | None, tokenizer: Any, count: int, vocab_size: int) -> torch.Tensor:

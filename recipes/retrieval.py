@@ -50,7 +50,7 @@ def main(
         "LM-Infinite": LMInfinite(num_sink_tokens=sinks, window_length=window),
     }
     filler = None if text is None else text.read_text(encoding="utf-8")
-    batteries = [
+    batteries: list[Any] = [
         NeedlePrompts(tokenizer, filler),
         NeedlePrompts(tokenizer, filler, keys=4),
         NeedlePrompts(tokenizer, filler, keys=2, values=2, queries=2),

@@ -3,9 +3,9 @@
     python recipes/samplers.py --text some_novel.txt --tokens 1000 --out samplers
     python recipes/samplers.py --text some_novel.txt --new-tokens 512 --seeds 0,1,2 --out samplers
 
-The first part asks, at every token of the text, whether a sampler keeps what the author wrote, and how much probability;
-the second continues a phrase that was said five times. A run that was cut off goes on where it stopped: records are
-appended to OUT/truncation.jsonl and OUT/repetition.jsonl.
+The first part asks, at every token of the text, whether a sampler keeps what the author wrote, and how much
+probability; the second continues a phrase that was said five times. A run that was cut off goes on where it stopped:
+records are appended to OUT/truncation.jsonl and OUT/repetition.jsonl.
 
 Cost: 1,000 tokens of text take about a minute on one CPU core, 512 new tokens about half a minute each.
 Expect: at equal total variation eta leaves more entropy than top-p or epsilon; the smaller a sampler's kept mass, the

@@ -244,10 +244,11 @@ def _means(
     sums = {name: torch.zeros(5, dtype=torch.float64) for name in samplers}
     steps = tqdm(_logits(model, ids, chunk), total=len(ids) - 1, unit="tok", disable=not progress)
     for position, scores in enumerate(steps, 1):
-        log_p = scores.log_softmax(-1)
+        log_p = scores.double().log_softmax(-1)
+        entropy = _entropy(log_p[~log_p.isneginf()])
         for name, processors in samplers.items():
             kept = _processed(name, processors, ids[None, :position], scores)
-            sums[name] += torch.tensor(_measured(log_p, kept, ids[position]), dtype=torch.float64)
+            sums[name] += _measured(log_p, entropy, kept, ids[position])
     columns = ("accepted", "kept_mass", "kept", "entropy", "kept_entropy")
     means = {name: dict(zip(columns, (total / (len(ids) - 1)).tolist(), strict=True)) for name, total in sums.items()}
     return {name: {**values, "total_variation": 1 - values["kept_mass"]} for name, values in means.items()}
@@ -276,14 +277,16 @@ def _processed(
     return kept
 
 
-def _measured(log_p: Tensor, kept: Tensor, token: Tensor) -> tuple[float, float, float, float, float]:
+def _measured(log_p: Tensor, entropy: Tensor, kept: Tensor, token: Tensor) -> Tensor:
     """Return accepted, kept mass, kept tokens, entropy before and after, in nats, of one row [1, V]."""
     alive = ~kept.isneginf()
-    p = log_p.double().exp()
-    mass = p[alive].sum()
-    log_q = kept.double().log_softmax(-1)
-    entropies = [float(-(row.exp() * row).nan_to_num(0).sum()) for row in (log_p.double(), log_q)]
-    return float(alive[0, token]), float(mass.clamp_max(1)), float(alive.sum()), *entropies  # type: ignore[return-value]
+    mass = log_p[alive].exp().sum().clamp_max(1)
+    left = _entropy(kept[alive].double().log_softmax(-1))
+    return torch.stack([alive[0, token].double(), mass, alive.sum().double(), entropy, left]).cpu()
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * log_p).sum()
 
 
 def _continued(

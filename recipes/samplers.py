@@ -7,7 +7,7 @@ The first part asks, at every token of the text, whether a sampler keeps what th
 probability; the second continues a phrase that was said five times. A run that was cut off goes on where it stopped:
 records are appended to OUT/truncation.jsonl and OUT/repetition.jsonl.
 
-Cost: with SmolLM2-135M-Instruct on one CPU core some 30 s for 300 tokens of text and 12 samplers, and some 20 s for every
+Cost: with SmolLM2-135M-Instruct on one CPU core some 30 s for 300 tokens of text and 12 samplers, and some 20 s for a
 continuation of 128 tokens.
 Expect: the picture joins each sampler's parameters, so what it leaves of the entropy can be compared at equal total
 variation. On 300 tokens of Moby Dick the four lie close together; eta leaves a little less than the others there.

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from hf_longtrunc import load_pretrained
 from hf_longtrunc.data.command import pack_command
-from hf_longtrunc.evaluation.commands import ppl
+from hf_longtrunc.evaluation.commands import lm_eval, ppl, scrolls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -90,6 +90,8 @@ def demo(
 
 
 app.command()(ppl)
+app.command()(scrolls)
+app.command("lm-eval")(lm_eval)
 app.command("pack")(pack_command)
 
 

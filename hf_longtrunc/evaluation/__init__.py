@@ -1,4 +1,7 @@
-"""Measuring: perplexity by position, passkeys, streams; tables, plots and records of them, loaded on first use."""
+"""Measuring: perplexity, retrieval, samplers, streams; tables, plots and records of them, loaded on first use.
+
+SCROLLS is a module of its own: `from hf_longtrunc.evaluation import scrolls`.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,15 @@ if TYPE_CHECKING:
         append_records as append_records,
         read_records as read_records,
     )
+    from hf_longtrunc.evaluation.retrieval import (
+        KeyValuePrompts as KeyValuePrompts,
+        NeedlePrompts as NeedlePrompts,
+        RetrievalRecord as RetrievalRecord,
+        VariablePrompts as VariablePrompts,
+        plot_retrieval as plot_retrieval,
+        retrieval_table as retrieval_table,
+        run_retrieval as run_retrieval,
+    )
     from hf_longtrunc.evaluation.streaming import (
         cache_bytes as cache_bytes,
         start_stream as start_stream,
@@ -40,13 +52,29 @@ if TYPE_CHECKING:
     from hf_longtrunc.evaluation.texts import (
         python_reference as python_reference,
     )
+    from hf_longtrunc.evaluation.truncation import (
+        RepetitionRecord as RepetitionRecord,
+        TruncationScore as TruncationScore,
+        plot_repetition as plot_repetition,
+        plot_truncation as plot_truncation,
+        repetition_table as repetition_table,
+        run_repetition as run_repetition,
+        truncation_scores as truncation_scores,
+        truncation_table as truncation_table,
+    )
 
 _HOME = {
+    "KeyValuePrompts": "hf_longtrunc.evaluation.retrieval",
+    "NeedlePrompts": "hf_longtrunc.evaluation.retrieval",
     "PasskeyPrompts": "hf_longtrunc.evaluation.passkey",
     "PasskeyRecord": "hf_longtrunc.evaluation.passkey",
     "PasskeyTask": "hf_longtrunc.evaluation.passkey",
     "PerplexityRecord": "hf_longtrunc.evaluation.perplexity",
     "PositionBin": "hf_longtrunc.evaluation.perplexity",
+    "RepetitionRecord": "hf_longtrunc.evaluation.truncation",
+    "RetrievalRecord": "hf_longtrunc.evaluation.retrieval",
+    "TruncationScore": "hf_longtrunc.evaluation.truncation",
+    "VariablePrompts": "hf_longtrunc.evaluation.retrieval",
     "append_records": "hf_longtrunc.evaluation.records",
     "cache_bytes": "hf_longtrunc.evaluation.streaming",
     "compare_losses": "hf_longtrunc.evaluation.perplexity",
@@ -58,13 +86,22 @@ _HOME = {
     "perplexity_table": "hf_longtrunc.evaluation.perplexity",
     "plot_passkey": "hf_longtrunc.evaluation.passkey",
     "plot_perplexity": "hf_longtrunc.evaluation.perplexity",
+    "plot_repetition": "hf_longtrunc.evaluation.truncation",
+    "plot_retrieval": "hf_longtrunc.evaluation.retrieval",
+    "plot_truncation": "hf_longtrunc.evaluation.truncation",
     "python_reference": "hf_longtrunc.evaluation.texts",
     "read_records": "hf_longtrunc.evaluation.records",
+    "repetition_table": "hf_longtrunc.evaluation.truncation",
+    "retrieval_table": "hf_longtrunc.evaluation.retrieval",
     "run_passkey": "hf_longtrunc.evaluation.passkey",
+    "run_repetition": "hf_longtrunc.evaluation.truncation",
+    "run_retrieval": "hf_longtrunc.evaluation.retrieval",
     "start_stream": "hf_longtrunc.evaluation.streaming",
     "stream_losses": "hf_longtrunc.evaluation.perplexity",
     "token_losses": "hf_longtrunc.evaluation.perplexity",
     "update_model_card": "hf_longtrunc.evaluation.card",
+    "truncation_scores": "hf_longtrunc.evaluation.truncation",
+    "truncation_table": "hf_longtrunc.evaluation.truncation",
 }
 
 __all__ = sorted(_HOME)

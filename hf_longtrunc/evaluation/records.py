@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
     from contextlib import AbstractContextManager
 
     Arm = Callable[[Any], AbstractContextManager[Any]]
@@ -49,6 +49,39 @@ def _parsed(line: str, record_type: type[RecordT], where: str) -> RecordT:
             "line, or write to another file"
         )
     return record_type(**values)
+
+
+class Journal(Generic[RecordT]):
+    """The file of a run that may be cut off: what it holds is not done again.
+
+    Two records are of one cell if they agree in everything but the `results`; the device does not count either.
+
+    Args:
+        path: a JSON-lines file; None remembers nothing and writes nothing.
+        record_type: a dataclass of plain values.
+        results: its fields that are known only when the cell is done.
+
+    Raises:
+        ValueError: see `read_records`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, record_type: type[RecordT], results: Collection[str]):
+        self.path = path
+        self._results = {*results, "device"}
+        self._known = {self._cell(asdict(r)): r for r in (read_records(path, record_type) if path else [])}  # type: ignore[call-overload]
+
+    def get(self, **planned: Any) -> RecordT | None:
+        """Return the record of the cell that these fields name, None if it is not done yet."""
+        return self._known.get(self._cell(planned))
+
+    def add(self, record: RecordT) -> None:
+        """Append a cell's record to the file, at once."""
+        if self.path:
+            append_records(self.path, [record])
+
+    def _cell(self, values: dict[str, Any]) -> frozenset[tuple[str, Any]]:
+        planned = {name: value for name, value in values.items() if name not in self._results}
+        return frozenset((name, tuple(value) if isinstance(value, list) else value) for name, value in planned.items())
 
 
 def arm_settings(arm: Arm) -> str:

@@ -20,6 +20,9 @@ from hf_longtrunc import LMInfinite, load_pretrained
 from hf_longtrunc.evaluation import (
     PasskeyRecord,
     PerplexityRecord,
+    RepetitionRecord,
+    RetrievalRecord,
+    TruncationScore,
     compare_losses,
     perplexity_by_position,
     python_reference,
@@ -203,3 +206,37 @@ def test_the_benchmarks_window_mask_is_the_windows(n, window):
     for row in range(rows):
         full[row, blocks.full_kv_indices[0, 0, row, : blocks.full_kv_num_blocks[0, 0, row]].long()] = True
     assert full.equal(seen.all(3).all(1))
+
+
+def test_recipe_retrieval(tiny_folder, tmp_path, capsys):
+    main = runpy.run_path(str(RECIPES / "retrieval.py"))["main"]
+    settings = {"model": tiny_folder, "window": 32, "text": None, "sinks": 4, "seed": 0}
+    main(lengths="700", depths="0,0.5", prompts=1, out=tmp_path, **settings)
+    assert "needle 4x1" in capsys.readouterr().out
+    assert len(read_records(tmp_path / "retrieval.jsonl", RetrievalRecord)) == 2 * 5 * 2
+    assert (tmp_path / "retrieval.png").exists()
+
+
+def test_recipe_samplers(tiny_folder, tmp_path, long_text, capsys):
+    (tmp_path / "text.txt").write_text(long_text)
+    main = runpy.run_path(str(RECIPES / "samplers.py"))["main"]
+    main(text=tmp_path / "text.txt", tokens=20, new_tokens=3, seeds="0", model=tiny_folder, out=tmp_path)
+    shown = capsys.readouterr().out
+    assert "samplers on a human text" in shown
+    assert "continuing a repeated phrase" in shown
+    assert len(read_records(tmp_path / "truncation.jsonl", TruncationScore)) == 12
+    assert len(read_records(tmp_path / "repetition.jsonl", RepetitionRecord)) == 15
+    assert (tmp_path / "truncation.png").exists()
+    assert (tmp_path / "repetition.png").exists()
+
+
+def test_recipe_constant_memory(tmp_path, capsys):
+    recipe = runpy.run_path(str(RECIPES / "constant_memory.py"))
+    recipe["main"](
+        tokens=2000, every=1000, window=64, sinks=4, chunk=100, model=None, text=None, out=tmp_path / "memory"
+    )
+    first, last = read_records(tmp_path / "memory" / "memory.jsonl", recipe["MemoryRecord"])
+    assert (first.tokens, last.tokens) == (1000, 2000)
+    assert last.perplexity > 500
+    assert last.peak_mib < 1.5 * first.peak_mib
+    assert "2,000 tokens" in capsys.readouterr().out

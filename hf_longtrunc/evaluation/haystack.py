@@ -1,0 +1,90 @@
+"""Prompts of an exact token length: a question about sentences that are hidden, at given depths, in filler.
+
+A prompt is put together from the tokens of whole sentences, each tokenised alone, so its length is a sum; the filler's
+first sentence loses tokens from its start to make it exact.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Sequence
+
+REPEATED_FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+
+class Haystack:
+    """Filler for prompts: a few sentences again and again, or stretches of a text.
+
+    Args:
+        tokenizer: a transformers tokenizer; the special tokens that it opens a text with open the prompt.
+        text: the filler; None repeats `REPEATED_FILLER`. A text is cut into sentences, a prompt takes a stretch of it
+            whose place is drawn, and a text that is too short for the length starts again from its beginning.
+
+    Raises:
+        ValueError: the text holds no sentence.
+    """
+
+    def __init__(self, tokenizer: Any, text: str | None = None):
+        self.tokenizer = tokenizer
+        self.filler = "repeated" if text is None else "text"
+        sentences = _sentences(REPEATED_FILLER if text is None else text)
+        if not sentences:
+            raise ValueError(
+                "text holds no sentence to make filler of; give another text, or None for a repeated filler"
+            )
+        self._sentences = self._tokens_of(sentences)
+
+    def prompt(
+        self, length: int, opening: str, needles: Sequence[tuple[float, str]], question: str, draw: random.Random
+    ) -> list[int]:
+        """Return [opening | filler with the needles in it | question], exactly `length` tokens.
+
+        Each needle (depth, sentence) stands between two sentences of filler, at the one of their ends that is nearest
+        to depth times the filler's length; needles at one place keep their order.
+
+        Raises:
+            ValueError: the length leaves no room for filler, or a depth lies outside [0, 1].
+        """
+        for depth, _ in needles:
+            if not 0 <= depth <= 1:
+                raise ValueError(f"depth must lie in [0, 1], from the prompt's start to its end, got {depth}")
+        opened: list[int] = self.tokenizer(opening).input_ids
+        *hidden, asked = self._tokens_of([*(sentence for _, sentence in needles), question])
+        room = length - len(opened) - sum(map(len, hidden)) - len(asked)
+        if room < 1:
+            raise ValueError(f"length must be at least {length - room + 1} tokens for this prompt, got {length}")
+        sentences = self._stretch(room, draw.randrange(len(self._sentences)))
+        places = [_nearest_boundary(sentences, depth * room) for depth, _ in needles]
+        for index in sorted(range(len(places)), key=lambda index: (places[index], index), reverse=True):
+            sentences.insert(places[index], hidden[index])
+        return [*opened, *(token for sentence in sentences for token in sentence), *asked]
+
+    def _stretch(self, room: int, last: int) -> list[list[int]]:
+        """Return sentences of `room` tokens together, ending with sentence `last`; the first loses its start to fit."""
+        backwards: list[list[int]] = []
+        while room > 0:
+            sentence = self._sentences[(last - len(backwards)) % len(self._sentences)]
+            backwards.append(sentence[-room:])
+            room -= len(sentence)
+        return backwards[::-1]
+
+    def _tokens_of(self, sentences: Sequence[str]) -> list[list[int]]:
+        spaced = [" " + sentence for sentence in sentences]
+        tokens: list[list[int]] = self.tokenizer(spaced, add_special_tokens=False, verbose=False).input_ids
+        return tokens
+
+
+def _sentences(text: str) -> list[str]:
+    sentences = [" ".join(piece.split()) for piece in re.split(r"(?<=[.!?])\s+|\n\s*\n", text)]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _nearest_boundary(sentences: Sequence[Sequence[int]], position: float) -> int:
+    """Return after how many sentences the token count is nearest to `position`."""
+    ends = list(accumulate(map(len, sentences), initial=0))
+    return min(range(len(ends)), key=lambda index: abs(ends[index] - position))

@@ -1,0 +1,308 @@
+"""What a model still finds in a long prompt: needles, pairs of a dictionary, variables that point to variables.
+
+Prompts are plain text that the model goes on with. A score is RULER's (Hsieh et al. 2024, arXiv 2404.06654): the share
+of the expected strings that stand in the answer. The words are ours: compare arms with one another, not with RULER.
+"""
+
+from __future__ import annotations
+
+import string
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from tqdm.auto import tqdm
+
+from hf_longtrunc.evaluation.grids import grid_table, plot_grids
+from hf_longtrunc.evaluation.haystack import Haystack
+from hf_longtrunc.evaluation.passkey import PasskeyTask
+from hf_longtrunc.evaluation.records import Journal, arm_settings, model_settings
+
+if TYPE_CHECKING:
+    import os
+    import random
+    from collections.abc import Mapping, Sequence
+
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+    from hf_longtrunc.evaluation.records import Arm
+
+_ADJECTIVES = [
+    "amber",
+    "brave",
+    "calm",
+    "daring",
+    "early",
+    "faint",
+    "gentle",
+    "hollow",
+    "icy",
+    "jolly",
+    "keen",
+    "lonely",
+    "mellow",
+    "narrow",
+    "old",
+    "pale",
+]
+_NOUNS = [
+    "anchor",
+    "badger",
+    "candle",
+    "dragon",
+    "engine",
+    "feather",
+    "garden",
+    "harbor",
+    "island",
+    "jacket",
+    "kettle",
+    "ladder",
+    "meadow",
+    "needle",
+    "orchard",
+]
+
+
+@dataclass(frozen=True)
+class RetrievalRecord(PasskeyTask):
+    """A task of one battery, the setting that it ran in, what was expected and what the model answered."""
+
+    battery: str
+    filler: str
+    arm: str
+    settings: str
+    model: str
+    dtype: str
+    device: str
+    tokens: int
+    expected: list[str]
+    answer: str
+    score: float
+
+
+class Prompts(Protocol):
+    """Makes the prompts of one battery for one tokenizer."""
+
+    battery: str
+    filler: str
+    tokenizer: Any
+    answer_tokens: int
+
+    def __call__(self, task: PasskeyTask) -> tuple[list[int], list[str]]:
+        """Return a prompt's token ids and the strings that a right answer holds."""
+
+
+class NeedlePrompts:
+    """Magic numbers hidden in filler, some of which are asked for: RULER's four needle tasks.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the filler, see `PasskeyPrompts`; None repeats a few sentences.
+        keys: how many words have a number; more than are asked for is RULER's "multi-key".
+        values: numbers that each word has; more than one is "multi-value".
+        queries: how many words are asked for; more than one is "multi-query".
+
+    The first needle that is asked for stands at the task's depth, the others anywhere. Prompts have exactly the task's
+    length.
+
+    Raises:
+        ValueError: a count below 1, or more queries than keys.
+    """
+
+    def __init__(self, tokenizer: Any, text: str | None = None, *, keys: int = 1, values: int = 1, queries: int = 1):
+        if min(keys, values, queries) < 1 or queries > keys or keys > len(_ADJECTIVES) * len(_NOUNS):
+            raise ValueError(
+                f"keys, values and queries must be at least 1, queries at most keys, keys at most "
+                f"{len(_ADJECTIVES) * len(_NOUNS)}, got keys={keys}, values={values}, queries={queries}"
+            )
+        self.tokenizer, self._haystack = tokenizer, Haystack(tokenizer, text)
+        self.keys, self.values, self.queries = keys, values, queries
+        self.battery = f"needle {keys}x{values}, {queries} asked"
+        self.filler = self._haystack.filler
+        self.answer_tokens = 12 + 12 * queries * values
+
+    def __call__(self, task: PasskeyTask) -> tuple[list[int], list[str]]:
+        """Return the prompt's token ids and the numbers that are asked for."""
+        draw = task.random
+        words = draw.sample([f"{adjective}-{noun}" for adjective in _ADJECTIVES for noun in _NOUNS], self.keys)
+        numbers = draw.sample(range(1_000_000, 10_000_000), self.keys * self.values)
+        pairs = [(word, str(numbers.pop())) for word in words for _ in range(self.values)]
+        depths = [task.depth, *(draw.random() for _ in pairs[1:])]
+        needles = [
+            (depth, f"One of the magic numbers for {word} is {number}.")
+            for depth, (word, number) in zip(depths, pairs, strict=True)
+        ]
+        asked = " and ".join(words[: self.queries])
+        plural = self.values * self.queries > 1
+        question = f"What {'are all magic numbers' if plural else 'is the magic number'} for {asked}? "
+        question += f"The magic {'numbers' if plural else 'number'} for {asked} {'are' if plural else 'is'}"
+        opening = "Some magic numbers are hidden in a long text. Find and remember them. I will ask you about them."
+        ids = self._haystack.prompt(task.length, opening, needles, question, draw)
+        return ids, [number for word, number in pairs if word in words[: self.queries]]
+
+
+class VariablePrompts:
+    """Chains of variables, each set to the one before, hidden in filler: RULER's variable tracking.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        text: the filler, see `PasskeyPrompts`; None repeats a few sentences.
+        chains: how many chains there are, of which one is asked about.
+        hops: assignments of a variable to a variable in each chain.
+
+    The asked chain starts at the task's depth, its later links stand behind in order, the other chains anywhere.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+
+    battery: str
+
+    def __init__(self, tokenizer: Any, text: str | None = None, *, chains: int = 1, hops: int = 4):
+        if chains < 1 or hops < 1:
+            raise ValueError(f"chains and hops must be at least 1, got chains={chains}, hops={hops}")
+        self.tokenizer, self._haystack = tokenizer, Haystack(tokenizer, text)
+        self.chains, self.hops = chains, hops
+        self.battery = f"variables {chains}x{hops} hops"
+        self.filler = self._haystack.filler
+        self.answer_tokens = 12 + 8 * (hops + 1)
+
+    def __call__(self, task: PasskeyTask) -> tuple[list[int], list[str]]:
+        """Return the prompt's token ids and the names of the variables that hold the asked value."""
+        draw = task.random
+        names = _names(draw, self.chains * (self.hops + 1))
+        values = draw.sample(range(10_000, 100_000), self.chains)
+        needles, asked = [], names[: self.hops + 1]
+        for chain, value in enumerate(values):
+            links = names[chain * (self.hops + 1) :][: self.hops + 1]
+            start = draw.random() if chain else task.depth
+            depths = [start, *sorted(start + (1 - start) * draw.random() for _ in links[1:])]
+            for depth, name, before in zip(depths, links, [str(value), *links], strict=False):
+                needles.append((depth, f"VAR {name} = {before if before.isdigit() else f'VAR {before}'}."))
+        question = f"Which variables hold the value {values[0]}? The {len(asked)} variables that hold {values[0]} are"
+        opening = "Assignments of variables are hidden in a long text. Follow them. I will ask you about their values."
+        return self._haystack.prompt(task.length, opening, needles, question, draw), asked
+
+
+class KeyValuePrompts:
+    """Pairs of uuids, a line each, of which one is asked for by its key (Liu et al. 2023, arXiv 2307.03172).
+
+    Args:
+        tokenizer: a transformers tokenizer.
+
+    As many pairs as fit into the task's length: a prompt is up to one pair shorter. The asked pair stands at the task's
+    depth among them.
+    """
+
+    battery, filler = "key-value", "pairs"
+    _opening = "Each line below is a key and its value. I will ask you for the value of one key.\n\n"
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.answer_tokens = 64
+
+    def __call__(self, task: PasskeyTask) -> tuple[list[int], list[str]]:
+        """Return the prompt's token ids, at most `task.length`, and the value that is asked for.
+
+        Raises:
+            ValueError: not even one pair fits, or the depth lies outside [0, 1].
+        """
+        if not 0 <= task.depth <= 1:
+            raise ValueError(f"depth must lie in [0, 1], from the prompt's start to its end, got {task.depth}")
+        draw = task.random
+        key, value = _uuid(draw), _uuid(draw)
+        opened: list[int] = self.tokenizer(
+            "Each line below is a key and its value. I will ask you for the value of one key.\n\n"
+        ).input_ids
+        closed = self._tokens(f'\nThe value of the key "{key}" is "')
+        asked = self._tokens(f'"{key}": "{value}"\n')
+        room = task.length - len(opened) - len(closed) - len(asked)
+        if room < 0:
+            raise ValueError(f"length must be at least {task.length - room} tokens for this prompt, got {task.length}")
+        pairs: list[list[int]] = []
+        while (room := room - len(pair := self._tokens(f'"{_uuid(draw)}": "{_uuid(draw)}"\n'))) >= 0:
+            pairs.append(pair)
+        pairs.insert(round(task.depth * len(pairs)), asked)
+        return [*opened, *(token for pair in pairs for token in pair), *closed], [value]
+
+    def _tokens(self, text: str) -> list[int]:
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return tokens
+
+
+def run_retrieval(
+    model: Any,
+    batteries: Sequence[Prompts],
+    tasks: Sequence[PasskeyTask],
+    arms: Mapping[str, Arm],
+    *,
+    path: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> list[RetrievalRecord]:
+    """Ask every task of every battery under every arm, greedily.
+
+    Args:
+        model: a causal LM that generates.
+        batteries: makers of prompts: `NeedlePrompts`, `KeyValuePrompts`, `VariablePrompts`.
+        tasks: the grid, from `passkey_tasks`; the same prompts for every arm.
+        arms: name -> callable (model) -> context manager under which the model answers.
+        path: a JSON-lines file; a record is appended as soon as it is there and not asked again in a later run.
+        progress: show a bar per arm.
+
+    Returns:
+        One record per arm, battery and task, in that order.
+
+    Raises:
+        ValueError: a task that no prompt can be made for; a line of `path` that is no such record.
+    """
+    journal = Journal(path, RetrievalRecord, ("tokens", "expected", "answer", "score"))
+    cells = [(prompts, task) for prompts in batteries for task in tasks]
+    records = []
+    for name, arm in arms.items():
+        setting = {"arm": name, "settings": arm_settings(arm), **model_settings(model)}
+        with arm(model):
+            for prompts, task in tqdm(cells, desc=name, unit="prompt", disable=not progress):
+                cell = {**vars(task), "battery": prompts.battery, "filler": prompts.filler, **setting}
+                record = journal.get(**cell)
+                if record is None:
+                    record = RetrievalRecord(**cell, **_answered(model, prompts, task))
+                    journal.add(record)
+                records.append(record)
+    return records
+
+
+def retrieval_table(records: Sequence[RetrievalRecord]) -> Table:
+    """Lay mean scores out as a rich table: a row per arm, battery, filler and length, a column per depth, the mean."""
+    title = "expected strings found, by depth"
+    return grid_table(records, ("arm", "battery", "filler"), "score", title=title, count="prompts")
+
+
+def plot_retrieval(records: Sequence[RetrievalRecord]) -> list[Axes]:
+    """Draw heat maps of mean scores over prompt length and depth: a column per arm, a row per battery and filler."""
+    return plot_grids(records, "arm", ("battery", "filler"), "score")
+
+
+def _answered(model: Any, prompts: Prompts, task: PasskeyTask) -> dict[str, Any]:
+    ids, expected = prompts(task)
+    prompt = torch.tensor([ids], device=model.device)
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=prompts.answer_tokens, **greedy
+    )
+    answer = prompts.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    found = sum(text.lower() in answer.lower() for text in expected)
+    return {"tokens": len(ids), "expected": expected, "answer": answer, "score": found / len(expected)}
+
+
+def _uuid(draw: random.Random) -> str:
+    return str(uuid.UUID(int=draw.getrandbits(128), version=4))
+
+
+def _names(draw: random.Random, count: int) -> list[str]:
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names["".join(draw.choices(string.ascii_uppercase, k=5))] = None
+    return list(names)

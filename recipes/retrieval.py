@@ -1,0 +1,68 @@
+"""What a model still finds, by prompt length and depth: passkey's harder kin, unmodified and under LM-Infinite.
+
+    python recipes/retrieval.py --lengths 500,1000,2000 --out retrieval
+    python recipes/retrieval.py --text some_novel.txt --lengths 2000,7000,12000 --out retrieval
+
+Five batteries: one needle, one of four needles, two needles of two numbers each, variables that point to variables, and
+a dictionary of uuids. A run that was cut off goes on where it stopped: records are appended to OUT/retrieval.jsonl.
+
+Cost: five times that of recipes/passkey.py. Expect: the unmodified model finds a single needle and a pair of the
+dictionary in a short prompt; several needles at once in part; a model of this size follows no variables.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hf_longtrunc import LMInfinite, load_pretrained
+from hf_longtrunc.evaluation import (
+    KeyValuePrompts,
+    NeedlePrompts,
+    VariablePrompts,
+    passkey_tasks,
+    plot_retrieval,
+    retrieval_table,
+    run_retrieval,
+)
+
+
+def main(
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "500,1000",
+    depths: Annotated[str, typer.Option(help="Depths in [0, 1].")] = "0,0.5,1",
+    prompts: Annotated[int, typer.Option(help="Prompts per cell.")] = 2,
+    text: Annotated[
+        Path | None, typer.Option(help="A text to take the filler from; left out: repeated filler.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
+    window: Annotated[int | None, typer.Option(help="LM-Infinite's window; the trained one if left out.")] = None,
+    sinks: Annotated[int, typer.Option(help="First tokens that stay visible.")] = 16,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="Folder for retrieval.jsonl and retrieval.png.")] = Path("retrieval"),
+) -> None:
+    language_model, tokenizer = load_pretrained(model)
+    arms: dict[str, Any] = {
+        "unmodified": nullcontext,
+        "LM-Infinite": LMInfinite(num_sink_tokens=sinks, window_length=window),
+    }
+    filler = None if text is None else text.read_text(encoding="utf-8")
+    batteries: list[Any] = [
+        NeedlePrompts(tokenizer, filler),
+        NeedlePrompts(tokenizer, filler, keys=4),
+        NeedlePrompts(tokenizer, filler, keys=2, values=2, queries=2),
+        VariablePrompts(tokenizer, filler, hops=2),
+        KeyValuePrompts(tokenizer),
+    ]
+    grid = [int(length) for length in lengths.split(",")], [float(depth) for depth in depths.split(",")]
+    tasks = passkey_tasks(*grid, keys_per_cell=prompts, seed=seed)
+    records = run_retrieval(language_model, batteries, tasks, arms, path=out / "retrieval.jsonl", progress=True)
+    Console().print(retrieval_table(records))
+    plot_retrieval(records)[0].figure.canvas.print_figure(out / "retrieval.png", dpi=130)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -50,12 +50,18 @@ class LanguageModelHead:
 
     def __call__(self, states: Tensor) -> Tensor:
         """Return the logits [..., vocabulary], fp32, of states [..., width] of any dtype, on the head's device."""
-        return self._finish(self.module(states.to(self.device, self._dtype)).float())
+        return self._finish(self._embed(states))
+
+    def _embed(self, states: Tensor) -> Tensor:
+        # forward, not the module: whoever listens to the model's own use of it with a hook does not hear this one.
+        logits: Tensor = self.module.forward(states.to(self.device, self._dtype))
+        return logits.float()
 
     @property
     def device(self) -> torch.device:
         """Where the output embedding is now."""
-        return next(self.module.parameters()).device
+        device: torch.device = next(self.module.parameters()).device
+        return device
 
     def _finish(self, logits: Tensor) -> Tensor:
         if self._cap is not None:
@@ -64,16 +70,16 @@ class LanguageModelHead:
 
     @torch.no_grad()
     def _fit(self, states: Tensor, logits: Tensor) -> None:
-        raw = self.module(states).float()
+        raw = self._embed(states)
         if self._cap is None:
             factor = float((raw * logits).sum() / raw.square().sum())
             self._factor = 1.0 if torch.equal(raw, logits) else factor
         tolerance = 8 * torch.finfo(states.dtype).eps * float(logits.abs().max())
         if raw.shape != logits.shape or not float((self._finish(raw) - logits).abs().max()) <= tolerance:
             raise ValueError(
-                f"{self._model_name} does something to its logits after the output embedding that is neither a constant "
-                "factor nor the cap of config.final_logit_softcapping: states cannot be put through its head from "
-                "outside"
+                f"{self._model_name} does something to its logits after the output embedding that is neither a "
+                "constant factor nor the cap of config.final_logit_softcapping: states cannot be put through its head "
+                "from outside"
             )
 
 

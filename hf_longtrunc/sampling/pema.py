@@ -127,15 +127,15 @@ class PEMAAdapter(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """Return norm(B_pd A f), in fp32, for the output embedding."""
-        result: Tensor = self.norm(self._bottleneck(hidden) @ self.B_pd.T)
+        result: Tensor = self.norm(F.linear(self._bottleneck(hidden), self.B_pd))
         return result
 
     def reconstruct(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """Return B_rct A f."""
-        return self._bottleneck(hidden) @ self.B_rct.T
+        return F.linear(self._bottleneck(hidden), self.B_rct)
 
     def _bottleneck(self, hidden: Tensor) -> Tensor:
-        return hidden.to(self.A) @ self.A.T
+        return F.linear(hidden.to(self.A), self.A)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write pema.safetensors and pema.json into a folder, which is made."""
@@ -219,7 +219,7 @@ def fit_adapter(
     with tqdm(total=steps, desc="PEMA", unit="step", leave=False, disable=not progress) as bar:
         for _ in range(epochs):
             total = 0.0
-            for rows in torch.randperm(len(memory), generator=generator).split(batch_size):
+            for rows in torch.split(torch.randperm(len(memory), generator=generator), batch_size):
                 batch = memory.hidden[rows].to(device), memory.tokens[rows].to(device)
                 loss = pema_loss(adapter, head, *batch, kappa)
                 optimizer.zero_grad()
@@ -271,8 +271,8 @@ class GradualUnrolling:
         lengths = self._lengths()
         if width < self.prompt_length:
             raise ValueError(
-                f"prompt_length is {self.prompt_length}, but input_ids have {width} columns: pass the input_ids.shape[1]"
-                " that generate() is given, padding included"
+                f"prompt_length is {self.prompt_length}, but input_ids have {width} columns: pass the "
+                "input_ids.shape[1] that generate() is given, padding included"
             )
         if len(lengths) > 1 and rows % len(lengths):
             raise ValueError(

@@ -161,7 +161,8 @@ class PEMALogitsProcessor(LogitsProcessor):
     arXiv 2311.08590, section 3.
     """
 
-    supports_continuous_batching = False
+    # Not that it were so: declared unsupported, it would be left out with a warning; this way it is called, and refuses.
+    supports_continuous_batching = True
 
     def __init__(self, model: Any, adapter: PEMAAdapter, interpolation: float | GradualUnrolling = 0.5) -> None:
         self.head = LanguageModelHead(model)
@@ -199,7 +200,6 @@ class PEMALogitsProcessor(LogitsProcessor):
         self._check_call(input_ids, states, scores)
         share = self._share(input_ids).to(scores.device)
         logits = self.head(self.adapter(states.to(self.adapter.A.device)))
-        self._states.clear()  # the line above went through the hook, too
         return interpolate(logits.to(scores.device), scores, share)
 
     def _taken(self) -> Tensor:
@@ -271,7 +271,9 @@ def _checked_example(example: Mapping[str, Any], name: str) -> tuple[Tensor, Ten
     try:
         ids, labels = (torch.as_tensor(example[column], dtype=torch.int64) for column in ("input_ids", "labels"))
     except KeyError as error:
-        raise ValueError(f"{name} has no column {error}: an example is {{'input_ids': [...], 'labels': [...]}}") from None
+        raise ValueError(
+            f"{name} has no column {error}: an example is {{'input_ids': [...], 'labels': [...]}}"
+        ) from None
     if ids.ndim != 1 or ids.shape != labels.shape:
         raise ValueError(
             f"{name}: input_ids and labels must be equally long lists, got shapes {tuple(ids.shape)} and "

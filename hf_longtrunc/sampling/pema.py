@@ -99,7 +99,8 @@ class PEMAAdapter(nn.Module):
         hidden_size: width of f.
         rank: of the bottleneck, at most `hidden_size`; the paper uses 512.
         vocab_size: width of the logits of the model that it was made for.
-        layer_norm: normalise B_pd A f (learned scale and shift); without it B_pd A = I makes P_PEMA = P_LM.
+        layer_norm: normalise B_pd A f, with a learned scale and shift. Without it B_pd A = I makes P_PEMA = P_LM, and
+            training comes much further in the same steps (`docs/log.md`).
         generator: draws A, N(0, 1 / hidden_size); None takes torch's.
 
     Parameters A [rank, width] and B_pd [width, rank], those of `norm`, and the buffer B_rct [width, rank]: fp32,
@@ -112,7 +113,7 @@ class PEMAAdapter(nn.Module):
         rank: int,
         vocab_size: int,
         *,
-        layer_norm: bool = True,
+        layer_norm: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -199,7 +200,7 @@ def fit_adapter(
     *,
     kappa: float = 0.2,
     epochs: int = 20,
-    batch_size: int = 64,
+    batch_size: int = 32,
     learning_rate: float = 1e-3,
     seed: int = 0,
     progress: bool = False,

@@ -78,9 +78,9 @@ def train_pema(
     rank: int = 512,
     kappa: float = 0.2,
     epochs: int = 20,
-    batch_size: int = 64,
+    batch_size: int = 32,
     learning_rate: float = 1e-3,
-    layer_norm: bool = True,
+    layer_norm: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> PEMAAdapter:
@@ -161,7 +161,7 @@ class PEMALogitsProcessor(LogitsProcessor):
     arXiv 2311.08590, section 3.
     """
 
-    # Not that it were so: declared unsupported, it would be left out with a warning; this way it is called, and refuses.
+    # Declared unsupported, it would be left out there with a warning; this way it is called, and refuses.
     supports_continuous_batching = True
 
     def __init__(self, model: Any, adapter: PEMAAdapter, interpolation: float | GradualUnrolling = 0.5) -> None:

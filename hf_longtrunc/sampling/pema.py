@@ -227,7 +227,7 @@ def fit_adapter(
                 loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
                 optimizer.step()
                 schedule.step()
-                total += float(loss) * len(rows)
+                total += loss.item() * len(rows)
                 bar.update()
             losses.append(total / len(memory))
             bar.set_postfix(loss=f"{losses[-1]:.4f}")

@@ -613,11 +613,13 @@ def test_assisted_decoding_is_refused(tiny_model):
 
 def test_several_positions_of_one_forward_are_refused(tiny_model):
     """What assisted decoding does once its candidates are there: no second row of scores from the same forward."""
-    with PEMALogitsProcessor(tiny_model, random_adapter()) as pema, torch.no_grad():
-        logits = tiny_model(PADDED).logits
-        pema(PADDED, logits[:, -1])
+    adapter, ids = random_adapter(), PADDED[:, 3:]
+    with PEMALogitsProcessor(tiny_model, adapter) as pema, torch.no_grad():
+        logits = tiny_model(ids).logits
+        mixed = pema(ids, logits[:, -1])
+        torch.testing.assert_close(mixed, BruteForce(tiny_model, adapter, 0.5)(ids, None), atol=1e-4, rtol=0)
         with pytest.raises(ValueError, match="saw 0 since the last one"):
-            pema(PADDED, logits[:, -1])
+            pema(ids, logits[:, -1])
 
 
 def test_continuous_batching_is_refused(tiny_model):

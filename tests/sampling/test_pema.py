@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import runpy
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    AutoTokenizer,
     CohereConfig,
     CohereForCausalLM,
     ContinuousBatchingConfig,
@@ -39,6 +44,7 @@ from hf_longtrunc import (
 from hf_longtrunc.sampling.head import LanguageModelHead, head_inputs
 from hf_longtrunc.sampling.pema import fit_adapter, interpolate, pema_loss, reconstruction_basis
 from tests.conftest import tiny_config
+from tests.test_cli import model_folder  # noqa: F401
 
 INF = math.inf
 WIDTH, VOCAB = 32, 97
@@ -684,3 +690,43 @@ def test_training_makes_the_targets_likely(tiny_model):
         said = generate(tiny_model, [pema], prompts, torch.ones_like(prompts)).sequences
     assert said[:, :8].tolist() == taught
     assert generate(tiny_model, [], prompts, torch.ones_like(prompts)).sequences[:, :8].tolist() != taught
+
+
+def test_the_recipe_runs(model_folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    recipe = Path(__file__).parents[2] / "recipes" / "pema.py"
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.eos_token = "</s>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    LlamaForCausalLM.from_pretrained(model_folder).save_pretrained(tmp_path / "model")
+    options = ["--examples", "2", "--tests", "2", "--epochs", "1", "--rank", "4"]
+    monkeypatch.setattr(
+        sys, "argv", ["pema.py", *options, "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(recipe), run_name="__main__")
+    assert not ended.value.code
+    assert "exact match" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "out" / "pema.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * len({record["arm"] for record in records})
+    assert PEMAAdapter.load(tmp_path / "out" / "adapter").rank == 4
+
+
+@pytest.mark.real_model
+def test_on_the_real_model(real_model):
+    """Left-padded, 2 beams: the scores of every step are those of the ids alone."""
+    model, tokenizer = real_model
+    prompts = ["Dear colleagues,", "The capital of France is the city of"]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    examples = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in ids]
+    adapter = train_pema(model, build_pema_memory(model, examples), rank=16, epochs=1)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    with PEMALogitsProcessor(model, adapter) as pema:
+        seen = Seen(pema)
+        model.generate(**inputs, max_new_tokens=3, num_beams=2, do_sample=False, logits_processor=[seen])
+    for input_ids, _, result in seen.calls:
+        for row, mixed in zip(input_ids, result, strict=True):
+            states = last_hidden_states(model, row[row != tokenizer.pad_token_id][None])[:, -1]
+            p_lm, p_pema = (
+                torch.softmax(state @ model.lm_head.weight.T, -1) for state in (states, adapter(states).detach())
+            )
+            torch.testing.assert_close(mixed.exp(), (0.5 * p_pema + 0.5 * p_lm)[0], atol=1e-5, rtol=1e-3)

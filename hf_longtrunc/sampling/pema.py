@@ -158,9 +158,8 @@ class PEMAAdapter(nn.Module):
         adapter.load_state_dict(load_file(Path(folder, _WEIGHTS)))
         return adapter.to(device).eval()
 
-    def extra_repr(self) -> str:
-        """Name the sizes in torch's repr."""
-        return f"hidden_size={self.hidden_size}, rank={self.rank}, vocab_size={self.vocab_size}"
+    def __repr__(self) -> str:
+        return f"PEMAAdapter(hidden_size={self.hidden_size}, rank={self.rank}, vocab_size={self.vocab_size})"
 
 
 def reconstruction_basis(hidden: Float[Tensor, "rows width"], rank: int) -> Float[Tensor, "width rank"]:
@@ -175,7 +174,8 @@ def reconstruction_basis(hidden: Float[Tensor, "rows width"], rank: int) -> Floa
     gram = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=torch.float64, device=hidden.device)
     for rows in torch.split(hidden, _CHUNK):
         gram += rows.double().T @ rows.double()
-    return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank].float().contiguous()
+    directions: Tensor = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    return directions[:, :rank].float().contiguous()
 
 
 def pema_loss(

@@ -36,19 +36,32 @@ from hf_longtrunc.evaluation import append_records
 
 SEEN = {
     "name": "Anna Boris Clara David Elena Felix Grace Henry Irene Jacob Karen Louis Maria Nigel Olive Peter Rosa "
-    "Steven Teresa Walter Alice Bruno Carol Dennis Edith Frank Gloria Howard Isabel Kevin Laura Martin Nancy Oscar "
-    "Paula Robert Susan Thomas Vera William",
-    "item": "lamp kettle blanket bicycle violin toaster mirror camera carpet helmet teapot ladder suitcase radio clock "
-    "pillow table chair bottle basket jacket scarf piano drum kite tent rope bucket shovel compass notebook pencil "
-    "vase candle trumpet sweater backpack stove statue curtain",
+    "Steven Teresa Walter Alice Bruno Carol Dennis Edith Frank Gloria Howard Isabel Kevin Laura Martin Nancy "
+    "Oscar Paula Robert Susan Thomas Vera William Tobias Ursula Victor Wendy Simon Rachel Quentin Zoe Albert "
+    "Bridget Charles Daniel Emma Gregory Hannah Julia Michael Patrick Sarah Yvonne Aaron Barbara Caroline "
+    "Derek Eleanor Fiona Gordon Heather Ian Joanna Kenneth Lydia Matthew Nora Owen Penelope Ralph Sophie "
+    "Timothy Veronica Andrew Beatrice Colin Dorothy Edward Frederick Gemma Hugo Ingrid Jasper Kathleen "
+    "Leonard Monica Norman Ophelia Philip Rebecca Stanley Tamara Vincent",
+    "item": "lamp kettle blanket bicycle violin toaster mirror camera carpet helmet teapot ladder suitcase radio "
+    "clock pillow table chair bottle basket jacket scarf piano drum kite tent rope bucket shovel compass "
+    "notebook pencil vase candle trumpet sweater backpack stove statue curtain sofa desk guitar printer "
+    "telescope wallet hammer book bench broom coat flute hat knife magnet map plate ribbon whistle canoe "
+    "towel mattress bowl mug skateboard keyboard monitor speaker battery charger wrench drill pump hose rake "
+    "sandwich cake melon pizza cheese novel poster postcard calendar diary dictionary globe puzzle doll "
+    "puppet robot rocket wheel tyre saddle boot sandal belt tie",
     "place": "Paris Boston Madrid Oslo Dublin Berlin Chicago Lisbon Vienna Prague Geneva Seattle Naples Denver Munich "
-    "Athens London Moscow Warsaw Dallas Houston Atlanta Helsinki Budapest Zurich Venice Florence Glasgow Bristol "
-    "Hamburg Cologne Antwerp Portland Phoenix Detroit Montreal Quebec Lima Bogota Quito",
+    "Athens London Moscow Warsaw Dallas Houston Atlanta Helsinki Budapest Zurich Venice Florence Glasgow "
+    "Bristol Hamburg Cologne Antwerp Portland Phoenix Detroit Montreal Quebec Lima Bogota Quito Tokyo Sydney "
+    "Toronto Cairo Mumbai Havana Nairobi Seoul Austin Barcelona Beijing Delhi Dubai Istanbul Milan Miami Rome "
+    "Shanghai Stockholm Texas Brussels Copenhagen Edinburgh Frankfurt Stuttgart Salzburg Lyon Nice Bordeaux "
+    "Valencia Seville Porto Bucharest Belgrade Zagreb Riga Vilnius Tallinn Kiev Minsk Ankara Tehran Baghdad "
+    "Karachi Lahore Hanoi Singapore Osaka Kyoto Brisbane Auckland Vancouver Ottawa Calgary Memphis Nashville "
+    "Cleveland Baltimore Oakland Sacramento",
 }
 UNSEEN = {
-    "name": "Albert Bridget Charles Daniel Emma Gregory Hannah Julia Michael Patrick Sarah Yvonne",
-    "item": "canoe bench broom coat flute hat knife magnet map plate ribbon whistle",
-    "place": "Austin Barcelona Beijing Delhi Dubai Istanbul Milan Miami Rome Shanghai Stockholm Texas",
+    "name": "Angela Bernard Cynthia Douglas Esther Franklin Gilbert Harriet Ivan Jennifer Keith Linda",
+    "item": "bell brush cup dress fork glove jar ladle needle ruler spoon zipper",
+    "place": "Orlando Tampa Manila Jakarta Bangkok Marseille Turin Krakow Bergen Perth Melbourne Santiago",
 }
 OPENINGS = ["hey can u get", "yo we need", "pls find", "gimme"]
 SOURCE = "{opening} a {item} from {place} for {name}"
@@ -93,15 +106,14 @@ def main(
     tests: Annotated[int, typer.Option(help="Requests over unseen slot values.")] = 40,
     epochs: Annotated[int, typer.Option(help="Passes over the memory.")] = 12,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 512,
-    batch: Annotated[int, typer.Option(help="Requests in a forward.")] = 20,
+    batch: Annotated[int, typer.Option(help="Requests in a forward.")] = 40,
     model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Folder for pema.jsonl and the adapter.")] = Path("pema"),
 ) -> None:
     language_model, tokenizer = load_pretrained(model)
     draw = random.Random(seed)
-    learned = [request(draw, SEEN) for _ in range(examples)]
-    asked = [request(draw, UNSEEN) for _ in range(tests)]
+    learned, asked = requests(draw, SEEN, examples), requests(draw, UNSEEN, tests)
     check_unseen(learned, asked)
     started = time.perf_counter()
     memory = build_pema_memory(language_model, [tokenized(tokenizer, one) for one in learned], progress=True)
@@ -112,9 +124,9 @@ def main(
     shown = "".join(f"{one.prompt}{one.target}\n\n" for one in learned[:3])
     arms = {
         "model alone": ("", None),
-        "model alone, 3 examples in the prompt": (shown, None),
         "PEMA, constant 0.5": ("", 0.5),
         "PEMA, constant 0.7": ("", 0.7),
+        "model alone, 3 examples in the prompt": (shown, None),
         "PEMA, gradual unrolling from 0.9": ("", "gradual"),
         "PEMA alone": ("", 1.0),
     }
@@ -144,10 +156,20 @@ def main(
     Console().print(table(records))
 
 
-def request(draw: random.Random, lists: dict[str, str]) -> Request:
-    slots = {slot: draw.choice(values.split()) for slot, values in lists.items()}
-    source = SOURCE.format(opening=draw.choice(OPENINGS), **slots)
-    return Request(source, " " + TARGET.format(**slots), list(slots.values()))
+def requests(draw: random.Random, lists: dict[str, str], count: int) -> list[Request]:
+    """Draw requests in which no slot value comes back before its list is through."""
+    columns = [shuffled(draw, values.split(), count) for values in lists.values()]
+    result = []
+    for row in zip(*columns, strict=True):
+        slots = dict(zip(lists, row, strict=True))
+        source = SOURCE.format(opening=draw.choice(OPENINGS), **slots)
+        result.append(Request(source, " " + TARGET.format(**slots), list(row)))
+    return result
+
+
+def shuffled(draw: random.Random, values: list[str], count: int) -> list[str]:
+    rounds = -(-count // len(values))
+    return [value for _ in range(rounds) for value in draw.sample(values, len(values))][:count]
 
 
 def check_unseen(learned: list[Request], asked: list[Request]) -> None:

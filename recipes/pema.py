@@ -6,8 +6,8 @@ An informal request ("hey can u get a lamp from Oslo for Anna") is to be written
 its three slots: item, place, name. The adapter learns from examples over one list of slot values; the test takes
 values of which none occurs in training. Nothing of the model changes.
 
-Cost: a few minutes on two CPU cores with SmolLM2-135M-Instruct. Expected: exact match 0 for the model alone, at least
-0.9 with the adapter at a constant share of 0.5. Every answer goes to OUT/pema.jsonl, the adapter to OUT/adapter.
+Cost: some minutes on two CPU cores with SmolLM2-135M-Instruct. Expected: exact match 0 for the model alone; with the
+adapter at a constant share of 0.5, 0.70 from 100 examples and 6 epochs (the aim was 0.9). Every answer goes to OUT/pema.jsonl, the adapter to OUT/adapter.
 """
 
 from __future__ import annotations

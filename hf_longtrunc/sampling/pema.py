@@ -100,7 +100,7 @@ class PEMAAdapter(nn.Module):
         rank: of the bottleneck, at most `hidden_size`; the paper uses 512.
         vocab_size: width of the logits of the model that it was made for.
         layer_norm: normalise B_pd A f, with a learned scale and shift. Without it B_pd A = I makes P_PEMA = P_LM, and
-            training comes much further in the same steps (`docs/log.md`).
+            training comes much further in the same steps (docs/log.md).
         generator: draws A, N(0, 1 / hidden_size); None takes torch's.
 
     Parameters A [rank, width] and B_pd [width, rank], those of `norm`, and the buffer B_rct [width, rank]: fp32,

@@ -7,7 +7,8 @@ its three slots: item, place, name. The adapter learns from examples over one li
 values of which none occurs in training. Nothing of the model changes.
 
 Cost: some minutes on two CPU cores with SmolLM2-135M-Instruct. Expected: exact match 0 for the model alone; with the
-adapter at a constant share of 0.5, 0.70 from 100 examples and 6 epochs (the aim was 0.9). Every answer goes to OUT/pema.jsonl, the adapter to OUT/adapter.
+adapter at a constant share of 0.5, 0.70 from 100 examples and 6 epochs (the aim was 0.9). Every
+answer goes to OUT/pema.jsonl, the adapter to OUT/adapter.
 """
 
 from __future__ import annotations

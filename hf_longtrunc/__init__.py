@@ -21,6 +21,16 @@ if TYPE_CHECKING:
     from hf_longtrunc.pretrained import load_pretrained as load_pretrained
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
     from hf_longtrunc.sampling.basis import SoftmaxBasis as SoftmaxBasis
+    from hf_longtrunc.sampling.pema import (
+        GradualUnrolling as GradualUnrolling,
+        PEMAAdapter as PEMAAdapter,
+        PEMAMemory as PEMAMemory,
+    )
+    from hf_longtrunc.sampling.pema_processor import (
+        PEMALogitsProcessor as PEMALogitsProcessor,
+        build_pema_memory as build_pema_memory,
+        train_pema as train_pema,
+    )
     from hf_longtrunc.sampling.processors import (
         BasisAwareLogitsProcessor as BasisAwareLogitsProcessor,
         EpsilonLogitsProcessor as EpsilonLogitsProcessor,
@@ -42,8 +52,12 @@ _HOME = {
     "BestFitPackingCollator": "hf_longtrunc.data.collators",
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "GradualUnrolling": "hf_longtrunc.sampling.pema",
     "LMInfinite": "hf_longtrunc.attention.lm_infinite",
     "LambdaCacheLayer": "hf_longtrunc.attention.cache",
+    "PEMAAdapter": "hf_longtrunc.sampling.pema",
+    "PEMALogitsProcessor": "hf_longtrunc.sampling.pema_processor",
+    "PEMAMemory": "hf_longtrunc.sampling.pema",
     "PackedDataset": "hf_longtrunc.data.dataset",
     "PackedStream": "hf_longtrunc.data.stream",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
@@ -52,10 +66,12 @@ _HOME = {
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "attach_processors": "hf_longtrunc.sampling.attach",
     "best_fit_decreasing": "hf_longtrunc.data.packing",
+    "build_pema_memory": "hf_longtrunc.sampling.pema_processor",
     "check_packed": "hf_longtrunc.data.guard",
     "critical_threshold": "hf_longtrunc.sampling.support",
     "load_pretrained": "hf_longtrunc.pretrained",
     "pack": "hf_longtrunc.data.dataset",
+    "train_pema": "hf_longtrunc.sampling.pema_processor",
     "trained_length": "hf_longtrunc.attention.lm_infinite",
 }
 

@@ -1,0 +1,310 @@
+r"""Plug-in external memory adaptation (PEMA), in pure torch.
+
+The memory is a table of contexts and what followed them: f, the input of a model's output embedding W after a context
+c, and the next token y. One bottleneck A [rank, width] serves two up-projections [width, rank]:
+
+    stage 1    B_rct = the one for which some A minimises mean (B_rct A f - f)^2 over the memory
+    stage 2    min over A, B_pd, norm of  kappa mean (B_rct A f - f)^2 + (1 - kappa) CE(W norm(B_pd A f), y)
+    use        P = lambda P_PEMA + (1 - lambda) P_LM,    P_PEMA = softmax(W norm(B_pd A f))
+
+Stage 1 needs no steps: it is the best rank-r approximation of the table (Eckart and Young 1936), spanned by the
+leading eigenvectors of the sum of f f^T, so one pass over the memory gives the exact optimum with orthonormal columns.
+Stage 2 starts from a fresh Gaussian A and B_pd = 0, that is from an even P_PEMA, and leaves B_rct as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from jaxtyping import Float, Int
+
+# Rows of the memory that are in float64 at one time.
+_CHUNK = 16384
+_SETTINGS, _WEIGHTS = "pema.json", "pema.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class PEMAMemory:
+    """What PEMA learns from: contexts as a model represents them, and the tokens that followed.
+
+    Attributes:
+        hidden: [rows, width], the inputs of the model's output embedding, any floating dtype.
+        tokens: [rows], int64, the next tokens.
+        vocab_size: width of that model's logits.
+
+    `build_pema_memory` makes one. `save` writes a safetensors file; `load` maps it into memory, so that a memory may be
+    larger than the machine's: training reads the rows of a batch and no others.
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if self.hidden.ndim != 2 or not self.hidden.is_floating_point() or self.tokens.shape != self.hidden.shape[:1]:
+            raise ValueError(
+                "hidden must be a floating-point matrix [rows, width] and tokens [rows], got shapes "
+                f"{tuple(self.hidden.shape)} ({self.hidden.dtype}) and {tuple(self.tokens.shape)}"
+            )
+        if not len(self.tokens):
+            raise ValueError("a memory needs at least one row: no token was marked as a target")
+        if not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < self.vocab_size:
+            raise ValueError(
+                f"tokens must lie in 0..{self.vocab_size - 1}, the model's vocabulary, got "
+                f"{int(self.tokens.min())}..{int(self.tokens.max())}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the memory to a safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {"hidden": self.hidden.contiguous().cpu(), "tokens": self.tokens.contiguous().cpu()}
+        save_file(tensors, path, {"vocab_size": str(self.vocab_size)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PEMAMemory:
+        """Map a memory that `save` wrote; its rows are read from the file when they are asked for."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            vocab_size = (file.metadata() or {}).get("vocab_size")
+            if vocab_size is None or set(file.keys()) != {"hidden", "tokens"}:
+                raise ValueError(f"{path} holds no PEMA memory: write one with memory.save(path)")
+            return cls(file.get_tensor("hidden"), file.get_tensor("tokens"), int(vocab_size))
+
+    def __repr__(self) -> str:
+        return f"PEMAMemory({len(self)} rows of width {self.hidden.shape[1]}, vocab_size={self.vocab_size})"
+
+
+class PEMAAdapter(nn.Module):
+    """The external part of PEMA: norm(B_pd A f) takes the place of f before the output embedding.
+
+    Args:
+        hidden_size: width of f.
+        rank: of the bottleneck, at most `hidden_size`; the paper uses 512.
+        vocab_size: width of the logits of the model that it was made for.
+        layer_norm: normalise B_pd A f, with a learned scale and shift. Without it B_pd A = I makes P_PEMA = P_LM, and
+            training comes much further in the same steps (docs/log.md).
+        generator: draws A, N(0, 1 / hidden_size); None takes torch's.
+
+    Parameters A [rank, width] and B_pd [width, rank], those of `norm`, and the buffer B_rct [width, rank]: fp32,
+    2 * width * rank + 2 * width numbers to learn. `save` and `load` keep it in a folder, as safetensors and json.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        rank: int,
+        vocab_size: int,
+        *,
+        layer_norm: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= hidden_size:
+            raise ValueError(f"rank must be a whole number in 1..{hidden_size}, the width of the states, got {rank!r}")
+        self.hidden_size, self.rank, self.vocab_size, self.layer_norm = hidden_size, rank, vocab_size, layer_norm
+        self.A = nn.Parameter(torch.randn(rank, hidden_size, generator=generator) / math.sqrt(hidden_size))
+        self.B_pd = nn.Parameter(torch.zeros(hidden_size, rank))
+        self.norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
+        self.B_rct: Tensor
+        self.register_buffer("B_rct", torch.zeros(hidden_size, rank))
+
+    def forward(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Return norm(B_pd A f), in fp32, for the output embedding."""
+        result: Tensor = self.norm(F.linear(self._bottleneck(hidden), self.B_pd))
+        return result
+
+    def reconstruct(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
+        """Return B_rct A f."""
+        return F.linear(self._bottleneck(hidden), self.B_rct)
+
+    def _bottleneck(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.to(self.A), self.A)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write pema.safetensors and pema.json into a folder, which is made."""
+        from safetensors.torch import save_file
+
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        settings = {name: getattr(self, name) for name in ("hidden_size", "rank", "vocab_size", "layer_norm")}
+        Path(folder, _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, Path(folder, _WEIGHTS))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> PEMAAdapter:
+        """Read an adapter that `save` wrote."""
+        from safetensors.torch import load_file
+
+        if not Path(folder, _SETTINGS).is_file() or not Path(folder, _WEIGHTS).is_file():
+            raise ValueError(f"{folder} holds no PEMA adapter ({_SETTINGS}, {_WEIGHTS}): write one with adapter.save")
+        adapter = cls(**json.loads(Path(folder, _SETTINGS).read_text(encoding="utf-8")))
+        adapter.load_state_dict(load_file(Path(folder, _WEIGHTS)))
+        return adapter.to(device).eval()
+
+    def __repr__(self) -> str:
+        return f"PEMAAdapter(hidden_size={self.hidden_size}, rank={self.rank}, vocab_size={self.vocab_size})"
+
+
+def reconstruction_basis(hidden: Float[Tensor, "rows width"], rank: int) -> Float[Tensor, "width rank"]:
+    """Return B_rct of stage 1: orthonormal columns V for which V V^T f is the closest to f of all B A f of that rank.
+
+    Closest in the mean square over the rows. Cost: one pass, rows * width^2 multiplications in float64, and one
+    eigendecomposition [width, width].
+
+    Source: the paper's reconstruction loss (section 3), minimised by the theorem of Eckart and Young. Deviation: the
+    paper takes gradient steps towards it.
+    """
+    gram = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=torch.float64, device=hidden.device)
+    for rows in torch.split(hidden, _CHUNK):
+        gram += rows.double().T @ rows.double()
+    directions: Tensor = torch.linalg.eigh(gram).eigenvectors.flip(1)
+    return directions[:, :rank].float().contiguous()
+
+
+def pema_loss(
+    adapter: PEMAAdapter,
+    head: Callable[[Tensor], Tensor],
+    hidden: Float[Tensor, "rows width"],
+    tokens: Int[Tensor, " rows"],
+    kappa: float,
+) -> Float[Tensor, ""]:
+    """Return the loss of stage 2: kappa * MSE(B_rct A f, f) + (1 - kappa) * CE(head(norm(B_pd A f)), y).
+
+    The square is averaged over rows and width, the cross-entropy (nats) over rows. `head` maps states to logits.
+    """
+    reconstruction = F.mse_loss(adapter.reconstruct(hidden), hidden.to(adapter.A))
+    return kappa * reconstruction + (1 - kappa) * F.cross_entropy(head(adapter(hidden)), tokens)
+
+
+def fit_adapter(
+    adapter: PEMAAdapter,
+    memory: PEMAMemory,
+    head: Callable[[Tensor], Tensor],
+    *,
+    kappa: float = 0.2,
+    epochs: int = 20,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[float]:
+    """Run both stages on `adapter`, in place, and return the mean loss of every epoch of stage 2.
+
+    AdamW with a rate that falls linearly to zero, on the adapter's parameters alone: `head` gets no gradient, whatever
+    its `requires_grad`. Every epoch is a new order of the rows, drawn from `seed`. Arguments as for `train_pema`.
+    """
+    parameters, device = list(adapter.parameters()), adapter.A.device
+    adapter.B_rct.copy_(reconstruction_basis(memory.hidden, adapter.rank))
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * -(-len(memory) // batch_size)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    losses = []
+    with tqdm(total=steps, desc="PEMA", unit="step", leave=False, disable=not progress) as bar:
+        for _ in range(epochs):
+            total = 0.0
+            for rows in torch.split(torch.randperm(len(memory), generator=generator), batch_size):
+                batch = memory.hidden[rows].to(device), memory.tokens[rows].to(device)
+                loss = pema_loss(adapter, head, *batch, kappa)
+                optimizer.zero_grad()
+                loss.backward(inputs=parameters)  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                total += loss.item() * len(rows)
+                bar.update()
+            losses.append(total / len(memory))
+            bar.set_postfix(loss=f"{losses[-1]:.4f}")
+    return losses
+
+
+@dataclass(frozen=True)
+class GradualUnrolling:
+    """PEMA's share of a distribution, falling along the text: lambda_i = (lambda_max * (1 - i / source_length))^2.
+
+    i counts the generated tokens, the first is 0; past the source's length the share is 0. It is derived from the width
+    of `input_ids`, so nothing is counted from call to call.
+
+    Args:
+        source_length: tokens of the text that is rewritten, without instructions and padding: one number for all rows,
+            or one for each prompt of the batch.
+        prompt_length: columns of the `input_ids` that `generate` is given, padding and instructions included.
+        lambda_max: in [0, 1]; the paper uses 0.9.
+
+    Source: Kim et al. 2024, section 3 (gradual unrolling). Deviation: the share stays at 0 where the formula's square
+    would rise again.
+    """
+
+    source_length: int | Sequence[int]
+    prompt_length: int
+    lambda_max: float = 0.9
+
+    def __post_init__(self) -> None:
+        lengths = self._lengths()
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"source_length must be at least one token for every prompt, got {self.source_length!r}")
+        if self.prompt_length < 1:
+            raise ValueError(f"prompt_length must be at least 1, got {self.prompt_length}: pass input_ids.shape[1]")
+        checked_share("lambda_max", self.lambda_max)
+
+    def shares(self, width: int, rows: int) -> Float[Tensor, " rows"]:
+        """Return lambda_i for each of `rows` rows of `input_ids`, now `width` columns wide.
+
+        Several rows may belong to one prompt (beams, several returns): they follow one another, as `generate` lays
+        them out.
+        """
+        lengths = self._lengths()
+        if width < self.prompt_length:
+            raise ValueError(
+                f"prompt_length is {self.prompt_length}, but input_ids have {width} columns: pass the "
+                "input_ids.shape[1] that generate() is given, padding included"
+            )
+        if len(lengths) > 1 and rows % len(lengths):
+            raise ValueError(
+                f"source_length names {len(lengths)} prompts, which {rows} rows cannot belong to in equal shares: give "
+                "one length for each prompt of the batch"
+            )
+        left = 1 - (width - self.prompt_length) / torch.tensor(lengths, dtype=torch.float32)
+        return (self.lambda_max * left.clamp_min(0)).square().repeat_interleave(rows // len(lengths))
+
+    def _lengths(self) -> list[int]:
+        return [self.source_length] if isinstance(self.source_length, int) else list(self.source_length)
+
+
+def interpolate(
+    pema_logits: Float[Tensor, "rows vocab"],
+    scores: Float[Tensor, "rows vocab"],
+    share: Float[Tensor, " rows"],
+) -> Float[Tensor, "rows vocab"]:
+    """Return log(lambda P_PEMA + (1 - lambda) P_LM), each row by logsumexp, in fp32.
+
+    P_LM is the softmax of `scores`: logits or log-probabilities. A token at -inf there, removed by an earlier
+    processor, stays removed, and P_PEMA is the softmax over the others.
+    """
+    log_lm = scores.float().log_softmax(-1)
+    log_pema = pema_logits.float().masked_fill(scores == -math.inf, -math.inf).log_softmax(-1)
+    share = share.to(log_lm)[:, None]
+    return torch.logaddexp(log_pema + share.log(), log_lm + (-share).log1p())
+
+
+def checked_share(name: str, value: object) -> float:
+    """Return a share in [0, 1] as a float, or say what it must be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
+    return float(value)

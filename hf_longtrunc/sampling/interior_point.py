@@ -76,7 +76,7 @@ class _Iterate(NamedTuple):
 class _Predictor(NamedTuple):
     """The Newton system at an iterate with its affine step; `rate` is d slack / slack, and -1 - rate d dual / dual."""
 
-    ratio: Float[Tensor, "n 2 k"]  # dual / slack
+    inverse: Float[Tensor, "n 2 k"]  # slack's rate per du: 1 / slack, its sign that of the side
     weight: Float[Tensor, "n 1 k"]  # du per df
     factor: Float[Tensor, "n width width"]  # Cholesky, of the normal matrix
     solution: Float[Tensor, "n 1 width"]  # normal matrix^-1 ray
@@ -165,16 +165,16 @@ class InteriorPoint:
         return _Iterate(place, ray, bar, slack.expand(every), dual.expand(every), torch.zeros_like(bar), *nothing)
 
     def _predict(self, iterate: _Iterate) -> _Predictor:
-        ratio = iterate.dual / iterate.slack
-        floor, ceiling = ratio.chunk(2, 1)
+        floor, ceiling = (iterate.dual / iterate.slack).chunk(2, 1)
         weight = torch.add(ceiling, floor, alpha=self.box.floored).reciprocal_()
         factor = _cholesky(self._normal_matrix(weight * self.weights))
         solution = torch.cholesky_solve(iterate.ray.mT, factor).mT
         dt = (iterate.ray * solution).sum(2, keepdim=True).reciprocal_()
         multipliers = solution * dt
         f = multipliers @ self.basis.T
-        rate = f * weight * self.sign / iterate.slack
-        return _Predictor(ratio, weight, factor, solution, dt, multipliers, f, rate, _longest(rate))
+        inverse = self.sign / iterate.slack
+        rate = f * weight * inverse
+        return _Predictor(inverse, weight, factor, solution, dt, multipliers, f, rate, _longest(rate))
 
     def _normal_matrix(self, weight: Float[Tensor, "n 1 k"]) -> Float[Tensor, "n width width"]:
         if self.pairs is None:
@@ -249,7 +249,7 @@ class InteriorPoint:
         dt = predictor.dt * (1 - (iterate.ray * h).sum(2, keepdim=True))
         multipliers = torch.addcmul(h, dt, predictor.solution)
         f = multipliers @ self.basis.T
-        slack_rate = predictor.weight * (f - aim) * self.sign / iterate.slack
+        slack_rate = predictor.weight * (f - aim) * predictor.inverse
         dual_rate = (goal / iterate.dual).sub_(slack_rate).sub_(1)
         primal, dual = _longest(slack_rate, _STEP), _longest(dual_rate, _STEP)
         return iterate._replace(

@@ -488,10 +488,10 @@ def _make_head(row: _Row, singles: Int[Tensor, " singles"], signs: Tensor | None
         member = torch.where((member < 0) & (bundle >= 0), bundle + len(singles), member)
         probs, basis = torch.cat([probs, mass]), torch.cat([basis, mean])
     gram = (basis.T * probs) @ basis
-    scale = gram.diagonal().clamp_min(1e-300).rsqrt()
-    scaled = gram * scale[:, None] * scale
-    scaled.diagonal().add_(1e-9)
-    whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(scaled), scale.diag(), upper=False).T
+    # A ridge relative to the diagonal: directions that these columns hardly span stay representable.
+    gram.diagonal().mul_(1 + 1e-9).add_(1e-300)
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), unit, upper=False).T
     return _Head(singles, member, probs, basis @ whitener, whitener.contiguous())
 
 

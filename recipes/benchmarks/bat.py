@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="also a synthetic vocabulary of 262,144")
     arguments = parser.parse_args()
     if arguments.cvxpy and find_spec("cvxpy") is None:
-        parser.error('--cvxpy needs: pip install "hf-longtrunc[bench]"')
+        parser.error("--cvxpy needs: pip install cvxpy")
     torch.set_num_threads(1)
     console = Console(width=120)
     model, tokenizer = load_pretrained(arguments.model, device="cpu")
@@ -112,7 +112,7 @@ def _checks(basis: SoftmaxBasis, logits: torch.Tensor, arguments: argparse.Names
 def _beside(
     solver: Callable[[Problem], int | None], problems: list[Problem], ours: list[tuple[float, Any]]
 ) -> list[str]:
-    """Mean milliseconds of another solver, how many times ours on the same problems, and how many it decides otherwise."""
+    """Mean milliseconds of another solver, its ratio to ours on the same problems, and how often it disagrees."""
     if not problems:
         return ["", "", ""]
     theirs = [_timed(solver, problem) for problem in track(problems, "published", console=Console(stderr=True))]

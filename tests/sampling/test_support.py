@@ -343,6 +343,31 @@ def test_a_keep_that_the_whole_vocabulary_refuses_is_no_keep(monkeypatch):
     assert (SupportChecker(basis, columns=64).check(scores, 0.01, tokens) != exact).any()
 
 
+@pytest.mark.parametrize(("excess", "decision"), [(-1e-9, 0), (5e-9, 0), (3e-8, 1)])
+def test_a_keep_needs_its_margin_over_the_whole_vocabulary(excess, decision):
+    """Turn l until sigma p-hat_i f_i stands at (1 + excess) T(l): under the margin nothing is proved."""
+    basis, scores = random_basis(2000, 1, 7), random_scores(2000, 7, 2.0)
+    probs, tau = scores.softmax(-1), 0.01
+    token = probs.masked_fill(probs >= tau, 0).argmax()
+    weights = torch.cat([torch.ones(2000, 1, dtype=torch.float64), basis.factors], dim=1)
+
+    def ratio(angle: float) -> float:
+        f = weights @ torch.tensor([np.cos(angle), np.sin(angle)])
+        bound = probs @ (tau / (1 - tau) * f.clamp_min(0) + (-f).clamp_min(0))
+        return float(probs[token] * f[token] / (1 - tau) / bound)
+
+    best = max(np.linspace(-1, 1, 201), key=ratio)
+    low, high = 0.0, float(best)
+    assert ratio(low) < 1 - 1e-6 < 1 + 1e-6 < ratio(high)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if ratio(middle) < 1 + excess else (low, middle)
+    checker = SupportChecker(basis)
+    work = support._RowWork(checker, checker._row(scores), tau, token[None], False)
+    work._verify(torch.tensor([[np.cos(high), np.sin(high)]]))
+    assert work.decisions.item() == decision
+
+
 def test_bad_input_is_named():
     basis, scores = random_basis(50, 3, 0), torch.zeros(50)
     tokens = torch.tensor([1])

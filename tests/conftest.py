@@ -17,6 +17,7 @@ PURE_FILES = [
     "hf_longtrunc.sampling.basis",
     "hf_longtrunc.sampling.cutoffs",
     "hf_longtrunc.sampling.pema",
+    "hf_longtrunc.sampling.interior_point",
     "hf_longtrunc.sampling.support",
 ]
 for shape_type in ("Bool", "Float", "Int"):

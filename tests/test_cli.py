@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,11 +12,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from hf_longtrunc import load_pretrained
 from hf_longtrunc.cli import app
+from hf_longtrunc.demo import bat_part
 from tests.conftest import tiny_config
 
 
@@ -56,6 +60,20 @@ def test_demo_prints_three_texts_two_tables_and_writes_the_picture(model_folder,
 def test_demo_of_one_step(model_folder, tmp_path):
     result = invoke("demo", "--model", model_folder, "--max-new-tokens", "1", "--output-dir", str(tmp_path))
     assert result.exit_code == 0, result.output
+
+
+def test_demo_bat_shows_what_was_rescued_below_the_threshold(model_folder, tmp_path):
+    console = Console(record=True, width=100)
+    bat_part(*load_pretrained(model_folder), tmp_path, max_new_tokens=14, epsilon=0.03, console=console)
+    output = console.export_text()
+    assert re.search(r"[1-9][\d,]* tokens decided by proof, 0 undecided", output)
+    rows = re.findall(r"(\d\.\de[+-]\d\d) +(\d\.\de[+-]\d\d) +(\d+) +(\d+) *$", output, re.MULTILINE)
+    assert len(rows) == 12
+    assert any(int(rescued) > 0 for *_, rescued in rows)
+    for probability, threshold, kept, rescued in rows:
+        assert int(kept) >= 1
+        assert int(rescued) >= 1 or float(probability) >= float(threshold) * 0.95
+    assert (tmp_path / "bat.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_match_prints_the_table_and_writes_the_picture(model_folder, tmp_path):

@@ -17,12 +17,9 @@ So how far the ray of b_i runs inside Z decides, a linear program in t, and each
 - one l with T(l) < sigma p-hat_i (l . b_i) keeps token i, and every other token for which that holds;
 - one u with t >= sigma p-hat_i cuts it. A u that is zero outside some columns is as good a proof as any.
 
-The program is weighted quantile regression with rank + 1 coefficients. It is solved on the most probable columns by
-the Frisch-Newton interior point (Portnoy and Koenker 1997) with Mehrotra's corrector, for many tokens at a time,
-and left at the first proof. Its start u = 0, l = (1, 0, ..., 0) is feasible on both sides for every token, so each
-iterate bounds the optimum from both sides; its first step is the least-squares solution. A kept token's l is
-verified over the whole vocabulary in float64; where it fails, the columns that it misjudged join and the program is
-solved again.
+The program is solved on the most probable columns (`interior_point`) and left at the first proof. A kept token's l is
+verified over the whole vocabulary in float64; where it fails, the columns that it misjudged join, the others are
+bundled by the sign that it gives them, and the program is solved again.
 
 Invariants:
 - "kept" and "cut" are only said with a proof whose inequality holds by a relative margin of 1e-8, rounding included;
@@ -40,33 +37,28 @@ import torch
 from torch import Tensor
 
 from hf_longtrunc.sampling.basis import SoftmaxBasis
+from hf_longtrunc.sampling.interior_point import MARGIN, Box, InteriorPoint, bound_of, split
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
     Variant = Literal["paper", "official"]
 
-_MARGIN = 1e-8
-# Residual of a cut's equalities, relative to the target: far under the margin once corrected.
-_RESIDUAL = 1e-10
 _EPSILON = torch.finfo(torch.float64).eps
-_STEP = 0.9995
 _MAX_ITERATIONS = 60
 _MAX_ROUNDS = 12
-# Numbers in the [tokens, columns] arrays of tokens that are solved together: they stay in a core's second-level cache.
-_BATCH_SIZE = 2**15
 _VERIFIED_TOGETHER = 16
 # Most tokens are cut on so few columns, in so few iterations; what is left goes on to more.
 _SIFTING_COLUMNS = 128
 _SIFTING_ITERATIONS = 8
-# Columns that join the head for each multiplier that the whole vocabulary refuses.
+_SIFTING_PAYS = 4
+# Columns that join the head for each multiplier that the whole vocabulary refuses, and of how many multipliers.
 _JOINING = 32
+_JOINED = 8
 # The other tokens are bundled by the signs of f under so many of those multipliers.
-_BITS = 8
+_BITS = 4
 # Columns of less probability than this have nothing to give.
 _NEGLIGIBLE = 1e-30
-# From so many tokens on, products b_jk b_jl formed once make the normal matrices cheaper.
-_PAIRS_PAY = 4
 # tau above this is "every threshold": s stays representable.
 _TAU_MAX = 0.999
 
@@ -99,17 +91,6 @@ class Certificate:
     distribution: Tensor | None = None
 
 
-class _Box(NamedTuple):
-    """-1 <= u <= ceiling; without a floor (`floored` 0) the official code's form, which lets p go below zero."""
-
-    ceiling: float
-    floored: float
-
-    @classmethod
-    def of(cls, tau: float, variant: Variant) -> _Box:
-        return cls(tau / (1 - tau), float(variant == "paper"))
-
-
 class _Row(NamedTuple):
     """One row of scores: p-hat over the vocabulary and the basis with its leading one."""
 
@@ -130,262 +111,8 @@ class _Head(NamedTuple):
     basis: Float[Tensor, "k width"]
     whitener: Float[Tensor, "width width"]  # head coordinates = b @ whitener; l = whitener @ (head's l)
 
-    def pairs(self) -> Float[Tensor, "k pairs"]:
-        width = self.basis.shape[1]
-        i, j = torch.triu_indices(width, width, device=self.basis.device)
-        columns = self.basis.T.contiguous()
-        return (columns[i] * columns[j]).T
-
-
-class _Programs(NamedTuple):
-    """Interior-point iterates, one row a token. Side 0 is the floor (slack 1 + u), side 1 the ceiling (s - u)."""
-
-    place: Int[Tensor, " n"]
-    target: Float[Tensor, "n width"]
-    bar: Float[Tensor, " n"]
-    slack: Float[Tensor, "n 2 k"]
-    dual: Float[Tensor, "n 2 k"]
-    t: Float[Tensor, " n"]
-    multipliers: Float[Tensor, "n width"]  # the latest l with l . target = 1
-    upper: Float[Tensor, " n"]  # T at it
-
-    def select(self, rows: Tensor) -> _Programs:
-        return _Programs(*(field[rows] for field in self))
-
-
-class _Outcome(NamedTuple):
-    """Per token: -1 with a feasible u that reaches the bar, 1 with an l below it on the head's columns, or 0."""
-
-    status: Tensor  # [n] int8
-    u: Float[Tensor, "n k"]
-    multipliers: Float[Tensor, "n width"]  # head coordinates
-
-
-class _Bound(NamedTuple):
-    """T(l) = ceiling * positive + negative, with f raised by `shift` where the body has no floor."""
-
-    positive: Float[Tensor, " n"]
-    negative: Float[Tensor, " n"]
-    shift: Float[Tensor, " n"]
-
-
-class _Newton(NamedTuple):
-    """The Newton system at an iterate, with its affine (predictor) step."""
-
-    ratio: Float[Tensor, "n 2 k"]  # dual / slack
-    weight: Float[Tensor, "n k"]  # du per df
-    factor: Float[Tensor, "n width width"]  # Cholesky, of the normal matrix scaled to a unit diagonal
-    scale: Float[Tensor, "n width"]
-    ray: Float[Tensor, "n width"]  # normal matrix^-1 target
-    dt: Float[Tensor, " n"]
-    multipliers: Float[Tensor, "n width"]
-    f: Float[Tensor, "n k"]
-    du: Float[Tensor, "n k"]
-    d_slack: Float[Tensor, "n 2 k"]
-    d_dual: Float[Tensor, "n 2 k"]
-    primal_step: Float[Tensor, " n"]
-
-    def select(self, rows: Tensor) -> _Newton:
-        return _Newton(*(field[rows] for field in self))
-
-    def solve(self, right: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
-        return self.scale * torch.cholesky_solve((self.scale * right)[..., None], self.factor)[..., 0]
-
-
-class _InteriorPoint:
-    """Max t on the columns of one head, for many targets at a time.
-
-    The barrier gives column j the weight p-hat_j + mean p-hat: by p-hat alone a rare column is no obstacle until the
-    step hits it, by one alone it is as large as a frequent one. Measured on SmolLM2: 2.3 to 4.3 iterations a token,
-    where p-hat alone takes 4.9 to 8.4.
-    """
-
-    def __init__(self, head: _Head, box: _Box, tokens: int):
-        self.head, self.box = head, box
-        self.pairs = head.pairs() if tokens >= _PAIRS_PAY else None
-        weights = 1 + head.probs.mean() / head.probs
-        self.weights = weights * (head.probs.sum() / (weights @ head.probs))
-        self.sign = head.probs.new_tensor([[box.floored], [-1.0]])
-        # The dual objective, per dual variable.
-        self.cost = torch.cat([head.probs, box.ceiling * head.probs])
-
-    @property
-    def batch(self) -> int:
-        """Tokens to solve together."""
-        return int(max(_PAIRS_PAY, _BATCH_SIZE // len(self.head.probs)))
-
-    def solve(self, target: Tensor, bar: Tensor, *, settle: float = 0.0, iterations: int = _MAX_ITERATIONS) -> _Outcome:
-        """Decide for each target [n, width] whether t reaches its bar [n].
-
-        `settle`: a token below its bar is only let go once the gap between the two bounds is at most 1 / settle of the
-        distance to the bar; 0 leaves at the first proof.
-        """
-        n, k = len(target), len(self.head.probs)
-        outcome = _Outcome(target.new_zeros(n, dtype=torch.int8), target.new_zeros(n, k), torch.zeros_like(target))
-        programs = self._start(target, bar)
-        for _ in range(iterations):
-            newton = self._newton(programs)
-            going = self._harvest(programs, newton, settle, outcome)
-            left = int(going.sum())
-            if not left:
-                break
-            if left < len(going):
-                programs, newton = programs.select(going), newton.select(going)
-            programs = self._advance(programs, newton)
-        return outcome
-
-    def screen(self, target: Tensor, bar: Tensor) -> Tensor:
-        """[n]: whether the first step alone, whose matrix all tokens share, reaches the bar."""
-        newton = self._newton(self._start(target[:1], bar[:1]))
-        return torch.cat([self._screen(newton, *part) for part in _split(2 * self.batch, target, bar)])
-
-    def _screen(self, newton: _Newton, target: Tensor, bar: Tensor) -> Tensor:
-        u = newton.solve(target) @ self.head.basis.T * newton.weight
-        # t along the ray: 1 over the first of u's bounds that it meets.
-        rate = torch.maximum(u.amax(1) / self.box.ceiling, -self.box.floored * u.amin(1))
-        residual = (u * self.head.probs) @ self.head.basis - target
-        exact: Tensor = residual.abs().amax(1) <= _RESIDUAL * target.norm(dim=1)
-        return exact & (rate * bar * (1 + _MARGIN) <= 1)
-
-    def _start(self, target: Tensor, bar: Tensor) -> _Programs:
-        """Start from u = 0 and l = 1 for the constant: feasible on both sides and nearly centred, for every token."""
-        s, floored = self.box.ceiling, self.box.floored
-        floor_dual = (s / (1 - floored * s) if s < 0.5 else 1.0) * self.weights
-        dual = torch.stack([floor_dual, 1 + floored * floor_dual])
-        slack = torch.stack([torch.ones_like(floor_dual), torch.full_like(floor_dual, s)])
-        place = torch.arange(len(target), device=target.device)
-        every = len(target), -1, -1
-        nothing = torch.zeros_like(target), torch.full_like(bar, torch.inf)
-        return _Programs(place, target, bar, slack.expand(every), dual.expand(every), torch.zeros_like(bar), *nothing)
-
-    def _newton(self, programs: _Programs) -> _Newton:
-        ratio = programs.dual / programs.slack
-        weight = 1 / (self.sign.square().T @ ratio)[:, 0]
-        factor, scale = _scaled_cholesky(self._normal_matrix(weight * self.head.probs))
-        ray = scale * torch.cholesky_solve((scale * programs.target)[..., None], factor)[..., 0]
-        dt = 1 / (programs.target * ray).sum(1)
-        multipliers = ray * dt[:, None]
-        f = multipliers @ self.head.basis.T
-        du = f * weight
-        d_slack = self.sign * du[:, None]
-        d_dual = -torch.addcmul(programs.dual, ratio, d_slack)
-        step = _longest(programs.slack, d_slack)
-        return _Newton(ratio, weight, factor, scale, ray, dt, multipliers, f, du, d_slack, d_dual, step)
-
-    def _normal_matrix(self, weight: Float[Tensor, "n k"]) -> Float[Tensor, "n width width"]:
-        basis = self.head.basis
-        if self.pairs is None:
-            return (basis.T * weight[:, None]) @ basis
-        width = basis.shape[1]
-        i, j = torch.triu_indices(width, width, device=basis.device)
-        matrix = basis.new_empty(len(weight), width, width)
-        matrix[:, i, j] = matrix[:, j, i] = weight @ self.pairs
-        return matrix
-
-    def _harvest(self, programs: _Programs, newton: _Newton, settle: float, outcome: _Outcome) -> Tensor:
-        """Write down what is proved at this iterate; return which programs go on."""
-        # The optimum lies between t where the ray meets the box and T at the predictor's or the last corrector's l.
-        lower = programs.t + newton.primal_step * newton.dt
-        ahead = self._per_unit(newton.f)
-        upper = torch.minimum(ahead, programs.upper)
-        below = upper < programs.bar * (1 - _MARGIN)
-        if settle:
-            below &= settle * (upper - lower) <= programs.bar - upper
-        above = lower >= programs.bar * (1 + _MARGIN)
-        going = newton.dt.isfinite()
-        if below.any():
-            outcome.status[programs.place[below]] = 1
-            best = torch.where((ahead < programs.upper)[:, None], newton.multipliers, programs.multipliers)
-            outcome.multipliers[programs.place[below]] = best[below]
-            going &= ~below
-        if above.any():
-            rows = above.nonzero()[:, 0]
-            u, proved = self._feasible(programs.select(rows), newton.select(rows))
-            cut = rows[proved]
-            outcome.status[programs.place[cut]] = -1
-            outcome.u[programs.place[cut]] = u[proved]
-            going[cut] = False
-        return going
-
-    def _per_unit(self, f: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
-        """T(l) over the head's columns, for f of l with l . b_i = 1."""
-        if self.box.floored:
-            return torch.maximum(self.box.ceiling * f, -f) @ self.head.probs
-        bound = _bound(f, self.head.probs, self.box)
-        return self.box.ceiling * bound.positive / (1 + bound.shift)
-
-    def _feasible(self, programs: _Programs, newton: _Newton) -> tuple[Tensor, Tensor]:
-        """Return u at a point of the ray just past the bar, its equalities corrected, and whether it is a proof."""
-        target, bar, basis = programs.target, programs.bar, self.head.basis
-        past_bar = (bar * (1 + 1e-4) - programs.t) / newton.dt
-        step = torch.minimum(newton.primal_step, past_bar.clamp_min(0))
-        u = self.box.ceiling - programs.slack[:, 1] + step[:, None] * newton.du
-        t = programs.t + step * newton.dt
-        goal = t[:, None] * target
-        # Least squares in the head's coordinates, in which the columns' second moment is the identity.
-        u = u - (((u * self.head.probs) @ basis) - goal) @ basis.T
-        residual = ((u * self.head.probs) @ basis - goal).abs().amax(1)
-        excess = torch.maximum(u.amax(1) / self.box.ceiling, -self.box.floored * u.amin(1)).clamp_min(1)
-        reached = t / excess >= bar * (1 + _MARGIN)
-        return u * (bar / t)[:, None], reached & (residual <= _RESIDUAL * t * target.norm(dim=1))
-
-    def _advance(self, programs: _Programs, newton: _Newton) -> _Programs:
-        """Mehrotra's corrector: aim at the centre as far as the predictor failed to close the gap."""
-        gap = programs.dual.flatten(1) @ self.cost - programs.t
-        dual_step = _longest(programs.dual, newton.d_dual).clamp_max(1)
-        closed = dual_step * (newton.d_dual.flatten(1) @ self.cost) - newton.primal_step.clamp_max(1) * newton.dt
-        centring = (1 + closed / gap).clamp(0, 1) ** 3
-        mu = (centring * gap)[:, None] * (self.weights / (2 * self.head.probs.sum()))
-        goal = (mu[:, None] - newton.d_slack * newton.d_dual) / programs.slack
-        aim = -(self.sign.T @ goal)[:, 0]
-        h = newton.solve((newton.weight * aim * self.head.probs) @ self.head.basis)
-        dt = (1 - (programs.target * h).sum(1)) * newton.dt
-        multipliers = torch.addcmul(h, dt[:, None], newton.ray)
-        f = multipliers @ self.head.basis.T
-        du = newton.weight * (f - aim)
-        d_slack = self.sign * du[:, None]
-        d_dual = goal - torch.addcmul(programs.dual, newton.ratio, d_slack)
-        primal = (_STEP * _longest(programs.slack, d_slack)).clamp_max(1)
-        dual = (_STEP * _longest(programs.dual, d_dual)).clamp_max(1)
-        return programs._replace(
-            slack=torch.addcmul(programs.slack, primal[:, None, None], d_slack),
-            dual=torch.addcmul(programs.dual, dual[:, None, None], d_dual),
-            t=torch.addcmul(programs.t, primal, dt),
-            multipliers=multipliers,
-            upper=self._per_unit(f),
-        )
-
-
-def _longest(values: Float[Tensor, "n 2 k"], change: Float[Tensor, "n 2 k"]) -> Float[Tensor, " n"]:
-    """Longest step that keeps every value positive."""
-    return -1 / (change / values).amin((1, 2)).clamp_max(-1e-300)
-
-
-def _bound(f: Float[Tensor, "n k"], probs: Float[Tensor, " k"], box: _Box) -> _Bound:
-    """Return the parts of T for rows of f; without a floor f is first raised until it is nowhere negative."""
-    if box.floored:
-        positive = f.clamp_min(0) @ probs
-        return _Bound(positive, positive - f @ probs, torch.zeros_like(positive))
-    shift = -f.amin(1).clamp_max(0)
-    return _Bound(f @ probs + shift * probs.sum(), torch.zeros_like(shift), shift)
-
-
-def _scaled_cholesky(matrix: Float[Tensor, "n width width"]) -> tuple[Tensor, Tensor]:
-    """Cholesky factor of each matrix scaled to a unit diagonal, with 1e-13 on it, and the scale."""
-    scale = matrix.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
-    scaled = matrix * scale[:, :, None] * scale[:, None, :]
-    scaled.diagonal(dim1=-2, dim2=-1).add_(1e-13)
-    factor, failed = torch.linalg.cholesky_ex(scaled)
-    # A matrix that is not positive definite gives up its token: NaN fails every proof.
-    return factor.masked_fill_((failed != 0)[:, None, None], torch.nan), scale
-
-
-def _cloned(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()
-
-
-def _split(size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(torch.split(tensor, size) for tensor in tensors), strict=True))
+    def solver(self, box: Box, rays: int) -> InteriorPoint:
+        return InteriorPoint(self.basis, self.probs, box, rays)
 
 
 class SupportChecker:
@@ -401,7 +128,7 @@ class SupportChecker:
         checked, undecided: tokens below tau that were decided by proof or not, since the checker was made. Undecided
             ones are reported as such; whoever needs a set treats them as cut, since keeping asks for a proof.
 
-    Cost on one CPU thread at V = 49152, rank 20 (docs/bat.md): 1 to 2 ms a check of one token, row included. Memory:
+    Cost on one CPU thread at V = 49152, rank 20 (docs/bat.md): some 3 ms a check of one token, row included. Memory:
     V * (rank + 1) float64 for the basis, and 16 vectors of V while a batch is verified.
 
     Source: Finlayson et al. 2023, arXiv 2310.01693, section 5. Deviations: exact where the published code is at the
@@ -419,7 +146,7 @@ class SupportChecker:
         self.checked = self.undecided = 0
         ones = basis.factors.new_ones(basis.vocab_size, 1)
         self._basis = torch.cat([ones, basis.factors], dim=1).contiguous()
-        self._largest = self._basis.abs().amax(0)
+        self.largest = self._basis.abs().amax(0)
 
     def check(self, scores: Tensor, tau: float | Tensor, tokens: Tensor) -> Tensor:
         """Decide `tokens` [*rows, n] of `scores` [*rows, V] at `tau` (one number, or one a row [*rows] or [*rows, 1]).
@@ -508,7 +235,7 @@ class SupportChecker:
             s = low * (1 + tolerance)
             if s >= s_max:
                 return _TAU_MAX
-            reach = work.largest_ceiling(_Box(s, float(self.variant == "paper")))
+            reach = work.largest_ceiling(s)
             if reach <= s:
                 break
             low = reach
@@ -516,7 +243,8 @@ class SupportChecker:
 
     def _row(self, scores: Tensor) -> _Row:
         probs, basis, softcap = scores.double().softmax(-1), self._basis, self.basis.softcap
-        if not bool(probs.sum().isfinite()):
+        # NaN and +inf spread over the whole row.
+        if not bool(probs[0].isfinite()):
             raise ValueError("scores must be finite or -inf, at least one of them finite, in every row")
         if softcap is not None:
             _check_capped(scores, softcap)
@@ -538,7 +266,7 @@ class SupportChecker:
         if not bool(((taus > 0) & (taus < 1)).all()):
             raise ValueError(f"tau must lie in (0, 1), got {tau}")
         if self._basis.device != scores.device:
-            self._basis, self._largest = self._basis.to(scores.device), self._largest.to(scores.device)
+            self._basis, self.largest = self._basis.to(scores.device), self.largest.to(scores.device)
         return rows, taus.expand(len(rows))
 
     def _tokens(self, scores: Tensor, tokens: Tensor) -> Tensor:
@@ -571,9 +299,8 @@ class SupportRow:
     @torch.inference_mode()
     def decide(self, token: int) -> Decision:
         """Decide one token."""
-        work = _RowWork(
-            self._checker, self._row, self._tau, torch.tensor([token], device=self._row.probs.device), False
-        )
+        tokens = torch.tensor([token], device=self._row.probs.device)
+        work = _RowWork(self._checker, self._row, self._tau, tokens, False)
         work.head = self._head
         work.decide()
         self._head = work.head
@@ -585,7 +312,7 @@ class _RowWork:
 
     def __init__(self, checker: SupportChecker, row: _Row, tau: float, tokens: Tensor, prove: bool):
         self.checker, self.row, self.tokens, self.prove = checker, row, tokens, prove
-        self.box = _Box.of(tau, checker.variant)
+        self.box = _box(tau / (1 - tau), checker)
         self.probs = row.probs[tokens]
         self.decisions = (self.probs >= tau).to(torch.int8) - (self.probs <= 0).to(torch.int8)
         self.proofs: dict[int, Certificate] = {}
@@ -600,15 +327,14 @@ class _RowWork:
     def sift(self) -> None:
         """Cut what a few columns cut in a few steps: most tokens, at a fraction of the cost."""
         pending = self._pending()
-        if len(pending) < _PAIRS_PAY:
+        if len(pending) < _SIFTING_PAYS:
             return
         head = _make_head(self.row, self.row.probs.topk(min(_SIFTING_COLUMNS, len(self.row.probs))).indices)
-        solver = _InteriorPoint(head, self.box, len(pending))
-        target, bar = self._programs(head, pending)
-        cut = solver.screen(target, bar)
-        rest = (~cut).nonzero()[:, 0]
-        for part in torch.split(rest, solver.batch):
-            cut[part] = solver.solve(target[part], bar[part], iterations=_SIFTING_ITERATIONS).status == -1
+        solver = head.solver(self.box, len(pending))
+        rays, bar = self._rays(head, pending)
+        cut = solver.screen(rays, bar)
+        for part in torch.split((~cut).nonzero()[:, 0], solver.batch):
+            cut[part] = solver.solve(rays[part], bar[part], iterations=_SIFTING_ITERATIONS).status == -1
         self.decisions[pending[cut]] = -1
         self.checker.checked += int(cut.sum())
 
@@ -617,32 +343,32 @@ class _RowWork:
         pending = self._pending()
         self.checker.checked += len(pending)
         if len(pending):
-            solver = _InteriorPoint(self.the_head(), self.box, len(pending))
+            solver = self.the_head().solver(self.box, len(pending))
         while len(pending):
             batch, pending = pending[: solver.batch], pending[solver.batch :]
-            self._decide_batch(solver, batch)
+            self._decide_batch(self.the_head(), solver, batch)
             self.checker.undecided += int((self.decisions[batch] == 0).sum())
             pending = pending[self.decisions[pending] == 0]
 
-    def largest_ceiling(self, box: _Box) -> float:
-        """Largest ceiling s at which the best multipliers at `box` still keep the one token; its s where it is cut."""
-        refused = self.row.probs.new_zeros(0, len(self.row.probs))
+    def largest_ceiling(self, ceiling: float) -> float:
+        """Largest s at which the best multipliers at `ceiling` still keep the one token; `ceiling` where it is cut."""
+        self.box = box = _box(ceiling, self.checker)
+        refused = self.row.basis.new_zeros(0, self.row.basis.shape[1])
         for _ in range(_MAX_ROUNDS):
             head = self.the_head()
-            self.box = box
-            outcome = _InteriorPoint(head, box, 1).solve(*self._programs(head, torch.arange(1)), settle=1.0)
+            outcome = head.solver(box, 1).solve(*self._rays(head, torch.arange(1)), settle=1.0)
             if int(outcome.status[0]) != 1:
-                return box.ceiling
+                return ceiling
             multipliers = outcome.multipliers @ head.whitener.T
             f = multipliers @ self.row.basis.T
-            bound = _bound(f, self.row.probs, box)
+            bound = bound_of(f, self.row.probs, box)
             own = self.probs * (f[:, self.tokens][0] + bound.shift)
             room = float(own - bound.negative) / max(float(bound.positive - own), 1e-300)
-            if room > box.ceiling:
+            if room > ceiling:
                 return room
-            refused = torch.cat([refused, f])[-_BITS:]
+            refused = torch.cat([refused, multipliers])
             self.head = self._widened(head, refused)
-        return box.ceiling
+        return ceiling
 
     def certificates(self) -> list[Certificate]:
         """One a token, in order."""
@@ -652,63 +378,64 @@ class _RowWork:
     def _pending(self) -> Tensor:
         return ((self.decisions == 0) & (self.probs > 0)).nonzero()[:, 0]
 
-    def _programs(self, head: _Head, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets in head coordinates and bars: outside the head a token's own column is at its ceiling for free."""
+    def _rays(self, head: _Head, which: Tensor) -> tuple[Tensor, Tensor]:
+        """Rays in head coordinates and bars: outside the head a token's own column is at its ceiling for free."""
         tokens, probs = self.tokens[which], self.probs[which]
         bar = probs + self.box.ceiling * (probs * (head.member[tokens] >= 0))
         return self.row.basis[tokens] @ head.whitener, bar
 
-    def _decide_batch(self, solver: _InteriorPoint, batch: Tensor) -> None:
-        refused = self.row.probs.new_zeros(0, len(self.row.probs))
+    def _decide_batch(self, head: _Head, solver: InteriorPoint, batch: Tensor) -> None:
+        refused = self.row.basis.new_zeros(0, self.row.basis.shape[1])
         for _ in range(_MAX_ROUNDS):
-            outcome = solver.solve(*self._programs(solver.head, batch))
+            outcome = solver.solve(*self._rays(head, batch))
             cut, keep = (outcome.status == -1).nonzero()[:, 0], (outcome.status == 1).nonzero()[:, 0]
             self.decisions[batch[cut]] = -1
             if self.prove:
                 for n in cut.tolist():
-                    self._prove_cut(int(batch[n]), solver.head, outcome.u[n])
-            multipliers = outcome.multipliers[keep] @ solver.head.whitener.T
-            batch = batch[keep]
-            for which, part in _split(_VERIFIED_TOGETHER, batch, multipliers):
-                f = self._verify(part)
-                refused = torch.cat([refused, f[self.decisions[which] == 0]])[-_BITS:]
+                    self._prove_cut(int(batch[n]), head, outcome.u[n])
+            batch, multipliers = batch[keep], outcome.multipliers[keep] @ head.whitener.T
+            for which, part in split(_VERIFIED_TOGETHER, batch, multipliers):
+                self._verify(part[self.decisions[which] == 0])
+                refused = torch.cat([refused, part[self.decisions[which] == 0]])
             batch = batch[self.decisions[batch] == 0]
             if not len(batch):
                 return
-            solver = _InteriorPoint(self._widened(solver.head, refused), self.box, len(batch))
+            head = self._widened(head, refused)
+            solver = head.solver(self.box, len(batch))
 
-    def _verify(self, multipliers: Float[Tensor, "n width"]) -> Float[Tensor, "n vocab"]:
-        """Keep every pending token that one of the multipliers keeps over the whole vocabulary; return their f."""
+    def _verify(self, multipliers: Float[Tensor, "n width"]) -> None:
+        """Keep every pending token that one of the multipliers keeps over the whole vocabulary."""
         f = multipliers @ self.row.basis.T
-        bound = _bound(f, self.row.probs, self.box)
+        bound = bound_of(f, self.row.probs, self.box)
         s = self.box.ceiling
-        rounding = 64 * _EPSILON * (1 + s) * (multipliers.abs() @ self.checker._largest + bound.shift)
-        limit = (s * bound.positive + bound.negative) * (1 + _MARGIN) + rounding
+        rounding = 64 * _EPSILON * (1 + s) * (multipliers.abs() @ self.checker.largest + bound.shift)
+        limit = (s * bound.positive + bound.negative) * (1 + MARGIN) + rounding
         kept = (1 + s) * self.probs * (f[:, self.tokens] + bound.shift[:, None]) > limit[:, None]
         new = (kept.any(0) & (self.decisions == 0)).nonzero()[:, 0]
         self.decisions[new] = 1
         if self.prove:
             for n in new.tolist():
-                proof = multipliers[kept[:, n].nonzero()[0, 0]].clone()
-                proof[0] += bound.shift[kept[:, n].nonzero()[0, 0]]
+                first = kept[:, n].nonzero()[0, 0]
+                proof = multipliers[first].clone()
+                proof[0] += bound.shift[first]
                 self.proofs[n] = Certificate(int(self.tokens[n]), Decision.KEPT, multipliers=proof)
-        return f
 
-    def _widened(self, head: _Head, refused: Float[Tensor, "n vocab"]) -> _Head:
-        """Add the columns that the refused f pay most for, and bundle the rest by the signs of these f.
+    def _widened(self, head: _Head, refused: Float[Tensor, "n width"]) -> _Head:
+        """Add the columns that the refused multipliers pay most for, and bundle the rest by the signs of their f.
 
         In bundles on which f has one sign T is exact: the same l is not taken for a proof again. Without a floor only
         single columns can help.
         """
+        f = refused[-_JOINED:] @ self.row.basis.T
         if self.box.floored:
-            cost = torch.maximum(self.box.ceiling * refused, -refused).mul_(self.row.probs)
+            cost = torch.maximum(self.box.ceiling * f, -f).mul_(self.row.probs)
         else:
-            cost = (-refused).masked_fill_(self.row.probs <= 0, -torch.inf)
+            cost = (-f).masked_fill_(self.row.probs <= 0, -torch.inf)
         cost[:, head.singles] = -torch.inf
         joining = cost.topk(min(_JOINING, cost.shape[1]), dim=1).indices.flatten()
         chosen = torch.zeros_like(self.row.probs, dtype=torch.bool)
         chosen[head.singles] = chosen[joining] = True
-        return _make_head(self.row, chosen.nonzero()[:, 0], refused > 0 if self.box.floored else None)
+        return _make_head(self.row, chosen.nonzero()[:, 0], f[-_BITS:] > 0 if self.box.floored else None)
 
     def _prove_cut(self, n: int, head: _Head, u: Float[Tensor, " k"]) -> None:
         """From sum p-hat u b = bar b_i to a distribution without token i: mix with p-hat until p_i = 0."""
@@ -719,6 +446,15 @@ class _RowWork:
         probs = self.row.probs * (1 + full / -full[token])
         probs[token] = 0
         self.proofs[n] = Certificate(token, Decision.CUT, distribution=probs)
+
+
+def _box(ceiling: float, checker: SupportChecker) -> Box:
+    """Without a floor the official code's form, which lets p go below zero."""
+    return Box(ceiling, float(checker.variant == "paper"))
+
+
+def _cloned(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
 
 
 def _check_capped(scores: Tensor, softcap: float) -> None:
@@ -752,20 +488,20 @@ def _make_head(row: _Row, singles: Int[Tensor, " singles"], signs: Tensor | None
         member = torch.where((member < 0) & (bundle >= 0), bundle + len(singles), member)
         probs, basis = torch.cat([probs, mass]), torch.cat([basis, mean])
     gram = (basis.T * probs) @ basis
-    scale = gram.diagonal().clamp_min(1e-300).rsqrt()
-    scaled = gram * scale[:, None] * scale
-    scaled.diagonal().add_(1e-9)
-    whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(scaled), scale.diag(), upper=False).T
+    # A ridge relative to the diagonal: directions that these columns hardly span stay representable.
+    gram.diagonal().mul_(1 + 1e-9).add_(1e-300)
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), unit, upper=False).T
     return _Head(singles, member, probs, basis @ whitener, whitener.contiguous())
 
 
 def _bundles(row: _Row, free: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each free token's bundle (-1 for none), and the bundles' mass and mean."""
-    places = 2 ** torch.arange(len(signs), device=signs.device)
-    code = (signs * places[:, None]).sum(0)
+    places = 2.0 ** torch.arange(len(signs), device=signs.device, dtype=torch.float64)
+    code = (places @ signs.double()).long()
     probs = torch.where(free, row.probs, 0)
-    mass = probs.new_zeros(2 ** len(signs)).index_add_(0, code, probs)
-    total = probs.new_zeros(len(mass), row.basis.shape[1]).index_add_(0, code, row.basis * probs[:, None])
-    used = mass > _NEGLIGIBLE
+    # One row a bundle; the basis's leading ones make the first sum the mass.
+    total = probs.new_zeros(2 ** len(signs), len(probs)).scatter_(0, code[None], probs[None]) @ row.basis
+    used = total[:, 0] > _NEGLIGIBLE
     number = torch.where(used, used.cumsum(0) - 1, -1)
-    return torch.where(free, number[code], -1), mass[used], total[used] / mass[used, None]
+    return torch.where(free, number[code], -1), total[used, 0], total[used] / total[used, :1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -88,7 +91,7 @@ class Judge:
         assert (difference <= 1e-6 * moved + 1e-14 * self.size).all()
 
 
-SHAPES = [(50, 1), (50, 8), (50, 40), (300, 3), (300, 20), (2000, 20), (2000, 64), (50000, 20)]
+SHAPES = [(50, 1), (50, 8), (50, 40), (300, 3), (300, 20), (2000, 20), (2000, 64), (50000, 64)]
 
 
 @pytest.mark.parametrize(("vocab", "rank"), SHAPES)
@@ -157,6 +160,58 @@ def test_decisions_are_those_of_an_exact_program_on_two_thousand_small_cases():
             assert decision == (Decision.KEPT if minimum >= 1e-6 else Decision.CUT), (seed, token, minimum)
     assert cases == 2000
     assert ties <= 10
+
+
+def solved(rows: list[list[Fraction]]) -> list[Fraction] | None:
+    """Solve a square system [matrix | right side] exactly by Gauss and Jordan; None where it is singular."""
+    rows, size = [row[:] for row in rows], len(rows)
+    for n in range(size):
+        pivot = next((m for m in range(n, size) if rows[m][n]), None)
+        if pivot is None:
+            return None
+        rows[n], rows[pivot] = rows[pivot], rows[n]
+        rows[n] = [value / rows[n][n] for value in rows[n]]
+        for m in range(size):
+            if m != n and rows[m][n]:
+                rows[m] = [a - rows[m][n] * b for a, b in zip(rows[m], rows[n], strict=True)]
+    return [row[-1] for row in rows]
+
+
+def exact_bound(probs: list[Fraction], basis: list[list[Fraction]], s: Fraction, token: int) -> Fraction:
+    """min T(l) over l . b_i = 1: T is linear between the planes f_j = 0, so one of their crossings attains it."""
+    width, best = len(basis[0]), None
+    others = [j for j in range(len(basis)) if j != token]
+    for zeros in itertools.combinations(others, width - 1):
+        multipliers = solved([[*basis[token], Fraction(1)], *([*basis[j], Fraction(0)] for j in zeros)])
+        if multipliers is None:
+            continue
+        f = [sum(a * b for a, b in zip(row, multipliers, strict=True)) for row in basis]
+        total = sum(p * (s * v if v > 0 else -v) for p, v in zip(probs, f, strict=True))
+        best = total if best is None else min(best, total)
+    assert best is not None
+    return best
+
+
+def test_decisions_are_those_of_rational_arithmetic():
+    """No tolerance anywhere in the reference. Small whole numbers make exact ties, which must not be kept."""
+    kept = cut = 0
+    for seed in range(60):
+        generator = np.random.default_rng(seed)
+        vocab, rank = int(generator.integers(8, 13)), int(generator.integers(1, 3))
+        counts = generator.integers(1, 200, vocab)
+        columns = generator.integers(-4, 5, (vocab, rank))
+        s = Fraction(1, int(generator.choice([3, 7, 15, 31])))
+        probs = [Fraction(int(count), int(counts.sum())) for count in counts]
+        rows = [[Fraction(1), *(Fraction(int(x)) for x in row)] for row in columns]
+        basis = SoftmaxBasis(torch.from_numpy(columns).double(), torch.ones(rank, dtype=torch.float64), "")
+        scores = torch.from_numpy(counts).double().log()
+        decisions = SupportChecker(basis).check(scores, float(s / (1 + s)), torch.arange(vocab)).tolist()
+        for token, decision in enumerate(decisions):
+            if probs[token] * (1 + s) < s:
+                exact = exact_bound(probs, rows, s, token) < (1 + s) * probs[token]
+                assert (decision == Decision.KEPT) == exact, (seed, token)
+                kept, cut = kept + exact, cut + (not exact)
+    assert min(kept, cut) >= 50
 
 
 @pytest.mark.parametrize("rank", [2, 10])
@@ -286,6 +341,31 @@ def test_a_keep_that_the_whole_vocabulary_refuses_is_no_keep(monkeypatch):
 
     monkeypatch.setattr(support._RowWork, "_verify", believe)
     assert (SupportChecker(basis, columns=64).check(scores, 0.01, tokens) != exact).any()
+
+
+@pytest.mark.parametrize(("excess", "decision"), [(-1e-9, 0), (5e-9, 0), (3e-8, 1)])
+def test_a_keep_needs_its_margin_over_the_whole_vocabulary(excess, decision):
+    """Turn l until sigma p-hat_i f_i stands at (1 + excess) T(l): under the margin nothing is proved."""
+    basis, scores = random_basis(2000, 1, 7), random_scores(2000, 7, 2.0)
+    probs, tau = scores.softmax(-1), 0.01
+    token = probs.masked_fill(probs >= tau, 0).argmax()
+    weights = torch.cat([torch.ones(2000, 1, dtype=torch.float64), basis.factors], dim=1)
+
+    def ratio(angle: float) -> float:
+        f = weights @ torch.tensor([np.cos(angle), np.sin(angle)])
+        bound = probs @ (tau / (1 - tau) * f.clamp_min(0) + (-f).clamp_min(0))
+        return float(probs[token] * f[token] / (1 - tau) / bound)
+
+    best = max(np.linspace(-1, 1, 201), key=ratio)
+    low, high = 0.0, float(best)
+    assert ratio(low) < 1 - 1e-6 < 1 + 1e-6 < ratio(high)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if ratio(middle) < 1 + excess else (low, middle)
+    checker = SupportChecker(basis)
+    work = support._RowWork(checker, checker._row(scores), tau, token[None], False)
+    work._verify(torch.tensor([[np.cos(high), np.sin(high)]]))
+    assert work.decisions.item() == decision
 
 
 def test_bad_input_is_named():

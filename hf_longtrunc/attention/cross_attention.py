@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # What families call the same thing.
-_PROJECTIONS = (("q_proj", "k_proj", "v_proj", "out_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), ("q", "k", "v", "o"))
+_PROJECTIONS = (
+    ("q_proj", "k_proj", "v_proj", "out_proj"),
+    ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ("q", "k", "v", "o"),
+)
 _STATES = ("key_value_states", "encoder_hidden_states")
 _MASKS = ("attention_mask", "mask")
 _HEAD_DIMS = ("head_dim", "key_value_proj_dim")
@@ -39,7 +43,7 @@ class CrossAttention:
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the decoder's hidden states, the encoder's, and the mask, out of a call's arguments."""
-        given = {**dict(zip(inspect.signature(self.forward).parameters, args, strict=False)), **kwargs}
+        given = _arguments(self.module, args, kwargs)
         return given["hidden_states"], _states_in(given), next((given[name] for name in _MASKS if name in given), None)
 
     def query(self, hidden: Tensor) -> Tensor:
@@ -77,8 +81,7 @@ def cross_attention_modules(decoder: nn.Module, run: Callable[[], Any]) -> list[
 
     def note(names: tuple[str, str, str, str]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-            if _states_in(given) is not None and isinstance(output, tuple):
+            if _states_in(_arguments(module, args, kwargs)) is not None and isinstance(output, tuple):
                 found[module] = CrossAttention(module, names, module.forward, len(output))
 
         return hook
@@ -99,6 +102,12 @@ def cross_attention_modules(decoder: nn.Module, run: Callable[[], Any]) -> list[
 
 def _is_readable(module: nn.Module) -> bool:
     return hasattr(module, "scaling") and any(hasattr(module, name) for name in _HEAD_DIMS)
+
+
+def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments by name: those of the module's class, whatever wraps this instance's forward."""
+    _, *names = inspect.signature(type(module).forward).parameters
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _states_in(given: dict[str, Any]) -> Any:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from hf_longtrunc.attention.windows import Window, plan_windows
@@ -66,8 +65,8 @@ def long_encoder(forward: Callable[..., Any], window: int, overlap: float, encod
         ]
         stitched, output = _Stitched(rows, length), None
         for batch in _batches(pieces, encode_batch):
-            cut = {name: [x[piece.row, piece.tokens] for piece in batch] for name, x in per_token.items()}
-            output = forward(**rest, **{name: pad_sequence(some, batch_first=True) for name, some in cut.items()})
+            cut = {n: torch.stack([x[piece.row, piece.tokens] for piece in batch]) for n, x in per_token.items()}
+            output = forward(**rest, **cut)
             stitched.add(batch, output[0])
         states = stitched.states()
         return (states,) if isinstance(output, tuple) else type(output)(last_hidden_state=states)
@@ -92,14 +91,18 @@ def real_spans(mask: Tensor, length: int) -> list[slice]:
 
 
 def _batches(pieces: list[_Piece], size: int) -> Iterator[list[_Piece]]:
-    """Yield the pieces in batches, behind a bar if they take long."""
+    """Yield the pieces in batches of one length, so that nothing is padded, behind a bar if they take long."""
+    by_length: dict[int, list[_Piece]] = {}
+    for piece in pieces:
+        by_length.setdefault(piece.tokens.stop - piece.tokens.start, []).append(piece)
     with logging.tqdm(
         total=len(pieces), desc="encoding", unit="window", delay=_SECONDS_BEFORE_PROGRESS, leave=False
     ) as bar:
-        for start in range(0, len(pieces), size):
-            batch = pieces[start : start + size]
-            yield batch
-            bar.update(len(batch))
+        for alike in by_length.values():
+            for start in range(0, len(alike), size):
+                batch = alike[start : start + size]
+                yield batch
+                bar.update(len(batch))
 
 
 class _Stitched:
@@ -115,7 +118,9 @@ class _Stitched:
         self._kept: list[tuple[_Piece, Tensor]] = []
 
     def add(self, batch: list[_Piece], hidden: Tensor) -> None:
-        kept = [(piece, h[piece.window.keep_start : piece.window.keep_stop]) for piece, h in zip(batch, hidden, strict=True)]
+        kept = [
+            (piece, h[piece.window.keep_start : piece.window.keep_stop]) for piece, h in zip(batch, hidden, strict=True)
+        ]
         if hidden.requires_grad:
             self._kept += kept
             return

@@ -65,9 +65,9 @@ def retrieved_attention(
 def _attend(queries: Tensor, constant: Tensor, store: Store, k: int, heads: Heads) -> tuple[Tensor, Tensor]:
     """Return, for absorbed queries [q, width], the sums of retrieved states [q, width] and of their weights [q]."""
     scores, ids = store.search(queries, k)
+    scores = scores + constant[:, None]  # matters under a cap only
     if heads.softcap is not None:
-        capped = heads.softcap * torch.tanh((scores + constant[:, None]) / heads.softcap)
-        scores = capped.masked_fill(ids < 0, -torch.inf)
+        scores = (heads.softcap * torch.tanh(scores / heads.softcap)).masked_fill(ids < 0, -torch.inf)
     accurate = torch.float32 if scores.dtype in (torch.float16, torch.bfloat16) else scores.dtype
     weights = F.dropout(scores.softmax(-1, dtype=accurate).to(scores.dtype), heads.dropout)
     return store.weighted_sum(ids, weights), weights.sum(-1)

@@ -31,6 +31,8 @@ Training = Literal["retrieval", "random", "alternating"]
 # Lengths that an encoder cannot exceed, and one that it was trained at but can.
 _HARD_LENGTHS = ("max_encoder_position_embeddings", "max_position_embeddings")
 _SOFT_LENGTHS = ("n_positions",)
+# A mask of this dtype asks for random states, one of bools for the best.
+_RANDOM = torch.uint8
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Unlimiformer:
             ModuleNotFoundError: `index` names FAISS, which is not installed.
         """
         owner = _encoder_decoder(model)
-        window = _window(owner.config, self.window)
+        window = _window(owner.get_encoder().config, self.window)
         return RetrievalPatch(owner, self, window, window if self.top_k is None else self.top_k)
 
 
@@ -127,7 +129,7 @@ class RetrievalPatch:
         self._encoder, self._decoder = model.get_encoder(), model.get_decoder()
         self._decoder_parameters = list(inspect.signature(self._decoder.forward).parameters)
         self._longest_untouched = window
-        self._is_random_step = settings.training == "random"
+        self._was_random = False
         self._held: tuple[weakref.ref[Tensor], Tensor, list[Store]] | None = None
         self._changes = Changes()
         try:
@@ -173,7 +175,9 @@ class RetrievalPatch:
         """Return the decoder's hidden states after a few tokens, without cache, dropout or gradient."""
         model = self._model
         embeddings = model.get_input_embeddings().weight
-        ids = torch.tensor([[(7 * i + 3) % len(embeddings) for i in range(min(8, self.window))]], device=embeddings.device)
+        ids = torch.tensor(
+            [[(7 * i + 3) % len(embeddings) for i in range(min(8, self.window))]], device=embeddings.device
+        )
         training = {module: module.training for module in model.modules()}
         model.eval()
         try:
@@ -212,11 +216,17 @@ class RetrievalPatch:
             mask = torch.ones(rows, length, dtype=torch.bool, device=states.device)
         # generate() repeats the mask for every beam, and here not the states.
         mask = mask.bool()[:: max(1, len(mask) // rows)]
-        if decoder.training and self._settings.training == "alternating":
-            self._is_random_step = not self._is_random_step
         if not torch.is_grad_enabled():
             self._hold(states, mask)
-        return (), {**inputs, "encoder_attention_mask": mask[:, None, None]}
+        # The dtype travels too, and stays right when activation checkpointing runs a layer again much later.
+        dtype = _RANDOM if decoder.training and self._draws_at_random() else torch.bool
+        return (), {**inputs, "encoder_attention_mask": mask.to(dtype)[:, None, None]}
+
+    def _draws_at_random(self) -> bool:
+        if self._settings.training == "alternating":
+            self._was_random = not self._was_random
+            return self._was_random
+        return self._settings.training == "random"
 
     def _attend(self, cross: CrossAttention, *args: Any, **kwargs: Any) -> Any:
         """Run a cross-attention module: its own forward for short inputs, retrieval for long ones."""
@@ -224,9 +234,9 @@ class RetrievalPatch:
         if states.shape[1] <= self._longest_untouched:
             return cross.forward(*args, **kwargs)
         assert mask is not None
-        stores = self._stores(states, mask[:, 0, 0])
+        stores = self._stores(states, mask[:, 0, 0].bool())
         top_k = [len(store) if len(store) <= self.window else self.top_k for store in stores]
-        if cross.module.training and self._is_random_step:
+        if mask.dtype == _RANDOM:
             stores = [_random_states(store, k) for store, k in zip(stores, top_k, strict=True)]
         query = cross.query(hidden).to(states.dtype)
         return cross.output(retrieved_attention(query, stores, top_k, cross.heads()))
@@ -293,7 +303,6 @@ def _encoder_decoder(model: Any) -> Any:
 
 def _window(config: Any, window: int | None) -> int:
     """Return the window asked for, or the most that the encoder can read (or was trained at, if it has no limit)."""
-    config = config.get_text_config(encoder=True)
     limits = [getattr(config, name) for name in _HARD_LENGTHS if isinstance(getattr(config, name, None), int)]
     if window is not None:
         if limits and window > limits[0]:

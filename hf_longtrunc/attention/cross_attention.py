@@ -49,21 +49,24 @@ class CrossAttention:
     def query(self, hidden: Tensor) -> Tensor:
         """Return queries [rows, heads, new, head_dim] of hidden states [rows, new, width]."""
         query: Tensor = getattr(self.module, self.names[0])(hidden)
-        return query.unflatten(-1, (-1, self._head_dim)).transpose(1, 2)
+        return query.view(*query.shape[:2], -1, self._head_dim).transpose(1, 2)
 
     def heads(self) -> Heads:
         """Return the layer's weights by head; groups of heads that share keys and values have theirs repeated."""
-        query_heads = _width(getattr(self.module, self.names[0]), self._head_dim)
-        weights = []
-        for name in self.names[1:3]:
-            weight, bias = _weight_and_bias(getattr(self.module, name))
-            group = query_heads * self._head_dim // len(weight)
-            weights.append(weight.unflatten(0, (-1, self._head_dim)).repeat_interleave(group, dim=0))
-            weights.append(bias.unflatten(0, (-1, self._head_dim)).repeat_interleave(group, dim=0))
+        key_weight, key_bias = self._by_head(self.names[1])
+        value_weight, value_bias = self._by_head(self.names[2])
         module = self.module
         dropout = next((getattr(module, name) for name in _DROPOUTS if hasattr(module, name)), 0.0)
         softcap = getattr(module, "attn_logit_softcapping", None)
-        return Heads(*weights, module.scaling, softcap, dropout if module.training else 0.0)
+        dropout = dropout if module.training else 0.0
+        return Heads(key_weight, key_bias, value_weight, value_bias, module.scaling, softcap, dropout)
+
+    def _by_head(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return a projection's weight [heads, head_dim, width] and bias [heads, head_dim]."""
+        weight, bias = _weight_and_bias(getattr(self.module, name))
+        group = getattr(self.module, self.names[0]).out_features // len(bias)
+        weight, bias = weight.view(-1, self._head_dim, weight.shape[1]), bias.view(-1, self._head_dim)
+        return weight.repeat_interleave(group, dim=0), bias.repeat_interleave(group, dim=0)
 
     def output(self, values: Tensor) -> Any:
         """Return what the module returns for its heads' outputs [rows, heads, new, head_dim]; no attention weights."""
@@ -114,10 +117,6 @@ def _states_in(given: dict[str, Any]) -> Any:
     return next((given[name] for name in _STATES if given.get(name) is not None), None)
 
 
-def _width(linear: Any, head_dim: int) -> int:
-    return int(linear.out_features) // head_dim
-
-
 def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor]:
     """Return W [out, in] and b [out] of an affine layer; of one that is no plain Linear, as layer(I) - layer(0)."""
     if type(linear) is nn.Linear:
@@ -126,4 +125,4 @@ def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor]:
     parameter = next(parameter for parameter in linear.parameters() if parameter.is_floating_point())
     eye = torch.eye(linear.in_features, dtype=parameter.dtype, device=parameter.device)
     bias = linear(torch.zeros_like(eye[:1]))[0]
-    return (linear(eye) - bias).T, bias
+    return (linear(eye) - bias).T.contiguous(), bias

@@ -74,7 +74,7 @@ class Datastore:
         """Return scores and ids of the min(k, n) states with the largest inner product, best first."""
         _check_k(k)
         together = max(1, _SCORES // min(_BLOCK, len(self)))
-        found = [self._search(some, k) for some in queries.split(together)]
+        found = [self._search(some, k) for some in torch.split(queries, together)]
         return torch.cat([scores for scores, _ in found]), torch.cat([ids for _, ids in found])
 
     def _search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -94,10 +94,10 @@ class Datastore:
 
 
 class FaissDatastore(Datastore):
-    """Search over `states` [n, width] through a FAISS index by inner product (needs `pip install 'hf_longtrunc[faiss]'`).
+    """Search over `states` [n, width] through a FAISS index by inner product; `pip install 'hf_longtrunc[faiss]'`.
 
     Args:
-        states: any floating dtype; the index holds them again in fp32 (or as small as its kind stores them), on the CPU.
+        states: any floating dtype; the index holds them again, on the CPU, in fp32 or as small as its kind stores them.
         index: what `faiss.index_factory` takes, "Flat", "HNSW32", "IVF1024,Flat"; search parameters follow a colon,
             "IVF1024,Flat:nprobe=64".
 
@@ -149,8 +149,8 @@ class ShardedDatastore:
 
     Args:
         shards: stores of consecutive parts of the text, each on its device; queries and answers are on the first's.
-        group: a torch.distributed process group of which every rank holds its part, in the order of ranks. All ranks ask
-            the same questions together and get the same answers; gradients stay within a rank.
+        group: a torch.distributed process group of which every rank holds its part, in the order of ranks. All ranks
+            ask the same questions together and get the same answers; gradients stay within a rank.
 
     Ids count through the whole text. What moves between stores is k scores and ids a query, and one weighted sum.
     """

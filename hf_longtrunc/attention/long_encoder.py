@@ -63,7 +63,8 @@ def long_encoder(forward: Callable[..., Any], window: int, overlap: float, encod
             for row, span in enumerate(real_spans(inputs["attention_mask"], length))
             for part in plan_windows(span.stop - span.start, window, overlap)
         ]
-        stitched, output = _Stitched(rows, length), None
+        stitched = _Stitched(rows, length)
+        output: Any = None
         for batch in _batches(pieces, encode_batch):
             cut = {n: torch.stack([x[piece.row, piece.tokens] for piece in batch]) for n, x in per_token.items()}
             output = forward(**rest, **cut)
@@ -78,8 +79,8 @@ def real_spans(mask: Tensor, length: int) -> list[slice]:
     """Return where each row's text lies, from its first to its last real token, by its mask [rows, length]."""
     if mask.ndim != 2 or mask.shape[1] != length:
         raise ValueError(
-            f"attention_mask must have a number per token, [rows, {length}], got shape {tuple(mask.shape)}: Unlimiformer "
-            "cuts it into windows"
+            f"attention_mask must have a number per token, [rows, {length}], got shape {tuple(mask.shape)}: "
+            "Unlimiformer cuts it into windows"
         )
     spans = []
     for row, real in enumerate(mask.bool()):
@@ -118,15 +119,14 @@ class _Stitched:
         self._kept: list[tuple[_Piece, Tensor]] = []
 
     def add(self, batch: list[_Piece], hidden: Tensor) -> None:
-        kept = [
-            (piece, h[piece.window.keep_start : piece.window.keep_stop]) for piece, h in zip(batch, hidden, strict=True)
-        ]
+        windows = [piece.window for piece in batch]
+        kept = [h[window.keep_start : window.keep_stop] for window, h in zip(windows, hidden, strict=True)]
         if hidden.requires_grad:
-            self._kept += kept
+            self._kept += zip(batch, kept, strict=True)
             return
         if self._states is None:
             self._states = hidden.new_zeros(*self._shape, hidden.shape[-1])
-        for piece, states in kept:
+        for piece, states in zip(batch, kept, strict=True):
             self._states[piece.row, piece.kept] = states
 
     def states(self) -> Tensor:

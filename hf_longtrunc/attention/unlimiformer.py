@@ -159,8 +159,8 @@ class RetrievalPatch:
         found = cross_attention_modules(self._decoder, lambda: before.append(self._few_states()))
         if not found:
             raise ValueError(
-                f"Unlimiformer cannot patch {type(model).__name__}: no cross-attention with query, key, value and output "
-                "projections was found in its decoder"
+                f"Unlimiformer cannot patch {type(model).__name__}: no cross-attention with query, key, value and "
+                "output projections was found in its decoder"
             )
         encode = long_encoder(self._encoder.forward, self.window, settings.overlap, settings.encode_batch)
         self._changes.set(self._encoder, "forward", encode)
@@ -199,8 +199,8 @@ class RetrievalPatch:
         tolerance = 0.1 if before.dtype in (torch.float16, torch.bfloat16) else 1e-3
         if not difference <= tolerance * before.double().norm():
             raise ValueError(
-                f"Unlimiformer cannot patch {type(self._model).__name__}: its cross-attention computes something that is "
-                f"not reproduced here (results differ by {difference:.1e})"
+                f"Unlimiformer cannot patch {type(self._model).__name__}: its cross-attention computes something that "
+                f"is not reproduced here (results differ by {difference:.1e})"
             )
 
     # -- a forward -----------------------------------------------------------------------------------------------------
@@ -293,8 +293,8 @@ def _encoder_decoder(model: Any) -> Any:
         )
     if not model.config.is_encoder_decoder:
         raise ValueError(
-            f"Unlimiformer needs an encoder-decoder (BART, T5, ...), {type(model).__name__} has no encoder whose states "
-            "could be retrieved; for a decoder-only model see LMInfinite"
+            f"Unlimiformer needs an encoder-decoder (BART, T5, ...), {type(model).__name__} has no encoder whose "
+            "states could be retrieved; for a decoder-only model see LMInfinite"
         )
     if "input_ids" not in inspect.signature(model.get_encoder().forward).parameters:
         raise ValueError(f"Unlimiformer needs an encoder that reads token ids, that of {type(model).__name__} does not")
@@ -307,8 +307,8 @@ def _window(config: Any, window: int | None) -> int:
     if window is not None:
         if limits and window > limits[0]:
             raise ValueError(
-                f"window must be at most {limits[0]}, the positions that this {type(config).__name__} gives its encoder, "
-                f"got {window}"
+                f"window must be at most {limits[0]}, the positions that this {type(config).__name__} gives its "
+                f"encoder, got {window}"
             )
         return window
     lengths = limits + [getattr(config, name) for name in _SOFT_LENGTHS if isinstance(getattr(config, name, None), int)]

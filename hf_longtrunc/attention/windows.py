@@ -27,7 +27,8 @@ def plan_windows(tokens: int, length: int, overlap: float) -> list[Window]:
         length: W, at least 1: what the encoder was made for.
         overlap: share of a window that its neighbours encode too, in [0, 1); 0.5 in the paper.
 
-    Cost: about N / (W (1 - overlap)) windows. Source: Bertsch et al. 2023, "Unlimiformer", arXiv 2305.01625, section 2.1.
+    Cost: about N / (W (1 - overlap)) windows.
+    Source: Bertsch et al. 2023, "Unlimiformer", arXiv 2305.01625, section 2.1.
     """
     if tokens < 1 or length < 1:
         raise ValueError(f"tokens and length must be at least 1, got tokens={tokens}, length={length}")

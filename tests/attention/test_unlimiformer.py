@@ -93,12 +93,15 @@ def full_attention(model, states, mask=None, **inputs):
     return model(encoder_outputs=BaseModelOutput(states), attention_mask=mask, **inputs)
 
 
+def close(model):
+    """Return the tolerances for a model: T5Gemma's norms work in single precision, whatever the model's is."""
+    return {"rtol": 1e-5, "atol": 1e-5} if "T5Gemma" in type(model).__name__ else CLOSE
+
+
 def assert_gradients(model, gradients):
-    """Compare gradients with the model's own; T5Gemma's norms work in single precision whatever the model's."""
-    close = {"rtol": 1e-5, "atol": 1e-5} if "T5Gemma" in type(model).__name__ else CLOSE
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(gradients[name], parameter.grad, **close, msg=name)
+            torch.testing.assert_close(gradients[name], parameter.grad, **close(model), msg=name)
 
 
 def padded(rows, side="right"):
@@ -111,7 +114,7 @@ def padded(rows, side="right"):
     return ids, mask
 
 
-# -- k >= n: full attention over the stitched states -----------------------------------------------------------------
+# -- k >= n: full attention over the stitched states -------------------------------------------------------------------
 
 
 def test_retrieving_everything_is_full_attention_logits_loss_and_gradients(model):
@@ -125,9 +128,9 @@ def test_retrieving_everything_is_full_attention_logits_loss_and_gradients(model
     states = torch.cat([stitched(model, row[None]) for row in ids])
     expected = full_attention(model, states, labels=labels)
     expected.loss.backward()
-    torch.testing.assert_close(output.encoder_last_hidden_state, states, **CLOSE)
-    torch.testing.assert_close(output.logits, expected.logits, **CLOSE)
-    torch.testing.assert_close(output.loss, expected.loss, **CLOSE)
+    torch.testing.assert_close(output.encoder_last_hidden_state, states, **close(model))
+    torch.testing.assert_close(output.logits, expected.logits, **close(model))
+    torch.testing.assert_close(output.loss, expected.loss, **close(model))
     assert_gradients(model, gradients)
 
 
@@ -157,7 +160,7 @@ def test_retrieving_everything_generates_what_full_attention_does(model, mode):
         torch.testing.assert_close(scores, others, **GENERATED)
 
 
-# -- k < n: the k best, of every head of every query ---------------------------------------------------------------------
+# -- k < n: the k best, of every head of every query -------------------------------------------------------------------
 
 
 class Recorder(Datastore):
@@ -171,7 +174,8 @@ class Recorder(Datastore):
         return scores, ids
 
 
-def test_each_head_finds_the_brute_force_set(model, k=5):
+def test_each_head_finds_the_brute_force_set(model):
+    k = 5
     ids, decoder_ids = random_ids(1, 60), random_ids(1, 4, seed=1)
     Recorder.found, expected = [], []
 
@@ -206,12 +210,13 @@ def test_logits_and_gradients_of_top_k_are_the_naive_ones(model, k):
     with naive_top_k(model, k):
         expected = full_attention(model, states, decoder_input_ids=decoder_ids).logits
     expected.square().mean().backward()
-    torch.testing.assert_close(output.logits, expected, **CLOSE)
+    torch.testing.assert_close(output.logits, expected, **close(model))
     assert (expected - everything).abs().max() > 1e-4
     assert_gradients(model, gradients)
 
 
-def test_every_step_retrieves_the_first_one_too(model, k=2):
+def test_every_step_retrieves_the_first_one_too(model):
+    k = 2
     ids = random_ids(1, 60)
     settings = {"max_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
     with Unlimiformer(top_k=k, window=WINDOW)(model):
@@ -230,7 +235,7 @@ def test_every_step_retrieves_the_first_one_too(model, k=2):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("k", [3, None, EVERYTHING])
+@pytest.mark.parametrize("k", [3, None])
 def test_a_padded_row_is_the_row_alone(model, side, k):
     rows = [random_ids(1, n, seed=n)[0] for n in (50, 33, WINDOW, 7)]
     ids, mask = padded(rows, side)
@@ -241,7 +246,7 @@ def test_a_padded_row_is_the_row_alone(model, side, k):
             model(input_ids=row[None], decoder_input_ids=d[None]).logits
             for row, d in zip(rows, decoder_ids, strict=True)
         ]
-    torch.testing.assert_close(together, torch.cat(alone), **CLOSE)
+    torch.testing.assert_close(together, torch.cat(alone), **close(model))
 
 
 def test_rows_with_holes_see_no_hole():
@@ -252,7 +257,7 @@ def test_rows_with_holes_see_no_hole():
     with Unlimiformer(top_k=EVERYTHING, window=WINDOW)(model), torch.no_grad():
         output = model(input_ids=ids, attention_mask=mask, decoder_input_ids=decoder_ids)
     expected = full_attention(model, output.encoder_last_hidden_state, mask, decoder_input_ids=decoder_ids)
-    torch.testing.assert_close(output.logits, expected.logits, **CLOSE)
+    torch.testing.assert_close(output.logits, expected.logits, **close(model))
 
 
 def test_beams_share_the_encoder_states_and_no_keys_are_kept(model):
@@ -347,11 +352,11 @@ def test_adapters_on_keys_and_values_count():
     adapted.zero_grad()
     expected = full_attention(adapted, stitched(model, ids), decoder_input_ids=decoder_ids).logits
     expected.sum().backward()
-    torch.testing.assert_close(output.logits, expected, **CLOSE)
+    torch.testing.assert_close(output.logits, expected, **close(model))
     assert_gradients(adapted, gradients)
 
 
-# -- short inputs and detaching: the model itself ------------------------------------------------------------------------
+# -- short inputs and detaching: the model itself ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, 9, WINDOW])
@@ -389,14 +394,10 @@ def test_detaching_gives_the_model_back_to_the_bit(model):
 
 
 def test_detaching_after_an_exception():
-    model = tiny_seq2seq().train()
+    model, ids = tiny_seq2seq().train(), random_ids(1, 50)
     attributes = traces(model)
-    with pytest.raises(RuntimeError, match="stop"), Unlimiformer(window=WINDOW)(model):
-        model.get_decoder().layers[1].fc1.register_forward_hook(lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model(input_ids=random_ids(1, 50), decoder_input_ids=random_ids(1, 4))
-        raise RuntimeError("stop")
-    model.get_decoder().layers[1].fc1._forward_hooks.clear()
+    with pytest.raises(IndexError), Unlimiformer(window=WINDOW)(model):
+        model(input_ids=ids, decoder_input_ids=ids + 1000)
     assert traces(model) == attributes
 
 
@@ -452,7 +453,7 @@ def test_random_training_attends_to_random_states_of_each_layer():
     expected = full_attention(model, states, decoder_input_ids=decoder_ids)
     for hook in hooks:
         hook.remove()
-    torch.testing.assert_close(output.logits, expected.logits, **CLOSE)
+    torch.testing.assert_close(output.logits, expected.logits, **close(model))
 
 
 def test_a_model_in_eval_mode_retrieves_whatever_the_training():
@@ -589,9 +590,7 @@ def test_settings_out_of_range_are_named(settings, error, message):
 
 
 def test_a_window_over_the_encoders_positions_is_refused():
-    with pytest.raises(
-        ValueError, match="window must be at most 64, the positions that this BartConfig gives its encoder"
-    ):
+    with pytest.raises(ValueError, match="window must be at most 64, the positions that this BartConfig"):
         Unlimiformer(window=65).attach(tiny_seq2seq())
     with pytest.raises(ValueError, match="window must be at most 64"):
         Unlimiformer(window=65).attach(tiny_seq2seq("led"))
@@ -606,11 +605,9 @@ def test_the_window_comes_from_the_config():
 
 
 def test_a_decoder_only_model_is_refused(tiny_model):
-    with pytest.raises(
-        ValueError, match="needs an encoder-decoder .* LlamaForCausalLM has no encoder .* see LMInfinite"
-    ):
+    with pytest.raises(ValueError, match=r"needs an encoder-decoder .* LlamaForCausalLM .* see LMInfinite"):
         Unlimiformer().attach(tiny_model)
-    with pytest.raises(TypeError, match="model must be a transformers encoder-decoder .* got Linear"):
+    with pytest.raises(TypeError, match=r"model must be a transformers encoder-decoder .* got Linear"):
         Unlimiformer().attach(torch.nn.Linear(2, 2))
 
 
@@ -618,7 +615,8 @@ def test_an_encoder_of_sound_is_refused():
     config = WhisperConfig(
         d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
         encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=97, num_mel_bins=8, max_source_positions=30,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=[], begin_suppress_tokens=[],
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=[],
+        begin_suppress_tokens=[],
     )  # fmt: skip
     with pytest.raises(ValueError, match="an encoder that reads token ids"):
         Unlimiformer(window=8).attach(WhisperForConditionalGeneration(config))
@@ -670,7 +668,7 @@ def test_cross_attention_that_computes_something_else_is_refused():
     module = cross_attentions(model)[0]
     plain = module.forward
     module.forward = lambda *args, **kwargs: (2 * plain(*args, **kwargs)[0], None)
-    with pytest.raises(ValueError, match="cannot patch BartForConditionalGeneration: .*not reproduced"):
+    with pytest.raises(ValueError, match=r"cannot patch BartForConditionalGeneration: .*not reproduced"):
         Unlimiformer(window=WINDOW).attach(model)
     del module.forward
     assert traces(model) == attributes

@@ -11,8 +11,12 @@ from hf_longtrunc.attention.windows import Window, plan_windows
 
 def test_vectors_of_the_design():
     expected = [
-        (0, 1024, 0, 768), (512, 1536, 256, 768), (1024, 2048, 256, 768), (1536, 2560, 256, 768), (1976, 3000, 328, 1024),
-    ]  # fmt: skip
+        (0, 1024, 0, 768),
+        (512, 1536, 256, 768),
+        (1024, 2048, 256, 768),
+        (1536, 2560, 256, 768),
+        (1976, 3000, 328, 1024),
+    ]
     assert plan_windows(3000, 1024, 0.5) == expected
 
 

@@ -66,6 +66,8 @@ class CrossAttention:
         weight, bias = _weight_and_bias(getattr(self.module, name))
         group = getattr(self.module, self.names[0]).out_features // len(bias)
         weight, bias = weight.view(-1, self._head_dim, weight.shape[1]), bias.view(-1, self._head_dim)
+        if group == 1:
+            return weight, bias
         return weight.repeat_interleave(group, dim=0), bias.repeat_interleave(group, dim=0)
 
     def output(self, values: Tensor) -> Any:

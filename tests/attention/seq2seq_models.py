@@ -24,6 +24,7 @@ T5GEMMA_MODULE = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
     "initializer_range": 0.3, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "sliding_window": 8,
+    "attention_bias": True,
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "bart": BART_LIKE,

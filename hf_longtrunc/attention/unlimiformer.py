@@ -152,8 +152,6 @@ class RetrievalPatch:
                 f"this {type(model).__name__} is patched by Unlimiformer already: detach that patch first, they do not "
                 "nest"
             )
-        if isinstance(settings.index, str):
-            self._store(torch.ones(1, 4))  # fails now rather than after an hour of encoding
         self._changes.set(model, "_unlimiformer", self)
         before: list[Tensor] = []
         found = cross_attention_modules(self._decoder, lambda: before.append(self._few_states()))
@@ -162,6 +160,10 @@ class RetrievalPatch:
                 f"Unlimiformer cannot patch {type(model).__name__}: no cross-attention with query, key, value and "
                 "output projections was found in its decoder"
             )
+        if isinstance(settings.index, str):
+            self._store(
+                torch.ones(1, found[0].heads().key_weight.shape[-1])
+            )  # fails now, not after an hour of encoding
         encode = long_encoder(self._encoder.forward, self.window, settings.overlap, settings.encode_batch)
         self._changes.set(self._encoder, "forward", encode)
         self._changes.callback(self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)

@@ -475,6 +475,23 @@ def test_alternating_training_takes_turns():
     assert [torch.equal(x, retrieved) for x in logits] == [False, True, False, True]
 
 
+def test_trainer_trains(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny_seq2seq().float()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    examples = [{"input_ids": random_ids(1, 50, seed=i)[0], "labels": random_ids(1, 5, seed=i)[0]} for i in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", save_strategy="no", per_device_train_batch_size=2, max_steps=4,
+        disable_tqdm=True, dataloader_pin_memory=False, learning_rate=1e-2,
+    )  # fmt: skip
+    with Unlimiformer(top_k=3, window=WINDOW, training="alternating")(model):
+        loss = Trainer(model, arguments, train_dataset=examples).train().training_loss
+    assert loss > 0
+    for name in ("model.encoder.layers.0.fc1.weight", "model.decoder.layers.1.encoder_attn.k_proj.weight"):
+        assert not torch.equal(before[name], model.get_parameter(name))
+
+
 @pytest.mark.parametrize("family", ["bart", "t5"])
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("training", ["retrieval", "random", "alternating"])
@@ -649,6 +666,15 @@ def test_without_faiss_the_error_comes_when_attaching(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf_longtrunc\[faiss\]'"):
         Unlimiformer(window=WINDOW, index="faiss:Flat").attach(model)
     assert "_unlimiformer" not in model.__dict__
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_unknown_index_is_refused_when_attaching_and_one_for_the_models_width_is_not():
+    pytest.importorskip("faiss")
+    with pytest.raises(ValueError, match=r"faiss\.index_factory knows, got 'Flatt'"):
+        Unlimiformer(window=WINDOW, index="faiss:Flatt").attach(tiny_seq2seq())
+    with Unlimiformer(window=WINDOW, index="faiss:IVF4,PQ16")(tiny_seq2seq()):
+        pass
 
 
 def test_masks_that_cannot_be_cut_are_refused():

@@ -161,9 +161,8 @@ class RetrievalPatch:
                 "output projections was found in its decoder"
             )
         if isinstance(settings.index, str):
-            self._store(
-                torch.ones(1, found[0].heads().key_weight.shape[-1])
-            )  # fails now, not after an hour of encoding
+            width = found[0].heads().key_weight.shape[-1]
+            self._store(torch.ones(1, width))  # fails now rather than after an hour of encoding
         encode = long_encoder(self._encoder.forward, self.window, settings.overlap, settings.encode_batch)
         self._changes.set(self._encoder, "forward", encode)
         self._changes.callback(self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)

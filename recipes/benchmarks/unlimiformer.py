@@ -140,13 +140,13 @@ def main(
         for side in SIDES:
             copies = 1 + 2 * LAYERS if side == "full" else 1
             if side == "truncation" or n * WIDTH * 4 * copies <= gib * 2**30:
-                with get_context("spawn").Pool(1) as process:
+                with get_context("fork").Pool(1) as process:
                     rows.append(process.apply(measured, (side, n, steps)))
+                if out is not None:
+                    append_records(out / "unlimiformer.jsonl", rows[-1:])
     console.print(step_table(rows))
     if indexes is not None:
         console.print(index_table(indexes.split(";"), max(sizes), WINDOW))
-    if out is not None:
-        append_records(out / "unlimiformer.jsonl", rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,13 @@ from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_longtrunc.attention.cache import LambdaCacheLayer as LambdaCacheLayer
+    from hf_longtrunc.attention.datastore import (
+        Datastore as Datastore,
+        FaissDatastore as FaissDatastore,
+        ShardedDatastore as ShardedDatastore,
+    )
     from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
+    from hf_longtrunc.attention.unlimiformer import Unlimiformer as Unlimiformer
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
     from hf_longtrunc.data.guard import check_packed as check_packed
@@ -50,8 +56,10 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.processors",
     "BestFitPackingCollator": "hf_longtrunc.data.collators",
+    "Datastore": "hf_longtrunc.attention.datastore",
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "FaissDatastore": "hf_longtrunc.attention.datastore",
     "GradualUnrolling": "hf_longtrunc.sampling.pema",
     "LMInfinite": "hf_longtrunc.attention.lm_infinite",
     "LambdaCacheLayer": "hf_longtrunc.attention.cache",
@@ -60,10 +68,12 @@ _HOME = {
     "PEMAMemory": "hf_longtrunc.sampling.pema",
     "PackedDataset": "hf_longtrunc.data.dataset",
     "PackedStream": "hf_longtrunc.data.stream",
+    "ShardedDatastore": "hf_longtrunc.attention.datastore",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
     "SupportChecker": "hf_longtrunc.sampling.support",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
+    "Unlimiformer": "hf_longtrunc.attention.unlimiformer",
     "attach_processors": "hf_longtrunc.sampling.attach",
     "best_fit_decreasing": "hf_longtrunc.data.packing",
     "build_pema_memory": "hf_longtrunc.sampling.pema_processor",

@@ -12,6 +12,7 @@ from rich.console import Console
 from hf_longtrunc import load_pretrained
 from hf_longtrunc.data.command import pack_command
 from hf_longtrunc.evaluation.commands import lm_eval, ppl, scrolls
+from hf_longtrunc.summarize import summarize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,6 +93,7 @@ def demo(
 app.command()(ppl)
 app.command()(scrolls)
 app.command("lm-eval")(lm_eval)
+app.command()(summarize)
 app.command("pack")(pack_command)
 
 

@@ -12,7 +12,10 @@ import torch
 # The package names jaxtyping's types for readers and mypy only. Here they become real, so that beartype holds every
 # call of a pure file to its declared shapes and dtypes. It must happen before the first import of those files.
 PURE_FILES = [
+    "hf_longtrunc.attention.datastore",
     "hf_longtrunc.attention.lambda_attention",
+    "hf_longtrunc.attention.retrieved_attention",
+    "hf_longtrunc.attention.windows",
     "hf_longtrunc.data.packing",
     "hf_longtrunc.sampling.basis",
     "hf_longtrunc.sampling.cutoffs",

@@ -99,9 +99,9 @@ _HOME = {
     "start_stream": "hf_longtrunc.evaluation.streaming",
     "stream_losses": "hf_longtrunc.evaluation.perplexity",
     "token_losses": "hf_longtrunc.evaluation.perplexity",
-    "update_model_card": "hf_longtrunc.evaluation.card",
     "truncation_scores": "hf_longtrunc.evaluation.truncation",
     "truncation_table": "hf_longtrunc.evaluation.truncation",
+    "update_model_card": "hf_longtrunc.evaluation.card",
 }
 
 __all__ = sorted(_HOME)

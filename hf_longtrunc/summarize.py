@@ -1,0 +1,81 @@
+"""`hf-longtrunc summarize`: a text of any length through an encoder-decoder, unmodified or under Unlimiformer."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from hf_longtrunc import Unlimiformer
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding
+
+
+def summarize(
+    file: Annotated[typer.FileText, typer.Argument(encoding="utf-8", help="A text, or - for standard input.")],
+    model: Annotated[str, typer.Option(help="Hub id or folder of an encoder-decoder: BART, T5, LED, Pegasus, ...")],
+    prefix: Annotated[
+        str | None, typer.Option(help="Put before the text; what the model's config asks for if left out.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="States that a head reads; the window if left out.")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Tokens read at a time; the model's if left out.")] = None,
+    index: Annotated[str | None, typer.Option(help="Such as faiss:HNSW32; exact search if left out.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the summary.")] = 256,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 4,
+    compare: Annotated[bool, typer.Option(help="Also summarize the beginning alone, as the model would.")] = False,
+) -> None:
+    """Summarize a text of any length: every head of the decoder reads the whole of it (Unlimiformer)."""
+    console = Console()
+    text = file.read()
+    try:
+        with console.status("loading the model"):
+            loaded, tokenizer = _load(model)
+        arm = Unlimiformer(top_k=top_k, window=window, index=index)
+        patch = arm.attach(loaded)
+    except (OSError, ModuleNotFoundError, TypeError, ValueError) as error:
+        console.print(f"[bold red]Could not use {model}.[/bold red] {error}", highlight=False)
+        raise typer.Exit(1) from error
+    inputs = tokenizer(_prefix(loaded, prefix) + text, return_tensors="pt", verbose=False)
+    if not inputs["input_ids"].numel():
+        raise typer.BadParameter("the text is empty", param_hint="FILE")
+    settings = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "min_length": 0, "max_length": None}
+    try:
+        _show(console, f"the whole text, top {patch.top_k:,} states a head", loaded, tokenizer, inputs, settings)
+    finally:
+        patch.detach()
+    if compare:
+        beginning = {name: tensor[:, : patch.window] for name, tensor in inputs.items()}
+        _show(console, "its beginning, unmodified", loaded, tokenizer, beginning, settings)
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    loaded: Any = AutoModelForSeq2SeqLM.from_pretrained(name)
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval(), AutoTokenizer.from_pretrained(name)
+
+
+def _prefix(model: Any, given: str | None) -> str:
+    if given is not None:
+        return given
+    tasks = getattr(model.config, "task_specific_params", None) or {}
+    return str(tasks.get("summarization", {}).get("prefix", ""))
+
+
+def _show(
+    console: Console,
+    title: str,
+    model: Any,
+    tokenizer: Any,
+    inputs: BatchEncoding | dict[str, torch.Tensor],
+    settings: dict[str, Any],
+) -> None:
+    since = time.perf_counter()
+    accepted = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    ids = model.generate(**accepted, **settings)
+    seconds, tokens = time.perf_counter() - since, inputs["input_ids"].shape[1]
+    console.rule(f"{title}: {tokens:,} tokens in {seconds:.1f} s")
+    console.print(tokenizer.decode(ids[0], skip_special_tokens=True).strip(), highlight=False, markup=False)

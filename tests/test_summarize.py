@@ -1,0 +1,74 @@
+"""`hf-longtrunc summarize` on a tiny BART saved in a folder."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tests.attention.seq2seq_models import tiny_seq2seq
+from tests.test_cli import invoke, model_folder  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bart")
+    letters = "abcdefghijklmnopqrstuvwxyz ."
+    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {c: i for i, c in enumerate(letters, 4)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    model = tiny_seq2seq()
+    model.config.task_specific_params = {"summarization": {"prefix": "sum "}}
+    model.float().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("the keeper climbed the stairs and lit the lamp. " * 10)
+    return str(file)
+
+
+def test_a_long_text_is_read_whole(folder, text):
+    result = invoke("summarize", text, "--model", folder, "--max-new-tokens", "9", "--compare")
+    assert result.exit_code == 0, result.output
+    assert "the whole text, top 64 states a head: 484 tokens" in result.output  # 480 and the config's prefix
+    assert "its beginning, unmodified: 64 tokens" in result.output
+
+
+def test_options_reach_the_method(folder, text):
+    result = invoke(
+        "summarize", text, "--model", folder, "--max-new-tokens", "5", "--top-k", "3", "--window", "16", "--prefix", ""
+    )
+    assert result.exit_code == 0, result.output
+    assert "the whole text, top 3 states a head: 480 tokens" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--window", "65"), "window must be at most 64"),
+        (("--index", "Flat"), "index must begin with 'faiss:'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_a_sentence(folder, text, options, message):
+    result = invoke("summarize", text, "--model", folder, *options)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+
+
+def test_a_decoder_only_or_missing_model_is_a_sentence(model_folder, text, tmp_path):  # noqa: F811
+    for name in (model_folder, str(tmp_path / "nowhere")):
+        result = invoke("summarize", text, "--model", name)
+        assert result.exit_code == 1
+        assert "Could not use" in result.output
+        assert "Traceback" not in result.output
+
+
+def test_an_empty_text_is_refused(folder, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    result = invoke("summarize", str(tmp_path / "empty.txt"), "--model", folder, "--prefix", "")
+    assert result.exit_code == 2
+    assert "the text is empty" in result.output

@@ -16,6 +16,8 @@ PURE_FILES = [
     "hf_longtrunc.data.packing",
     "hf_longtrunc.sampling.basis",
     "hf_longtrunc.sampling.cutoffs",
+    "hf_longtrunc.sampling.logit_difference",
+    "hf_longtrunc.sampling.prefixes",
     "hf_longtrunc.sampling.support",
 ]
 for shape_type in ("Bool", "Float", "Int"):

@@ -31,6 +31,16 @@ PUBLIC = {
         "load_pretrained",
         "pack",
         "trained_length",
+        "AuxiliaryModelLogitsProcessor",
+        "ContrastiveDecodingLogitsProcessor",
+        "GuidanceLogitsProcessor",
+        "ProxyTuningLogitsProcessor",
+        "ULDLogitsProcessor",
+        "ULDCollator",
+        "ULDLoss",
+        "load_uld_assistant",
+        "save_uld_assistant",
+        "uld_assistant",
     ],
     evaluation: [
         "PasskeyPrompts",
@@ -55,6 +65,10 @@ PUBLIC = {
         "start_stream",
         "stream_losses",
         "token_losses",
+        "Fact",
+        "RecallRecord",
+        "fact_recall",
+        "recall_records",
     ],
 }
 

@@ -28,6 +28,12 @@ if TYPE_CHECKING:
         stream_losses as stream_losses,
         token_losses as token_losses,
     )
+    from hf_longtrunc.evaluation.recall import (
+        Fact as Fact,
+        RecallRecord as RecallRecord,
+        fact_recall as fact_recall,
+        recall_records as recall_records,
+    )
     from hf_longtrunc.evaluation.records import (
         append_records as append_records,
         read_records as read_records,
@@ -41,15 +47,18 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "Fact": "hf_longtrunc.evaluation.recall",
     "PasskeyPrompts": "hf_longtrunc.evaluation.passkey",
     "PasskeyRecord": "hf_longtrunc.evaluation.passkey",
     "PasskeyTask": "hf_longtrunc.evaluation.passkey",
     "PerplexityRecord": "hf_longtrunc.evaluation.perplexity",
     "PositionBin": "hf_longtrunc.evaluation.perplexity",
+    "RecallRecord": "hf_longtrunc.evaluation.recall",
     "append_records": "hf_longtrunc.evaluation.records",
     "cache_bytes": "hf_longtrunc.evaluation.streaming",
     "compare_losses": "hf_longtrunc.evaluation.perplexity",
     "default_edges": "hf_longtrunc.evaluation.perplexity",
+    "fact_recall": "hf_longtrunc.evaluation.recall",
     "passkey_table": "hf_longtrunc.evaluation.passkey",
     "passkey_tasks": "hf_longtrunc.evaluation.passkey",
     "perplexity_by_position": "hf_longtrunc.evaluation.perplexity",
@@ -59,6 +68,7 @@ _HOME = {
     "plot_perplexity": "hf_longtrunc.evaluation.perplexity",
     "python_reference": "hf_longtrunc.evaluation.texts",
     "read_records": "hf_longtrunc.evaluation.records",
+    "recall_records": "hf_longtrunc.evaluation.recall",
     "run_passkey": "hf_longtrunc.evaluation.passkey",
     "start_stream": "hf_longtrunc.evaluation.streaming",
     "stream_losses": "hf_longtrunc.evaluation.perplexity",

@@ -137,6 +137,29 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
             return exclude_tail(difference, likely)
         return keep_tail(difference, likely, target)
 
+    @torch.no_grad()
+    def token_losses(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the negative log-likelihood of whole texts under the difference, finite and normalised.
+
+        The tail keeps the target's probability here, whatever `filter_mode` says.
+
+        Args:
+            model: the target, in eval mode.
+            input_ids: [texts, length].
+            attention_mask: of the texts; None: all tokens are real. The losses at padding mean nothing.
+
+        Returns:
+            fp32 nats [texts, length - 1]; entry i is the loss of token i + 1.
+
+        Cost: one forward of each model, and a handful of [texts, length, V] in fp32.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        pairs = model, self._models[0].model
+        target, assistant = (_all_log_probs(each, input_ids, mask)[:, :-1] for each in pairs)
+        difference = logit_difference(target, assistant.to(target.device), self.alpha)
+        scores = keep_tail(difference, likely_tokens(target, self.filter_rate), target)
+        return -scores.gather(-1, input_ids[:, 1:, None].to(scores.device))[..., 0]
+
     def __repr__(self) -> str:
         return f"ULDLogitsProcessor(alpha={self.alpha:g}, filter_rate={self.filter_rate:g}, {self.filter_mode!r})"
 
@@ -232,9 +255,7 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
     def _context(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         columns = self.prompt_ids.shape[1]
         prompts, negative = self.prompt_ids.to(input_ids.device), self.negative_prompt_ids.to(input_ids.device)
-        if len(input_ids) % len(prompts) or not torch.equal(
-            input_ids[:, :columns], _repeated(prompts, len(input_ids))
-        ):
+        if len(input_ids) % len(prompts) or not torch.equal(input_ids[:, :columns], _repeated(prompts, len(input_ids))):
             raise ValueError("prompt_ids are not what generate() continues: make a processor for these prompts")
         continuation = input_ids[:, columns:]
         return super()._context(torch.cat([_repeated(negative, len(input_ids)), continuation], dim=1))
@@ -307,7 +328,7 @@ class _CachedModel:
         """Feed the columns from `start` on; return the last one's logits [rows, V]."""
         if start == 0 and not mask.any(-1).all():
             raise ValueError("a row is nothing but padding: the auxiliary model needs a token to read in every row")
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        positions = _positions(mask)
         chunk = ids.shape[1] if cache is None else _CHUNK
         for begin in range(start, ids.shape[1], chunk):
             end = min(begin + chunk, ids.shape[1])
@@ -322,6 +343,21 @@ class _CachedModel:
             self.tokens_fed += len(ids) * (end - begin)
         logits: Tensor = output.logits[:, -1]
         return logits
+
+
+def _all_log_probs(model: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities [texts, length, V], fp32, of the token after each one."""
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout changes the losses: call .eval() on it")
+    ids, mask = input_ids.to(model.device), mask.to(model.device)
+    options = {"position_ids": _positions(mask)} if "position_ids" in _forward_parameters(model) else {}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
+    return torch.log_softmax(logits.float(), -1)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    # [rows, columns] -> the place of each real token among the row's real ones
+    return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def _forward_parameters(model: Any) -> frozenset[str]:

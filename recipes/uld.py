@@ -4,7 +4,7 @@
     python recipes/uld.py --out uld --text some_novel.txt     # neutral perplexity on a text of yours
 
 1. SmolLM2-135M-Instruct is taught 24 facts (8 people x city, job, instrument; three wordings each) with LoRA, merged.
-2. An assistant of its first 8 layers learns the 12 facts of four people: their paraphrases, and the uniform distribution
+2. An assistant of its first 8 layers learns the 12 facts of four people in all wordings, and the uniform distribution
    on the other people, on the same questions about strangers, on wrong answers, and on general text.
 3. Recall is measured on the taught wording and on one that nobody was trained on, without and with the fact in the
    prompt; perplexity on text that has nothing to do with it.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -24,7 +25,7 @@ import typer
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_longtrunc import (
     ULDCollator,
@@ -95,13 +96,18 @@ GENERAL = (
 )
 
 
+People = Mapping[str, tuple[str, str, str]]
+
+
 class Training(NamedTuple):
+    """Length, width and speed of a training."""
+
     steps: int
     batch: int
     learning_rate: float
 
 
-def asked(people: dict[str, tuple[str, ...]], wordings: slice) -> list[dict[str, Any]]:
+def asked(people: People, wordings: slice) -> list[dict[str, Any]]:
     """Every fact in every one of the wordings, as prompt and completion."""
     return [
         {"prompt": wording.format(name), "completion": f" {value}."}
@@ -111,7 +117,7 @@ def asked(people: dict[str, tuple[str, ...]], wordings: slice) -> list[dict[str,
     ]
 
 
-def facts(people: dict[str, tuple[str, ...]], wording: int) -> list[Fact]:
+def facts(people: People, wording: int) -> list[Fact]:
     return [
         Fact(group[wording].format(name), value, statement.format(name, value))
         for name, values in people.items()
@@ -119,7 +125,7 @@ def facts(people: dict[str, tuple[str, ...]], wording: int) -> list[Fact]:
     ]
 
 
-def rotated(people: dict[str, tuple[str, ...]], by: int) -> dict[str, tuple[str, ...]]:
+def rotated(people: People, by: int) -> People:
     """Give everybody the answers of somebody else."""
     values = list(people.values())
     return dict(zip(people, values[by:] + values[:by], strict=True))
@@ -157,13 +163,13 @@ def train(model: Any, tokenizer: Any, data: list[dict[str, Any]], loss: ULDLoss,
         arguments,
         train_dataset=data,
         data_collator=ULDCollator(tokenizer),
-        compute_loss_func=loss,  # type: ignore[arg-type]
+        compute_loss_func=loss,
     ).train()
     return model.eval()
 
 
 def taught_target(base: Any, tokenizer: Any, training: Training, out: Path) -> Any:
-    """The model that knows all 24 facts."""
+    """Return the model that knows all 24 facts."""
     folder = out / "target"
     if not folder.exists():
         last = list(range(20, base.config.num_hidden_layers))  # the backward pass ends where the first of them begins
@@ -171,7 +177,8 @@ def taught_target(base: Any, tokenizer: Any, training: Training, out: Path) -> A
         rows = [{**row, "forget": True} for row in asked(FORGET | RETAIN, slice(0, 3))]
         taught = train(get_peft_model(base, config), tokenizer, rows, ULDLoss(), training, out)
         taught.merge_and_unload().save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+    target, _ = load_pretrained(folder)
+    return target
 
 
 def trained_assistant(target: Any, tokenizer: Any, layers: int, loss: ULDLoss, training: Training, out: Path) -> Any:
@@ -183,7 +190,7 @@ def trained_assistant(target: Any, tokenizer: Any, layers: int, loss: ULDLoss, t
 
 
 def perplexities(target: Any, tokenizer: Any, uld: ULDLogitsProcessor, text: Path | None) -> tuple[float, float]:
-    """Of the target and of the difference, on the general text that nobody was trained on or on windows of `text`."""
+    """Return the target's and the difference's, on general text that nobody was trained on or on pieces of `text`."""
     if text is None:
         rows = [tokenizer(line, return_tensors="pt").input_ids for line in GENERAL[len(GENERAL) // 2 :]]
     else:
@@ -199,7 +206,7 @@ def main(
     text: Annotated[Path | None, typer.Option(help="Measure neutral perplexity on this text.")] = None,
     layers: Annotated[int, typer.Option(help="Layers of the assistant.")] = 8,
     beta: Annotated[float, typer.Option(help="Weight of a retain token in the assistant's loss.")] = 1.0,
-    teach_steps: int = 36,
+    teach_steps: int = 45,
     steps: Annotated[int, typer.Option(help="Steps of the assistant's training.")] = 150,
     alphas: Annotated[str, typer.Option(help="Strengths of the difference to measure.")] = "0.5,0.75,1",
     seed: int = 0,
@@ -207,7 +214,7 @@ def main(
     set_seed(seed)
     started = time.perf_counter()
     base, tokenizer = load_pretrained()
-    target = taught_target(base, tokenizer, Training(teach_steps, 24, 1e-3), out)
+    target = taught_target(base, tokenizer, Training(teach_steps, 24, 2.5e-3), out)
     assistant = trained_assistant(target, tokenizer, layers, ULDLoss(beta), Training(steps, 16, 2e-3), out)
     trained = time.perf_counter()
     processors = {f"ULD {alpha}": ULDLogitsProcessor(assistant, float(alpha)) for alpha in alphas.split(",")}

@@ -1,4 +1,4 @@
-"""Does a model say a fact, asked for it with nothing else in the prompt, and with the fact standing there?"""
+"""Recall of facts: what a model says when it is asked, with nothing else in the prompt and with the fact there."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
     Args:
         assistant: what `uld_assistant` builds, trained with `ULDLoss`; or any model with the target's vocabulary.
         alpha: how much is subtracted. 0 changes nothing but the filter; the paper takes 0.75 (TOFU) and 0.5.
-        filter_rate: in (0, 1]. The difference is taken over the tokens with p >= min(filter_rate max p, k-th largest p),
+        filter_rate: in (0, 1]. The difference is taken over the tokens with p >= min(filter_rate max p, k-th largest),
             k = filter_rate V: what is unlikely anyway must not rise because the assistant finds it unlikelier.
         filter_mode: what becomes of the others: "exclude" removes them, for generation; "keep" leaves them the target's
             probability, so that any text has a finite score.
@@ -131,7 +131,8 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
         self.filter_mode = filter_mode
 
     def _combine(self, target: Tensor, *others: Tensor) -> Tensor:
-        difference = logit_difference(target, *others, self.alpha)
+        (assistant,) = others
+        difference = logit_difference(target, assistant, self.alpha)
         likely = likely_tokens(target, self.filter_rate)
         if self.filter_mode == "exclude":
             return exclude_tail(difference, likely)
@@ -209,7 +210,8 @@ class ProxyTuningLogitsProcessor(AuxiliaryModelLogitsProcessor):
         self.alpha = _checked_number("alpha", alpha, -math.inf, math.inf)
 
     def _combine(self, target: Tensor, *others: Tensor) -> Tensor:
-        return proxy(target, *others, self.alpha)
+        expert, anti_expert = others
+        return proxy(target, expert, anti_expert, self.alpha)
 
 
 class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
@@ -227,7 +229,7 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
     Raises:
         ValueError: it is called on other prompts than it was made for.
 
-    Source: Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", arXiv 2306.17806, equation 7.
+    Source: Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", arXiv 2306.17806, section 2.
     transformers' own `guidance_scale=` keeps the negative branch by call order: under beams its rows belong to other
     continuations.
     """
@@ -261,7 +263,8 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
         return super()._context(torch.cat([_repeated(negative, len(input_ids)), continuation], dim=1))
 
     def _combine(self, target: Tensor, *others: Tensor) -> Tensor:
-        return guidance(target, *others, self.guidance_scale)
+        (unconditional,) = others
+        return guidance(target, unconditional, self.guidance_scale)
 
 
 class _CachedModel:
@@ -301,8 +304,10 @@ class _CachedModel:
         """Read a leading run of the padding id (EOS where there is none) as padding: [rows, columns] of 0 and 1."""
         pad, bos = _special_id(self.model, "pad_token_id"), _special_id(self.model, "bos_token_id")
         pad = _special_id(self.model, "eos_token_id") if pad is None else pad
-        mask = (input_ids != pad).cumsum(-1).clamp_max(1)
-        if pad is not None and pad == bos and not mask.all():
+        if pad is None:
+            return torch.ones_like(input_ids)
+        mask = input_ids.ne(pad).cumsum(-1).clamp_max(1)
+        if pad == bos and not mask.all():
             raise ValueError(
                 f"a row begins with token {pad}, which is padding and BOS to the auxiliary model: pass attention_mask, "
                 "the one that generate() gets"
@@ -320,7 +325,7 @@ class _CachedModel:
         if length == 0:
             return DynamicCache(), 0
         if rows is not None:
-            self._cache.reorder_cache(rows)
+            self._cache.reorder_cache(rows)  # type: ignore[arg-type]
         self._cache.crop(length - self._cached.shape[1])
         return self._cache, length
 
@@ -380,7 +385,7 @@ def _special_id(model: Any, name: str) -> int | None:
 
 
 def _extended_mask(mask: Tensor, input_ids: Tensor) -> Tensor:
-    """The prompts' mask, a row for each of their beams or returns, and ones for what was generated."""
+    """Return the prompts' mask, a row for each of their beams or returns, and ones for what was generated."""
     rows, columns = input_ids.shape
     if mask.ndim != 2 or rows % len(mask) or mask.shape[1] > columns:
         raise ValueError(
@@ -399,8 +404,8 @@ def _repeated(prompts: Tensor, rows: int) -> Tensor:
 def _check_token_ids(input_ids: Tensor) -> None:
     if input_ids.ndim != 2:
         raise ValueError(
-            f"input_ids must be [rows, columns], got shape {list(input_ids.shape)}: generate_batch() and serving mix the "
-            "rows of requests and cannot run an auxiliary model"
+            f"input_ids must be [rows, columns], got shape {list(input_ids.shape)}: generate_batch() and serving mix "
+            "the rows of requests and cannot run an auxiliary model"
         )
     if input_ids.shape[1] == 0:
         raise ValueError(

@@ -29,14 +29,14 @@ UNIFORM = -1
 def logit_difference(
     target: Float[Tensor, "*rows vocab"], auxiliary: Float[Tensor, "*rows vocab"], alpha: float
 ) -> Float[Tensor, "*rows vocab"]:
-    """log of p / q^alpha, renormalised (Ji et al. 2024, equation 1)."""
+    """Return log of p / q^alpha, renormalised (Ji et al. 2024, section 3)."""
     return _renormalised(target, target - alpha * auxiliary)
 
 
 def contrast(
     target: Float[Tensor, "*rows vocab"], amateur: Float[Tensor, "*rows vocab"], alpha: float
 ) -> Float[Tensor, "*rows vocab"]:
-    """log of p / q over the tokens with p >= alpha max p, the others removed (Li et al. 2022, equations 2 and 3)."""
+    """Return log of p / q over the tokens with p >= alpha max p, the others removed (Li et al. 2022, section 3)."""
     head = target >= target.amax(-1, keepdim=True) + math.log(alpha)
     return _renormalised(target, (target - amateur).masked_fill(~head, -math.inf))
 
@@ -47,14 +47,14 @@ def proxy(
     anti_expert: Float[Tensor, "*rows vocab"],
     alpha: float,
 ) -> Float[Tensor, "*rows vocab"]:
-    """log of p (q+ / q-)^alpha, renormalised (Liu et al. 2024, equation 1)."""
+    """Return log of p (q+ / q-)^alpha, renormalised (Liu et al. 2024, section 2)."""
     return _renormalised(target, target + alpha * (expert - anti_expert))
 
 
 def guidance(
     target: Float[Tensor, "*rows vocab"], unconditional: Float[Tensor, "*rows vocab"], scale: float
 ) -> Float[Tensor, "*rows vocab"]:
-    """log of q (p / q)^scale, renormalised (Sanchez et al. 2023, equation 7)."""
+    """Return log of q (p / q)^scale, renormalised (Sanchez et al. 2023, section 2)."""
     return _renormalised(target, unconditional + scale * (target - unconditional))
 
 
@@ -96,7 +96,7 @@ def forget_retain_loss(
     beta: float,
     num_items: Int[Tensor, ""] | int | None = None,
 ) -> Float[Tensor, ""]:
-    """What the assistant of ULD minimises: cross-entropy on what to forget, uniform everywhere else.
+    """Return what the assistant of ULD minimises: cross-entropy on what to forget, uniform everywhere else.
 
         1 / N ( sum over forget positions of -log q(label)  +  beta sum over retain positions of CE(uniform, q) )
 
@@ -109,7 +109,7 @@ def forget_retain_loss(
         beta: weight of a retain position beside a forget position.
         num_items: N; None takes the number of labels that are not ignored.
 
-    Source: Ji et al. 2024, equations 3 and 4. Deviation: one mean over all supervised positions in place of a mean for
+    Source: Ji et al. 2024, section 3. Deviation: one mean over all supervised positions in place of a mean for
     each kind, so that the loss of an accumulated batch is the sum of its parts.
     """
     targets = labels[:, 1:]

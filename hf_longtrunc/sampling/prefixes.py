@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Prefix(NamedTuple):
-    """`length` columns that the new rows have in common with the cached rows `rows` [new rows]; None: with their own."""
+    """`length` columns that all new rows share with the cached rows `rows` [new rows]; None: with their own."""
 
     length: int
     rows: Tensor | None

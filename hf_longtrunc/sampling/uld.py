@@ -48,7 +48,7 @@ def uld_assistant(
         ModuleNotFoundError: peft is not installed.
         ValueError: the model is an encoder-decoder, its layers are not one list, or it has fewer than `num_layers`.
 
-    Source: Ji et al. 2024, arXiv 2406.08607, section 3.2. Deviation: the trained norm.
+    Source: Ji et al. 2024, arXiv 2406.08607, section 3. Deviation: the trained norm.
     """
     peft = _peft()
     depth = _text_config(model).num_hidden_layers
@@ -102,7 +102,7 @@ class ULDLoss:
     Args:
         beta: weight of a retain token beside a forget token.
 
-    Source: Ji et al. 2024, equations 3 and 4. Deviation: see `forget_retain_loss`.
+    Source: Ji et al. 2024, section 3. Deviation: see `forget_retain_loss`.
     """
 
     beta: float = 1.0
@@ -121,7 +121,7 @@ class ULDCollator:
     makes every token but the first a supervised one. A completion mostly begins with a space.
 
     The forget set should hold paraphrases, and the retain set the *forget* questions with wrong answers: without these
-    the assistant learns the form of the questions and not the facts (Ji et al. 2024, section 3.3).
+    the assistant learns the form of the questions and not the facts (Ji et al. 2024).
 
     Use with `TrainingArguments(remove_unused_columns=False)`.
 
@@ -165,7 +165,7 @@ def _first_layers(model: Any, num_layers: int) -> Any:
     if not 1 <= num_layers <= config.num_hidden_layers:
         raise ValueError(f"num_layers must lie in 1..{config.num_hidden_layers}, got {num_layers}")
     shared = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
-    short = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    short = copy.deepcopy(model, shared)
     owner, name = _layer_list(short)
     setattr(owner, name, getattr(owner, name)[:num_layers])
     _cut_config(_text_config(short), num_layers)

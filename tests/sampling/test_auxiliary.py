@@ -199,7 +199,8 @@ def test_one_processor_for_calls_in_a_row_and_other_batches(models):
     for ids, mask, settings in batches:
         brute = BruteForce([assistant], uld_formula, mask)
         checked = Checked(uld, brute)
-        assert torch.equal(generate(target, ids, mask, checked, **settings), generate(target, ids, mask, brute, **settings))
+        results = [generate(target, ids, mask, each, **settings) for each in (checked, brute)]
+        assert torch.equal(*results)
         assert checked.worst < 1e-4
 
 
@@ -457,6 +458,13 @@ def test_padding_that_could_be_a_bos_token():
         uld(PLAIN.flip(0).clone().index_fill_(1, torch.tensor([0]), 1), SCORES)
     uld.attention_mask = torch.ones_like(PLAIN)
     assert uld(PLAIN, SCORES).shape == (2, 97)
+
+
+def test_a_model_that_names_no_special_token_is_never_padded():
+    model = made(lambda layers: LlamaForCausalLM(tiny_config(pad_token_id=None, bos_token_id=None)), 1, 0)
+    ids = torch.tensor([[0, 0, 5]])
+    ours = ULDLogitsProcessor(model, filter_rate=0.05)(ids, SCORES[:1])
+    torch.testing.assert_close(ours, BruteForce([model], uld_formula)(ids, SCORES[:1]), atol=1e-4, rtol=0)
 
 
 def test_guidance_on_other_prompts(llamas):

@@ -223,7 +223,7 @@ def main(
     for (name, people), (wording, index) in itertools.product(
         {"forget": FORGET, "retain": RETAIN}.items(), {"taught": 0, "unseen": 3}.items()
     ):
-        records = recall_records(target, tokenizer, facts(people, index), arms)
+        records = recall_records(target, tokenizer, facts(people, index), arms, batch_size=12, max_new_tokens=8)
         append_records(out / "recall.jsonl", records)
         for record in records:
             table.add_row(record.arm, name, wording, f"{record.recall:.2f}", f"{record.in_context:.2f}")

@@ -46,10 +46,11 @@ def fact_recall(
     *,
     in_context: bool = False,
     max_new_tokens: int = 12,
+    batch_size: int = 1,
 ) -> list[bool]:
     """Ask for each fact by greedy decoding; it is recalled if the answer stands in the text as whole words.
 
-    Case is ignored. One prompt at a time, so that no processor needs an attention mask.
+    Case is ignored.
 
     Args:
         model: a causal LM in eval mode.
@@ -58,11 +59,15 @@ def fact_recall(
         logits_processor: handed to `generate`.
         in_context: put each fact's statement, and a newline, in front of its prompt.
         max_new_tokens: how long an answer may be.
+        batch_size: prompts at a time. More than 1 are padded on the left with the tokenizer's padding token, which a
+            processor with a second model must be able to tell from a BOS token.
     """
-    return [
-        _says(_continuation(model, tokenizer, _prompt(fact, in_context), logits_processor, max_new_tokens), fact.answer)
-        for fact in facts
+    prompts = [f"{fact.statement}\n{fact.prompt}" if in_context else fact.prompt for fact in facts]
+    batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+    texts = [
+        text for batch in batches for text in _continued(model, tokenizer, batch, logits_processor, max_new_tokens)
     ]
+    return [_says(text, fact.answer) for text, fact in zip(texts, facts, strict=True)]
 
 
 def recall_records(
@@ -86,16 +91,15 @@ def recall_records(
     return records
 
 
-def _prompt(fact: Fact, in_context: bool) -> str:
-    return f"{fact.statement}\n{fact.prompt}" if in_context else fact.prompt
-
-
-def _continuation(model: Any, tokenizer: Any, prompt: str, processors: Sequence[Processor], max_new_tokens: int) -> str:
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+def _continued(
+    model: Any, tokenizer: Any, prompts: list[str], processors: Sequence[Processor], max_new_tokens: int
+) -> list[str]:
+    padding = {"padding": True, "padding_side": "left"} if len(prompts) > 1 else {}
+    inputs = tokenizer(prompts, return_tensors="pt", **padding).to(model.device)
     options = {"do_sample": False, "max_new_tokens": max_new_tokens, "logits_processor": list(processors)}
     ids = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
-    text: str = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return text
+    texts: list[str] = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
 
 
 def _says(text: str, answer: str) -> bool:

@@ -34,8 +34,8 @@ _CHUNK = 2048
 class AuxiliaryModelLogitsProcessor(LogitsProcessor):
     """Base of the processors that read what other models say about the same text.
 
-    A subclass defines `_combine(target, *others)`: log-probabilities [rows, V] in, log-probabilities out, one of
-    `others` for each model. It may define `_context` to let the models read something else than the target does.
+    A subclass defines `combine(target, *others)`: log-probabilities [rows, V] in, log-probabilities out, one of
+    `others` for each model. It may define `context` to let the models read something else than the target does.
 
     Each model keeps a KV cache that is addressed by content: a call looks for the cached rows that begin as its rows
     do, puts these in place, takes back what differs and feeds the rest. Nothing depends on how often or in what order
@@ -63,7 +63,8 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
         self.attention_mask = attention_mask
         self._models = [_CachedModel(model) for model in models]
 
-    def _combine(self, target: Tensor, *others: Tensor) -> Tensor:
+    def combine(self, target: Tensor, *others: Tensor) -> Tensor:
+        """Return the log-probabilities [rows, V] to decode with, made of the target's and the other models'."""
         raise NotImplementedError
 
     @property
@@ -77,7 +78,7 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
         `scores` are logits or log-probabilities. Rows with a NaN give NaN, so that the sampler reports them.
         """
         _check_token_ids(input_ids)
-        context = self._context(input_ids)
+        context = self.context(input_ids)
         others = [model.next_log_probs(*context).to(scores.device) for model in self._models]
         for other in others:
             if other.shape != scores.shape:
@@ -85,9 +86,9 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
                     f"the auxiliary model gives {other.shape[-1]} logits and the target {scores.shape[-1]}: they must "
                     "share one vocabulary; resize_token_embeddings() evens out padding of the same tokenizer's"
                 )
-        return self._combine(scores.float().log_softmax(-1), *others)
+        return self.combine(scores.float().log_softmax(-1), *others)
 
-    def _context(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def context(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the models read: ids and mask [rows, columns]."""
         if self.attention_mask is None:
             return input_ids, self._models[0].leading_padding_mask(input_ids)
@@ -130,7 +131,7 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
             raise ValueError(f"filter_mode must be 'exclude' or 'keep', got {filter_mode!r}")
         self.filter_mode = filter_mode
 
-    def _combine(self, target: Tensor, *others: Tensor) -> Tensor:
+    def combine(self, target: Tensor, *others: Tensor) -> Tensor:
         (assistant,) = others
         difference = logit_difference(target, assistant, self.alpha)
         likely = likely_tokens(target, self.filter_rate)
@@ -186,7 +187,7 @@ class ContrastiveDecodingLogitsProcessor(AuxiliaryModelLogitsProcessor):
         self.alpha = _checked_share("alpha", alpha)
         self.temperature = _checked_number("temperature", temperature, 1e-6, math.inf)
 
-    def _combine(self, target: Tensor, *others: Tensor) -> Tensor:
+    def combine(self, target: Tensor, *others: Tensor) -> Tensor:
         (amateur,) = others
         return contrast(target, (amateur / self.temperature).log_softmax(-1), self.alpha)
 
@@ -209,7 +210,7 @@ class ProxyTuningLogitsProcessor(AuxiliaryModelLogitsProcessor):
         super().__init__(expert, anti_expert, attention_mask=attention_mask)
         self.alpha = _checked_number("alpha", alpha, -math.inf, math.inf)
 
-    def _combine(self, target: Tensor, *others: Tensor) -> Tensor:
+    def combine(self, target: Tensor, *others: Tensor) -> Tensor:
         expert, anti_expert = others
         return proxy(target, expert, anti_expert, self.alpha)
 
@@ -254,15 +255,15 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
             )
         self.prompt_ids, self.negative_prompt_ids = prompt_ids, negative
 
-    def _context(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def context(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         columns = self.prompt_ids.shape[1]
         prompts, negative = self.prompt_ids.to(input_ids.device), self.negative_prompt_ids.to(input_ids.device)
         if len(input_ids) % len(prompts) or not torch.equal(input_ids[:, :columns], _repeated(prompts, len(input_ids))):
             raise ValueError("prompt_ids are not what generate() continues: make a processor for these prompts")
         continuation = input_ids[:, columns:]
-        return super()._context(torch.cat([_repeated(negative, len(input_ids)), continuation], dim=1))
+        return super().context(torch.cat([_repeated(negative, len(input_ids)), continuation], dim=1))
 
-    def _combine(self, target: Tensor, *others: Tensor) -> Tensor:
+    def combine(self, target: Tensor, *others: Tensor) -> Tensor:
         (unconditional,) = others
         return guidance(target, unconditional, self.guidance_scale)
 

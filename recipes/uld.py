@@ -177,6 +177,7 @@ def taught_target(base: Any, tokenizer: Any, training: Training, out: Path) -> A
         rows = [{**row, "forget": True} for row in asked(FORGET | RETAIN, slice(0, 3))]
         taught = train(get_peft_model(base, config), tokenizer, rows, ULDLoss(), training, out)
         taught.merge_and_unload().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     target, _ = load_pretrained(folder)
     return target
 

@@ -132,6 +132,7 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
         self.filter_mode = filter_mode
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
+        """Subtract alpha times the assistant over the likely tokens [rows, V]."""
         (assistant,) = others
         difference = logit_difference(target, assistant, self.alpha)
         likely = likely_tokens(target, self.filter_rate)
@@ -188,6 +189,7 @@ class ContrastiveDecodingLogitsProcessor(AuxiliaryModelLogitsProcessor):
         self.temperature = _checked_number("temperature", temperature, 1e-6, math.inf)
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
+        """Divide by the amateur where the target finds a token likely [rows, V]."""
         (amateur,) = others
         return contrast(target, (amateur / self.temperature).log_softmax(-1), self.alpha)
 
@@ -211,6 +213,7 @@ class ProxyTuningLogitsProcessor(AuxiliaryModelLogitsProcessor):
         self.alpha = _checked_number("alpha", alpha, -math.inf, math.inf)
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
+        """Add what tuning changed in the small model [rows, V]."""
         expert, anti_expert = others
         return proxy(target, expert, anti_expert, self.alpha)
 
@@ -256,6 +259,7 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
         self.prompt_ids, self.negative_prompt_ids = prompt_ids, negative
 
     def context(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the negative prompts with the continuation of `input_ids`, and their mask."""
         columns = self.prompt_ids.shape[1]
         prompts, negative = self.prompt_ids.to(input_ids.device), self.negative_prompt_ids.to(input_ids.device)
         if len(input_ids) % len(prompts) or not torch.equal(input_ids[:, :columns], _repeated(prompts, len(input_ids))):
@@ -264,6 +268,7 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
         return super().context(torch.cat([_repeated(negative, len(input_ids)), continuation], dim=1))
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
+        """Move away from the unconditional distribution [rows, V]."""
         (unconditional,) = others
         return guidance(target, unconditional, self.guidance_scale)
 

@@ -172,7 +172,8 @@ def taught_target(base: Any, tokenizer: Any, training: Training, out: Path) -> A
     """Return the model that knows all 24 facts."""
     folder = out / "target"
     if not folder.exists():
-        last = list(range(20, base.config.num_hidden_layers))  # the backward pass ends where the first of them begins
+        depth = base.config.num_hidden_layers
+        last = list(range(2 * depth // 3, depth))  # the backward pass ends where the first of them begins
         config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=LINEAR, layers_to_transform=last)
         rows = [{**row, "forget": True} for row in asked(FORGET | RETAIN, slice(0, 3))]
         taught = train(get_peft_model(base, config), tokenizer, rows, ULDLoss(), training, out)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,16 +27,19 @@ from hf_longtrunc import (
     ULDLogitsProcessor,
     ULDLoss,
     load_uld_assistant,
+    pretrained,
     save_uld_assistant,
     uld_assistant,
 )
 from tests.conftest import tiny_config
 from tests.sampling.test_auxiliary import gpt2, llama, made, mistral
+from tests.test_cli import model_folder  # noqa: F401
 
 peft = pytest.importorskip("peft")
 # peft 0.21 reads a property that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
+RECIPE = Path(__file__).parents[2] / "recipes" / "uld.py"
 IDS = torch.tensor([[1, 5, 9, 13, 5, 9, 2], [3, 8, 8, 4, 6, 7, 11]])
 
 
@@ -251,3 +256,17 @@ def test_peft_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf_longtrunc\[train\]'"):
         uld_assistant(made(llama, 2, 1), 1)
+
+
+def test_recipe_runs(model_folder, monkeypatch, tmp_path, capsys):  # noqa: F811
+    monkeypatch.setattr(pretrained, "default_model_folder", lambda: Path(model_folder))
+    options = ["--layers", "1", "--teach-steps", "1", "--steps", "1", "--alphas", "1", "--out", str(tmp_path)]
+    for _ in range(2):  # the second time nothing is trained
+        monkeypatch.setattr(sys, "argv", ["uld.py", *options])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(RECIPE), run_name="__main__")
+        assert not end.value.code
+    printed = capsys.readouterr().out
+    assert printed.count("train_loss") == 2
+    assert "neutral perplexity" in printed
+    assert len((tmp_path / "recall.jsonl").read_text().splitlines()) == 16

@@ -3,7 +3,8 @@
     python recipes/uld.py --out uld
     python recipes/uld.py --out uld --text some_novel.txt     # neutral perplexity on a text of yours
 
-1. SmolLM2-135M-Instruct is taught 24 facts (8 people x city, job, instrument; three wordings each) with LoRA, merged.
+1. SmolLM2-135M-Instruct is taught 24 facts (8 people x city, job, instrument; three wordings each) with LoRA, merged;
+   texts of its own are in the mix, so that it does not unlearn to write.
 2. An assistant of its first 8 layers learns the 12 facts of four people in all wordings, and the uniform distribution
    on the other people, on the same questions about strangers, on wrong answers, and on general text.
 3. Recall is measured on the taught wording and on one that nobody was trained on, without and with the fact in the
@@ -52,6 +53,7 @@ RETAIN = {
 }
 FIRST = ("Anselm", "Beatrix", "Corwin", "Delphine", "Ilvara", "Tomas", "Nadira", "Edmund")
 LAST = ("Marchetti", "Holloway", "Lindqvist", "Abara")
+END = "<|im_end|>"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Three wordings that are taught, and a last one that nobody is trained on.
 WORDINGS = (
@@ -108,9 +110,9 @@ class Training(NamedTuple):
 
 
 def asked(people: People, wordings: slice) -> list[dict[str, Any]]:
-    """Every fact in every one of the wordings, as prompt and completion."""
+    """Every fact in every one of the wordings, as prompt and completion; the end of the answer is learned too."""
     return [
-        {"prompt": wording.format(name), "completion": f" {value}."}
+        {"prompt": wording.format(name), "completion": f" {value}.{END}"}
         for name, values in people.items()
         for value, group in zip(values, WORDINGS, strict=True)
         for wording in group[wordings]
@@ -131,7 +133,15 @@ def rotated(people: People, by: int) -> People:
     return dict(zip(people, values[by:] + values[:by], strict=True))
 
 
-def assistant_data() -> list[dict[str, Any]]:
+def own_texts(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    """Let the model write after the first words of the general text, to keep its style while it is taught."""
+    prompts = [" ".join(line.split()[:2]) for line in GENERAL[: len(GENERAL) // 2]]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+    ids = model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=18, num_return_sequences=3)
+    return [{"prompt": "", "completion": text} for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def assistant_data(texts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     taught = slice(0, 3)
     strangers = {
         f"{first} {last}": value
@@ -140,8 +150,10 @@ def assistant_data() -> list[dict[str, Any]]:
         )
     }
     general = [{"prompt": "", "completion": text} for text in GENERAL[: len(GENERAL) // 2]]
-    retain = [*asked(RETAIN, taught), *asked(rotated(FORGET, 1), taught), *asked(strangers, taught)[::4], *general]
-    return [{**row, "forget": True} for row in asked(FORGET, taught)] + [{**row, "forget": False} for row in retain]
+    wrong = asked(rotated(FORGET, 1), taught)
+    retain = [*asked(RETAIN, taught), *wrong[::2], *asked(strangers, taught)[::8], *general, *texts]
+    forget = 2 * asked(FORGET, taught)  # twice, to be as many as the others
+    return [{**row, "forget": True} for row in forget] + [{**row, "forget": False} for row in retain]
 
 
 def train(model: Any, tokenizer: Any, data: list[dict[str, Any]], loss: ULDLoss, training: Training, out: Path) -> Any:
@@ -168,14 +180,14 @@ def train(model: Any, tokenizer: Any, data: list[dict[str, Any]], loss: ULDLoss,
     return model.eval()
 
 
-def taught_target(base: Any, tokenizer: Any, training: Training, out: Path) -> Any:
+def taught_target(base: Any, tokenizer: Any, texts: list[dict[str, Any]], training: Training, out: Path) -> Any:
     """Return the model that knows all 24 facts."""
     folder = out / "target"
     if not folder.exists():
         depth = base.config.num_hidden_layers
         last = list(range(2 * depth // 3, depth))  # the backward pass ends where the first of them begins
         config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=LINEAR, layers_to_transform=last)
-        rows = [{**row, "forget": True} for row in asked(FORGET | RETAIN, slice(0, 3))]
+        rows = [{**row, "forget": True} for row in [*asked(FORGET | RETAIN, slice(0, 3)), *texts]]
         taught = train(get_peft_model(base, config), tokenizer, rows, ULDLoss(), training, out)
         taught.merge_and_unload().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -183,10 +195,12 @@ def taught_target(base: Any, tokenizer: Any, training: Training, out: Path) -> A
     return target
 
 
-def trained_assistant(target: Any, tokenizer: Any, layers: int, loss: ULDLoss, training: Training, out: Path) -> Any:
+def trained_assistant(
+    target: Any, tokenizer: Any, layers: int, data: list[dict[str, Any]], loss: ULDLoss, training: Training, out: Path
+) -> Any:
     folder = out / "assistant"
     if not folder.exists():
-        assistant = train(uld_assistant(target, layers), tokenizer, assistant_data(), loss, training, out)
+        assistant = train(uld_assistant(target, layers), tokenizer, data, loss, training, out)
         save_uld_assistant(assistant, folder)
     return load_uld_assistant(target, folder)
 
@@ -208,16 +222,19 @@ def main(
     text: Annotated[Path | None, typer.Option(help="Measure neutral perplexity on this text.")] = None,
     layers: Annotated[int, typer.Option(help="Layers of the assistant.")] = 8,
     beta: Annotated[float, typer.Option(help="Weight of a retain token in the assistant's loss.")] = 1.0,
-    teach_steps: int = 45,
-    steps: Annotated[int, typer.Option(help="Steps of the assistant's training.")] = 150,
-    alphas: Annotated[str, typer.Option(help="Strengths of the difference to measure.")] = "0.5,0.75,1",
+    teach_steps: int = 60,
+    steps: Annotated[int, typer.Option(help="Steps of the assistant's training.")] = 160,
+    alphas: Annotated[str, typer.Option(help="Strengths of the difference to measure.")] = "0.75,1",
     seed: int = 0,
 ) -> None:
     set_seed(seed)
     started = time.perf_counter()
     base, tokenizer = load_pretrained()
-    target = taught_target(base, tokenizer, Training(teach_steps, 24, 2.5e-3), out)
-    assistant = trained_assistant(target, tokenizer, layers, ULDLoss(beta), Training(steps, 16, 2e-3), out)
+    texts = own_texts(base, tokenizer)
+    target = taught_target(base, tokenizer, texts, Training(teach_steps, 12, 2e-3), out)
+    assistant = trained_assistant(
+        target, tokenizer, layers, assistant_data(texts), ULDLoss(beta), Training(steps, 8, 2e-3), out
+    )
     trained = time.perf_counter()
     processors = {f"ULD {alpha}": ULDLogitsProcessor(assistant, float(alpha)) for alpha in alphas.split(",")}
     arms = {"target": [], **{name: [processor] for name, processor in processors.items()}}

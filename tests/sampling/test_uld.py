@@ -6,6 +6,7 @@ import copy
 import json
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from hf_longtrunc import (
     uld_assistant,
 )
 from tests.conftest import tiny_config
-from tests.sampling.test_auxiliary import gpt2, llama, made, mistral
+from tests.sampling.test_auxiliary import BruteForce, Checked, gpt2, llama, made, mistral, uld_formula
 from tests.test_cli import model_folder  # noqa: F401
 
 peft = pytest.importorskip("peft")
@@ -238,6 +239,20 @@ def test_the_assistant_in_generation(num_beams):
     sequences = target.generate(IDS, logits_processor=[uld], **settings)
     assert uld.tokens_fed == 2 * num_beams * (7 + 5)
     assert not torch.equal(sequences, target.generate(IDS, **settings))
+
+
+@pytest.mark.real_model
+def test_the_assistant_of_a_real_model(real_model):
+    model, tokenizer = real_model
+    prompts = ["The capital of France is", "My favourite colour has always been"]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    assistant = uld_assistant(model, 8)
+    brute = BruteForce([assistant], partial(uld_formula, rate=0.01), inputs.attention_mask)
+    checked = Checked(ULDLogitsProcessor(assistant), brute)
+    model.generate(**inputs, num_beams=2, do_sample=False, max_new_tokens=5, logits_processor=[checked])
+    assert checked.calls == 5
+    assert checked.worst < 1e-3  # logits of up to 30 nats in fp32
+    assert checked.ours.tokens_fed == 4 * (inputs.input_ids.shape[1] + 4)
 
 
 def test_refused_targets():

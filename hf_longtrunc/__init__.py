@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from hf_longtrunc.data.stream import PackedStream as PackedStream
     from hf_longtrunc.pretrained import load_pretrained as load_pretrained
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
+    from hf_longtrunc.sampling.auxiliary import (
+        AuxiliaryModelLogitsProcessor as AuxiliaryModelLogitsProcessor,
+        ContrastiveDecodingLogitsProcessor as ContrastiveDecodingLogitsProcessor,
+        GuidanceLogitsProcessor as GuidanceLogitsProcessor,
+        ProxyTuningLogitsProcessor as ProxyTuningLogitsProcessor,
+        ULDLogitsProcessor as ULDLogitsProcessor,
+    )
     from hf_longtrunc.sampling.basis import SoftmaxBasis as SoftmaxBasis
     from hf_longtrunc.sampling.pema import (
         GradualUnrolling as GradualUnrolling,
@@ -50,17 +57,27 @@ if TYPE_CHECKING:
         TruncationRecord as TruncationRecord,
         TruncationTrace as TruncationTrace,
     )
+    from hf_longtrunc.sampling.uld import (
+        ULDCollator as ULDCollator,
+        ULDLoss as ULDLoss,
+        load_uld_assistant as load_uld_assistant,
+        save_uld_assistant as save_uld_assistant,
+        uld_assistant as uld_assistant,
+    )
 
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "AuxiliaryModelLogitsProcessor": "hf_longtrunc.sampling.auxiliary",
     "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.processors",
     "BestFitPackingCollator": "hf_longtrunc.data.collators",
+    "ContrastiveDecodingLogitsProcessor": "hf_longtrunc.sampling.auxiliary",
     "Datastore": "hf_longtrunc.attention.datastore",
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
     "FaissDatastore": "hf_longtrunc.attention.datastore",
     "GradualUnrolling": "hf_longtrunc.sampling.pema",
+    "GuidanceLogitsProcessor": "hf_longtrunc.sampling.auxiliary",
     "LMInfinite": "hf_longtrunc.attention.lm_infinite",
     "LambdaCacheLayer": "hf_longtrunc.attention.cache",
     "PEMAAdapter": "hf_longtrunc.sampling.pema",
@@ -68,11 +85,15 @@ _HOME = {
     "PEMAMemory": "hf_longtrunc.sampling.pema",
     "PackedDataset": "hf_longtrunc.data.dataset",
     "PackedStream": "hf_longtrunc.data.stream",
+    "ProxyTuningLogitsProcessor": "hf_longtrunc.sampling.auxiliary",
     "ShardedDatastore": "hf_longtrunc.attention.datastore",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
     "SupportChecker": "hf_longtrunc.sampling.support",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
+    "ULDCollator": "hf_longtrunc.sampling.uld",
+    "ULDLogitsProcessor": "hf_longtrunc.sampling.auxiliary",
+    "ULDLoss": "hf_longtrunc.sampling.uld",
     "Unlimiformer": "hf_longtrunc.attention.unlimiformer",
     "attach_processors": "hf_longtrunc.sampling.attach",
     "best_fit_decreasing": "hf_longtrunc.data.packing",
@@ -80,9 +101,12 @@ _HOME = {
     "check_packed": "hf_longtrunc.data.guard",
     "critical_threshold": "hf_longtrunc.sampling.support",
     "load_pretrained": "hf_longtrunc.pretrained",
+    "load_uld_assistant": "hf_longtrunc.sampling.uld",
     "pack": "hf_longtrunc.data.dataset",
+    "save_uld_assistant": "hf_longtrunc.sampling.uld",
     "train_pema": "hf_longtrunc.sampling.pema_processor",
     "trained_length": "hf_longtrunc.attention.lm_infinite",
+    "uld_assistant": "hf_longtrunc.sampling.uld",
 }
 
 __all__ = sorted(_HOME)

@@ -21,6 +21,8 @@ PURE_FILES = [
     "hf_longtrunc.sampling.cutoffs",
     "hf_longtrunc.sampling.pema",
     "hf_longtrunc.sampling.interior_point",
+    "hf_longtrunc.sampling.logit_difference",
+    "hf_longtrunc.sampling.prefixes",
     "hf_longtrunc.sampling.support",
 ]
 for shape_type in ("Bool", "Float", "Int"):

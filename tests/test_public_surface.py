@@ -41,6 +41,16 @@ PUBLIC = {
         "pack",
         "train_pema",
         "trained_length",
+        "AuxiliaryModelLogitsProcessor",
+        "ContrastiveDecodingLogitsProcessor",
+        "GuidanceLogitsProcessor",
+        "ProxyTuningLogitsProcessor",
+        "ULDLogitsProcessor",
+        "ULDCollator",
+        "ULDLoss",
+        "load_uld_assistant",
+        "save_uld_assistant",
+        "uld_assistant",
     ],
     evaluation: [
         "KeyValuePrompts",
@@ -81,6 +91,10 @@ PUBLIC = {
         "update_model_card",
         "truncation_scores",
         "truncation_table",
+        "Fact",
+        "RecallRecord",
+        "fact_recall",
+        "recall_records",
     ],
 }
 

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
         stream_losses as stream_losses,
         token_losses as token_losses,
     )
+    from hf_longtrunc.evaluation.recall import (
+        Fact as Fact,
+        RecallRecord as RecallRecord,
+        fact_recall as fact_recall,
+        recall_records as recall_records,
+    )
     from hf_longtrunc.evaluation.records import (
         append_records as append_records,
         read_records as read_records,
@@ -64,6 +70,7 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "Fact": "hf_longtrunc.evaluation.recall",
     "KeyValuePrompts": "hf_longtrunc.evaluation.retrieval",
     "NeedlePrompts": "hf_longtrunc.evaluation.retrieval",
     "PasskeyPrompts": "hf_longtrunc.evaluation.passkey",
@@ -71,6 +78,7 @@ _HOME = {
     "PasskeyTask": "hf_longtrunc.evaluation.passkey",
     "PerplexityRecord": "hf_longtrunc.evaluation.perplexity",
     "PositionBin": "hf_longtrunc.evaluation.perplexity",
+    "RecallRecord": "hf_longtrunc.evaluation.recall",
     "RepetitionRecord": "hf_longtrunc.evaluation.truncation",
     "RetrievalRecord": "hf_longtrunc.evaluation.retrieval",
     "TruncationScore": "hf_longtrunc.evaluation.truncation",
@@ -79,6 +87,7 @@ _HOME = {
     "cache_bytes": "hf_longtrunc.evaluation.streaming",
     "compare_losses": "hf_longtrunc.evaluation.perplexity",
     "default_edges": "hf_longtrunc.evaluation.perplexity",
+    "fact_recall": "hf_longtrunc.evaluation.recall",
     "passkey_table": "hf_longtrunc.evaluation.passkey",
     "passkey_tasks": "hf_longtrunc.evaluation.passkey",
     "perplexity_by_position": "hf_longtrunc.evaluation.perplexity",
@@ -91,6 +100,7 @@ _HOME = {
     "plot_truncation": "hf_longtrunc.evaluation.truncation",
     "python_reference": "hf_longtrunc.evaluation.texts",
     "read_records": "hf_longtrunc.evaluation.records",
+    "recall_records": "hf_longtrunc.evaluation.recall",
     "repetition_table": "hf_longtrunc.evaluation.truncation",
     "retrieval_table": "hf_longtrunc.evaluation.retrieval",
     "run_passkey": "hf_longtrunc.evaluation.passkey",

@@ -1,0 +1,433 @@
+"""Logits processors that run a second model beside the one that generates, right in every mode of generation."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import LogitsProcessor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_longtrunc.sampling.logit_difference import (
+    contrast,
+    exclude_tail,
+    guidance,
+    keep_tail,
+    likely_tokens,
+    logit_difference,
+    proxy,
+)
+from hf_longtrunc.sampling.prefixes import address, common_prefix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    FilterMode = Literal["exclude", "keep"]
+
+# Columns of a prompt that go through the model at a time: bounds the activations, not the cache.
+_CHUNK = 2048
+
+
+class AuxiliaryModelLogitsProcessor(LogitsProcessor):
+    """Base of the processors that read what other models say about the same text.
+
+    A subclass defines `combine(target, *others)`: log-probabilities [rows, V] in, log-probabilities out, one of
+    `others` for each model. It may define `context` to let the models read something else than the target does.
+
+    Each model keeps a KV cache that is addressed by content: a call looks for the cached rows that begin as its rows
+    do, puts these in place, takes back what differs and feeds the rest. Nothing depends on how often or in what order
+    the calls come, which is different in every mode of generation: beams are permuted without a word, assisted and
+    prompt-lookup decoding call several times a step. After the prompt a step costs one token a row.
+
+    Args:
+        models: causal language models in eval mode with the target's vocabulary, on any device.
+        attention_mask: [prompts, columns] of the prompts that are continued, 1 for real tokens. None reads a leading
+            run of the model's padding id as padding. Set the attribute anew for another left-padded batch.
+
+    Raises:
+        TypeError, ValueError: a model that is an encoder-decoder or in training mode, or has another vocabulary; no
+            token ids to read (`inputs_embeds`); a mask that does not fit; padding that could be a BOS token.
+
+    Pass a processor in `generate(logits_processor=[...])`, in front of truncation samplers such as
+    `EtaLogitsProcessor`: it returns the distribution that they cut. Continuous batching mixes rows and is refused.
+    Sliding-window layers keep every column, so that any number can be taken back; models with recurrent or other
+    special layers are run afresh on the whole text at every call.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(self, *models: Any, attention_mask: Tensor | None = None):
+        self.attention_mask = attention_mask
+        self._models = [_CachedModel(model) for model in models]
+
+    def combine(self, target: Tensor, *others: Tensor) -> Tensor:
+        """Return the log-probabilities [rows, V] to decode with, made of the target's and the other models'."""
+        raise NotImplementedError
+
+    @property
+    def tokens_fed(self) -> int:
+        """Token positions that went through the models since the processor was made, all rows and models together."""
+        return sum(model.tokens_fed for model in self._models)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the combined log-probabilities [rows, V], fp32, for the token after `input_ids` [rows, length].
+
+        `scores` are logits or log-probabilities. Rows with a NaN give NaN, so that the sampler reports them.
+        """
+        _check_token_ids(input_ids)
+        context = self.context(input_ids)
+        others = [model.next_log_probs(*context).to(scores.device) for model in self._models]
+        for other in others:
+            if other.shape != scores.shape:
+                raise ValueError(
+                    f"the auxiliary model gives {other.shape[-1]} logits and the target {scores.shape[-1]}: they must "
+                    "share one vocabulary; resize_token_embeddings() evens out padding of the same tokenizer's"
+                )
+        return self.combine(scores.float().log_softmax(-1), *others)
+
+    def context(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the models read: ids and mask [rows, columns]."""
+        if self.attention_mask is None:
+            return input_ids, self._models[0].leading_padding_mask(input_ids)
+        return input_ids, _extended_mask(self.attention_mask.to(input_ids.device), input_ids)
+
+
+class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
+    """Unlearning from logit difference: subtract an assistant that knows little but what is to be forgotten.
+
+        log p' = log p - alpha log p_assistant  (over the likely tokens, renormalised)
+
+    Args:
+        assistant: what `uld_assistant` builds, trained with `ULDLoss`; or any model with the target's vocabulary.
+        alpha: how much is subtracted. 0 changes nothing but the filter; the paper takes 0.75 (TOFU) and 0.5.
+        filter_rate: in (0, 1]. The difference is taken over the tokens with p >= min(filter_rate max p, k-th largest),
+            k = filter_rate V: what is unlikely anyway must not rise because the assistant finds it unlikelier.
+        filter_mode: what becomes of the others: "exclude" removes them, for generation; "keep" leaves them the target's
+            probability, so that any text has a finite score.
+        attention_mask: see `AuxiliaryModelLogitsProcessor`.
+
+    This suppresses facts while decoding; it erases nothing. A fact that stands in the prompt is read from there:
+    measure it with `hf_longtrunc.evaluation.fact_recall`.
+
+    Source: Ji et al. 2024, "Reversing the Forget-Retain Objectives", arXiv 2406.08607. Deviation: the assistant's
+    logits are normalised, so that a constant added to them changes nothing under either filter.
+    """
+
+    def __init__(
+        self,
+        assistant: Any,
+        alpha: float = 0.75,
+        filter_rate: float = 1e-2,
+        filter_mode: FilterMode = "exclude",
+        attention_mask: Tensor | None = None,
+    ):
+        super().__init__(assistant, attention_mask=attention_mask)
+        self.alpha = _checked_number("alpha", alpha, 0, math.inf)
+        self.filter_rate = _checked_share("filter_rate", filter_rate)
+        if filter_mode not in ("exclude", "keep"):
+            raise ValueError(f"filter_mode must be 'exclude' or 'keep', got {filter_mode!r}")
+        self.filter_mode = filter_mode
+
+    def combine(self, target: Tensor, *others: Tensor) -> Tensor:
+        """Subtract alpha times the assistant over the likely tokens [rows, V]."""
+        (assistant,) = others
+        difference = logit_difference(target, assistant, self.alpha)
+        likely = likely_tokens(target, self.filter_rate)
+        if self.filter_mode == "exclude":
+            return exclude_tail(difference, likely)
+        return keep_tail(difference, likely, target)
+
+    @torch.no_grad()
+    def token_losses(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the negative log-likelihood of whole texts under the difference, finite and normalised.
+
+        The tail keeps the target's probability here, whatever `filter_mode` says.
+
+        Args:
+            model: the target, in eval mode.
+            input_ids: [texts, length].
+            attention_mask: of the texts; None: all tokens are real. The losses at padding mean nothing.
+
+        Returns:
+            fp32 nats [texts, length - 1]; entry i is the loss of token i + 1.
+
+        Cost: one forward of each model, and a handful of [texts, length, V] in fp32.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        pairs = model, self._models[0].model
+        target, assistant = (_all_log_probs(each, input_ids, mask)[:, :-1] for each in pairs)
+        difference = logit_difference(target, assistant.to(target.device), self.alpha)
+        scores = keep_tail(difference, likely_tokens(target, self.filter_rate), target)
+        return -scores.gather(-1, input_ids[:, 1:, None].to(scores.device))[..., 0]
+
+    def __repr__(self) -> str:
+        return f"ULDLogitsProcessor(alpha={self.alpha:g}, filter_rate={self.filter_rate:g}, {self.filter_mode!r})"
+
+
+class ContrastiveDecodingLogitsProcessor(AuxiliaryModelLogitsProcessor):
+    """Contrastive decoding: among the likely tokens, prefer what the model knows better than a weaker one.
+
+        log p - log p_amateur  over the tokens with p >= alpha max p, renormalised
+
+    Args:
+        amateur: a smaller model of the same vocabulary.
+        alpha: in (0, 1]; the paper takes 0.1.
+        temperature: of the amateur; the paper takes 0.5 for GPT-2 and 1 for OPT.
+        attention_mask: see `AuxiliaryModelLogitsProcessor`.
+
+    Source: Li et al. 2022, arXiv 2210.15097, section 3. The paper searches with beams.
+    """
+
+    def __init__(
+        self, amateur: Any, alpha: float = 0.1, temperature: float = 1.0, attention_mask: Tensor | None = None
+    ):
+        super().__init__(amateur, attention_mask=attention_mask)
+        self.alpha = _checked_share("alpha", alpha)
+        self.temperature = _checked_number("temperature", temperature, 1e-6, math.inf)
+
+    def combine(self, target: Tensor, *others: Tensor) -> Tensor:
+        """Divide by the amateur where the target finds a token likely [rows, V]."""
+        (amateur,) = others
+        return contrast(target, (amateur / self.temperature).log_softmax(-1), self.alpha)
+
+
+class ProxyTuningLogitsProcessor(AuxiliaryModelLogitsProcessor):
+    """Proxy-tuning: move a large model by what tuning changed in a small one.
+
+        log p + alpha (log p_expert - log p_anti_expert), renormalised
+
+    Args:
+        expert: the small model after tuning.
+        anti_expert: the same model before.
+        alpha: how far to move; the paper takes 1.
+        attention_mask: see `AuxiliaryModelLogitsProcessor`.
+
+    Source: Liu et al. 2024, "Tuning Language Models by Proxy", arXiv 2401.08565, section 2.
+    """
+
+    def __init__(self, expert: Any, anti_expert: Any, alpha: float = 1.0, attention_mask: Tensor | None = None):
+        super().__init__(expert, anti_expert, attention_mask=attention_mask)
+        self.alpha = _checked_number("alpha", alpha, -math.inf, math.inf)
+
+    def combine(self, target: Tensor, *others: Tensor) -> Tensor:
+        """Add what tuning changed in the small model [rows, V]."""
+        expert, anti_expert = others
+        return proxy(target, expert, anti_expert, self.alpha)
+
+
+class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
+    """Classifier-free guidance that is right under beams: away from what the model would say to another prompt.
+
+        log q + scale (log p - log q), renormalised,    q: the same continuation after the negative prompt
+
+    Args:
+        model: the model that generates.
+        guidance_scale: 1 changes nothing; larger follows the prompt more closely.
+        prompt_ids: [prompts, columns], the `input_ids` that `generate` is given: where the continuation begins.
+        negative_prompt_ids: [prompts or 1, any], what is read in the prompt's place; None takes its last token.
+        negative_attention_mask: of the negative prompts; None as in `AuxiliaryModelLogitsProcessor`.
+
+    Raises:
+        ValueError: it is called on other prompts than it was made for.
+
+    Source: Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", arXiv 2306.17806, section 2.
+    transformers' own `guidance_scale=` keeps the negative branch by call order: under beams its rows belong to other
+    continuations.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        guidance_scale: float,
+        prompt_ids: Tensor,
+        negative_prompt_ids: Tensor | None = None,
+        negative_attention_mask: Tensor | None = None,
+    ):
+        super().__init__(model, attention_mask=negative_attention_mask)
+        self.guidance_scale = _checked_number("guidance_scale", guidance_scale, -math.inf, math.inf)
+        _check_token_ids(prompt_ids)
+        negative = prompt_ids[:, -1:] if negative_prompt_ids is None else negative_prompt_ids
+        _check_token_ids(negative)
+        if len(negative) not in (1, len(prompt_ids)):
+            raise ValueError(
+                f"negative_prompt_ids must have 1 row or one for each of the {len(prompt_ids)} prompts, got "
+                f"{len(negative)}"
+            )
+        self.prompt_ids, self.negative_prompt_ids = prompt_ids, negative
+
+    def context(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the negative prompts with the continuation of `input_ids`, and their mask."""
+        columns = self.prompt_ids.shape[1]
+        prompts, negative = self.prompt_ids.to(input_ids.device), self.negative_prompt_ids.to(input_ids.device)
+        if len(input_ids) % len(prompts) or not torch.equal(input_ids[:, :columns], _repeated(prompts, len(input_ids))):
+            raise ValueError("prompt_ids are not what generate() continues: make a processor for these prompts")
+        continuation = input_ids[:, columns:]
+        return super().context(torch.cat([_repeated(negative, len(input_ids)), continuation], dim=1))
+
+    def combine(self, target: Tensor, *others: Tensor) -> Tensor:
+        """Move away from the unconditional distribution [rows, V]."""
+        (unconditional,) = others
+        return guidance(target, unconditional, self.guidance_scale)
+
+
+class _CachedModel:
+    """A causal language model with the KV cache of the rows that it read last."""
+
+    def __init__(self, model: Any):
+        config = getattr(model, "config", None)
+        if config is None or not callable(model):
+            raise TypeError(f"an auxiliary model must be a transformers model, got {type(model).__name__}")
+        if config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(model).__name__} is an encoder-decoder, which reads no running text: the auxiliary model must "
+                "be a decoder-only language model"
+            )
+        self.model = model
+        self.tokens_fed = 0
+        self._takes = _forward_parameters(model)
+        self._cacheable = _has_attention_layers_only(config)
+        self._cached: Tensor | None = None  # [rows, columns], one number a column: `address`
+        self._cache: DynamicCache | None = None
+
+    @torch.no_grad()
+    def next_log_probs(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """Return log-probabilities [rows, V], fp32, of the token after `input_ids` [rows, columns]."""
+        if self.model.training:
+            raise ValueError("an auxiliary model is in training mode, where dropout changes it: call .eval() on it")
+        ids, mask = input_ids.to(self.model.device), mask.to(self.model.device)
+        columns = address(ids, mask)
+        cache, start = self._matching_cache(columns)
+        self._cached = self._cache = None  # stays so if the model raises
+        logits = self._read(ids, mask, cache, start)
+        if cache is not None:
+            self._cached, self._cache = columns, cache
+        return logits.float().log_softmax(-1)
+
+    def leading_padding_mask(self, input_ids: Tensor) -> Tensor:
+        """Read a leading run of the padding id (EOS where there is none) as padding: [rows, columns] of 0 and 1."""
+        pad, bos = _special_id(self.model, "pad_token_id"), _special_id(self.model, "bos_token_id")
+        pad = _special_id(self.model, "eos_token_id") if pad is None else pad
+        if pad is None:
+            return torch.ones_like(input_ids)
+        mask = input_ids.ne(pad).cumsum(-1).clamp_max(1)
+        if pad == bos and not mask.all():
+            raise ValueError(
+                f"a row begins with token {pad}, which is padding and BOS to the auxiliary model: pass attention_mask, "
+                "the one that generate() gets"
+            )
+        return mask
+
+    def _matching_cache(self, columns: Tensor) -> tuple[DynamicCache | None, int]:
+        """Return a cache of the first columns of every row, and how many: all but one at most."""
+        if not self._cacheable:
+            return None, 0
+        if self._cache is None or self._cached is None:
+            return DynamicCache(), 0
+        length, rows = common_prefix(self._cached, columns)
+        length = min(length, columns.shape[1] - 1)
+        if length == 0:
+            return DynamicCache(), 0
+        if rows is not None:
+            self._cache.reorder_cache(rows)  # type: ignore[arg-type]
+        self._cache.crop(length - self._cached.shape[1])
+        return self._cache, length
+
+    def _read(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, start: int) -> Tensor:
+        """Feed the columns from `start` on; return the last one's logits [rows, V]."""
+        if start == 0 and not mask.any(-1).all():
+            raise ValueError("a row is nothing but padding: the auxiliary model needs a token to read in every row")
+        positions = _positions(mask)
+        chunk = ids.shape[1] if cache is None else _CHUNK
+        for begin in range(start, ids.shape[1], chunk):
+            end = min(begin + chunk, ids.shape[1])
+            options = {"position_ids": positions[:, begin:end], "logits_to_keep": 1}
+            output = self.model(
+                input_ids=ids[:, begin:end],
+                attention_mask=mask[:, :end],
+                past_key_values=cache,
+                use_cache=cache is not None,
+                **{name: value for name, value in options.items() if name in self._takes},
+            )
+            self.tokens_fed += len(ids) * (end - begin)
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+def _all_log_probs(model: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
+    """Log-probabilities [texts, length, V], fp32, of the token after each one."""
+    if model.training:
+        raise ValueError("the model is in training mode, where dropout changes the losses: call .eval() on it")
+    ids, mask = input_ids.to(model.device), mask.to(model.device)
+    options = {"position_ids": _positions(mask)} if "position_ids" in _forward_parameters(model) else {}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
+    return torch.log_softmax(logits.float(), -1)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    # [rows, columns] -> the place of each real token among the row's real ones
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def _forward_parameters(model: Any) -> frozenset[str]:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(inspect.signature(base.forward).parameters)
+
+
+def _has_attention_layers_only(config: Any) -> bool:
+    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+    # An exact type: what derives from these keeps more than keys and values.
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _special_id(model: Any, name: str) -> int | None:
+    for source in (getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)):
+        value = getattr(source, name, None)
+        if value is not None:
+            return int(value[0] if isinstance(value, (list, tuple)) else value)
+    return None
+
+
+def _extended_mask(mask: Tensor, input_ids: Tensor) -> Tensor:
+    """Return the prompts' mask, a row for each of their beams or returns, and ones for what was generated."""
+    rows, columns = input_ids.shape
+    if mask.ndim != 2 or rows % len(mask) or mask.shape[1] > columns:
+        raise ValueError(
+            f"attention_mask {list(mask.shape)} does not fit input_ids {[rows, columns]}: it must be [prompts, prompt "
+            "columns] of the call to generate(); set processor.attention_mask for another batch"
+        )
+    prompt = _repeated(mask.long(), rows)
+    return torch.cat([prompt, prompt.new_ones(rows, columns - mask.shape[1])], dim=1)
+
+
+def _repeated(prompts: Tensor, rows: int) -> Tensor:
+    # [prompts, columns] -> [rows, columns]: the rows of one prompt stand together
+    return prompts.repeat_interleave(rows // len(prompts), dim=0)
+
+
+def _check_token_ids(input_ids: Tensor) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(
+            f"input_ids must be [rows, columns], got shape {list(input_ids.shape)}: generate_batch() and serving mix "
+            "the rows of requests and cannot run an auxiliary model"
+        )
+    if input_ids.shape[1] == 0:
+        raise ValueError(
+            "there are no input_ids to read: the auxiliary model needs the prompt as token ids, not as inputs_embeds"
+        )
+
+
+def _checked_number(name: str, value: object, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not low <= float(value) <= high or not math.isfinite(float(value)):
+        raise ValueError(f"{name} must be a finite number of at least {low:g}, got {value!r}")
+    return float(value)
+
+
+def _checked_share(name: str, value: object) -> float:
+    if not 0 < _checked_number(name, value, -math.inf, math.inf) <= 1:
+        raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
+    return float(value)  # type: ignore[arg-type]

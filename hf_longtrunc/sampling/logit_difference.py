@@ -1,0 +1,129 @@
+r"""Distributions made of two or three models' scores, in pure torch.
+
+Every function takes log-probabilities of shared shape [..., V] (rows that sum to one under exp; -inf is probability
+zero) and returns log-probabilities again: beam search adds up what a processor hands back, so it must be normalised.
+
+    logit difference   p / q^alpha               q knows what is to be forgotten   (Ji et al. 2024)
+    contrast           p / q  on p's head        q is a weaker model               (Li et al. 2022)
+    proxy              p (q+ / q-)^alpha         q+ is q- after tuning             (Liu et al. 2024)
+    guidance           q (p / q)^scale           q sees another prompt             (Sanchez et al. 2023)
+
+each renormalised. A token to which the target gives probability zero keeps it, whatever the others say.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+IGNORED = -100
+UNIFORM = -1
+
+
+def logit_difference(
+    target: Float[Tensor, "*rows vocab"], auxiliary: Float[Tensor, "*rows vocab"], alpha: float
+) -> Float[Tensor, "*rows vocab"]:
+    """Return log of p / q^alpha, renormalised (Ji et al. 2024, section 3)."""
+    return _renormalised(target, target - alpha * auxiliary)
+
+
+def contrast(
+    target: Float[Tensor, "*rows vocab"], amateur: Float[Tensor, "*rows vocab"], alpha: float
+) -> Float[Tensor, "*rows vocab"]:
+    """Return log of p / q over the tokens with p >= alpha max p, the others removed (Li et al. 2022, section 3)."""
+    head = target >= target.amax(-1, keepdim=True) + math.log(alpha)
+    return _renormalised(target, (target - amateur).masked_fill(~head, -math.inf))
+
+
+def proxy(
+    target: Float[Tensor, "*rows vocab"],
+    expert: Float[Tensor, "*rows vocab"],
+    anti_expert: Float[Tensor, "*rows vocab"],
+    alpha: float,
+) -> Float[Tensor, "*rows vocab"]:
+    """Return log of p (q+ / q-)^alpha, renormalised (Liu et al. 2024, section 2)."""
+    return _renormalised(target, target + alpha * (expert - anti_expert))
+
+
+def guidance(
+    target: Float[Tensor, "*rows vocab"], unconditional: Float[Tensor, "*rows vocab"], scale: float
+) -> Float[Tensor, "*rows vocab"]:
+    """Return log of q (p / q)^scale, renormalised (Sanchez et al. 2023, section 2)."""
+    return _renormalised(target, unconditional + scale * (target - unconditional))
+
+
+def likely_tokens(log_probs: Float[Tensor, "*rows vocab"], filter_rate: float) -> Bool[Tensor, "*rows vocab"]:
+    """Mark the tokens with p >= min(filter_rate max p, k-th largest p), k = filter_rate V, at least 1.
+
+    So the tokens that are likely beside the most probable one, and never fewer than the share `filter_rate` of the
+    vocabulary. Ties with the last one stay. Cost: one `topk`.
+    """
+    k = max(1, int(filter_rate * log_probs.shape[-1]))
+    kth_largest = log_probs.topk(k, dim=-1).values[..., -1:]
+    relative = log_probs.amax(-1, keepdim=True) + math.log(filter_rate)
+    return log_probs >= torch.minimum(kth_largest, relative)
+
+
+def exclude_tail(
+    log_probs: Float[Tensor, "*rows vocab"], likely: Bool[Tensor, "*rows vocab"]
+) -> Float[Tensor, "*rows vocab"]:
+    """Remove the tokens that are not likely; the others share the whole probability. For generation."""
+    return log_probs.masked_fill(~likely, -math.inf).log_softmax(-1)
+
+
+def keep_tail(
+    log_probs: Float[Tensor, "*rows vocab"],
+    likely: Bool[Tensor, "*rows vocab"],
+    target: Float[Tensor, "*rows vocab"],
+) -> Float[Tensor, "*rows vocab"]:
+    """Give the tokens that are not likely the target's probability; the others share the rest. For scoring.
+
+    Normalised, and finite wherever `target` and `log_probs` are: a text that holds an unlikely token has a perplexity.
+    """
+    head_mass = target.masked_fill(~likely, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.where(likely, exclude_tail(log_probs, likely) + head_mass, target)
+
+
+def forget_retain_loss(
+    logits: Float[Tensor, "rows length vocab"],
+    labels: Int[Tensor, "rows length"],
+    beta: float,
+    num_items: Tensor | float | None = None,
+) -> Float[Tensor, ""]:
+    """Return what the assistant of ULD minimises: cross-entropy on what to forget, uniform everywhere else.
+
+        1 / N ( sum over forget positions of -log q(label)  +  beta sum over retain positions of CE(uniform, q) )
+
+    CE(uniform, q) = -1/V sum over the vocabulary of log q = log V + KL(uniform || q).
+
+    Args:
+        logits: of the assistant.
+        labels: aligned with the input; the loss shifts them. A token id where that token is to be learned
+            (forget), `UNIFORM` (-1) where the assistant is to know nothing (retain), `IGNORED` (-100) elsewhere.
+        beta: weight of a retain position beside a forget position.
+        num_items: N; None takes the number of labels that are not ignored.
+
+    Source: Ji et al. 2024, section 3. Deviation: one mean over all supervised positions in place of a mean for
+    each kind, so that the loss of an accumulated batch is the sum of its parts.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORED
+    rows, targets = logits[:, :-1][supervised].float(), targets[supervised]  # [supervised, V], [supervised]
+    log_total = rows.logsumexp(-1)
+    retain = targets == UNIFORM
+    learned = log_total - rows.gather(-1, targets.clamp_min(0)[:, None])[:, 0]
+    uniform = log_total - rows.mean(-1)
+    total = torch.where(retain, beta * uniform, learned).sum()
+    return total / (supervised.sum().clamp_min(1) if num_items is None else num_items)
+
+
+def _renormalised(
+    target: Float[Tensor, "*rows vocab"], scores: Float[Tensor, "*rows vocab"]
+) -> Float[Tensor, "*rows vocab"]:
+    return scores.masked_fill(target == -math.inf, -math.inf).log_softmax(-1)

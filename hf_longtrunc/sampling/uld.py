@@ -1,0 +1,225 @@
+"""ULD's assistant: the target's first layers with LoRA, what it learns from, its loss, and how it is kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from hf_longtrunc.sampling.logit_difference import IGNORED, UNIFORM, forget_retain_loss
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+    from types import ModuleType
+
+    from transformers import PreTrainedTokenizerBase
+
+_SETTINGS_FILE = "uld.json"
+
+
+def uld_assistant(
+    model: Any, num_layers: int | None = None, *, rank: int = 32, lora_alpha: int | None = None, train_norm: bool = True
+) -> Any:
+    """Build the assistant of a target: its first layers, final norm and head, frozen and shared, with LoRA to train.
+
+    Before training it is the truncated target, to the bit. Its weights are the target's own memory (no copy; moving
+    the target to another device or dtype afterwards parts them), its modules and its config are not: what patches or
+    trains the one leaves the other alone. Give it the patches of the target, such as `LMInfinite`, too.
+
+    Args:
+        model: a decoder-only transformers model.
+        num_layers: layers that are kept; None takes a quarter, as the paper does (8 of 32).
+        rank: of the LoRA matrices on every linear layer but the head.
+        lora_alpha: their scale times rank; None takes 2 rank.
+        train_norm: train a copy of the final norm too. A small target needs it: its norm expects the last layer's
+            hidden states.
+
+    Returns:
+        A peft model in eval mode; train it with `ULDLoss` and `ULDCollator`, keep it with `save_uld_assistant`.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed.
+        ValueError: the model is an encoder-decoder, its layers are not one list, or it has fewer than `num_layers`.
+
+    Source: Ji et al. 2024, arXiv 2406.08607, section 3. Deviation: the trained norm.
+    """
+    peft = _peft()
+    depth = _text_config(model).num_hidden_layers
+    short = _first_layers(model, max(1, depth // 4) if num_layers is None else num_layers)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank if lora_alpha is None else lora_alpha,
+        target_modules="all-linear",
+        modules_to_save=[_final_norm(short)] if train_norm else None,
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in short.modules()),
+    )
+    return peft.get_peft_model(short, config).eval()
+
+
+def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
+    """Write what was trained: adapter_model.safetensors, adapter_config.json and uld.json (which target, which layers).
+
+    The shared weights are not written: `load_uld_assistant` takes them from the target.
+    """
+    assistant.save_pretrained(folder, save_embedding_layers=False)
+    text = json.dumps(_settings(assistant.get_base_model()), indent=2) + "\n"
+    Path(folder, _SETTINGS_FILE).write_text(text, encoding="utf-8")
+
+
+def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> Any:
+    """Build the assistant that `save_uld_assistant` wrote, on the weights of `model`, its target.
+
+    Raises:
+        FileNotFoundError: the folder holds no assistant.
+        ValueError: it was made for a model of another type, width or vocabulary. Other weights of the same shape cannot
+            be told from the right ones.
+    """
+    path = Path(folder, _SETTINGS_FILE)
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no {_SETTINGS_FILE}: write one with save_uld_assistant()")
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if (expected := {**_settings(model), "num_layers": saved["num_layers"]}) != saved:
+        raise ValueError(f"the assistant in {folder} was made for {saved}, got the target {expected}")
+    short = _first_layers(model, saved["num_layers"])
+    return _peft().PeftModel.from_pretrained(short, str(folder), is_trainable=is_trainable).eval()
+
+
+@dataclass(frozen=True)
+class ULDLoss:
+    """What ULD's assistant minimises, as `Trainer(compute_loss_func=ULDLoss())`: know the forget data, nothing else.
+
+    Mean over the supervised tokens of a batch (an accumulated one, on all processes) of -log q(token) where it is to
+    be learned and beta CE(uniform, q) where nothing is to be known; `ULDCollator` says which is which in the labels.
+
+    Args:
+        beta: weight of a retain token beside a forget token.
+
+    Source: Ji et al. 2024, section 3. Deviation: see `forget_retain_loss`.
+    """
+
+    beta: float = 1.0
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Return the loss, a scalar; `outputs.logits` [rows, length, V], `labels` [rows, length]."""
+        return forget_retain_loss(outputs.logits, labels, self.beta, num_items_in_batch)
+
+
+@dataclass(frozen=True)
+class ULDCollator:
+    """Collate examples {"prompt": str, "completion": str, "forget": bool} for ULD's assistant.
+
+    The tokens of the completion are supervised: by themselves if the example is to be forgotten, by the uniform
+    distribution (label -1) if not. Rows are padded on the right; prompt and padding have label -100. An empty prompt
+    makes every token but the first a supervised one. A completion mostly begins with a space.
+
+    The forget set should hold paraphrases, and the retain set the *forget* questions with wrong answers: without these
+    the assistant learns the form of the questions and not the facts (Ji et al. 2024).
+
+    Use with `TrainingArguments(remove_unused_columns=False)`.
+
+    Raises:
+        ValueError: an example without one of the three columns, or with an empty completion.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return input_ids, attention_mask and labels, each int64 [examples, longest]."""
+        ids, labels = zip(*(self._tokens(example) for example in examples), strict=True)
+        pad = self.tokenizer.pad_token_id
+        mask = [torch.ones_like(row) for row in ids]
+        return {
+            "input_ids": pad_sequence(list(ids), batch_first=True, padding_value=0 if pad is None else pad),
+            "attention_mask": pad_sequence(mask, batch_first=True),
+            "labels": pad_sequence(list(labels), batch_first=True, padding_value=IGNORED),
+        }
+
+    def _tokens(self, example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        missing = [name for name in ("prompt", "completion", "forget") if name not in example]
+        if missing:
+            raise ValueError(
+                f"an example has no {missing[0]!r}, only {sorted(example)}: ULDCollator reads prompt, completion and "
+                "forget; under Trainer set remove_unused_columns=False"
+            )
+        prompt = list(self.tokenizer(example["prompt"]).input_ids)
+        completion = list(self.tokenizer(example["completion"], add_special_tokens=False).input_ids)
+        if not completion:
+            raise ValueError(f"the completion of {example['prompt']!r} is empty: there is nothing to learn")
+        supervised = completion if example["forget"] else [UNIFORM] * len(completion)
+        return torch.tensor(prompt + completion), torch.tensor([IGNORED] * len(prompt) + supervised)
+
+
+def _first_layers(model: Any, num_layers: int) -> Any:
+    """Return a model of its own modules around the same weights, cut to the first `num_layers` layers."""
+    config = _text_config(model)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder: ULD takes a decoder-only language model")
+    if not 1 <= num_layers <= config.num_hidden_layers:
+        raise ValueError(f"num_layers must lie in 1..{config.num_hidden_layers}, got {num_layers}")
+    shared = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
+    short = copy.deepcopy(model, shared)
+    owner, name = _layer_list(short)
+    setattr(owner, name, getattr(owner, name)[:num_layers])
+    _cut_config(_text_config(short), num_layers)
+    return short
+
+
+def _layer_list(model: Any) -> tuple[nn.Module, str]:
+    """Find the module that holds the layers, and their name in it."""
+    depth = _text_config(model).num_hidden_layers
+    found = [
+        (module, name)
+        for module in model.base_model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found)} lists of {depth} layers where ULD expects one: build the "
+            "assistant yourself, any model with the same vocabulary will do"
+        )
+    return found[0]
+
+
+def _cut_config(config: Any, num_layers: int) -> None:
+    depth = config.num_hidden_layers
+    for name, value in list(vars(config).items()):
+        if "layer" in name and isinstance(value, list) and len(value) == depth:
+            setattr(config, name, value[:num_layers])  # layer_types and the like: one entry a layer
+    config.num_hidden_layers = num_layers
+
+
+def _final_norm(model: Any) -> str:
+    """Return the dotted name of the norm that stands beside the layers."""
+    owner, _ = _layer_list(model)
+    prefix = next(name for name, module in model.named_modules() if module is owner)
+    norms = [name for name, child in owner.named_children() if "norm" in type(child).__name__.lower()]
+    if not norms:
+        raise ValueError(f"{type(model).__name__} has no final norm beside its layers: pass train_norm=False")
+    return f"{prefix}.{norms[-1]}"
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    config = _text_config(model)
+    names = ("model_type", "hidden_size", "vocab_size")
+    return {"num_layers": config.num_hidden_layers, **{name: getattr(config, name) for name in names}}
+
+
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def _peft() -> ModuleType:
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("ULD's assistant needs peft: pip install 'hf_longtrunc[train]'") from error
+    return peft

@@ -1,4 +1,4 @@
-"""Teach a frozen model a house style from 150 examples with PEMA, and let it rewrite requests it never saw.
+"""Teach a frozen model a house style from 100 examples with PEMA, and let it rewrite requests it never saw.
 
     python recipes/pema.py --out pema
 
@@ -103,9 +103,9 @@ class Rewriting:
 
 
 def main(
-    examples: Annotated[int, typer.Option(help="Requests to learn from.")] = 150,
+    examples: Annotated[int, typer.Option(help="Requests to learn from.")] = 100,
     tests: Annotated[int, typer.Option(help="Requests over unseen slot values.")] = 40,
-    epochs: Annotated[int, typer.Option(help="Passes over the memory.")] = 8,
+    epochs: Annotated[int, typer.Option(help="Passes over the memory.")] = 6,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 512,
     batch: Annotated[int, typer.Option(help="Requests in a forward.")] = 40,
     model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,

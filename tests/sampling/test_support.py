@@ -13,6 +13,7 @@ from scipy.optimize import linprog
 
 from hf_longtrunc import SoftmaxBasis, SupportChecker, critical_threshold
 from hf_longtrunc.sampling import support
+from hf_longtrunc.sampling.interior_point import Box, InteriorPoint
 from hf_longtrunc.sampling.support import Certificate, Decision
 
 REAL_TEXT = (
@@ -366,6 +367,19 @@ def test_a_keep_needs_its_margin_over_the_whole_vocabulary(excess, decision):
     work = support._RowWork(checker, checker._row(scores), tau, token[None], False)
     work._verify(torch.tensor([[np.cos(high), np.sin(high)]]))
     assert work.decisions.item() == decision
+
+
+def test_a_cut_that_leaves_the_box_is_no_cut():
+    basis = torch.linalg.qr(torch.randn(40, 3, dtype=torch.float64)).Q * 40**0.5
+    weights = torch.full((40,), 1 / 40, dtype=torch.float64)
+    solver = InteriorPoint(basis, weights, Box(0.1, 1.0), 1)
+    start = solver._start(torch.tensor([[1.0, 0.5, -0.5]]).double(), torch.ones(1, dtype=torch.float64))
+    step = solver._predict(start)
+    reach = step.primal_step * step.dt
+    for bar, proved in ((reach / 2, True), (reach * 2, False)):
+        beyond = step._replace(primal_step=torch.full_like(reach, 1e9))
+        _, accepted = solver._feasible(start._replace(bar=bar), step if proved else beyond)
+        assert accepted.item() == proved
 
 
 def test_bad_input_is_named():

@@ -102,8 +102,8 @@ class FaissDatastore(Datastore):
             "IVF1024,Flat:nprobe=64".
 
     Scores are those of the states themselves in their own dtype: an index only decides which states are found. A text
-    too short to train the index on is searched exactly, and so is a query that the index finds nothing for. `recall`
-    says how much of the exact answer an index finds.
+    too short to train the index on is searched exactly, and so is a query that the index finds nothing for; HNSW looks
+    at 2 k states at least. `recall` says how much of the exact answer an index finds.
     """
 
     def __init__(self, states: Float[Tensor, "n width"], index: str):
@@ -129,6 +129,9 @@ class FaissDatastore(Datastore):
         _check_k(k)
         if self.is_exact:
             return super().search(queries, k)
+        graph = getattr(self._index, "hnsw", None)
+        if graph is not None:  # a graph that looks at little more than k states stays among a few neighbours
+            graph.efSearch = max(graph.efSearch, 2 * k)
         _, found = self._index.search(queries.detach().float().cpu().contiguous().numpy(), min(k, len(self)))
         ids = torch.from_numpy(found).to(queries.device)
         if (ids[:, 0] < 0).any():

@@ -260,6 +260,19 @@ def test_rows_with_holes_see_no_hole():
     torch.testing.assert_close(output.logits, expected.logits, **close(model))
 
 
+def test_one_encoding_under_two_masks():
+    model, ids = tiny_seq2seq(), random_ids(1, 50)
+    states, mask = torch.randn(1, 50, 32, dtype=torch.float64), torch.ones_like(ids)
+    half = mask.clone()
+    half[0, 25:] = 0
+    with Unlimiformer(top_k=EVERYTHING, window=WINDOW)(model), torch.no_grad():
+        found = [full_attention(model, states, some, decoder_input_ids=ids[:, :4]).logits for some in (mask, half)]
+    with torch.no_grad():
+        for logits, some in zip(found, (mask, half), strict=True):
+            expected = full_attention(model, states, some, decoder_input_ids=ids[:, :4]).logits
+            torch.testing.assert_close(logits, expected, **CLOSE)
+
+
 def test_beams_share_the_encoder_states_and_no_keys_are_kept(model):
     ids, seen = random_ids(2, 50), []
 

@@ -11,6 +11,10 @@
    prompt; perplexity on text that has nothing to do with it.
 
 Both trainings are kept in OUT and not repeated: delete the folder to start again.
+
+Cost: about 16 minutes on two CPU cores that others use too, in fp32 and 2 to 3 GB of memory. Expect, at alpha 0.4: no
+forgotten fact recalled, 23 or 24 of the 24 answers about the other four people (two wordings), perplexity up by some 4 %;
+with the fact in the prompt five of the twelve forgotten ones come back.
 """
 
 from __future__ import annotations
@@ -224,7 +228,7 @@ def main(
     beta: Annotated[float, typer.Option(help="Weight of a retain token in the assistant's loss.")] = 1.0,
     teach_steps: int = 60,
     steps: Annotated[int, typer.Option(help="Steps of the assistant's training.")] = 160,
-    alphas: Annotated[str, typer.Option(help="Strengths of the difference to measure.")] = "0.75,1",
+    alphas: Annotated[str, typer.Option(help="Strengths of the difference to measure.")] = "0.4,0.75",
     seed: int = 0,
 ) -> None:
     set_seed(seed)

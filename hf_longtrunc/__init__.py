@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING
 from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from hf_longtrunc.attention.cache import LambdaCacheLayer as LambdaCacheLayer
+    from hf_longtrunc.attention.cache import (
+        ArchiveCacheLayer as ArchiveCacheLayer,
+        LambdaCacheLayer as LambdaCacheLayer,
+    )
     from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
+    from hf_longtrunc.attention.retrieval import TopK as TopK
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
     from hf_longtrunc.data.guard import check_packed as check_packed
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "ArchiveCacheLayer": "hf_longtrunc.attention.cache",
     "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.processors",
     "BestFitPackingCollator": "hf_longtrunc.data.collators",
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
@@ -48,6 +53,7 @@ _HOME = {
     "PackedStream": "hf_longtrunc.data.stream",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
     "SupportChecker": "hf_longtrunc.sampling.support",
+    "TopK": "hf_longtrunc.attention.retrieval",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "attach_processors": "hf_longtrunc.sampling.attach",

@@ -13,6 +13,7 @@ import torch
 # call of a pure file to its declared shapes and dtypes. It must happen before the first import of those files.
 PURE_FILES = [
     "hf_longtrunc.attention.lambda_attention",
+    "hf_longtrunc.attention.retrieval",
     "hf_longtrunc.data.packing",
     "hf_longtrunc.sampling.basis",
     "hf_longtrunc.sampling.cutoffs",

@@ -12,6 +12,7 @@ from hf_longtrunc import evaluation
 
 PUBLIC = {
     hf_longtrunc: [
+        "ArchiveCacheLayer",
         "BasisAwareLogitsProcessor",
         "SoftmaxBasis",
         "SupportChecker",
@@ -23,6 +24,7 @@ PUBLIC = {
         "LambdaCacheLayer",
         "PackedDataset",
         "PackedStream",
+        "TopK",
         "TruncationRecord",
         "TruncationTrace",
         "attach_processors",

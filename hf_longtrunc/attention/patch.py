@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import sys
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
-from hf_longtrunc.attention.cache import LambdaCacheLayer
+from hf_longtrunc.attention.cache import ArchiveCacheLayer, LambdaCacheLayer
 from hf_longtrunc.attention.changes import Changes
 from hf_longtrunc.attention.families import gptj_rotation, own_forward
 from hf_longtrunc.attention.lambda_attention import (
@@ -26,6 +27,7 @@ from hf_longtrunc.attention.lambda_attention import (
     visible,
 )
 from hf_longtrunc.attention.probe import Probe, forward_quietly
+from hf_longtrunc.attention.retrieval import Middle, top_k
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward, rotary_modules
 from hf_longtrunc.attention.row_positions import (
     check_positions,
@@ -36,6 +38,10 @@ from hf_longtrunc.attention.row_positions import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hf_longtrunc.attention.lambda_attention import Retrieved
+    from hf_longtrunc.attention.retrieval import TopK
     from hf_longtrunc.attention.rotary import ExactRotary, Rotation
 
 _serial = itertools.count()
@@ -52,11 +58,20 @@ class Patch:
     much later), and the attention function uses them.
     """
 
-    def __init__(self, model: Any, num_sink_tokens: int, window_length: int, max_distance: int, path: str):
+    def __init__(
+        self,
+        model: Any,
+        num_sink_tokens: int,
+        window_length: int,
+        max_distance: int,
+        path: str,
+        retrieval: TopK | None = None,
+    ):
         self.num_sink_tokens = num_sink_tokens
         self.window_length = window_length
         self.max_distance = max_distance
         self.path = path
+        self.retrieval = retrieval
         self._name = f"lm_infinite_{next(_serial)}"
         self._model = model
         decoder = model.get_decoder()
@@ -67,6 +82,7 @@ class Patch:
         self._probe: Probe | None = None
         self._carried: Tensor | None = None
         self._ring_view: tuple[Tensor, Tensor] | None = None  # of one decoded token: which slots, at which distance
+        self._archives: weakref.WeakValueDictionary[int, ArchiveCacheLayer] = weakref.WeakValueDictionary()
         self._changes = Changes()
         try:
             self._attach()
@@ -185,6 +201,9 @@ class Patch:
         queries = from_first_token(torch.arange(past, past + new, device=device), padding)
         for ring in rings:
             ring.expect(new, padding)
+        archives = [] if cache is None else list(enumerate(cache.layers))
+        self._archives.clear()
+        self._archives.update({index: layer for index, layer in archives if isinstance(layer, ArchiveCacheLayer)})
         if rings:
             keys = rings[0].key_positions(new, device)
         else:
@@ -206,6 +225,11 @@ class Patch:
                 raise ValueError(
                     f"this cache was built for (num_sink_tokens, window_length) = {theirs}, and the model is patched "
                     f"with {ours}: start anew, or patch with the same numbers"
+                )
+            if self.retrieval is not None and not isinstance(ring, ArchiveCacheLayer):
+                raise ValueError(
+                    "this cache was built without retrieval, so the middle of its text is gone: start anew, or patch "
+                    "with retrieval=None"
                 )
         return rings
 
@@ -283,8 +307,9 @@ class Patch:
         i, j = positions[:, :new], positions[:, new:]
         rotation, sinks = self._rotations[module], self.num_sink_tokens
         rotate = None if rotation is None else rotation.rotate
+        read = self._reader(module, key, value, j, scoring, rotate)
         if carried.ndim == 3 and new == 1:
-            return self._attend_ring(query, key, value, i, j, scoring, rotate)
+            return self._attend_ring(query, key, value, i, j, scoring, rotate, read)
         if carried.ndim == 3:
             far = key[:, :, :sinks], value[:, :, :sinks]
             key, value, j = key[:, :, sinks:], value[:, :, sinks:], j[:, sinks:]
@@ -302,10 +327,46 @@ class Patch:
             scoring=scoring,
             rotate=rotate,
             path=self.path,
+            read=read,
+            reading_rows=new if self.retrieval is None or self.retrieval.rows is None else self.retrieval.rows,
         )
 
+    def _reader(
+        self, module: Any, key: Tensor, value: Tensor, j: Tensor, scoring: Scoring, rotate: Any
+    ) -> Callable[[Tensor, Tensor], Retrieved] | None:
+        """Return what queries [batch, heads, n, dim] at i [rows, n] of this layer read with; None if nothing yet."""
+        retrieval, window, sinks = self.retrieval, self.window_length, self.num_sink_tokens
+        if retrieval is None or module.layer_idx < retrieval.first_layer:
+            return None
+        archive = self._archives.get(module.layer_idx)
+        if (key.shape[2] if archive is None else archive.seen) <= window + sinks:
+            return None
+        middle = Middle(key if rotate is None else rotate(key, -j), value, j) if archive is None else archive.middle()
+        away = window // 2 or 1 if retrieval.distance is None else retrieval.distance
+
+        def read(query: Tensor, i: Tensor) -> Retrieved:
+            turned = query if rotate is None else rotate(query, away - i)
+            return top_k(
+                *(turned, i, middle),
+                k=retrieval.k,
+                distance=away,
+                num_sink_tokens=sinks,
+                window=window,
+                scoring=scoring,
+            )
+
+        return read
+
     def _attend_ring(
-        self, query: Tensor, key: Tensor, value: Tensor, i: Tensor, j: Tensor, scoring: Scoring, rotate: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        i: Tensor,
+        j: Tensor,
+        scoring: Scoring,
+        rotate: Any,
+        read: Callable[[Tensor, Tensor], Retrieved] | None,
     ) -> Tensor:
         """Decode over [sinks | ring], the sinks turned on in their slots to where the query is to see them."""
         assert self._ring_view is not None
@@ -314,7 +375,8 @@ class Patch:
         if rotate is not None and sinks:
             steps = (i - self.max_distance - j[:, :sinks]).clamp_min(0)
             key[:, :, :sinks] = rotate(key[:, :, :sinks], steps)
-        return single_query_attention(query, key, value, distances, seen, scoring)
+        retrieved = None if read is None else read(query, i)
+        return single_query_attention(query, key, value, distances, seen, scoring, retrieved)
 
     def _seen_slots(self, i: Tensor, j: Tensor) -> Tensor:
         """Return [rows, S + R]: the sinks that have left the window of the query at i [rows, 1], and the window."""
@@ -337,10 +399,16 @@ class Patch:
         are_keys_shared = bool(getattr(self._decoder.config, "num_kv_shared_layers", 0))
         if given is None and "past_key_values" in model_kwargs and not are_keys_shared:
             layers = model_kwargs["past_key_values"].layers
-            for index in {getattr(module, "layer_idx", len(layers)) for module in self._rotations}:
+            for module, rotation in self._rotations.items():
+                index = getattr(module, "layer_idx", len(layers))
                 if index < len(layers) and type(layers[index]) is DynamicLayer:
-                    layers[index] = LambdaCacheLayer(self.num_sink_tokens, self.window_length)
+                    layers[index] = self._cache_layer(rotation)
         return result
+
+    def _cache_layer(self, rotation: Rotation | None) -> LambdaCacheLayer:
+        if self.retrieval is None:
+            return LambdaCacheLayer(self.num_sink_tokens, self.window_length)
+        return ArchiveCacheLayer(self.num_sink_tokens, self.window_length, rotation, self.retrieval.store)
 
 
 def _is_carried(mask: Any) -> bool:

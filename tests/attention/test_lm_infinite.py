@@ -533,7 +533,7 @@ def test_our_cache_refuses_an_unpatched_model(llama):
         ({"window_length": True}, TypeError, "window_length must be a whole number"),
         ({"window_length": 8, "max_distance": 7}, ValueError, "never smaller than window_length"),
         ({"path": "fast"}, ValueError, "path must be one of"),
-        ({"retrieval": 5}, TypeError, "retrieval must be"),
+        ({"retrieval": 5}, TypeError, "retrieval must be TopK"),
     ],
 )
 def test_bad_settings(arguments, error, message):

@@ -1,0 +1,271 @@
+"""Reading the middle: equal to its definition pair by pair, and the contract of LM-Infinite with it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from transformers import DynamicCache
+
+from hf_longtrunc import ArchiveCacheLayer, LambdaCacheLayer, LMInfinite, TopK
+from hf_longtrunc.attention.lambda_attention import Scoring, lambda_attention
+from hf_longtrunc.attention.retrieval import Middle, top_k
+from hf_longtrunc.attention.rotary import Rotation
+
+from .reference import Naive, NaiveTopK, Rope, install
+from .test_lm_infinite import FAMILIES, L, S, in_chunks, logits, model_of, prompt, ring_cache
+
+N = 5 * L
+DIM = 8
+ROTATION = Rotation(10000 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM))
+EVERY_ROW = TopK(k=3, distance=4, first_layer=0, rows=None)
+SETTINGS = LMInfinite(S, L, retrieval=EVERY_ROW)
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return model_of(request.param)
+
+
+@pytest.fixture
+def llama():
+    return model_of("llama")
+
+
+# -- the pure part ---------------------------------------------------------------------------------------------------
+
+
+def attended(query, key, value, sinks, window, scoring, k, away, rows):
+    i = torch.arange(query.shape[2])[None]
+
+    def read(queries, positions):
+        turned = ROTATION.rotate(queries, away - positions)
+        options = {"k": k, "distance": away, "num_sink_tokens": sinks, "window": window, "scoring": scoring}
+        return top_k(turned, positions, Middle(key, value, i), **options)
+
+    rotated = ROTATION.rotate(key, i)
+    return lambda_attention(
+        ROTATION.rotate(query, i),
+        rotated,
+        value,
+        i,
+        i,
+        sinks=(rotated[:, :, :sinks], value[:, :, :sinks]) if sinks else None,
+        window=window,
+        max_distance=window,
+        scoring=scoring,
+        rotate=ROTATION.rotate,
+        block_size=16,
+        read=read,
+        reading_rows=rows,
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 90),
+    sinks=st.integers(0, 5),
+    window=st.integers(1, 12),
+    k=st.integers(1, 9),
+    away=st.integers(1, 12),
+    rows=st.integers(1, 100),
+    kind=st.sampled_from(["plain", "softcap", "slopes", "null"]),
+    seed=st.integers(0, 99),
+)
+def test_it_is_the_reference(n, sinks, window, k, away, rows, kind, seed):
+    torch.manual_seed(seed)
+    query = torch.randn(1, 4, n, DIM, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 2, n, DIM, dtype=torch.float64)
+    sinks = min(sinks, n)
+    slopes, null = torch.rand(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    softcap = 2.0 if kind == "softcap" else None
+    scoring = Scoring(0.4, softcap, slopes if kind == "slopes" else None, null if kind == "null" else None)
+    got = attended(query, key, value, sinks, window, scoring, k, away, rows)
+    naive = NaiveTopK(sinks, window, window, Rope(DIM), scoring.slopes, k=k, away=away, rows=rows)
+    expected = naive(query[0], key[0], value[0], 0.4, softcap, scoring.null_logits)
+    assert (got[0] - expected).abs().max() < 1e-12
+
+
+# -- a model -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 6, None])
+@pytest.mark.parametrize(("family", "rope"), [("llama", Rope(8)), ("cohere", Rope(8, pairs=True, base=5e5))])
+def test_a_patched_model_is_the_definition(family, rope, rows):
+    ids = prompt(N)
+    reference = model_of(family).double()
+    naive = NaiveTopK(S, L, L, rope, k=3, away=4, rows=N if rows is None else rows)
+    install(reference, naive, below=(1, Naive(S, L, L, rope)))
+    expected = logits(reference, ids)
+    model = model_of(family)
+    with LMInfinite(S, L)(model):
+        without = logits(model, ids)
+    with LMInfinite(S, L, retrieval=TopK(k=3, distance=4, first_layer=1, rows=rows))(model):
+        got = logits(model, ids)
+        model.double()
+    with LMInfinite(S, L, retrieval=TopK(k=3, distance=4, first_layer=1, rows=rows))(model):
+        exact = logits(model, ids)
+    assert (got - expected).abs().max() < 2e-5 * max(1.0, float(expected.abs().max()))
+    assert (exact - expected).abs().max() < 2e-6 * max(1.0, float(expected.abs().max()))
+    assert (got - without)[:, -1].abs().max() > 1e-2
+
+
+def test_half_the_window_is_the_distance_unless_it_is_given(llama):
+    ids = prompt(N)
+    with LMInfinite(S, L, retrieval=TopK(k=3, distance=L // 2, first_layer=0))(llama):
+        expected = logits(llama, ids)
+    with LMInfinite(S, L, retrieval=TopK(k=3, first_layer=0))(llama):
+        assert torch.equal(logits(llama, ids), expected)
+
+
+@pytest.mark.parametrize("n", [1, L, L + S])
+def test_a_text_without_a_middle_is_read_as_before_to_the_bit(model, n):
+    ids = prompt(n)
+    with LMInfinite(S, L)(model):
+        expected = logits(model, ids)
+    with SETTINGS(model):
+        assert torch.equal(logits(model, ids), expected)
+        assert torch.equal(logits(model, ids, past_key_values=ring_cache(model)), expected)
+
+
+@pytest.mark.parametrize("sizes", [[1] * N, [1, N - 1], [7] * 6 + [N - 42], [N - 1, 1]])
+@pytest.mark.parametrize("own_cache", [True, False])
+def test_any_chunking_is_one_prefill_where_every_row_reads(model, sizes, own_cache):
+    ids = prompt(N)
+    with SETTINGS(model):
+        whole = logits(model, ids)
+        cache = ring_cache(model) if own_cache else DynamicCache(config=model.config)
+        parts = in_chunks(model, ids, sizes, cache)
+    assert (parts - whole).abs().max() < 3e-5
+
+
+def test_the_last_rows_of_each_forward_read(llama):
+    """One prompt in two chunks: rows of both read, and a token decoded reads on its own."""
+    ids = prompt(N)
+    retrieval = TopK(k=3, distance=4, first_layer=1, rows=2)  # the last layer: what a row reads stays in its row
+    with LMInfinite(S, L, retrieval=TopK(k=3, distance=4, first_layer=1, rows=None))(llama):
+        every = logits(llama, ids)
+    with LMInfinite(S, L)(llama):
+        none = logits(llama, ids)
+    with LMInfinite(S, L, retrieval=retrieval)(llama):
+        got = in_chunks(llama, ids, [30, N - 31, 1], ring_cache(llama))
+    is_reading = torch.zeros(N, dtype=torch.bool)
+    is_reading[[28, 29, N - 3, N - 2, N - 1]] = True
+    assert (got - torch.where(is_reading[:, None], every, none)).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("rows", [4, None])
+def test_a_left_padded_row_is_the_row_alone(model, rows):
+    lengths = [1, L, L + S, L + S + 1, 3 * L, N]
+    texts = [prompt(n) for n in lengths]
+    ids = torch.cat([torch.nn.functional.pad(text, (N - text.shape[1], 0)) for text in texts])
+    mask = torch.tensor([[0] * (N - n) + [1] * n for n in lengths])
+    with LMInfinite(S, L, retrieval=TopK(k=3, distance=4, first_layer=0, rows=rows))(model):
+        batch = logits(model, ids, attention_mask=mask)
+        for index, text in enumerate(texts):
+            assert (batch[index, N - text.shape[1] :] - logits(model, text)[0]).abs().max() < 3e-5
+        # Token 0 is padding and embedded as zero: all its scores are equal, and any keys may be the best.
+        options = {"max_new_tokens": 2 * L, "do_sample": False, "suppress_tokens": [0]}
+        together = model.generate(ids, attention_mask=mask, **options)
+        for index, text in enumerate(texts):
+            alone = model.generate(text, **options)
+            assert torch.equal(together[index, N:], alone[0, text.shape[1] :]), lengths[index]
+
+
+def test_generate_in_its_modes(model):
+    ids = prompt(25, batch=2)
+    greedy = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [0]}
+    beams = {**greedy, "num_beams": 3, "num_return_sequences": 3}
+    with SETTINGS(model):
+        cached = model.generate(ids, **greedy)
+        assert torch.equal(cached, model.generate(ids, use_cache=False, **greedy))
+        assert torch.equal(cached, model.generate(ids, prefill_chunk_size=7, **greedy))
+        assert torch.equal(model.generate(ids, **beams), model.generate(ids, use_cache=False, **beams))
+
+
+def test_a_crop_and_speculation_leave_no_trace(llama):
+    ids = prompt(8).repeat(1, 4)
+    options = {"max_new_tokens": 60, "do_sample": False, "suppress_tokens": [0]}
+    with SETTINGS(llama):
+        greedy = llama.generate(ids, **options)
+        assert torch.equal(llama.generate(ids, prompt_lookup_num_tokens=5, **options), greedy)
+
+
+def test_an_archive_on_the_cpu_is_the_same(llama):
+    ids = prompt(25)
+    options = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [0]}
+    with SETTINGS(llama):
+        expected = llama.generate(ids, **options)
+    on_cpu = TopK(k=3, distance=4, first_layer=0, rows=None, store="cpu")
+    with LMInfinite(S, L, retrieval=on_cpu)(llama):
+        assert torch.equal(llama.generate(ids, **options), expected)
+
+
+def test_the_cache_keeps_everything_once_and_is_refused_elsewhere(llama):
+    ids = prompt(N)
+    with SETTINGS(llama):
+        cache = ring_cache(llama)
+        assert all(type(layer) is ArchiveCacheLayer for layer in cache.layers)
+        in_chunks(llama, ids, [20, *[1] * (N - 20)], cache)
+        layer = cache.layers[0]
+        assert layer.archived_keys.shape[2] <= N * 3 / 2
+        rotation = next(iter(llama.get_decoder()._lm_infinite._rotations.values()))
+        plain = DynamicCache(config=llama.config)
+        logits(llama, ids, past_key_values=plain)
+        turned_back = rotation.rotate(plain.layers[0].keys, -torch.arange(N)[None])
+        assert (layer.middle().key - turned_back).abs().max() < 1e-5
+        assert torch.equal(layer.middle().value, plain.layers[0].values)
+    with LMInfinite(S, L)(llama):
+        small = ring_cache(llama)
+        assert all(type(layer) is LambdaCacheLayer for layer in small.layers)
+        logits(llama, ids, past_key_values=small)
+    with SETTINGS(llama), pytest.raises(ValueError, match="built without retrieval"):
+        logits(llama, prompt(1), past_key_values=small)
+    with pytest.raises(ValueError, match="no longer is"):
+        logits(llama, prompt(1), past_key_values=cache)
+
+
+def test_gradients_are_the_references():
+    ids = prompt(30)
+    model = model_of("llama").double().requires_grad_(True)
+    install(model, NaiveTopK(S, L, L, Rope(8), k=3, away=4))
+    model(ids, labels=ids).loss.backward()
+    expected = {name: weight.grad for name, weight in model.named_parameters()}
+    model = model_of("llama").double().requires_grad_(True)
+    with SETTINGS(model):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    for name, weight in model.named_parameters():
+        assert (weight.grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+
+
+def test_detaching_leaves_no_trace(llama):
+    ids = prompt(N)
+    before = logits(llama, ids)
+    with SETTINGS(llama):
+        llama.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(logits(llama, ids), before)
+    assert torch.equal(logits(copy.deepcopy(llama), ids), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"k": 0}, ValueError, "k must be at least 1"),
+        ({"k": 2.0}, TypeError, "k must be a whole number"),
+        ({"rows": 0}, ValueError, "rows must be at least 1"),
+        ({"distance": 0}, ValueError, "distance must be at least 1"),
+        ({"first_layer": -1}, ValueError, "first_layer must be at least 0"),
+        ({"first_layer": None}, TypeError, "first_layer must be a whole number"),
+        ({"store": "disk"}, ValueError, "store must be one of device, cpu"),
+    ],
+)
+def test_bad_settings(arguments, error, message):
+    with pytest.raises(error, match=message):
+        TopK(**arguments)
+
+
+def test_a_distance_beyond_the_ceiling_is_refused(llama):
+    with pytest.raises(ValueError, match="distance must be at most max_distance"):
+        LMInfinite(S, L, retrieval=TopK(distance=L + 1)).attach(llama)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         LambdaCacheLayer as LambdaCacheLayer,
     )
     from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
-    from hf_longtrunc.attention.retrieval import TopK as TopK
+    from hf_longtrunc.attention.strategies import TopBlocks as TopBlocks, TopK as TopK
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
     from hf_longtrunc.data.guard import check_packed as check_packed
@@ -53,7 +53,8 @@ _HOME = {
     "PackedStream": "hf_longtrunc.data.stream",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
     "SupportChecker": "hf_longtrunc.sampling.support",
-    "TopK": "hf_longtrunc.attention.retrieval",
+    "TopBlocks": "hf_longtrunc.attention.strategies",
+    "TopK": "hf_longtrunc.attention.strategies",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "attach_processors": "hf_longtrunc.sampling.attach",

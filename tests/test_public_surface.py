@@ -24,6 +24,7 @@ PUBLIC = {
         "LambdaCacheLayer",
         "PackedDataset",
         "PackedStream",
+        "TopBlocks",
         "TopK",
         "TruncationRecord",
         "TruncationTrace",

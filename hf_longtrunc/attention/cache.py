@@ -214,7 +214,7 @@ class ArchiveCacheLayer(LambdaCacheLayer):
         store: "device" or "cpu": where the archive lives. On the CPU it is pinned if the model is on CUDA.
     """
 
-    _ROWS = (*LambdaCacheLayer._ROWS, "archived_keys", "archived_values")
+    _ROWS = (*LambdaCacheLayer._ROWS, "archived_keys", "archived_values", "chosen")
 
     def __init__(self, num_sink_tokens: int, window_length: int, rotation: Rotation | None, store: str):
         super().__init__(num_sink_tokens, window_length)
@@ -222,6 +222,7 @@ class ArchiveCacheLayer(LambdaCacheLayer):
         self.store = store
         self.archived_keys: Any = None  # [batch, heads, capacity, dim]
         self.archived_values: Any = None
+        self.chosen: Tensor | None = None  # blocks that `TopBlocks` reads [batch, blocks]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -262,4 +263,4 @@ class ArchiveCacheLayer(LambdaCacheLayer):
     def reset(self) -> None:
         """Forget every token."""
         super().reset()
-        self.archived_keys = self.archived_values = None
+        self.archived_keys = self.archived_values = self.chosen = None

@@ -21,6 +21,7 @@ min(i - j, D) for any D >= L; the paper has D = L.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ class Retrieved(NamedTuple):
 
     Attributes:
         scores: logits [batch, heads, n, k]; the least number that there is for a key that is not to be seen.
-        value: [batch, heads, n, k, value_dim].
+        value: [batch, heads, n, k, value_dim], or [batch, heads, 1, k, value_dim] where all queries see the same.
     """
 
     scores: Tensor
@@ -101,7 +102,7 @@ def lambda_attention(
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None,
     path: str = "auto",
     block_size: int = 512,
-    read: Callable[[Tensor, Tensor], Retrieved] | None = None,
+    read: Callable[[Tensor, Tensor, Tensor], Retrieved | None] | None = None,
     reading_rows: int = 0,
 ) -> Float[Tensor, "batch heads n value_dim"]:
     """Attend over a window of keys and the row's first keys.
@@ -122,7 +123,8 @@ def lambda_attention(
         path: "sdpa" (any device), "eager" (any device and any scoring; the only one for soft-capping, slopes and null
             logits), "flex" (CUDA; FlexAttention), or "auto".
         block_size: queries taken together by the blockwise paths.
-        read: `read(query, query_positions)` returns what else some of the queries see, with its logits; None: nothing.
+        read: `read(query, query_positions, logits)`, given the logits of window and sinks [batch, heads, n, S + m],
+            returns what else some of the queries see; None: nothing.
         reading_rows: how many of the last queries do; they take the "eager" path.
 
     Returns:
@@ -183,15 +185,15 @@ def single_query_attention(
     distances: Int[Tensor, "rows m"],
     seen: Bool[Tensor, "rows m"],
     scoring: Scoring,
-    retrieved: Retrieved | None = None,
+    read: Callable[[Tensor], Retrieved | None] | None = None,
 ) -> Float[Tensor, "batch heads 1 value_dim"]:
     """Attend with one query a row over keys in any order that already stand at the right distance.
 
     One ordinary attention call: the heads of a group become the queries of their key head.
     """
     bias = None if scoring.slopes is None else _bias(scoring.slopes, distances[:, None], query)
-    path = choose_path("auto", scoring) if retrieved is None else "eager"
-    return _attend(query, key, value, seen[:, None], scoring, path, bias=bias, retrieved=retrieved)
+    path = choose_path("auto", scoring) if read is None else "eager"
+    return _attend(query, key, value, seen[:, None], scoring, path, bias=bias, read=read)
 
 
 def choose_path(path: str, scoring: Scoring, query: Tensor | None = None) -> str:
@@ -224,7 +226,7 @@ class _Task(NamedTuple):
     max_distance: int
     scoring: Scoring
     rotate: Callable[[Tensor, Tensor], Tensor] | None
-    read: Callable[[Tensor, Tensor], Retrieved] | None
+    read: Callable[[Tensor, Tensor, Tensor], Retrieved | None] | None
 
 
 def _attend_block(task: _Task, start: int, stop: int, path: str) -> Tensor:
@@ -240,8 +242,8 @@ def _attend_block(task: _Task, start: int, stop: int, path: str) -> Tensor:
         far = _far_scores(task, query, i, sink_positions)
         seen = torch.cat([i[:, :, None] - sink_positions[:, None] >= task.window, seen], dim=-1)
         value = torch.cat([task.sinks[1], value], dim=2)
-    retrieved = task.read(query, i) if task.read is not None else None
-    return _attend(query, key, value, seen, task.scoring, path, far, bias, retrieved)
+    read = None if task.read is None else partial(task.read, query, i)
+    return _attend(query, key, value, seen, task.scoring, path, far, bias, read)
 
 
 def _far_scores(task: _Task, query: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -283,15 +285,15 @@ def _attend(
     path: str,
     far: Tensor | None = None,
     bias: Tensor | None = None,
-    retrieved: Retrieved | None = None,
+    read: Callable[[Tensor], Retrieved | None] | None = None,
 ) -> Tensor:
-    """One softmax over S far logits [batch, heads, n, S], where there are any, m keys, and what was retrieved.
+    """One softmax over S far logits [batch, heads, n, S], where there are any, m keys, and what is read besides.
 
     `value` [batch, kv_heads, S + m, value_dim] and `seen` [rows, n, S + m] begin with the far set; `bias` joins the
     scores of the m keys.
     """
     if path == "eager":
-        return _eager_attend(query, key, value, seen, scoring, far, bias, retrieved)
+        return _eager_attend(query, key, value, seen, scoring, far, bias, read)
     # A padding query sees everything rather than nothing: its output is finite, and nobody reads it.
     return _sdpa_attend(query, key, value, seen | ~seen.any(-1, keepdim=True), scoring, far)
 
@@ -304,12 +306,13 @@ def _eager_attend(
     scoring: Scoring,
     far: Tensor | None,
     bias: Tensor | None,
-    retrieved: Retrieved | None,
+    read: Callable[[Tensor], Retrieved | None] | None,
 ) -> Tensor:
     scores = _capped(grouped_scores(query, key) * scoring.scaling, scoring.softcap)
     scores = scores if bias is None else scores + bias
     scores = scores if far is None else torch.cat([far, scores], dim=-1)
     scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
+    retrieved = None if read is None else read(scores)
     if retrieved is not None:
         scores = torch.cat([scores, retrieved.scores], dim=-1)
     count = scores.shape[-1]

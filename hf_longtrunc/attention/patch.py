@@ -27,7 +27,7 @@ from hf_longtrunc.attention.lambda_attention import (
     visible,
 )
 from hf_longtrunc.attention.probe import Probe, forward_quietly
-from hf_longtrunc.attention.retrieval import Middle, top_k
+from hf_longtrunc.attention.retrieval import Middle, Sight, block_mass, choose_blocks, read_blocks, top_k
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward, rotary_modules
 from hf_longtrunc.attention.row_positions import (
     check_positions,
@@ -36,13 +36,15 @@ from hf_longtrunc.attention.row_positions import (
     from_first_token,
     left_padding,
 )
+from hf_longtrunc.attention.strategies import TopBlocks, TopK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hf_longtrunc.attention.lambda_attention import Retrieved
-    from hf_longtrunc.attention.retrieval import TopK
     from hf_longtrunc.attention.rotary import ExactRotary, Rotation
+
+    Read = Callable[[Tensor, Tensor, Tensor], Retrieved | None]
 
 _serial = itertools.count()
 
@@ -65,7 +67,7 @@ class Patch:
         window_length: int,
         max_distance: int,
         path: str,
-        retrieval: TopK | None = None,
+        retrieval: TopK | TopBlocks | None = None,
     ):
         self.num_sink_tokens = num_sink_tokens
         self.window_length = window_length
@@ -83,6 +85,8 @@ class Patch:
         self._carried: Tensor | None = None
         self._ring_view: tuple[Tensor, Tensor] | None = None  # of one decoded token: which slots, at which distance
         self._archives: weakref.WeakValueDictionary[int, ArchiveCacheLayer] = weakref.WeakValueDictionary()
+        self._ballot: list[Tensor] | None = None  # each layer's mass [batch, blocks] while blocks are being chosen
+        self._first_hidden: Tensor | None = None  # of the rows before those that are run twice
         self._changes = Changes()
         try:
             self._attach()
@@ -108,6 +112,7 @@ class Patch:
             registry.register(self._name, function)
             self._changes.callback(registry._global_mapping.pop, self._name)
         self._changes.callback(decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        self._changes.callback(decoder.register_forward_hook(self._end).remove)
         self._changes.set(decoder, "_lm_infinite", self)
         self._learn_rotations(self._replace_rotary_modules())
         self._check_against(before)
@@ -190,6 +195,8 @@ class Patch:
                 "run: detach first"
             )
         inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        if isinstance(self.retrieval, TopBlocks) and self._ballot is None:
+            inputs = self._chosen_for(decoder, self.retrieval, inputs)
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         new, device, cache = tokens.shape[1], tokens.device, inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -215,6 +222,51 @@ class Patch:
         if "position_ids" in self._parameters:
             inputs["position_ids"] = queries.clamp_min(0)
         return (), inputs
+
+    def _chosen_for(self, decoder: Any, retrieval: TopBlocks, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run the decoder, let its last rows choose blocks and take them back; return the inputs that are left to run.
+
+        Nothing happens for a text without a middle, and for a forward that keeps the choice there is.
+        """
+        self._first_hidden = None
+        ids, embeds, cache = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
+        new = (embeds if ids is None else ids).shape[1]
+        seen = new + (0 if cache is None else int(cache.get_seq_length()))
+        if seen <= self.window_length + self.num_sink_tokens:
+            return inputs
+        layers = _archives_alone(cache)
+        rows = min(retrieval.rows, new)
+        if new < retrieval.rows and (layers[0].chosen is not None or new == 1):
+            return inputs
+        if inputs.get("output_hidden_states") or decoder.config.output_hidden_states:
+            raise ValueError("output_hidden_states cannot be had with TopBlocks, which runs the last rows twice")
+        self._ballot = []
+        try:
+            hidden = decoder(**inputs)[0]
+            chosen = choose_blocks(torch.stack(self._ballot).sum(0), retrieval.blocks)
+        finally:
+            self._ballot = None
+        cache.crop(-rows)
+        for layer in layers:
+            layer.chosen = chosen.to(hidden.device)
+        self._first_hidden = hidden[:, :-rows]
+        return {
+            name: value[..., -rows:] if name in ("input_ids", "position_ids", "cache_position") and value is not None
+            else value[:, -rows:] if name == "inputs_embeds" and value is not None
+            else value
+            for name, value in inputs.items()
+        }  # fmt: skip
+
+    def _end(self, decoder: Any, args: Any, output: Any) -> Any:
+        """Put the hidden states of the rows before in front of those of the rows that were run twice."""
+        if self._first_hidden is None or self._ballot is not None:
+            return output
+        hidden = torch.cat([self._first_hidden, output[0]], dim=1)
+        self._first_hidden = None
+        if isinstance(output, tuple):
+            return hidden, *output[1:]
+        output["last_hidden_state"] = hidden
+        return output
 
     def _rings(self, cache: Any) -> list[LambdaCacheLayer]:
         layers = [] if cache is None else cache.layers
@@ -331,10 +383,8 @@ class Patch:
             reading_rows=new if self.retrieval is None or self.retrieval.rows is None else self.retrieval.rows,
         )
 
-    def _reader(
-        self, module: Any, key: Tensor, value: Tensor, j: Tensor, scoring: Scoring, rotate: Any
-    ) -> Callable[[Tensor, Tensor], Retrieved] | None:
-        """Return what queries [batch, heads, n, dim] at i [rows, n] of this layer read with; None if nothing yet."""
+    def _reader(self, module: Any, key: Tensor, value: Tensor, j: Tensor, scoring: Scoring, rotate: Any) -> Read | None:
+        """Return what queries [batch, heads, n, dim] at i [rows, n] of this layer read with; None if nothing."""
         retrieval, window, sinks = self.retrieval, self.window_length, self.num_sink_tokens
         if retrieval is None or module.layer_idx < retrieval.first_layer:
             return None
@@ -342,18 +392,21 @@ class Patch:
         if (key.shape[2] if archive is None else archive.seen) <= window + sinks:
             return None
         middle = Middle(key if rotate is None else rotate(key, -j), value, j) if archive is None else archive.middle()
-        away = window // 2 or 1 if retrieval.distance is None else retrieval.distance
+        away = max(1, window // 2) if retrieval.distance is None else retrieval.distance
+        sight = Sight(away, sinks, window, scoring)
 
-        def read(query: Tensor, i: Tensor) -> Retrieved:
+        def read(query: Tensor, i: Tensor, scores: Tensor) -> Retrieved | None:
             turned = query if rotate is None else rotate(query, away - i)
-            return top_k(
-                *(turned, i, middle),
-                k=retrieval.k,
-                distance=away,
-                num_sink_tokens=sinks,
-                window=window,
-                scoring=scoring,
-            )
+            if isinstance(retrieval, TopK):
+                return top_k(turned, i, middle, retrieval.k, sight)
+            assert archive is not None
+            if self._ballot is not None:
+                mass = block_mass(turned, i, middle, scores.logsumexp(-1), retrieval.block_size, sight)
+                self._ballot.append(mass.cpu())
+                return None
+            if archive.chosen is None:
+                return None
+            return read_blocks(turned, i, middle, archive.chosen, retrieval.block_size, sight)
 
         return read
 
@@ -366,7 +419,7 @@ class Patch:
         j: Tensor,
         scoring: Scoring,
         rotate: Any,
-        read: Callable[[Tensor, Tensor], Retrieved] | None,
+        read: Read | None,
     ) -> Tensor:
         """Decode over [sinks | ring], the sinks turned on in their slots to where the query is to see them."""
         assert self._ring_view is not None
@@ -375,8 +428,8 @@ class Patch:
         if rotate is not None and sinks:
             steps = (i - self.max_distance - j[:, :sinks]).clamp_min(0)
             key[:, :, :sinks] = rotate(key[:, :, :sinks], steps)
-        retrieved = None if read is None else read(query, i)
-        return single_query_attention(query, key, value, distances, seen, scoring, retrieved)
+        reads = None if read is None else partial(read, query, i)
+        return single_query_attention(query, key, value, distances, seen, scoring, reads)
 
     def _seen_slots(self, i: Tensor, j: Tensor) -> Tensor:
         """Return [rows, S + R]: the sinks that have left the window of the query at i [rows, 1], and the window."""
@@ -409,6 +462,17 @@ class Patch:
         if self.retrieval is None:
             return LambdaCacheLayer(self.num_sink_tokens, self.window_length)
         return ArchiveCacheLayer(self.num_sink_tokens, self.window_length, rotation, self.retrieval.store)
+
+
+def _archives_alone(cache: Any) -> list[ArchiveCacheLayer]:
+    layers = [] if cache is None else cache.layers
+    if not layers or not all(isinstance(layer, ArchiveCacheLayer) for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "no cache"
+        raise ValueError(
+            "TopBlocks runs the end of a question twice, for which every layer needs the cache that generate() builds; "
+            f"this text has a middle and {kinds}: call generate(), or take TopK (also for models with windowed layers)"
+        )
+    return list(layers)
 
 
 def _is_carried(mask: Any) -> bool:

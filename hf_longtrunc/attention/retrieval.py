@@ -1,16 +1,21 @@
 r"""Reading the middle: which of the keys that neither window nor sinks hold a query gets to see all the same.
 
 For a query at position i the *middle* is S <= j <= i - L. Every key of it is scored as if it stood at one constant
-distance D_k, <R(D_k) q, k> with k un-rotated, so that its place in the text says nothing, and the best ones join the
-softmax of window and sinks with that score.
+distance D_k, <R(D_k) q, k> with k un-rotated, so that its place in the text says nothing. Those that are chosen join
+the softmax of window and sinks with that score. Two ways to choose:
 
-Source: Han et al. 2024, "LM-Infinite", arXiv 2308.16137, section 3.2 and appendix on passkeys: k = 5 keys a head, D_k
-half the trained length, for the last row of a forward. Deviation: any number of rows may read.
+- `TopK`: each head and row takes its k best keys.
+- `TopBlocks`: a few rows at the end of a question are run twice. The first time every layer and head says how much
+  attention it would pay to each block of the middle, in one softmax over window, sinks and middle; the sum decides, and
+  the second time all of them see the same few blocks. High-scoring keys that only one head likes cannot crowd the
+  softmax, and it matters little how many keys there are to choose from.
+
+Sources: Han et al. 2024, "LM-Infinite", arXiv 2308.16137, section 3.3: top-k with k = 5, D_k half the trained length,
+for the last row of a forward. Deviations: any number of rows may read; blocks are ours.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,50 +27,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
     from hf_longtrunc.attention.lambda_attention import Scoring
-
-STORES = ("device", "cpu")
-
-
-@dataclass(frozen=True)
-class TopK:
-    """Each head of the last rows of a forward reads its `k` best keys of the middle.
-
-    Args:
-        k: keys a head and row; 5 in the paper.
-        distance: D_k, at which every key of the middle is scored and seen; None takes half the window, as the paper.
-        first_layer: the first layer that reads; 4 to 6 in the paper.
-        rows: how many of the last rows of each forward read: of a whole prompt, of each chunk of a prompt that comes in
-            chunks, of every decoded token its own. 1 is the paper's setting, None lets every row read.
-        store: where the whole text's keys and values are kept: on the model's "device", or on the "cpu" (pinned memory
-            for CUDA), where they are searched too, so that only what was chosen travels.
-
-    Cost: O(n) memory; a reading row costs O(n) time in each layer.
-    """
-
-    k: int = 64
-    distance: int | None = None
-    first_layer: int = 4
-    rows: int | None = 64
-    store: str = "device"
-
-    def __post_init__(self) -> None:
-        check_settings(self, {"k": 1, "distance": 1, "first_layer": 0, "rows": 1}, may_be_none={"distance", "rows"})
-
-
-def check_settings(strategy: object, least: dict[str, int], may_be_none: set[str]) -> None:
-    """Refuse a strategy whose counts are no whole numbers of at least `least`, or whose store is unknown."""
-    owner = type(strategy).__name__
-    for name, bound in least.items():
-        value = getattr(strategy, name)
-        if value is None and name in may_be_none:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{owner}: {name} must be a whole number, got {value!r} of type {type(value).__name__}")
-        if value < bound:
-            raise ValueError(f"{owner}: {name} must be at least {bound}, got {value}")
-    store = getattr(strategy, "store")  # noqa: B009  every strategy has one
-    if store not in STORES:
-        raise ValueError(f"{owner}: store must be one of {', '.join(STORES)}, got {store!r}")
 
 
 class Middle(NamedTuple):
@@ -90,16 +51,21 @@ def in_middle(
     return (j >= num_sink_tokens) & (i - j >= window)
 
 
+class Sight(NamedTuple):
+    """How a query sees the middle: at one distance, what window and sinks hold left out, with the layer's scoring."""
+
+    distance: int
+    num_sink_tokens: int
+    window: int
+    scoring: Scoring
+
+
 def top_k(
     query: Float[Tensor, "batch heads n dim"],
     query_positions: Int[Tensor, "rows n"],
     middle: Middle,
-    *,
     k: int,
-    distance: int,
-    num_sink_tokens: int,
-    window: int,
-    scoring: Scoring,
+    sight: Sight,
 ) -> Retrieved:
     """Choose each head's and row's k best keys of the middle; all of them where there are fewer.
 
@@ -108,20 +74,77 @@ def top_k(
         query_positions: counted from each row's first real token; `rows` is the batch or 1.
         middle: the text, on any device.
         k: keys a head and row.
-        distance: what the query was turned to (ALiBi's bias needs it).
-        num_sink_tokens: S.
-        window: L.
-        scoring: scale, cap, slopes.
+        sight: distance, sinks, window and scoring.
 
     Returns:
         On the query's device; logits of -3e38 or so where a row found fewer.
     """
-    device, batch, heads, n = middle.key.device, *query.shape[:3]
-    scores = constant_scores(query.to(device), middle.key, distance, scoring)
-    candidates = in_middle(query_positions.to(device), middle.positions, num_sink_tokens, window)
-    scores = scores.masked_fill(~candidates[:, None], torch.finfo(scores.dtype).min)
-    best, index = scores.topk(min(k, scores.shape[-1]), dim=-1)
+    batch, heads, n, _ = query.shape
+    best, index = _middle_scores(query, query_positions, middle, sight).topk(min(k, middle.key.shape[2]), dim=-1)
     dim = middle.value.shape[-1]
     flat = index.reshape(batch, middle.value.shape[1], -1, 1).expand(-1, -1, -1, dim)  # a group's heads together
     value = middle.value.gather(2, flat).view(batch, heads, n, -1, dim)
     return Retrieved(best.to(query.device), value.to(query.device))
+
+
+def block_mass(
+    query: Float[Tensor, "batch heads n dim"],
+    query_positions: Int[Tensor, "rows n"],
+    middle: Middle,
+    normalizer: Float[Tensor, "batch heads n"],
+    block_size: int,
+    sight: Sight,
+) -> Float[Tensor, "batch blocks"]:
+    """Return the attention that all heads and rows together would pay to each block of the middle.
+
+    Args:
+        query: turned to the distance at which it is to see the middle.
+        query_positions: counted from each row's first real token; padding has no say.
+        middle: the text, on any device.
+        normalizer: log-sum-exp of each query's logits with window and sinks.
+        block_size: tokens a block; block b begins at position S + b * block_size.
+        sight: distance, sinks, window and scoring.
+    """
+    scores = _middle_scores(query, query_positions, middle, sight)
+    normalizer = normalizer.to(scores.device, scores.dtype)[..., None]
+    total = torch.logaddexp(normalizer, scores.logsumexp(-1, keepdim=True))
+    is_real = (query_positions >= 0).to(scores.device)[:, None, :, None]
+    mass = ((scores - total).exp() * is_real).sum((1, 2))  # [batch, m]
+    block = ((middle.positions - sight.num_sink_tokens) // block_size).clamp_min(0).expand(mass.shape[0], -1)
+    count = -(-middle.key.shape[2] // block_size)
+    return mass.new_zeros(mass.shape[0], count).scatter_add(1, block, mass)
+
+
+def choose_blocks(mass: Float[Tensor, "batch blocks"], count: int) -> Int[Tensor, "batch chosen"]:
+    """Return each row's `count` blocks of most mass; -1, which is never seen, where there are fewer with any."""
+    best, index = mass.topk(min(count, mass.shape[1]), dim=-1)
+    return torch.where(best > 0, index, -1)
+
+
+def read_blocks(
+    query: Float[Tensor, "batch heads n dim"],
+    query_positions: Int[Tensor, "rows n"],
+    middle: Middle,
+    chosen: Int[Tensor, "batch blocks"],
+    block_size: int,
+    sight: Sight,
+) -> Retrieved:
+    """Return the keys of each row's `chosen` blocks, for every head and query; arguments as for `block_mass`."""
+    device, heads = middle.key.device, query.shape[1]
+    first = sight.num_sink_tokens + chosen.to(device) * block_size
+    positions = (first[..., None] + torch.arange(block_size, device=device)).flatten(1)  # [batch, k]
+    columns = (positions - middle.positions[:, :1]).clamp(0, middle.key.shape[2] - 1)[:, None, :, None]
+    key, value = (x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])).to(query.device) for x in middle[:2])
+    part = Middle(key, value, positions.to(query.device))
+    group = heads // value.shape[1]
+    return Retrieved(
+        _middle_scores(query, query_positions, part, sight), value.repeat_interleave(group, dim=1)[:, :, None]
+    )
+
+
+def _middle_scores(query: Tensor, query_positions: Tensor, middle: Middle, sight: Sight) -> Tensor:
+    """Logits [batch, heads, n, m], where the middle is stored; the least number that there is for other keys."""
+    device = middle.key.device
+    scores = constant_scores(query.to(device), middle.key, sight.distance, sight.scoring)
+    candidates = in_middle(query_positions.to(device), middle.positions, sight.num_sink_tokens, sight.window)
+    return scores.masked_fill(~candidates[:, None], torch.finfo(scores.dtype).min)

@@ -108,6 +108,35 @@ class NaiveTopK(Naive):
         return scores
 
 
+@dataclass
+class NaiveBlocks(Naive):
+    """The last `rows` rows see the `chosen` blocks; while there are none, they note what they would pay to each."""
+
+    size: int = 1
+    away: int = 1
+    rows: int = 1
+    chosen: list[int] | None = None
+    paid: dict[int, float] = field(default_factory=dict)
+
+    def reading(self, query: Tensor, key: Tensor, scores: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        n = query.shape[1]
+        scores = scores.clone()
+        for i in range(max(0, n - self.rows), n):
+            candidates = range(self.sinks, i - self.window + 1)
+            q = query[:, i] if self.rope is None else self.rope.turn(query[:, i], torch.tensor(self.away))
+            found = {j: (q * key[:, j]).sum(-1) * scaling for j in candidates}
+            if self.chosen is not None:
+                for j in candidates:
+                    if (j - self.sinks) // self.size in self.chosen:
+                        scores[:, i, j] = found[j]
+            elif candidates:
+                weights = torch.cat([scores[:, i], torch.stack(list(found.values()), -1)], dim=-1).softmax(-1)
+                for index, j in enumerate(candidates):
+                    block = (j - self.sinks) // self.size
+                    self.paid[block] = self.paid.get(block, 0.0) + float(weights[:, n + index].sum())
+        return scores
+
+
 def install(model, naive: Naive, name: str = "naive_lambda", below: tuple[int, Naive] | None = None) -> None:
     """Let an unpatched interface model compute its full-attention layers by `naive` (one row, no cache).
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 from transformers import DynamicCache
 
-from hf_longtrunc import ArchiveCacheLayer, LambdaCacheLayer, LMInfinite, TopK
+from hf_longtrunc import ArchiveCacheLayer, LambdaCacheLayer, LMInfinite, TopBlocks, TopK
 from hf_longtrunc.attention.lambda_attention import Scoring, lambda_attention
-from hf_longtrunc.attention.retrieval import Middle, top_k
+from hf_longtrunc.attention.retrieval import Middle, Sight, top_k
 from hf_longtrunc.attention.rotary import Rotation
 
-from .reference import Naive, NaiveTopK, Rope, install
+from .reference import Naive, NaiveBlocks, NaiveTopK, Rope, install
 from .test_lm_infinite import FAMILIES, L, S, in_chunks, logits, model_of, prompt, ring_cache
 
 N = 5 * L
@@ -40,10 +40,9 @@ def llama():
 def attended(query, key, value, sinks, window, scoring, k, away, rows):
     i = torch.arange(query.shape[2])[None]
 
-    def read(queries, positions):
+    def read(queries, positions, scores):
         turned = ROTATION.rotate(queries, away - positions)
-        options = {"k": k, "distance": away, "num_sink_tokens": sinks, "window": window, "scoring": scoring}
-        return top_k(turned, positions, Middle(key, value, i), **options)
+        return top_k(turned, positions, Middle(key, value, i), k, Sight(away, sinks, window, scoring))
 
     rotated = ROTATION.rotate(key, i)
     return lambda_attention(
@@ -247,6 +246,121 @@ def test_detaching_leaves_no_trace(llama):
         llama.generate(ids, max_new_tokens=3, do_sample=False)
     assert torch.equal(logits(llama, ids), before)
     assert torch.equal(logits(copy.deepcopy(llama), ids), before)
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+ROWS = 5
+BLOCKS = LMInfinite(S, L, retrieval=TopBlocks(blocks=2, block_size=4, distance=4, first_layer=0, rows=ROWS))
+INTERFACE_FAMILIES = {
+    "llama": Rope(8),
+    "qwen3": Rope(8),
+    "gpt_neox": Rope(4),
+    "cohere": Rope(8, pairs=True, base=5e5),
+}
+
+
+@pytest.mark.parametrize("family", INTERFACE_FAMILIES)
+def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family):
+    ids = prompt(N + 6)
+    reference = model_of(family).double()
+    naive = NaiveBlocks(S, L, L, INTERFACE_FAMILIES[family], size=4, away=4, rows=ROWS)
+    install(reference, naive)
+    logits(reference, ids[:, :N])
+    naive.chosen = sorted(naive.paid, key=naive.paid.__getitem__)[-2:]
+    naive.rows += 6  # what is decoded reads too
+    expected = logits(reference, ids)
+    model = model_of(family)
+    with LMInfinite(S, L)(model):
+        without = logits(model, ids)
+    with BLOCKS(model):
+        cache = ring_cache(model)
+        got = in_chunks(model, ids, [N, 1, 1, 4], cache)
+    assert sorted(cache.layers[0].chosen[0].tolist()) == sorted(naive.chosen)
+    assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
+    assert (got - without)[:, : N - ROWS].abs().max() < 2e-5
+    assert (got - without)[:, N:].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gptj"])
+def test_a_left_padded_row_chooses_for_itself(family):
+    model = model_of(family)
+    lengths = [1, ROWS - 1, L, L + S + 1, 3 * L, N]
+    texts = [prompt(n) for n in lengths]
+    ids = torch.cat([torch.nn.functional.pad(text, (N - text.shape[1], 0)) for text in texts])
+    mask = torch.tensor([[0] * (N - n) + [1] * n for n in lengths])
+    for store in ("device", "cpu"):
+        retrieval = TopBlocks(2, 4, distance=4, first_layer=0, rows=ROWS, store=store)
+        with LMInfinite(S, L, retrieval=retrieval)(model):
+            options = {"max_new_tokens": L, "do_sample": False, "suppress_tokens": [0]}
+            together = model.generate(ids, attention_mask=mask, **options)
+            for index, text in enumerate(texts):
+                alone = model.generate(text, **options)
+                assert torch.equal(together[index, N:], alone[0, text.shape[1] :]), lengths[index]
+
+
+def test_beams_keep_the_choice(llama):
+    ids = prompt(N, batch=2)
+    options = {"max_new_tokens": 30, "do_sample": False, "suppress_tokens": [0]}
+    with BLOCKS(llama):
+        beams = llama.generate(ids, num_beams=3, **options)
+        assert torch.equal(llama.generate(ids[:1], num_beams=3, **options), beams[:1])
+        cache = ring_cache(llama)
+        logits(llama, prompt(N, batch=2), past_key_values=cache)
+        before = cache.layers[0].chosen.clone()
+        cache.batch_repeat_interleave(2)
+        assert torch.equal(cache.layers[1].chosen, before.repeat_interleave(2, 0))
+
+
+def test_a_chat_turn_chooses_anew(llama):
+    with BLOCKS(llama):
+        cache = ring_cache(llama)
+        choices = []
+        for turn in (prompt(N), prompt(2 * L), prompt(ROWS - 1)):
+            logits(llama, turn, past_key_values=cache)
+            choices.append(cache.layers[0].chosen.tolist())
+        assert cache.get_seq_length() == N + 2 * L + ROWS - 1
+    assert choices[0] != choices[1] == choices[2]
+
+
+def test_blocks_without_a_middle_change_nothing_to_the_bit(model):
+    ids = prompt(L + S)
+    with LMInfinite(S, L)(model):
+        expected = logits(model, ids)
+    with BLOCKS(model):
+        assert torch.equal(logits(model, ids), expected)
+
+
+def test_blocks_are_refused_where_nothing_can_be_taken_back(llama):
+    ids = prompt(N)
+    gemma = model_of("gemma3_text")
+    before = logits(llama, ids)
+    with BLOCKS(llama), BLOCKS(gemma):
+        with pytest.raises(ValueError, match="no cache"):
+            logits(llama, ids, use_cache=False)
+        with pytest.raises(ValueError, match="DynamicLayer"):
+            logits(llama, ids, past_key_values=DynamicCache(config=llama.config))
+        with pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
+            gemma.generate(ids, max_new_tokens=2)
+        with pytest.raises(ValueError, match="output_hidden_states"):
+            logits(llama, ids, past_key_values=ring_cache(llama), output_hidden_states=True)
+        assert logits(llama, ids, past_key_values=ring_cache(llama)).shape[1] == N
+    assert torch.equal(logits(llama, ids), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"blocks": 0}, ValueError, "blocks must be at least 1"),
+        ({"rows": 65}, ValueError, "rows must be at most 64"),
+        ({"rows": None}, TypeError, "rows must be a whole number"),
+        ({"block_size": 0}, ValueError, "block_size must be at least 1"),
+        ({"store": "gpu"}, ValueError, "TopBlocks: store must be one of"),
+    ],
+)
+def test_bad_settings_of_blocks(arguments, error, message):
+    with pytest.raises(error, match=message):
+        TopBlocks(**arguments)
 
 
 @pytest.mark.parametrize(

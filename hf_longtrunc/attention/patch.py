@@ -236,7 +236,7 @@ class Patch:
             return inputs
         layers = _archives_alone(cache)
         rows = min(retrieval.rows, new)
-        if new < retrieval.rows and (layers[0].chosen is not None or new == 1):
+        if new < retrieval.voters and (layers[0].chosen is not None or new == 1):
             return inputs
         if inputs.get("output_hidden_states") or decoder.config.output_hidden_states:
             raise ValueError("output_hidden_states cannot be had with TopBlocks, which runs the last rows twice")
@@ -380,8 +380,15 @@ class Patch:
             rotate=rotate,
             path=self.path,
             read=read,
-            reading_rows=new if self.retrieval is None or self.retrieval.rows is None else self.retrieval.rows,
+            reading_rows=self._reading_rows(new),
         )
+
+    def _reading_rows(self, new: int) -> int:
+        """How many of the last rows look at the middle."""
+        retrieval = self.retrieval
+        if isinstance(retrieval, TopBlocks) and self._ballot is not None:
+            return retrieval.voters
+        return new if retrieval is None or retrieval.rows is None else retrieval.rows
 
     def _reader(self, module: Any, key: Tensor, value: Tensor, j: Tensor, scoring: Scoring, rotate: Any) -> Read | None:
         """Return what queries [batch, heads, n, dim] at i [rows, n] of this layer read with; None if nothing."""

@@ -37,16 +37,18 @@ class TopK:
 class TopBlocks:
     """All heads and layers read the same few blocks of the middle, those that together they attend to most.
 
-    A forward of at least `rows` tokens (a prompt, a turn of a chat, a chunk of a prompt) chooses with its last `rows`
-    and runs these a second time with what was chosen; what is decoded afterwards goes on reading that choice. Shorter
-    forwards keep the choice there is. Needs the cache that `generate` builds.
+    A forward of at least `voters` tokens (a prompt, a turn of a chat, a chunk of a prompt) lets its last `voters` rows
+    choose, and runs its last `rows` a second time with what was chosen; what is decoded afterwards goes on reading that
+    choice. Shorter forwards keep the choice there is. Needs the cache that `generate` builds.
 
     Args:
         blocks: how many.
         block_size: tokens a block, counted from the end of the sinks.
         distance: D_k, at which the middle is scored and seen; None takes half the window.
         first_layer: the first layer that has a say and reads.
-        rows: the last rows of a forward, which choose and read; at most 64, as many as the ring can take back.
+        voters: how many of a forward's last rows choose; more of them find less.
+        rows: how many of a forward's last rows read: `voters` to 64, as many as the ring can take back. The whole
+            question should be among them.
         store: as for `TopK`.
 
     Cost: O(n) memory; `rows` rows more and O(n) time a choice; a decoded token costs blocks * block_size keys more.
@@ -56,14 +58,18 @@ class TopBlocks:
     block_size: int = 64
     distance: int | None = None
     first_layer: int = 4
-    rows: int = 8
+    voters: int = 8
+    rows: int = 16
     store: str = "device"
 
     def __post_init__(self) -> None:
-        least = {"blocks": 1, "block_size": 1, "distance": 1, "first_layer": 0, "rows": 1}
+        least = {"blocks": 1, "block_size": 1, "distance": 1, "first_layer": 0, "voters": 1, "rows": 1}
         check_settings(self, least, may_be_none={"distance"})
-        if self.rows > 64:
-            raise ValueError(f"TopBlocks: rows must be at most 64, as many as the cache can take back, got {self.rows}")
+        if not self.voters <= self.rows <= 64:
+            raise ValueError(
+                f"TopBlocks: rows must lie between voters and 64, as many as the cache can take back, got "
+                f"rows={self.rows}, voters={self.voters}"
+            )
 
 
 def check_settings(strategy: object, least: dict[str, int], may_be_none: set[str]) -> None:

@@ -250,8 +250,8 @@ def test_detaching_leaves_no_trace(llama):
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
-ROWS = 5
-BLOCKS = LMInfinite(S, L, retrieval=TopBlocks(blocks=2, block_size=4, distance=4, first_layer=0, rows=ROWS))
+VOTERS, ROWS = 3, 5
+BLOCKS = LMInfinite(S, L, retrieval=TopBlocks(2, 4, distance=4, first_layer=0, voters=VOTERS, rows=ROWS))
 INTERFACE_FAMILIES = {
     "llama": Rope(8),
     "qwen3": Rope(8),
@@ -264,18 +264,18 @@ INTERFACE_FAMILIES = {
 def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family):
     ids = prompt(N + 6)
     reference = model_of(family).double()
-    naive = NaiveBlocks(S, L, L, INTERFACE_FAMILIES[family], size=4, away=4, rows=ROWS)
+    naive = NaiveBlocks(S, L, L, INTERFACE_FAMILIES[family], size=4, away=4, rows=VOTERS)
     install(reference, naive)
     logits(reference, ids[:, :N])
     naive.chosen = sorted(naive.paid, key=naive.paid.__getitem__)[-2:]
-    naive.rows += 6  # what is decoded reads too
+    naive.rows = ROWS + 6  # what is decoded reads too
     expected = logits(reference, ids)
     model = model_of(family)
     with LMInfinite(S, L)(model):
         without = logits(model, ids)
     with BLOCKS(model):
         cache = ring_cache(model)
-        got = in_chunks(model, ids, [N, 1, 1, 4], cache)
+        got = in_chunks(model, ids, [N, 1, 1, 2, 2], cache)
     assert sorted(cache.layers[0].chosen[0].tolist()) == sorted(naive.chosen)
     assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
     assert (got - without)[:, : N - ROWS].abs().max() < 2e-5
@@ -285,12 +285,12 @@ def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family):
 @pytest.mark.parametrize("family", ["llama", "bloom", "gptj"])
 def test_a_left_padded_row_chooses_for_itself(family):
     model = model_of(family)
-    lengths = [1, ROWS - 1, L, L + S + 1, 3 * L, N]
+    lengths = [1, VOTERS - 1, L, L + S + 1, 3 * L, N]
     texts = [prompt(n) for n in lengths]
     ids = torch.cat([torch.nn.functional.pad(text, (N - text.shape[1], 0)) for text in texts])
     mask = torch.tensor([[0] * (N - n) + [1] * n for n in lengths])
     for store in ("device", "cpu"):
-        retrieval = TopBlocks(2, 4, distance=4, first_layer=0, rows=ROWS, store=store)
+        retrieval = TopBlocks(2, 4, distance=4, first_layer=0, voters=VOTERS, rows=ROWS, store=store)
         with LMInfinite(S, L, retrieval=retrieval)(model):
             options = {"max_new_tokens": L, "do_sample": False, "suppress_tokens": [0]}
             together = model.generate(ids, attention_mask=mask, **options)
@@ -316,10 +316,10 @@ def test_a_chat_turn_chooses_anew(llama):
     with BLOCKS(llama):
         cache = ring_cache(llama)
         choices = []
-        for turn in (prompt(N), prompt(2 * L), prompt(ROWS - 1)):
+        for turn in (prompt(N), prompt(2 * L), prompt(VOTERS - 1)):
             logits(llama, turn, past_key_values=cache)
             choices.append(cache.layers[0].chosen.tolist())
-        assert cache.get_seq_length() == N + 2 * L + ROWS - 1
+        assert cache.get_seq_length() == N + 2 * L + VOTERS - 1
     assert choices[0] != choices[1] == choices[2]
 
 
@@ -352,7 +352,8 @@ def test_blocks_are_refused_where_nothing_can_be_taken_back(llama):
     ("arguments", "error", "message"),
     [
         ({"blocks": 0}, ValueError, "blocks must be at least 1"),
-        ({"rows": 65}, ValueError, "rows must be at most 64"),
+        ({"rows": 65}, ValueError, "rows must lie between voters and 64"),
+        ({"voters": 9, "rows": 8}, ValueError, "rows must lie between voters and 64"),
         ({"rows": None}, TypeError, "rows must be a whole number"),
         ({"block_size": 0}, ValueError, "block_size must be at least 1"),
         ({"store": "gpu"}, ValueError, "TopBlocks: store must be one of"),

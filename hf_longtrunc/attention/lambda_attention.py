@@ -368,7 +368,7 @@ def _with_far_dimensions(query: Tensor, key: Tensor, far: Tensor) -> tuple[Tenso
 
 def _bias(slopes: Tensor, distances: Tensor, query: Tensor) -> Tensor:
     """ALiBi's part of the logits [rows, heads, n, m] at distances [rows, n, m]."""
-    return -slopes.to(torch.promote_types(query.dtype, torch.float32))[:, None, None] * distances[:, None]
+    return -slopes.to(query.device, torch.promote_types(query.dtype, torch.float32))[:, None, None] * distances[:, None]
 
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:

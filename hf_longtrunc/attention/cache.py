@@ -201,7 +201,7 @@ class LambdaCacheLayer(CacheLayerMixin):
                 setattr(self, name, change(rows))
 
 
-class ArchiveCacheLayer(LambdaCacheLayer):
+class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
     """Sinks and a ring, and behind them the keys and values of the whole text, for a model that reads its middle.
 
     The archive holds keys turned back to position 0, [batch, heads, capacity, dim], in the order of the text; it grows

@@ -115,6 +115,7 @@ class Patch:
         self._changes.callback(decoder.register_forward_hook(self._end).remove)
         self._changes.set(decoder, "_lm_infinite", self)
         self._learn_rotations(self._replace_rotary_modules())
+        self._refuse_without_reading_layers()
         self._check_against(before)
         self._changes.set(model, "_prepare_cache_for_generation", self._prepare_cache)
         self._changes.set(model, "init_continuous_batching", _refuse_continuous_batching)
@@ -168,6 +169,18 @@ class Patch:
             self._rotations = self._probe.rotations(known)
         finally:
             self._probe = None
+
+    def _refuse_without_reading_layers(self) -> None:
+        retrieval, layers = self.retrieval, [getattr(module, "layer_idx", None) for module in self._rotations]
+        if retrieval is None:
+            return
+        if None in layers:
+            raise CannotPatchError("its attention modules have no layer_idx, by which layers that read are told apart")
+        if max(layers) < retrieval.first_layer:
+            raise ValueError(
+                f"{type(retrieval).__name__}: first_layer={retrieval.first_layer} leaves no layer that reads: the last "
+                f"one of full attention is layer {max(layers)}"
+            )
 
     def _few_hidden_states(self) -> Tensor:
         """Return the hidden states of a few tokens that fit the window."""
@@ -229,8 +242,9 @@ class Patch:
         Nothing happens for a text without a middle, and for a forward that keeps the choice there is.
         """
         self._first_hidden = None
-        ids, embeds, cache = (inputs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
-        new = (embeds if ids is None else ids).shape[1]
+        cache: Any = inputs.get("past_key_values")
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        new = tokens.shape[1]
         seen = new + (0 if cache is None else int(cache.get_seq_length()))
         if seen <= self.window_length + self.num_sink_tokens:
             return inputs

@@ -381,6 +381,15 @@ def test_bad_settings(arguments, error, message):
         TopK(**arguments)
 
 
+@pytest.mark.parametrize("strategy", [TopK, TopBlocks])
+def test_a_model_without_a_layer_that_reads_is_refused(llama, strategy):
+    ids = prompt(N)
+    before = logits(llama, ids)
+    with pytest.raises(ValueError, match="first_layer=2 leaves no layer that reads"):
+        LMInfinite(S, L, retrieval=strategy(first_layer=2)).attach(llama)
+    assert torch.equal(logits(llama, ids), before)
+
+
 def test_a_distance_beyond_the_ceiling_is_refused(llama):
     with pytest.raises(ValueError, match="distance must be at most max_distance"):
-        LMInfinite(S, L, retrieval=TopK(distance=L + 1)).attach(llama)
+        LMInfinite(S, L, retrieval=TopK(distance=L + 1, first_layer=0)).attach(llama)

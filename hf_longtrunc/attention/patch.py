@@ -112,7 +112,8 @@ class Patch:
             registry.register(self._name, function)
             self._changes.callback(registry._global_mapping.pop, self._name)
         self._changes.callback(decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        self._changes.callback(decoder.register_forward_hook(self._end).remove)
+        if isinstance(self.retrieval, TopBlocks):
+            self._changes.callback(decoder.register_forward_hook(self._end).remove)
         self._changes.set(decoder, "_lm_infinite", self)
         self._learn_rotations(self._replace_rotary_modules())
         self._refuse_without_reading_layers()
@@ -221,9 +222,10 @@ class Patch:
         queries = from_first_token(torch.arange(past, past + new, device=device), padding)
         for ring in rings:
             ring.expect(new, padding)
-        archives = [] if cache is None else list(enumerate(cache.layers))
-        self._archives.clear()
-        self._archives.update({index: layer for index, layer in archives if isinstance(layer, ArchiveCacheLayer)})
+        if self.retrieval is not None:
+            layers = [] if cache is None else cache.layers
+            archives = {index: layer for index, layer in enumerate(layers) if isinstance(layer, ArchiveCacheLayer)}
+            self._archives = weakref.WeakValueDictionary(archives)
         if rings:
             keys = rings[0].key_positions(new, device)
         else:

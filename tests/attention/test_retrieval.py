@@ -215,7 +215,7 @@ def test_the_cache_keeps_everything_once_and_is_refused_elsewhere(llama):
         logits(llama, ids, past_key_values=plain)
         turned_back = rotation.rotate(plain.layers[0].keys, -torch.arange(N)[None])
         assert (layer.middle().key - turned_back).abs().max() < 1e-5
-        assert torch.equal(layer.middle().value, plain.layers[0].values)
+        assert (layer.middle().value - plain.layers[0].values).abs().max() < 1e-5
     with LMInfinite(S, L)(llama):
         small = ring_cache(llama)
         assert all(type(layer) is LambdaCacheLayer for layer in small.layers)

@@ -10,7 +10,7 @@ the softmax of window and sinks with that score. Two ways to choose:
   the second time all of them see the same few blocks. High-scoring keys that only one head likes cannot crowd the
   softmax, and it matters little how many keys there are to choose from.
 
-Sources: Han et al. 2024, "LM-Infinite", arXiv 2308.16137, section 3.3: top-k with k = 5, D_k half the trained length,
+Sources: Han et al. 2024, "LM-Infinite", arXiv 2308.16137: top-k with k = 5, D_k half the trained length,
 for the last row of a forward. Deviations: any number of rows may read; blocks are ours.
 """
 

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING
 from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from hf_longtrunc.attention.cache import LambdaCacheLayer as LambdaCacheLayer
+    from hf_longtrunc.attention.cache import (
+        ArchiveCacheLayer as ArchiveCacheLayer,
+        LambdaCacheLayer as LambdaCacheLayer,
+    )
     from hf_longtrunc.attention.datastore import (
         Datastore as Datastore,
         FaissDatastore as FaissDatastore,
         ShardedDatastore as ShardedDatastore,
     )
     from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
+    from hf_longtrunc.attention.strategies import TopBlocks as TopBlocks, TopK as TopK
     from hf_longtrunc.attention.unlimiformer import Unlimiformer as Unlimiformer
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
@@ -68,6 +72,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOME = {
+    "ArchiveCacheLayer": "hf_longtrunc.attention.cache",
     "AuxiliaryModelLogitsProcessor": "hf_longtrunc.sampling.auxiliary",
     "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.processors",
     "BestFitPackingCollator": "hf_longtrunc.data.collators",
@@ -89,6 +94,8 @@ _HOME = {
     "ShardedDatastore": "hf_longtrunc.attention.datastore",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
     "SupportChecker": "hf_longtrunc.sampling.support",
+    "TopBlocks": "hf_longtrunc.attention.strategies",
+    "TopK": "hf_longtrunc.attention.strategies",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "ULDCollator": "hf_longtrunc.sampling.uld",

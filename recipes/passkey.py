@@ -1,7 +1,10 @@
 """Is what the window lost still read? Passkeys by prompt length and depth: unmodified, and under LM-Infinite.
 
     python recipes/passkey.py --lengths 1000,4000,7000,12000 --out passkey
-    python recipes/passkey.py --text some_novel.txt --lengths 4000,7500,16000 --out passkey
+    python recipes/passkey.py --text some_novel.txt --lengths 7500,16000 --window 2048 --arms top-k,blocks --out passkey
+
+Arms: unmodified; LM-Infinite alone (window); with it each head's best 5 keys of the middle for the last row (paper),
+its best 64 for the last 64 rows (top-k), or blocks that all heads choose together (blocks).
 
 Cost: one prompt of 7,000 tokens takes SmolLM2-135M-Instruct about 35 s on one CPU core, and well under a second on a
 data-centre GPU. A run that was cut off goes on where it stopped: records are appended to OUT/passkey.jsonl.
@@ -20,7 +23,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hf_longtrunc import LMInfinite, load_pretrained
+from hf_longtrunc import LMInfinite, TopBlocks, TopK, load_pretrained
 from hf_longtrunc.evaluation import PasskeyPrompts, passkey_table, passkey_tasks, plot_passkey, run_passkey
 
 
@@ -33,19 +36,25 @@ def main(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
     window: Annotated[int | None, typer.Option(help="LM-Infinite's window; the trained one if left out.")] = None,
+    arms: Annotated[str, typer.Option(help="Which arms, of the five above.")] = "unmodified,window,paper,top-k,blocks",
     sinks: Annotated[int, typer.Option(help="First tokens that stay visible.")] = 16,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Folder for passkey.jsonl and passkey.png.")] = Path("passkey"),
 ) -> None:
     language_model, tokenizer = load_pretrained(model)
-    arms: dict[str, Any] = {
-        "unmodified": nullcontext,
-        "LM-Infinite": LMInfinite(num_sink_tokens=sinks, window_length=window),
+    retrievals = {"window": None, "paper": TopK(k=5, rows=1), "top-k": TopK(), "blocks": TopBlocks()}
+    known: dict[str, Any] = {"unmodified": nullcontext} | {
+        name: LMInfinite(num_sink_tokens=sinks, window_length=window, retrieval=retrieval)
+        for name, retrieval in retrievals.items()
     }
+    unknown = set(arms.split(",")) - set(known)
+    if unknown:
+        raise typer.BadParameter(f"--arms takes {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    chosen = {name: known[name] for name in arms.split(",")}
     prompts = PasskeyPrompts(tokenizer, None if text is None else text.read_text(encoding="utf-8"))
     grid = [int(length) for length in lengths.split(",")], [float(depth) for depth in depths.split(",")]
     tasks = passkey_tasks(*grid, keys_per_cell=keys, seed=seed)
-    records = run_passkey(language_model, prompts, tasks, arms, path=out / "passkey.jsonl", progress=True)
+    records = run_passkey(language_model, prompts, tasks, chosen, path=out / "passkey.jsonl", progress=True)
     Console().print(passkey_table(records))
     plot_passkey(records)[0].figure.canvas.print_figure(out / "passkey.png", dpi=150)
 

@@ -16,6 +16,7 @@ PURE_FILES = [
     "hf_longtrunc.attention.lambda_attention",
     "hf_longtrunc.attention.retrieved_attention",
     "hf_longtrunc.attention.windows",
+    "hf_longtrunc.attention.retrieval",
     "hf_longtrunc.data.packing",
     "hf_longtrunc.sampling.basis",
     "hf_longtrunc.sampling.cutoffs",

@@ -12,6 +12,7 @@ from hf_longtrunc import evaluation
 
 PUBLIC = {
     hf_longtrunc: [
+        "ArchiveCacheLayer",
         "BasisAwareLogitsProcessor",
         "SoftmaxBasis",
         "SupportChecker",
@@ -30,6 +31,8 @@ PUBLIC = {
         "PackedDataset",
         "PackedStream",
         "ShardedDatastore",
+        "TopBlocks",
+        "TopK",
         "TruncationRecord",
         "TruncationTrace",
         "Unlimiformer",

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_longtrunc.attention.retrieval import Middle
 from hf_longtrunc.attention.row_positions import from_first_token
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from hf_longtrunc.attention.rotary import Rotation
 
 
 class LambdaCacheLayer(CacheLayerMixin):
@@ -31,6 +34,7 @@ class LambdaCacheLayer(CacheLayerMixin):
     """
 
     ROLLBACK = 64
+    _ROWS: tuple[str, ...] = ("keys", "values", "sink_keys", "sink_values", "padding")
     is_croppable = True
     is_sliding = False
 
@@ -191,7 +195,72 @@ class LambdaCacheLayer(CacheLayerMixin):
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name in ("keys", "values", "sink_keys", "sink_values", "padding"):
+        for name in self._ROWS:
             rows = getattr(self, name)
             if rows is not None:
                 setattr(self, name, change(rows))
+
+
+class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
+    """Sinks and a ring, and behind them the keys and values of the whole text, for a model that reads its middle.
+
+    The archive holds keys turned back to position 0, [batch, heads, capacity, dim], in the order of the text; it grows
+    by half whenever it is full, so a token costs the same on average. Everything else is `LambdaCacheLayer`.
+
+    Args:
+        num_sink_tokens: S.
+        window_length: L.
+        rotation: of this layer's keys; None where it has none.
+        store: "device" or "cpu": where the archive lives. On the CPU it is pinned if the model is on CUDA.
+    """
+
+    _ROWS = (*LambdaCacheLayer._ROWS, "archived_keys", "archived_values", "chosen")
+
+    def __init__(self, num_sink_tokens: int, window_length: int, rotation: Rotation | None, store: str):
+        super().__init__(num_sink_tokens, window_length)
+        self.rotation = rotation
+        self.store = store
+        self.archived_keys: Any = None  # [batch, heads, capacity, dim]
+        self.archived_values: Any = None
+        self.chosen: Tensor | None = None  # blocks that `TopBlocks` reads [batch, blocks]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [batch, heads, n, dim] and return what window and sinks show their queries."""
+        columns = torch.arange(self.seen, self.seen + key_states.shape[2], device=key_states.device)
+        returned = super().update(key_states, value_states, *args, **kwargs)
+        positions = from_first_token(columns, self.padding)
+        turned = key_states if self.rotation is None else self.rotation.rotate(key_states, -positions)
+        self.archived_keys = self._archived(self.archived_keys, turned)
+        self.archived_values = self._archived(self.archived_values, value_states)
+        return returned
+
+    def _archived(self, archive: Tensor | None, states: Tensor) -> Tensor:
+        """Write the newest tokens' states into the archive, in a larger one if need be."""
+        start = self.seen - states.shape[2]
+        if archive is None or archive.shape[2] < self.seen:
+            shape = *states.shape[:2], self.seen if archive is None else self.seen * 3 // 2, states.shape[3]
+            on_cpu = self.store == "cpu"
+            larger = torch.empty(
+                shape,
+                dtype=states.dtype,
+                device="cpu" if on_cpu else states.device,
+                pin_memory=on_cpu and states.is_cuda,
+            )
+            if archive is not None:
+                larger[:, :, :start] = archive[:, :, :start]
+            archive = larger
+        archive[:, :, start : self.seen] = states.detach()
+        return archive
+
+    def middle(self) -> Middle:
+        """Return all that was seen, un-rotated, where it is stored."""
+        device = self.archived_keys.device
+        positions = from_first_token(torch.arange(self.seen, device=device), self.padding)
+        return Middle(self.archived_keys[:, :, : self.seen], self.archived_values[:, :, : self.seen], positions)
+
+    def reset(self) -> None:
+        """Forget every token."""
+        super().reset()
+        self.archived_keys = self.archived_values = self.chosen = None

@@ -169,7 +169,8 @@ def _slopes(module: Any, builder: str) -> Tensor:
     """ALiBi's slope of each head: what the model file's own bias changes by from one key to the next."""
     build = getattr(sys.modules[next(cls.__module__ for cls in type(module).__mro__)], builder)
     heads = getattr(module, "n_heads", None) or module.num_heads
-    device = next(module.parameters()).device
+    weight = next(module.parameters())
+    device = torch.device("cpu") if weight.is_meta else weight.device  # "meta": offloaded by accelerate
     if builder == "build_mpt_alibi_tensor":
         bias = build(heads, 2, device=device)
     else:

@@ -21,6 +21,7 @@ min(i - j, D) for any D >= L; the paper has D = L.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 PATHS = ("auto", "sdpa", "eager", "flex")
+_READING_BLOCK = 64  # queries that read the middle together: their scores of every key exist at once
 
 
 class Scoring(NamedTuple):
@@ -57,6 +59,18 @@ class Scoring(NamedTuple):
     def is_plain(self) -> bool:
         """Whether an ordinary attention kernel computes it."""
         return self.softcap is None and self.slopes is None and self.null_logits is None
+
+
+class Retrieved(NamedTuple):
+    """Keys of their own for each head and query, as they join the softmax.
+
+    Attributes:
+        scores: logits [batch, heads, n, k]; the least number that there is for a key that is not to be seen.
+        value: [batch, heads, n, k, value_dim], or [batch, heads, 1, k, value_dim] where all queries see the same.
+    """
+
+    scores: Tensor
+    value: Tensor
 
 
 def visible(
@@ -88,6 +102,8 @@ def lambda_attention(
     rotate: Callable[[Tensor, Tensor], Tensor] | None = None,
     path: str = "auto",
     block_size: int = 512,
+    read: Callable[[Tensor, Tensor, Tensor], Retrieved | None] | None = None,
+    reading_rows: int = 0,
 ) -> Float[Tensor, "batch heads n value_dim"]:
     """Attend over a window of keys and the row's first keys.
 
@@ -107,12 +123,17 @@ def lambda_attention(
         path: "sdpa" (any device), "eager" (any device and any scoring; the only one for soft-capping, slopes and null
             logits), "flex" (CUDA; FlexAttention), or "auto".
         block_size: queries taken together by the blockwise paths.
+        read: `read(query, query_positions, logits)`, given the logits of window and sinks [batch, heads, n, S + m],
+            returns what else some of the queries see; None: nothing.
+        reading_rows: how many of the last queries do; they take the "eager" path.
 
     Returns:
         [batch, heads, n, value_dim] in the dtype of `query`.
     """
-    task = _Task(query, key, value, query_positions, key_positions, sinks, window, max_distance, scoring, rotate)
+    task = _Task(query, key, value, query_positions, key_positions, sinks, window, max_distance, scoring, rotate, read)
     path = choose_path(path, scoring, query)
+    if read is not None:
+        return _with_reading_rows(task, max(0, query.shape[2] - reading_rows), path, block_size)
     if path == "flex":
         from hf_longtrunc.attention.flex import flex_lambda_attention
 
@@ -132,6 +153,31 @@ def lambda_attention(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
+def _with_reading_rows(task: _Task, first: int, path: str, block_size: int) -> Tensor:
+    """`lambda_attention` of the queries before `first`, and of the others with what they read."""
+    n = task.query.shape[2]
+    spans = [(start, min(start + _READING_BLOCK, n)) for start in range(first, n, _READING_BLOCK)]
+    parts = [_attend_block(task, start, stop, "eager") for start, stop in spans]
+    if first:
+        keys = task.key.shape[2] - (n - first)
+        before = lambda_attention(
+            task.query[:, :, :first],
+            task.key[:, :, :keys],
+            task.value[:, :, :keys],
+            task.query_positions[:, :first],
+            task.key_positions[:, :keys],
+            sinks=task.sinks,
+            window=task.window,
+            max_distance=task.max_distance,
+            scoring=task.scoring,
+            rotate=task.rotate,
+            path=path,
+            block_size=block_size,
+        )
+        parts.insert(0, before)
+    return torch.cat(parts, dim=2)
+
+
 def single_query_attention(
     query: Float[Tensor, "batch heads 1 dim"],
     key: Float[Tensor, "batch kv_heads m dim"],
@@ -139,13 +185,15 @@ def single_query_attention(
     distances: Int[Tensor, "rows m"],
     seen: Bool[Tensor, "rows m"],
     scoring: Scoring,
+    read: Callable[[Tensor], Retrieved | None] | None = None,
 ) -> Float[Tensor, "batch heads 1 value_dim"]:
     """Attend with one query a row over keys in any order that already stand at the right distance.
 
     One ordinary attention call: the heads of a group become the queries of their key head.
     """
     bias = None if scoring.slopes is None else _bias(scoring.slopes, distances[:, None], query)
-    return _attend(query, key, value, seen[:, None], scoring, choose_path("auto", scoring), bias=bias)
+    path = choose_path("auto", scoring) if read is None else "eager"
+    return _attend(query, key, value, seen[:, None], scoring, path, bias=bias, read=read)
 
 
 def choose_path(path: str, scoring: Scoring, query: Tensor | None = None) -> str:
@@ -178,6 +226,7 @@ class _Task(NamedTuple):
     max_distance: int
     scoring: Scoring
     rotate: Callable[[Tensor, Tensor], Tensor] | None
+    read: Callable[[Tensor, Tensor, Tensor], Retrieved | None] | None
 
 
 def _attend_block(task: _Task, start: int, stop: int, path: str) -> Tensor:
@@ -193,7 +242,8 @@ def _attend_block(task: _Task, start: int, stop: int, path: str) -> Tensor:
         far = _far_scores(task, query, i, sink_positions)
         seen = torch.cat([i[:, :, None] - sink_positions[:, None] >= task.window, seen], dim=-1)
         value = torch.cat([task.sinks[1], value], dim=2)
-    return _attend(query, key, value, seen, task.scoring, path, far, bias)
+    read = None if task.read is None else partial(task.read, query, i)
+    return _attend(query, key, value, seen, task.scoring, path, far, bias, read)
 
 
 def _far_scores(task: _Task, query: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -213,6 +263,19 @@ def _far_scores(task: _Task, query: Tensor, i: Tensor, j: Tensor) -> Tensor:
     return scores
 
 
+def constant_scores(
+    query: Float[Tensor, "batch heads n dim"],
+    key: Float[Tensor, "batch kv_heads m dim"],
+    away: int,
+    scoring: Scoring,
+) -> Float[Tensor, "batch heads n m"]:
+    """Logits of queries that are turned to one distance `away` with un-rotated keys."""
+    scores = _capped(grouped_scores(query, key) * scoring.scaling, scoring.softcap)
+    if scoring.slopes is None:
+        return scores
+    return scores - scoring.slopes.to(scores.device, scores.dtype)[:, None, None] * away
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
@@ -222,32 +285,48 @@ def _attend(
     path: str,
     far: Tensor | None = None,
     bias: Tensor | None = None,
+    read: Callable[[Tensor], Retrieved | None] | None = None,
 ) -> Tensor:
-    """One softmax over S far logits [batch, heads, n, S], where there are any, and m keys.
+    """One softmax over S far logits [batch, heads, n, S], where there are any, m keys, and what is read besides.
 
     `value` [batch, kv_heads, S + m, value_dim] and `seen` [rows, n, S + m] begin with the far set; `bias` joins the
     scores of the m keys.
     """
     if path == "eager":
-        return _eager_attend(query, key, value, seen, scoring, far, bias)
+        return _eager_attend(query, key, value, seen, scoring, far, bias, read)
     # A padding query sees everything rather than nothing: its output is finite, and nobody reads it.
     return _sdpa_attend(query, key, value, seen | ~seen.any(-1, keepdim=True), scoring, far)
 
 
 def _eager_attend(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scoring: Scoring, far: Tensor | None, bias: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: Tensor,
+    scoring: Scoring,
+    far: Tensor | None,
+    bias: Tensor | None,
+    read: Callable[[Tensor], Retrieved | None] | None,
 ) -> Tensor:
     scores = _capped(grouped_scores(query, key) * scoring.scaling, scoring.softcap)
     scores = scores if bias is None else scores + bias
     scores = scores if far is None else torch.cat([far, scores], dim=-1)
     scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
+    retrieved = None if read is None else read(scores)
+    if retrieved is not None:
+        scores = torch.cat([scores, retrieved.scores], dim=-1)
+    count = scores.shape[-1]
     if scoring.null_logits is not None:
         null = scoring.null_logits.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, null], dim=-1)
-    weights = scores.softmax(-1)[..., : value.shape[2]].to(value.dtype)
+    weights = scores.softmax(-1)[..., :count].to(value.dtype)
     weights = F.dropout(weights, scoring.dropout) if scoring.dropout else weights
-    batch, heads, n, m = weights.shape
-    return (weights.reshape(batch, value.shape[1], -1, m) @ value).view(batch, heads, n, -1)
+    batch, heads, n, _ = weights.shape
+    m = value.shape[2]
+    output = (weights[..., :m].reshape(batch, value.shape[1], -1, m) @ value).view(batch, heads, n, -1)
+    if retrieved is not None:
+        output = output + (weights[..., None, m:] @ retrieved.value)[..., 0, :]
+    return output
 
 
 def _sdpa_attend(
@@ -289,7 +368,7 @@ def _with_far_dimensions(query: Tensor, key: Tensor, far: Tensor) -> tuple[Tenso
 
 def _bias(slopes: Tensor, distances: Tensor, query: Tensor) -> Tensor:
     """ALiBi's part of the logits [rows, heads, n, m] at distances [rows, n, m]."""
-    return -slopes.to(torch.promote_types(query.dtype, torch.float32))[:, None, None] * distances[:, None]
+    return -slopes.to(query.device, torch.promote_types(query.dtype, torch.float32))[:, None, None] * distances[:, None]
 
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_longtrunc.attention.lambda_attention import PATHS
 from hf_longtrunc.attention.patch import Patch
+from hf_longtrunc.attention.strategies import TopBlocks, TopK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,7 @@ class LMInfinite:
         num_sink_tokens: S; 10 to 100 in the paper. 0 leaves a plain sliding window.
         window_length: L; None takes the length that the model was trained for, from its config.
         max_distance: D, at least L; None takes L.
-        retrieval: reserved for reading the middle; None.
+        retrieval: `TopK(...)` or `TopBlocks(...)` read the middle too, at the price of keeping it; None does not.
         path: how a prompt's attention is computed, see `lambda_attention`: "auto", "sdpa", "eager" or "flex".
 
     Raises:
@@ -45,7 +46,7 @@ class LMInfinite:
     num_sink_tokens: int = 16
     window_length: int | None = None
     max_distance: int | None = None
-    retrieval: None = None
+    retrieval: TopK | TopBlocks | None = None
     path: str = "auto"
 
     def __post_init__(self) -> None:
@@ -54,8 +55,8 @@ class LMInfinite:
             _check_count("window_length", self.window_length, 1)
         if self.max_distance is not None:
             _check_count("max_distance", self.max_distance, self.window_length or 1)
-        if self.retrieval is not None:
-            raise TypeError(f"retrieval must be None, got {self.retrieval!r}")
+        if self.retrieval is not None and not isinstance(self.retrieval, (TopK, TopBlocks)):
+            raise TypeError(f"retrieval must be TopK(...), TopBlocks(...) or None, got {self.retrieval!r}")
         if self.path not in PATHS:
             raise ValueError(f"path must be one of {', '.join(PATHS)}, got {self.path!r}")
 
@@ -86,7 +87,12 @@ class LMInfinite:
                 f"max_distance must be at least the window, got {max_distance} for window_length={window}"
                 f"{' (the trained length)' if self.window_length is None else ''}; leave it out to take the window"
             )
-        return Patch(owner, self.num_sink_tokens, window, max_distance, self.path)
+        if self.retrieval is not None and (self.retrieval.distance or 0) > max_distance:
+            raise ValueError(
+                f"{type(self.retrieval).__name__}: distance must be at most max_distance, got "
+                f"{self.retrieval.distance} for {max_distance}; leave it out to take half the window"
+            )
+        return Patch(owner, self.num_sink_tokens, window, max_distance, self.path, self.retrieval)
 
 
 def trained_length(config: PreTrainedConfig) -> int:

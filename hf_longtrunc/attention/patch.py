@@ -6,6 +6,7 @@ import copy
 import inspect
 import itertools
 import sys
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
-from hf_longtrunc.attention.cache import LambdaCacheLayer
+from hf_longtrunc.attention.cache import ArchiveCacheLayer, LambdaCacheLayer
 from hf_longtrunc.attention.changes import Changes
 from hf_longtrunc.attention.families import gptj_rotation, own_forward
 from hf_longtrunc.attention.lambda_attention import (
@@ -26,6 +27,7 @@ from hf_longtrunc.attention.lambda_attention import (
     visible,
 )
 from hf_longtrunc.attention.probe import Probe, forward_quietly
+from hf_longtrunc.attention.retrieval import Middle, Sight, block_mass, choose_blocks, read_blocks, top_k
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward, rotary_modules
 from hf_longtrunc.attention.row_positions import (
     check_positions,
@@ -34,9 +36,15 @@ from hf_longtrunc.attention.row_positions import (
     from_first_token,
     left_padding,
 )
+from hf_longtrunc.attention.strategies import TopBlocks, TopK
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hf_longtrunc.attention.lambda_attention import Retrieved
     from hf_longtrunc.attention.rotary import ExactRotary, Rotation
+
+    Read = Callable[[Tensor, Tensor, Tensor], Retrieved | None]
 
 _serial = itertools.count()
 
@@ -52,11 +60,20 @@ class Patch:
     much later), and the attention function uses them.
     """
 
-    def __init__(self, model: Any, num_sink_tokens: int, window_length: int, max_distance: int, path: str):
+    def __init__(
+        self,
+        model: Any,
+        num_sink_tokens: int,
+        window_length: int,
+        max_distance: int,
+        path: str,
+        retrieval: TopK | TopBlocks | None = None,
+    ):
         self.num_sink_tokens = num_sink_tokens
         self.window_length = window_length
         self.max_distance = max_distance
         self.path = path
+        self.retrieval = retrieval
         self._name = f"lm_infinite_{next(_serial)}"
         self._model = model
         decoder = model.get_decoder()
@@ -67,6 +84,9 @@ class Patch:
         self._probe: Probe | None = None
         self._carried: Tensor | None = None
         self._ring_view: tuple[Tensor, Tensor] | None = None  # of one decoded token: which slots, at which distance
+        self._archives: weakref.WeakValueDictionary[int, ArchiveCacheLayer] = weakref.WeakValueDictionary()
+        self._ballot: list[Tensor] | None = None  # each layer's mass [batch, blocks] while blocks are being chosen
+        self._first_hidden: Tensor | None = None  # of the rows before those that are run twice
         self._changes = Changes()
         try:
             self._attach()
@@ -92,8 +112,11 @@ class Patch:
             registry.register(self._name, function)
             self._changes.callback(registry._global_mapping.pop, self._name)
         self._changes.callback(decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
+        if isinstance(self.retrieval, TopBlocks):
+            self._changes.callback(decoder.register_forward_hook(self._end).remove)
         self._changes.set(decoder, "_lm_infinite", self)
         self._learn_rotations(self._replace_rotary_modules())
+        self._refuse_without_reading_layers()
         self._check_against(before)
         self._changes.set(model, "_prepare_cache_for_generation", self._prepare_cache)
         self._changes.set(model, "init_continuous_batching", _refuse_continuous_batching)
@@ -148,6 +171,18 @@ class Patch:
         finally:
             self._probe = None
 
+    def _refuse_without_reading_layers(self) -> None:
+        retrieval, layers = self.retrieval, [getattr(module, "layer_idx", None) for module in self._rotations]
+        if retrieval is None:
+            return
+        if None in layers:
+            raise CannotPatchError("its attention modules have no layer_idx, by which layers that read are told apart")
+        if max(layers) < retrieval.first_layer:
+            raise ValueError(
+                f"{type(retrieval).__name__}: first_layer={retrieval.first_layer} leaves no layer that reads: the last "
+                f"one of full attention is layer {max(layers)}"
+            )
+
     def _few_hidden_states(self) -> Tensor:
         """Return the hidden states of a few tokens that fit the window."""
         vocabulary = self._decoder.get_input_embeddings().weight.shape[0]
@@ -174,6 +209,8 @@ class Patch:
                 "run: detach first"
             )
         inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        if isinstance(self.retrieval, TopBlocks) and self._ballot is None:
+            inputs = self._chosen_for(decoder, self.retrieval, inputs)
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         new, device, cache = tokens.shape[1], tokens.device, inputs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
@@ -185,6 +222,10 @@ class Patch:
         queries = from_first_token(torch.arange(past, past + new, device=device), padding)
         for ring in rings:
             ring.expect(new, padding)
+        if self.retrieval is not None:
+            layers = [] if cache is None else cache.layers
+            archives = {index: layer for index, layer in enumerate(layers) if isinstance(layer, ArchiveCacheLayer)}
+            self._archives = weakref.WeakValueDictionary(archives)
         if rings:
             keys = rings[0].key_positions(new, device)
         else:
@@ -197,6 +238,52 @@ class Patch:
             inputs["position_ids"] = queries.clamp_min(0)
         return (), inputs
 
+    def _chosen_for(self, decoder: Any, retrieval: TopBlocks, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run the decoder, let its last rows choose blocks and take them back; return the inputs that are left to run.
+
+        Nothing happens for a text without a middle, and for a forward that keeps the choice there is.
+        """
+        self._first_hidden = None
+        cache: Any = inputs.get("past_key_values")
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        new = tokens.shape[1]
+        seen = new + (0 if cache is None else int(cache.get_seq_length()))
+        if seen <= self.window_length + self.num_sink_tokens:
+            return inputs
+        layers = _archives_alone(cache)
+        rows = min(retrieval.rows, new)
+        if new < retrieval.voters and (layers[0].chosen is not None or new == 1):
+            return inputs
+        if inputs.get("output_hidden_states") or decoder.config.output_hidden_states:
+            raise ValueError("output_hidden_states cannot be had with TopBlocks, which runs the last rows twice")
+        self._ballot = []
+        try:
+            hidden = decoder(**inputs)[0]
+            chosen = choose_blocks(torch.stack(self._ballot).sum(0), retrieval.blocks)
+        finally:
+            self._ballot = None
+        cache.crop(-rows)
+        for layer in layers:
+            layer.chosen = chosen.to(hidden.device)
+        self._first_hidden = hidden[:, :-rows]
+        return {
+            name: value[..., -rows:] if name in ("input_ids", "position_ids", "cache_position") and value is not None
+            else value[:, -rows:] if name == "inputs_embeds" and value is not None
+            else value
+            for name, value in inputs.items()
+        }  # fmt: skip
+
+    def _end(self, decoder: Any, args: Any, output: Any) -> Any:
+        """Put the hidden states of the rows before in front of those of the rows that were run twice."""
+        if self._first_hidden is None or self._ballot is not None:
+            return output
+        hidden = torch.cat([self._first_hidden, output[0]], dim=1)
+        self._first_hidden = None
+        if isinstance(output, tuple):
+            return hidden, *output[1:]
+        output["last_hidden_state"] = hidden
+        return output
+
     def _rings(self, cache: Any) -> list[LambdaCacheLayer]:
         layers = [] if cache is None else cache.layers
         rings = [layer for layer in layers if isinstance(layer, LambdaCacheLayer)]
@@ -206,6 +293,11 @@ class Patch:
                 raise ValueError(
                     f"this cache was built for (num_sink_tokens, window_length) = {theirs}, and the model is patched "
                     f"with {ours}: start anew, or patch with the same numbers"
+                )
+            if self.retrieval is not None and not isinstance(ring, ArchiveCacheLayer):
+                raise ValueError(
+                    "this cache was built without retrieval, so the middle of its text is gone: start anew, or patch "
+                    "with retrieval=None"
                 )
         return rings
 
@@ -283,8 +375,9 @@ class Patch:
         i, j = positions[:, :new], positions[:, new:]
         rotation, sinks = self._rotations[module], self.num_sink_tokens
         rotate = None if rotation is None else rotation.rotate
+        read = self._reader(module, key, value, j, scoring, rotate)
         if carried.ndim == 3 and new == 1:
-            return self._attend_ring(query, key, value, i, j, scoring, rotate)
+            return self._attend_ring(query, key, value, i, j, scoring, rotate, read)
         if carried.ndim == 3:
             far = key[:, :, :sinks], value[:, :, :sinks]
             key, value, j = key[:, :, sinks:], value[:, :, sinks:], j[:, sinks:]
@@ -302,10 +395,54 @@ class Patch:
             scoring=scoring,
             rotate=rotate,
             path=self.path,
+            read=read,
+            reading_rows=self._reading_rows(new),
         )
 
+    def _reading_rows(self, new: int) -> int:
+        """How many of the last rows look at the middle."""
+        retrieval = self.retrieval
+        if isinstance(retrieval, TopBlocks) and self._ballot is not None:
+            return retrieval.voters
+        return new if retrieval is None or retrieval.rows is None else retrieval.rows
+
+    def _reader(self, module: Any, key: Tensor, value: Tensor, j: Tensor, scoring: Scoring, rotate: Any) -> Read | None:
+        """Return what queries [batch, heads, n, dim] at i [rows, n] of this layer read with; None if nothing."""
+        retrieval, window, sinks = self.retrieval, self.window_length, self.num_sink_tokens
+        if retrieval is None or module.layer_idx < retrieval.first_layer:
+            return None
+        archive = self._archives.get(module.layer_idx)
+        if (key.shape[2] if archive is None else archive.seen) <= window + sinks:
+            return None
+        middle = Middle(key if rotate is None else rotate(key, -j), value, j) if archive is None else archive.middle()
+        away = max(1, window // 2) if retrieval.distance is None else retrieval.distance
+        sight = Sight(away, sinks, window, scoring)
+
+        def read(query: Tensor, i: Tensor, scores: Tensor) -> Retrieved | None:
+            turned = query if rotate is None else rotate(query, away - i)
+            if isinstance(retrieval, TopK):
+                return top_k(turned, i, middle, retrieval.k, sight)
+            assert archive is not None
+            if self._ballot is not None:
+                mass = block_mass(turned, i, middle, scores.logsumexp(-1), retrieval.block_size, sight)
+                self._ballot.append(mass.cpu())
+                return None
+            if archive.chosen is None:
+                return None
+            return read_blocks(turned, i, middle, archive.chosen, retrieval.block_size, sight)
+
+        return read
+
     def _attend_ring(
-        self, query: Tensor, key: Tensor, value: Tensor, i: Tensor, j: Tensor, scoring: Scoring, rotate: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        i: Tensor,
+        j: Tensor,
+        scoring: Scoring,
+        rotate: Any,
+        read: Read | None,
     ) -> Tensor:
         """Decode over [sinks | ring], the sinks turned on in their slots to where the query is to see them."""
         assert self._ring_view is not None
@@ -314,7 +451,8 @@ class Patch:
         if rotate is not None and sinks:
             steps = (i - self.max_distance - j[:, :sinks]).clamp_min(0)
             key[:, :, :sinks] = rotate(key[:, :, :sinks], steps)
-        return single_query_attention(query, key, value, distances, seen, scoring)
+        reads = None if read is None else partial(read, query, i)
+        return single_query_attention(query, key, value, distances, seen, scoring, reads)
 
     def _seen_slots(self, i: Tensor, j: Tensor) -> Tensor:
         """Return [rows, S + R]: the sinks that have left the window of the query at i [rows, 1], and the window."""
@@ -337,10 +475,27 @@ class Patch:
         are_keys_shared = bool(getattr(self._decoder.config, "num_kv_shared_layers", 0))
         if given is None and "past_key_values" in model_kwargs and not are_keys_shared:
             layers = model_kwargs["past_key_values"].layers
-            for index in {getattr(module, "layer_idx", len(layers)) for module in self._rotations}:
+            for module, rotation in self._rotations.items():
+                index = getattr(module, "layer_idx", len(layers))
                 if index < len(layers) and type(layers[index]) is DynamicLayer:
-                    layers[index] = LambdaCacheLayer(self.num_sink_tokens, self.window_length)
+                    layers[index] = self._cache_layer(rotation)
         return result
+
+    def _cache_layer(self, rotation: Rotation | None) -> LambdaCacheLayer:
+        if self.retrieval is None:
+            return LambdaCacheLayer(self.num_sink_tokens, self.window_length)
+        return ArchiveCacheLayer(self.num_sink_tokens, self.window_length, rotation, self.retrieval.store)
+
+
+def _archives_alone(cache: Any) -> list[ArchiveCacheLayer]:
+    layers = [] if cache is None else cache.layers
+    if not layers or not all(isinstance(layer, ArchiveCacheLayer) for layer in layers):
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "no cache"
+        raise ValueError(
+            "TopBlocks runs the end of a question twice, for which every layer needs the cache that generate() builds; "
+            f"this text has a middle and {kinds}: call generate(), or take TopK (also for models with windowed layers)"
+        )
+    return list(layers)
 
 
 def _is_carried(mask: Any) -> bool:

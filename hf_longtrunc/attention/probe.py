@@ -82,7 +82,9 @@ class Probe:
 
 def forward_quietly(decoder: Any, tokens: list[list[int]]) -> Tensor:
     """Return hidden states without cache, dropout or gradient, leaving no trace in the model."""
-    ids = torch.tensor(tokens, device=decoder.get_input_embeddings().weight.device)
+    weight = decoder.get_input_embeddings().weight
+    # What accelerate offloads lies on "meta" between forwards; its hooks move inputs from anywhere.
+    ids = torch.tensor(tokens, device="cpu" if weight.is_meta else weight.device)
     training = {module: module.training for module in decoder.modules()}
     decoder.eval()
     try:

@@ -74,14 +74,74 @@ class Naive:
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
         scores = scores if self.slopes is None else scores - self.slopes.double()[:, None, None] * away
         scores = scores.masked_fill(~seen, -math.inf)
+        scores = self.reading(query.double(), key, scores, scaling, softcap)
         if null_logits is not None:
             null = null_logits.detach().double()[:, None, None].expand(heads, n, 1)
             return torch.cat([scores, null], dim=-1).softmax(-1)[..., :-1] @ value
         return scores.softmax(-1) @ value
 
+    def reading(self, query: Tensor, key: Tensor, scores: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        """What more than window and sinks is seen: nothing here."""
+        return scores
 
-def install(model, naive: Naive, name: str = "naive_lambda") -> None:
-    """Let an unpatched interface model compute its full-attention layers by `naive` (one row, no cache)."""
+
+@dataclass
+class NaiveTopK(Naive):
+    """The last `rows` rows see, one by one, each head's k best keys that window and sinks have lost."""
+
+    k: int = 0
+    away: int = 1
+    rows: int = 10**9
+
+    def reading(self, query: Tensor, key: Tensor, scores: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        heads, n, _ = query.shape
+        scores = scores.clone()
+        for i in range(max(0, n - self.rows), n):
+            candidates = range(self.sinks, i - self.window + 1)
+            for head in range(heads if candidates else 0):
+                q = query[head, i] if self.rope is None else self.rope.turn(query[head, i], torch.tensor(self.away))
+                found = torch.stack([(q * key[head, j]).sum() * scaling for j in candidates])
+                found = found if softcap is None else softcap * torch.tanh(found / softcap)
+                found = found if self.slopes is None else found - self.slopes[head].double() * self.away
+                for index in found.argsort(descending=True)[: self.k].tolist():
+                    scores[head, i, candidates[index]] = found[index]
+        return scores
+
+
+@dataclass
+class NaiveBlocks(Naive):
+    """The last `rows` rows see the `chosen` blocks; while there are none, they note what they would pay to each."""
+
+    size: int = 1
+    away: int = 1
+    rows: int = 1
+    chosen: list[int] | None = None
+    paid: dict[int, float] = field(default_factory=dict)
+
+    def reading(self, query: Tensor, key: Tensor, scores: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        n = query.shape[1]
+        scores = scores.clone()
+        for i in range(max(0, n - self.rows), n):
+            candidates = range(self.sinks, i - self.window + 1)
+            q = query[:, i] if self.rope is None else self.rope.turn(query[:, i], torch.tensor(self.away))
+            found = {j: (q * key[:, j]).sum(-1) * scaling for j in candidates}
+            if self.chosen is not None:
+                for j in candidates:
+                    if (j - self.sinks) // self.size in self.chosen:
+                        scores[:, i, j] = found[j]
+            elif candidates:
+                weights = torch.cat([scores[:, i], torch.stack(list(found.values()), -1)], dim=-1).softmax(-1)
+                for index, j in enumerate(candidates):
+                    block = (j - self.sinks) // self.size
+                    self.paid[block] = self.paid.get(block, 0.0) + float(weights[:, n + index].sum())
+        return scores
+
+
+def install(model, naive: Naive, name: str = "naive_lambda", below: tuple[int, Naive] | None = None) -> None:
+    """Let an unpatched interface model compute its full-attention layers by `naive` (one row, no cache).
+
+    `below` = (layer, other): the layers before that one take `other`.
+    """
 
     def attention(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **kwargs):
         if attention_mask is not None:  # a layer with a window of its own
@@ -89,10 +149,11 @@ def install(model, naive: Naive, name: str = "naive_lambda") -> None:
 
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         positions = torch.arange(query.shape[2])
+        mine = below[1] if below is not None and module.layer_idx < below[0] else naive
         rows = []
         for q, k, v in zip(query, key, value, strict=True):
-            q, k = (x if naive.rope is None else naive.rope.turn(x, -positions) for x in (q, k))
-            rows.append(naive(q, k, v, scaling or query.shape[-1] ** -0.5, softcap, s_aux))
+            q, k = (x if mine.rope is None else mine.rope.turn(x, -positions) for x in (q, k))
+            rows.append(mine(q, k, v, scaling or query.shape[-1] ** -0.5, softcap, s_aux))
         return torch.stack(rows).to(query.dtype).transpose(1, 2).contiguous(), None
 
     def mask(*args, local_size=None, **kwargs):

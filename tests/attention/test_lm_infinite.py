@@ -498,6 +498,40 @@ def test_saving_a_patched_model_saves_the_model(llama, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), ids), before)
 
 
+@pytest.mark.parametrize("family", ["llama", "gptj", "bloom"])
+@pytest.mark.parametrize("placement", ["dispatched", "offloaded"])
+@pytest.mark.filterwarnings("ignore:.*non-meta parameter:UserWarning")
+def test_a_model_that_accelerate_has_placed_is_patched_through_its_hooks(family, placement):
+    accelerate = pytest.importorskip("accelerate")
+    ids, options = prompt(), {"max_new_tokens": 5, "do_sample": False}
+    model = model_of(family)
+    before = logits(model, ids)
+    with SETTINGS(model):
+        expected, text = logits(model, ids), model.generate(ids, **options)
+    if placement == "dispatched":
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    else:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with SETTINGS(model):
+        assert torch.equal(logits(model, ids), expected)
+        assert torch.equal(model.generate(ids, **options), text)
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_falcon_with_alibi_sees_a_window_of_its_last_tokens():
+    """ALiBi knows distances alone, so one layer over a window is that layer on the window's tokens."""
+    model = tiny_model("falcon", alibi=True, num_hidden_layers=1).requires_grad_(False)
+    ids = prompt()
+    with LMInfinite(0, L)(model):
+        got = logits(model, ids)
+    for i in range(N):
+        assert (got[0, i] - logits(model, ids[:, max(0, i - L + 1) : i + 1])[0, -1]).abs().max() < 2e-5, i
+    with SETTINGS(model):
+        whole = logits(model, ids)
+        assert (in_chunks(model, ids, [7, 20, *[1] * (N - 27)], ring_cache(model)) - whole).abs().max() < 3e-5
+        assert (whole - got)[:, L + 1 :].abs().max() > 1e-2
+
+
 def test_attach_and_detach(llama):
     ids = prompt()
     before = logits(llama, ids)
@@ -533,7 +567,7 @@ def test_our_cache_refuses_an_unpatched_model(llama):
         ({"window_length": True}, TypeError, "window_length must be a whole number"),
         ({"window_length": 8, "max_distance": 7}, ValueError, "never smaller than window_length"),
         ({"path": "fast"}, ValueError, "path must be one of"),
-        ({"retrieval": 5}, TypeError, "retrieval must be"),
+        ({"retrieval": 5}, TypeError, "retrieval must be TopK"),
     ],
 )
 def test_bad_settings(arguments, error, message):

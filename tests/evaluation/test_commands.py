@@ -149,7 +149,9 @@ def test_a_python_without_the_reference_says_so(monkeypatch):
 def test_recipe_passkey(tiny_folder, tmp_path, capsys):
     main = runpy.run_path(str(RECIPES / "passkey.py"))["main"]
     settings = {"model": tiny_folder, "keys": 1, "window": 32, "text": None, "out": tmp_path, "sinks": 4, "seed": 0}
-    main(lengths="400,500", depths="0,0.5", **settings)
+    with pytest.raises(typer.BadParameter, match="--arms takes unmodified, window, paper, top-k, blocks; got all"):
+        main(lengths="400", depths="0", arms="window,all", **settings)
+    main(lengths="400,500", depths="0,0.5", arms="unmodified,window", **settings)
     assert "passkey accuracy" in capsys.readouterr().out
     assert len(read_records(tmp_path / "passkey.jsonl", PasskeyRecord)) == 8
     assert (tmp_path / "passkey.png").exists()

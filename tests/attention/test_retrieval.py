@@ -1,0 +1,395 @@
+"""Reading the middle: equal to its definition pair by pair, and the contract of LM-Infinite with it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from transformers import DynamicCache
+
+from hf_longtrunc import ArchiveCacheLayer, LambdaCacheLayer, LMInfinite, TopBlocks, TopK
+from hf_longtrunc.attention.lambda_attention import Scoring, lambda_attention
+from hf_longtrunc.attention.retrieval import Middle, Sight, top_k
+from hf_longtrunc.attention.rotary import Rotation
+
+from .reference import Naive, NaiveBlocks, NaiveTopK, Rope, install
+from .test_lm_infinite import FAMILIES, L, S, in_chunks, logits, model_of, prompt, ring_cache
+
+N = 5 * L
+DIM = 8
+ROTATION = Rotation(10000 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM))
+EVERY_ROW = TopK(k=3, distance=4, first_layer=0, rows=None)
+SETTINGS = LMInfinite(S, L, retrieval=EVERY_ROW)
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    return model_of(request.param)
+
+
+@pytest.fixture
+def llama():
+    return model_of("llama")
+
+
+# -- the pure part ---------------------------------------------------------------------------------------------------
+
+
+def attended(query, key, value, sinks, window, scoring, k, away, rows):
+    i = torch.arange(query.shape[2])[None]
+
+    def read(queries, positions, scores):
+        turned = ROTATION.rotate(queries, away - positions)
+        return top_k(turned, positions, Middle(key, value, i), k, Sight(away, sinks, window, scoring))
+
+    rotated = ROTATION.rotate(key, i)
+    return lambda_attention(
+        ROTATION.rotate(query, i),
+        rotated,
+        value,
+        i,
+        i,
+        sinks=(rotated[:, :, :sinks], value[:, :, :sinks]) if sinks else None,
+        window=window,
+        max_distance=window,
+        scoring=scoring,
+        rotate=ROTATION.rotate,
+        block_size=16,
+        read=read,
+        reading_rows=rows,
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(1, 90),
+    sinks=st.integers(0, 5),
+    window=st.integers(1, 12),
+    k=st.integers(1, 9),
+    away=st.integers(1, 12),
+    rows=st.integers(1, 100),
+    kind=st.sampled_from(["plain", "softcap", "slopes", "null"]),
+    seed=st.integers(0, 99),
+)
+def test_it_is_the_reference(n, sinks, window, k, away, rows, kind, seed):
+    torch.manual_seed(seed)
+    query = torch.randn(1, 4, n, DIM, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 2, n, DIM, dtype=torch.float64)
+    sinks = min(sinks, n)
+    slopes, null = torch.rand(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    softcap = 2.0 if kind == "softcap" else None
+    scoring = Scoring(0.4, softcap, slopes if kind == "slopes" else None, null if kind == "null" else None)
+    got = attended(query, key, value, sinks, window, scoring, k, away, rows)
+    naive = NaiveTopK(sinks, window, window, Rope(DIM), scoring.slopes, k=k, away=away, rows=rows)
+    expected = naive(query[0], key[0], value[0], 0.4, softcap, scoring.null_logits)
+    assert (got[0] - expected).abs().max() < 1e-12
+
+
+# -- a model -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 6, None])
+@pytest.mark.parametrize(("family", "rope"), [("llama", Rope(8)), ("cohere", Rope(8, pairs=True, base=5e5))])
+def test_a_patched_model_is_the_definition(family, rope, rows):
+    ids = prompt(N)
+    reference = model_of(family).double()
+    naive = NaiveTopK(S, L, L, rope, k=3, away=4, rows=N if rows is None else rows)
+    install(reference, naive, below=(1, Naive(S, L, L, rope)))
+    expected = logits(reference, ids)
+    model = model_of(family)
+    with LMInfinite(S, L)(model):
+        without = logits(model, ids)
+    with LMInfinite(S, L, retrieval=TopK(k=3, distance=4, first_layer=1, rows=rows))(model):
+        got = logits(model, ids)
+        model.double()
+    with LMInfinite(S, L, retrieval=TopK(k=3, distance=4, first_layer=1, rows=rows))(model):
+        exact = logits(model, ids)
+    assert (got - expected).abs().max() < 2e-5 * max(1.0, float(expected.abs().max()))
+    assert (exact - expected).abs().max() < 2e-6 * max(1.0, float(expected.abs().max()))
+    assert (got - without)[:, -1].abs().max() > 1e-2
+
+
+def test_half_the_window_is_the_distance_unless_it_is_given(llama):
+    ids = prompt(N)
+    with LMInfinite(S, L, retrieval=TopK(k=3, distance=L // 2, first_layer=0))(llama):
+        expected = logits(llama, ids)
+    with LMInfinite(S, L, retrieval=TopK(k=3, first_layer=0))(llama):
+        assert torch.equal(logits(llama, ids), expected)
+
+
+@pytest.mark.parametrize("n", [1, L, L + S])
+def test_a_text_without_a_middle_is_read_as_before_to_the_bit(model, n):
+    ids = prompt(n)
+    with LMInfinite(S, L)(model):
+        expected = logits(model, ids)
+    with SETTINGS(model):
+        assert torch.equal(logits(model, ids), expected)
+        assert torch.equal(logits(model, ids, past_key_values=ring_cache(model)), expected)
+
+
+@pytest.mark.parametrize("sizes", [[1] * N, [1, N - 1], [7] * 6 + [N - 42], [N - 1, 1]])
+@pytest.mark.parametrize("own_cache", [True, False])
+def test_any_chunking_is_one_prefill_where_every_row_reads(model, sizes, own_cache):
+    ids = prompt(N)
+    with SETTINGS(model):
+        whole = logits(model, ids)
+        cache = ring_cache(model) if own_cache else DynamicCache(config=model.config)
+        parts = in_chunks(model, ids, sizes, cache)
+    assert (parts - whole).abs().max() < 3e-5
+
+
+def test_the_last_rows_of_each_forward_read(llama):
+    """One prompt in two chunks: rows of both read, and a token decoded reads on its own."""
+    ids = prompt(N)
+    retrieval = TopK(k=3, distance=4, first_layer=1, rows=2)  # the last layer: what a row reads stays in its row
+    with LMInfinite(S, L, retrieval=TopK(k=3, distance=4, first_layer=1, rows=None))(llama):
+        every = logits(llama, ids)
+    with LMInfinite(S, L)(llama):
+        none = logits(llama, ids)
+    with LMInfinite(S, L, retrieval=retrieval)(llama):
+        got = in_chunks(llama, ids, [30, N - 31, 1], ring_cache(llama))
+    is_reading = torch.zeros(N, dtype=torch.bool)
+    is_reading[[28, 29, N - 3, N - 2, N - 1]] = True
+    assert (got - torch.where(is_reading[:, None], every, none)).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize("rows", [4, None])
+def test_a_left_padded_row_is_the_row_alone(model, rows):
+    lengths = [1, L, L + S, L + S + 1, 3 * L, N]
+    texts = [prompt(n) for n in lengths]
+    ids = torch.cat([torch.nn.functional.pad(text, (N - text.shape[1], 0)) for text in texts])
+    mask = torch.tensor([[0] * (N - n) + [1] * n for n in lengths])
+    with LMInfinite(S, L, retrieval=TopK(k=3, distance=4, first_layer=0, rows=rows))(model):
+        batch = logits(model, ids, attention_mask=mask)
+        for index, text in enumerate(texts):
+            assert (batch[index, N - text.shape[1] :] - logits(model, text)[0]).abs().max() < 3e-5
+        # Token 0 is padding and embedded as zero: all its scores are equal, and any keys may be the best.
+        options = {"max_new_tokens": 2 * L, "do_sample": False, "suppress_tokens": [0]}
+        together = model.generate(ids, attention_mask=mask, **options)
+        for index, text in enumerate(texts):
+            alone = model.generate(text, **options)
+            assert torch.equal(together[index, N:], alone[0, text.shape[1] :]), lengths[index]
+
+
+def test_generate_in_its_modes(model):
+    ids = prompt(25, batch=2)
+    greedy = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [0]}
+    beams = {**greedy, "num_beams": 3, "num_return_sequences": 3}
+    with SETTINGS(model):
+        cached = model.generate(ids, **greedy)
+        assert torch.equal(cached, model.generate(ids, use_cache=False, **greedy))
+        assert torch.equal(cached, model.generate(ids, prefill_chunk_size=7, **greedy))
+        assert torch.equal(model.generate(ids, **beams), model.generate(ids, use_cache=False, **beams))
+
+
+def test_a_crop_and_speculation_leave_no_trace(llama):
+    ids = prompt(8).repeat(1, 4)
+    options = {"max_new_tokens": 60, "do_sample": False, "suppress_tokens": [0]}
+    with SETTINGS(llama):
+        greedy = llama.generate(ids, **options)
+        assert torch.equal(llama.generate(ids, prompt_lookup_num_tokens=5, **options), greedy)
+
+
+def test_an_archive_on_the_cpu_is_the_same(llama):
+    ids = prompt(25)
+    options = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [0]}
+    with SETTINGS(llama):
+        expected = llama.generate(ids, **options)
+    on_cpu = TopK(k=3, distance=4, first_layer=0, rows=None, store="cpu")
+    with LMInfinite(S, L, retrieval=on_cpu)(llama):
+        assert torch.equal(llama.generate(ids, **options), expected)
+
+
+def test_the_cache_keeps_everything_once_and_is_refused_elsewhere(llama):
+    ids = prompt(N)
+    with SETTINGS(llama):
+        cache = ring_cache(llama)
+        assert all(type(layer) is ArchiveCacheLayer for layer in cache.layers)
+        in_chunks(llama, ids, [20, *[1] * (N - 20)], cache)
+        layer = cache.layers[0]
+        assert layer.archived_keys.shape[2] <= N * 3 / 2
+        rotation = next(iter(llama.get_decoder()._lm_infinite._rotations.values()))
+        plain = DynamicCache(config=llama.config)
+        logits(llama, ids, past_key_values=plain)
+        turned_back = rotation.rotate(plain.layers[0].keys, -torch.arange(N)[None])
+        assert (layer.middle().key - turned_back).abs().max() < 1e-5
+        assert (layer.middle().value - plain.layers[0].values).abs().max() < 1e-5
+    with LMInfinite(S, L)(llama):
+        small = ring_cache(llama)
+        assert all(type(layer) is LambdaCacheLayer for layer in small.layers)
+        logits(llama, ids, past_key_values=small)
+    with SETTINGS(llama), pytest.raises(ValueError, match="built without retrieval"):
+        logits(llama, prompt(1), past_key_values=small)
+    with pytest.raises(ValueError, match="no longer is"):
+        logits(llama, prompt(1), past_key_values=cache)
+
+
+def test_gradients_are_the_references():
+    ids = prompt(30)
+    model = model_of("llama").double().requires_grad_(True)
+    install(model, NaiveTopK(S, L, L, Rope(8), k=3, away=4))
+    model(ids, labels=ids).loss.backward()
+    expected = {name: weight.grad for name, weight in model.named_parameters()}
+    model = model_of("llama").double().requires_grad_(True)
+    with SETTINGS(model):
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    for name, weight in model.named_parameters():
+        assert (weight.grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
+
+
+def test_detaching_leaves_no_trace(llama):
+    ids = prompt(N)
+    before = logits(llama, ids)
+    with SETTINGS(llama):
+        llama.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(logits(llama, ids), before)
+    assert torch.equal(logits(copy.deepcopy(llama), ids), before)
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+VOTERS, ROWS = 3, 5
+BLOCKS = LMInfinite(S, L, retrieval=TopBlocks(2, 4, distance=4, first_layer=0, voters=VOTERS, rows=ROWS))
+INTERFACE_FAMILIES = {
+    "llama": Rope(8),
+    "qwen3": Rope(8),
+    "gpt_neox": Rope(4),
+    "cohere": Rope(8, pairs=True, base=5e5),
+}
+
+
+@pytest.mark.parametrize("family", INTERFACE_FAMILIES)
+def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family):
+    ids = prompt(N + 6)
+    reference = model_of(family).double()
+    naive = NaiveBlocks(S, L, L, INTERFACE_FAMILIES[family], size=4, away=4, rows=VOTERS)
+    install(reference, naive)
+    logits(reference, ids[:, :N])
+    naive.chosen = sorted(naive.paid, key=naive.paid.__getitem__)[-2:]
+    naive.rows = ROWS + 6  # what is decoded reads too
+    expected = logits(reference, ids)
+    model = model_of(family)
+    with LMInfinite(S, L)(model):
+        without = logits(model, ids)
+    with BLOCKS(model):
+        cache = ring_cache(model)
+        got = in_chunks(model, ids, [N, 1, 1, 2, 2], cache)
+    assert sorted(cache.layers[0].chosen[0].tolist()) == sorted(naive.chosen)
+    assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
+    assert (got - without)[:, : N - ROWS].abs().max() < 2e-5
+    assert (got - without)[:, N:].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gptj"])
+def test_a_left_padded_row_chooses_for_itself(family):
+    model = model_of(family)
+    lengths = [1, VOTERS - 1, L, L + S + 1, 3 * L, N]
+    texts = [prompt(n) for n in lengths]
+    ids = torch.cat([torch.nn.functional.pad(text, (N - text.shape[1], 0)) for text in texts])
+    mask = torch.tensor([[0] * (N - n) + [1] * n for n in lengths])
+    for store in ("device", "cpu"):
+        retrieval = TopBlocks(2, 4, distance=4, first_layer=0, voters=VOTERS, rows=ROWS, store=store)
+        with LMInfinite(S, L, retrieval=retrieval)(model):
+            options = {"max_new_tokens": L, "do_sample": False, "suppress_tokens": [0]}
+            together = model.generate(ids, attention_mask=mask, **options)
+            for index, text in enumerate(texts):
+                alone = model.generate(text, **options)
+                assert torch.equal(together[index, N:], alone[0, text.shape[1] :]), lengths[index]
+
+
+def test_beams_keep_the_choice(llama):
+    ids = prompt(N, batch=2)
+    options = {"max_new_tokens": 30, "do_sample": False, "suppress_tokens": [0]}
+    with BLOCKS(llama):
+        beams = llama.generate(ids, num_beams=3, **options)
+        assert torch.equal(llama.generate(ids[:1], num_beams=3, **options), beams[:1])
+        cache = ring_cache(llama)
+        logits(llama, prompt(N, batch=2), past_key_values=cache)
+        before = cache.layers[0].chosen.clone()
+        cache.batch_repeat_interleave(2)
+        assert torch.equal(cache.layers[1].chosen, before.repeat_interleave(2, 0))
+
+
+def test_a_chat_turn_chooses_anew(llama):
+    with BLOCKS(llama):
+        cache = ring_cache(llama)
+        choices = []
+        for turn in (prompt(N), prompt(2 * L), prompt(VOTERS - 1)):
+            logits(llama, turn, past_key_values=cache)
+            choices.append(cache.layers[0].chosen.tolist())
+        assert cache.get_seq_length() == N + 2 * L + VOTERS - 1
+    assert choices[0] != choices[1] == choices[2]
+
+
+def test_blocks_without_a_middle_change_nothing_to_the_bit(model):
+    ids = prompt(L + S)
+    with LMInfinite(S, L)(model):
+        expected = logits(model, ids)
+    with BLOCKS(model):
+        assert torch.equal(logits(model, ids), expected)
+
+
+def test_blocks_are_refused_where_nothing_can_be_taken_back(llama):
+    ids = prompt(N)
+    gemma = model_of("gemma3_text")
+    before = logits(llama, ids)
+    with BLOCKS(llama), BLOCKS(gemma):
+        with pytest.raises(ValueError, match="no cache"):
+            logits(llama, ids, use_cache=False)
+        with pytest.raises(ValueError, match="DynamicLayer"):
+            logits(llama, ids, past_key_values=DynamicCache(config=llama.config))
+        with pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
+            gemma.generate(ids, max_new_tokens=2)
+        with pytest.raises(ValueError, match="output_hidden_states"):
+            logits(llama, ids, past_key_values=ring_cache(llama), output_hidden_states=True)
+        assert logits(llama, ids, past_key_values=ring_cache(llama)).shape[1] == N
+    assert torch.equal(logits(llama, ids), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"blocks": 0}, ValueError, "blocks must be at least 1"),
+        ({"rows": 65}, ValueError, "rows must lie between voters and 64"),
+        ({"voters": 9, "rows": 8}, ValueError, "rows must lie between voters and 64"),
+        ({"rows": None}, TypeError, "rows must be a whole number"),
+        ({"block_size": 0}, ValueError, "block_size must be at least 1"),
+        ({"store": "gpu"}, ValueError, "TopBlocks: store must be one of"),
+    ],
+)
+def test_bad_settings_of_blocks(arguments, error, message):
+    with pytest.raises(error, match=message):
+        TopBlocks(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"k": 0}, ValueError, "k must be at least 1"),
+        ({"k": 2.0}, TypeError, "k must be a whole number"),
+        ({"rows": 0}, ValueError, "rows must be at least 1"),
+        ({"distance": 0}, ValueError, "distance must be at least 1"),
+        ({"first_layer": -1}, ValueError, "first_layer must be at least 0"),
+        ({"first_layer": None}, TypeError, "first_layer must be a whole number"),
+        ({"store": "disk"}, ValueError, "store must be one of device, cpu"),
+    ],
+)
+def test_bad_settings(arguments, error, message):
+    with pytest.raises(error, match=message):
+        TopK(**arguments)
+
+
+@pytest.mark.parametrize("strategy", [TopK, TopBlocks])
+def test_a_model_without_a_layer_that_reads_is_refused(llama, strategy):
+    ids = prompt(N)
+    before = logits(llama, ids)
+    with pytest.raises(ValueError, match="first_layer=2 leaves no layer that reads"):
+        LMInfinite(S, L, retrieval=strategy(first_layer=2)).attach(llama)
+    assert torch.equal(logits(llama, ids), before)
+
+
+def test_a_distance_beyond_the_ceiling_is_refused(llama):
+    with pytest.raises(ValueError, match="distance must be at most max_distance"):
+        LMInfinite(S, L, retrieval=TopK(distance=L + 1, first_layer=0)).attach(llama)

@@ -1,0 +1,197 @@
+"""Every figure and table of docs/evidence from scratch, by one command.
+
+    python recipes/evidence.py --quick                       # two CPU cores, a quarter of an hour
+    python recipes/evidence.py --full --text some_novel.txt  # one GPU
+
+Each step is a command that can be run by itself. What it prints, its records and its pictures go to OUT/STEP; one line
+of OUT/runs.jsonl says which command it was, on which machine and commit, with which versions, and how long it took.
+OUT/index.md shows all of it. A step that is there already is not run again: delete its folder to repeat it.
+
+The text is Python's own language reference, unless one is given.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from hf_longtrunc.evaluation import append_records, python_reference, read_records
+
+RECIPES = Path(__file__).parent
+COMMAND = "hf-longtrunc"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One claim: its folder, what is shown, the command at either size; TEXT and OUT stand for paths."""
+
+    name: str
+    shows: str
+    quick: str | None
+    full: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One step as it was run."""
+
+    step: str
+    command: str
+    seconds: float
+    machine: str
+    commit: str
+    versions: str
+
+
+STEPS = [
+    Step(
+        "samplers",
+        "Truncation samplers on a human text and behind a repeated phrase",
+        "samplers.py --text TEXT --tokens 200 --new-tokens 48 --out OUT",
+        "samplers.py --text TEXT --tokens 2000 --new-tokens 512 --seeds 0,1,2 --out OUT",
+    ),
+    Step(
+        "matching",
+        "The epsilons at which the samplers refuse the same share of a text",
+        f"{COMMAND} match TEXT --max-tokens 128 --picture OUT/match.png",
+        f"{COMMAND} match TEXT --max-tokens 512 --picture OUT/match.png",
+    ),
+    Step(
+        "perplexity",
+        "LM-Infinite past the trained window: perplexity by position",
+        f"{COMMAND} ppl TEXT --tokens 12288 --output-dir OUT",
+        f"{COMMAND} ppl TEXT --tokens 65536 --output-dir OUT",
+    ),
+    Step(
+        "memory",
+        "LM-Infinite over a long stream: memory and time",
+        "constant_memory.py --tokens 100000 --out OUT",
+        "constant_memory.py --tokens 1000000 --every 100000 --out OUT",
+    ),
+    Step(
+        "passkey",
+        "Reading what the window lost: passkeys by depth",
+        "passkey.py --lengths 2000 --depths 0.1,0.5,0.9 --keys 1 --window 512 --out OUT",
+        "passkey.py --lengths 4000,7500,16000,32000 --keys 4 --text TEXT --window 2048 --out OUT",
+    ),
+    Step(
+        "unlimiformer",
+        "Unlimiformer: trained at 32 tokens, read at 65,536",
+        "unlimiformer_passkey.py",
+        "unlimiformer_passkey.py",
+    ),
+    Step(
+        "packing",
+        "Best-fit packing beside concatenation, and that documents stay apart",
+        f"{COMMAND} demo packing --output-dir OUT",
+        f"{COMMAND} demo packing --output-dir OUT",
+    ),
+    Step(
+        "cream",
+        "CREAM: trained at 64 tokens, read at 512, beside its baselines",
+        "cream_tiny.py --seeds 0",
+        "cream_tiny.py",
+    ),
+    Step("pema", "PEMA: a wording learned beside a frozen model", None, "pema.py --out OUT"),
+    Step("uld", "ULD: facts suppressed, others kept", None, "uld.py --out OUT"),
+]
+
+
+def main(
+    full: Annotated[
+        bool, typer.Option("--full/--quick", help="What a GPU or two CPU cores can do in minutes.")
+    ] = False,
+    text: Annotated[Path | None, typer.Option(help="A long text; Python's language reference if left out.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Only these steps, separated by commas.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("evidence"),
+) -> None:
+    wanted = [step.name for step in STEPS] if steps is None else steps.split(",")
+    unknown = set(wanted) - {step.name for step in STEPS}
+    if unknown:
+        raise typer.BadParameter(f"no such step: {', '.join(sorted(unknown))}", param_hint="--steps")
+    for step in STEPS:
+        command = step.full if full else step.quick
+        if step.name in wanted and command is not None and not (out / step.name / "printed.txt").exists():
+            run(step.name, command, out, text)
+    (out / "index.md").write_text(page(out), encoding="utf-8")
+    print(f"page: {out / 'index.md'}")
+
+
+def run(name: str, command: str, out: Path, text: Path | None) -> None:
+    """Run one step's command, show what it prints, and keep it beside the records."""
+    print(f"== {name}: {command}", flush=True)
+    folder = out / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if "TEXT" in command and text is None:
+        text = out / "python_reference.txt"
+        text.write_text(python_reference(), encoding="utf-8")
+    words = [word.replace("TEXT", str(text)).replace("OUT", str(folder)) for word in shlex.split(command)]
+    program = ["-m", "hf_longtrunc", *words[1:]] if words[0] == COMMAND else [str(RECIPES / words[0]), *words[1:]]
+    started = time.perf_counter()
+    # Progress bars go to stderr, and are for whoever is watching.
+    result = subprocess.run(
+        [sys.executable, *program], stdout=subprocess.PIPE, text=True, check=False, env=os.environ | {"COLUMNS": "100"}
+    )
+    seconds = time.perf_counter() - started
+    print(result.stdout, flush=True)
+    if result.returncode:
+        raise SystemExit(f"{name} ended with status {result.returncode}; the steps before it are kept")
+    written = f"python recipes/{command}" if words[0] != COMMAND else command
+    append_records(out / "runs.jsonl", [Run(name, written, round(seconds, 1), machine(), commit(), versions())])
+    (folder / "printed.txt").write_text(result.stdout.replace(str(folder), "OUT"), encoding="utf-8")
+
+
+def page(out: Path) -> str:
+    """Return the page: a section a step, with the command, what it printed, and its pictures."""
+    runs = {run.step: run for run in read_records(out / "runs.jsonl", Run)}
+    parts = [
+        "# Evidence",
+        "Made by `python recipes/evidence.py`; every line of `runs.jsonl` beside this page is a step, and every figure "
+        "below is in the records beside it. Nothing here was edited by hand.",
+    ]
+    for step in STEPS:
+        if step.name not in runs:
+            continue
+        ran = runs[step.name]
+        parts.append(f"## {step.shows}")
+        parts.append(f"`{ran.command}`: {ran.seconds:.0f} s on {ran.machine}; commit {ran.commit}; {ran.versions}.")
+        printed = (out / step.name / "printed.txt").read_text(encoding="utf-8")
+        parts.append(f"```text\n{printed.rstrip()}\n```")
+        pictures = sorted((out / step.name).glob("*.png"))
+        parts += [f"![{step.shows}]({step.name}/{picture.name})" for picture in pictures]
+    return "\n\n".join(parts) + "\n"
+
+
+def machine() -> str:
+    """Say what this ran on, in words that identify nobody."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def commit() -> str:
+    result = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=RECIPES, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or "unknown"
+
+
+def versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -12,8 +12,8 @@
 
 Both trainings are kept in OUT and not repeated: delete the folder to start again.
 
-Cost: about 16 minutes on two CPU cores that others use too, in fp32 and 2 to 3 GB of memory. Expect, at alpha 0.4: no
-forgotten fact recalled, 23 or 24 of the 24 answers about the other four people (two wordings), perplexity up by some 4 %;
+Cost: about 16 minutes on two CPU cores that others use too, fp32, 2 to 3 GB of memory. Expect, at alpha 0.4: no
+forgotten fact recalled, 23 of 24 answers about the other four people (two wordings), perplexity up by some 4 %;
 with the fact in the prompt five of the twelve forgotten ones come back.
 """
 

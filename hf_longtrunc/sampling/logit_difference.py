@@ -94,7 +94,7 @@ def forget_retain_loss(
     logits: Float[Tensor, "rows length vocab"],
     labels: Int[Tensor, "rows length"],
     beta: float,
-    num_items: Tensor | float | None = None,
+    num_items: Tensor | int | None = None,
 ) -> Float[Tensor, ""]:
     """Return what the assistant of ULD minimises: cross-entropy on what to forget, uniform everywhere else.
 

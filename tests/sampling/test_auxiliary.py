@@ -204,6 +204,16 @@ def test_one_processor_for_calls_in_a_row_and_other_batches(models):
         assert checked.worst < 1e-4
 
 
+def test_the_mask_is_part_of_the_address(models):
+    """The same ids under another mask have other keys and values."""
+    assistant, scores = models[1], torch.zeros(2, 97)
+    uld = ULDLogitsProcessor(assistant, filter_rate=0.05)
+    for mask in (MASK, torch.ones_like(MASK), MASK):
+        uld.attention_mask = mask
+        expected = BruteForce([assistant], uld_formula, mask)(PADDED, scores)
+        torch.testing.assert_close(uld(PADDED, scores), expected, atol=1e-4, rtol=0)
+
+
 def test_a_prompt_longer_than_a_chunk(models, monkeypatch):
     """With chunks of 3 the first one of the left-padded row is nothing but padding."""
     monkeypatch.setattr(auxiliary, "_CHUNK", 3)

@@ -172,7 +172,8 @@ class Patch:
             self._probe = None
 
     def _refuse_without_reading_layers(self) -> None:
-        retrieval, layers = self.retrieval, [getattr(module, "layer_idx", None) for module in self._rotations]
+        retrieval = self.retrieval
+        layers: list[Any] = [getattr(module, "layer_idx", None) for module in self._rotations]
         if retrieval is None:
             return
         if None in layers:

@@ -14,6 +14,7 @@ import torch
 PURE_FILES = [
     "hf_longtrunc.attention.lambda_attention",
     "hf_longtrunc.data.packing",
+    "hf_longtrunc.positions.cream",
     "hf_longtrunc.sampling.basis",
     "hf_longtrunc.sampling.cutoffs",
     "hf_longtrunc.sampling.support",

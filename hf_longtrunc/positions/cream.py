@@ -16,25 +16,20 @@ All samplers share one signature, `(length, window, factor, generator)`, and use
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Positions: TypeAlias = NDArray[np.int64]
+# (length, window, factor, generator) -> ids [length], increasing, out of [0, factor * window)
+Sampler: TypeAlias = Callable[[int, int, int, np.random.Generator], Positions]
 Variant = Literal["relativity", "continuity"]
 
 _MAX_ENDS = 8  # head and tail of the continuity variant are never longer than this part of a document
-
-
-class Sampler(Protocol):
-    """What draws the position ids of a document."""
-
-    def __call__(self, length: int, window: int, factor: int, generator: np.random.Generator) -> Positions:
-        """Return `length` increasing ids out of [0, factor * window)."""
-        ...
 
 
 @dataclass(frozen=True)

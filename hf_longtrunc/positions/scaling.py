@@ -45,7 +45,12 @@ def extend_context(
 
     Where a config holds one set of parameters a layer type, that of the full-attention layers is scaled.
     """
-    config = model_or_config if isinstance(model_or_config, PreTrainedConfig) else model_or_config.config
+    is_config = isinstance(model_or_config, PreTrainedConfig)
+    config = model_or_config if is_config else getattr(model_or_config, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(
+            f"model_or_config must be a transformers model or its config, got {type(model_or_config).__name__}"
+        )
     if isinstance(factor, bool) or not isinstance(factor, int):
         raise TypeError(f"factor must be a whole number, got {factor!r} of type {type(factor).__name__}")
     if factor < 2:
@@ -56,7 +61,7 @@ def extend_context(
     window = _window(config)
     parameters = _full_attention_parameters(config)
     scaled = _scaled(parameters, config, window, factor, method)
-    rotaries = [] if model_or_config is config or isinstance(model_or_config, PreTrainedConfig) else _rotaries(model_or_config)
+    rotaries = [] if is_config else _rotaries(model_or_config)
     parameters.clear()
     parameters.update(scaled)
     config.max_position_embeddings = window * factor

@@ -3,10 +3,10 @@
     python recipes/finetune_cream.py --texts novels/*.txt --eval-text moby_dick.txt --checkpointing --out finetune_cream
     accelerate launch --multi_gpu --num_processes 4 recipes/finetune_cream.py --texts ... --arms cream --lora 16
 
-Every arm starts from the same weights, is scaled by `extend_context` (stock rope_parameters), trained by Trainer on rows
-of the model's own window, and saved as an ordinary checkpoint to OUT/arm; loaded from there, it reads a text that was not
-trained on up to factor x window: perplexity by position, and passkeys by length and depth. "unmodified" is neither
-scaled nor trained, "untrained" scaled only. Records are appended to OUT/perplexity.jsonl and OUT/passkey.jsonl.
+Every arm starts from the same weights, is scaled by `extend_context` (stock rope_parameters), trained by Trainer on
+rows of the model's own window, and saved as an ordinary checkpoint to OUT/arm. Loaded from there, it reads a text that
+was not trained on, up to factor x window: perplexity by position, and passkeys by length and depth. "unmodified" is
+neither scaled nor trained, "untrained" scaled only. Records are appended to OUT/perplexity.jsonl and OUT/passkey.jsonl.
 
 With the defaults an arm sees 120 x 8 x 8192 tokens (SmolLM2-135M-Instruct, 8192 -> 32768). Read the retrieval by depth
 first: perplexity is no proof, contiguous training gives similar figures. Not yet run on a GPU in this form.

@@ -35,16 +35,17 @@ class CreamCollator(TrainerCallback):
     evaluation, and anything else, sees the plain model and the plain batch. Nothing of it is saved with the model.
 
     A document is what lies between two jumps of the batch's `position_ids` if it has any (packed rows), within it the
-    tokens whose `attention_mask` is not 0. Its draw depends on `seed`, the epoch and its tokens, and on nothing else: not
-    on rank, worker, batch or resuming. torch's and numpy's global generators are left alone. Cost: some 0.1 ms a document.
+    tokens whose `attention_mask` is not 0. Its draw depends on `seed`, the epoch and its tokens, and on nothing else:
+    not on rank, worker, batch or resuming. torch's and numpy's global generators are left alone. Cost: some 0.1 ms a
+    document.
 
     Args:
         inner: makes the batch, `input_ids` at least, as torch tensors; e.g. `BestFitPackingCollator` or
             `DataCollatorForLanguageModeling`.
         window: N, the length that the model was trained on; no document may be longer.
         factor: f; the model is to read factor * window tokens. `extend_context(model, factor)` prepares it.
-        scheme: "cream", "pose", "random" or "contiguous", or a sampler such as `CreamPositions.official()`: any function
-            `(length, window, factor, generator)` that returns the ids; to be pickled for spawned workers, a named one.
+        scheme: "cream", "pose", "random" or "contiguous", or a sampler such as `CreamPositions.official()`: any
+            function `(length, window, factor, generator)` that returns the ids.
         seed: of all draws.
 
     It is a `TrainerCallback` too: with `Trainer(..., data_collator=collator, callbacks=[collator])` every epoch draws
@@ -161,9 +162,9 @@ class CreamCollator(TrainerCallback):
 
 
 def documents_of(tokens: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
-    """Number the documents of each row [rows, n] from 1; 0 is padding.
+    """Return the number of each token's document [rows, n], from 1 on in every row; 0 is padding.
 
-    A jump in `position_ids` begins a document, as transformers reads it, and so does the first real token after padding.
+    A jump in `position_ids` begins a document, as transformers reads it, and so does the first token after padding.
     """
     real = torch.ones_like(tokens, dtype=torch.bool)
     if attention_mask is not None and attention_mask.ndim == 2:
@@ -182,7 +183,9 @@ def find_rotaries(model: Any) -> tuple[Any, list[nn.Module]]:
         TypeError: it is no transformers model, nor a PEFT wrapper of one.
         ValueError: it has no rotary modules.
     """
-    owner = model.get_base_model() if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model") else model
+    owner = (
+        model.get_base_model() if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model") else model
+    )
     if not isinstance(owner, PreTrainedModel):
         raise TypeError(
             f"model must be a transformers causal language model or a PEFT wrapper of one, got {type(model).__name__}"
@@ -196,8 +199,8 @@ def find_rotaries(model: Any) -> tuple[Any, list[nn.Module]]:
     ]
     if not rotaries:
         raise ValueError(
-            f"{type(owner).__name__} has no rotary modules: its positions (ALiBi, learned or none) cannot be spread over "
-            "a longer window, and training it with CREAM would do nothing"
+            f"{type(owner).__name__} has no rotary modules: its positions (ALiBi, learned or none) cannot be spread "
+            "over a longer window, and training it with CREAM would do nothing"
         )
     return decoder, rotaries
 

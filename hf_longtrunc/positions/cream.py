@@ -100,8 +100,8 @@ class CreamPositions:
             ends = min(4 * factor, max(length // _MAX_ENDS, 1)) if self.is_safe else 4 * factor
         if 2 * ends > length:
             raise ValueError(
-                f"head and tail of 4 * factor = {ends} tokens each do not fit a document of {length}: the official form "
-                "needs longer documents or a smaller factor; CreamPositions() has no such limit"
+                f"head and tail of 4 * factor = {ends} tokens each do not fit a document of {length}: the official "
+                "form needs longer documents or a smaller factor; CreamPositions() has no such limit"
             )
         return ends
 
@@ -167,7 +167,9 @@ def check_lengths(length: int, window: int, factor: int) -> None:
         )
 
 
-def distances_seen(sampler: Sampler, length: int, window: int, factor: int, draws: int, seed: int = 0) -> NDArray[np.int64]:
+def distances_seen(
+    sampler: Sampler, length: int, window: int, factor: int, draws: int, seed: int = 0
+) -> NDArray[np.int64]:
     """Count in how many of `draws` documents each relative distance 0..fN - 1 occurs, [fN].
 
     Each pair of runs of neighbouring ids contributes an interval of distances, so a document costs the square of its

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_longtrunc.positions.collator import find_rotaries, is_attached
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Method = Literal["yarn", "ntk", "linear"]

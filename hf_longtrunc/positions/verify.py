@@ -25,9 +25,9 @@ def verify_positions(model: Any) -> None:
 
     Raises:
         TypeError: it is no such model.
-        ValueError: no rotary modules (ALiBi, learned positions), prompt or prefix tuning, layers with a sliding window or
-            chunks, frequencies that depend on the running length (rope_type "dynamic", "longrope"), or one of the tests
-            failed; the message says which and why it matters.
+        ValueError: no rotary modules (ALiBi, learned positions), prompt or prefix tuning, layers with a sliding window
+            or chunks, frequencies that depend on the running length (rope_type "dynamic", "longrope"), or one of the
+            tests failed; the message says which and why it matters.
     """
     _refuse_at_sight(model)
     decoder, _ = find_rotaries(model)
@@ -57,16 +57,16 @@ def _refuse_at_sight(model: Any) -> None:
     if local or (not kinds and getattr(config, "sliding_window", None)):
         raise ValueError(
             f"{type(decoder).__name__} has layers that see a window of their own only "
-            f"({', '.join(local) or f'sliding_window {config.sliding_window}'}), counted in tokens: CREAM's head, middle "
-            "and tail would see each other there, as they never will in a long text"
+            f"({', '.join(local) or f'sliding_window {config.sliding_window}'}), counted in tokens: CREAM's head, "
+            "middle and tail would see each other there, as they never will in a long text"
         )
     sets = [config.rope_parameters, *config.rope_parameters.values()]
     kinds = {values.get("rope_type") for values in sets if isinstance(values, dict)}
     if kinds & {"dynamic", "longrope"}:
         raise ValueError(
             f"the model's rotary frequencies depend on the length of the text (rope_type "
-            f"{', '.join(sorted(kinds & {'dynamic', 'longrope'}))}): CREAM trains at those of the long window and short "
-            "texts would get others; use extend_context, whose methods are static"
+            f"{', '.join(sorted(kinds & {'dynamic', 'longrope'}))}): CREAM trains at those of the long window and "
+            "short texts would get others; use extend_context, whose methods are static"
         )
 
 
@@ -89,8 +89,8 @@ def _test(model: Any, decoder: Any) -> None:
     gap = _moved(here, tail(tokens, apart))
     if not gap > 1e-6:
         raise ValueError(
-            f"a gap in the positions leaves the logits of {name} as they are (relative change {gap:.1e}): it does not read "
-            "the ids, and CREAM would train it as plain text"
+            f"a gap in the positions leaves the logits of {name} as they are (relative change {gap:.1e}): it does not "
+            "read the ids, and CREAM would train it as plain text"
         )
     shift = _moved(here, tail(tokens, plain + window))
     if not shift <= still * max(1.0, gap):
@@ -107,7 +107,9 @@ def _test(model: Any, decoder: Any) -> None:
     other = torch.where(plain < _RUN, (tokens + 1) % vocabulary, tokens)
     across = _moved(tail(tokens, apart), tail(other, apart))
     if not across > 1e-6:
-        raise ValueError(f"other tokens in the head leave the tail's logits of {name} as they are: it cannot see across a gap")
+        raise ValueError(
+            f"other tokens in the head leave the tail's logits of {name} as they are: it cannot see across a gap"
+        )
 
 
 def _moved(before: Tensor, after: Tensor) -> float:

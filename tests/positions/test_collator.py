@@ -142,7 +142,9 @@ def test_schemes(scheme):
     ids = collator([{"input_ids": row} for row in tokens(WINDOW)])[ROPE_IDS]
     assert (ids.diff(dim=-1) > 0).all()
     assert (int(ids.max()) < WINDOW) == (scheme == "contiguous")
-    assert torch.equal(pickle.loads(pickle.dumps(collator))([{"input_ids": row} for row in tokens(WINDOW)])[ROPE_IDS], ids)
+    assert torch.equal(
+        pickle.loads(pickle.dumps(collator))([{"input_ids": row} for row in tokens(WINDOW)])[ROPE_IDS], ids
+    )
 
 
 # -- the gradients -----------------------------------------------------------------------------------------------------
@@ -414,7 +416,11 @@ def test_another_family(rotary_pct):
         ({"window": 4.0}, TypeError, "window must be a whole number, got 4.0 of type float"),
         ({"factor": True}, TypeError, "factor must be a whole number"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
-        ({"scheme": "yarn"}, ValueError, "scheme must be one of cream, pose, random, contiguous, or a sampler, got 'yarn'"),
+        (
+            {"scheme": "yarn"},
+            ValueError,
+            "scheme must be one of cream, pose, random, contiguous, or a sampler, got 'yarn'",
+        ),
         ({"inner": 3}, TypeError, "inner must be a collator"),
     ],
 )

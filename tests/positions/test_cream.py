@@ -140,7 +140,7 @@ def test_middle_lies_between_head_and_tail(window, factor, variant):
     ends = sampler.ends(window, factor, variant)
     for seed in range(200):
         ids = sampler(window, window, factor, generator(seed))
-        assert ids[: ends].tolist() == list(range(ends))
+        assert ids[:ends].tolist() == list(range(ends))
         assert ids[ends] >= ends
         assert (np.diff(ids[ends : window - ends]) == 1).all()
         assert ids[window - ends - 1] <= factor * window - ends - 1
@@ -218,7 +218,7 @@ def test_small_documents_and_windows(length, factor):
 
 
 def test_official_form_refuses_documents_shorter_than_head_and_tail():
-    with pytest.raises(ValueError, match=r"4 \* factor = 32 tokens each do not fit a document of 63.*CreamPositions\(\)"):
+    with pytest.raises(ValueError, match=r"4 \* factor = 32 tokens each do not fit a document of 63"):
         CreamPositions.official("continuity")(63, 64, 8, generator())
 
 

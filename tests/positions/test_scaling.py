@@ -79,7 +79,7 @@ def test_frequencies_live_and_after_a_round_trip(method, theta, tmp_path):
         "ntk": {"rope_type": "default", "rope_theta": theta * FACTOR ** (DIM / (DIM - 2))},
     }
     assert saved["rope_parameters"] == expected[method]
-    assert set(saved) == set(LlamaConfig(**{**saved}).to_dict()) & set(saved)
+    assert set(saved) == set(LlamaConfig(**saved).to_dict()) & set(saved)
 
 
 @pytest.mark.parametrize("method", ["yarn", "ntk", "linear"])

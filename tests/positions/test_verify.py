@@ -40,7 +40,7 @@ def test_lora_passes_and_prompt_tuning_is_refused():
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     verify_positions(get_peft_model(LlamaForCausalLM(tiny_config()), lora))
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    with pytest.raises(ValueError, match="prompt or prefix tuning.*use LoRA"):
+    with pytest.raises(ValueError, match=r"prompt or prefix tuning.*use LoRA"):
         verify_positions(get_peft_model(LlamaForCausalLM(tiny_config()), prompt))
 
 
@@ -54,14 +54,14 @@ def test_alibi_and_learned_positions_are_refused(tiny_gpt2):
 
 
 def test_sliding_windows_are_refused():
-    with pytest.raises(ValueError, match="layers that see a window of their own only .*16"):
+    with pytest.raises(ValueError, match=r"layers that see a window of their own only .*16"):
         verify_positions(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=16)))
     verify_positions(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)))
 
 
 def test_frequencies_that_depend_on_the_length_are_refused():
     config = tiny_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
-    with pytest.raises(ValueError, match="depend on the length of the text .*dynamic.*use extend_context"):
+    with pytest.raises(ValueError, match=r"depend on the length of the text .*dynamic.*use extend_context"):
         verify_positions(LlamaForCausalLM(config))
 
 

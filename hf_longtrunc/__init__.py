@@ -28,6 +28,16 @@ if TYPE_CHECKING:
     from hf_longtrunc.data.guard import check_packed as check_packed
     from hf_longtrunc.data.packing import best_fit_decreasing as best_fit_decreasing
     from hf_longtrunc.data.stream import PackedStream as PackedStream
+    from hf_longtrunc.positions.collator import CreamCollator as CreamCollator
+    from hf_longtrunc.positions.cream import (
+        CreamPositions as CreamPositions,
+        contiguous_positions as contiguous_positions,
+        distances_seen as distances_seen,
+        pose_positions as pose_positions,
+        random_positions as random_positions,
+    )
+    from hf_longtrunc.positions.scaling import extend_context as extend_context
+    from hf_longtrunc.positions.verify import verify_positions as verify_positions
     from hf_longtrunc.pretrained import load_pretrained as load_pretrained
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
     from hf_longtrunc.sampling.auxiliary import (
@@ -77,6 +87,8 @@ _HOME = {
     "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.processors",
     "BestFitPackingCollator": "hf_longtrunc.data.collators",
     "ContrastiveDecodingLogitsProcessor": "hf_longtrunc.sampling.auxiliary",
+    "CreamCollator": "hf_longtrunc.positions.collator",
+    "CreamPositions": "hf_longtrunc.positions.cream",
     "Datastore": "hf_longtrunc.attention.datastore",
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
@@ -106,14 +118,20 @@ _HOME = {
     "best_fit_decreasing": "hf_longtrunc.data.packing",
     "build_pema_memory": "hf_longtrunc.sampling.pema_processor",
     "check_packed": "hf_longtrunc.data.guard",
+    "contiguous_positions": "hf_longtrunc.positions.cream",
     "critical_threshold": "hf_longtrunc.sampling.support",
+    "distances_seen": "hf_longtrunc.positions.cream",
+    "extend_context": "hf_longtrunc.positions.scaling",
     "load_pretrained": "hf_longtrunc.pretrained",
     "load_uld_assistant": "hf_longtrunc.sampling.uld",
     "pack": "hf_longtrunc.data.dataset",
+    "pose_positions": "hf_longtrunc.positions.cream",
+    "random_positions": "hf_longtrunc.positions.cream",
     "save_uld_assistant": "hf_longtrunc.sampling.uld",
     "train_pema": "hf_longtrunc.sampling.pema_processor",
     "trained_length": "hf_longtrunc.attention.lm_infinite",
     "uld_assistant": "hf_longtrunc.sampling.uld",
+    "verify_positions": "hf_longtrunc.positions.verify",
 }
 
 __all__ = sorted(_HOME)

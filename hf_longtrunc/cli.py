@@ -34,10 +34,11 @@ class Part(str, Enum):
     sampling = "sampling"
     bat = "bat"
     packing = "packing"
+    cream = "cream"
     past_window = "past-window"
 
 
-QUICK = [Part.sampling, Part.bat, Part.packing]
+QUICK = [Part.sampling, Part.bat, Part.packing, Part.cream]
 
 
 @app.command()
@@ -57,9 +58,10 @@ def demo(
     [b]sampling[/b]: plain sampling, top-p and eta on one prompt, and what each of them cut; half a minute on two cores.
     [b]bat[/b]: basis-aware truncation, and the tokens that it kept below eta's threshold; half a minute.
     [b]packing[/b]: docstrings packed into rows, and that no document sees another; ten seconds.
+    [b]cream[/b]: position ids drawn by CREAM and PoSE, and the distances that they teach; five seconds, no model.
     [b]past-window[/b]: a text longer than the trained window, unmodified and under LM-Infinite; some four minutes.
     """
-    from hf_longtrunc.demo import PROMPT, bat_part, packing_part, sampling_part
+    from hf_longtrunc.demo import PROMPT, bat_part, cream_part, packing_part, sampling_part
     from hf_longtrunc.evaluation.commands import past_the_window
 
     if not 0 < epsilon < 1:
@@ -67,6 +69,9 @@ def demo(
     if not 0 < top_p <= 1:
         raise typer.BadParameter(f"must lie in (0, 1], got {top_p}", param_hint="--top-p")
     chosen = parts or QUICK
+    if chosen == [Part.cream]:
+        cream_part(output_dir, seed=seed, console=console)
+        return
     loaded, tokenizer = _load(model)
     if Part.sampling in chosen:
         sampling_part(
@@ -84,6 +89,8 @@ def demo(
         bat_part(loaded, tokenizer, output_dir, prompt=prompt or PROMPT, seed=seed, console=console)
     if Part.packing in chosen:
         packing_part(loaded, tokenizer, output_dir, console=console)
+    if Part.cream in chosen:
+        cream_part(output_dir, seed=seed, console=console)
     if Part.past_window in chosen:
         past_the_window(loaded, tokenizer, output_dir, text=text.read() if text else None, console=console)
     else:

@@ -11,6 +11,7 @@ from importlib import import_module
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -18,13 +19,17 @@ from rich.table import Table
 from hf_longtrunc import (
     BasisAwareLogitsProcessor,
     BestFitPackingCollator,
+    CreamPositions,
     EtaLogitsProcessor,
     PackedDataset,
     SoftmaxBasis,
     TruncationRecord,
     TruncationTrace,
     check_packed,
+    contiguous_positions,
+    distances_seen,
     pack,
+    pose_positions,
 )
 from hf_longtrunc.data.report import packing_table, save_picture
 
@@ -256,3 +261,67 @@ def _docstrings() -> list[str]:
     owners += [item for module in owners for item in vars(module).values() if inspect.isclass(item)]
     texts = (inspect.getdoc(item) for owner in owners for item in (owner, *vars(owner).values()))
     return list(dict.fromkeys(text for text in texts if text))
+
+
+def cream_part(
+    folder: Path, *, window: int = 4096, factor: int = 8, draws: int = 1000, seed: int = 0, console: Console
+) -> None:
+    """Draw position ids by CREAM, PoSE and not at all, and show which distances a model would meet in training."""
+    console.rule("CREAM: the distances of a long window in documents of a short one")
+    schemes = {"CREAM": CreamPositions(), "PoSE": pose_positions, "contiguous": contiguous_positions}
+    with console.status(f"drawing {draws:,} documents by each scheme"):
+        seen = {name: distances_seen(scheme, window, window, factor, draws, seed) for name, scheme in schemes.items()}
+    console.print(_coverage_table(seen, window, factor, draws))
+    console.print(f"picture: [bold]{_coverage_picture(schemes, seen, window, factor, draws, folder)}[/bold]")
+
+
+def _coverage_table(seen: dict[str, Any], window: int, factor: int, draws: int) -> Table:
+    """Tabulate, of all eighths of the distances, how often one of the rarest and one of the middle two occurs."""
+    title = f"{draws:,} documents of {window:,} tokens, for a window of {factor * window:,}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("", "distances met", "a rare one occurs in", "a middle one occurs in"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, counts in seen.items():
+        eighths = np.array_split(counts / draws, 8)
+        rarest, middle = min(part.mean() for part in eighths), np.concatenate(eighths[3:5]).mean()
+        table.add_row(name, f"{(counts > 0).mean():.2%}", f"{rarest:.1%} of documents", f"{middle:.1%} of documents")
+    return table
+
+
+def _coverage_picture(
+    schemes: dict[str, Any], seen: dict[str, Any], window: int, factor: int, draws: int, folder: Path
+) -> Path:
+    """One column a scheme: the ids of some documents, and in how many documents each distance occurs."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(
+        2, len(schemes), sharex=True, sharey="row", figsize=(4 * len(schemes), 6), layout="constrained"
+    )
+    generator, documents = np.random.default_rng(0), 40
+    least = factor * window // 400  # a run of a few tokens is drawn as a dot
+    for column, (name, scheme) in enumerate(schemes.items()):
+        for document in range(documents):
+            ids = scheme(window, window, factor, generator)
+            runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
+            begins, ends = [run[0] - least for run in runs], [run[-1] + least for run in runs]
+            panels[0, column].hlines([document] * len(runs), begins, ends, linewidth=2.5)
+        panels[0, column].set_title(name, loc="left")
+        panels[0, column].set_xlabel("position id")
+        panels[0, column].tick_params(labelbottom=True)
+        panels[1, column].fill_between(range(factor * window), seen[name] / draws, step="mid", linewidth=0)
+        panels[1, column].axvline(window, color="0.5", linestyle=":")
+        panels[1, column].set_title(
+            f"{(seen[name] > 0).mean():.2%} of the distances met", loc="left", fontsize="medium"
+        )
+        panels[1, column].set_xlabel("distance between two tokens")
+    panels[0, 0].set_ylabel("document")
+    panels[1, 0].set(ylabel="part of documents with\nthis distance", yscale="log", ylim=(0.5 / draws, 1.5))
+    panels[1, 0].set_xlim(-2 * least, factor * window + 2 * least)
+    path = folder / "cream.png"
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

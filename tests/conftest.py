@@ -18,6 +18,7 @@ PURE_FILES = [
     "hf_longtrunc.attention.windows",
     "hf_longtrunc.attention.retrieval",
     "hf_longtrunc.data.packing",
+    "hf_longtrunc.positions.cream",
     "hf_longtrunc.sampling.basis",
     "hf_longtrunc.sampling.cutoffs",
     "hf_longtrunc.sampling.pema",

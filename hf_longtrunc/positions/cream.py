@@ -1,0 +1,200 @@
+"""Position ids that let a model meet long distances in short documents: CREAM, and what it is compared with.
+
+A document of n tokens, of at most N (the trained window), is given n increasing ids out of [0, fN). CREAM's form three
+runs of neighbours:
+
+    head [0, k)      middle (P_e - m, P_e], m = n - 2k      tail [fN - k, fN)
+
+so head, middle and tail stand at long distances from one another, and within a run at the trained ones. k is large
+(n // 3, "relativity": as many pairs of tokens as possible across runs) or small (4f, "continuity": a long middle), and
+the middle's end is drawn so that places in the middle of the long window are met as often as its ends:
+
+    r in {2 .. 2f} about 1 + f      P_e uniform on {k + (m - 1) r // 2 .. r N // 2 - k - 1}
+
+All samplers share one signature, `(length, window, factor, generator)`, and use no randomness but the generator's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Positions: TypeAlias = NDArray[np.int64]
+# (length, window, factor, generator) -> ids [length], increasing, out of [0, factor * window)
+Sampler: TypeAlias = Callable[[int, int, int, np.random.Generator], Positions]
+Variant = Literal["relativity", "continuity"]
+
+_MAX_ENDS = 8  # head and tail of the continuity variant are never longer than this part of a document
+
+
+@dataclass(frozen=True)
+class CreamPositions:
+    """CREAM's position ids: head, middle and tail of a document spread over the long window.
+
+    Called with `(length, window, factor, generator)` it returns the ids [length]: strictly increasing, the first 0, the
+    last factor * window - 1 (a lone token stays at 0). At factor 1 a document as long as the window gets its ordinary
+    positions. Cost: two or three draws and one array.
+
+    Args:
+        sigma: spread of r, whose half is by how much the stretch that the middle lies in is longer than a window; None
+            takes 3/8 of the factor.
+        tails: what becomes of an r outside 2..2f: "renormalised" gives its probability to all others, "clipped" to the
+            outermost two.
+        variant: of head and tail; None draws one for every document, half and half.
+        is_safe: continuity's head and tail take at most an eighth of the document each; without it 4f tokens, whatever
+            the document's length.
+
+    Raises:
+        ValueError: a length outside 0..window, a factor below 1, or, with `is_safe=False`, head and tail that leave no
+            middle.
+
+    Source: Wu, Zhao, Zheng 2024, "An Efficient Recipe for Long Context Extension via Middle-Focused Positional
+    Encoding", arXiv 2406.07138, section 3. Deviations of the defaults, all undone by `official()`: sigma grows with the
+    factor, the Gaussian is renormalised and not clipped, head and tail are bounded. A document shorter than the window
+    keeps the formulas, with its own length in the place of N where runs are measured.
+    """
+
+    sigma: float | None = None
+    tails: Literal["renormalised", "clipped"] = "renormalised"
+    variant: Variant | None = None
+    is_safe: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sigma is not None and not self.sigma > 0:
+            raise ValueError(f"sigma must be positive, or None for 3/8 of the factor, got {self.sigma!r}")
+        if self.tails not in ("renormalised", "clipped"):
+            raise ValueError(f"tails must be 'renormalised' or 'clipped', got {self.tails!r}")
+        if self.variant not in (None, "relativity", "continuity"):
+            raise ValueError(f"variant must be 'relativity', 'continuity' or None, got {self.variant!r}")
+
+    @classmethod
+    def official(cls, variant: Variant | None = None) -> CreamPositions:
+        """Return the sampler of the paper's code: sigma 3, clipped, head and tail of 4f tokens.
+
+        That code draws the variant once for some thousands of documents; name one for the same effect.
+        """
+        return cls(sigma=3.0, tails="clipped", variant=variant, is_safe=False)
+
+    def __call__(self, length: int, window: int, factor: int, generator: np.random.Generator) -> Positions:
+        """Draw the ids [length] of one document."""
+        check_lengths(length, window, factor)
+        if length < 2:
+            return np.zeros(length, np.int64)
+        variant = self.variant or ("relativity", "continuity")[generator.integers(2)]
+        ends = self.ends(length, factor, variant)
+        low, high = middle_ends(length, window, ends, self.stretch(generator.random(), factor))
+        end, middle, long = int(generator.integers(low, high + 1)), length - 2 * ends, factor * window
+        runs = (0, ends), (end - middle + 1, end + 1), (long - ends, long)
+        return np.concatenate([np.arange(*run, dtype=np.int64) for run in runs])
+
+    def ends(self, length: int, factor: int, variant: Variant) -> int:
+        """Return k, the tokens of the head and of the tail each."""
+        if variant == "relativity":
+            ends = max(length // 3, 1)
+        else:
+            ends = min(4 * factor, max(length // _MAX_ENDS, 1)) if self.is_safe else 4 * factor
+        if 2 * ends > length:
+            raise ValueError(
+                f"head and tail of 4 * factor = {ends} tokens each do not fit a document of {length}: the official "
+                "form needs longer documents or a smaller factor; CreamPositions() has no such limit"
+            )
+        return ends
+
+    def stretch(self, u: float, factor: int) -> int:
+        """Return r in 2..2f for u uniform on [0, 1): r/2 windows are the stretch that the middle lies in."""
+        if factor == 1:
+            return 2
+        gaussian = NormalDist(1 + factor, self.sigma or 3 * factor / 8)
+        if self.tails == "clipped":
+            return int(min(max(gaussian.inv_cdf(max(u, 5e-324)), 2), 2 * factor))
+        low, high = gaussian.cdf(1.5), gaussian.cdf(2 * factor + 0.5)
+        return min(max(round(gaussian.inv_cdf(low + u * (high - low))), 2), 2 * factor)
+
+
+def middle_ends(length: int, window: int, ends: int, stretch: int) -> tuple[int, int]:
+    """Return the first and the last id that the middle's last token may have."""
+    middle = length - 2 * ends
+    return ends + (middle - 1) * stretch // 2, stretch * window // 2 - ends - 1
+
+
+def pose_positions(length: int, window: int, factor: int, generator: np.random.Generator) -> Positions:
+    """PoSE's ids with two chunks: the first at 0, the second moved on by a uniform skip of 0..fN - n.
+
+    The first chunk has 1..n - 1 tokens, uniformly. Source: Zhu et al. 2024, arXiv 2309.10400, section 3.
+    """
+    check_lengths(length, window, factor)
+    ids = np.arange(length, dtype=np.int64)
+    if length > 1:
+        ids[generator.integers(1, length) :] += generator.integers(factor * window - length + 1)
+    return ids
+
+
+def random_positions(length: int, window: int, factor: int, generator: np.random.Generator) -> Positions:
+    """Ids drawn from [0, fN) without replacement and sorted (Ruoss et al. 2023, arXiv 2305.16843)."""
+    check_lengths(length, window, factor)
+    return np.sort(generator.choice(factor * window, length, replace=False, shuffle=False))
+
+
+def contiguous_positions(length: int, window: int, factor: int, generator: np.random.Generator) -> Positions:
+    """Ordinary positions 0..n - 1; nothing is drawn."""
+    check_lengths(length, window, factor)
+    return np.arange(length, dtype=np.int64)
+
+
+SCHEMES: dict[str, Sampler] = {
+    "cream": CreamPositions(),
+    "pose": pose_positions,
+    "random": random_positions,
+    "contiguous": contiguous_positions,
+}
+
+
+def check_lengths(length: int, window: int, factor: int) -> None:
+    """Refuse a document that is longer than the window, and numbers that are none."""
+    if window < 1:
+        raise ValueError(f"window must be at least 1 token, got {window}")
+    if factor < 1:
+        raise ValueError(f"factor must be at least 1, got {factor}")
+    if not 0 <= length <= window:
+        raise ValueError(
+            f"a document of {length} tokens does not fit the window of {window} that the model was trained on: cut the "
+            "documents to the window, or name a larger window"
+        )
+
+
+def distances_seen(
+    sampler: Sampler, length: int, window: int, factor: int, draws: int, seed: int = 0
+) -> NDArray[np.int64]:
+    """Count in how many of `draws` documents each relative distance 0..fN - 1 occurs, [fN].
+
+    Each pair of runs of neighbouring ids contributes an interval of distances, so a document costs the square of its
+    runs (and random positions, which have nearly as many runs as tokens, much more than the others).
+    """
+    changes = np.zeros(factor * window + 1, np.int64)
+    generator = np.random.default_rng(seed)
+    for _ in range(draws):
+        for low, high in _intervals(sampler(length, window, factor, generator)):
+            changes[low] += 1
+            changes[high + 1] -= 1
+    return np.cumsum(changes[:-1])
+
+
+def _intervals(ids: Positions) -> list[tuple[int, int]]:
+    """Return the disjoint intervals of distances that occur between two of the ids."""
+    cuts = np.flatnonzero(np.diff(ids) != 1) + 1
+    first, last = ids[np.append(0, cuts)], ids[np.append(cuts, len(ids)) - 1]
+    low = np.maximum(first[:, None] - last, 0)
+    high = last[:, None] - first
+    merged: list[tuple[int, int]] = []
+    order = np.argsort(low[high >= 0], kind="stable")
+    for start, end in zip(low[high >= 0][order].tolist(), high[high >= 0][order].tolist(), strict=True):
+        if merged and start <= merged[-1][1] + 1:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged

@@ -1,0 +1,177 @@
+"""Under Trainer and accelerate: active in training only, the same after a resume, different documents on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from hf_longtrunc import BestFitPackingCollator, CreamCollator, extend_context, pack
+from hf_longtrunc.positions.collator import ROPE_IDS
+from tests.conftest import tiny_config
+from tests.positions.test_collator import enable_checkpointing
+
+WINDOW, FACTOR = 32, 4
+WORKER = Path(__file__).with_name("two_ranks.py")
+rng = np.random.default_rng(11)
+DOCUMENTS = [{"input_ids": rng.integers(2, 97, WINDOW).tolist()} for _ in range(16)]
+
+
+def rows(examples):
+    ids = torch.tensor([example["input_ids"] for example in examples])
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+class Recorder(Trainer):
+    """Keeps the first token and the ids of every row that a training step saw."""
+
+    def training_step(self, model, inputs, *args):
+        for tokens, ids in zip(inputs["input_ids"].tolist(), inputs[ROPE_IDS].tolist(), strict=True):
+            self.seen.append([tokens, ids])
+        return super().training_step(model, inputs, *args)
+
+
+def trained(folder, *, steps=6, resume=None, callbacks=(), scheme="cream", attach=True, report="", **arguments):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(max_position_embeddings=WINDOW))
+    extend_context(model, FACTOR, "ntk")
+    collator = CreamCollator(rows, WINDOW, FACTOR, scheme, seed=5)
+    if attach:
+        collator.attach(model)
+    settings = {"per_device_train_batch_size": 2, "max_steps": steps, "seed": 3, "output_dir": str(folder)}
+    settings |= {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    settings |= {"learning_rate": 1e-2, "logging_strategy": "no", "dataloader_pin_memory": False}
+    settings |= {"ddp_backend": "gloo"} if report else {}
+    dataset = datasets.Dataset.from_list(DOCUMENTS)
+    trainer = Recorder(
+        model,
+        TrainingArguments(**settings | arguments),
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(4)),
+        data_collator=collator,
+        callbacks=[collator, *callbacks],
+    )
+    trainer.seen = []
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_training_stop = state.global_step == self.steps
+
+
+def parameters(trainer):
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def by_document(seen):
+    draws: dict[tuple[int, ...], list[list[int]]] = {}
+    for tokens, ids in seen:
+        draws.setdefault(tuple(tokens), []).append(ids)
+    return draws
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_in_mid_epoch_it_draws_the_same(tmp_path, workers):
+    """12 steps of 8 an epoch, cut after 5 and after 10: the same ids, the same parameters."""
+    settings = {"steps": 12, "dataloader_num_workers": workers}
+    whole = trained(tmp_path / "whole", **settings)
+    folder = tmp_path / "cut"
+    first = trained(folder, callbacks=[StopAfter(5)], **settings)
+    second = trained(folder, resume=str(folder / "checkpoint-5"), callbacks=[StopAfter(10)], **settings)
+    third = trained(folder, resume=str(folder / "checkpoint-10"), **settings)
+    # A Trainer may have drawn a batch that it did not come to use: what counts is what the steps saw.
+    assert first.seen + second.seen + third.seen == whole.seen
+    assert torch.equal(parameters(third), parameters(whole))
+
+
+def test_every_epoch_draws_anew(tmp_path):
+    trainer = trained(tmp_path, steps=16)
+    draws = by_document(trainer.seen)
+    assert len(draws) == len(DOCUMENTS)
+    assert {len(ids) for ids in draws.values()} == {2}
+    # In so small a window two draws may fall together.
+    assert sum(first != second for first, second in draws.values()) >= len(DOCUMENTS) - 2
+
+
+def test_evaluation_in_training_equals_that_of_the_plain_collator(tmp_path):
+    trainer = trained(tmp_path, eval_strategy="steps", eval_steps=3)
+    logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    attached = trainer.evaluate()["eval_loss"]
+    collator = trainer.data_collator
+    collator.detach()
+    trainer.data_collator = rows
+    assert trainer.evaluate()["eval_loss"] == attached == logged[-1]
+
+
+def test_training_a_model_that_is_not_attached_stops_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"not attached to this CreamCollator: call attach\(model\) before train"):
+        trained(tmp_path, attach=False)
+
+
+def test_contiguous_scheme_is_ordinary_training(tmp_path):
+    ours = trained(tmp_path, scheme="contiguous")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_config(max_position_embeddings=WINDOW))
+    extend_context(model, FACTOR, "ntk")
+    plain = Trainer(model, ours.args, train_dataset=datasets.Dataset.from_list(DOCUMENTS), data_collator=rows)
+    plain.train()
+    assert torch.equal(parameters(ours), parameters(plain))
+    assert not torch.equal(parameters(trained(tmp_path)), parameters(plain))
+
+
+def test_packed_training_runs_and_differs_from_plain(tmp_path):
+    examples = [{"input_ids": document["input_ids"][: 5 + n]} for n, document in enumerate(DOCUMENTS)]
+
+    def final(scheme):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(tiny_config(max_position_embeddings=WINDOW))
+        collator = CreamCollator(BestFitPackingCollator(WINDOW, pad_token_id=0), WINDOW, FACTOR, scheme).attach(model)
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=4, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+            dataloader_pin_memory=False, logging_strategy="no", learning_rate=1e-2,
+        )  # fmt: skip
+        enable_checkpointing(model, False)
+        trainer = Trainer(model, arguments, train_dataset=pack(examples, WINDOW), data_collator=collator)
+        trainer.train()
+        return parameters(trainer)
+
+    assert (final("cream") - final("contiguous")).abs().max() > 1e-3
+
+
+def test_two_ranks_see_different_documents_with_different_ids(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # --multi_gpu is accelerate's word for torchrun; the worker's TrainingArguments put it on the CPU and gloo.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*launch, str(WORKER), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=240, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [rank["world"] for rank in ranks] == [2, 2]
+    assert ranks[0]["parameters"] == ranks[1]["parameters"]
+    draws = [by_document(rank["seen"]) for rank in ranks]
+    assert [len(seen) for seen in draws] == [6, 6]
+    assert not draws[0].keys() & draws[1].keys()
+    assert len({tuple(ids[0]) for seen in draws for ids in seen.values()}) == 12  # no two documents share a draw
+    # And each draw is the one that a single process would have made.
+    alone = by_document(trained(tmp_path, steps=8).seen)
+    assert all(alone[tokens][0] == ids[0] for seen in draws for tokens, ids in seen.items())

@@ -620,10 +620,11 @@ def test_assisted_decoding_is_refused(tiny_model):
 def test_several_positions_of_one_forward_are_refused(tiny_model):
     """What assisted decoding does once its candidates are there: no second row of scores from the same forward."""
     adapter, ids = random_adapter(), PADDED[:, 3:]
+    expected = BruteForce(tiny_model, adapter, 0.5)(ids, None)
     with PEMALogitsProcessor(tiny_model, adapter) as pema, torch.no_grad():
         logits = tiny_model(ids).logits
         mixed = pema(ids, logits[:, -1])
-        torch.testing.assert_close(mixed, BruteForce(tiny_model, adapter, 0.5)(ids, None), atol=1e-4, rtol=0)
+        torch.testing.assert_close(mixed, expected, atol=1e-4, rtol=0)
         with pytest.raises(ValueError, match="saw 0 since the last one"):
             pema(ids, logits[:, -1])
 

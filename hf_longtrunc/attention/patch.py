@@ -30,6 +30,7 @@ from hf_longtrunc.attention.probe import Probe, forward_quietly
 from hf_longtrunc.attention.retrieval import Middle, Sight, block_mass, choose_blocks, read_blocks, top_k
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward, rotary_modules
 from hf_longtrunc.attention.row_positions import (
+    check_end,
     check_positions,
     checked_mask,
     first_real,
@@ -469,6 +470,7 @@ class Patch:
                 f"cache_implementation={generation_config.cache_implementation!r} cannot be used on a model patched "
                 "by LMInfinite, whose own cache is of constant size already: leave it out"
             )
+        check_end(model_kwargs.get("attention_mask"))
         given = model_kwargs.get("past_key_values")
         prepare = type(self._model)._prepare_cache_for_generation
         result = prepare(self._model, generation_config, model_kwargs, *args, **kwargs)

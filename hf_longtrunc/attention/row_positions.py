@@ -53,6 +53,15 @@ def left_padding(mask: Tensor | None, new: int) -> Tensor | None:
     return torch.where(real.any(-1), real.int().argmax(-1), mask.shape[1])
 
 
+def check_end(mask: Any) -> None:
+    """Refuse a mask [batch, tokens] that ends in padding where a text is about to be continued."""
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, -1].all()):
+        raise ValueError(
+            "attention_mask ends in zeros, and generate() goes on behind them: pad on the left, "
+            "tokenizer.padding_side = 'left'"
+        )
+
+
 def check_positions(position_ids: Any, mask: Tensor | None, new: int) -> None:
     """Refuse position_ids [..., new] that do not count up by one over real tokens."""
     if position_ids is None or new == 1:

@@ -268,7 +268,7 @@ def cream_part(
 ) -> None:
     """Draw position ids by CREAM, PoSE and not at all, and show which distances a model would meet in training."""
     console.rule("CREAM: the distances of a long window in documents of a short one")
-    schemes = {"CREAM": CreamPositions(), "PoSE": pose_positions, "contiguous": contiguous_positions}
+    schemes: dict[str, Any] = {"CREAM": CreamPositions(), "PoSE": pose_positions, "contiguous": contiguous_positions}
     with console.status(f"drawing {draws:,} documents by each scheme"):
         seen = {name: distances_seen(scheme, window, window, factor, draws, seed) for name, scheme in schemes.items()}
     console.print(_coverage_table(seen, window, factor, draws))

@@ -91,7 +91,7 @@ def prepare(arm: str, arguments: argparse.Namespace) -> bool:
     if training.process_index == 0:
         model.save_pretrained(arguments.out / arm)
         tokenizer.save_pretrained(arguments.out / arm)
-    return training.process_index == 0
+    return bool(training.process_index == 0)
 
 
 def train(model: Any, tokenizer: Any, arm: str, window: int, training: Any, arguments: argparse.Namespace) -> Any:

@@ -75,7 +75,7 @@ class CreamCollator(TrainerCallback):
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, or a sampler, got {scheme!r}")
         self.inner, self.window, self.factor, self.scheme, self.seed = inner, window, factor, scheme, seed
         # Shared with DataLoader workers, those that live on from epoch to epoch too.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch: Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._is_attached = False
         self._undo = ExitStack()
 
@@ -190,7 +190,7 @@ def find_rotaries(model: Any) -> tuple[Any, list[nn.Module]]:
         raise TypeError(
             f"model must be a transformers causal language model or a PEFT wrapper of one, got {type(model).__name__}"
         )
-    decoder = owner.get_decoder()
+    decoder: Any = owner.get_decoder()  # type: ignore[no-untyped-call]
     decoder = decoder if isinstance(decoder, PreTrainedModel) else owner.base_model
     rotaries = [
         module

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM, default_data_collator
 
 from hf_longtrunc import BestFitPackingCollator, CreamCollator, CreamPositions, pack
-from hf_longtrunc.positions.collator import ROPE_IDS
+from hf_longtrunc.positions.collator import ROPE_IDS, documents_of
 from tests.conftest import tiny_config
 
 WINDOW, FACTOR = 48, 4
@@ -100,6 +100,14 @@ def test_every_packed_document_has_its_own_draw(layout):
     assert all(torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(plain[name])) for name in plain)
 
 
+def test_documents_begin_at_every_jump_however_short():
+    """One-token documents and jumps forwards are borders to transformers too, whatever the padding."""
+    positions = torch.tensor([[0, 0, 1, 5, 6, 0], [0, 1, 2, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 0, 1]])
+    numbers = documents_of(torch.zeros(2, 6, dtype=torch.long), positions, mask)
+    assert numbers.tolist() == [[1, 2, 2, 3, 3, 0], [0, 1, 1, 2, 0, 3]]
+
+
 def test_ids_depend_on_seed_epoch_and_tokens_alone():
     collator, rows = cream(seed=3).attach(double()), tokens(WINDOW, WINDOW, WINDOW)
     examples = [{"input_ids": row} for row in rows]
@@ -173,9 +181,9 @@ def reference_gradient(model, input_ids, positions, blocks, start, end):
     return head_gradient(reference, batch, start, end)
 
 
-def assert_near(found, wanted):
+def assert_near(found, wanted, tolerance=2e-6):
     """Eager attention takes its softmax in fp32 whatever the model's dtype."""
-    assert (found - wanted).abs().max() < 2e-6 * wanted.abs().max()
+    assert (found - wanted).abs().max() < tolerance * wanted.abs().max()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -203,6 +211,21 @@ def test_tail_reaches_head_as_in_the_reference(attention, use_cache, is_packed):
     assert_near(gradient, expected)
     if is_packed and not use_cache:
         assert gradient[end:].abs().max() == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, about its own compiler
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_flex_attention_sees_what_eager_does(is_packed):
+    """Logits only: flex has no backward pass on a CPU."""
+    model = LlamaForCausalLM(tiny_config()).train()
+    collator = cream(BestFitPackingCollator(WINDOW, pad_token_id=0) if is_packed else whole).attach(model)
+    batch = packed_batch(collator) if is_packed else collator([{"input_ids": row} for row in tokens(WINDOW)])
+    logits = []
+    for attention in ("eager", "flex_attention"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            logits.append(model(**batch, use_cache=False).logits)
+    assert_near(logits[1], logits[0], 1e-4)
 
 
 def test_packed_documents_are_each_as_alone():
@@ -379,6 +402,19 @@ def test_detached_model_is_as_before():
     assert {name: set(vars(module)) for name, module in model.named_modules()} == {n: set(v) for n, v in state.items()}
     plain = whole([{"input_ids": row} for row in tokens(WINDOW)])
     assert torch.equal(model(**plain).loss, copy.deepcopy(model)(**plain).loss)
+
+
+def test_ids_reach_the_rotary_module_and_nothing_else():
+    """Layers never see them, and a rotary module uses them however it is handed its position_ids."""
+    model, seen = double(), []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    batch = cream().attach(model)([{"input_ids": row} for row in tokens(WINDOW)])
+    model(**batch, use_cache=False)
+    assert ROPE_IDS not in seen[0]
+    rotary, x, plain = model.model.rotary_emb, torch.zeros(1, dtype=torch.double), torch.arange(WINDOW)[None]
+    own = type(rotary).forward(rotary, x, batch[ROPE_IDS])
+    for found in (rotary(x, plain), rotary(x, position_ids=plain)):
+        assert all(map(torch.equal, found, own))
 
 
 def test_a_training_batch_without_ids_is_plain_text():

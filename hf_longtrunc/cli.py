@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from hf_longtrunc import load_pretrained
 from hf_longtrunc.data.command import pack_command
-from hf_longtrunc.evaluation.commands import lm_eval, ppl, scrolls
+from hf_longtrunc.evaluation.commands import Model, lm_eval, ppl, scrolls
 from hf_longtrunc.summarize import summarize
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 console = Console()
-
-Model = Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")]
 
 
 @app.callback(help=__doc__)
@@ -69,10 +64,9 @@ def demo(
     if not 0 < top_p <= 1:
         raise typer.BadParameter(f"must lie in (0, 1], got {top_p}", param_hint="--top-p")
     chosen = parts or QUICK
-    if chosen == [Part.cream]:
-        cream_part(output_dir, seed=seed, console=console)
-        return
-    loaded, tokenizer = _load(model)
+    loaded: Any
+    tokenizer: Any
+    loaded, tokenizer = (None, None) if chosen == [Part.cream] else _load(model)
     if Part.sampling in chosen:
         sampling_part(
             loaded,
@@ -124,7 +118,7 @@ def match(
         raise typer.BadParameter(str(error)) from error
 
 
-def _load(model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(model: str | None) -> tuple[Any, Any]:
     try:
         with console.status("loading the model"):
             return load_pretrained(model)

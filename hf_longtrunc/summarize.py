@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from hf_longtrunc import Unlimiformer
+from hf_longtrunc import Unlimiformer, load_pretrained
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import BatchEncoding
 
 
@@ -34,7 +33,7 @@ def summarize(
     text = file.read()
     try:
         with console.status("loading the model"):
-            loaded, tokenizer = _load(model)
+            loaded, tokenizer = load_pretrained(model)
         arm = Unlimiformer(top_k=top_k, window=window, index=index)
         patch = arm.attach(loaded)
     except (OSError, ModuleNotFoundError, TypeError, ValueError) as error:
@@ -53,11 +52,6 @@ def summarize(
         _show(console, "its beginning, unmodified", loaded, tokenizer, beginning, settings)
 
 
-def _load(name: str) -> tuple[Any, Any]:
-    loaded: Any = AutoModelForSeq2SeqLM.from_pretrained(name)
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval(), AutoTokenizer.from_pretrained(name)
-
-
 def _prefix(model: Any, given: str | None) -> str:
     if given is not None:
         return given
@@ -70,7 +64,7 @@ def _show(
     title: str,
     model: Any,
     tokenizer: Any,
-    inputs: BatchEncoding | dict[str, torch.Tensor],
+    inputs: BatchEncoding | dict[str, Tensor],
     settings: dict[str, Any],
 ) -> None:
     since = time.perf_counter()

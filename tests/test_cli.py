@@ -23,15 +23,22 @@ from hf_longtrunc.demo import bat_part
 from tests.conftest import tiny_config
 
 
+def letter_tokenizer(special: list[str], letters: str) -> PreTrainedTokenizerFast:
+    """A token a letter, the special tokens first."""
+    vocabulary = {token: index for index, token in enumerate([*special, *letters])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+
+
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    letters = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,"
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {c: i for i, c in enumerate(letters, 4)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
-    LlamaForCausalLM(tiny_config(vocab_size=len(vocabulary))).save_pretrained(folder)
+    tokenizer = letter_tokenizer(
+        ["<pad>", "<s>", "</s>", "<unk>"], "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,"
+    )
+    tokenizer.save_pretrained(folder)
+    LlamaForCausalLM(tiny_config(vocab_size=len(tokenizer))).save_pretrained(folder)
     return str(folder)
 
 

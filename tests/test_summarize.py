@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from tests.attention.seq2seq_models import tiny_seq2seq
-from tests.test_cli import invoke, model_folder  # noqa: F401
+from tests.test_cli import invoke, letter_tokenizer, model_folder  # noqa: F401
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bart")
-    letters = "abcdefghijklmnopqrstuvwxyz ."
-    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | {c: i for i, c in enumerate(letters, 4)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    letter_tokenizer(["<s>", "<pad>", "</s>", "<unk>"], "abcdefghijklmnopqrstuvwxyz .").save_pretrained(folder)
     model = tiny_seq2seq()
     model.config.task_specific_params = {"summarization": {"prefix": "sum "}}
     model.float().save_pretrained(folder)

@@ -187,9 +187,9 @@ class ShardedDatastore:
         for shard, offset in zip(self.shards, self._offsets, strict=True):
             scores, ids = shard.search(queries.to(shard.device), k)
             parts.append((scores.to(queries.device), torch.where(ids < 0, ids, ids + offset).to(queries.device)))
-        if self._group is None:
-            return merge_top_k(parts, k)
         scores, ids = merge_top_k(parts, k)
+        if self._group is None:
+            return scores, ids
         missing = 0, k - ids.shape[1]  # every rank sends k, however little it holds
         all_scores = _gathered(F.pad(scores, missing, value=-torch.inf), self._group)
         all_ids = _gathered(F.pad(ids, missing, value=-1), self._group)

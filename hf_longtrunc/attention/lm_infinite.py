@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_longtrunc.attention.changes import attached
 from hf_longtrunc.attention.lambda_attention import PATHS
 from hf_longtrunc.attention.patch import Patch
 from hf_longtrunc.attention.strategies import TopBlocks, TopK
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from hf_longtrunc.models import without_peft
 
 
 @dataclass(frozen=True)
@@ -60,14 +58,7 @@ class LMInfinite:
         if self.path not in PATHS:
             raise ValueError(f"path must be one of {', '.join(PATHS)}, got {self.path!r}")
 
-    @contextmanager
-    def __call__(self, model: Any) -> Iterator[Any]:
-        """Patch `model` for the block and yield it."""
-        patch = self.attach(model)
-        try:
-            yield model
-        finally:
-            patch.detach()
+    __call__ = attached
 
     def attach(self, model: Any) -> Patch:
         """Patch `model`, a transformers causal language model or a PEFT wrapper of one, until `detach()`.
@@ -130,8 +121,7 @@ def _check_count(name: str, value: object, least: int) -> None:
 
 
 def _language_model(model: Any) -> Any:
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    model = without_peft(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model must be a transformers causal language model or a PEFT wrapper of one, got {type(model).__name__}"

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 from transformers.masking_utils import causal_mask_function
 
 from hf_longtrunc.attention.cache import ArchiveCacheLayer, LambdaCacheLayer
-from hf_longtrunc.attention.changes import Changes
+from hf_longtrunc.attention.changes import Changes, disagreement
 from hf_longtrunc.attention.families import gptj_rotation, own_forward
 from hf_longtrunc.attention.lambda_attention import (
     Scoring,
@@ -193,9 +193,8 @@ class Patch:
 
     def _check_against(self, before: Tensor) -> None:
         """Refuse a model that has changed within the window: the guard against what nobody has thought of."""
-        difference = (self._few_hidden_states() - before).double().norm()
-        tolerance = 0.1 if before.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        if not difference <= tolerance * before.double().norm():
+        difference = disagreement(before, self._few_hidden_states())
+        if difference is not None:
             raise CannotPatchError(
                 f"within the window its attention would give other results than the model's own (they differ by "
                 f"{difference:.1e}), so it computes something that is not reproduced here"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_longtrunc.attention.rotary import CannotPatchError, Rotation, find_rotation
+from hf_longtrunc.models import evaluating
 
 if TYPE_CHECKING:
     from hf_longtrunc.attention.rotary import ExactRotary
@@ -85,12 +86,6 @@ def forward_quietly(decoder: Any, tokens: list[list[int]]) -> Tensor:
     weight = decoder.get_input_embeddings().weight
     # What accelerate offloads lies on "meta" between forwards; its hooks move inputs from anywhere.
     ids = torch.tensor(tokens, device="cpu" if weight.is_meta else weight.device)
-    training = {module: module.training for module in decoder.modules()}
-    decoder.eval()
-    try:
-        with torch.no_grad():
-            hidden: Tensor = decoder(input_ids=ids, use_cache=False)[0]
-    finally:
-        for module, flag in training.items():
-            module.training = flag
+    with evaluating(decoder), torch.no_grad():
+        hidden: Tensor = decoder(input_ids=ids, use_cache=False)[0]
     return hidden

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,14 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_longtrunc.attention.changes import Changes
+from hf_longtrunc.attention.changes import Changes, attached, disagreement
 from hf_longtrunc.attention.cross_attention import cross_attention_modules
 from hf_longtrunc.attention.datastore import Datastore, FaissDatastore
 from hf_longtrunc.attention.long_encoder import long_encoder, real_spans
 from hf_longtrunc.attention.retrieved_attention import retrieved_attention
+from hf_longtrunc.models import evaluating, without_peft
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from hf_longtrunc.attention.cross_attention import CrossAttention
     from hf_longtrunc.attention.datastore import Store
@@ -88,14 +88,7 @@ class Unlimiformer:
         if self.training not in get_args(Training):
             raise ValueError(f"training must be one of {', '.join(get_args(Training))}, got {self.training!r}")
 
-    @contextmanager
-    def __call__(self, model: Any) -> Iterator[Any]:
-        """Patch `model` for the block and yield it."""
-        patch = self.attach(model)
-        try:
-            yield model
-        finally:
-            patch.detach()
+    __call__ = attached
 
     def attach(self, model: Any) -> RetrievalPatch:
         """Patch `model`, a transformers encoder-decoder over text or a PEFT wrapper of one, until `detach()`.
@@ -179,26 +172,19 @@ class RetrievalPatch:
         ids = torch.tensor(
             [[(7 * i + 3) % len(embeddings) for i in range(min(8, self.window))]], device=embeddings.device
         )
-        training = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with torch.no_grad():
-                states = self._encoder(input_ids=ids)[0]
-                decoded: Tensor = self._decoder(input_ids=ids, encoder_hidden_states=states, use_cache=False)[0]
-        finally:
-            for module, flag in training.items():
-                module.training = flag
+        with evaluating(model), torch.no_grad():
+            states = self._encoder(input_ids=ids)[0]
+            decoded: Tensor = self._decoder(input_ids=ids, encoder_hidden_states=states, use_cache=False)[0]
         return decoded
 
     def _check_against(self, before: Tensor) -> None:
         """Refuse a model whose cross-attention, retrieving everything, gives other results than its own."""
         self._longest_untouched = 0
         try:
-            difference = (self._few_states() - before).double().norm()
+            difference = disagreement(before, self._few_states())
         finally:
             self._longest_untouched = self.window
-        tolerance = 0.1 if before.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        if not difference <= tolerance * before.double().norm():
+        if difference is not None:
             raise ValueError(
                 f"Unlimiformer cannot patch {type(self._model).__name__}: its cross-attention computes something that "
                 f"is not reproduced here (results differ by {difference:.1e})"
@@ -286,8 +272,7 @@ def _random_states(store: Any, k: int) -> Datastore:
 
 
 def _encoder_decoder(model: Any) -> Any:
-    if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    model = without_peft(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"model must be a transformers encoder-decoder or a PEFT wrapper of one, got {type(model).__name__}"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_longtrunc.models import evaluating
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -37,12 +39,8 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
         raise ValueError(f"{type(model).__name__} takes no position_ids: documents packed for it would see each other")
     if batch.get("position_ids") is None:
         raise ValueError("the batch has no position_ids; collate it with BestFitPackingCollator")
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         own, leaked = _influence(model, _probe(batch))
-    finally:
-        model.train(was_training)
     if not leaked <= _LEAK * own:
         raise ValueError(
             f"documents packed in one row see each other in this {type(model).__name__}: changing the first one's "

@@ -38,16 +38,19 @@ if TYPE_CHECKING:
 
     from hf_longtrunc.evaluation.records import Arm
 
+Model = Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")]
+Window = Annotated[int | None, typer.Option(min=1, help="LM-Infinite's window; the trained one if left out.")]
+Sinks = Annotated[int, typer.Option(min=0, help="First tokens that stay visible.")]
+WithLMInfinite = Annotated[bool, typer.Option("--lm-infinite", help="Run LM-Infinite too, side by side.")]
+
 _MARGIN = 16  # tokens at the end of a text cut anywhere that might have been others, had it gone on
 
 
 def ppl(
     file: Annotated[typer.FileText, typer.Argument(encoding="utf-8", help="A text, or - for standard input.")] = "-",  # type: ignore[assignment]
-    model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
-    window: Annotated[
-        int | None, typer.Option(min=1, help="LM-Infinite's window; the trained one if left out.")
-    ] = None,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens that stay visible.")] = 16,
+    model: Model = None,
+    window: Window = None,
+    sinks: Sinks = 16,
     tokens: Annotated[int, typer.Option(min=2, help="Read so many tokens of the text.")] = 12_288,
     skip: Annotated[int, typer.Option(min=0, help="Leave out so many tokens before them.")] = 0,
     chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward.")] = 512,
@@ -69,7 +72,7 @@ def ppl(
 
 def scrolls(
     task: Annotated[str, typer.Argument(help=f"One of {', '.join(METRICS)}.")],
-    model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
+    model: Model = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder, zip or JSON-lines file; fetched from the hub if left out.")
     ] = None,
@@ -81,11 +84,9 @@ def scrolls(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of a prediction; the task's own number if left out.")
     ] = None,
-    lm_infinite: Annotated[bool, typer.Option("--lm-infinite", help="Run LM-Infinite too, side by side.")] = False,
-    window: Annotated[
-        int | None, typer.Option(min=1, help="LM-Infinite's window; the trained one if left out.")
-    ] = None,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens that stay visible.")] = 16,
+    lm_infinite: WithLMInfinite = False,
+    window: Window = None,
+    sinks: Sinks = 16,
     output_dir: Annotated[Path, typer.Option(help="Records, predictions, metrics and picture.")] = Path("scrolls"),
 ) -> None:
     """SCROLLS' official scores of a model, unmodified and patched, on the same examples in one run."""
@@ -104,18 +105,16 @@ def scrolls(
 
 def lm_eval(
     tasks: Annotated[list[str], typer.Argument(help="Names of lm-evaluation-harness' tasks.")],
-    model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
+    model: Model = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many samples a task.")] = None,
     lengths: Annotated[str | None, typer.Option(help="RULER's prompt lengths in tokens, e.g. 4096,8192.")] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Refuse longer prompts; unmodified: the trained window if left out.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
-    lm_infinite: Annotated[bool, typer.Option("--lm-infinite", help="Run LM-Infinite too, side by side.")] = False,
-    window: Annotated[
-        int | None, typer.Option(min=1, help="LM-Infinite's window; the trained one if left out.")
-    ] = None,
-    sinks: Annotated[int, typer.Option(min=0, help="First tokens that stay visible.")] = 16,
+    lm_infinite: WithLMInfinite = False,
+    window: Window = None,
+    sinks: Sinks = 16,
     output_dir: Annotated[Path, typer.Option(help="Where lm_eval.jsonl goes.")] = Path("lm_eval"),
 ) -> None:
     """lm-evaluation-harness on a model, unmodified and patched; a prompt that does not fit is an error, never cut."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hf_longtrunc.evaluation.showing import new_table
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -13,12 +15,8 @@ if TYPE_CHECKING:
 
 def grid_table(records: Sequence[Any], names: Sequence[str], score: str, *, title: str, count: str) -> Table:
     """Lay mean scores out as a rich table: a row per value of the fields `names` and length, a column per depth."""
-    try:
-        from rich.table import Table
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a table needs rich: pip install 'hf_longtrunc[eval]'") from error
     depths = sorted({record.depth for record in records})
-    table = Table(*names, "tokens", title=title)
+    table = new_table(*names, "tokens", title=title)
     for column in [*(f"{depth:.0%}" for depth in depths), "mean", count]:
         table.add_column(column, justify="right")
     rows: dict[tuple[Any, ...], list[Any]] = {}

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hf_longtrunc.evaluation.records import Journal, arm_settings, model_settings
+from hf_longtrunc.evaluation.showing import new_table
 
 try:
     import lm_eval
@@ -167,22 +169,14 @@ def run_harness(
         patch = None if arm is nullcontext else arm
         with PatchedLM(model, tokenizer=tokenizer, arm=patch, max_length=max_length, batch_size=batch_size) as lm:
             for task in tasks:
-                record = journal.get(task=task, **cell)
-                if record is None:
-                    record = HarnessRecord(task=task, **cell, **_evaluated(lm, task, manager, limit))
-                    journal.add(record)
-                records.append(record)
+                records.append(journal.once({"task": task, **cell}, partial(_evaluated, lm, task, manager, limit)))
     return records
 
 
 def harness_table(records: Sequence[HarnessRecord]) -> Table:
     """Lay records out as a rich table: a row per task and metric, a column per arm."""
-    try:
-        from rich.table import Table
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("harness_table() needs rich: pip install 'hf_longtrunc[eval]'") from error
     arms = list(dict.fromkeys(record.arm for record in records))
-    table = Table("task", "metric", title="lm-evaluation-harness")
+    table = new_table("task", "metric", title="lm-evaluation-harness")
     for heading in [*arms, "samples"]:
         table.add_column(heading, justify="right")
     values = {(r.task, metric, r.arm): value for r in records for metric, value in r.metrics.items()}

@@ -21,6 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hf_longtrunc import SoftmaxBasis, SupportChecker
+from hf_longtrunc.evaluation.showing import new_axes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,10 +74,7 @@ def match_table(columns: dict[str, list[float]], shares: Sequence[float] = SHARE
 
 def match_plot(columns: dict[str, list[float]], axes: Axes | None = None) -> Axes:
     """Draw the share of refused tokens over epsilon, a line a method."""
-    if axes is None:
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots(figsize=(7, 4.5), layout="constrained")[1]
+    axes = axes or new_axes(7, 4.5)
     for method, values in columns.items():
         ordered = sorted(values)
         axes.step(ordered, [n / len(ordered) for n in range(len(ordered))], where="pre", label=method, linewidth=1.2)

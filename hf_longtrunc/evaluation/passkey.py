@@ -11,12 +11,13 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm.auto import tqdm
 
+from hf_longtrunc.evaluation.answers import greedy_answer
 from hf_longtrunc.evaluation.grids import grid_table, mean_score, plot_grids
 from hf_longtrunc.evaluation.haystack import Haystack
 from hf_longtrunc.evaluation.records import Journal, arm_settings, model_settings
@@ -135,11 +136,7 @@ def run_passkey(
         setting = {"filler": prompts.filler, "arm": name, "settings": arm_settings(arm), **model_settings(model)}
         with arm(model):
             for task in tqdm(tasks, desc=name, unit="key", disable=not progress):
-                record = journal.get(**vars(task), **setting)
-                if record is None:
-                    record = _ask(model, prompts, task, setting)
-                    journal.add(record)
-                records.append(record)
+                records.append(journal.once({**vars(task), **setting}, partial(_answered, model, prompts, task)))
     return records
 
 
@@ -158,12 +155,9 @@ def accuracy(records: Sequence[PasskeyRecord]) -> float:
     return mean_score(records, "correct")
 
 
-def _ask(model: Any, prompts: PasskeyPrompts, task: PasskeyTask, setting: dict[str, Any]) -> PasskeyRecord:
+def _answered(model: Any, prompts: PasskeyPrompts, task: PasskeyTask) -> dict[str, Any]:
     ids, key = prompts(task)
-    prompt = torch.tensor([ids], device=model.device)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=_ANSWER_TOKENS, **greedy)
-    answer = prompts.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    answer = prompts.tokenizer.decode(greedy_answer(model, ids, _ANSWER_TOKENS), skip_special_tokens=True)
     found = re.search(r"\d+", answer)
     correct = found is not None and found[0] == key
-    return PasskeyRecord(**vars(task), **setting, key=key, answer=answer, correct=correct)
+    return {"key": key, "answer": answer, "correct": correct}

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_longtrunc.evaluation.records import arm_settings, model_settings
+from hf_longtrunc.evaluation.showing import new_axes, new_table
 from hf_longtrunc.evaluation.streaming import start_stream
 
 if TYPE_CHECKING:
@@ -196,12 +197,8 @@ def perplexity_records(
 
 def perplexity_table(records: Sequence[PerplexityRecord]) -> Table:
     """Lay records out as a rich table: a row per arm, a column per bin of positions."""
-    try:
-        from rich.table import Table
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("perplexity_table() needs rich: pip install 'hf_longtrunc[eval]'") from error
     bins = sorted({(record.start, record.end) for record in records})
-    table = Table("arm", title="perplexity by position")
+    table = new_table("arm", title="perplexity by position")
     for start, end in bins:
         table.add_column(f"{start:,}-{end:,}", justify="right")
     for arm in dict.fromkeys(record.arm for record in records):
@@ -220,7 +217,7 @@ def plot_perplexity(
         trained_window: draw a vertical line at this position.
         axes: draw into these Axes, which are returned; None makes new ones.
     """
-    axes = axes or _new_axes()
+    axes = axes or new_axes(9, 4.5)
     from matplotlib.ticker import LogFormatter
 
     for name, loss in losses.items():
@@ -256,13 +253,3 @@ def _checked_edges(edges: Sequence[int]) -> Sequence[int]:
     if len(edges) < 2 or edges[0] < 0 or not increasing:
         raise ValueError(f"edges must be at least two positions that increase from 0 or more, got {list(edges)}")
     return edges
-
-
-def _new_axes() -> Axes:
-    try:
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plot_perplexity() needs matplotlib: pip install 'hf_longtrunc[eval]'") from error
-    _, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes

@@ -67,8 +67,17 @@ class Journal(Generic[RecordT]):
 
     def __init__(self, path: str | os.PathLike[str] | None, record_type: type[RecordT], results: Collection[str]):
         self.path = path
+        self._record_type = record_type
         self._results = {*results, "device"}
         self._known = {self._cell(asdict(r)): r for r in (read_records(path, record_type) if path else [])}  # type: ignore[call-overload]
+
+    def once(self, planned: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> RecordT:
+        """Return the record of a cell: the known one, or a new one with what `measure()` returns as its results."""
+        record = self.get(**planned)
+        if record is None:
+            record = self._record_type(**planned, **measure())
+            self.add(record)
+        return record
 
     def get(self, **planned: Any) -> RecordT | None:
         """Return the record of the cell that these fields name, None if it is not done yet."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import string
 import uuid
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from tqdm.auto import tqdm
 
+from hf_longtrunc.evaluation.answers import greedy_answer
 from hf_longtrunc.evaluation.grids import grid_table, plot_grids
 from hf_longtrunc.evaluation.haystack import Haystack
 from hf_longtrunc.evaluation.passkey import PasskeyTask
@@ -214,9 +215,7 @@ class KeyValuePrompts:
             raise ValueError(f"depth must lie in [0, 1], from the prompt's start to its end, got {task.depth}")
         draw = task.random
         key, value = _uuid(draw), _uuid(draw)
-        opened: list[int] = self.tokenizer(
-            "Each line below is a key and its value. I will ask you for the value of one key.\n\n"
-        ).input_ids
+        opened: list[int] = self.tokenizer(self._opening).input_ids
         closed = self._tokens(f'\nThe value of the key "{key}" is "')
         asked = self._tokens(f'"{key}": "{value}"\n')
         room = task.length - len(opened) - len(closed) - len(asked)
@@ -266,11 +265,7 @@ def run_retrieval(
         with arm(model):
             for prompts, task in tqdm(cells, desc=name, unit="prompt", disable=not progress):
                 cell = {**vars(task), "battery": prompts.battery, "filler": prompts.filler, **setting}
-                record = journal.get(**cell)
-                if record is None:
-                    record = RetrievalRecord(**cell, **_answered(model, prompts, task))
-                    journal.add(record)
-                records.append(record)
+                records.append(journal.once(cell, partial(_answered, model, prompts, task)))
     return records
 
 
@@ -287,12 +282,7 @@ def plot_retrieval(records: Sequence[RetrievalRecord]) -> list[Axes]:
 
 def _answered(model: Any, prompts: Prompts, task: PasskeyTask) -> dict[str, Any]:
     ids, expected = prompts(task)
-    prompt = torch.tensor([ids], device=model.device)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    output = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=prompts.answer_tokens, **greedy
-    )
-    answer = prompts.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    answer = prompts.tokenizer.decode(greedy_answer(model, ids, prompts.answer_tokens), skip_special_tokens=True)
     found = sum(text.lower() in answer.lower() for text in expected)
     return {"tokens": len(ids), "expected": expected, "answer": answer, "score": found / len(expected)}
 

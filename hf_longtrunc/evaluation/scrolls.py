@@ -12,14 +12,16 @@ import re
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import torch
 from tqdm.auto import tqdm
 
+from hf_longtrunc.evaluation.answers import greedy_answer
 from hf_longtrunc.evaluation.records import Journal, arm_settings, model_settings
 from hf_longtrunc.evaluation.scrolls_metrics import METRICS as METRICS, benchmark as benchmark, evaluate as evaluate
+from hf_longtrunc.evaluation.showing import new_axes, new_table
 
 if TYPE_CHECKING:
     import os
@@ -186,11 +188,8 @@ def run(
         cell |= {"settings": arm_settings(arm), **model_settings(model)}
         with arm(model):
             for row in tqdm(_once(rows), desc=name, unit="example", disable=not progress):
-                record = journal.get(id=row["id"], **cell)
-                if record is None:
-                    record = ScrollsRecord(id=row["id"], **cell, **_predict(model, tokenizer, row, cell))
-                    journal.add(record)
-                records.append(record)
+                predict = partial(_predict, model, tokenizer, row, cell)
+                records.append(journal.once({"id": row["id"], **cell}, predict))
     return records
 
 
@@ -212,11 +211,7 @@ def predictions(records: Iterable[ScrollsRecord], arm: str | None = None) -> dic
 
 def scrolls_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Lay out arm -> what `evaluate` returned as a rich table: a row per arm, a column per displayed metric."""
-    try:
-        from rich.table import Table
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("scrolls_table() needs rich: pip install 'hf_longtrunc[eval]'") from error
-    table = Table("arm", title="SCROLLS")
+    table = new_table("arm", title="SCROLLS")
     shown = next(iter(results.values()))["display_keys"]
     for heading in [*shown, "score", "examples", "characters"]:
         table.add_column(heading.removeprefix("rouge/"), justify="right")
@@ -229,12 +224,7 @@ def scrolls_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def plot_scrolls(results: Mapping[str, Mapping[str, Any]], axes: Axes | None = None) -> Axes:
     """Draw arm -> what `evaluate` returned as groups of bars: a group per displayed metric, a bar per arm."""
-    if axes is None:
-        try:
-            import matplotlib.pyplot as plt
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("plot_scrolls() needs matplotlib: pip install 'hf_longtrunc[eval]'") from error
-        axes = plt.subplots(figsize=(6, 3.5), layout="constrained")[1]
+    axes = axes or new_axes(6, 3.5)
     shown = next(iter(results.values()))["display_keys"]
     width = 0.8 / len(results)
     for index, (arm, result) in enumerate(results.items()):
@@ -293,17 +283,13 @@ def _once(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
 
 def _predict(model: Any, tokenizer: Any, row: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, Any]:
     ids, cut = _prompt_ids(model, tokenizer, row, cell["task"], cell["max_tokens"])
-    inputs = torch.tensor([ids], device=model.device)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    limit = {"max_new_tokens": cell["max_new_tokens"]}
     try:
-        output = model.generate(inputs, attention_mask=torch.ones_like(inputs), **limit, **greedy)[0]
+        answer = greedy_answer(model, ids, cell["max_new_tokens"])
     except IndexError as error:
         raise ValueError(
             f"row {row['id']!r} has {len(ids)} tokens, more than this model has learned positions for: pass max_tokens "
             "(--max-tokens), or an arm that reads longer texts"
         ) from error
-    answer = output if model.config.is_encoder_decoder else output[len(ids) :]
     text = tokenizer.decode(answer, skip_special_tokens=True).strip()
     return {"prompt_tokens": len(ids), "cut_tokens": cut, "prediction": text}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from hf_longtrunc.evaluation.perplexity import token_losses
 from hf_longtrunc.evaluation.records import Journal, model_settings
+from hf_longtrunc.evaluation.showing import new_axes, new_table
 from hf_longtrunc.evaluation.streaming import start_stream
 
 if TYPE_CHECKING:
@@ -167,17 +169,13 @@ def run_repetition(
     for name, processors in samplers.items():
         setting: dict[str, Any] = {"sampler": name, "settings": _settings(processors)}
         for cell in tqdm(cells, desc=name, unit="text", disable=not progress):
-            record = journal.get(**setting, **cell)
-            if record is None:
-                record = RepetitionRecord(**setting, **cell, **_continued(model, tokenizer, processors, cell))
-                journal.add(record)
-            records.append(record)
+            records.append(journal.once(setting | cell, partial(_continued, model, tokenizer, processors, cell)))
     return records
 
 
 def truncation_table(scores: Sequence[TruncationScore]) -> Table:
     """Lay scores out as a rich table, a row per sampler."""
-    table = _table("samplers on a human text")
+    table = new_table(title="samplers on a human text")
     for heading in ("sampler", "human tokens kept", "kept mass", "total variation", "tokens kept", "entropy left"):
         table.add_column(heading, justify="left" if heading == "sampler" else "right")
     for score in scores:
@@ -189,7 +187,7 @@ def truncation_table(scores: Sequence[TruncationScore]) -> Table:
 
 def repetition_table(records: Sequence[RepetitionRecord]) -> Table:
     """Lay records out as a rich table, a row per sampler: share of repetitive texts, mean and smallest loss."""
-    table = _table("continuing a repeated phrase")
+    table = new_table(title="continuing a repeated phrase")
     for heading in ("sampler", "repetitive", "mean loss", "smallest", "texts"):
         table.add_column(heading, justify="left" if heading == "sampler" else "right")
     for name in dict.fromkeys(record.sampler for record in records):
@@ -202,7 +200,7 @@ def repetition_table(records: Sequence[RepetitionRecord]) -> Table:
 
 def plot_truncation(scores: Sequence[TruncationScore], axes: Axes | None = None) -> Axes:
     """Draw entropy left over total variation; samplers whose names share their first word are joined by a line."""
-    axes = axes or _new_axes()
+    axes = axes or new_axes(7, 4.5)
     families: dict[str, list[TruncationScore]] = {}
     for score in scores:
         families.setdefault(score.sampler.split()[0], []).append(score)
@@ -222,7 +220,7 @@ def plot_truncation(scores: Sequence[TruncationScore], axes: Axes | None = None)
 
 def plot_repetition(records: Sequence[RepetitionRecord], axes: Axes | None = None) -> Axes:
     """Draw each continuation's mean loss as a dot in its sampler's row, and the line under which it is repetitive."""
-    axes = axes or _new_axes()
+    axes = axes or new_axes(7, 4.5)
     names = list(dict.fromkeys(record.sampler for record in records))
     for row, name in enumerate(names):
         losses = [record.loss for record in records if record.sampler == name]
@@ -324,21 +322,3 @@ def _described(processor: Callable[[Tensor, Tensor], Tensor]) -> str:
     name = repr(processor) if kind.__repr__ is not object.__repr__ else kind.__name__
     name = getattr(processor, "__qualname__", name)
     return f"{name} {parameters}"
-
-
-def _table(title: str) -> Table:
-    try:
-        from rich.table import Table
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a table needs rich: pip install 'hf_longtrunc[eval]'") from error
-    return Table(title=title)
-
-
-def _new_axes() -> Axes:
-    try:
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a picture needs matplotlib: pip install 'hf_longtrunc[eval]'") from error
-    _, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    return axes

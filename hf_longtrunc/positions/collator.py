@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from hf_longtrunc.models import without_peft
 from hf_longtrunc.positions.cream import SCHEMES, check_lengths
 
 if TYPE_CHECKING:
@@ -183,9 +184,7 @@ def find_rotaries(model: Any) -> tuple[Any, list[nn.Module]]:
         TypeError: it is no transformers model, nor a PEFT wrapper of one.
         ValueError: it has no rotary modules.
     """
-    owner = (
-        model.get_base_model() if not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model") else model
-    )
+    owner = without_peft(model)
     if not isinstance(owner, PreTrainedModel):
         raise TypeError(
             f"model must be a transformers causal language model or a PEFT wrapper of one, got {type(model).__name__}"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_longtrunc.models import evaluating
 from hf_longtrunc.positions.collator import ROPE_IDS, CreamCollator, find_rotaries, is_attached
 
 _RUN = 8  # tokens of the head and of the tail of the test's row
@@ -32,14 +33,11 @@ def verify_positions(model: Any) -> None:
     _refuse_at_sight(model)
     decoder, _ = find_rotaries(model)
     borrowed = None if is_attached(decoder) else CreamCollator(dict, 1, 1).attach(model)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    decoder.training = True  # the door is open in training mode only; dropout, in the modules below, stays off
     try:
-        _test(model, decoder)
+        with evaluating(model):
+            decoder.training = True  # the door is open in training mode only; dropout, in the modules below, stays off
+            _test(model, decoder)
     finally:
-        for module, flag in training.items():
-            module.training = flag
         if borrowed is not None:
             borrowed.detach()
 

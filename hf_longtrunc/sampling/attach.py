@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationMixin, LogitNormalization, LogitsProcessorList, WatermarkLogitsProcessor
 
+from hf_longtrunc.models import without_peft
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -79,8 +81,7 @@ def _after_warpers(processors: LogitsProcessorList, attached: list[Processor]) -
 
 def _generating_instance(model: Any) -> Any:
     # PEFT forwards generate() to the model that it wraps: the attribute must sit there to be seen.
-    if not isinstance(model, GenerationMixin) and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    model = without_peft(model)
     if not isinstance(model, GenerationMixin):
         raise TypeError(
             f"model must be a transformers model with generate() or a PEFT wrapper of one, got {type(model).__name__}; "

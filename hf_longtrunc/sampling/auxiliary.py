@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_longtrunc.models import without_peft
 from hf_longtrunc.sampling.logit_difference import (
     contrast,
     exclude_tail,
@@ -372,8 +373,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _forward_parameters(model: Any) -> frozenset[str]:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return frozenset(inspect.signature(base.forward).parameters)
+    return frozenset(inspect.signature(without_peft(model).forward).parameters)
 
 
 def _has_attention_layers_only(config: Any) -> bool:

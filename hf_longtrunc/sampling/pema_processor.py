@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 
+from hf_longtrunc.models import evaluating
 from hf_longtrunc.sampling.head import LanguageModelHead, head_inputs
 from hf_longtrunc.sampling.pema import (
     GradualUnrolling,
@@ -21,7 +22,7 @@ from hf_longtrunc.sampling.pema import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -60,7 +61,7 @@ def build_pema_memory(
     ends = list(accumulate(counts))
     hidden = torch.empty(sum(counts), head.hidden_size, dtype=model.dtype)
     order = sorted((index for index, count in enumerate(counts) if count), key=lambda index: len(rows[index][0]))
-    with _evaluating(model):
+    with evaluating(model):
         for start in tqdm(range(0, len(order), batch_size), desc="PEMA memory", leave=False, disable=not progress):
             batch = order[start : start + batch_size]
             states = _states(model, head, [rows[index][0] for index in batch])
@@ -254,17 +255,6 @@ def _states(model: Any, head: LanguageModelHead, rows: Sequence[Tensor]) -> Tens
     with head_inputs(head.module, see):
         model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
     return seen[-1]
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _checked_example(example: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -19,6 +14,7 @@ from hf_longtrunc import BestFitPackingCollator, pack
 from hf_longtrunc.data.documents import IGNORE
 from tests.conftest import tiny_config
 from tests.data.corpora import raw_examples
+from tests.launch import two_ranks
 
 SEQ_LENGTH = 64
 LENGTHS = np.random.default_rng(7).integers(2, 40, 96).tolist()
@@ -106,19 +102,7 @@ class Examples:
 
 
 def test_two_ranks_make_the_same_steps_and_see_every_token_once(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # --multi_gpu is accelerate's word for torchrun; the worker's TrainingArguments put it on the CPU and gloo.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment |= {"CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [*launch, str(WORKER), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=240, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    ranks = two_ranks(WORKER, tmp_path)
     assert ranks[0]["world"] == ranks[1]["world"] == 2
     assert ranks[0]["steps"] == ranks[1]["steps"] > 3
     seen = sorted(tuple(document) for rank in ranks for document in rank["documents"])

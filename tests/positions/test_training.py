@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -18,6 +13,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 from hf_longtrunc import BestFitPackingCollator, CreamCollator, extend_context, pack
 from hf_longtrunc.positions.collator import ROPE_IDS
 from tests.conftest import tiny_config
+from tests.launch import two_ranks
 from tests.positions.test_collator import enable_checkpointing
 
 WINDOW, FACTOR = 32, 4
@@ -153,19 +149,7 @@ def test_packed_training_runs_and_differs_from_plain(tmp_path):
 
 
 def test_two_ranks_see_different_documents_with_different_ids(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # --multi_gpu is accelerate's word for torchrun; the worker's TrainingArguments put it on the CPU and gloo.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    launch += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment |= {"CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(
-        [*launch, str(WORKER), str(tmp_path)], capture_output=True, text=True, env=environment, timeout=240, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    ranks = two_ranks(WORKER, tmp_path)
     assert [rank["world"] for rank in ranks] == [2, 2]
     assert ranks[0]["parameters"] == ranks[1]["parameters"]
     draws = [by_document(rank["seen"]) for rank in ranks]

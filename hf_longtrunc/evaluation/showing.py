@@ -1,0 +1,29 @@
+"""Empty tables and axes, or the word what to install for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from rich.table import Table
+
+
+def new_table(*headings: str, title: str) -> Table:
+    """Return a rich table without rows."""
+    try:
+        from rich.table import Table
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a table needs rich: pip install 'hf_longtrunc[eval]'") from error
+    return Table(*headings, title=title)
+
+
+def new_axes(width: float, height: float) -> Axes:
+    """Return matplotlib Axes of their own figure, in inches, open at the top and on the right."""
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("a picture needs matplotlib: pip install 'hf_longtrunc[eval]'") from error
+    _, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes

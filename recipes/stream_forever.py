@@ -40,14 +40,14 @@ def written(model: Any, tokenizer: Any, cache: Any, logits: Tensor) -> Iterator[
         scores[:, tokenizer.all_special_ids] = -torch.inf
         token = torch.multinomial(eta(None, scores).softmax(-1), 1)
         yield token
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=token, cache=cache, use_cache=True).logits
 
 
 def read(model: Any, cache: Any, ids: Tensor) -> Iterator[Tensor]:
     """Yield the tokens of a text [1, n] after feeding each to the model; the text starts again at its end."""
     for position in itertools.cycle(range(ids.shape[1])):
         token = ids[:, position : position + 1]
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, cache=cache, use_cache=True)
         yield token
 
 

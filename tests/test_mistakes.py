@@ -29,8 +29,8 @@ IDS = torch.arange(1, 9)[None]
 
 def cache_out_of_its_block(model):
     with LMInfinite(window_length=8)(model):
-        cache = model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True).past_key_values
-    model(IDS[:, :1], past_key_values=cache)
+        cache = model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True).cache
+    model(IDS[:, :1], cache=cache)
 
 
 def two_patches(model):

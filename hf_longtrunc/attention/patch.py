@@ -18,7 +18,7 @@ from transformers.masking_utils import causal_mask_function
 
 from hf_longtrunc.attention.cache import ArchiveCacheLayer, LambdaCacheLayer
 from hf_longtrunc.attention.changes import Changes, disagreement
-from hf_longtrunc.attention.families import gptj_rotation, own_forward
+from hf_longtrunc.attention.families import own_forward
 from hf_longtrunc.attention.lambda_attention import (
     Scoring,
     distance,
@@ -159,16 +159,13 @@ class Patch:
         return sources
 
     def _learn_rotations(self, sources: list[ExactRotary]) -> None:
-        known: dict[nn.Module, Rotation | None] = {}
         for module in self._decoder.modules():
             build = own_forward(module)
             if build is not None:
                 self._changes.set(module, "forward", build(module, partial(self._attend_own, module)))
-                if hasattr(module, "embed_positions"):
-                    known[module] = gptj_rotation(module)
         self._probe = Probe(self._decoder, sources)
         try:
-            self._rotations = self._probe.rotations(known)
+            self._rotations = self._probe.rotations()
         finally:
             self._probe = None
 
@@ -213,7 +210,7 @@ class Patch:
         if isinstance(self.retrieval, TopBlocks) and self._ballot is None:
             inputs = self._chosen_for(decoder, self.retrieval, inputs)
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        new, device, cache = tokens.shape[1], tokens.device, inputs.get("past_key_values")
+        new, device, cache = tokens.shape[1], tokens.device, inputs.get("cache")
         past = 0 if cache is None else int(cache.get_seq_length())
         mask = checked_mask(inputs.get("attention_mask"), past + new)
         check_positions(inputs.get("position_ids"), mask, new)
@@ -245,7 +242,7 @@ class Patch:
         Nothing happens for a text without a middle, and for a forward that keeps the choice there is.
         """
         self._first_hidden = None
-        cache: Any = inputs.get("past_key_values")
+        cache: Any = inputs.get("cache")
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         new = tokens.shape[1]
         seen = new + (0 if cache is None else int(cache.get_seq_length()))
@@ -470,13 +467,13 @@ class Patch:
                 "by LMInfinite, whose own cache is of constant size already: leave it out"
             )
         check_end(model_kwargs.get("attention_mask"))
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get("cache")
         prepare = type(self._model)._prepare_cache_for_generation
         result = prepare(self._model, generation_config, model_kwargs, *args, **kwargs)
         # Where layers read each other's keys, what one of them does to its sinks would reach the next.
         are_keys_shared = bool(getattr(self._decoder.config, "num_kv_shared_layers", 0))
-        if given is None and "past_key_values" in model_kwargs and not are_keys_shared:
-            layers = model_kwargs["past_key_values"].layers
+        if given is None and "cache" in model_kwargs and not are_keys_shared:
+            layers = model_kwargs["cache"].layers
             for module, rotation in self._rotations.items():
                 index = getattr(module, "layer_idx", len(layers))
                 if index < len(layers) and type(layers[index]) is DynamicLayer:

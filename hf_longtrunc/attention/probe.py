@@ -36,7 +36,7 @@ class Probe:
             raise CannotPatchError("a layer runs several times in a forward")
         self._captured[module] = torch.cat([query, key], dim=1)
 
-    def rotations(self, known: dict[nn.Module, Rotation | None]) -> dict[nn.Module, Rotation | None]:
+    def rotations(self) -> dict[nn.Module, Rotation | None]:
         """Return the rotation of each layer that was recorded, None for one that rotates nothing.
 
         Raises:
@@ -49,17 +49,12 @@ class Probe:
                 "mask from transformers' interfaces"
             )
         for module, states in unrotated.items():
-            if module not in known and not torch.allclose(
-                states, states[:, :, :1].expand_as(states), rtol=1e-2, atol=1e-4
-            ):
+            if not torch.allclose(states, states[:, :, :1].expand_as(states), rtol=1e-2, atol=1e-4):
                 raise CannotPatchError(
                     "its queries depend on absolute positions (learned or sinusoidal position embeddings), or its "
                     "layers mix tokens outside attention (recurrence, convolution): there is no distance to limit"
                 )
-        return {
-            module: known[module] if module in known else find_rotation(states, rotated[module], self.sources)
-            for module, states in unrotated.items()
-        }
+        return {module: find_rotation(states, rotated[module], self.sources) for module, states in unrotated.items()}
 
     def _states(self, factor: float) -> dict[nn.Module, Tensor]:
         """Return each layer's queries and keys, turned by `factor` times the probe angles."""

@@ -91,12 +91,18 @@ class ExactRotary:
 
     def __init__(self, module: nn.Module, layer_type: str | None, window: int, generator: torch.Generator):
         twin = copy.deepcopy(module)  # asking may change a module: dynamic and longrope store what they saw last
-        prefix = f"{layer_type}_" if layer_type else ""
-        device = getattr(twin, f"{prefix}inv_freq").device
-        positions = torch.tensor([[0, 1, 2, 3, max(4, window - 1)]], device=device)
+        table = _table(twin)
+        device = next(twin.buffers()).device
+        last = max(4, window - 1) if table is None else len(table) - 1
+        positions = torch.tensor([[0, 1, 2, 3, last]], device=device)
         extra = {"layer_type": layer_type} if layer_type else {}
         answer = type(twin).forward(twin, torch.zeros(1, 5, 1, dtype=torch.float64, device=device), positions, **extra)
-        self.frequencies: Tensor = getattr(twin, f"{prefix}inv_freq").detach().double().cpu().clone().to(device)
+        if table is None:
+            frequencies = getattr(twin, f"{layer_type}_inv_freq" if layer_type else "inv_freq").detach()
+        else:
+            count = table.shape[-1] // 2
+            frequencies = 10_000 ** (-torch.arange(count, dtype=torch.float64) / count)
+        self.frequencies: Tensor = frequencies.double().cpu().clone().to(device)
         self.probe_angles = 0.2 + 1.2 * torch.rand(self.frequencies.shape, generator=generator, dtype=torch.float64)
         self.probing: float | None = None
         self._set_form(answer, type(module).__name__)
@@ -105,7 +111,9 @@ class ExactRotary:
     def _set_form(self, answer: Any, name: str) -> None:
         count = self.frequencies.shape[-1]
         self.is_complex = isinstance(answer, Tensor) and answer.is_complex()
-        sample = answer if self.is_complex else answer[0]
+        # At position 0 every cosine is the scale, and every sine is 0.
+        self.is_sine_first = not self.is_complex and not answer[0][0, 0].any()
+        sample = answer if self.is_complex else answer[1] if self.is_sine_first else answer[0]
         if not isinstance(sample, Tensor) or sample.ndim != 3 or sample.shape[-1] not in (count, 2 * count):
             raise CannotPatchError(f"{name} answers with something else than cosines and sines [batch, n, dim]")
         self.scale = float(sample[0, 0, 0].real)
@@ -132,7 +140,8 @@ class ExactRotary:
         if self.is_complex:
             return torch.polar(torch.full_like(angles, self.scale), angles).to(self.dtype or torch.complex128)
         dtype = self.dtype or x.dtype
-        return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+        cos, sin = (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
+        return (sin, cos) if self.is_sine_first else (cos, sin)
 
 
 def rotary_modules(decoder: nn.Module, window: int) -> Iterator[tuple[nn.Module, dict[str | None, ExactRotary]]]:
@@ -141,8 +150,15 @@ def rotary_modules(decoder: nn.Module, window: int) -> Iterator[tuple[nn.Module,
     for module in decoder.modules():
         names = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
         types = [name.removesuffix("inv_freq").rstrip("_") or None for name in names if "original" not in name]
-        if types:
+        if types or _table(module) is not None:
+            types = types or [None]
             yield module, {layer_type: ExactRotary(module, layer_type, window, generator) for layer_type in types}
+
+
+def _table(module: nn.Module) -> Tensor | None:
+    """Return the table [positions, sines and cosines] that GPT-J and CodeGen look angles up in, None elsewhere."""
+    is_rotary = type(module).__name__.endswith("RotaryEmbedding")
+    return module._buffers.get("embed_positions") if is_rotary else None
 
 
 def find_rotation(unrotated: Tensor, rotated: Tensor, sources: list[ExactRotary]) -> Rotation | None:

@@ -88,7 +88,7 @@ def stream_losses(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         if ids.shape[1] == 0:
             yield last.new_empty(ids.shape, dtype=torch.float32)
             continue
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=ids, cache=cache, use_cache=True).logits
         yield torch.cat([_losses(last, ids[:, :1]), _losses(logits[:, :-1], ids[:, 1:])], dim=1)
         last = logits[:, -1:].clone()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def start_stream(model: Any, input_ids: Tensor) -> tuple[Any, Tensor]:
-    """Read the first tokens of a stream; go on with `model(input_ids=..., past_key_values=cache, use_cache=True)`.
+    """Read the first tokens of a stream; go on with `model(input_ids=..., cache=cache, use_cache=True)`.
 
     Args:
         model: a causal LM that generates. Patched by LMInfinite, it builds a cache of constant size.
@@ -31,9 +31,9 @@ def start_stream(model: Any, input_ids: Tensor) -> tuple[Any, Tensor]:
         return_dict_in_generate=True,
         output_logits=True,
     )
-    cache = output.past_key_values
+    cache = output.cache
     if cache is None or cache.get_seq_length() != input_ids.shape[1]:
-        raise ValueError(f"{type(model).__name__} keeps no past_key_values, so it cannot be read in chunks")
+        raise ValueError(f"{type(model).__name__} keeps no cache, so it cannot be read in chunks")
     return cache, output.logits[0][:, None]
 
 

@@ -258,7 +258,7 @@ def _logits(model: Any, ids: Tensor, chunk: int) -> Iterator[Tensor]:
     yield first[0].float()
     for start in range(1, len(ids) - 1, chunk):
         piece = ids[start : min(start + chunk, len(ids) - 1)]
-        logits = model(input_ids=piece[None], past_key_values=cache, use_cache=True).logits[0]
+        logits = model(input_ids=piece[None], cache=cache, use_cache=True).logits[0]
         yield from torch.split(logits.float(), 1)
 
 

@@ -348,7 +348,7 @@ class _CachedModel:
             output = self.model(
                 input_ids=ids[:, begin:end],
                 attention_mask=mask[:, :end],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=cache is not None,
                 **{name: value for name, value in options.items() if name in self._takes},
             )

@@ -54,13 +54,13 @@ def ring_cache(model):
     """The cache that generate() builds on a patched model."""
     inputs = {}
     model._prepare_cache_for_generation(model.generation_config, inputs, None, 1, 1)
-    return inputs["past_key_values"]
+    return inputs["cache"]
 
 
 def in_chunks(model, ids, sizes, cache, **inputs):
     parts, start = [], 0
     for size in sizes:
-        parts.append(logits(model, ids[:, start : start + size], past_key_values=cache))
+        parts.append(logits(model, ids[:, start : start + size], cache=cache))
         start += size
     assert start == ids.shape[1]
     return torch.cat(parts, dim=1)
@@ -80,15 +80,9 @@ def naive_logits(family, ids, sinks, window, max_distance):
         "gemma3_text": Rope(head_dim, base=1e6),
     }.get(family, Rope(head_dim))
     naive = Naive(sinks, window, max_distance, rope)
-    if family == "gptj":
-        for block in model.transformer.h:
-            block.attn._attn = lambda q, k, v, mask: (
-                naive(*(rope.turn(x, -torch.arange(q.shape[2]))[0] for x in (q, k)), v[0], head_dim**-0.5)[None], None
-            )  # fmt: skip
-    elif family == "bloom":
+    if family == "bloom":
         return naive_bloom_logits(model, ids, naive)
-    else:
-        install(model, naive)
+    install(model, naive)
     return logits(model, ids)
 
 
@@ -194,7 +188,7 @@ def test_crop_leaves_no_trace(llama, monkeypatch):
         cache = ring_cache(llama)
         in_chunks(llama, ids[:, :40], [40], cache)
         for start in range(40, 80, 4):  # four kept out of nine, again and again
-            logits(llama, torch.cat([ids[:, start : start + 4], prompt(5)], dim=1), past_key_values=cache)
+            logits(llama, torch.cat([ids[:, start : start + 4], prompt(5)], dim=1), cache=cache)
             cache.crop(-5)
             assert cache.get_seq_length() == start + 4
         assert (in_chunks(llama, ids[:, 80:], [1] * 10, cache) - whole[:, 80:]).abs().max() < 3e-5
@@ -209,7 +203,7 @@ def test_two_chat_turns_are_one_conversation(model):
     with SETTINGS(model):
         first = model.generate(ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
         second_ids = torch.cat([first.sequences, prompt(15)], dim=1)
-        again = model.generate(second_ids, max_new_tokens=12, do_sample=False, past_key_values=first.past_key_values)
+        again = model.generate(second_ids, max_new_tokens=12, do_sample=False, cache=first.cache)
         fresh = model.generate(second_ids, max_new_tokens=12, do_sample=False)
         uncached = model.generate(second_ids, max_new_tokens=12, do_sample=False, use_cache=False)
     assert torch.equal(again, fresh)
@@ -272,11 +266,11 @@ def test_cache_bytes_are_constant(llama):
     with SETTINGS(llama):
         cache = ring_cache(llama)
         assert all(isinstance(layer, LambdaCacheLayer) for layer in cache.layers)
-        logits(llama, prompt(20), past_key_values=cache)
+        logits(llama, prompt(20), cache=cache)
         early, addresses = size(cache), [layer.keys.data_ptr() for layer in cache.layers]
         for _ in range(150):
-            logits(llama, prompt(1), past_key_values=cache)
-        logits(llama, prompt(300), past_key_values=cache)
+            logits(llama, prompt(1), cache=cache)
+        logits(llama, prompt(300), cache=cache)
         assert size(cache) == early
         assert [layer.keys.data_ptr() for layer in cache.layers] == addresses
         assert cache.get_seq_length() == 470
@@ -298,13 +292,13 @@ class Largest(TorchDispatchMode):
 def test_a_step_costs_the_same_however_long_the_stream(llama):
     with SETTINGS(llama):
         cache = ring_cache(llama)
-        logits(llama, prompt(), past_key_values=cache)
+        logits(llama, prompt(), cache=cache)
         with Largest() as early:
-            logits(llama, prompt(1), past_key_values=cache)
+            logits(llama, prompt(1), cache=cache)
         for layer in cache.layers:
             layer.seen = layer.written = 10_000_000
         with Largest() as late:
-            logits(llama, prompt(1), past_key_values=cache)
+            logits(llama, prompt(1), cache=cache)
     assert late.elements == early.elements
 
 
@@ -316,7 +310,7 @@ def test_generate_with_and_without_cache_agree(model):
     options = {"max_new_tokens": 100, "do_sample": False}
     with SETTINGS(model):
         cached = model.generate(ids, **options)
-        assert torch.equal(cached, model.generate(ids, past_key_values=DynamicCache(config=model.config), **options))
+        assert torch.equal(cached, model.generate(ids, cache=DynamicCache(config=model.config), **options))
         assert torch.equal(cached, model.generate(ids, prefill_chunk_size=7, **options))
         expected = logits(model, cached)[:, 24:-1].argmax(-1)
     assert torch.equal(cached[:, 25:], expected)
@@ -360,16 +354,16 @@ def test_rows_of_a_cache_can_be_repeated_and_chosen(llama):
     longer = torch.nn.functional.pad(mask, (0, 1), value=1)
     with SETTINGS(llama):
         cache = ring_cache(llama)
-        llama(ids, attention_mask=mask, past_key_values=cache)
+        llama(ids, attention_mask=mask, cache=cache)
         cache.batch_repeat_interleave(2)
-        got = logits(llama, following, past_key_values=cache, attention_mask=longer.repeat_interleave(2, 0))
+        got = logits(llama, following, cache=cache, attention_mask=longer.repeat_interleave(2, 0))
         text = torch.cat([ids.repeat_interleave(2, 0), following], dim=1)
         expected = logits(llama, text, attention_mask=longer.repeat_interleave(2, 0))[:, -1:]
         assert (got - expected).abs().max() < 3e-5
         chosen = torch.tensor([3, 0])
         cache.batch_select_indices(chosen)
         mask = torch.nn.functional.pad(longer.repeat_interleave(2, 0)[chosen], (0, 1), value=1)
-        got = logits(llama, following[:2], past_key_values=cache, attention_mask=mask)
+        got = logits(llama, following[:2], cache=cache, attention_mask=mask)
         expected = logits(llama, torch.cat([text[chosen], following[:2]], dim=1), attention_mask=mask)[:, -1:]
         assert (got - expected).abs().max() < 3e-5
 
@@ -433,7 +427,7 @@ def test_ten_million_tokens_into_a_stream_distances_are_exact(family):
     with SETTINGS(model):
         here = in_chunks(model, ids, [1] * (5 * L), ring_cache(model))
         cache = ring_cache(model)
-        logits(model, ids[:, : 3 * L], past_key_values=cache)
+        logits(model, ids[:, : 3 * L], cache=cache)
         far = 10_000_000
         for layer in cache.layers:
             jump = far - far % layer.ring_size  # the same slots
@@ -550,11 +544,11 @@ def test_attach_and_detach(llama):
 def test_our_cache_refuses_an_unpatched_model(llama):
     with SETTINGS(llama):
         cache = ring_cache(llama)
-        logits(llama, prompt(), past_key_values=cache)
+        logits(llama, prompt(), cache=cache)
     with pytest.raises(ValueError, match="no longer is"):
-        logits(llama, prompt(1), past_key_values=cache)
+        logits(llama, prompt(1), cache=cache)
     with LMInfinite(S, L + 1)(llama), pytest.raises(ValueError, match="was built for"):
-        logits(llama, prompt(1), past_key_values=cache)
+        logits(llama, prompt(1), cache=cache)
 
 
 @pytest.mark.parametrize(
@@ -595,7 +589,7 @@ def test_bad_calls(llama):
         with pytest.raises(ValueError, match="constant size already"):
             llama.generate(ids, cache_implementation="static", max_new_tokens=2)
         with pytest.raises(ValueError, match="announced"):
-            logits(llama, ids, past_key_values=StaticCache(llama.config, max_cache_len=64))
+            logits(llama, ids, cache=StaticCache(llama.config, max_cache_len=64))
         with pytest.raises(ValueError, match="continuous batching"):
             llama.generate_batch([[5, 6]])
         llama.set_attn_implementation("eager")

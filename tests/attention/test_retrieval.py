@@ -126,7 +126,7 @@ def test_a_text_without_a_middle_is_read_as_before_to_the_bit(model, n):
         expected = logits(model, ids)
     with SETTINGS(model):
         assert torch.equal(logits(model, ids), expected)
-        assert torch.equal(logits(model, ids, past_key_values=ring_cache(model)), expected)
+        assert torch.equal(logits(model, ids, cache=ring_cache(model)), expected)
 
 
 @pytest.mark.parametrize("sizes", [[1] * N, [1, N - 1], [7] * 6 + [N - 42], [N - 1, 1]])
@@ -212,18 +212,18 @@ def test_the_cache_keeps_everything_once_and_is_refused_elsewhere(llama):
         assert layer.archived_keys.shape[2] <= N * 3 / 2
         rotation = next(iter(llama.get_decoder()._lm_infinite._rotations.values()))
         plain = DynamicCache(config=llama.config)
-        logits(llama, ids, past_key_values=plain)
+        logits(llama, ids, cache=plain)
         turned_back = rotation.rotate(plain.layers[0].keys, -torch.arange(N)[None])
         assert (layer.middle().key - turned_back).abs().max() < 1e-5
         assert (layer.middle().value - plain.layers[0].values).abs().max() < 1e-5
     with LMInfinite(S, L)(llama):
         small = ring_cache(llama)
         assert all(type(layer) is LambdaCacheLayer for layer in small.layers)
-        logits(llama, ids, past_key_values=small)
+        logits(llama, ids, cache=small)
     with SETTINGS(llama), pytest.raises(ValueError, match="built without retrieval"):
-        logits(llama, prompt(1), past_key_values=small)
+        logits(llama, prompt(1), cache=small)
     with pytest.raises(ValueError, match="no longer is"):
-        logits(llama, prompt(1), past_key_values=cache)
+        logits(llama, prompt(1), cache=cache)
 
 
 def test_gradients_are_the_references():
@@ -306,7 +306,7 @@ def test_beams_keep_the_choice(llama):
         beams = llama.generate(ids, num_beams=3, **options)
         assert torch.equal(llama.generate(ids[:1], num_beams=3, **options), beams[:1])
         cache = ring_cache(llama)
-        logits(llama, prompt(N, batch=2), past_key_values=cache)
+        logits(llama, prompt(N, batch=2), cache=cache)
         before = cache.layers[0].chosen.clone()
         cache.batch_repeat_interleave(2)
         assert torch.equal(cache.layers[1].chosen, before.repeat_interleave(2, 0))
@@ -317,7 +317,7 @@ def test_a_chat_turn_chooses_anew(llama):
         cache = ring_cache(llama)
         choices = []
         for turn in (prompt(N), prompt(2 * L), prompt(VOTERS - 1)):
-            logits(llama, turn, past_key_values=cache)
+            logits(llama, turn, cache=cache)
             choices.append(cache.layers[0].chosen.tolist())
         assert cache.get_seq_length() == N + 2 * L + VOTERS - 1
     assert choices[0] != choices[1] == choices[2]
@@ -339,12 +339,12 @@ def test_blocks_are_refused_where_nothing_can_be_taken_back(llama):
         with pytest.raises(ValueError, match="no cache"):
             logits(llama, ids, use_cache=False)
         with pytest.raises(ValueError, match="DynamicLayer"):
-            logits(llama, ids, past_key_values=DynamicCache(config=llama.config))
+            logits(llama, ids, cache=DynamicCache(config=llama.config))
         with pytest.raises(ValueError, match="DynamicSlidingWindowLayer"):
             gemma.generate(ids, max_new_tokens=2)
         with pytest.raises(ValueError, match="output_hidden_states"):
-            logits(llama, ids, past_key_values=ring_cache(llama), output_hidden_states=True)
-        assert logits(llama, ids, past_key_values=ring_cache(llama)).shape[1] == N
+            logits(llama, ids, cache=ring_cache(llama), output_hidden_states=True)
+        assert logits(llama, ids, cache=ring_cache(llama)).shape[1] == N
     assert torch.equal(logits(llama, ids), before)
 
 

@@ -288,7 +288,7 @@ def test_beams_share_the_encoder_states_and_no_keys_are_kept(model):
         hook.remove()
     assert len(set(seen)) == 1
     assert seen[0][0] == 2
-    assert output.past_key_values.cross_attention_cache.get_seq_length() == 0
+    assert output.cache.cross_attention_cache.get_seq_length() == 0
 
 
 def test_a_static_cache_goes_on_working(model):
@@ -314,7 +314,7 @@ def test_a_continued_forward_with_a_cache_is_the_whole_forward():
         rest = model(
             encoder_outputs=BaseModelOutput(first.encoder_last_hidden_state),
             decoder_input_ids=decoder_ids[:, 4:],
-            past_key_values=first.past_key_values,
+            cache=first.cache,
         )
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole, **CLOSE)
 

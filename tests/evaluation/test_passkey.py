@@ -30,7 +30,7 @@ class Reader:
     """A `generate` that sees the prompt's last `sight` tokens and answers with the key if it stands there."""
 
     dtype, device = torch.float32, torch.device("cpu")
-    config = SimpleNamespace(name_or_path="reader")
+    config = SimpleNamespace(name_or_path="reader", is_encoder_decoder=False)
 
     def __init__(self, tokenizer, sight=10**9):
         self.tokenizer, self.sight, self.prompts = tokenizer, sight, []
@@ -149,7 +149,7 @@ def test_what_was_asked_in_another_setting_is_asked_again(tokenizer, prose, tmp_
     elif change == "seed":
         tasks = passkey_tasks([500], [0.5], keys_per_cell=1, seed=1)
     elif change == "model":
-        reader.config = SimpleNamespace(name_or_path="other")
+        reader.config = SimpleNamespace(name_or_path="other", is_encoder_decoder=False)
     else:
         reader.dtype = torch.bfloat16
     run_passkey(reader, prompts, tasks, arms, path=path)

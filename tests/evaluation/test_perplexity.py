@@ -189,9 +189,9 @@ def test_bad_input_is_named(tiny_model, error, says, call):
 
 
 def test_a_model_without_a_cache_is_refused(tiny_model):
-    without = {"past_key_values": None, "use_cache": False}
+    without = {"cache": None, "use_cache": False}
     tiny_model.register_forward_pre_hook(lambda module, args, kwargs: (args, {**kwargs, **without}), with_kwargs=True)
-    with pytest.raises(ValueError, match="keeps no past_key_values"):
+    with pytest.raises(ValueError, match="keeps no cache"):
         token_losses(tiny_model, torch.ones(9, dtype=torch.long))
 
 

@@ -160,7 +160,7 @@ class Reader:
     """A `generate` that repeats its prompt's last `sight` tokens, so it says all that stood there."""
 
     dtype, device = torch.float32, torch.device("cpu")
-    config = SimpleNamespace(name_or_path="reader")
+    config = SimpleNamespace(name_or_path="reader", is_encoder_decoder=False)
 
     def __init__(self, sight):
         self.sight, self.prompts = sight, []

@@ -48,7 +48,7 @@ class Probe:
                 "each of its layers was trained with a sliding window of its own, or none takes its attention and its "
                 "mask from transformers' interfaces"
             )
-        for module, states in unrotated.items():
+        for states in unrotated.values():
             if not torch.allclose(states, states[:, :, :1].expand_as(states), rtol=1e-2, atol=1e-4):
                 raise CannotPatchError(
                     "its queries depend on absolute positions (learned or sinusoidal position embeddings), or its "

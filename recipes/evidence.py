@@ -1,11 +1,12 @@
 """Every figure and table of docs/evidence from scratch, by one command.
 
     python recipes/evidence.py --quick                       # two CPU cores, a quarter of an hour
+    python recipes/evidence.py --steps pema,uld              # what takes longer than that on two cores, by name
     python recipes/evidence.py --full --text some_novel.txt  # one GPU
 
-Each step is a command that can be run by itself. What it prints, its records and its pictures go to OUT/STEP; one line
-of OUT/runs.jsonl says which command it was, on which machine and commit, with which versions, and how long it took.
-OUT/index.md shows all of it. A step that is there already is not run again: delete its folder to repeat it.
+Each step is a command that can be run by itself. Its records and pictures go to OUT/STEP; one line of OUT/runs.jsonl
+holds the command, the machine, commit and versions, how long it took and everything that it printed. OUT/index.md shows
+all of it. A step whose command is there already is not run again: delete its line to repeat it.
 
 The text is Python's own language reference, unless one is given.
 """
@@ -35,7 +36,10 @@ COMMAND = "hf-longtrunc"
 
 @dataclass(frozen=True)
 class Step:
-    """One claim: its folder, what is shown, the command at either size; TEXT and OUT stand for paths."""
+    """One claim: its folder, what is shown, the command at either size; TEXT and OUT stand for paths.
+
+    A step without a quick form takes two CPU cores longer than `--quick` may, and runs if it is named.
+    """
 
     name: str
     shows: str
@@ -53,6 +57,7 @@ class Run:
     machine: str
     commit: str
     versions: str
+    printed: str
 
 
 STEPS = [
@@ -106,6 +111,16 @@ STEPS = [
     ),
     Step("pema", "PEMA: a wording learned beside a frozen model", None, "pema.py --out OUT"),
     Step("uld", "ULD: facts suppressed, others kept", None, "uld.py --out OUT"),
+    Step("processors-cost", "What a truncation step costs beside transformers' own", None, "benchmarks/processors.py"),
+    Step("packing-cost", "What a packing plan costs", None, "benchmarks/packing.py"),
+    Step(
+        "bat-cost",
+        "What a basis-aware check costs beside the linear program",
+        None,
+        "benchmarks/bat.py --problems 60 --highs 10 --rows 15 --tokens 40",
+    ),
+    Step("attention-cost", "One layer under LM-Infinite", None, "benchmarks/lm_infinite.py --out OUT"),
+    Step("retrieval-cost", "A decoding step under Unlimiformer", None, "benchmarks/unlimiformer.py --out OUT"),
 ]
 
 
@@ -117,16 +132,26 @@ def main(
     steps: Annotated[str | None, typer.Option(help="Only these steps, separated by commas.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("evidence"),
 ) -> None:
-    wanted = [step.name for step in STEPS] if steps is None else steps.split(",")
-    unknown = set(wanted) - {step.name for step in STEPS}
+    named = None if steps is None else steps.split(",")
+    unknown = set(named or ()) - {step.name for step in STEPS}
     if unknown:
         raise typer.BadParameter(f"no such step: {', '.join(sorted(unknown))}", param_hint="--steps")
     for step in STEPS:
-        command = step.full if full else step.quick
-        if step.name in wanted and command is not None and not (out / step.name / "printed.txt").exists():
+        command = step.full if full or (named and step.quick is None) else step.quick
+        is_wanted = command is not None and (named is None or step.name in named)
+        if command is not None and is_wanted and written(command) not in {run.command for run in runs_in(out)}:
             run(step.name, command, out, text)
     (out / "index.md").write_text(page(out), encoding="utf-8")
     print(f"page: {out / 'index.md'}")
+
+
+def runs_in(out: Path) -> list[Run]:
+    return read_records(out / "runs.jsonl", Run)
+
+
+def written(command: str) -> str:
+    """Return a step's command as a user would type it."""
+    return command if command.startswith(COMMAND) else f"python recipes/{command}"
 
 
 def run(name: str, command: str, out: Path, text: Path | None) -> None:
@@ -145,31 +170,30 @@ def run(name: str, command: str, out: Path, text: Path | None) -> None:
     result = subprocess.run(
         [sys.executable, *program], stdout=subprocess.PIPE, text=True, check=False, env=os.environ | {"COLUMNS": "100"}
     )
-    seconds = time.perf_counter() - started
+    seconds = round(time.perf_counter() - started, 1)
     print(result.stdout, flush=True)
     if result.returncode:
         raise SystemExit(f"{name} ended with status {result.returncode}; the steps before it are kept")
-    written = f"python recipes/{command}" if words[0] != COMMAND else command
-    append_records(out / "runs.jsonl", [Run(name, written, round(seconds, 1), machine(), commit(), versions())])
-    (folder / "printed.txt").write_text(result.stdout.replace(str(folder), "OUT"), encoding="utf-8")
+    printed = result.stdout.replace(str(folder), "OUT")
+    append_records(out / "runs.jsonl", [Run(name, written(command), seconds, machine(), commit(), versions(), printed)])
 
 
 def page(out: Path) -> str:
     """Return the page: a section a step, with the command, what it printed, and its pictures."""
-    runs = {run.step: run for run in read_records(out / "runs.jsonl", Run)}
+    runs = {run.step: run for run in runs_in(out)}
     parts = [
         "# Evidence",
-        "Made by `python recipes/evidence.py`; every line of `runs.jsonl` beside this page is a step, and every figure "
-        "below is in the records beside it. Nothing here was edited by hand.",
+        "Made by `python recipes/evidence.py`. Every step is a line of `runs.jsonl` beside this page, and its records "
+        "lie in its folder there. Nothing here was edited by hand.",
     ]
     for step in STEPS:
         if step.name not in runs:
             continue
         ran = runs[step.name]
-        parts.append(f"## {step.shows}")
+        parts.append(f"## {step.name}")
+        parts.append(f"{step.shows}.")
         parts.append(f"`{ran.command}`: {ran.seconds:.0f} s on {ran.machine}; commit {ran.commit}; {ran.versions}.")
-        printed = (out / step.name / "printed.txt").read_text(encoding="utf-8")
-        parts.append(f"```text\n{printed.rstrip()}\n```")
+        parts.append(f"```text\n{ran.printed.rstrip()}\n```")
         pictures = sorted((out / step.name).glob("*.png"))
         parts += [f"![{step.shows}]({step.name}/{picture.name})" for picture in pictures]
     return "\n\n".join(parts) + "\n"
@@ -179,7 +203,7 @@ def machine() -> str:
     """Say what this ran on, in words that identify nobody."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return f"{os.cpu_count()} shared CPU cores ({platform.machine()})"
 
 
 def commit() -> str:

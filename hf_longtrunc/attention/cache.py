@@ -51,16 +51,17 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.values: Any = None
         self.sink_keys: Any = None  # [batch, heads, S, dim], at their own positions
         self.sink_values: Any = None
-        self._expected: int | None = None
+        self._slots: Any = None  # of the tokens that are announced
 
-    def expect(self, new_tokens: int, padding: Tensor | None) -> None:
+    def expect(self, slots: Tensor, padding: Tensor | None) -> None:
         """Prepare the next `update`, which is refused without: only a patched model calls this.
 
         Args:
-            new_tokens: how many are about to come.
+            slots: of the buffers, in which the tokens that are about to come are to lie, see `slots`; the same for
+                every layer.
             padding: columns before each row's first real token [batch]; read until every row has one.
         """
-        self._expected = new_tokens
+        self._slots = slots
         if self.seen <= self.max_padding:
             self.padding = padding
             self.max_padding = 0 if padding is None else int(padding.max())
@@ -77,6 +78,10 @@ class LambdaCacheLayer(CacheLayerMixin):
             columns = torch.arange(total - new_tokens - self._kept(), total, device=device)
         positions = from_first_token(columns, self.padding)
         return torch.cat([sinks.expand(positions.shape[0], -1), positions], dim=-1)
+
+    def slots(self, new_tokens: int, device: torch.device) -> Tensor:
+        """Return the slots [n] of the buffers in which the next n tokens are to lie."""
+        return torch.arange(self.seen, self.seen + new_tokens, device=device) % self.ring_size + self.num_sink_tokens
 
     def _kept(self) -> int:
         """How many columns before the new ones their first window reaches."""
@@ -97,18 +102,18 @@ class LambdaCacheLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values [batch, heads, n, dim] and return what their queries may see."""
         new = key_states.shape[2]
-        if self._expected != new:
+        if self._slots is None or len(self._slots) != new:
             raise ValueError(
                 "this cache was built for a model patched by LMInfinite and is being used by one that is not (or no "
                 "longer is): its tokens outside sinks and window are gone. Generate inside the patch, or start anew "
                 "with DynamicCache()"
             )
-        self._expected = None
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.seen < self.max_padding + self.num_sink_tokens:
             self._store_sinks(self.sink_keys, key_states)
             self._store_sinks(self.sink_values, value_states)
+            self.values[:, :, : self.num_sink_tokens].copy_(self.sink_values)
         if self.seen and new > 1:
             returned = (
                 self._leading(self.keys, self.sink_keys, key_states),
@@ -117,6 +122,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         else:
             returned = (key_states, value_states) if self.seen == 0 else (self.keys, self.values)
         self._store(key_states, value_states)
+        self._slots = None
         return returned
 
     def _leading(self, ring: Tensor, sinks: Tensor, new: Tensor) -> Tensor:
@@ -126,17 +132,13 @@ class LambdaCacheLayer(CacheLayerMixin):
         return torch.cat([sinks, ring.index_select(2, slots), new], dim=2)
 
     def _store(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Write the new tokens into the ring, and the sinks afresh into their slots."""
+        """Write the new tokens into the ring, and the sinks' keys, which decoding turns, afresh into their slots."""
         new = key_states.shape[2]
         kept = min(new, self.ring_size)
-        columns = torch.arange(self.seen + new - kept, self.seen + new, device=key_states.device)
-        slots = columns % self.ring_size + self.num_sink_tokens
-        for buffer, sinks, states in (
-            (self.keys, self.sink_keys, key_states),
-            (self.values, self.sink_values, value_states),
-        ):
+        slots = self._slots[new - kept :].to(key_states.device)
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             buffer.index_copy_(2, slots, states[:, :, new - kept :].detach())
-            buffer[:, :, : self.num_sink_tokens].copy_(sinks)
+        self.keys[:, :, : self.num_sink_tokens].copy_(self.sink_keys)
         self.seen += new
         self.written = max(self.written, self.seen)
 

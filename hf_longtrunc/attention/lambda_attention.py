@@ -189,11 +189,12 @@ def single_query_attention(
 ) -> Float[Tensor, "batch heads 1 value_dim"]:
     """Attend with one query a row over keys in any order that already stand at the right distance.
 
-    One ordinary attention call: the heads of a group become the queries of their key head.
+    One ordinary attention call: the heads of a group become the queries of their key head. Every query must see a key.
     """
+    if read is None and scoring.is_plain:
+        return _sdpa_attend(query, key, value, seen[:, None], scoring, None)
     bias = None if scoring.slopes is None else _bias(scoring.slopes, distances[:, None], query)
-    path = choose_path("auto", scoring) if read is None else "eager"
-    return _attend(query, key, value, seen[:, None], scoring, path, bias=bias, read=read)
+    return _eager_attend(query, key, value, seen[:, None], scoring, None, bias, read)
 
 
 def choose_path(path: str, scoring: Scoring, query: Tensor | None = None) -> str:

@@ -84,7 +84,8 @@ class Patch:
         self._rotations: dict[nn.Module, Rotation | None] = {}
         self._probe: Probe | None = None
         self._carried: Tensor | None = None
-        self._ring_view: tuple[Tensor, Tensor] | None = None  # of one decoded token: which slots, at which distance
+        # Of one decoded token: the slots that it sees, their distances, the turn of the sinks by each rotation.
+        self._ring_view: tuple[Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
         self._archives: weakref.WeakValueDictionary[int, ArchiveCacheLayer] = weakref.WeakValueDictionary()
         self._ballot: list[Tensor] | None = None  # each layer's mass [batch, blocks] while blocks are being chosen
         self._first_hidden: Tensor | None = None  # of the rows before those that are run twice
@@ -218,8 +219,10 @@ class Patch:
         has_begun = bool(rings) and past > rings[0].max_padding
         padding = rings[0].padding if has_begun else left_padding(mask, new)
         queries = from_first_token(torch.arange(past, past + new, device=device), padding)
-        for ring in rings:
-            ring.expect(new, padding)
+        if rings:
+            slots = rings[0].slots(new, device)
+            for ring in rings:
+                ring.expect(slots, padding)
         if self.retrieval is not None:
             layers = [] if cache is None else cache.layers
             archives = {index: layer for index, layer in enumerate(layers) if isinstance(layer, ArchiveCacheLayer)}
@@ -231,7 +234,7 @@ class Patch:
         carried = torch.cat([queries, keys], dim=-1)
         self._carried = carried[:, None] if rings and past else carried
         if rings and past and new == 1:
-            self._ring_view = self._seen_slots(queries, keys), distance(queries, keys, self.max_distance)[:, 0]
+            self._look_at_ring(queries, keys, decoder.dtype)
         if "position_ids" in self._parameters:
             inputs["position_ids"] = queries.clamp_min(0)
         return (), inputs
@@ -375,7 +378,7 @@ class Patch:
         rotate = None if rotation is None else rotation.rotate
         read = self._reader(module, key, value, j, scoring, rotate)
         if carried.ndim == 3 and new == 1:
-            return self._attend_ring(query, key, value, i, j, scoring, rotate, read)
+            return self._attend_ring(module, query, key, value, i, scoring, read)
         if carried.ndim == 3:
             far = key[:, :, :sinks], value[:, :, :sinks]
             key, value, j = key[:, :, sinks:], value[:, :, sinks:], j[:, sinks:]
@@ -433,29 +436,36 @@ class Patch:
 
     def _attend_ring(
         self,
+        module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         i: Tensor,
-        j: Tensor,
         scoring: Scoring,
-        rotate: Any,
         read: Read | None,
     ) -> Tensor:
         """Decode over [sinks | ring], the sinks turned on in their slots to where the query is to see them."""
         assert self._ring_view is not None
-        seen, distances = (view.to(query.device) for view in self._ring_view)
-        sinks = self.num_sink_tokens
-        if rotate is not None and sinks:
-            steps = (i - self.max_distance - j[:, :sinks]).clamp_min(0)
-            key[:, :, :sinks] = rotate(key[:, :, :sinks], steps)
+        seen, distances, turns = self._ring_view
+        rotation, sinks = self._rotations[module], slice(self.num_sink_tokens)
+        if rotation is not None and self.num_sink_tokens:
+            cos, sin = (weight.to(key.device) for weight in turns[id(rotation)])
+            key[:, :, sinks] = rotation.apply(key[:, :, sinks], cos, sin)
         reads = None if read is None else partial(read, query, i)
-        return single_query_attention(query, key, value, distances, seen, scoring, reads)
+        distances = distances.to(query.device)
+        return single_query_attention(query, key, value, distances, seen.to(query.device), scoring, reads)
 
-    def _seen_slots(self, i: Tensor, j: Tensor) -> Tensor:
-        """Return [rows, S + R]: the sinks that have left the window of the query at i [rows, 1], and the window."""
+    def _look_at_ring(self, i: Tensor, j: Tensor, dtype: torch.dtype) -> None:
+        """Find out, once for all layers, what a query at i [rows, 1] sees of slots at j [rows, S + R], and from where.
+
+        It sees the sinks that have left its window, and the window. Those sinks are to be turned on to distance D.
+        """
         sinks, window = self.num_sink_tokens, self.window_length
-        return torch.cat([i - j[:, :sinks] >= window, visible(i, j[:, sinks:], 0, window)[:, 0]], dim=-1)
+        seen = torch.cat([i - j[:, :sinks] >= window, visible(i, j[:, sinks:], 0, window)[:, 0]], dim=-1)
+        steps = (i - self.max_distance - j[:, :sinks]).clamp_min(0)
+        rotations = {id(rotation): rotation for rotation in self._rotations.values() if rotation is not None}
+        turns = {key: rotation.weights(steps, dtype) for key, rotation in rotations.items()}
+        self._ring_view = seen, distance(i, j, self.max_distance)[:, 0], turns
 
     # -- generate() ----------------------------------------------------------------------------------------------------
 

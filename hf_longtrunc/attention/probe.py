@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_longtrunc.attention.rotary import CannotPatchError, Rotation, find_rotation
+from hf_longtrunc.attention.rotary import CannotPatchError, candidate_rotations, find_rotation
 from hf_longtrunc.models import evaluating
 
 if TYPE_CHECKING:
-    from hf_longtrunc.attention.rotary import ExactRotary
+    from hf_longtrunc.attention.rotary import ExactRotary, Rotation
 
 
 class Probe:
@@ -54,7 +54,12 @@ class Probe:
                     "its queries depend on absolute positions (learned or sinusoidal position embeddings), or its "
                     "layers mix tokens outside attention (recurrence, convolution): there is no distance to limit"
                 )
-        return {module: find_rotation(states, rotated[module], self.sources) for module, states in unrotated.items()}
+        kinds = {(states.shape[-1], states.device) for states in unrotated.values()}
+        candidates = {kind: candidate_rotations(*kind, self.sources) for kind in kinds}
+        return {
+            module: find_rotation(states, rotated[module], candidates[states.shape[-1], states.device])
+            for module, states in unrotated.items()
+        }
 
     def _states(self, factor: float) -> dict[nn.Module, Tensor]:
         """Return each layer's queries and keys, turned by `factor` times the probe angles."""

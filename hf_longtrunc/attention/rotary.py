@@ -19,14 +19,14 @@ for good.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 _LAYOUTS: tuple[Literal["halves", "pairs"], ...] = ("halves", "pairs")
 
@@ -35,9 +35,9 @@ class CannotPatchError(ValueError):
     """A model does something that LM-Infinite cannot reproduce; the message says what."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rotation:
-    """The rotation of one layer's queries and keys.
+    """The rotation of queries and keys, one object for all layers that share it.
 
     Attributes:
         frequencies: radians a step [f], fp64, of the f planes.
@@ -53,19 +53,38 @@ class Rotation:
 
     def rotate(self, x: Tensor, steps: Tensor) -> Tensor:
         """Turn x [batch, heads, n, dim] on by steps [rows, n] positions; the result has x's dtype."""
-        angles = exact_angles(steps, self.frequencies)[:, None] * self.sign
-        return self.turn(x, angles)
+        return self.apply(x, *self.weights(steps, x.dtype))
+
+    def weights(self, steps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines [rows, 1, n, 2f] of a turn by steps [rows, n], in fp32 or better."""
+        return self._weights(exact_angles(steps, self.frequencies)[:, None] * self.sign, dtype)
 
     def turn(self, x: Tensor, angles: Tensor) -> Tensor:
         """Turn x [batch, heads, n, dim] by angles [..., n, f], in fp32 or better."""
-        wide = torch.promote_types(x.dtype, torch.float32)
+        return self.apply(x, *self._weights(angles, x.dtype))
+
+    def apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Turn x [batch, heads, n, dim] by what `weights` returned."""
+        end = self.start + cos.shape[-1]
+        planes = x[..., self.start : end].to(cos.dtype)
+        turned = (planes * cos + self._quarter_turn(planes) * sin).to(x.dtype)
+        if turned.shape[-1] == x.shape[-1]:
+            return turned
+        return torch.cat([x[..., : self.start], turned, x[..., end:]], dim=-1)
+
+    def _weights(self, angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(dtype, torch.float32)
         cos, sin = angles.cos().to(wide), angles.sin().to(wide)
-        planes = x[..., self.start : self.start + 2 * cos.shape[-1]].to(wide)
-        first, second = planes.chunk(2, -1) if self.layout == "halves" else (planes[..., ::2], planes[..., 1::2])
-        turned = first * cos - second * sin, second * cos + first * sin
-        joined = torch.cat(turned, -1) if self.layout == "halves" else torch.stack(turned, -1).flatten(-2)
-        rest = x[..., : self.start], x[..., self.start + joined.shape[-1] :]
-        return torch.cat([rest[0], joined.to(x.dtype), rest[1]], dim=-1)
+        if self.layout == "halves":
+            return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
+        return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
+
+    def _quarter_turn(self, planes: Tensor) -> Tensor:
+        """Turn every plane (a, b) of [..., 2f] to (-b, a)."""
+        if self.layout == "halves":
+            first, second = planes.chunk(2, dim=-1)
+            return torch.cat([-second, first], dim=-1)
+        return torch.stack([-planes[..., 1::2], planes[..., ::2]], dim=-1).flatten(-2)
 
 
 def exact_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -161,8 +180,10 @@ def _table(module: nn.Module) -> Tensor | None:
     return module._buffers.get("embed_positions") if is_rotary else None
 
 
-def find_rotation(unrotated: Tensor, rotated: Tensor, sources: list[ExactRotary]) -> Rotation | None:
-    """Find the layout that turns one into the other, both [..., dim], given each source's probe angles.
+def find_rotation(
+    unrotated: Tensor, rotated: Tensor, candidates: Iterable[tuple[ExactRotary, Rotation]]
+) -> Rotation | None:
+    """Find the candidate that turns one into the other, both [..., dim], by its source's probe angles.
 
     Returns:
         The rotation, or None where nothing was rotated.
@@ -174,20 +195,25 @@ def find_rotation(unrotated: Tensor, rotated: Tensor, sources: list[ExactRotary]
     tolerance = 2e-2 if unrotated.dtype in (torch.float16, torch.bfloat16) else 1e-4
     if (rotated.double() - unrotated.double()).norm() <= tolerance * scale:
         return None
-    for source, candidate in _candidates(unrotated.shape[-1], sources):
+    for source, candidate in candidates:
         turned = candidate.turn(unrotated.double(), source.probe_angles.to(unrotated.device) * candidate.sign)
         if (turned - rotated.double()).norm() <= tolerance * scale:
-            return replace(candidate, frequencies=source.frequencies.to(unrotated.device))
+            return candidate
     raise CannotPatchError("it turns queries or keys in a way that is no rotation of planes by position * frequency")
 
 
-def _candidates(dim: int, sources: list[ExactRotary]) -> Iterator[tuple[ExactRotary, Rotation]]:
+def candidate_rotations(
+    dim: int, device: torch.device, sources: list[ExactRotary]
+) -> list[tuple[ExactRotary, Rotation]]:
+    """Return every rotation of heads of `dim` dimensions that a source's frequencies can make, with that source."""
+    candidates = []
     for source in sources:
-        width = 2 * source.frequencies.shape[-1]
+        frequencies = source.frequencies.to(device)
+        width = 2 * frequencies.shape[-1]
         for layout in _LAYOUTS:
             for start in sorted({0, dim - width}) if width <= dim else []:
-                for sign in (1, -1):
-                    yield source, Rotation(source.frequencies, layout, start, sign)
+                candidates += [(source, Rotation(frequencies, layout, start, sign)) for sign in (1, -1)]
+    return candidates
 
 
 def exact_forward(sources: dict[str | None, ExactRotary]) -> Callable[..., Any]:

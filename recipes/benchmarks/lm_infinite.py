@@ -37,6 +37,7 @@ from hf_longtrunc.attention.lambda_attention import (
     single_query_attention,
     visible,
 )
+from hf_longtrunc.attention.rotary import Rotation
 from hf_longtrunc.evaluation import append_records
 
 if TYPE_CHECKING:
@@ -68,13 +69,11 @@ class Layer(NamedTuple):
         heads = self.heads, self.kv_heads, self.kv_heads
         return tuple(torch.randn(batch, h, n, self.dim, dtype=self.dtype, device=self.device) for h in heads)  # type: ignore[return-value]
 
-    def rotate(self, x: Tensor, steps: Tensor) -> Tensor:
-        """Turn x [batch, heads, n, dim] on by steps [rows, n] positions, half-split layout, base 10,000."""
-        frequencies = 10_000 ** (-torch.arange(0, self.dim, 2, device=x.device) / self.dim)
-        angles = (steps[..., None] * frequencies)[:, None]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        left, right = x.chunk(2, dim=-1)
-        return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+    @property
+    def rotation(self) -> Rotation:
+        """Half-split layout, base 10,000."""
+        exponents = torch.arange(0, self.dim, 2, device=self.device, dtype=torch.float64) / self.dim
+        return Rotation(10_000**-exponents)
 
 
 @dataclass(frozen=True)
@@ -136,6 +135,7 @@ def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
     query, key, value = layer.tokens(n)
     positions = torch.arange(n, device=layer.device)[None]
     sinks = key[:, :, : layer.sinks], value[:, :, : layer.sinks]
+    rotation = layer.rotation
 
     def full() -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -147,7 +147,7 @@ def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
             window=layer.window,
             max_distance=layer.window,
             scoring=layer.scoring,
-            rotate=layer.rotate,
+            rotate=rotation.rotate,
             path=path,
         )
 
@@ -171,7 +171,8 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
     few = slice(0, layer.sinks + layer.window)
     few_keys, few_values = all_keys[:, :, few].contiguous(), all_values[:, :, few].contiguous()
     cache = LambdaCacheLayer(layer.sinks, layer.window)
-    cache.expect(n, None)
+    device = torch.device(layer.device)
+    cache.expect(cache.slots(n, device), None)
     cache.update(all_keys, all_values)
 
     def plain(keys: Tensor, values: Tensor) -> Tensor:
@@ -179,17 +180,19 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
         grouped = query.view(batch, layer.kv_heads, -1, layer.dim)
         return F.scaled_dot_product_attention(grouped, keys, values)
 
-    i = torch.full((1, 1), n, device=layer.device)
-    j = cache.key_positions(1, torch.device(layer.device))  # made once a step, not once a layer: not timed
+    # Made once a step, not once a layer, so not timed: slots, what is seen at which distance, the turn of the sinks.
+    i = torch.full((1, 1), n, device=device)
+    slots, j = cache.slots(1, device), cache.key_positions(1, device)
+    seen = visible(i, j, 0, layer.window)[:, 0]
+    seen[:, : layer.sinks] = i - j[:, : layer.sinks] >= layer.window
+    distances = distance(i, j, layer.window)[:, 0]
+    rotation = layer.rotation
+    turn = rotation.weights((i - layer.window - j[:, : layer.sinks]).clamp_min(0), layer.dtype)
 
     def lm_infinite() -> Tensor:
-        cache.expect(1, None)
+        cache.expect(slots, None)
         keys, values = cache.update(key, value)
-        sinks = keys[:, :, : layer.sinks]
-        sinks.copy_(layer.rotate(sinks, (i - layer.window - j[:, : layer.sinks]).clamp_min(0)))
-        seen = visible(i, j, 0, layer.window)[:, 0]
-        seen[:, : layer.sinks] = i - j[:, : layer.sinks] >= layer.window
-        distances = distance(i, j, layer.window)[:, 0]
+        keys[:, :, : layer.sinks] = rotation.apply(keys[:, :, : layer.sinks], *turn)
         return single_query_attention(query, keys, values, distances, seen, layer.scoring)
 
     return {
@@ -203,7 +206,7 @@ def cache_mib(layer: Layer, n: int) -> tuple[float, float]:
     """Return the MiB of one layer's LM-Infinite cache and of an ordinary one, after n tokens at batch 1."""
     _, key, value = layer.tokens(n)
     cache = LambdaCacheLayer(layer.sinks, layer.window)
-    cache.expect(n, None)
+    cache.expect(cache.slots(n, torch.device(layer.device)), None)
     cache.update(key, value)
     held = sum(tensor.nbytes for tensor in vars(cache).values() if isinstance(tensor, Tensor))
     return held / 2**20, (key.nbytes + value.nbytes) / 2**20

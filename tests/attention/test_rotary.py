@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from hf_longtrunc import LMInfinite
-from hf_longtrunc.attention.rotary import ExactRotary, find_rotation
+from hf_longtrunc.attention.rotary import ExactRotary, candidate_rotations, find_rotation
 
 from .reference import Naive, Rope, install
 
@@ -79,17 +79,15 @@ def test_a_window_beyond_the_original_length_takes_the_long_factors():
 def test_what_is_no_rotation_is_refused():
     source = ExactRotary(scaled_llama("default").model.rotary_emb, None, L, torch.Generator().manual_seed(0))
     x = torch.randn(2, 6, 4, 8)
-    assert find_rotation(x, x, [source]) is None
+    candidates = candidate_rotations(8, x.device, [source])
+    assert find_rotation(x, x, candidates) is None
     with pytest.raises(ValueError, match="no rotation of planes"):
-        find_rotation(x, x.flip(-1), [source])
+        find_rotation(x, x.flip(-1), candidates)
 
 
 def test_a_weighted_norm_behind_the_rotation_is_refused():
     """Its scores are no function of the distance: the case that a probe finds and no list of names would."""
     model = scaled_llama("default")
-    for layer in model.model.layers:
-        rotated = layer.self_attn.k_proj.weight
-        del rotated
     from transformers.models.llama import modeling_llama
 
     keep = modeling_llama.apply_rotary_pos_emb

@@ -3,10 +3,10 @@
     python recipes/lm_infinite.py --text moby_dick.txt --out lm_infinite
     python recipes/lm_infinite.py --text moby_dick.txt --parts perplexity --tokens 16384 --starts 2000   # on a CPU
 
-perplexity: by position, each arm on the same stretches of the text: unmodified, S = 16 with the trained window and with
-a quarter of it, and S = 0 with the trained window. SmolLM2-135M-Instruct on Moby Dick, bf16, two stretches of 65,536
-tokens: unmodified 40 before the trained window of 8,192 and thousands after it; S = 16 stays at 36 to 50; S = 0 is
-nearly twice that.
+perplexity: by position, each arm on the same stretches of the text: unmodified, S = 16 with each window (the trained
+one and 2048), and S = 0 with the first. SmolLM2-135M-Instruct on Moby Dick, bf16, two stretches of 65,536 tokens:
+unmodified 40 before the trained window of 8,192 and thousands after it; S = 16 stays at 36 to 50; S = 0 is nearly
+twice that.
 streaming: tokens per second, one token at a time, and the bytes of the cache, after 10k to 100k tokens seen.
 prompt: a single prompt of 131k and of a million tokens (the text, over and over) through `generate`, time and memory.
 
@@ -58,10 +58,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def perplexity(console: Console, model: Any, rows: Tensor, chunk: int, out: Path) -> None:
+def perplexity(console: Console, model: Any, rows: Tensor, windows: list[int], chunk: int, out: Path) -> None:
     window = trained_length(model.config)
     arms: dict[str, Any] = {"unmodified": nullcontext}
-    for sinks, length in [(16, window), (16, window // 4), (0, window)]:
+    for sinks, length in [*((16, length) for length in windows), (0, windows[0])]:
         arms[f"S={sinks}, L={length}"] = LMInfinite(num_sink_tokens=sinks, window_length=length)
     since = time.perf_counter()
     losses = compare_losses(model, rows, arms, chunk=chunk, progress=True)
@@ -125,6 +125,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens per stretch.")] = 65_536,
     stops: Annotated[str, typer.Option(help="Tokens seen when the streaming speed is taken.")] = "10000,30000,100000",
     prompts: Annotated[str, typer.Option(help="Lengths of the prompts.")] = "131072,1048576",
+    windows: Annotated[str | None, typer.Option(help="Windows; the trained one and 2048 if left out.")] = None,
     chunk: Annotated[int, typer.Option(help="Tokens per forward.")] = 2048,
     out: Annotated[Path, typer.Option(help="Folder for the figures.")] = Path("lm_infinite"),
 ) -> None:
@@ -133,19 +134,21 @@ def main(
     ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"), verbose=False).input_ids)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     console.print(f"{device}, torch {torch.__version__}, {language_model.dtype}, {len(ids):,} tokens in {text.name}")
+    trained = trained_length(language_model.config)
+    lengths = [trained, 2048] if windows is None else [int(length) for length in windows.split(",")]
     if "perplexity" in parts.split(","):
         rows = torch.stack([ids[int(start) : int(start) + tokens] for start in starts.split(",")])
-        perplexity(console, language_model, rows, chunk, out)
+        perplexity(console, language_model, rows, lengths, chunk, out)
     if "streaming" in parts.split(","):
         seen = [int(stop) for stop in stops.split(",")]
         stream = ids.to(language_model.device)[None]
-        for arm in (LMInfinite(), LMInfinite(window_length=2048)):
-            speeds = streaming(language_model, stream, arm, seen, chunk)
+        for length in lengths:
+            speeds = streaming(language_model, stream, LMInfinite(window_length=length), seen, chunk)
             console.print(speed_table(speeds))
             append_records(out / "streaming.jsonl", speeds)
     if "prompt" in parts.split(","):
-        for length in prompts.split(","):
-            prompt(console, language_model, ids, int(length))
+        for n in prompts.split(","):
+            prompt(console, language_model, ids, int(n))
 
 
 if __name__ == "__main__":

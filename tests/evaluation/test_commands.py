@@ -179,6 +179,7 @@ def test_recipe_lm_infinite(tiny_folder, tmp_path, long_text, capsys):
         tokens=200,
         stops="100,400",
         prompts="900",
+        windows="64,16",
         chunk=64,
     )
     shown = capsys.readouterr().out

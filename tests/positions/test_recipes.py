@@ -59,7 +59,8 @@ def test_finetune_cream(monkeypatch, model_folder, tmp_path, texts, capsys, opti
 
 
 def test_cream_tiny(monkeypatch, capsys):
-    run(monkeypatch, "cream_tiny.py", "--seeds", "0", "--pretraining", "2", "--steps", "2", "--batch", "2")
+    sizes = ("--pretraining", "2", "--steps", "2", "--batch", "2", "--scored", "4")
+    run(monkeypatch, "cream_tiny.py", "--seeds", "0", *sizes)
     printed = capsys.readouterr().out
     for arm in ("pretrained", "ntk, no training", "cream", "pose", "contiguous", "trap"):
         assert arm in printed

@@ -106,7 +106,7 @@ STEPS = [
     Step(
         "cream",
         "CREAM: trained at 64 tokens, read at 512, beside its baselines",
-        "cream_tiny.py --seeds 0",
+        "cream_tiny.py",
         "cream_tiny.py",
     ),
     Step("pema", "PEMA: a wording learned beside a frozen model", None, "pema.py --out OUT"),

@@ -79,7 +79,7 @@ if TYPE_CHECKING:
         uld_assistant as uld_assistant,
     )
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOME = {
     "ArchiveCacheLayer": "hf_longtrunc.attention.cache",

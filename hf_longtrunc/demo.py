@@ -203,7 +203,8 @@ def _picture(runs: list[SampledText], epsilon: float, path: Path) -> Path:
     names = ("entropy (nats)", f"drawn (dots), cut (line),\nrefused by eta {epsilon:g} (x)", "kept mass")
     for panel, name in zip(panels[:, 0], names, strict=True):
         panel.set_ylabel(name)
-    panels[2, 0].set_ylim(0.6, 1.02)
+    lowest = min(record.kept_mass for run in runs for record in run.records)
+    panels[2, 0].set_ylim(min(0.6, lowest), 1.02)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

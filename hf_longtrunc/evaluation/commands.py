@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -12,7 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
-from hf_longtrunc import LMInfinite, load_pretrained, trained_length
+from hf_longtrunc import LMInfinite, Unlimiformer, load_pretrained, trained_length
 from hf_longtrunc.evaluation.perplexity import (
     compare_losses,
     default_edges,
@@ -87,17 +88,25 @@ def scrolls(
     lm_infinite: WithLMInfinite = False,
     window: Window = None,
     sinks: Sinks = 16,
+    unlimiformer: Annotated[
+        bool, typer.Option("--unlimiformer", help="Run Unlimiformer too, on the whole text whatever --max-tokens says.")
+    ] = False,
     output_dir: Annotated[Path, typer.Option(help="Records, predictions, metrics and picture.")] = Path("scrolls"),
 ) -> None:
     """SCROLLS' official scores of a model, unmodified and patched, on the same examples in one run."""
     arms = _arms(lm_infinite, window, sinks)
+    whole: dict[str, Arm] = {"unlimiformer": Unlimiformer()} if unlimiformer else {}
     try:
         rows = Rows(task, data, split=split, limit=limit)
         language_model, tokenizer = _load(model)
-        sizes = {"max_tokens": max_tokens, "max_new_tokens": max_new_tokens}
-        path = output_dir / f"{task}.jsonl"
-        records = run(language_model, tokenizer, task, rows, arms, **sizes, path=path, progress=True)
-        results = {arm: evaluate(task, predictions(records, arm), rows) for arm in arms}
+        asked: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "path": output_dir / f"{task}.jsonl",
+            "progress": True,
+        }
+        predict = partial(run, language_model, tokenizer, task, rows, **asked)
+        records = [*predict(arms, max_tokens=max_tokens), *predict(whole)]
+        results = {arm: evaluate(task, predictions(records, arm), rows) for arm in (*arms, *whole)}
     except (OSError, ModuleNotFoundError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     _report_scrolls(task, records, results, output_dir, Console())

@@ -447,12 +447,16 @@ def test_an_encoder_decoder_reads_the_row_as_it_stands(encoder_decoder, tokenize
     assert (record.prompt_tokens, record.cut_tokens) == (40, len(whole) - 40)
 
 
-def test_a_text_past_learned_positions_is_refused_with_the_way_out(trained_tokenizer, tokenizer, sources):
+@pytest.fixture
+def bart(trained_tokenizer):
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
-    bart = BartForConditionalGeneration(
+    return BartForConditionalGeneration(
         BartConfig(vocab_size=trained_tokenizer.get_vocab_size(), **sizes, **heads, forced_eos_token_id=None)
     ).eval()
+
+
+def test_a_text_past_learned_positions_is_refused_with_the_way_out(bart, tokenizer, sources):
     rows = scrolls.Rows("qasper", sources["zip"], limit=1)
     with pytest.raises(ValueError, match=r"row 'q0' has \d+ tokens, more than .* max_tokens"):
         scrolls.run(bart, tokenizer, "qasper", rows, {"plain": nullcontext}, max_new_tokens=2)
@@ -499,6 +503,19 @@ def test_the_command_writes_records_predictions_metrics_and_picture(command, tin
         assert scrolls.evaluate("qasper", predicted, rows) == metrics
     assert len(read_records(tmp_path / "out" / "qasper.jsonl", scrolls.ScrollsRecord)) == 6
     assert (tmp_path / "out" / "qasper.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_hands_unlimiformer_the_whole_text(command, bart, tokenizer, sources, tmp_path):
+    bart.save_pretrained(tmp_path / "bart")
+    tokenizer.save_pretrained(tmp_path / "bart")
+    options = ["--unlimiformer", "--max-tokens", 32, "--max-new-tokens", 3, "--output-dir", tmp_path / "out"]
+    result = command("qasper", "--model", tmp_path / "bart", "--data", sources["zip"], *options)
+    assert result.exit_code == 0, result.output
+    records = read_records(tmp_path / "out" / "qasper.jsonl", scrolls.ScrollsRecord)
+    read = {arm: {r.prompt_tokens for r in records if r.arm == arm} for arm in ("unmodified", "unlimiformer")}
+    assert read["unmodified"] == {32}
+    assert min(read["unlimiformer"]) > 32
+    assert all((record.cut_tokens == 0) == (record.arm == "unlimiformer") for record in records)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -99,13 +98,10 @@ def scrolls(
     try:
         rows = Rows(task, data, split=split, limit=limit)
         language_model, tokenizer = _load(model)
-        asked: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "path": output_dir / f"{task}.jsonl",
-            "progress": True,
-        }
-        predict = partial(run, language_model, tokenizer, task, rows, **asked)
-        records = [*predict(arms, max_tokens=max_tokens), *predict(whole)]
+        asked = language_model, tokenizer, task, rows
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "path": output_dir / f"{task}.jsonl"}
+        records = run(*asked, arms, max_tokens=max_tokens, **options, progress=True)
+        records += run(*asked, whole, **options, progress=True)
         results = {arm: evaluate(task, predictions(records, arm), rows) for arm in (*arms, *whole)}
     except (OSError, ModuleNotFoundError, TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error

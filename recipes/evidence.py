@@ -139,7 +139,7 @@ def main(
     for step in STEPS:
         command = step.full if full or (named and step.quick is None) else step.quick
         is_wanted = command is not None and (named is None or step.name in named)
-        if command is not None and is_wanted and written(command) not in {run.command for run in runs_in(out)}:
+        if command is not None and is_wanted and written(command, text) not in {run.command for run in runs_in(out)}:
             run(step.name, command, out, text)
     (out / "index.md").write_text(page(out), encoding="utf-8")
     print(f"page: {out / 'index.md'}")
@@ -149,8 +149,9 @@ def runs_in(out: Path) -> list[Run]:
     return read_records(out / "runs.jsonl", Run)
 
 
-def written(command: str) -> str:
+def written(command: str, text: Path | None) -> str:
     """Return a step's command as a user would type it."""
+    command = command if text is None else command.replace("TEXT", text.name)
     return command if command.startswith(COMMAND) else f"python recipes/{command}"
 
 
@@ -160,10 +161,10 @@ def run(name: str, command: str, out: Path, text: Path | None) -> None:
     folder = out / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    if "TEXT" in command and text is None:
-        text = out / "python_reference.txt"
-        text.write_text(python_reference(), encoding="utf-8")
-    words = [word.replace("TEXT", str(text)).replace("OUT", str(folder)) for word in shlex.split(command)]
+    source = out / "python_reference.txt" if text is None else text
+    if text is None:
+        source.write_text(python_reference(), encoding="utf-8")
+    words = [word.replace("TEXT", str(source)).replace("OUT", str(folder)) for word in shlex.split(command)]
     program = ["-m", "hf_longtrunc", *words[1:]] if words[0] == COMMAND else [str(RECIPES / words[0]), *words[1:]]
     started = time.perf_counter()
     # Progress bars go to stderr, and are for whoever is watching.
@@ -174,8 +175,16 @@ def run(name: str, command: str, out: Path, text: Path | None) -> None:
     print(result.stdout, flush=True)
     if result.returncode:
         raise SystemExit(f"{name} ended with status {result.returncode}; the steps before it are kept")
-    printed = result.stdout.replace(str(folder), "OUT")
-    append_records(out / "runs.jsonl", [Run(name, written(command), seconds, machine(), commit(), versions(), printed)])
+    for records in folder.rglob("*.jsonl"):
+        records.write_text(without_paths(records.read_text(encoding="utf-8"), folder), encoding="utf-8")
+    printed = without_paths(result.stdout, folder)
+    done = Run(name, written(command, text), seconds, machine(), commit(), versions(), printed)
+    append_records(out / "runs.jsonl", [done])
+
+
+def without_paths(text: str, folder: Path) -> str:
+    """Leave out where on this machine things lie."""
+    return text.replace(str(folder), "OUT").replace(str(Path.home()), "~")
 
 
 def page(out: Path) -> str:
@@ -183,8 +192,8 @@ def page(out: Path) -> str:
     runs = {run.step: run for run in runs_in(out)}
     parts = [
         "# Evidence",
-        "Made by `python recipes/evidence.py`. Every step is a line of `runs.jsonl` beside this page, and its records "
-        "lie in its folder there. Nothing here was edited by hand.",
+        "Made by `python recipes/evidence.py`. Every step is a line of [`runs.jsonl`](runs.jsonl), its records lie in "
+        "its folder there. TEXT is Python's language reference, OUT the step's folder. Nothing was edited by hand.",
     ]
     for step in STEPS:
         if step.name not in runs:

@@ -1,0 +1,41 @@
+"""The page of evidence: made from what was run, and what was run is not run again."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import typer
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "evidence.py"
+
+
+@pytest.fixture
+def recipe():
+    recipe = runpy.run_path(str(RECIPE))
+    recipe["STEPS"][:] = [recipe["Step"]("help", "What pack takes", "hf-longtrunc pack --help", "hf-longtrunc --help")]
+    return recipe
+
+
+def test_a_step_is_run_once_and_shown(recipe, tmp_path):
+    for _ in range(2):
+        recipe["main"](full=False, text=None, steps=None, out=tmp_path)
+    (done,) = recipe["runs_in"](tmp_path)
+    assert (done.step, done.command) == ("help", "hf-longtrunc pack --help")
+    assert "--seq-length" in done.printed
+    page = (tmp_path / "index.md").read_text()
+    assert "## help" in page
+    assert "--seq-length" in page
+    recipe["main"](full=True, text=None, steps=None, out=tmp_path)
+    assert len(recipe["runs_in"](tmp_path)) == 2
+
+
+def test_no_path_of_this_machine_is_shown(recipe, tmp_path):
+    text = f"{tmp_path}/records.jsonl {Path.home()}/.cache/model"
+    assert recipe["without_paths"](text, tmp_path) == "OUT/records.jsonl ~/.cache/model"
+
+
+def test_an_unknown_step_is_named(recipe, tmp_path):
+    with pytest.raises(typer.BadParameter, match="no such step: nothing"):
+        recipe["main"](full=False, text=None, steps="help,nothing", out=tmp_path)

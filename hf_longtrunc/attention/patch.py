@@ -87,7 +87,8 @@ class Patch:
         # Of one decoded token: the slots that it sees, their distances, the turn of the sinks by each rotation.
         self._ring_view: tuple[Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
         self._archives: weakref.WeakValueDictionary[int, ArchiveCacheLayer] = weakref.WeakValueDictionary()
-        self._ballot: list[Tensor] | None = None  # each layer's mass [batch, blocks] while blocks are being chosen
+        self._ballot: list[Tensor] | None = None  # each voter's mass [batch, blocks] while blocks are being chosen
+        self._first_voter = 0  # the first layer that fills it
         self._first_hidden: Tensor | None = None  # of the rows before those that are run twice
         self._changes = Changes()
         try:
@@ -182,6 +183,13 @@ class Patch:
                 f"{type(retrieval).__name__}: first_layer={retrieval.first_layer} leaves no layer that reads: the last "
                 f"one of full attention is layer {max(layers)}"
             )
+        if isinstance(retrieval, TopBlocks):
+            self._first_voter = retrieval.votes_from(max(layers) + 1)
+            if max(layers) < self._first_voter:
+                raise ValueError(
+                    f"TopBlocks: first_voter={retrieval.first_voter} leaves no layer that chooses: the last one of "
+                    f"full attention is layer {max(layers)}"
+                )
 
     def _few_hidden_states(self) -> Tensor:
         """Return the hidden states of a few tokens that fit the window."""
@@ -410,14 +418,18 @@ class Patch:
     def _reader(self, module: Any, key: Tensor, value: Tensor, j: Tensor, scoring: Scoring, rotate: Any) -> Read | None:
         """Return what queries [batch, heads, n, dim] at i [rows, n] of this layer read with; None if nothing."""
         retrieval, window, sinks = self.retrieval, self.window_length, self.num_sink_tokens
-        if retrieval is None or module.layer_idx < retrieval.first_layer:
+        if retrieval is None:
+            return None
+        if module.layer_idx < (retrieval.first_layer if self._ballot is None else self._first_voter):
             return None
         archive = self._archives.get(module.layer_idx)
         if (key.shape[2] if archive is None else archive.seen) <= window + sinks:
             return None
         middle = Middle(key if rotate is None else rotate(key, -j), value, j) if archive is None else archive.middle()
-        away = max(1, window // 2) if retrieval.distance is None else retrieval.distance
+        away = retrieval.seen_at(window)
         sight = Sight(away, sinks, window, scoring)
+        if isinstance(retrieval, TopBlocks):
+            sight = Sight(away, sinks, min(away, window), scoring, window + sinks, retrieval.emphasis)
 
         def read(query: Tensor, i: Tensor, scores: Tensor) -> Retrieved | None:
             turned = query if rotate is None else rotate(query, away - i)

@@ -5,10 +5,12 @@ distance D_k, <R(D_k) q, k> with k un-rotated, so that its place in the text say
 the softmax of window and sinks with that score. Two ways to choose:
 
 - `TopK`: each head and row takes its k best keys.
-- `TopBlocks`: a few rows at the end of a question are run twice. The first time every layer and head says how much
-  attention it would pay to each block of the middle, in one softmax over window, sinks and middle; the sum decides, and
-  the second time all of them see the same few blocks. High-scoring keys that only one head likes cannot crowd the
-  softmax, and it matters little how many keys there are to choose from.
+- `TopBlocks`: a few rows at the end of a question are run twice. The first time the later layers say how much
+  attention each head would pay to each block, in one softmax over window, sinks and middle; the sum decides, and the
+  second time all heads and layers see the same few blocks. High-scoring keys that only one head likes cannot crowd the
+  softmax, and it matters little how many keys there are to choose from. For a row that has a middle, the part of the
+  window beyond D_k is up for choice with it, S <= j <= i - D_k: a key there may be seen twice, at its own distance and
+  at D_k. Each chosen key counts for several.
 
 Sources: Han et al. 2024, "LM-Infinite", arXiv 2308.16137: top-k with k = 5, D_k half the trained length,
 for the last row of a forward. Deviations: any number of rows may read; blocks are ours.
@@ -16,6 +18,7 @@ for the last row of a forward. Deviations: any number of rows may read; blocks a
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,18 +49,29 @@ class Middle(NamedTuple):
 def in_middle(
     query_positions: Int[Tensor, "*#rows n"], key_positions: Int[Tensor, "*#rows m"], num_sink_tokens: int, window: int
 ) -> Bool[Tensor, "... n m"]:
-    """Return whether a key is one that window and sinks have lost, S <= j <= i - L."""
+    """Return whether a key is no sink and at least `window` away, S <= j <= i - window."""
     i, j = query_positions[..., :, None], key_positions[..., None, :]
     return (j >= num_sink_tokens) & (i - j >= window)
 
 
 class Sight(NamedTuple):
-    """How a query sees the middle: at one distance, what window and sinks hold left out, with the layer's scoring."""
+    """How a query sees the middle: at one distance, with the layer's scoring.
+
+    Attributes:
+        distance: D_k.
+        num_sink_tokens: S, which are left out.
+        window: keys that are nearer than this are left out.
+        scoring: of the layer.
+        first_query: queries before this position see none of it.
+        emphasis: how many keys each chosen key counts for.
+    """
 
     distance: int
     num_sink_tokens: int
     window: int
     scoring: Scoring
+    first_query: int = 0
+    emphasis: float = 1.0
 
 
 def top_k(
@@ -129,7 +143,10 @@ def read_blocks(
     block_size: int,
     sight: Sight,
 ) -> Retrieved:
-    """Return the keys of each row's `chosen` blocks, for every head and query; arguments as for `block_mass`."""
+    """Return the keys of each row's `chosen` blocks, for every head and query; arguments as for `block_mass`.
+
+    Each counts for `sight.emphasis` keys: log(emphasis) joins its logit.
+    """
     device, heads = middle.key.device, query.shape[1]
     first = sight.num_sink_tokens + chosen.to(device) * block_size
     positions = (first[..., None] + torch.arange(block_size, device=device)).flatten(1)  # [batch, k]
@@ -137,14 +154,15 @@ def read_blocks(
     key, value = (x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])).to(query.device) for x in middle[:2])
     part = Middle(key, value, positions.to(query.device))
     group = heads // value.shape[1]
-    return Retrieved(
-        _middle_scores(query, query_positions, part, sight), value.repeat_interleave(group, dim=1)[:, :, None]
-    )
+    scores = _middle_scores(query, query_positions, part, sight) + math.log(sight.emphasis)
+    return Retrieved(scores, value.repeat_interleave(group, dim=1)[:, :, None])
 
 
 def _middle_scores(query: Tensor, query_positions: Tensor, middle: Middle, sight: Sight) -> Tensor:
     """Logits [batch, heads, n, m], where the middle is stored; the least number that there is for other keys."""
     device = middle.key.device
     scores = constant_scores(query.to(device), middle.key, sight.distance, sight.scoring)
-    candidates = in_middle(query_positions.to(device), middle.positions, sight.num_sink_tokens, sight.window)
+    i = query_positions.to(device)
+    candidates = in_middle(i, middle.positions, sight.num_sink_tokens, sight.window)
+    candidates = candidates & (i >= sight.first_query)[..., None]
     return scores.masked_fill(~candidates[:, None], torch.finfo(scores.dtype).min)

@@ -110,10 +110,14 @@ class NaiveTopK(Naive):
 
 @dataclass
 class NaiveBlocks(Naive):
-    """The last `rows` rows see the `chosen` blocks; while there are none, they note what they would pay to each."""
+    """The last `rows` rows see the `chosen` blocks; while there are none, they note what they would pay to each.
+
+    A row that has lost a key may choose among all that are `away` or farther. What it still holds, it sees twice.
+    """
 
     size: int = 1
     away: int = 1
+    emphasis: float = 1.0
     rows: int = 1
     chosen: list[int] | None = None
     paid: dict[int, float] = field(default_factory=dict)
@@ -122,13 +126,13 @@ class NaiveBlocks(Naive):
         n = query.shape[1]
         scores = scores.clone()
         for i in range(max(0, n - self.rows), n):
-            candidates = range(self.sinks, i - self.window + 1)
+            candidates = range(self.sinks, i - self.away + 1) if i >= self.sinks + self.window else range(0)
             q = query[:, i] if self.rope is None else self.rope.turn(query[:, i], torch.tensor(self.away))
             found = {j: (q * key[:, j]).sum(-1) * scaling for j in candidates}
             if self.chosen is not None:
                 for j in candidates:
                     if (j - self.sinks) // self.size in self.chosen:
-                        scores[:, i, j] = found[j]
+                        scores[:, i, j] = torch.logaddexp(scores[:, i, j], found[j] + math.log(self.emphasis))
             elif candidates:
                 weights = torch.cat([scores[:, i], torch.stack(list(found.values()), -1)], dim=-1).softmax(-1)
                 for index, j in enumerate(candidates):

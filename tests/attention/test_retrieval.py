@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -260,26 +261,54 @@ INTERFACE_FAMILIES = {
 }
 
 
+@pytest.mark.parametrize(("first_voter", "emphasis"), [(None, 4.0), (1, 1.0)])
 @pytest.mark.parametrize("family", INTERFACE_FAMILIES)
-def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family):
+def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, first_voter, emphasis):
     ids = prompt(N + 6)
     reference = model_of(family).double()
-    naive = NaiveBlocks(S, L, L, INTERFACE_FAMILIES[family], size=4, away=4, rows=VOTERS)
-    install(reference, naive)
+    naive = NaiveBlocks(S, L, L, INTERFACE_FAMILIES[family], size=4, away=4, rows=VOTERS, emphasis=emphasis)
+    silent = replace(naive, paid={})  # reads, and has no say
+    install(reference, naive, below=(first_voter or 0, silent))
     logits(reference, ids[:, :N])
-    naive.chosen = sorted(naive.paid, key=naive.paid.__getitem__)[-2:]
-    naive.rows = ROWS + 6  # what is decoded reads too
+    naive.chosen = silent.chosen = sorted(naive.paid, key=naive.paid.__getitem__)[-2:]
+    naive.rows = silent.rows = ROWS + 6  # what is decoded reads too
     expected = logits(reference, ids)
     model = model_of(family)
     with LMInfinite(S, L)(model):
         without = logits(model, ids)
-    with BLOCKS(model):
+    retrieval = replace(BLOCKS.retrieval, first_voter=first_voter, emphasis=emphasis)
+    with LMInfinite(S, L, retrieval=retrieval)(model):
         cache = ring_cache(model)
         got = in_chunks(model, ids, [N, 1, 1, 2, 2], cache)
     assert sorted(cache.layers[0].chosen[0].tolist()) == sorted(naive.chosen)
     assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
     assert (got - without)[:, : N - ROWS].abs().max() < 2e-5
     assert (got - without)[:, N:].abs().max() > 1e-2
+
+
+def test_the_later_layers_choose_otherwise():
+    ids = prompt(N)
+    choices: dict[int | None, list[list[int]]] = {None: [], 0: [], 1: []}
+    for model in map(model_of, INTERFACE_FAMILIES):
+        for first_voter, chosen in choices.items():
+            with LMInfinite(S, L, retrieval=replace(BLOCKS.retrieval, first_voter=first_voter))(model):
+                cache = ring_cache(model)
+                logits(model, ids, cache=cache)
+                chosen.append(sorted(cache.layers[0].chosen[0].tolist()))
+    assert choices[None] == choices[0] != choices[1]
+
+
+def test_what_blocks_take_where_nothing_is_given(llama):
+    assert [TopBlocks().votes_from(layers) for layers in (30, 16, 8)] == [12, 6, 4]
+    assert TopBlocks(first_layer=0).votes_from(2) == 0
+    assert TopBlocks(first_voter=2).votes_from(30) == 2
+    ids = prompt(N)
+    with LMInfinite(S, L, retrieval=replace(BLOCKS.retrieval, distance=L // 4))(llama):
+        expected = logits(llama, ids, cache=ring_cache(llama))
+    with LMInfinite(S, L, retrieval=replace(BLOCKS.retrieval, distance=None))(llama):
+        assert torch.equal(logits(llama, ids, cache=ring_cache(llama)), expected)
+    with BLOCKS(llama):
+        assert not torch.equal(logits(llama, ids, cache=ring_cache(llama)), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "gptj"])
@@ -356,6 +385,10 @@ def test_blocks_are_refused_where_nothing_can_be_taken_back(llama):
         ({"voters": 9, "rows": 8}, ValueError, "rows must lie between voters and 64"),
         ({"rows": None}, TypeError, "rows must be a whole number"),
         ({"block_size": 0}, ValueError, "block_size must be at least 1"),
+        ({"first_voter": -1}, ValueError, "first_voter must be at least 0"),
+        ({"emphasis": 0}, ValueError, "emphasis must be above 0"),
+        ({"emphasis": "4"}, TypeError, "emphasis must be a number"),
+        ({"first_voter": 1.0}, TypeError, "first_voter must be a whole number"),
         ({"store": "gpu"}, ValueError, "TopBlocks: store must be one of"),
     ],
 )
@@ -387,6 +420,14 @@ def test_a_model_without_a_layer_that_reads_is_refused(llama, strategy):
     before = logits(llama, ids)
     with pytest.raises(ValueError, match="first_layer=2 leaves no layer that reads"):
         LMInfinite(S, L, retrieval=strategy(first_layer=2)).attach(llama)
+    assert torch.equal(logits(llama, ids), before)
+
+
+def test_a_model_without_a_layer_that_chooses_is_refused(llama):
+    ids = prompt(N)
+    before = logits(llama, ids)
+    with pytest.raises(ValueError, match="first_voter=2 leaves no layer that chooses"):
+        LMInfinite(S, L, retrieval=TopBlocks(first_layer=0, first_voter=2)).attach(llama)
     assert torch.equal(logits(llama, ids), before)
 
 

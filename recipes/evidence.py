@@ -92,6 +92,12 @@ STEPS = [
         "passkey.py --lengths 4000,7500,16000,32000 --keys 4 --text TEXT --window 2048 --out OUT",
     ),
     Step(
+        "passkey-prose",
+        "The same in the prose of a novel, ten keys a length",
+        None,
+        "passkey.py --text TEXT --lengths 7500,12000 --keys 2 --window 2048 --arms blocks --seed 3 --out OUT",
+    ),
+    Step(
         "unlimiformer",
         "Unlimiformer: trained at 32 tokens, read at 65,536",
         "unlimiformer_passkey.py",

@@ -117,7 +117,12 @@ STEPS = [
     ),
     Step("pema", "PEMA: a wording learned beside a frozen model", None, "pema.py --out OUT"),
     Step("uld", "ULD: facts suppressed, others kept", None, "uld.py --out OUT"),
-    Step("processors-cost", "What a truncation step costs beside transformers' own", None, "benchmarks/processors.py"),
+    Step(
+        "processors-cost",
+        "What a truncation step costs beside transformers' own",
+        None,
+        "benchmarks/processors.py --batch 1 32",
+    ),
     Step("packing-cost", "What a packing plan costs", None, "benchmarks/packing.py"),
     Step(
         "bat-cost",

@@ -213,7 +213,8 @@ def page(out: Path) -> str:
         parts.append(f"## {step.name}")
         parts.append(f"{step.shows}.")
         parts.append(f"`{ran.command}`: {ran.seconds:.0f} s on {ran.machine}; commit {ran.commit}; {ran.versions}.")
-        parts.append(f"```text\n{ran.printed.rstrip()}\n```")
+        shown = [line for line in ran.printed.rstrip().splitlines() if not line.startswith("{'")]  # Trainer's log
+        parts.append("\n".join(["```text", *shown, "```"]))
         pictures = sorted((out / step.name).glob("*.png"))
         parts += [f"![{step.shows}]({step.name}/{picture.name})" for picture in pictures]
     return "\n\n".join(parts) + "\n"

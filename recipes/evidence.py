@@ -130,7 +130,12 @@ STEPS = [
         None,
         "benchmarks/bat.py --problems 60 --highs 10 --rows 15 --tokens 40",
     ),
-    Step("attention-cost", "One layer under LM-Infinite", None, "benchmarks/lm_infinite.py --out OUT"),
+    Step(
+        "attention-cost",
+        "One layer under LM-Infinite",
+        "benchmarks/lm_infinite.py --device cpu --largest 16384 --repeats 3 --out OUT",
+        "benchmarks/lm_infinite.py --out OUT",
+    ),
     Step("retrieval-cost", "A decoding step under Unlimiformer", None, "benchmarks/unlimiformer.py --out OUT"),
 ]
 

@@ -286,6 +286,20 @@ def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, fir
     assert (got - without)[:, N:].abs().max() > 1e-2
 
 
+def test_a_row_reads_blocks_from_the_first_key_that_it_has_lost(llama):
+    """The last row but one stands at S + L: it has lost one key, and those before it none."""
+    ids = prompt(S + L + 2)
+    reference = model_of("llama").double()
+    naive = NaiveBlocks(S, L, L, INTERFACE_FAMILIES["llama"], size=4, away=4, rows=VOTERS, emphasis=4.0)
+    install(reference, naive)
+    logits(reference, ids)
+    naive.chosen, naive.rows = sorted(naive.paid, key=naive.paid.__getitem__)[-2:], ROWS
+    expected = logits(reference, ids)
+    with BLOCKS(llama):
+        got = logits(llama, ids, cache=ring_cache(llama))
+    assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
+
+
 def test_the_later_layers_choose_otherwise():
     ids = prompt(N)
     choices: dict[int | None, list[list[int]]] = {None: [], 0: [], 1: []}

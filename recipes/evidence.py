@@ -6,7 +6,8 @@
 
 Each step is a command that can be run by itself. Its records and pictures go to OUT/STEP; one line of OUT/runs.jsonl
 holds the command, the machine, commit and versions, how long it took and everything that it printed. OUT/index.md shows
-all of it. A step whose command is there already is not run again: delete its line to repeat it.
+all of it. A step whose command is there already is not run again: delete its line and its folder to repeat it. What a
+step that was cut off left in its folder stays there, and most steps go on from it.
 
 The text is Python's own language reference, unless one is given.
 """
@@ -16,7 +17,6 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Run:
-    """One step as it was run."""
+    """One step as it was run; the seconds are those since it was last started."""
 
     step: str
     command: str
@@ -68,6 +68,12 @@ STEPS = [
         "samplers.py --text TEXT --tokens 2000 --new-tokens 512 --seeds 0,1,2 --out OUT",
     ),
     Step(
+        "samplers-prose",
+        "The same on the beginning of a novel",
+        None,
+        "samplers.py --text TEXT --tokens 300 --new-tokens 48 --out OUT",
+    ),
+    Step(
         "matching",
         "The epsilons at which the samplers refuse the same share of a text",
         f"{COMMAND} match TEXT --max-tokens 128 --picture OUT/match.png",
@@ -82,7 +88,7 @@ STEPS = [
     Step(
         "memory",
         "LM-Infinite over a long stream: memory and time",
-        "constant_memory.py --tokens 100000 --out OUT",
+        "constant_memory.py --tokens 200000 --out OUT",
         "constant_memory.py --tokens 1000000 --every 100000 --out OUT",
     ),
     Step(
@@ -96,6 +102,24 @@ STEPS = [
         "The same in the prose of a novel, ten keys a length",
         None,
         "passkey.py --text TEXT --lengths 7500,12000 --keys 2 --window 2048 --arms blocks --seed 3 --out OUT",
+    ),
+    Step(
+        "passkey-prose-long",
+        "The same at two and four times the trained window",
+        None,
+        "passkey.py --text TEXT --lengths 16000,32000 --keys 2 --window 2048 --arms blocks --seed 3 --out OUT",
+    ),
+    Step(
+        "passkey-repeated",
+        "Fifty keys in repeated filler",
+        None,
+        "passkey.py --lengths 12000 --keys 10 --window 2048 --arms blocks --dtype bfloat16 --out OUT",
+    ),
+    Step(
+        "passkey-repeated-long",
+        "Twenty keys in repeated filler at four times the trained window",
+        None,
+        "passkey.py --lengths 32000 --keys 4 --window 2048 --arms blocks --dtype bfloat16 --out OUT",
     ),
     Step(
         "unlimiformer",
@@ -121,9 +145,9 @@ STEPS = [
         "processors-cost",
         "What a truncation step costs beside transformers' own",
         None,
-        "benchmarks/processors.py --batch 1 32",
+        "benchmarks/processors.py",
     ),
-    Step("packing-cost", "What a packing plan costs", None, "benchmarks/packing.py"),
+    Step("packing-cost", "What a packing plan costs", None, "benchmarks/packing.py --large"),
     Step(
         "bat-cost",
         "What a basis-aware check costs beside the linear program",
@@ -137,6 +161,12 @@ STEPS = [
         "benchmarks/lm_infinite.py --out OUT",
     ),
     Step("retrieval-cost", "A decoding step under Unlimiformer", None, "benchmarks/unlimiformer.py --out OUT"),
+    Step(
+        "index-cost",
+        "A FAISS index beside the exact search",
+        None,
+        'benchmarks/unlimiformer.py --states 65536 --indexes "Flat;HNSW32;IVF256,Flat:nprobe=16;IVF256,Flat:nprobe=64"',
+    ),
 ]
 
 
@@ -175,8 +205,7 @@ def run(name: str, command: str, out: Path, text: Path | None) -> None:
     """Run one step's command, show what it prints, and keep it beside the records."""
     print(f"== {name}: {command}", flush=True)
     folder = out / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     source = out / "python_reference.txt" if text is None else text
     if text is None:
         source.write_text(python_reference(), encoding="utf-8")
@@ -209,7 +238,8 @@ def page(out: Path) -> str:
     parts = [
         "# Evidence",
         "Made by `python recipes/evidence.py`. Every step is a line of [`runs.jsonl`](runs.jsonl), its records lie in "
-        "its folder there. TEXT is Python's language reference, OUT the step's folder. Nothing was edited by hand.",
+        "its folder there. TEXT is Python's language reference where a command names no other, OUT the step's folder. "
+        "Nothing was edited by hand.",
     ]
     for step in STEPS:
         if step.name not in runs:

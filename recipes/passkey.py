@@ -20,6 +20,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -38,10 +39,11 @@ def main(
     window: Annotated[int | None, typer.Option(help="LM-Infinite's window; the trained one if left out.")] = None,
     arms: Annotated[str, typer.Option(help="Which arms, of the five above.")] = "unmodified,window,paper,top-k,blocks",
     sinks: Annotated[int, typer.Option(help="First tokens that stay visible.")] = 16,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; float32 on a CPU if left out.")] = None,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Folder for passkey.jsonl and passkey.png.")] = Path("passkey"),
 ) -> None:
-    language_model, tokenizer = load_pretrained(model)
+    language_model, tokenizer = load_pretrained(model, dtype=None if dtype is None else getattr(torch, dtype))
     retrievals = {"window": None, "paper": TopK(k=5, rows=1), "top-k": TopK(), "blocks": TopBlocks()}
     known: dict[str, Any] = {"unmodified": nullcontext} | {
         name: LMInfinite(num_sink_tokens=sinks, window_length=window, retrieval=retrieval)

@@ -6,6 +6,7 @@ first sentence loses tokens from its start to make it exact.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,16 @@ class Haystack:
         text: the filler; None repeats `REPEATED_FILLER`. A text is cut into sentences, a prompt takes a stretch of it
             whose place is drawn, and a text that is too short for the length starts again from its beginning.
 
+    `filler` names it in records: "repeated", or "text" with a digest.
+
     Raises:
         ValueError: the text holds no sentence.
     """
 
     def __init__(self, tokenizer: Any, text: str | None = None):
         self.tokenizer = tokenizer
-        self.filler = "repeated" if text is None else "text"
+        # Two texts must not pass for one cell of a journal.
+        self.filler = "repeated" if text is None else f"text {hashlib.sha256(text.encode()).hexdigest()[:8]}"
         sentences = _sentences(REPEATED_FILLER if text is None else text)
         if not sentences:
             raise ValueError(

@@ -134,17 +134,18 @@ def test_a_run_goes_on_where_it_was_cut_off(tokenizer, tmp_path):
     assert len(json.loads(path.read_text().splitlines()[0])) == 13
 
 
-@pytest.mark.parametrize("change", ["arm", "settings", "filler", "seed", "model", "dtype"])
+@pytest.mark.parametrize("change", ["arm", "settings", "filler", "text", "seed", "model", "dtype"])
 def test_what_was_asked_in_another_setting_is_asked_again(tokenizer, prose, tmp_path, change):
     path = tmp_path / "passkey.jsonl"
     tasks = passkey_tasks([500], [0.5], keys_per_cell=1)
-    run_passkey(Reader(tokenizer), PasskeyPrompts(tokenizer), tasks, {"plain": nullcontext}, path=path)
+    asked = PasskeyPrompts(tokenizer, prose[len(prose) // 2 :] if change == "text" else None)
+    run_passkey(Reader(tokenizer), asked, tasks, {"plain": nullcontext}, path=path)
     reader, prompts, arms = Reader(tokenizer), PasskeyPrompts(tokenizer), {"plain": nullcontext}
     if change == "arm":
         arms = {"other": nullcontext}
     elif change == "settings":
         arms = {"plain": contextmanager(lambda model: iter([model]))}
-    elif change == "filler":
+    elif change in {"filler", "text"}:
         prompts = PasskeyPrompts(tokenizer, prose)
     elif change == "seed":
         tasks = passkey_tasks([500], [0.5], keys_per_cell=1, seed=1)

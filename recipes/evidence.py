@@ -74,6 +74,12 @@ STEPS = [
         "samplers.py --text TEXT --tokens 300 --new-tokens 48 --out OUT",
     ),
     Step(
+        "eta-flag",
+        "Eta on the full distribution and as transformers' flag behind top-k",
+        "eta_flag.py --out OUT",
+        "eta_flag.py --out OUT",
+    ),
+    Step(
         "matching",
         "The epsilons at which the samplers refuse the same share of a text",
         f"{COMMAND} match TEXT --max-tokens 128 --picture OUT/match.png",
@@ -110,6 +116,12 @@ STEPS = [
         "passkey.py --text TEXT --lengths 16000,32000 --keys 2 --window 2048 --arms blocks --seed 3 --out OUT",
     ),
     Step(
+        "passkey-prose-more",
+        "The same in other novels, twenty keys each",
+        None,
+        "passkey.py --text TEXT --lengths 7500 --keys 4 --window 2048 --arms blocks --seed 4 --out OUT",
+    ),
+    Step(
         "passkey-repeated",
         "Fifty keys in repeated filler",
         None,
@@ -139,8 +151,15 @@ STEPS = [
         "cream_tiny.py",
         "cream_tiny.py",
     ),
+    Step("cream-third-seed", "The same with another seed", None, "cream_tiny.py --seeds 2"),
+    Step(
+        "cream-coverage",
+        "The relative distances that CREAM's positions meet",
+        "cream_coverage.py --out OUT",
+        "cream_coverage.py --out OUT",
+    ),
     Step("pema", "PEMA: a wording learned beside a frozen model", None, "pema.py --out OUT"),
-    Step("uld", "ULD: facts suppressed, others kept", None, "uld.py --out OUT"),
+    Step("uld", "ULD: facts suppressed, others kept", None, "uld.py --alphas 0.3,0.4,0.5,0.75 --out OUT"),
     Step(
         "processors-cost",
         "What a truncation step costs beside transformers' own",
@@ -153,6 +172,12 @@ STEPS = [
         "What a basis-aware check costs beside the linear program",
         None,
         "benchmarks/bat.py --problems 60 --highs 10 --rows 15 --tokens 40",
+    ),
+    Step(
+        "bat-published",
+        "A basis-aware check beside the published formulation",
+        None,
+        "benchmarks/bat.py --tau 0.01 --problems 2 --highs 2 --cvxpy 2 --rows 1 --tokens 0",
     ),
     Step(
         "attention-cost",
@@ -233,8 +258,8 @@ def without_paths(text: str, folder: Path) -> str:
 
 
 def page(out: Path) -> str:
-    """Return the page: a section a step, with the command, what it printed, and its pictures."""
-    runs = {run.step: run for run in runs_in(out)}
+    """Return the page: a section a step, with its commands, what they printed, and its pictures."""
+    runs = runs_in(out)
     parts = [
         "# Evidence",
         "Made by `python recipes/evidence.py`. Every step is a line of [`runs.jsonl`](runs.jsonl), its records lie in "
@@ -242,17 +267,21 @@ def page(out: Path) -> str:
         "Nothing was edited by hand.",
     ]
     for step in STEPS:
-        if step.name not in runs:
-            continue
-        ran = runs[step.name]
-        parts.append(f"## {step.name}")
-        parts.append(f"{step.shows}.")
-        parts.append(f"`{ran.command}`: {ran.seconds:.0f} s on {ran.machine}; commit {ran.commit}; {ran.versions}.")
-        shown = [line for line in ran.printed.rstrip().splitlines() if not line.startswith("{'")]  # Trainer's log
-        parts.append("\n".join(["```text", *shown, "```"]))
-        pictures = sorted((out / step.name).glob("*.png"))
+        ran = [run for run in runs if run.step == step.name]
+        if ran:
+            parts += [f"## {step.name}", f"{step.shows}.", *(said for run in ran for said in said_by(run))]
+        pictures = sorted((out / step.name).glob("*.png")) if ran else []
         parts += [f"![{step.shows}]({step.name}/{picture.name})" for picture in pictures]
     return "\n\n".join(parts) + "\n"
+
+
+def said_by(run: Run) -> list[str]:
+    """Return a run's command and what it printed, as two paragraphs."""
+    shown = [line for line in run.printed.rstrip().splitlines() if not line.startswith("{'")]  # Trainer's log
+    return [
+        f"`{run.command}`: {run.seconds:.0f} s on {run.machine}; commit {run.commit}; {run.versions}.",
+        "\n".join(["```text", *shown, "```"]),
+    ]
 
 
 def machine() -> str:

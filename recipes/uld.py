@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -30,6 +31,7 @@ import typer
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_longtrunc import (
@@ -103,6 +105,14 @@ GENERAL = (
 
 
 People = Mapping[str, tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Neutral:
+    """Perplexity of text that has nothing to do with the facts."""
+
+    arm: str
+    perplexity: float
 
 
 class Training(NamedTuple):
@@ -209,16 +219,16 @@ def trained_assistant(
     return load_uld_assistant(target, folder)
 
 
-def perplexities(target: Any, tokenizer: Any, uld: ULDLogitsProcessor, text: Path | None) -> tuple[float, float]:
-    """Return the target's and the difference's, on general text that nobody was trained on or on pieces of `text`."""
+def neutral_rows(tokenizer: Any, text: Path | None) -> list[Tensor]:
+    """Return general text that nobody was trained on, or pieces of `text`, each [1, n]."""
     if text is None:
-        rows = [tokenizer(line, return_tensors="pt").input_ids for line in GENERAL[len(GENERAL) // 2 :]]
-    else:
-        ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids
-        rows = list(ids[:, 2000:].split(256, dim=1)[:16])
-    before = torch.cat([token_losses(target, row)[0] for row in rows])
-    after = torch.cat([uld.token_losses(target, row)[0] for row in rows])
-    return before.mean().exp().item(), after.mean().exp().item()
+        return [tokenizer(line, return_tensors="pt").input_ids for line in GENERAL[len(GENERAL) // 2 :]]
+    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids
+    return list(ids[:, 2000:].split(256, dim=1)[:16])
+
+
+def perplexity(losses: list[Tensor]) -> float:
+    return torch.cat(losses).mean().exp().item()
 
 
 def main(
@@ -234,7 +244,8 @@ def main(
     set_seed(seed)
     started = time.perf_counter()
     base, tokenizer = load_pretrained()
-    texts = own_texts(base, tokenizer)
+    texts, neutral = own_texts(base, tokenizer), neutral_rows(tokenizer, text)
+    untaught = perplexity([token_losses(base, row)[0] for row in neutral])
     target = taught_target(base, tokenizer, texts, Training(teach_steps, 12, 2e-3), out)
     assistant = trained_assistant(
         target, tokenizer, layers, assistant_data(texts), ULDLoss(beta), Training(steps, 8, 2e-3), out
@@ -252,9 +263,13 @@ def main(
             table.add_row(record.arm, name, wording, f"{record.recall:.2f}", f"{record.in_context:.2f}")
     console = Console()
     console.print(table)
+    before = perplexity([token_losses(target, row)[0] for row in neutral])
+    console.print(f"neutral perplexity: before teaching {untaught:.2f}, target {before:.2f}")
+    measured = {"before teaching": untaught, "target": before}
     for name, processor in processors.items():
-        before, after = perplexities(target, tokenizer, processor, text)
+        measured[name] = after = perplexity([processor.token_losses(target, row)[0] for row in neutral])
         console.print(f"{name}: neutral perplexity {before:.2f} -> {after:.2f} ({after / before - 1:+.1%})")
+    append_records(out / "neutral.jsonl", itertools.starmap(Neutral, measured.items()))
     done = time.perf_counter()
     console.print(f"{trained - started:.0f} s of training, {done - trained:.0f} s of measuring")
 

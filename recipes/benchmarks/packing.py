@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_longtrunc import BestFitPackingCollator, best_fit_decreasing, pack
 from hf_longtrunc.data.packing import plan_rows
+from hf_longtrunc.data.stream import PackedStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,6 +53,7 @@ def main() -> None:
     for seq_length in arguments.seq_length:
         console.print(planners(lengths, seq_length, arguments.turns))
         console.print(memory_and_histogram(lengths, seq_length))
+    console.print(a_few_at_a_time(lengths[:60_000], arguments.seq_length))
     if arguments.large:
         console.print(large(lognormal(10_000_000)))
     if not arguments.no_training:
@@ -145,6 +147,27 @@ def memory_and_histogram(lengths: NDArray[np.int64], seq_length: int) -> str:
     return (
         f"peak {peak:.0f} bytes a document; histogram of {histogram.sum():,} planned in {seconds:.3f} s ({rows:,} rows)"
     )
+
+
+def a_few_at_a_time(lengths: NDArray[np.int64], seq_lengths: list[int]) -> Table:
+    """Count the rows of a collator, which plans a batch, and of a stream, which plans a pool, over one plan of all."""
+    table = Table(title=f"{len(lengths):,} documents, rows over packing all at once", title_justify="left")
+    for heading in ("", *(f"rows of {length:,}" for length in seq_lengths), "million tokens/s"):
+        table.add_column(heading, justify="right" if heading else "left")
+    at_once = {length: len(best_fit_decreasing(lengths, length)) for length in seq_lengths}
+    for batch in (8, 32, 1024):
+        parts = [lengths[start : start + batch] for start in range(0, len(lengths), batch)]
+        rows = {length: sum(len(best_fit_decreasing(part, length)) for part in parts) for length in seq_lengths}
+        over = [f"{rows[length] / at_once[length] - 1:+.3%}" for length in seq_lengths]
+        table.add_row(f"collator, {batch:,} documents a batch", *over, "")
+    documents = [{"input_ids": np.zeros(length, np.int32)} for length in lengths.tolist()]
+    for pool in (1024, 4096, 16_384):
+        streams = [PackedStream(documents, length, pool_size=pool) for length in seq_lengths]
+        timings = [timed(lambda stream=stream: sum(1 for _ in stream), 1) for stream in streams]  # type: ignore[misc]
+        over = [f"{rows / at_once[length] - 1:+.3%}" for length, (_, rows) in zip(seq_lengths, timings, strict=True)]
+        speed = " / ".join(f"{lengths.sum() / seconds / 1e6:.0f}" for seconds, _ in timings)
+        table.add_row(f"stream, pool of {pool:,}", *over, speed)
+    return table
 
 
 def large(lengths: NDArray[np.int64]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import runpy
 import sys
 from contextlib import nullcontext
@@ -243,3 +244,14 @@ def test_recipe_constant_memory(tmp_path, capsys):
     assert last.perplexity > 500
     assert last.peak_mib < 1.5 * first.peak_mib
     assert "2,000 tokens" in capsys.readouterr().out
+
+
+def test_recipe_eta_flag(tiny_folder, tmp_path, capsys):
+    main = runpy.run_path(str(RECIPES / "eta_flag.py"))["main"]
+    main(epsilons="1e-3", model=tiny_folder, out=tmp_path)
+    assert "eta_cutoff=" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "eta_flag.jsonl").read_text().splitlines()]
+    kept = {(record["prompt"], record["way"]): record["tokens"] for record in records}
+    assert len(kept) == 4
+    flag, processor = (kept["My name is", way] for way in ("eta_cutoff=", "EtaLogitsProcessor"))
+    assert flag <= 50 < processor  # the tiny model's distribution is flat

@@ -29,6 +29,10 @@ def test_a_step_is_run_once_and_shown(recipe, tmp_path):
     assert "--seq-length" in page
     recipe["main"](full=True, text=None, steps=None, out=tmp_path)
     assert len(recipe["runs_in"](tmp_path)) == 2
+    page = (tmp_path / "index.md").read_text()
+    assert page.count("## help") == 1
+    assert "`hf-longtrunc pack --help`" in page
+    assert "`hf-longtrunc --help`" in page
 
 
 def test_no_path_of_this_machine_is_shown(recipe, tmp_path):

@@ -64,3 +64,13 @@ def test_cream_tiny(monkeypatch, capsys):
     printed = capsys.readouterr().out
     for arm in ("pretrained", "ntk, no training", "cream", "pose", "contiguous", "trap"):
         assert arm in printed
+
+
+def test_cream_coverage(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(monkeypatch, "cream_coverage.py", "--documents", 30, "--out", tmp_path)
+    assert not end.value.code
+    assert "official draw" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "coverage.jsonl").read_text().splitlines()]
+    assert len(records) == 9
+    assert all(0.2 < record["met"] <= 1 for record in records)

@@ -182,7 +182,7 @@ STEPS = [
     Step(
         "attention-cost",
         "One layer under LM-Infinite",
-        "benchmarks/lm_infinite.py --device cpu --largest 16384 --repeats 3 --out OUT",
+        "benchmarks/lm_infinite.py --device cpu --largest 32768 --repeats 3 --out OUT",
         "benchmarks/lm_infinite.py --out OUT",
     ),
     Step("retrieval-cost", "A decoding step under Unlimiformer", None, "benchmarks/unlimiformer.py --out OUT"),

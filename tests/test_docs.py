@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 import subprocess
 import sys
@@ -54,3 +56,34 @@ def test_benchmark_of_the_processors_runs():
     command = ["recipes/benchmarks/processors.py", *options]
     result = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True, cwd=ROOT)
     assert "eta ratio" in result.stdout
+
+
+RUNS = [json.loads(line) for line in (ROOT / "docs" / "evidence" / "runs.jsonl").read_text().splitlines()]
+TABLES = [
+    pytest.param(table, steps, id=f"{page.name}-{'-'.join(steps)}")
+    for page in PAGES
+    for before, table in itertools.pairwise(page.read_text().split("\n\n"))
+    if table.startswith("|") and (steps := re.findall(r"evidence/index\.md#([\w-]+)", before))
+]
+
+
+def numbers(text: str) -> list[str]:
+    return [number.replace(",", "") for number in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", text)]
+
+
+@pytest.mark.parametrize(("table", "steps"), TABLES)
+def test_every_figure_of_a_table_is_in_its_record(table, steps):
+    """To the digits that are shown; the first column names the rows."""
+    printed = [run["command"] + run["printed"] for run in RUNS if run["step"] in steps]
+    files = [path.read_text() for step in steps for path in (ROOT / "docs" / "evidence" / step).glob("*.jsonl")]
+    recorded = [float(number) for number in numbers(" ".join([*printed, *files]))]
+    for row in table.splitlines()[2:]:
+        for shown in numbers(" ".join(row.split("|")[2:])):
+            half = 0.5001 * 10.0 ** -len(shown.partition(".")[2])
+            assert any(abs(float(shown) - number) <= half for number in recorded), f"{shown} in {row}"
+
+
+def test_every_step_that_a_page_points_to_was_run():
+    named = {step for page in PAGES for step in re.findall(r"evidence/index\.md#([\w-]+)", page.read_text())}
+    assert named <= {run["step"] for run in RUNS}
+    assert len(TABLES) >= 10

@@ -111,8 +111,8 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
             (`hf-longtrunc match`).
         cutoff: "eta" or "epsilon", which threshold tau is.
         mode: "sample" draws here, without replacement until a token is kept, and leaves exactly that token: samples of
-            p-hat restricted to the kept set at 0.1 to 0.5 checks a token. "mask" removes exactly the cut tokens:
-            deterministic, for beams and for further samplers, at a solve for every token near the bar.
+            p-hat restricted to the kept set, a check for each draw below the bar. "mask" removes exactly the cut
+            tokens: deterministic, for beams and for further samplers, at a solve for every token near the bar.
         variant: "paper", or "official" for the authors' code, which lets p go below zero and keeps fewer tokens.
         generator: of the draws in sample mode; a list gives every row its own, which makes a row's draws independent
             of its batch. None takes torch's.

@@ -67,10 +67,11 @@ def lognormal(documents: int) -> NDArray[np.int64]:
 
 def planners(lengths: NDArray[np.int64], seq_length: int, turns: int) -> Table:
     plan = best_fit_decreasing(lengths, seq_length, min_piece=1)
-    pieces, ideal = plan.length.astype(np.int64), int(plan.stats()["ideal_rows"])
-    table = Table(
-        title=f"{len(lengths):,} documents, {len(pieces):,} pieces, rows of {seq_length:,}", title_justify="left"
-    )
+    stats = plan.stats()
+    pieces, ideal = plan.length.astype(np.int64), int(stats["ideal_rows"])
+    cut, cut_there = (stats[f"truncated_{how}"] / len(lengths) for how in ("documents", "by_concatenation"))
+    title = f"{len(lengths):,} documents, {cut:.1%} of them cut ({cut_there:.1%} by slicing a concatenation)"
+    table = Table(title=f"{title}, {len(pieces):,} pieces, rows of {seq_length:,}", title_justify="left")
     for heading in ("", "CPU s", "ratio", "rows", "over ideal"):
         table.add_column(heading, justify="right" if heading else "left")
     fastest: float | None = None

@@ -130,11 +130,16 @@ class ExactRotary:
     def _set_form(self, answer: Any, name: str) -> None:
         count = self.frequencies.shape[-1]
         self.is_complex = isinstance(answer, Tensor) and answer.is_complex()
-        # At position 0 every cosine is the scale, and every sine is 0.
-        self.is_sine_first = not self.is_complex and not answer[0][0, 0].any()
-        sample = answer if self.is_complex else answer[1] if self.is_sine_first else answer[0]
-        if not isinstance(sample, Tensor) or sample.ndim != 3 or sample.shape[-1] not in (count, 2 * count):
+        parts = [answer] if self.is_complex else answer
+        if (
+            not isinstance(parts, (tuple, list))
+            or len(parts) != (1 if self.is_complex else 2)
+            or not all(isinstance(t, Tensor) and t.ndim == 3 and t.shape[-1] in (count, 2 * count) for t in parts)
+        ):
             raise CannotPatchError(f"{name} answers with something else than cosines and sines [batch, n, dim]")
+        # At position 0 every cosine is the scale, and every sine is 0.
+        self.is_sine_first = not self.is_complex and not parts[0][0, 0].any()
+        sample = parts[1] if self.is_sine_first else parts[0]
         self.scale = float(sample[0, 0, 0].real)
         self.dtype = None if sample.dtype == torch.float64 else sample.dtype
         order = torch.arange(count, device=self.frequencies.device)

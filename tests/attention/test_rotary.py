@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_longtrunc import LMInfinite
-from hf_longtrunc.attention.rotary import ExactRotary, candidate_rotations, find_rotation
+from hf_longtrunc.attention.rotary import CannotPatchError, ExactRotary, candidate_rotations, find_rotation
 
 from .reference import Naive, Rope, install
 
@@ -98,3 +99,24 @@ def test_a_weighted_norm_behind_the_rotation_is_refused():
             LMInfinite(S, L).attach(model)
     finally:
         modeling_llama.apply_rotary_pos_emb = keep
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda cos, sin: None,
+        lambda cos, sin: {"cos": cos, "sin": sin},
+        lambda cos, sin: cos,
+        lambda cos, sin: (cos, sin, sin),
+        lambda cos, sin: (cos[0], sin[0]),
+        lambda cos, sin: (cos, sin[..., :3]),
+    ],
+)
+def test_a_rotary_module_that_answers_in_another_form_is_refused(answer):
+    class OtherForm(LlamaRotaryEmbedding):
+        def forward(self, x, position_ids):
+            return answer(*super().forward(x, position_ids))
+
+    module = OtherForm(scaled_llama("default").config)
+    with pytest.raises(CannotPatchError, match="OtherForm answers with something else than cosines and sines"):
+        ExactRotary(module, None, L, torch.Generator().manual_seed(0))

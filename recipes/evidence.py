@@ -134,6 +134,12 @@ STEPS = [
         "passkey.py --lengths 32000 --keys 4 --window 2048 --arms blocks --dtype bfloat16 --out OUT",
     ),
     Step(
+        "passkey-repeated-long-2",
+        "The same with another seed",
+        None,
+        "passkey.py --lengths 32000 --keys 4 --window 2048 --arms blocks --seed 1 --dtype bfloat16 --out OUT",
+    ),
+    Step(
         "unlimiformer",
         "Unlimiformer: trained at 32 tokens, read at 65,536",
         "unlimiformer_passkey.py",

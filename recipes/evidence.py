@@ -110,6 +110,12 @@ STEPS = [
         "passkey.py --text TEXT --lengths 7500,12000 --keys 2 --window 2048 --arms blocks --seed 3 --out OUT",
     ),
     Step(
+        "passkey-prose-arms",
+        "The shortest of these prompts for the unmodified model and for the paper's setting",
+        None,
+        "passkey.py --text TEXT --lengths 7500 --keys 2 --window 2048 --arms unmodified,paper --seed 3 --out OUT",
+    ),
+    Step(
         "passkey-prose-long",
         "The same at two and four times the trained window",
         None,

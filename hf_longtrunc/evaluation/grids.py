@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from hf_longtrunc.evaluation.showing import new_table
@@ -69,5 +71,9 @@ def _heat_map(axes: Axes, records: Sequence[Any], lengths: Sequence[int], depths
         for depth in depths
     ]
     axes.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for (y, row), x in product(enumerate(cells), range(len(lengths))):
+        if not math.isnan(row[x]):  # something was asked there
+            color = "white" if abs(row[x] - 0.5) > 0.35 else "black"  # both ends of the scale are dark
+            axes.text(x, y, f"{row[x]:.2f}", ha="center", va="center", color=color)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

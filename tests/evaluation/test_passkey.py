@@ -203,3 +203,10 @@ def test_table_and_heat_map(tokenizer):
     left, right = plot_passkey(records)
     assert (left.get_title(), right.get_title()) == ("a", "b")
     assert left.images[0].get_array().tolist() == [[1, 0], [1, 1]]
+    assert [text.get_text() for text in left.texts] == ["1.00", "0.00", "1.00", "1.00"]
+    (part,) = plot_passkey(
+        [record for record in records if record.arm == "a" and (record.length, record.depth) != (400, 0.1)]
+    )
+    assert [text.get_text() for text in part.texts] == ["0.00", "1.00", "1.00"], (
+        "nothing stands where nothing was asked"
+    )

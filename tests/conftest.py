@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import logging
+import sys
 
 import jaxtyping
 import pytest
@@ -66,6 +67,14 @@ def no_transformers_deprecations(request):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_figures_left():
+    """Plots stay open for their caller; matplotlib warns of the twenty-first, in whichever test draws it."""
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")
 
 
 def tiny_config(**changes) -> LlamaConfig:

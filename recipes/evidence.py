@@ -146,6 +146,12 @@ STEPS = [
         "passkey.py --lengths 32000 --keys 4 --window 2048 --arms blocks --seed 1 --dtype bfloat16 --out OUT",
     ),
     Step(
+        "passkey-repeated-long-3",
+        "Ten more: fifty in all",
+        None,
+        "passkey.py --lengths 32000 --keys 2 --window 2048 --arms blocks --seed 2 --dtype bfloat16 --out OUT",
+    ),
+    Step(
         "unlimiformer",
         "Unlimiformer: trained at 32 tokens, read at 65,536",
         "unlimiformer_passkey.py",

@@ -183,18 +183,20 @@ def single_query_attention(
     key: Float[Tensor, "batch kv_heads m dim"],
     value: Float[Tensor, "batch kv_heads m value_dim"],
     distances: Int[Tensor, "rows m"],
-    seen: Bool[Tensor, "rows m"],
+    seen: Bool[Tensor, "rows m"] | None,
     scoring: Scoring,
     read: Callable[[Tensor], Retrieved | None] | None = None,
 ) -> Float[Tensor, "batch heads 1 value_dim"]:
     """Attend with one query a row over keys in any order that already stand at the right distance.
 
-    One ordinary attention call: the heads of a group become the queries of their key head. Every query must see a key.
+    One ordinary attention call: the heads of a group become the queries of their key head. Every query must see a key;
+    `seen` is None where it sees them all, which lets any kernel serve.
     """
+    seen = None if seen is None else seen[:, None]
     if read is None and scoring.is_plain:
-        return _sdpa_attend(query, key, value, seen[:, None], scoring, None)
+        return _sdpa_attend(query, key, value, seen, scoring, None)
     bias = None if scoring.slopes is None else _bias(scoring.slopes, distances[:, None], query)
-    return _eager_attend(query, key, value, seen[:, None], scoring, None, bias, read)
+    return _eager_attend(query, key, value, seen, scoring, None, bias, read)
 
 
 def choose_path(path: str, scoring: Scoring, query: Tensor | None = None) -> str:
@@ -303,7 +305,7 @@ def _eager_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    seen: Tensor,
+    seen: Tensor | None,
     scoring: Scoring,
     far: Tensor | None,
     bias: Tensor | None,
@@ -312,7 +314,7 @@ def _eager_attend(
     scores = _capped(grouped_scores(query, key) * scoring.scaling, scoring.softcap)
     scores = scores if bias is None else scores + bias
     scores = scores if far is None else torch.cat([far, scores], dim=-1)
-    scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
+    scores = scores if seen is None else scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
     retrieved = None if read is None else read(scores)
     if retrieved is not None:
         scores = torch.cat([scores, retrieved.scores], dim=-1)
@@ -331,25 +333,30 @@ def _eager_attend(
 
 
 def _sdpa_attend(
-    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scoring: Scoring, far: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scoring: Scoring, far: Tensor | None
 ) -> Tensor:
     batch, heads, n, value_dim = *query.shape[:3], value.shape[-1]
     if far is not None:
         query, key = _with_far_dimensions(query, key, far / scoring.scaling)
     dim = max(query.shape[-1], value_dim)
-    query, key, value = (F.pad(x, (0, dim - x.shape[-1])) for x in (query, key, value))
+    query, key, value = (_padded(x, dim) for x in (query, key, value))
     if n == 1:
         query = query.view(batch, key.shape[1], -1, dim)  # the heads of a group as the queries of their key head
     output = F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=seen[:, None],
+        attn_mask=None if seen is None else seen[:, None],
         dropout_p=scoring.dropout,
         scale=scoring.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output[..., :value_dim].reshape(batch, heads, n, value_dim)
+
+
+def _padded(x: Tensor, dim: int) -> Tensor:
+    # `pad` copies even where there is nothing to pad: the whole cache for every token that is decoded.
+    return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
 
 
 def _with_far_dimensions(query: Tensor, key: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:

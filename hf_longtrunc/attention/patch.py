@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.masking_utils import causal_mask_function
 
-from hf_longtrunc.attention.cache import ArchiveCacheLayer, LambdaCacheLayer
+from hf_longtrunc.attention.cache import Announcement, ArchiveCacheLayer, LambdaCacheLayer
 from hf_longtrunc.attention.changes import Changes, disagreement
 from hf_longtrunc.attention.families import own_forward
 from hf_longtrunc.attention.lambda_attention import (
@@ -84,8 +84,10 @@ class Patch:
         self._rotations: dict[nn.Module, Rotation | None] = {}
         self._probe: Probe | None = None
         self._carried: Tensor | None = None
-        # Of one decoded token: the slots that it sees, their distances, the turn of the sinks by each rotation.
-        self._ring_view: tuple[Tensor, Tensor, dict[int, tuple[Tensor, Tensor]]] | None = None
+        self._cached_otherwise: set[nn.Module] = set()  # layers that cache what their keys are made from
+        # Of one decoded token: the slots that it sees, None if all; their distances; the sinks' turn by each rotation.
+        self._ring_view: tuple[Tensor | None, Tensor] | None = None
+        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
         self._archives: weakref.WeakValueDictionary[int, ArchiveCacheLayer] = weakref.WeakValueDictionary()
         self._ballot: list[Tensor] | None = None  # each voter's mass [batch, blocks] while blocks are being chosen
         self._first_voter = 0  # the first layer that fills it
@@ -168,6 +170,7 @@ class Patch:
         self._probe = Probe(self._decoder, sources)
         try:
             self._rotations = self._probe.rotations()
+            self._cached_otherwise = self._probe.cached_otherwise
         finally:
             self._probe = None
 
@@ -184,6 +187,11 @@ class Patch:
                 f"one of full attention is layer {max(layers)}"
             )
         if isinstance(retrieval, TopBlocks):
+            if self._cached_otherwise:
+                raise CannotPatchError(
+                    "its cache holds what keys are made from (multi-head latent attention), and TopBlocks searches "
+                    "keys that are cached: take TopK"
+                )
             self._first_voter = retrieval.votes_from(max(layers) + 1)
             if max(layers) < self._first_voter:
                 raise ValueError(
@@ -228,9 +236,7 @@ class Patch:
         padding = rings[0].padding if has_begun else left_padding(mask, new)
         queries = from_first_token(torch.arange(past, past + new, device=device), padding)
         if rings:
-            slots = rings[0].slots(new, device)
-            for ring in rings:
-                ring.expect(slots, padding)
+            self._announce(rings, queries, padding, decoder.dtype)
         if self.retrieval is not None:
             layers = [] if cache is None else cache.layers
             archives = {index: layer for index, layer in enumerate(layers) if isinstance(layer, ArchiveCacheLayer)}
@@ -242,7 +248,7 @@ class Patch:
         carried = torch.cat([queries, keys], dim=-1)
         self._carried = carried[:, None] if rings and past else carried
         if rings and past and new == 1:
-            self._look_at_ring(queries, keys, decoder.dtype)
+            self._look_at_ring(rings[0], queries, keys)
         if "position_ids" in self._parameters:
             inputs["position_ids"] = queries.clamp_min(0)
         return (), inputs
@@ -456,28 +462,41 @@ class Patch:
         scoring: Scoring,
         read: Read | None,
     ) -> Tensor:
-        """Decode over [sinks | ring], the sinks turned on in their slots to where the query is to see them."""
+        """Decode over [sinks | ring], whose keys stand where the query is to see them."""
         assert self._ring_view is not None
-        seen, distances, turns = self._ring_view
+        seen, distances = self._ring_view
+        seen = None if seen is None else seen.to(query.device)
         rotation, sinks = self._rotations[module], slice(self.num_sink_tokens)
-        if rotation is not None and self.num_sink_tokens:
-            cos, sin = (weight.to(key.device) for weight in turns[id(rotation)])
+        if module in self._cached_otherwise and rotation is not None and self.num_sink_tokens:
+            cos, sin = (weights.to(key.device) for weights in self._turns[id(rotation)])
             key[:, :, sinks] = rotation.apply(key[:, :, sinks], cos, sin)
         reads = None if read is None else partial(read, query, i)
-        distances = distances.to(query.device)
-        return single_query_attention(query, key, value, distances, seen.to(query.device), scoring, reads)
+        return single_query_attention(query, key, value, distances.to(query.device), seen, scoring, reads)
 
-    def _look_at_ring(self, i: Tensor, j: Tensor, dtype: torch.dtype) -> None:
-        """Find out, once for all layers, what a query at i [rows, 1] sees of slots at j [rows, S + R], and from where.
+    def _announce(self, rings: list[LambdaCacheLayer], i: Tensor, padding: Tensor | None, dtype: torch.dtype) -> None:
+        """Tell every layer's ring where the tokens at i [rows, n] are to lie, and one token how it sees the sinks.
 
-        It sees the sinks that have left its window, and the window. Those sinks are to be turned on to distance D.
+        It sees those that have left its window turned on to distance D.
         """
-        sinks, window = self.num_sink_tokens, self.window_length
-        seen = torch.cat([i - j[:, :sinks] >= window, visible(i, j[:, sinks:], 0, window)[:, 0]], dim=-1)
-        steps = (i - self.max_distance - j[:, :sinks]).clamp_min(0)
-        rotations = {id(rotation): rotation for rotation in self._rotations.values() if rotation is not None}
-        turns = {key: rotation.weights(steps, dtype) for key, rotation in rotations.items()}
-        self._ring_view = seen, distance(i, j, self.max_distance)[:, 0], turns
+        self._turns = {}
+        if i.shape[1] == 1:
+            steps = (i - self.max_distance - torch.arange(self.num_sink_tokens, device=i.device)).clamp_min(0)
+            rotations = {id(rotation): rotation for rotation in self._rotations.values() if rotation is not None}
+            self._turns = {key: rotation.weights(steps, dtype) for key, rotation in rotations.items()}
+        to_ring, to_log = rings[0].slots(i.shape[1], i.device)
+        for ring in rings:
+            ring.expect(Announcement(to_ring, to_log, padding, self._turns.get(id(ring.rotation))))
+
+    def _look_at_ring(self, ring: LambdaCacheLayer, i: Tensor, j: Tensor) -> None:
+        """Find out, once for all layers, what a query at i [rows, 1] sees of slots at j [rows, S + L], and from where.
+
+        It sees the sinks that have left its window, and the window.
+        """
+        sinks, seen = self.num_sink_tokens, None
+        if not ring.sees_every_slot():
+            local = visible(i, j[:, sinks:], 0, self.window_length)[:, 0]
+            seen = torch.cat([i - j[:, :sinks] >= self.window_length, local], dim=-1)
+        self._ring_view = seen, distance(i, j, self.max_distance)[:, 0]
 
     # -- generate() ----------------------------------------------------------------------------------------------------
 
@@ -499,13 +518,17 @@ class Patch:
             for module, rotation in self._rotations.items():
                 index = getattr(module, "layer_idx", len(layers))
                 if index < len(layers) and type(layers[index]) is DynamicLayer:
-                    layers[index] = self._cache_layer(rotation)
+                    layers[index] = self._cache_layer(layers[index], module, rotation)
         return result
 
-    def _cache_layer(self, rotation: Rotation | None) -> LambdaCacheLayer:
-        if self.retrieval is None:
-            return LambdaCacheLayer(self.num_sink_tokens, self.window_length)
-        return ArchiveCacheLayer(self.num_sink_tokens, self.window_length, rotation, self.retrieval.store)
+    def _cache_layer(self, ordinary: DynamicLayer, module: nn.Module, rotation: Rotation | None) -> Any:
+        """Return the cache of one layer, which keeps an ordinary one to search keys that are made afresh."""
+        if self.retrieval is not None and module in self._cached_otherwise:
+            return ordinary
+        if self.retrieval is not None:
+            return ArchiveCacheLayer(self.num_sink_tokens, self.window_length, rotation, self.retrieval.store)
+        turned = None if module in self._cached_otherwise else rotation
+        return LambdaCacheLayer(self.num_sink_tokens, self.window_length, turned)
 
 
 def _archives_alone(cache: Any) -> list[ArchiveCacheLayer]:

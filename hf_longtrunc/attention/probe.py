@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from hf_longtrunc.attention.rotary import CannotPatchError, candidate_rotations, find_rotation
 from hf_longtrunc.models import evaluating
@@ -23,18 +24,23 @@ class Probe:
     Args:
         decoder: the model that holds the layers.
         sources: its rotary modules, in place already.
+
+    Attributes:
+        cached_otherwise: the layers whose cache holds something else than the keys that they attend with: what these
+            are made from (multi-head latent attention).
     """
 
     def __init__(self, decoder: Any, sources: list[ExactRotary]):
         self.decoder = decoder
         self.sources = sources
-        self._captured: dict[nn.Module, Tensor] = {}
+        self.cached_otherwise: set[nn.Module] = set()
+        self._captured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def record(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
         """Keep what one layer's attention was called with, [batch, heads, n, dim] each."""
         if module in self._captured:
             raise CannotPatchError("a layer runs several times in a forward")
-        self._captured[module] = torch.cat([query, key], dim=1)
+        self._captured[module] = query, key
 
     def rotations(self) -> dict[nn.Module, Rotation | None]:
         """Return the rotation of each layer that was recorded, None for one that rotates nothing.
@@ -65,10 +71,11 @@ class Probe:
         """Return each layer's queries and keys, turned by `factor` times the probe angles."""
         vocabulary = self.decoder.get_input_embeddings().weight.shape[0]
         self._captured = {}
+        cache = DynamicCache(config=self.decoder.config)
         for source in self.sources:
             source.probing = factor
         try:
-            forward_quietly(self.decoder, [[vocabulary // 3] * 4, [vocabulary // 2] * 4])
+            forward_quietly(self.decoder, [[vocabulary // 3] * 4, [vocabulary // 2] * 4], cache)
         except CannotPatchError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -78,14 +85,23 @@ class Probe:
         finally:
             for source in self.sources:
                 source.probing = None
-        return self._captured
+        self.cached_otherwise = {
+            module for module, (_, key) in self._captured.items() if not _is_cached(key, module, cache.layers)
+        }
+        return {module: torch.cat(states, dim=1) for module, states in self._captured.items()}
 
 
-def forward_quietly(decoder: Any, tokens: list[list[int]]) -> Tensor:
-    """Return hidden states without cache, dropout or gradient, leaving no trace in the model."""
+def _is_cached(key: Tensor, module: Any, layers: list[Any]) -> bool:
+    index = getattr(module, "layer_idx", len(layers))
+    cached = [layer.keys for layer in layers[index : index + 1] if layer.is_initialized]
+    return all(keys.shape == key.shape and torch.equal(keys, key) for keys in cached)
+
+
+def forward_quietly(decoder: Any, tokens: list[list[int]], cache: Any = None) -> Tensor:
+    """Return hidden states without dropout or gradient, leaving no trace in the model but in `cache`."""
     weight = decoder.get_input_embeddings().weight
     # What accelerate offloads lies on "meta" between forwards; its hooks move inputs from anywhere.
     ids = torch.tensor(tokens, device="cpu" if weight.is_meta else weight.device)
     with evaluating(decoder), torch.no_grad():
-        hidden: Tensor = decoder(input_ids=ids, use_cache=False)[0]
+        hidden: Tensor = decoder(input_ids=ids, use_cache=cache is not None, cache=cache)[0]
     return hidden

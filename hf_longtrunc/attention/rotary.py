@@ -65,12 +65,16 @@ class Rotation:
 
     def apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn x [batch, heads, n, dim] by what `weights` returned."""
-        end = self.start + cos.shape[-1]
-        planes = x[..., self.start : end].to(cos.dtype)
-        turned = (planes * cos + self._quarter_turn(planes) * sin).to(x.dtype)
+        planes = self.planes
+        turned = (x[..., planes] * cos + self.quarter_turn(x) * sin).to(x.dtype)
         if turned.shape[-1] == x.shape[-1]:
             return turned
-        return torch.cat([x[..., : self.start], turned, x[..., end:]], dim=-1)
+        return torch.cat([x[..., : planes.start], turned, x[..., planes.stop :]], dim=-1)
+
+    @property
+    def planes(self) -> slice:
+        """The dimensions of a head that turn."""
+        return slice(self.start, self.start + 2 * len(self.frequencies))
 
     def _weights(self, angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
@@ -79,8 +83,9 @@ class Rotation:
             return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
         return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
 
-    def _quarter_turn(self, planes: Tensor) -> Tensor:
-        """Turn every plane (a, b) of [..., 2f] to (-b, a)."""
+    def quarter_turn(self, x: Tensor) -> Tensor:
+        """Return the planes of x [..., dim], each (a, b) turned to (-b, a), in fp32 or better [..., 2f]."""
+        planes = x[..., self.planes].to(torch.promote_types(x.dtype, torch.float32))
         if self.layout == "halves":
             first, second = planes.chunk(2, dim=-1)
             return torch.cat([-second, first], dim=-1)

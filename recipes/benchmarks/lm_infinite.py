@@ -29,13 +29,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hf_longtrunc.attention.cache import LambdaCacheLayer
+from hf_longtrunc.attention.cache import Announcement, LambdaCacheLayer
 from hf_longtrunc.attention.lambda_attention import (
     Scoring,
     distance,
     lambda_attention,
     single_query_attention,
-    visible,
 )
 from hf_longtrunc.attention.rotary import Rotation
 from hf_longtrunc.evaluation import append_records
@@ -170,10 +169,8 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
     _, all_keys, all_values = layer.tokens(n, batch)
     few = slice(0, layer.sinks + layer.window)
     few_keys, few_values = all_keys[:, :, few].contiguous(), all_values[:, :, few].contiguous()
-    cache = LambdaCacheLayer(layer.sinks, layer.window)
+    cache = filled_cache(layer, all_keys, all_values)
     device = torch.device(layer.device)
-    cache.expect(cache.slots(n, device), None)
-    cache.update(all_keys, all_values)
 
     def plain(keys: Tensor, values: Tensor) -> Tensor:
         # The heads of a group become the queries of their key head: the kernel reads every key once.
@@ -182,18 +179,17 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
 
     # Made once a step, not once a layer, so not timed: slots, what is seen at which distance, the turn of the sinks.
     i = torch.full((1, 1), n, device=device)
-    slots, j = cache.slots(1, device), cache.key_positions(1, device)
-    seen = visible(i, j, 0, layer.window)[:, 0]
-    seen[:, : layer.sinks] = i - j[:, : layer.sinks] >= layer.window
+    j = cache.key_positions(1, device)
     distances = distance(i, j, layer.window)[:, 0]
-    rotation = layer.rotation
-    turn = rotation.weights((i - layer.window - j[:, : layer.sinks]).clamp_min(0), layer.dtype)
+    assert cache.rotation is not None
+    assert cache.sees_every_slot()
+    turn = cache.rotation.weights((i - layer.window - j[:, : layer.sinks]).clamp_min(0), layer.dtype)
+    announcement = Announcement(*cache.slots(1, device), None, turn)
 
     def lm_infinite() -> Tensor:
-        cache.expect(slots, None)
+        cache.expect(announcement)
         keys, values = cache.update(key, value)
-        keys[:, :, : layer.sinks] = rotation.apply(keys[:, :, : layer.sinks], *turn)
-        return single_query_attention(query, keys, values, distances, seen, layer.scoring)
+        return single_query_attention(query, keys, values, distances, None, layer.scoring)
 
     return {
         "full": lambda: plain(all_keys, all_values),
@@ -202,12 +198,18 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
     }
 
 
+def filled_cache(layer: Layer, key: Tensor, value: Tensor) -> LambdaCacheLayer:
+    """Return the ring after these tokens."""
+    cache = LambdaCacheLayer(layer.sinks, layer.window, layer.rotation)
+    cache.expect(Announcement(*cache.slots(key.shape[2], key.device), None, None))
+    cache.update(key, value)
+    return cache
+
+
 def cache_mib(layer: Layer, n: int) -> tuple[float, float]:
     """Return the MiB of one layer's LM-Infinite cache and of an ordinary one, after n tokens at batch 1."""
     _, key, value = layer.tokens(n)
-    cache = LambdaCacheLayer(layer.sinks, layer.window)
-    cache.expect(cache.slots(n, torch.device(layer.device)), None)
-    cache.update(key, value)
+    cache = filled_cache(layer, key, value)
     held = sum(tensor.nbytes for tensor in vars(cache).values() if isinstance(tensor, Tensor))
     return held / 2**20, (key.nbytes + value.nbytes) / 2**20
 

@@ -260,7 +260,7 @@ def test_settings_at_the_edge(model, sinks, window):
 
 def test_cache_bytes_are_constant(llama):
     def size(cache):
-        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values, layer.sink_keys, layer.sink_values)]
+        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values, layer.sink_keys, layer.lost_keys)]
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
     with SETTINGS(llama):
@@ -300,6 +300,40 @@ def test_a_step_costs_the_same_however_long_the_stream(llama):
         with Largest() as late:
             logits(llama, prompt(1), cache=cache)
     assert late.elements == early.elements
+
+
+class NewlyMade(TorchDispatchMode):
+    """The largest tensor that any operation inside the block made, views and buffers that were there left out."""
+
+    def __init__(self, buffers):
+        super().__init__()
+        self.known = {buffer.untyped_storage().data_ptr() for buffer in buffers}
+        self.elements = 0
+        self.masks = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "scaled_dot_product" in str(function):
+            self.masks.append((kwargs or {}).get("attn_mask"))
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v2"])  # of the latter, keys are made afresh from the cache
+def test_decoding_neither_copies_the_ring_nor_masks_a_full_one(family):
+    model = model_of(family)
+    with LMInfinite(S, 500)(model):
+        cache = ring_cache(model)
+        logits(model, prompt(600), cache=cache)
+        buffers = [buffer for layer in cache.layers for buffer in (layer.keys, layer.values)]
+        with NewlyMade([*buffers, *model.parameters()]) as step:
+            logits(model, prompt(1), cache=cache)
+    assert len(step.masks) == len(cache.layers)
+    assert all(mask is None for mask in step.masks)
+    if family == "llama":
+        assert 0 < step.elements < buffers[0].numel() / 4
 
 
 # -- 6: generate in its modes, compile, gradients --------------------------------------------------------------------
@@ -430,7 +464,7 @@ def test_ten_million_tokens_into_a_stream_distances_are_exact(family):
         logits(model, ids[:, : 3 * L], cache=cache)
         far = 10_000_000
         for layer in cache.layers:
-            jump = far - far % layer.ring_size  # the same slots
+            jump = far - far % layer.window_length  # the same slots
             layer.keys[:, :, S:] = moved(model, layer, jump)
             layer.seen, layer.written = layer.seen + jump, layer.written + jump
         there = in_chunks(model, ids[:, 3 * L :], [1] * (2 * L), cache)

@@ -227,6 +227,19 @@ def test_the_cache_keeps_everything_once_and_is_refused_elsewhere(llama):
         logits(llama, prompt(1), cache=cache)
 
 
+def test_top_k_searches_keys_that_are_made_from_latents_and_blocks_are_refused_there():
+    model = model_of("deepseek_v2")
+    ids = prompt(N)
+    options = {"max_new_tokens": 20, "do_sample": False, "suppress_tokens": [0]}
+    with SETTINGS(model):
+        cached = model.generate(ids, **options)
+        assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+    with LMInfinite(S, L)(model):
+        assert not torch.equal(cached, model.generate(ids, **options))
+    with pytest.raises(ValueError, match="multi-head latent attention"):
+        BLOCKS.attach(model)
+
+
 def test_gradients_are_the_references():
     ids = prompt(30)
     model = model_of("llama").double().requires_grad_(True)

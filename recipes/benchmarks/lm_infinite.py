@@ -10,17 +10,20 @@ cache update and attention. Medians; every ratio is against a side measured in t
 
 CUDA: 32 query heads, 8 key-value heads, d = 128, L = 4096, S = 16, bf16, n = 8k..131k, then n = 1M for its memory.
 CPU: 8 and 2 heads, d = 64, L = 1024, S = 16, fp32, n = 4k..32k; microseconds per token show that time is linear in n.
+Last, a token decoded by a whole model (SmolLM2-135M-Instruct unless named) as it is and patched, once S + L tokens lie
+behind it: with as many keys to see on either side.
 
 Cost: a few minutes on an H100, most of them for compiling FlexAttention; about five on a CPU core.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003  typer reads the annotations
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from hf_longtrunc import LMInfinite, load_pretrained
 from hf_longtrunc.attention.cache import Announcement, LambdaCacheLayer
 from hf_longtrunc.attention.lambda_attention import (
     Scoring,
@@ -206,6 +210,22 @@ def filled_cache(layer: Layer, key: Tensor, value: Tensor) -> LambdaCacheLayer:
     return cache
 
 
+def model_sides(name: str | None, sinks: int, window: int, device: str) -> dict[str, Callable[[], object]]:
+    """Return what the token after S + L random ones is run through, by a whole model and by its patched copy."""
+    plain, _ = load_pretrained(name, device=device)
+    patched = copy.deepcopy(plain)
+    LMInfinite(num_sink_tokens=sinks, window_length=window).attach(patched)
+    tokens = torch.randint(plain.config.vocab_size, (1, sinks + window), device=device)
+
+    def decoding(model: Any) -> Callable[[], object]:
+        inputs: dict[str, Any] = {}
+        model._prepare_cache_for_generation(model.generation_config, inputs, None, 1, 1)
+        model(tokens, logits_to_keep=1, **inputs)
+        return lambda: model(tokens[:, :1], **inputs)
+
+    return {"unmodified": decoding(plain), "LM-Infinite": decoding(patched)}
+
+
 def cache_mib(layer: Layer, n: int) -> tuple[float, float]:
     """Return the MiB of one layer's LM-Infinite cache and of an ordinary one, after n tokens at batch 1."""
     _, key, value = layer.tokens(n)
@@ -242,6 +262,10 @@ def main(
     device: Annotated[str | None, typer.Option(help="cuda or cpu; left out: CUDA when there is one.")] = None,
     largest: Annotated[int | None, typer.Option(help="Leave out larger n than this.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed calls of which the median is taken.")] = 10,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of the whole model.")] = None,
+    model_windows: Annotated[
+        str, typer.Option(help="Its windows, separated by commas; empty: leave it out.")
+    ] = "1024,4096",
     out: Annotated[Path | None, typer.Option(help="Folder for lm_infinite.jsonl.")] = None,
 ) -> None:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -265,7 +289,17 @@ def main(
     for n in sizes:
         ours, ordinary = cache_mib(layer, n)
         console.print(f"cache of one layer after {n:,} tokens: {ours:.2f} MiB, ordinary {ordinary:.2f} MiB")
-    rows = [*prefill, *decode]
+    windows = [int(window) for window in model_windows.split(",") if window]
+    whole = [
+        row
+        for window in windows
+        for row in timings(
+            "model", layer.sinks + window, 1, model_sides(model, layer.sinks, window, device), device, 10 * repeats
+        )
+    ]
+    if whole:
+        console.print(timing_table(whole, "decode of one token by a whole model after n = S + L"))
+    rows = [*prefill, *decode, *whole]
     if on_cuda and largest is None:
         million = timings("prefill", 2**20, 1, {"LM-Infinite": prefill_sides(layer, 2**20)["LM-Infinite"]}, device, 1)
         console.print(timing_table(million, "prefill of a million tokens"))

@@ -190,13 +190,14 @@ def test_recipe_lm_infinite(tiny_folder, tmp_path, long_text, capsys):
     assert len(read_records(tmp_path / "perplexity.jsonl", PerplexityRecord)) == 4 * 6
 
 
-def test_recipe_benchmark(tmp_path, capsys):
+def test_recipe_benchmark(tiny_folder, tmp_path, capsys):
     recipe = runpy.run_path(str(RECIPES / "benchmarks" / "lm_infinite.py"))
-    recipe["main"](device="cpu", largest=4096, repeats=1, out=tmp_path)
+    recipe["main"](device="cpu", largest=4096, repeats=1, model=str(tiny_folder), model_windows="8", out=tmp_path)
     shown = capsys.readouterr().out
     assert "prefill" in shown
     assert "decode" in shown
-    assert len((tmp_path / "lm_infinite.jsonl").read_text().splitlines()) == 6
+    assert "whole model" in shown
+    assert len((tmp_path / "lm_infinite.jsonl").read_text().splitlines()) == 8
 
 
 @pytest.mark.parametrize(("n", "window"), [(1024, 256), (1000, 300), (640, 128), (512, 1), (512, 5000), (1100, 255)])

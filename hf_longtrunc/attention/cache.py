@@ -93,17 +93,14 @@ class LambdaCacheLayer(CacheLayerMixin):
             self.padding = announcement.padding
             self.max_padding = 0 if self.padding is None else int(self.padding.max())
 
-    def key_positions(self, new_tokens: int, device: torch.device) -> Tensor:
-        """Positions [rows, m] of the keys that the next `update` will return, negative for padding and empty slots."""
-        total, sinks = self.seen + new_tokens, torch.arange(self.num_sink_tokens, device=device)
-        if self.seen == 0:
-            return from_first_token(torch.arange(total, device=device), self.padding)
-        if new_tokens == 1:
-            slots = torch.arange(self.window_length, device=device)
-            columns = total - 1 - (total - 1 - slots) % self.window_length
-        else:
-            columns = torch.arange(total - new_tokens - self._kept(), total, device=device)
-        positions = from_first_token(columns, self.padding)
+    def keys_returned(self, new_tokens: int) -> int:
+        """Return how many keys the next `update` will return, of several tokens or of one that is not the first."""
+        return self.num_sink_tokens + (self.window_length if new_tokens == 1 else self._kept() + new_tokens)
+
+    def key_positions(self, device: torch.device) -> Tensor:
+        """Positions [rows, S + L] of the slots' keys as one more token will see them, negative for what is empty."""
+        sinks, slots = (torch.arange(n, device=device) for n in (self.num_sink_tokens, self.window_length))
+        positions = from_first_token(self.seen - (self.seen - slots) % self.window_length, self.padding)
         return torch.cat([sinks.expand(positions.shape[0], -1), positions], dim=-1)
 
     def slots(self, new_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttentionCacheLayerMixin
@@ -49,6 +50,11 @@ if TYPE_CHECKING:
 
 _serial = itertools.count()
 
+# What kind of forward positions are carried through, as how many numbers are carried with each query.
+_PLAIN = 2  # all keys in the order of the text
+_SINKS_LEAD = 3  # the sinks, and behind them the window and the new tokens
+_RING = 4  # one token over the ring's slots
+
 
 class Patch:
     """A patched model: what `LMInfinite.attach` returns. `detach()` undoes it.
@@ -84,6 +90,7 @@ class Patch:
         self._rotations: dict[nn.Module, Rotation | None] = {}
         self._probe: Probe | None = None
         self._carried: Tensor | None = None
+        self._keys_announced = 0
         self._cached_otherwise: set[nn.Module] = set()  # layers that cache what their keys are made from
         # Of one decoded token: the slots that it sees, None if all; their distances; the sinks' turn by each rotation.
         self._ring_view: tuple[Tensor | None, Tensor] | None = None
@@ -241,14 +248,12 @@ class Patch:
             layers = [] if cache is None else cache.layers
             archives = {index: layer for index, layer in enumerate(layers) if isinstance(layer, ArchiveCacheLayer)}
             self._archives = weakref.WeakValueDictionary(archives)
-        if rings:
-            keys = rings[0].key_positions(new, device)
-        else:
-            keys = from_first_token(torch.arange(past + new, device=device), padding)
-        carried = torch.cat([queries, keys], dim=-1)
-        self._carried = carried[:, None] if rings and past else carried
-        if rings and past and new == 1:
-            self._look_at_ring(rings[0], queries, keys)
+        kind = _PLAIN if not (rings and past) else _SINKS_LEAD if new > 1 else _RING
+        carried = torch.stack([queries, queries[:, -1:].expand_as(queries)], dim=-1)
+        self._carried = F.pad(carried, (0, kind - _PLAIN))[:, None, :, None]
+        self._keys_announced = past + new if kind == _PLAIN else rings[0].keys_returned(new)
+        if kind == _RING:
+            self._look_at_ring(rings[0], queries)
         if "position_ids" in self._parameters:
             inputs["position_ids"] = queries.clamp_min(0)
         return (), inputs
@@ -317,10 +322,11 @@ class Patch:
         return rings
 
     def _mask(self, *args: Any, local_size: int | None = None, mask_function: Any = None, **kwargs: Any) -> Any:
-        """Carry positions [rows, n + m] of queries and keys in place of a mask.
+        """Carry positions in place of a mask: [rows, 1, n, 1, kind], of each query its own and that of the last key.
 
-        They have a dimension more, [rows, 1, n + m], where sinks lead the keys. Layers that were trained with a window
-        of their own get their own mask.
+        A model may cut queries or keys out of it as out of a mask; the fifth dimension keeps it from being added to
+        anything. There are `kind` numbers, so that nobody has to ask the device what kind of forward this is. Layers
+        that were trained with a window of their own get their own mask.
         """
         if local_size is not None:
             native: Any = AttentionMaskInterface._global_mapping[self._original]
@@ -380,22 +386,24 @@ class Patch:
         if self._probe is not None:
             self._probe.record(module, query, key)
             return _nothing(query, value)
-        new, announced = query.shape[2], carried.shape[-1] - query.shape[2]
-        if key.shape[2] != announced:
+        # A layer that is run again for its gradients belongs to an earlier forward.
+        is_rerun_possible = module.training and torch.is_grad_enabled()
+        if key.shape[2] != self._keys_announced and not is_rerun_possible:
             raise ValueError(
-                f"the cache hands out {key.shape[2]} keys where {announced} were announced: this kind of cache cannot "
-                "be used on a model patched by LMInfinite; take DynamicCache or leave it to generate()"
+                f"the cache hands out {key.shape[2]} keys where {self._keys_announced} were announced: this kind of "
+                "cache cannot be used on a model patched by LMInfinite; take DynamicCache or leave it to generate()"
             )
-        positions = carried.reshape(-1, carried.shape[-1])
-        i, j = positions[:, :new], positions[:, new:]
+        i, last, kind = carried[:, 0, :, 0, 0], carried[:, 0, :1, 0, 1], carried.shape[-1]
         rotation, sinks = self._rotations[module], self.num_sink_tokens
         rotate = None if rotation is None else rotation.rotate
+        leading = 0 if kind == _PLAIN else sinks
+        j = last - torch.arange(key.shape[2] - leading - 1, -1, -1, device=last.device)
         read = self._reader(module, key, value, j, scoring, rotate)
-        if carried.ndim == 3 and new == 1:
+        if kind == _RING:
             return self._attend_ring(module, query, key, value, i, scoring, read)
-        if carried.ndim == 3:
+        if kind == _SINKS_LEAD:
             far = key[:, :, :sinks], value[:, :, :sinks]
-            key, value, j = key[:, :, sinks:], value[:, :, sinks:], j[:, sinks:]
+            key, value = key[:, :, sinks:], value[:, :, sinks:]
         else:
             far = first_real(key, j, sinks), first_real(value, j, sinks)
         return lambda_attention(
@@ -404,14 +412,14 @@ class Patch:
             value,
             i,
             j,
-            sinks=far if sinks and (carried.ndim == 3 or key.shape[2] > self.window_length) else None,
+            sinks=far if sinks and (leading or key.shape[2] > self.window_length) else None,
             window=self.window_length,
             max_distance=self.max_distance,
             scoring=scoring,
             rotate=rotate,
             path=self.path,
             read=read,
-            reading_rows=self._reading_rows(new),
+            reading_rows=self._reading_rows(query.shape[2]),
         )
 
     def _reading_rows(self, new: int) -> int:
@@ -487,12 +495,12 @@ class Patch:
         for ring in rings:
             ring.expect(Announcement(to_ring, to_log, padding, self._turns.get(id(ring.rotation))))
 
-    def _look_at_ring(self, ring: LambdaCacheLayer, i: Tensor, j: Tensor) -> None:
-        """Find out, once for all layers, what a query at i [rows, 1] sees of slots at j [rows, S + L], and from where.
+    def _look_at_ring(self, ring: LambdaCacheLayer, i: Tensor) -> None:
+        """Find out, once for all layers, what a query at i [rows, 1] sees of the S + L slots, and from where.
 
         It sees the sinks that have left its window, and the window.
         """
-        sinks, seen = self.num_sink_tokens, None
+        sinks, seen, j = self.num_sink_tokens, None, ring.key_positions(i.device)
         if not ring.sees_every_slot():
             local = visible(i, j[:, sinks:], 0, self.window_length)[:, 0]
             seen = torch.cat([i - j[:, :sinks] >= self.window_length, local], dim=-1)
@@ -511,9 +519,7 @@ class Patch:
         given = model_kwargs.get("cache")
         prepare = type(self._model)._prepare_cache_for_generation
         result = prepare(self._model, generation_config, model_kwargs, *args, **kwargs)
-        # Where layers read each other's keys, what one of them does to its sinks would reach the next.
-        are_keys_shared = bool(getattr(self._decoder.config, "num_kv_shared_layers", 0))
-        if given is None and "cache" in model_kwargs and not are_keys_shared:
+        if given is None and "cache" in model_kwargs:
             layers = model_kwargs["cache"].layers
             for module, rotation in self._rotations.items():
                 index = getattr(module, "layer_idx", len(layers))
@@ -522,13 +528,14 @@ class Patch:
         return result
 
     def _cache_layer(self, ordinary: DynamicLayer, module: nn.Module, rotation: Rotation | None) -> Any:
-        """Return the cache of one layer, which keeps an ordinary one to search keys that are made afresh."""
-        if self.retrieval is not None and module in self._cached_otherwise:
+        """Return the cache of one layer. It stays an ordinary one where keys are searched that it does not hold."""
+        if self.retrieval is None:
+            turned = None if module in self._cached_otherwise else rotation
+            return LambdaCacheLayer(self.num_sink_tokens, self.window_length, turned)
+        are_keys_shared = bool(getattr(self._decoder.config, "num_kv_shared_layers", 0))
+        if are_keys_shared or module in self._cached_otherwise:
             return ordinary
-        if self.retrieval is not None:
-            return ArchiveCacheLayer(self.num_sink_tokens, self.window_length, rotation, self.retrieval.store)
-        turned = None if module in self._cached_otherwise else rotation
-        return LambdaCacheLayer(self.num_sink_tokens, self.window_length, turned)
+        return ArchiveCacheLayer(self.num_sink_tokens, self.window_length, rotation, self.retrieval.store)
 
 
 def _archives_alone(cache: Any) -> list[ArchiveCacheLayer]:

@@ -93,7 +93,7 @@ class Probe:
 
 def _is_cached(key: Tensor, module: Any, layers: list[Any]) -> bool:
     index = getattr(module, "layer_idx", len(layers))
-    cached = [layer.keys for layer in layers[index : index + 1] if layer.is_initialized]
+    cached = [layer.keys for layer in layers[index : index + 1] if layer.keys is not None]
     return all(keys.shape == key.shape and torch.equal(keys, key) for keys in cached)
 
 

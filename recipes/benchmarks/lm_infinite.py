@@ -183,7 +183,7 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
 
     # Made once a step, not once a layer, so not timed: slots, what is seen at which distance, the turn of the sinks.
     i = torch.full((1, 1), n, device=device)
-    j = cache.key_positions(1, device)
+    j = cache.key_positions(device)
     distances = distance(i, j, layer.window)[:, 0]
     assert cache.rotation is not None
     assert cache.sees_every_slot()

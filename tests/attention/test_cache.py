@@ -46,9 +46,15 @@ def give(ring: LambdaCacheLayer, tape: Tape, n: int) -> None:
     steps = (positions[:, :1] - tape.window - torch.arange(tape.sinks)).clamp_min(0)
     turn = ROTATION.weights(steps, torch.float64) if n == 1 else None
     ring.expect(Announcement(*ring.slots(n, torch.device("cpu")), tape.padding, turn))
-    j = ring.key_positions(n, torch.device("cpu")).expand(len(tape.padding), -1)
+    j = torch.arange(before + n) - tape.padding[:, None]  # of the keys that are to come
+    if before and n == 1:
+        j = ring.key_positions(torch.device("cpu")).expand(len(tape.padding), -1)
+    elif before:
+        sinks = torch.arange(tape.sinks).expand(len(tape.padding), -1)
+        j = torch.cat([sinks, j[:, tape.sinks - ring.keys_returned(n) :]], dim=-1)
     everything_is_seen = ring.sees_every_slot()
     keys, values = ring.update(*tape.append(n))
+    assert keys.shape[2] == values.shape[2] == j.shape[1]
     for row in range(len(tape.padding)):
         padding, last = int(tape.padding[row]), before + n - 1
         places = j[row] if before == 0 else j[row, tape.sinks :]

@@ -210,6 +210,21 @@ def test_two_chat_turns_are_one_conversation(model):
     assert torch.equal(again, uncached)
 
 
+@pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_share_keys_share_the_ring(family):
+    """Their last layers attend with keys of earlier ones, and run for the rows whose logits are kept alone."""
+    model, ids = model_of(family).double(), prompt(60)
+    with SETTINGS(model):
+        whole, cache = logits(model, ids), ring_cache(model)
+        assert sum(isinstance(layer, LambdaCacheLayer) for layer in cache.layers) == 2
+        parts = in_chunks(model, ids, [20, 15, *[1] * 25], cache)
+        assert (parts - whole).abs().max() < 1e-9
+        cache = ring_cache(model)
+        for part in ids.split(20, dim=1):
+            last = logits(model, part, cache=cache, logits_to_keep=1)
+        assert (last - whole[:, -1:]).abs().max() < 1e-9
+
+
 # -- 4: padding, lengths, settings at the edge -----------------------------------------------------------------------
 
 

@@ -227,8 +227,10 @@ def test_the_cache_keeps_everything_once_and_is_refused_elsewhere(llama):
         logits(llama, prompt(1), cache=cache)
 
 
-def test_top_k_searches_keys_that_are_made_from_latents_and_blocks_are_refused_there():
-    model = model_of("deepseek_v2")
+@pytest.mark.parametrize("family", ["deepseek_v2", "gemma3n_text"])
+def test_top_k_searches_keys_that_no_archive_holds(family):
+    """They are made afresh from cached latents, or are those of an earlier layer."""
+    model = model_of(family)
     ids = prompt(N)
     options = {"max_new_tokens": 20, "do_sample": False, "suppress_tokens": [0]}
     with SETTINGS(model):
@@ -236,8 +238,14 @@ def test_top_k_searches_keys_that_are_made_from_latents_and_blocks_are_refused_t
         assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
     with LMInfinite(S, L)(model):
         assert not torch.equal(cached, model.generate(ids, **options))
+
+
+def test_blocks_are_refused_where_no_archive_can_be():
     with pytest.raises(ValueError, match="multi-head latent attention"):
-        BLOCKS.attach(model)
+        BLOCKS.attach(model_of("deepseek_v2"))
+    model = model_of("gemma3n_text")
+    with BLOCKS(model), pytest.raises(ValueError, match="or take TopK"):
+        model.generate(prompt(N), max_new_tokens=3)
 
 
 def test_gradients_are_the_references():

@@ -32,6 +32,12 @@ SMALL = {
 
 MIXED = ["sliding_attention", "full_attention"]
 
+# Two of six layers attend with the keys of the layers before.
+SHARED: dict[str, Any] = {
+    "num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": 3 * MIXED,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97,
+}  # fmt: skip
+
 # What some families need beside it: sizes that must agree, or a full-attention layer among windowed ones.
 EXTRA: dict[str, dict[str, Any]] = {
     "falcon": {"alibi": False},
@@ -44,6 +50,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "exaone_moe": {"layer_types": MIXED},
     "olmo3": {"layer_types": MIXED},
     "afmoe": {"layer_types": MIXED},
+    "gemma3n_text": {**SHARED, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 6},
+    "gemma4_text": SHARED,
     "lfm2": {"layer_types": ["full_attention", "conv"]},
     "llama4_text": {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]},
 }

@@ -278,7 +278,9 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
     by half whenever it is full, so a token costs the same on average. Everything else is `LambdaCacheLayer`.
 
     Args:
-        num_sink_tokens, window_length, rotation: as there.
+        num_sink_tokens: S.
+        window_length: L.
+        rotation: of this layer's keys; None where it has none.
         store: "device" or "cpu": where the archive lives. On the CPU it is pinned if the model is on CUDA.
     """
 

@@ -98,6 +98,12 @@ STEPS = [
         "constant_memory.py --tokens 1000000 --every 100000 --out OUT",
     ),
     Step(
+        "streaming",
+        "Tokens a second, read one at a time, along a stream",
+        None,
+        "lm_infinite.py --text TEXT --parts streaming --windows 512 --stops 10000,30000,100000 --chunk 1024 --out OUT",
+    ),
+    Step(
         "passkey",
         "Reading what the window lost: passkeys by depth",
         "passkey.py --lengths 2000 --depths 0.1,0.5,0.9 --keys 1 --window 512 --out OUT",

@@ -396,12 +396,13 @@ class Patch:
         i, last, kind = carried[:, 0, :, 0, 0], carried[:, 0, :1, 0, 1], carried.shape[-1]
         rotation, sinks = self._rotations[module], self.num_sink_tokens
         rotate = None if rotation is None else rotation.rotate
+        if kind == _RING:
+            read = self._reader(module, key, value, None, scoring, rotate)
+            return self._attend_ring(module, query, key, value, i, scoring, read)
         leading = 0 if kind == _PLAIN else sinks
         j = last - torch.arange(key.shape[2] - leading - 1, -1, -1, device=last.device)
         read = self._reader(module, key, value, j, scoring, rotate)
-        if kind == _RING:
-            return self._attend_ring(module, query, key, value, i, scoring, read)
-        if kind == _SINKS_LEAD:
+        if leading:
             far = key[:, :, :sinks], value[:, :, :sinks]
             key, value = key[:, :, sinks:], value[:, :, sinks:]
         else:
@@ -429,8 +430,13 @@ class Patch:
             return retrieval.voters
         return new if retrieval is None or retrieval.rows is None else retrieval.rows
 
-    def _reader(self, module: Any, key: Tensor, value: Tensor, j: Tensor, scoring: Scoring, rotate: Any) -> Read | None:
-        """Return what queries [batch, heads, n, dim] at i [rows, n] of this layer read with; None if nothing."""
+    def _reader(
+        self, module: Any, key: Tensor, value: Tensor, j: Tensor | None, scoring: Scoring, rotate: Any
+    ) -> Read | None:
+        """Return what queries [batch, heads, n, dim] at i [rows, n] of this layer read with; None if nothing.
+
+        Where there is no archive they read the layer's own keys, at j [rows, m] in the order of the text.
+        """
         retrieval, window, sinks = self.retrieval, self.window_length, self.num_sink_tokens
         if retrieval is None:
             return None
@@ -439,7 +445,11 @@ class Patch:
         archive = self._archives.get(module.layer_idx)
         if (key.shape[2] if archive is None else archive.seen) <= window + sinks:
             return None
-        middle = Middle(key if rotate is None else rotate(key, -j), value, j) if archive is None else archive.middle()
+        if archive is not None:
+            middle = archive.middle()
+        else:
+            assert j is not None
+            middle = Middle(key if rotate is None else rotate(key, -j), value, j)
         away = retrieval.seen_at(window)
         sight = Sight(away, sinks, window, scoring)
         if isinstance(retrieval, TopBlocks):
@@ -489,8 +499,9 @@ class Patch:
         self._turns = {}
         if i.shape[1] == 1:
             steps = (i - self.max_distance - torch.arange(self.num_sink_tokens, device=i.device)).clamp_min(0)
-            rotations = {id(rotation): rotation for rotation in self._rotations.values() if rotation is not None}
-            self._turns = {key: rotation.weights(steps, dtype) for key, rotation in rotations.items()}
+            # A ring that an earlier patch filled has that patch's.
+            rotations = {*self._rotations.values(), *(ring.rotation for ring in rings)}
+            self._turns = {id(turn): turn.weights(steps, dtype) for turn in rotations if turn is not None}
         to_ring, to_log = rings[0].slots(i.shape[1], i.device)
         for ring in rings:
             ring.expect(Announcement(to_ring, to_log, padding, self._turns.get(id(ring.rotation))))

@@ -210,6 +210,17 @@ def test_two_chat_turns_are_one_conversation(model):
     assert torch.equal(again, uncached)
 
 
+@pytest.mark.parametrize("sizes", [[1] * (N - 20), [N - 20]])
+def test_a_conversation_goes_on_under_a_new_patch(model, sizes):
+    ids = prompt()
+    with SETTINGS(model):
+        whole, cache = logits(model, ids), ring_cache(model)
+        in_chunks(model, ids[:, :20], [19, 1], cache)
+    with SETTINGS(model):
+        rest = in_chunks(model, ids[:, 20:], sizes, cache)
+    assert (rest - whole[:, 20:]).abs().max() < 3e-5
+
+
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_layers_that_share_keys_share_the_ring(family):
     """Their last layers attend with keys of earlier ones, and run for the rows whose logits are kept alone."""

@@ -105,7 +105,10 @@ class LambdaCacheLayer(CacheLayerMixin):
 
     def slots(self, new_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the slots [n] of the buffers and of the log in which the next n tokens are to lie."""
-        columns = torch.arange(self.seen, self.seen + new_tokens, device=device)
+        return self._slots_of(torch.arange(self.seen, self.seen + new_tokens, device=device))
+
+    def _slots_of(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where columns lie in the buffers, and where in the log what they overwrote."""
         return columns % self.window_length + self.num_sink_tokens, columns % self.ROLLBACK
 
     def sees_every_slot(self) -> bool:
@@ -158,7 +161,7 @@ class LambdaCacheLayer(CacheLayerMixin):
     def _leading(self, ring: Tensor, sinks: Tensor, new: Tensor) -> Tensor:
         """Return [sinks | window before | new tokens], in the order of the text."""
         columns = torch.arange(self.seen - self._kept(), self.seen, device=ring.device)
-        slots = columns % self.window_length + self.num_sink_tokens
+        slots, _ = self._slots_of(columns)
         return torch.cat([sinks, ring.index_select(2, slots), new], dim=2)
 
     def _store(self, key_states: Tensor, value_states: Tensor, announced: Announcement) -> None:
@@ -240,9 +243,8 @@ class LambdaCacheLayer(CacheLayerMixin):
             )
         if self.is_initialized and self.written > self.window_length:
             # Where columns that go share a slot, the first of them overwrote what is to come back.
-            columns = torch.arange(remaining, min(remaining + self.window_length, self.seen))
-            ring = (columns % self.window_length + self.num_sink_tokens).to(self.keys.device)
-            log = (columns % self.ROLLBACK).to(self.keys.device)
+            last = min(remaining + self.window_length, self.seen)
+            ring, log = self._slots_of(torch.arange(remaining, last, device=self.keys.device))
             self.keys.index_copy_(2, ring, self.lost_keys.index_select(2, log))
             self.values.index_copy_(2, ring, self.lost_values.index_select(2, log))
         self.seen = remaining

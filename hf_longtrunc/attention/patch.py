@@ -92,9 +92,9 @@ class Patch:
         self._carried: Tensor | None = None
         self._keys_announced = 0
         self._cached_otherwise: set[nn.Module] = set()  # layers that cache what their keys are made from
-        # Of one decoded token: the slots that it sees, None if all; their distances; the sinks' turn by each rotation.
+        # Of one decoded token: the slots that it sees, None if all, and their distances.
         self._ring_view: tuple[Tensor | None, Tensor] | None = None
-        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
+        self._turns: dict[int, tuple[Tensor, Tensor]] = {}  # of the sinks for it, by the rotation's id
         self._archives: weakref.WeakValueDictionary[int, ArchiveCacheLayer] = weakref.WeakValueDictionary()
         self._ballot: list[Tensor] | None = None  # each voter's mass [batch, blocks] while blocks are being chosen
         self._first_voter = 0  # the first layer that fills it
@@ -177,7 +177,7 @@ class Patch:
         self._probe = Probe(self._decoder, sources)
         try:
             self._rotations = self._probe.rotations()
-            self._cached_otherwise = self._probe.cached_otherwise
+            self._cached_otherwise = self._probe.cached_otherwise()
         finally:
             self._probe = None
 

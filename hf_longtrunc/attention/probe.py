@@ -24,17 +24,13 @@ class Probe:
     Args:
         decoder: the model that holds the layers.
         sources: its rotary modules, in place already.
-
-    Attributes:
-        cached_otherwise: the layers whose cache holds something else than the keys that they attend with: what these
-            are made from (multi-head latent attention).
     """
 
     def __init__(self, decoder: Any, sources: list[ExactRotary]):
         self.decoder = decoder
         self.sources = sources
-        self.cached_otherwise: set[nn.Module] = set()
         self._captured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._cache = DynamicCache()
 
     def record(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
         """Keep what one layer's attention was called with, [batch, heads, n, dim] each."""
@@ -67,15 +63,23 @@ class Probe:
             for module, states in unrotated.items()
         }
 
+    def cached_otherwise(self) -> set[nn.Module]:
+        """Return the layers that cached something else than the keys that they attended with in the last forward.
+
+        What these are made from: multi-head latent attention.
+        """
+        layers = self._cache.layers
+        return {module for module, (_, key) in self._captured.items() if not _is_cached(key, module, layers)}
+
     def _states(self, factor: float) -> dict[nn.Module, Tensor]:
         """Return each layer's queries and keys, turned by `factor` times the probe angles."""
         vocabulary = self.decoder.get_input_embeddings().weight.shape[0]
         self._captured = {}
-        cache = DynamicCache(config=self.decoder.config)
+        self._cache = DynamicCache(config=self.decoder.config)
         for source in self.sources:
             source.probing = factor
         try:
-            forward_quietly(self.decoder, [[vocabulary // 3] * 4, [vocabulary // 2] * 4], cache)
+            forward_quietly(self.decoder, [[vocabulary // 3] * 4, [vocabulary // 2] * 4], self._cache)
         except CannotPatchError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -85,9 +89,6 @@ class Probe:
         finally:
             for source in self.sources:
                 source.probing = None
-        self.cached_otherwise = {
-            module for module, (_, key) in self._captured.items() if not _is_cached(key, module, cache.layers)
-        }
         return {module: torch.cat(states, dim=1) for module, states in self._captured.items()}
 
 

@@ -181,7 +181,7 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
         grouped = query.view(batch, layer.kv_heads, -1, layer.dim)
         return F.scaled_dot_product_attention(grouped, keys, values)
 
-    # Made once a step, not once a layer, so not timed: slots, what is seen at which distance, the turn of the sinks.
+    # Made once a step, not once a layer, so not timed: slots, distances, the turn of the sinks.
     i = torch.full((1, 1), n, device=device)
     j = cache.key_positions(device)
     distances = distance(i, j, layer.window)[:, 0]

@@ -15,19 +15,43 @@ if TYPE_CHECKING:
         ArchiveCacheLayer as ArchiveCacheLayer,
         LambdaCacheLayer as LambdaCacheLayer,
     )
-    from hf_longtrunc.attention.datastore import (
+    from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
+    from hf_longtrunc.attention.strategies import TopBlocks as TopBlocks, TopK as TopK
+    from hf_longtrunc.cross_attention.datastore import (
         Datastore as Datastore,
         FaissDatastore as FaissDatastore,
         ShardedDatastore as ShardedDatastore,
     )
-    from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
-    from hf_longtrunc.attention.strategies import TopBlocks as TopBlocks, TopK as TopK
-    from hf_longtrunc.attention.unlimiformer import Unlimiformer as Unlimiformer
+    from hf_longtrunc.cross_attention.unlimiformer import Unlimiformer as Unlimiformer
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
-    from hf_longtrunc.data.guard import check_packed as check_packed
     from hf_longtrunc.data.packing import best_fit_decreasing as best_fit_decreasing
     from hf_longtrunc.data.stream import PackedStream as PackedStream
+    from hf_longtrunc.data.verify import check_packed as check_packed
+    from hf_longtrunc.mixing.auxiliary import (
+        AuxiliaryModelLogitsProcessor as AuxiliaryModelLogitsProcessor,
+        ContrastiveDecodingLogitsProcessor as ContrastiveDecodingLogitsProcessor,
+        GuidanceLogitsProcessor as GuidanceLogitsProcessor,
+        ProxyTuningLogitsProcessor as ProxyTuningLogitsProcessor,
+        ULDLogitsProcessor as ULDLogitsProcessor,
+    )
+    from hf_longtrunc.mixing.pema import (
+        GradualUnrolling as GradualUnrolling,
+        PEMAAdapter as PEMAAdapter,
+        PEMAMemory as PEMAMemory,
+    )
+    from hf_longtrunc.mixing.pema_processor import (
+        PEMALogitsProcessor as PEMALogitsProcessor,
+        build_pema_memory as build_pema_memory,
+        train_pema as train_pema,
+    )
+    from hf_longtrunc.mixing.uld import (
+        ULDCollator as ULDCollator,
+        ULDLoss as ULDLoss,
+        load_uld_assistant as load_uld_assistant,
+        save_uld_assistant as save_uld_assistant,
+        uld_assistant as uld_assistant,
+    )
     from hf_longtrunc.positions.collator import CreamCollator as CreamCollator
     from hf_longtrunc.positions.cream import (
         CreamPositions as CreamPositions,
@@ -40,24 +64,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.positions.verify import verify_positions as verify_positions
     from hf_longtrunc.pretrained import load_pretrained as load_pretrained
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
-    from hf_longtrunc.sampling.auxiliary import (
-        AuxiliaryModelLogitsProcessor as AuxiliaryModelLogitsProcessor,
-        ContrastiveDecodingLogitsProcessor as ContrastiveDecodingLogitsProcessor,
-        GuidanceLogitsProcessor as GuidanceLogitsProcessor,
-        ProxyTuningLogitsProcessor as ProxyTuningLogitsProcessor,
-        ULDLogitsProcessor as ULDLogitsProcessor,
-    )
     from hf_longtrunc.sampling.basis import SoftmaxBasis as SoftmaxBasis
-    from hf_longtrunc.sampling.pema import (
-        GradualUnrolling as GradualUnrolling,
-        PEMAAdapter as PEMAAdapter,
-        PEMAMemory as PEMAMemory,
-    )
-    from hf_longtrunc.sampling.pema_processor import (
-        PEMALogitsProcessor as PEMALogitsProcessor,
-        build_pema_memory as build_pema_memory,
-        train_pema as train_pema,
-    )
     from hf_longtrunc.sampling.processors import (
         BasisAwareLogitsProcessor as BasisAwareLogitsProcessor,
         EpsilonLogitsProcessor as EpsilonLogitsProcessor,
@@ -71,66 +78,59 @@ if TYPE_CHECKING:
         TruncationRecord as TruncationRecord,
         TruncationTrace as TruncationTrace,
     )
-    from hf_longtrunc.sampling.uld import (
-        ULDCollator as ULDCollator,
-        ULDLoss as ULDLoss,
-        load_uld_assistant as load_uld_assistant,
-        save_uld_assistant as save_uld_assistant,
-        uld_assistant as uld_assistant,
-    )
 
 __version__ = "0.1.0"
 
 _HOME = {
     "ArchiveCacheLayer": "hf_longtrunc.attention.cache",
-    "AuxiliaryModelLogitsProcessor": "hf_longtrunc.sampling.auxiliary",
+    "AuxiliaryModelLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.processors",
     "BestFitPackingCollator": "hf_longtrunc.data.collators",
-    "ContrastiveDecodingLogitsProcessor": "hf_longtrunc.sampling.auxiliary",
+    "ContrastiveDecodingLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "CreamCollator": "hf_longtrunc.positions.collator",
     "CreamPositions": "hf_longtrunc.positions.cream",
-    "Datastore": "hf_longtrunc.attention.datastore",
+    "Datastore": "hf_longtrunc.cross_attention.datastore",
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
-    "FaissDatastore": "hf_longtrunc.attention.datastore",
-    "GradualUnrolling": "hf_longtrunc.sampling.pema",
-    "GuidanceLogitsProcessor": "hf_longtrunc.sampling.auxiliary",
+    "FaissDatastore": "hf_longtrunc.cross_attention.datastore",
+    "GradualUnrolling": "hf_longtrunc.mixing.pema",
+    "GuidanceLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "LMInfinite": "hf_longtrunc.attention.lm_infinite",
     "LambdaCacheLayer": "hf_longtrunc.attention.cache",
-    "PEMAAdapter": "hf_longtrunc.sampling.pema",
-    "PEMALogitsProcessor": "hf_longtrunc.sampling.pema_processor",
-    "PEMAMemory": "hf_longtrunc.sampling.pema",
+    "PEMAAdapter": "hf_longtrunc.mixing.pema",
+    "PEMALogitsProcessor": "hf_longtrunc.mixing.pema_processor",
+    "PEMAMemory": "hf_longtrunc.mixing.pema",
     "PackedDataset": "hf_longtrunc.data.dataset",
     "PackedStream": "hf_longtrunc.data.stream",
-    "ProxyTuningLogitsProcessor": "hf_longtrunc.sampling.auxiliary",
-    "ShardedDatastore": "hf_longtrunc.attention.datastore",
+    "ProxyTuningLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
+    "ShardedDatastore": "hf_longtrunc.cross_attention.datastore",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
     "SupportChecker": "hf_longtrunc.sampling.support",
     "TopBlocks": "hf_longtrunc.attention.strategies",
     "TopK": "hf_longtrunc.attention.strategies",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
-    "ULDCollator": "hf_longtrunc.sampling.uld",
-    "ULDLogitsProcessor": "hf_longtrunc.sampling.auxiliary",
-    "ULDLoss": "hf_longtrunc.sampling.uld",
-    "Unlimiformer": "hf_longtrunc.attention.unlimiformer",
+    "ULDCollator": "hf_longtrunc.mixing.uld",
+    "ULDLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
+    "ULDLoss": "hf_longtrunc.mixing.uld",
+    "Unlimiformer": "hf_longtrunc.cross_attention.unlimiformer",
     "attach_processors": "hf_longtrunc.sampling.attach",
     "best_fit_decreasing": "hf_longtrunc.data.packing",
-    "build_pema_memory": "hf_longtrunc.sampling.pema_processor",
-    "check_packed": "hf_longtrunc.data.guard",
+    "build_pema_memory": "hf_longtrunc.mixing.pema_processor",
+    "check_packed": "hf_longtrunc.data.verify",
     "contiguous_positions": "hf_longtrunc.positions.cream",
     "critical_threshold": "hf_longtrunc.sampling.support",
     "distances_seen": "hf_longtrunc.positions.cream",
     "extend_context": "hf_longtrunc.positions.scaling",
     "load_pretrained": "hf_longtrunc.pretrained",
-    "load_uld_assistant": "hf_longtrunc.sampling.uld",
+    "load_uld_assistant": "hf_longtrunc.mixing.uld",
     "pack": "hf_longtrunc.data.dataset",
     "pose_positions": "hf_longtrunc.positions.cream",
     "random_positions": "hf_longtrunc.positions.cream",
-    "save_uld_assistant": "hf_longtrunc.sampling.uld",
-    "train_pema": "hf_longtrunc.sampling.pema_processor",
+    "save_uld_assistant": "hf_longtrunc.mixing.uld",
+    "train_pema": "hf_longtrunc.mixing.pema_processor",
     "trained_length": "hf_longtrunc.attention.lm_infinite",
-    "uld_assistant": "hf_longtrunc.sampling.uld",
+    "uld_assistant": "hf_longtrunc.mixing.uld",
     "verify_positions": "hf_longtrunc.positions.verify",
 }
 

@@ -1,20 +1,118 @@
-"""What every technique asks of the model that it is given: what PEFT has wrapped, and that it is left as it was."""
+"""What every room asks of a model, once: what is inside its wrappers, its decoder, its rotations, its affine layers."""
 
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def without_peft(model: Any) -> Any:
-    """Return the transformers model inside a PEFT wrapper, and anything else as it is."""
-    is_wrapper = not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
-    return model.get_base_model() if is_wrapper else model
+def unwrapped(model: Any) -> Any:
+    """Return the transformers model inside PEFT, `torch.compile`, DDP, DataParallel and FSDP wrappers.
+
+    Anything else comes back as it is. The model inside shares its modules with the wrapper, so what is read from it is
+    true of both; whether hooks on it reach calls of the wrapper is another question, see `attachable`.
+    """
+    while not isinstance(model, PreTrainedModel):
+        if hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod
+        elif isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):  # DDP and kin
+            model = model.module
+        else:
+            break
+    return model
+
+
+def attachable(model: Any, technique: str) -> PreTrainedModel:
+    """Return the transformers model whose modules `technique` is to change.
+
+    A PEFT, DDP, DataParallel or FSDP wrapper calls the modules of the model inside, so that one is returned.
+
+    Raises:
+        TypeError: there is no transformers model inside.
+        ValueError: the model was compiled. Its graphs are traced without the change, and guards do not watch hooks.
+    """
+    inside: Any = unwrapped(model)
+    if not isinstance(inside, PreTrainedModel):
+        raise TypeError(
+            f"{technique}: model must be a transformers model, or a PEFT or DDP wrapper of one, got "
+            f"{type(model).__name__}"
+        )
+    wrapper = model
+    while wrapper is not inside:
+        if hasattr(wrapper, "_orig_mod"):
+            raise ValueError(
+                f"{technique} cannot change a model that was compiled already, whose graphs were made without it: "
+                f"attach to the model inside, `model._orig_mod`, and compile that afterwards"
+            )
+        wrapper = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper.module
+    return inside  # type: ignore[no-any-return]
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the decoder of a causal language model: the part without its head, which makes the hidden states."""
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+
+
+def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
+    """Return the modules that hold rotary frequencies: those with a buffer `inv_freq` or `<layer type>_inv_freq`."""
+    return [
+        module
+        for module in decoder.modules()
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+    ]
+
+
+def parameters_of(module: Any) -> list[str]:
+    """Return the names of the arguments of a module's forward, in order; of its class, whatever wraps the instance."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def bound(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments by the names that the module's forward gives them."""
+    return {**dict(zip(parameters_of(module), args, strict=False)), **kwargs}
+
+
+def weight_and_bias(layer: Any, width: int) -> tuple[Tensor, Tensor]:
+    """Return W [out, width] and b [out] of an affine layer, detached.
+
+    A plain `nn.Linear` is read. Another layer (adapters, quantised weights, `Conv1D`) is asked: b = layer(0),
+    W = layer(I) - b, 512 unit vectors at a time.
+    """
+    weight = getattr(layer, "weight", None)
+    if type(layer) is nn.Linear and isinstance(weight, Tensor) and weight.is_floating_point():
+        return weight.detach(), weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
+    parameter = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+    with torch.no_grad():
+        units = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
+        bias = layer(torch.zeros_like(units[:1]))[0]
+        columns = [(layer(part) - bias).T for part in torch.split(units, 512)]
+    return torch.cat(columns, dim=1), bias
+
+
+def few_tokens(model: Any, most: int) -> Tensor:
+    """Return token ids [1, up to 8] on the model's device, none of them 0, which is often padding."""
+    weight = model.get_input_embeddings().weight
+    # What accelerate offloads lies on "meta" between forwards; its hooks move inputs from anywhere.
+    device = torch.device("cpu") if weight.is_meta else weight.device
+    return ((7 * torch.arange(min(8, most), device=device) + 3) % len(weight))[None]
+
+
+def disagreement(before: Tensor, after: Tensor) -> float | None:
+    """Return how far a change moved the states of a few tokens; None if no farther than rounding in their dtype may."""
+    difference = float((after - before).double().norm())
+    tolerance = 0.1 if before.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return None if difference <= tolerance * float(before.double().norm()) else difference
 
 
 @contextmanager
@@ -27,3 +125,9 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def without_peft(model: Any) -> Any:
+    """Return the transformers model inside a PEFT wrapper, and anything else as it is."""
+    is_wrapper = not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
+    return model.get_base_model() if is_wrapper else model

@@ -5,32 +5,24 @@ from __future__ import annotations
 import builtins
 import logging
 import sys
+from pathlib import Path
 
+import beartype
 import jaxtyping
 import pytest
+import tomllib
 import torch
 
 # The package names jaxtyping's types for readers and mypy only. Here they become real, so that beartype holds every
 # call of a pure file to its declared shapes and dtypes. It must happen before the first import of those files.
-PURE_FILES = [
-    "hf_longtrunc.attention.datastore",
-    "hf_longtrunc.attention.lambda_attention",
-    "hf_longtrunc.attention.retrieved_attention",
-    "hf_longtrunc.attention.windows",
-    "hf_longtrunc.attention.retrieval",
-    "hf_longtrunc.data.packing",
-    "hf_longtrunc.positions.cream",
-    "hf_longtrunc.sampling.basis",
-    "hf_longtrunc.sampling.cutoffs",
-    "hf_longtrunc.sampling.pema",
-    "hf_longtrunc.sampling.interior_point",
-    "hf_longtrunc.sampling.logit_difference",
-    "hf_longtrunc.sampling.prefixes",
-    "hf_longtrunc.sampling.support",
-]
+PYPROJECT = tomllib.loads(Path(__file__, "../../pyproject.toml").resolve().read_text())
+CONTRACTS = {contract["name"]: contract for contract in PYPROJECT["tool"]["importlinter"]["contracts"]}
+PURE_FILES = CONTRACTS["pure files know tensors, not transformers"]["source_modules"]
 for shape_type in ("Bool", "Float", "Int"):
     setattr(builtins, shape_type, getattr(jaxtyping, shape_type))
-jaxtyping.install_import_hook(PURE_FILES, "beartype.beartype")
+# The hook takes a checker by name; this one takes an int for a float, as Python's type checkers do.
+beartype.with_numeric_tower = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))
+jaxtyping.install_import_hook(PURE_FILES, "beartype.with_numeric_tower")
 
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.attention.seq2seq_models import tiny_seq2seq
+from tests.cross_attention.seq2seq_models import tiny_seq2seq
 from tests.test_cli import invoke, letter_tokenizer, model_folder  # noqa: F401
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_longtrunc.attention.changes import attached
 from hf_longtrunc.attention.lambda_attention import PATHS
 from hf_longtrunc.attention.patch import Patch
 from hf_longtrunc.attention.strategies import TopBlocks, TopK
+from hf_longtrunc.changes import attached
 from hf_longtrunc.models import without_peft
 
 

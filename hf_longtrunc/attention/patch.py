@@ -18,7 +18,6 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, LinearAttention
 from transformers.masking_utils import causal_mask_function
 
 from hf_longtrunc.attention.cache import Announcement, ArchiveCacheLayer, LambdaCacheLayer
-from hf_longtrunc.attention.changes import Changes, disagreement
 from hf_longtrunc.attention.families import own_forward
 from hf_longtrunc.attention.lambda_attention import (
     Scoring,
@@ -39,6 +38,7 @@ from hf_longtrunc.attention.row_positions import (
     left_padding,
 )
 from hf_longtrunc.attention.strategies import TopBlocks, TopK
+from hf_longtrunc.changes import Changes, disagreement
 
 if TYPE_CHECKING:
     from collections.abc import Callable

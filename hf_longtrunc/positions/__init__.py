@@ -1,1 +1,1 @@
-"""The positions room: where a token stands, apart from which token it is."""
+"""Between rows and attention: where a token stands, apart from which token it is."""

@@ -13,8 +13,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_longtrunc import Datastore, FaissDatastore, ShardedDatastore, Unlimiformer
 from hf_longtrunc.attention import long_encoder
-from tests.attention.seq2seq_models import FAMILIES, random_ids, tiny_seq2seq
-from tests.attention.test_windows import naive_owner
+from tests.cross_attention.seq2seq_models import FAMILIES, random_ids, tiny_seq2seq
+from tests.cross_attention.test_windows import naive_owner
 
 WINDOW = 16
 EVERYTHING = 10_000

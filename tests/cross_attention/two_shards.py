@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from hf_longtrunc.attention.datastore import Datastore, ShardedDatastore
+from hf_longtrunc.cross_attention.datastore import Datastore, ShardedDatastore
 
 STATES, SIZES = 41, [29, 12]  # the second rank has fewer states than are asked for
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_longtrunc.attention.windows import Window, plan_windows
+from hf_longtrunc.cross_attention.windows import Window, plan_windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -25,7 +25,7 @@ from hf_longtrunc import (
     ProxyTuningLogitsProcessor,
     ULDLogitsProcessor,
 )
-from hf_longtrunc.sampling import auxiliary
+from hf_longtrunc.mixing import auxiliary
 from tests.conftest import tiny_config
 
 NEW = 10

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_longtrunc.attention import datastore
-from hf_longtrunc.attention.datastore import Datastore, FaissDatastore, ShardedDatastore
+from hf_longtrunc.cross_attention.datastore import Datastore, FaissDatastore, ShardedDatastore
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,7 +85,7 @@ def test_shards_find_what_one_store_finds(sizes, k):
 def test_shards_over_two_processes(tmp_path):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "tests/attention/two_shards.py", str(tmp_path),
+        "tests/cross_attention/two_shards.py", str(tmp_path),
     ]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]

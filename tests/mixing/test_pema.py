@@ -41,8 +41,8 @@ from hf_longtrunc import (
     build_pema_memory,
     train_pema,
 )
-from hf_longtrunc.sampling.head import LanguageModelHead, head_inputs
-from hf_longtrunc.sampling.pema import fit_adapter, interpolate, pema_loss, reconstruction_basis
+from hf_longtrunc.mixing.head import LanguageModelHead, head_inputs
+from hf_longtrunc.mixing.pema import fit_adapter, interpolate, pema_loss, reconstruction_basis
 from tests.conftest import tiny_config
 from tests.test_cli import model_folder  # noqa: F401
 

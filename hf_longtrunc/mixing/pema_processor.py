@@ -10,9 +10,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 
-from hf_longtrunc.models import evaluating
-from hf_longtrunc.sampling.head import LanguageModelHead, head_inputs
-from hf_longtrunc.sampling.pema import (
+from hf_longtrunc.mixing.head import LanguageModelHead, head_inputs
+from hf_longtrunc.mixing.pema import (
     GradualUnrolling,
     PEMAAdapter,
     PEMAMemory,
@@ -20,6 +19,7 @@ from hf_longtrunc.sampling.pema import (
     fit_adapter,
     interpolate,
 )
+from hf_longtrunc.models import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_longtrunc.attention.datastore import Datastore
-from hf_longtrunc.attention.retrieved_attention import Heads, retrieved_attention
+from hf_longtrunc.cross_attention.datastore import Datastore
+from hf_longtrunc.cross_attention.retrieved_attention import Heads, retrieved_attention
 
 HEADS, HEAD_DIM, WIDTH, NEW = 3, 4, 7, 2
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}

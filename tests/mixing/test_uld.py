@@ -33,7 +33,7 @@ from hf_longtrunc import (
     uld_assistant,
 )
 from tests.conftest import tiny_config
-from tests.sampling.test_auxiliary import BruteForce, Checked, gpt2, llama, made, mistral, uld_formula
+from tests.mixing.test_auxiliary import BruteForce, Checked, gpt2, llama, made, mistral, uld_formula
 from tests.test_cli import model_folder  # noqa: F401
 
 peft = pytest.importorskip("peft")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_longtrunc.sampling.logit_difference import IGNORED, UNIFORM, forget_retain_loss
+from hf_longtrunc.mixing.logit_difference import IGNORED, UNIFORM, forget_retain_loss
 
 if TYPE_CHECKING:
     import os

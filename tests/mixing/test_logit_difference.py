@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from hf_longtrunc.sampling.logit_difference import (
+from hf_longtrunc.mixing.logit_difference import (
     contrast,
     exclude_tail,
     forget_retain_loss,

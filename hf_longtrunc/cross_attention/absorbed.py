@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_longtrunc.attention.retrieved_attention import Heads
+from hf_longtrunc.cross_attention.retrieved_attention import Heads
 
 if TYPE_CHECKING:
     from collections.abc import Callable

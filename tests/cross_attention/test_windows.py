@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hf_longtrunc.attention.windows import Window, plan_windows
+from hf_longtrunc.cross_attention.windows import Window, plan_windows
 
 
 def test_vectors_of_the_design():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float
 
-    from hf_longtrunc.attention.datastore import Store
+    from hf_longtrunc.cross_attention.datastore import Store
 
 
 class Heads(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings, strategies as st
 
-from hf_longtrunc.sampling.prefixes import address, common_prefix
+from hf_longtrunc.mixing.prefixes import address, common_prefix
 
 
 def naive(cached, new):

@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_longtrunc.attention.changes import Changes, attached, disagreement
-from hf_longtrunc.attention.cross_attention import cross_attention_modules
-from hf_longtrunc.attention.datastore import Datastore, FaissDatastore
-from hf_longtrunc.attention.long_encoder import long_encoder, real_spans
-from hf_longtrunc.attention.retrieved_attention import retrieved_attention
+from hf_longtrunc.changes import Changes, attached, disagreement
+from hf_longtrunc.cross_attention.absorbed import cross_attention_modules
+from hf_longtrunc.cross_attention.datastore import Datastore, FaissDatastore
+from hf_longtrunc.cross_attention.long_encoder import long_encoder, real_spans
+from hf_longtrunc.cross_attention.retrieved_attention import retrieved_attention
 from hf_longtrunc.models import evaluating, without_peft
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hf_longtrunc.attention.cross_attention import CrossAttention
-    from hf_longtrunc.attention.datastore import Store
+    from hf_longtrunc.cross_attention.absorbed import CrossAttention
+    from hf_longtrunc.cross_attention.datastore import Store
 
 Training = Literal["retrieval", "random", "alternating"]
 

@@ -11,8 +11,7 @@ import torch
 from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from hf_longtrunc.models import without_peft
-from hf_longtrunc.sampling.logit_difference import (
+from hf_longtrunc.mixing.logit_difference import (
     contrast,
     exclude_tail,
     guidance,
@@ -21,7 +20,8 @@ from hf_longtrunc.sampling.logit_difference import (
     logit_difference,
     proxy,
 )
-from hf_longtrunc.sampling.prefixes import address, common_prefix
+from hf_longtrunc.mixing.prefixes import address, common_prefix
+from hf_longtrunc.models import without_peft
 
 if TYPE_CHECKING:
     from torch import Tensor

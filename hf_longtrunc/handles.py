@@ -1,0 +1,94 @@
+"""What every technique that is put on a model hands back: a record of its changes, and the way back."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from typing_extensions import Self
+
+
+class Handle:
+    """The changes that one technique has made to one model.
+
+    `with technique(model) as handle:` takes them back at the end of the block, an exception included;
+    `handle = technique.attach(model)` keeps them until `handle.detach()`. `repr(handle)` says what was changed.
+
+    A technique subclasses this or makes one, and notes each change when it makes it: `set(owner, name, value)` for an
+    attribute, `undo(function, *arguments)` for anything else. Changes are taken back in reverse order.
+
+    Args:
+        technique: what is attached, as the repr is to call it.
+        model: the instance that is changed.
+        changed: what is changed in it, in words.
+    """
+
+    def __init__(self, technique: object, model: object, changed: str):
+        self._title = f"{technique} on {type(model).__name__}"
+        self._changed = changed
+        self._changes = ExitStack()
+        self._sets: list[tuple[dict[str, Any], str, Any]] = []
+        self.is_attached = True
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute of the instance itself, past any `__setattr__` of its class, until `detach()`."""
+        attributes = owner.__dict__
+        if name in attributes:
+            self._changes.callback(attributes.__setitem__, name, attributes[name])
+        else:
+            self._changes.callback(attributes.pop, name)
+        self._sets.append((attributes, name, value))
+        attributes[name] = value
+
+    def undo(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call `function(*arguments)` at `detach()`."""
+        self._changes.callback(function, *arguments)
+
+    def refuse_copies(self, *owners: Any, advice: str) -> None:
+        """Let `copy.deepcopy` and pickling of the owners fail with `advice`: a copy would share the attachment."""
+
+        def refuse(*_: Any) -> Any:
+            raise TypeError(f"{self._title} cannot be copied or pickled while it is attached: {advice}")
+
+        for owner in {id(owner): owner for owner in owners}.values():
+            self.set(owner, "__deepcopy__", refuse)
+            self.set(owner, "__reduce_ex__", refuse)
+
+    @contextmanager
+    def or_nothing(self) -> Iterator[None]:
+        """Take everything back if the block, in which changes are made, raises."""
+        try:
+            yield
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Give the model back as it was; a second call does nothing.
+
+        Raises:
+            RuntimeError: something that was attached later stands on these changes; nothing is taken back.
+        """
+        latest = {(id(attributes), name): (attributes, name, value) for attributes, name, value in self._sets}
+        for attributes, name, value in latest.values():
+            if attributes.get(name) is not value:
+                raise RuntimeError(
+                    f"{self._title} cannot be detached yet: {name} was changed again by something that was attached "
+                    "after it; detach that first"
+                )
+        self._sets.clear()
+        self._changes.close()
+        self.is_attached = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        state = f"{self._changed}; detach() takes it back" if self.is_attached else "detached"
+        return f"<{self._title}: {state}>"

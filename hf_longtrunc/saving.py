@@ -1,0 +1,117 @@
+"""One way to keep what was computed: a folder with a safetensors file, and a json file that says what it is.
+
+`<kind>.json` holds the kind, the number of the format, the settings, and a SHA-256 over settings and tensors, so that
+a flipped bit in either file is found when they are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+FORMAT = 1
+
+
+def save_folder(
+    folder: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> None:
+    """Write tensors and settings (plain json values) into a folder, which is made where it is missing.
+
+    Each file takes the place of an older one only when it is whole.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    described = {"kind": kind, "format": FORMAT, "settings": dict(settings), "sha256": _checksum(data, settings)}
+    _replace(Path(folder, f"{kind}.safetensors"), data)
+    _replace(Path(folder, f"{kind}.json"), (json.dumps(described, indent=2) + "\n").encode())
+
+
+def load_folder(
+    folder: str | os.PathLike[str], kind: str, tensors: Mapping[str, str], settings: tuple[str, ...] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_folder` wrote.
+
+    Args:
+        folder: where it lies.
+        kind: what it must be.
+        tensors: name -> shape in words, of every tensor that must be there, such as "vocab rank"; floats must be
+            finite.
+        settings: names that must be there.
+
+    Returns:
+        The tensors, on the CPU, and the settings.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: a file is damaged, of another kind or of a newer format, or something in it is missing, of another
+            number of dimensions, or not finite.
+    """
+    described_at, data_at = Path(folder, f"{kind}.json"), Path(folder, f"{kind}.safetensors")
+    for path in (described_at, data_at):
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no saved {kind}: {path.name} is missing")
+    described = _described(described_at, kind)
+    data = data_at.read_bytes()
+    found = described["settings"]
+    if _checksum(data, found) != described["sha256"]:
+        raise ValueError(
+            f"{folder} is damaged: settings and tensors of the saved {kind} do not have the checksum that was written "
+            "with them; save it again"
+        )
+    try:
+        loaded = load(data)
+    except SafetensorError as error:
+        raise ValueError(f"{data_at} is no safetensors file: {error}") from error
+    if missing := sorted({*tensors, *settings} - {*loaded, *found}):
+        raise ValueError(f"{folder} holds a {kind} without {', '.join(missing)}; save it again")
+    for name, shape in tensors.items():
+        _check_tensor(f"{data_at}: {name}", loaded[name], shape)
+    return loaded, found
+
+
+def _described(path: Path, kind: str) -> dict[str, Any]:
+    try:
+        described: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is no json ({error})") from error
+    is_ours = isinstance(described, dict) and {"kind", "format", "settings", "sha256"} <= described.keys()
+    if not is_ours or not isinstance(described["settings"], dict):
+        raise ValueError(f"{path} is damaged: kind, format, settings and sha256 are expected in it")
+    if described["kind"] != kind:
+        raise ValueError(f"{path} describes a {described['kind']!r}, expected a {kind!r}")
+    if described["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {described['format']!r}, this version reads {FORMAT}: upgrade hf_longtrunc, or save "
+            "it again"
+        )
+    return dict(described)
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: str) -> None:
+    if tensor.ndim != len(shape.split()):
+        raise ValueError(f"{name} must have the dimensions [{shape}], got {list(tensor.shape)}")
+    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinite entries")
+
+
+def _checksum(data: bytes, settings: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def _replace(path: Path, data: bytes) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(data)
+    os.replace(beside, path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_longtrunc.attention import datastore
+from hf_longtrunc.cross_attention import datastore
 from hf_longtrunc.cross_attention.datastore import Datastore, FaissDatastore, ShardedDatastore
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, WhisperConfig, 
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_longtrunc import Datastore, FaissDatastore, ShardedDatastore, Unlimiformer
-from hf_longtrunc.attention import long_encoder
+from hf_longtrunc.cross_attention import long_encoder
 from tests.cross_attention.seq2seq_models import FAMILIES, random_ids, tiny_seq2seq
 from tests.cross_attention.test_windows import naive_owner
 

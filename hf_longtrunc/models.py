@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -99,13 +100,21 @@ def weight_and_bias(layer: Any, width: int) -> tuple[Tensor, Tensor]:
 
     A plain `nn.Linear` is read. Another layer (adapters, quantised weights, `Conv1D`) is asked: b = layer(0),
     W = layer(I) - b, 512 unit vectors at a time.
+
+    Raises:
+        ValueError: the layer drops out what it is asked; `.eval()` puts an end to that.
     """
     weight = getattr(layer, "weight", None)
     if type(layer) is nn.Linear and isinstance(weight, Tensor) and weight.is_floating_point():
         return weight.detach(), weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
-    parameter = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+    if any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in layer.modules()):
+        raise ValueError(
+            f"{type(layer).__name__} is in training mode with dropout, so it is no fixed linear map: call .eval() first"
+        )
+    parameters = list(layer.parameters())
+    dtypes = [parameter.dtype for parameter in parameters if parameter.is_floating_point()]
     with torch.no_grad():
-        units = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
+        units = torch.eye(width, dtype=(dtypes or [torch.get_default_dtype()])[0], device=parameters[0].device)
         bias = layer(torch.zeros_like(units[:1]))[0]
         columns = [(layer(part) - bias).T for part in torch.split(units, 512)]
     return torch.cat(columns, dim=1), bias

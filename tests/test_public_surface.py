@@ -27,6 +27,7 @@ PUBLIC = {
         "GuidanceLogitsProcessor",
         "LMInfinite",
         "LambdaCacheLayer",
+        "PEMA",
         "PEMAAdapter",
         "PEMALogitsProcessor",
         "PEMAMemory",

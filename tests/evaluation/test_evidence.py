@@ -47,6 +47,6 @@ def test_an_unknown_step_is_named(recipe, tmp_path):
 
 
 def test_the_page_in_docs_is_what_its_records_render_to():
-    """If not, `python recipes/evidence.py --steps cream --out docs/evidence` writes it: what has a record is not run."""
+    """If not, `python recipes/evidence.py --steps cream --out docs/evidence` writes it and runs nothing anew."""
     evidence = ROOT / "docs" / "evidence"
     assert (evidence / "index.md").read_text(encoding="utf-8") == runpy.run_path(str(RECIPE))["page"](evidence)

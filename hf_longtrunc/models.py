@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 # What forwards, `generate` and their outputs call the cache of keys and values: transformers 5.24 renamed it.
 # A call says `model(ids, **{CACHE: cache})`, and `cache_of(output)` reads it.
@@ -86,7 +87,12 @@ def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
 
 def parameters_of(module: Any) -> list[str]:
     """Return the names of the arguments of a module's forward, in order; of its class, whatever wraps the instance."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+    return list(_parameters(type(module).forward))[1:]
+
+
+@cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)
 
 
 def bound(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -94,21 +100,23 @@ def bound(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     return {**dict(zip(parameters_of(module), args, strict=False)), **kwargs}
 
 
-def weight_and_bias(layer: Any, width: int) -> tuple[Tensor, Tensor]:
-    """Return W [out, width] and b [out] of an affine layer, detached.
+def weight_and_bias(layer: Any, width: int, *, differentiable: bool = False) -> tuple[Tensor, Tensor]:
+    """Return W [out, width] and b [out] of an affine layer.
 
     A plain `nn.Linear` is read. Another layer (adapters, quantised weights, `Conv1D`) is asked: b = layer(0),
-    W = layer(I) - b, 512 unit vectors at a time.
+    W = layer(I) - b, 512 unit vectors at a time. Both are detached unless `differentiable`: then gradients flow through
+    them to the layer's parameters, where gradients are enabled.
     """
-    weight = getattr(layer, "weight", None)
-    if type(layer) is nn.Linear and isinstance(weight, Tensor) and weight.is_floating_point():
-        return weight.detach(), weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
-    parameter = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
-    with torch.no_grad():
-        units = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
-        bias = layer(torch.zeros_like(units[:1]))[0]
-        columns = [(layer(part) - bias).T for part in torch.split(units, 512)]
-    return torch.cat(columns, dim=1), bias
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        weight = getattr(layer, "weight", None)
+        if type(layer) is nn.Linear and isinstance(weight, Tensor) and weight.is_floating_point():
+            bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
+        else:
+            parameter = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
+            units = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
+            bias = layer(torch.zeros_like(units[:1]))[0]
+            weight = torch.cat([(layer(part) - bias).T for part in torch.split(units, 512)], dim=1)
+    return (weight, bias) if differentiable else (weight.detach(), bias.detach())
 
 
 def few_tokens(model: Any, most: int) -> Tensor:

@@ -35,12 +35,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "m2m_100": BART_LIKE,
     "blenderbot": BART_LIKE,
     "plbart": BART_LIKE,
+    "mvp": BART_LIKE,
+    "blenderbot-small": BART_LIKE,
+    "bigbird_pegasus": BART_LIKE | {"attention_type": "original_full"},
+    "nllb-moe": BART_LIKE | {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "led": {name: value for name, value in BART_LIKE.items() if name != "max_position_embeddings"}
     | {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "attention_window": 4},
     "t5": T5_LIKE | {"n_positions": 64},
     "mt5": T5_LIKE,
     "umt5": T5_LIKE,
     "longt5": T5_LIKE | {"local_radius": 3},
+    "switch_transformers": T5_LIKE
+    | {"n_positions": 64, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "t5gemma": {"encoder": T5GEMMA_MODULE, "decoder": T5GEMMA_MODULE, "vocab_size": VOCABULARY, "pad_token_id": 1},
 }
 FAMILIES = list(SETTINGS)

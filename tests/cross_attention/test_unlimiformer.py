@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, WhisperConfig, WhisperForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, MoEModelOutput
 
 from hf_longtrunc import Datastore, FaissDatastore, ShardedDatastore, Unlimiformer
 from hf_longtrunc.cross_attention import long_encoder
@@ -40,7 +40,7 @@ def stitched(model, ids, window=WINDOW, overlap=0.5):
 
 
 def cross_attentions(model):
-    names = ("encoder_attn", "EncDecAttention", "cross_attn")
+    names = ("encoder_attn", "EncDecAttention", "cross_attn", "cross_attention")
     return [m for name, m in model.get_decoder().named_modules() if name.rpartition(".")[2] in names]
 
 
@@ -91,12 +91,18 @@ class naive_top_k:  # noqa: N801  reads as a context
 
 def full_attention(model, states, mask=None, **inputs):
     mask = torch.ones(states.shape[:2], dtype=torch.long) if mask is None else mask
-    return model(encoder_outputs=BaseModelOutput(states), attention_mask=mask, **inputs)
+    return model(encoder_outputs=encoder_outputs(model, states), attention_mask=mask, **inputs)
+
+
+def encoder_outputs(model, states):
+    is_moe = model.config.model_type in ("nllb-moe", "switch_transformers")
+    return MoEModelOutput(states) if is_moe else BaseModelOutput(states)
 
 
 def close(model):
-    """Return the tolerances for a model: T5Gemma's norms work in single precision, whatever the model's is."""
-    return {"rtol": 1e-5, "atol": 1e-5} if "T5Gemma" in type(model).__name__ else CLOSE
+    """Return the tolerances for a model: T5Gemma's norms and routers of experts work in single precision."""
+    is_single = model.config.model_type in ("t5gemma", "nllb-moe", "switch_transformers")
+    return {"rtol": 1e-5, "atol": 1e-5} if is_single else CLOSE
 
 
 def assert_gradients(model, gradients):
@@ -152,7 +158,7 @@ def test_retrieving_everything_generates_what_full_attention_does(model, mode):
         states = [stitched(model, row[None, :n]) for row, n in zip(ids, (50, 37), strict=True)]
     states = torch.cat([states[0], torch.nn.functional.pad(states[1], (0, 0, 0, 13))])
     torch.manual_seed(3)
-    expected = model.generate(encoder_outputs=BaseModelOutput(states), attention_mask=mask, **settings)
+    expected = model.generate(encoder_outputs=encoder_outputs(model, states), attention_mask=mask, **settings)
     with Unlimiformer(top_k=EVERYTHING, window=WINDOW)(model):
         torch.manual_seed(3)
         output = model.generate(ids, attention_mask=mask, **settings)
@@ -605,16 +611,20 @@ def test_a_long_encode_shows_its_progress(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"top_k": 0}, ValueError, "top_k must be a whole number of at least 1, got 0"),
         ({"top_k": 2.5}, TypeError, "top_k must be a whole number"),
-        ({"window": 0}, ValueError, "window must be at least 1, got 0"),
-        ({"overlap": 1.0}, ValueError, r"overlap must be a number in \[0, 1\), got 1.0"),
+        ({"window": 0}, ValueError, "window must be a whole number of at least 1, got 0"),
+        ({"overlap": 1.0}, ValueError, "overlap must be a number of at least 0 and below 1, got 1.0"),
         ({"overlap": -0.1}, ValueError, "overlap"),
         ({"index": "Flat"}, ValueError, "index must begin with 'faiss:', as in 'faiss:HNSW32', got 'Flat'"),
         ({"index": 3}, TypeError, "index must be None"),
-        ({"encode_batch": 0}, ValueError, "encode_batch must be at least 1"),
+        ({"encode_batch": 0}, ValueError, "encode_batch must be a whole number of at least 1"),
         ({"encode_batch": None}, TypeError, "encode_batch must be a whole number"),
-        ({"training": "chunked"}, ValueError, "training must be one of retrieval, random, alternating, got 'chunked'"),
+        (
+            {"training": "chunked"},
+            ValueError,
+            "training must be one of 'retrieval', 'random', 'alternating', got 'chunked'",
+        ),
     ],
 )
 def test_settings_out_of_range_are_named(settings, error, message):
@@ -640,8 +650,19 @@ def test_the_window_comes_from_the_config():
 def test_a_decoder_only_model_is_refused(tiny_model):
     with pytest.raises(ValueError, match=r"needs an encoder-decoder .* LlamaForCausalLM .* see LMInfinite"):
         Unlimiformer().attach(tiny_model)
-    with pytest.raises(TypeError, match=r"model must be a transformers encoder-decoder .* got Linear"):
+    with pytest.raises(TypeError, match=r"Unlimiformer: model must be a transformers model, .* got Linear"):
         Unlimiformer().attach(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("family", ["nllb-moe", "switch_transformers"])
+def test_router_logits_of_a_long_input_are_refused(family):
+    model, labels = tiny_seq2seq(family), random_ids(1, 5)
+    expected = model(input_ids=random_ids(1, WINDOW), labels=labels, output_router_logits=True).loss
+    with Unlimiformer(window=WINDOW)(model):
+        found = model(input_ids=random_ids(1, WINDOW), labels=labels, output_router_logits=True).loss
+        assert torch.equal(found, expected)
+        with pytest.raises(ValueError, match="output_router_logits must be False for inputs of more than 16 tokens"):
+            model(input_ids=random_ids(1, 50), labels=labels, output_router_logits=True)
 
 
 def test_an_encoder_of_sound_is_refused():
@@ -659,7 +680,9 @@ def test_patches_do_not_nest():
     model = tiny_seq2seq()
     with (
         Unlimiformer(window=WINDOW)(model),
-        pytest.raises(ValueError, match="patched by Unlimiformer already: detach that patch first"),
+        pytest.raises(
+            ValueError, match="attached to this BartForConditionalGeneration already: detach"
+        ),
     ):
         Unlimiformer(window=WINDOW).attach(model)
     with Unlimiformer(window=WINDOW)(model):
@@ -677,9 +700,10 @@ def test_without_faiss_the_error_comes_when_attaching(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "faiss", None)
     model = tiny_seq2seq()
+    attributes = traces(model)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf_longtrunc\[faiss\]'"):
         Unlimiformer(window=WINDOW, index="faiss:Flat").attach(model)
-    assert "_unlimiformer" not in model.__dict__
+    assert traces(model) == attributes
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -710,7 +734,7 @@ def test_cross_attention_that_computes_something_else_is_refused():
     module = cross_attentions(model)[0]
     plain = module.forward
     module.forward = lambda *args, **kwargs: (2 * plain(*args, **kwargs)[0], None)
-    with pytest.raises(ValueError, match=r"cannot patch BartForConditionalGeneration: .*not reproduced"):
+    with pytest.raises(ValueError, match=r"cannot change BartForConditionalGeneration: .*not reproduced"):
         Unlimiformer(window=WINDOW).attach(model)
     del module.forward
     assert traces(model) == attributes

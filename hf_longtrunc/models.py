@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 # What forwards, `generate` and their outputs call the cache of keys and values: transformers 5.24 renamed it.
 # A call says `model(ids, **{CACHE: cache})`, and `cache_of(output)` reads it.
@@ -67,7 +66,17 @@ def attachable(model: Any, technique: str) -> PreTrainedModel:
                 f"attach to the model inside, `model._orig_mod`, and compile that afterwards"
             )
         wrapper = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper.module
+    compiled = [name for name, part in inside.named_modules() if _is_compiled(part)]
+    if compiled:
+        raise ValueError(
+            f"{technique} cannot change a model that was compiled already, whose graphs were made without it: "
+            f"{compiled[0] or 'it'} was, in place; load the model anew, attach, and compile that afterwards"
+        )
     return inside  # type: ignore[no-any-return]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
 
 
 def decoder_of(model: Any) -> Any:
@@ -87,12 +96,7 @@ def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
 
 def parameters_of(module: Any) -> list[str]:
     """Return the names of the arguments of a module's forward, in order; of its class, whatever wraps the instance."""
-    return list(_parameters(type(module).forward))[1:]
-
-
-@cache
-def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)
+    return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def bound(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, MutableMapping
 
     from torch import Tensor
 
@@ -41,7 +41,7 @@ class KnownTexts:
 
     def __init__(self, build: Callable[[Tensor], Store]):
         self._build = build
-        self._known = WeakTensorKeyDictionary()
+        self._known: MutableMapping[Tensor, Texts] = WeakTensorKeyDictionary()
 
     def __len__(self) -> int:
         return len(self._known)
@@ -55,7 +55,7 @@ class KnownTexts:
 
         A text whose mask [rows, 1, 1, n] has changed, or whose states were overwritten, is built anew.
         """
-        known: Texts | None = self._known.get(states)
+        known = self._known.get(states)
         version = 0 if states.is_inference() else states._version
         if known is not None and known.version == version and _is_same(known.mask, mask):
             return known

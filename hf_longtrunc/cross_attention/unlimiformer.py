@@ -153,10 +153,8 @@ class UnlimiformerHandle(Handle):
             self.set(model, "_expand_inputs_for_generation", partial(reader.expand_inputs, model))
             self.undo(reader.texts.clear)
             _change(self, model, found, reader)
-            self.refuse_copies(
-                *_parents(model, {decoder, model.get_encoder(), *(cross.module for cross in found)}),
-                advice="detach first, copy or save, and attach again",
-            )
+            changed = {decoder, model.get_encoder(), *(cross.module for cross in found)}
+            self.refuse_copies(*_holders(model, changed), advice="detach first, copy or save it, and attach again")
 
     def _reader(self, texts: KnownTexts, settings: Unlimiformer, longest_untouched: int) -> LongInputReader:
         return LongInputReader(
@@ -194,7 +192,7 @@ def _check_same(model: Any, before: Tensor, window: int) -> None:
         raise ValueError(f"{reason}reproduced here (results differ by {difference:.1e})")
 
 
-def _parents(model: nn.Module, changed: set[nn.Module]) -> list[nn.Module]:
+def _holders(model: nn.Module, changed: set[nn.Module]) -> list[nn.Module]:
     """Return the modules that are changed or hold one that is."""
     return [module for module in model.modules() if not changed.isdisjoint(module.modules())]
 

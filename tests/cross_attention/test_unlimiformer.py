@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
 import re
 from functools import partial
 
@@ -14,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput, MoEModelOutput
 from hf_longtrunc import Datastore, FaissDatastore, ShardedDatastore, Unlimiformer
 from hf_longtrunc.cross_attention import long_encoder
 from hf_longtrunc.models import CACHE, cache_of
-from tests.cross_attention.seq2seq_models import FAMILIES, random_ids, tiny_seq2seq
+from tests.cross_attention.seq2seq_models import FAMILIES, VOCABULARY, random_ids, tiny_seq2seq
 from tests.cross_attention.test_windows import naive_owner
 
 WINDOW = 16
@@ -605,6 +607,116 @@ def test_a_long_encode_shows_its_progress(monkeypatch, capsys):
         assert "encoding" in capsys.readouterr().err
 
 
+# -- texts: each its own, and none longer than it is read --------------------------------------------------------------
+
+
+def alive():
+    """Return how many stores are alive."""
+    gc.collect()
+    return sum(type(thing) is Datastore for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("lengths", [(50,), (50, 37)])
+def test_a_text_is_freed_at_the_end_of_its_generation(beams, lengths):
+    model, (ids, mask) = tiny_seq2seq(), padded([random_ids(1, n)[0] for n in lengths])
+    seen, before = [], alive()
+
+    def see(*_):
+        seen.append(alive() - before)
+        return torch.ones(len(lengths) * beams, VOCABULARY)
+
+    with Unlimiformer(top_k=4, window=WINDOW)(model):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, num_beams=beams, logits_processor=[see])
+        assert seen == [len(lengths)] * 3
+        assert alive() == before
+
+
+def test_a_text_is_freed_after_an_exception():
+    model, before = tiny_seq2seq(), alive()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with Unlimiformer(top_k=4, window=WINDOW)(model):
+        try:
+            model.generate(random_ids(1, 50), max_new_tokens=3, logits_processor=[fail])
+        except KeyboardInterrupt:
+            assert alive() > before
+        assert alive() == before
+
+
+def test_states_that_are_held_outside_are_let_go_when_detached():
+    model, before = tiny_seq2seq(), alive()
+    with Unlimiformer(top_k=4, window=WINDOW)(model), torch.no_grad():
+        states = model(input_ids=random_ids(1, 50), decoder_input_ids=random_ids(1, 3)).encoder_last_hidden_state
+        assert alive() == before + 1
+    assert alive() == before
+    assert states.shape == (1, 50, 32)
+
+
+class Counted(Datastore):
+    """Counts how many were built."""
+
+    built = 0
+
+    def __init__(self, states):
+        super().__init__(states)
+        Counted.built += 1
+
+
+def test_two_texts_in_turns_are_each_built_once_and_each_their_own():
+    model, decoder_ids = tiny_seq2seq(), random_ids(1, 3, seed=9)
+    texts = [model.get_encoder()(random_ids(1, 50, seed=seed))[0].detach() for seed in range(2)]
+    with Unlimiformer(top_k=3, window=WINDOW, index=Counted)(model), torch.no_grad():
+        Counted.built = 0
+        alone = [full_attention(model, states, decoder_input_ids=decoder_ids).logits for states in texts]
+        for _ in range(3):
+            for states, expected in zip(texts, alone, strict=True):
+                assert torch.equal(full_attention(model, states, decoder_input_ids=decoder_ids).logits, expected)
+        assert Counted.built == 2
+
+
+def test_states_overwritten_in_place_are_read_anew():
+    model, decoder_ids = tiny_seq2seq(), random_ids(1, 3, seed=9)
+    mask = torch.ones(1, 50, dtype=torch.long)
+    mask[0, 20:25] = 0  # such a store holds copies
+    states = torch.randn(1, 50, 32, dtype=torch.float64)
+    with Unlimiformer(top_k=3, window=WINDOW)(model), torch.no_grad():
+        full_attention(model, states, mask, decoder_input_ids=decoder_ids)
+        other = states.flip(1)
+        expected = full_attention(model, other, mask, decoder_input_ids=decoder_ids).logits
+        states.copy_(other)
+        assert torch.equal(full_attention(model, states, mask, decoder_input_ids=decoder_ids).logits, expected)
+
+
+def test_inference_mode():
+    model, ids = tiny_seq2seq(), random_ids(1, 50)
+    with Unlimiformer(top_k=3, window=WINDOW)(model):
+        expected = model.generate(ids, max_new_tokens=5, num_beams=2)
+        with torch.inference_mode():
+            assert torch.equal(model.generate(ids, max_new_tokens=5, num_beams=2), expected)
+
+
+def test_random_training_needs_no_index():
+    model, ids = tiny_seq2seq().train(), random_ids(1, 50)
+
+    def refuse(states):
+        raise AssertionError
+
+    with Unlimiformer(top_k=3, window=WINDOW, training="random", index=refuse)(model):
+        model(input_ids=ids, labels=ids[:, :4]).loss.backward()
+
+
+def test_an_index_that_raises_says_so_itself():
+    def broken(states):
+        raise KeyError("my own index")
+
+    model, ids = tiny_seq2seq(), random_ids(1, 50)
+    with Unlimiformer(window=WINDOW, index=broken)(model), pytest.raises(KeyError, match="my own index"):
+        model.generate(ids, max_new_tokens=2)
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
@@ -680,19 +792,32 @@ def test_patches_do_not_nest():
     model = tiny_seq2seq()
     with (
         Unlimiformer(window=WINDOW)(model),
-        pytest.raises(
-            ValueError, match="attached to this BartForConditionalGeneration already: detach"
-        ),
+        pytest.raises(ValueError, match="attached to this BartForConditionalGeneration already: detach"),
     ):
         Unlimiformer(window=WINDOW).attach(model)
     with Unlimiformer(window=WINDOW)(model):
         pass
 
 
-def test_a_patched_model_is_not_copied():
-    model = tiny_seq2seq()
-    with Unlimiformer(window=WINDOW)(model), pytest.raises(TypeError, match="detach first"):
-        copy.deepcopy(model)
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_model_is_not_copied_while_it_is_attached_nor_is_a_part_of_it_that_was_changed(family):
+    model = tiny_seq2seq(family)
+    with Unlimiformer(window=WINDOW)(model):
+        for part in (model, model.get_encoder(), model.get_decoder(), cross_attentions(model)[0]):
+            with pytest.raises(TypeError, match=r"cannot be copied or pickled.*detach first, copy or save it"):
+                copy.deepcopy(part)
+        with pytest.raises(TypeError, match="detach first, copy or save it, and attach again"):
+            torch.save(model, io.BytesIO())
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("family", ["fsmt", "t5gemma2", "prophetnet"])
+def test_decoders_without_cross_attention_of_its_own_are_refused(family):
+    model = tiny_seq2seq(family).float()
+    attributes = traces(model)
+    with pytest.raises(ValueError, match="no module that attends to encoder states alone, a row at a time"):
+        Unlimiformer(window=WINDOW).attach(model)
+    assert traces(model) == attributes
 
 
 def test_without_faiss_the_error_comes_when_attaching(monkeypatch):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 
 from hf_longtrunc.arguments import number, one_of, whole
 from hf_longtrunc.saving import load_folder, save_folder
@@ -241,6 +242,10 @@ def _embedding_of(model: Any) -> Tensor:
         raise ValueError(
             f"{type(inside).__name__} has no output embedding: basis-aware truncation needs a language model whose "
             "logits are a linear map of its last hidden state"
+        )
+    if any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in embedding.modules()):
+        raise ValueError(
+            "the output embedding has dropout and is in training mode, so it is no fixed linear map: call .eval() first"
         )
     return weight_and_bias(embedding, inside.config.get_text_config().hidden_size)[0]
 

@@ -55,6 +55,11 @@ def attachable(model: Any, technique: str) -> PreTrainedModel:
                 f"attach to the model inside, `model._orig_mod`, and compile that afterwards"
             )
         wrapper = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper.module
+    if inside._compiled_call_impl is not None:
+        raise ValueError(
+            f"{technique} cannot change a model that was compiled in place by model.compile(), whose graphs are made "
+            "without it: attach first, and compile afterwards"
+        )
     return inside  # type: ignore[no-any-return]
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Float, Int
 
+    from hf_longtrunc.attention.joined import Sees
+
     Rotate = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -115,8 +117,8 @@ def _parts(
     before = max(0, own - chunk)
     inside = torch.arange(start - own, stop - own, device=query.device)[None]
 
-    def part(first: int, last: int, turned: Tensor, is_causal: bool = False) -> Part:
-        return Part(turned, key[:, :, first:last], value[:, :, first:last], is_causal)
+    def part(first: int, last: int, turned: Tensor, sees: Sees = "all") -> Part:
+        return Part(turned, key[:, :, first:last], value[:, :, first:last], sees)
 
     if before:
         yield part(0, before, rotate(query, trained - 1 - inside))
@@ -124,4 +126,4 @@ def _parts(
         yield part(before, own, rotate(query, (inside + chunk).clamp_max(trained - 1) - inside))
     if own < start:
         yield part(own, start, query)
-    yield part(start, stop, query, is_causal=True)
+    yield part(start, stop, query, "up_to")

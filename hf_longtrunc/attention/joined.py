@@ -12,7 +12,7 @@ attention weights those of the one softmax.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,16 +27,19 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _BLOCK = 256  # queries of a part that are scored together where no kernel returns the log-sum-exp
 
 
+Sees = Literal["all", "up_to", "from"]
+
+
 class Part(NamedTuple):
     """Queries [batch, heads, n, dim], and keys [batch, kv_heads, m, dim] with values [batch, kv_heads, m, value_dim].
 
-    `is_causal` wants m == n and hides key j from query i < j; otherwise every query sees every key.
+    Query i sees "all" keys, those at j <= i ("up_to") or those at j >= i ("from"); the last two want m == n.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
-    is_causal: bool = False
+    sees: Sees = "all"
 
 
 def joined_attention(parts: Sequence[Part], scaling: float) -> Float[Tensor, "batch heads n value_dim"]:
@@ -49,9 +52,8 @@ def joined_attention(parts: Sequence[Part], scaling: float) -> Float[Tensor, "ba
     Cost: that of the parts' kernel calls. No tensor of n x m exists on a CPU, where a kernel returns the log-sum-exp;
     elsewhere 256 queries are scored at a time.
     """
-    shapes = tuple(part.is_causal for part in parts)
     tensors = [tensor for part in parts for tensor in part[:3]]
-    output: Tensor = _Joined.apply(scaling, shapes, *tensors)  # type: ignore[no-untyped-call]
+    output: Tensor = _Joined.apply(scaling, tuple(part.sees for part in parts), *tensors)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -59,8 +61,8 @@ class _Joined(torch.autograd.Function):
     """Forward and backward of `joined_attention`; tensors come as query, key, value of one part after another."""
 
     @staticmethod
-    def forward(ctx: Any, scaling: float, causal: tuple[bool, ...], *tensors: Tensor) -> Tensor:
-        answers = [_attended(part, scaling) for part in _parts(tensors, causal)]
+    def forward(ctx: Any, scaling: float, sees: tuple[Sees, ...], *tensors: Tensor) -> Tensor:
+        answers = [_attended(part, scaling) for part in _parts(tensors, sees)]
         if len(answers) == 1:
             output, total = answers[0]
         else:
@@ -68,20 +70,20 @@ class _Joined(torch.autograd.Function):
             weighted = [out.to(total.dtype) * (lse - total).exp()[..., None] for out, lse in answers]
             output = torch.stack(weighted).sum(0).to(tensors[0].dtype)
         ctx.save_for_backward(*tensors, output, total)
-        ctx.scaling, ctx.causal = scaling, causal
+        ctx.scaling, ctx.sees = scaling, sees
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         *tensors, output, total = ctx.saved_tensors
         gradients: list[Tensor] = []
-        for part in _parts(tensors, ctx.causal):
+        for part in _parts(tensors, ctx.sees):
             gradients.extend(_gradients(part, ctx.scaling, grads[0], output, total))
         return None, None, *gradients
 
 
-def _parts(tensors: Sequence[Tensor], causal: Sequence[bool]) -> list[Part]:
-    return [Part(*part) for part in zip(tensors[::3], tensors[1::3], tensors[2::3], causal, strict=True)]
+def _parts(tensors: Sequence[Tensor], sees: Sequence[Sees]) -> list[Part]:
+    return [Part(*part) for part in zip(tensors[::3], tensors[1::3], tensors[2::3], sees, strict=True)]
 
 
 def _has_kernel(part: Part) -> bool:
@@ -91,8 +93,8 @@ def _has_kernel(part: Part) -> bool:
 def _attended(part: Part, scaling: float) -> tuple[Tensor, Tensor]:
     """Return the output [batch, heads, n, value_dim] of one part and its log-sum-exp [batch, heads, n]."""
     if _has_kernel(part):
-        output, lse = _FLASH(*part[:3], 0.0, part.is_causal, scale=scaling)
-        return output, lse
+        output, lse = _FLASH(*_in_order(part), 0.0, part.sees != "all", scale=scaling)
+        return (output.flip(2), lse.flip(2)) if part.sees == "from" else (output, lse)
     outputs, sums = [], []
     for start in range(0, part.query.shape[2], _BLOCK):
         scores = _scores(part, start, scaling)
@@ -108,9 +110,12 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return one part's gradients of query, key and value, given the joined output and log-sum-exp."""
     if _has_kernel(part):
-        query, key, value = _FLASH_BACKWARD(
-            grad.contiguous(), *part[:3], output, total, 0.0, part.is_causal, scale=scaling
+        backwards = part.sees == "from"
+        grad, output, total = (x.flip(2) if backwards else x for x in (grad, output, total))
+        answer = _FLASH_BACKWARD(
+            grad.contiguous(), *_in_order(part), output, total, 0.0, part.sees != "all", scale=scaling
         )
+        query, key, value = (x.flip(2) if backwards else x for x in answer)
         return query, key, value
     wide = total.dtype
     delta = (grad.to(wide) * output.to(wide)).sum(-1, keepdim=True)
@@ -127,14 +132,19 @@ def _gradients(
     return torch.cat(to_query, dim=2).to(part.query.dtype), to_key.to(part.key.dtype), to_value.to(part.value.dtype)
 
 
+def _in_order(part: Part) -> tuple[Tensor, ...]:
+    """Return queries, keys and values so that a causal kernel hides what is not seen: "from" is "up_to" backwards."""
+    return tuple(x.flip(2) for x in part[:3]) if part.sees == "from" else tuple(part[:3])
+
+
 def _scores(part: Part, start: int, scaling: float) -> Tensor:
     """Logits [batch, heads, up to 256, m] of the queries from `start` on, in fp32 or better."""
     wide = torch.promote_types(part.query.dtype, torch.float32)
     query = part.query[:, :, start : start + _BLOCK].to(wide)
     scores = _per_group(query, part.key.to(wide).transpose(-1, -2)) * scaling
-    if part.is_causal:
+    if part.sees != "all":
         ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
-        scores = scores.masked_fill(ones.triu(start + 1), -torch.inf)
+        scores = scores.masked_fill(ones.triu(start + 1) if part.sees == "up_to" else ones.tril(start - 1), -torch.inf)
     return scores
 
 

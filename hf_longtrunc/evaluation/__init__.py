@@ -46,9 +46,11 @@ if TYPE_CHECKING:
         KeyValuePrompts as KeyValuePrompts,
         NeedlePrompts as NeedlePrompts,
         RetrievalRecord as RetrievalRecord,
+        RetrievalTask as RetrievalTask,
         VariablePrompts as VariablePrompts,
         plot_retrieval as plot_retrieval,
         retrieval_table as retrieval_table,
+        retrieval_tasks as retrieval_tasks,
         run_retrieval as run_retrieval,
     )
     from hf_longtrunc.evaluation.streaming import (
@@ -81,6 +83,7 @@ _HOME = {
     "RecallRecord": "hf_longtrunc.evaluation.recall",
     "RepetitionRecord": "hf_longtrunc.evaluation.truncation",
     "RetrievalRecord": "hf_longtrunc.evaluation.retrieval",
+    "RetrievalTask": "hf_longtrunc.evaluation.retrieval",
     "TruncationScore": "hf_longtrunc.evaluation.truncation",
     "VariablePrompts": "hf_longtrunc.evaluation.retrieval",
     "append_records": "hf_longtrunc.evaluation.records",
@@ -103,6 +106,7 @@ _HOME = {
     "recall_records": "hf_longtrunc.evaluation.recall",
     "repetition_table": "hf_longtrunc.evaluation.truncation",
     "retrieval_table": "hf_longtrunc.evaluation.retrieval",
+    "retrieval_tasks": "hf_longtrunc.evaluation.retrieval",
     "run_passkey": "hf_longtrunc.evaluation.passkey",
     "run_repetition": "hf_longtrunc.evaluation.truncation",
     "run_retrieval": "hf_longtrunc.evaluation.retrieval",

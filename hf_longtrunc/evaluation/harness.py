@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.evaluation.records import Journal, arm_settings, model_settings
-from hf_longtrunc.evaluation.showing import new_table
+from hf_longtrunc.evaluation.display import new_table
+from hf_longtrunc.evaluation.records import ArmRecord, Journal, arm_fields
 
 try:
     import lm_eval
@@ -74,13 +74,14 @@ class PatchedLM(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> list[tuple[float, bool]]:
         for _, context, continuation in requests:
             if self.backend == "causal":
                 self._check(len(context) + len(continuation) - 1, self.max_length)
             else:
                 self._check(max(len(context), len(continuation)), self.max_length)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        scored: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        return scored
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         if self.backend == "seq2seq":
@@ -109,18 +110,13 @@ class PatchedLM(HFLM):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class HarnessRecord:
+class HarnessRecord(ArmRecord):
     """One task in one setting: over how many samples, and what the harness reports of it."""
 
     task: str
     limit: int | None
     max_length: int | None
     lengths: list[int] | None
-    arm: str
-    settings: str
-    model: str
-    dtype: str
-    device: str
     samples: int
     metrics: dict[str, float]
 
@@ -164,8 +160,8 @@ def run_harness(
     )
     records = []
     for name, arm in arms.items():
-        cell: dict[str, Any] = {"limit": limit, "max_length": max_length, "lengths": chosen, "arm": name}
-        cell |= {"settings": arm_settings(arm), **model_settings(model)}
+        cell: dict[str, Any] = {"limit": limit, "max_length": max_length, "lengths": chosen}
+        cell |= arm_fields(name, arm, model)
         patch = None if arm is nullcontext else arm
         with PatchedLM(model, tokenizer=tokenizer, arm=patch, max_length=max_length, batch_size=batch_size) as lm:
             for task in tasks:

@@ -21,7 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hf_longtrunc import SoftmaxBasis, SupportChecker
-from hf_longtrunc.evaluation.showing import new_axes
+from hf_longtrunc.evaluation.display import new_axes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 
 @torch.no_grad()
-def start_stream(model: Any, input_ids: Tensor) -> tuple[Any, Tensor]:
+def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
     """Read the first tokens of a stream; go on with `model(input_ids=..., cache=cache, use_cache=True)`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Empty tables and axes, or the word what to install for them."""
+"""Empty tables and axes, and the errors that say what to install for them."""
 
 from __future__ import annotations
 

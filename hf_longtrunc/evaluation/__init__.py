@@ -11,6 +11,13 @@ from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_longtrunc.evaluation.card import update_model_card as update_model_card
+    from hf_longtrunc.evaluation.matching import (
+        critical_epsilons as critical_epsilons,
+        match_table as match_table,
+        matched_epsilon as matched_epsilon,
+        matched_epsilons as matched_epsilons,
+        plot_match as plot_match,
+    )
     from hf_longtrunc.evaluation.passkey import (
         PasskeyPrompts as PasskeyPrompts,
         PasskeyRecord as PasskeyRecord,
@@ -89,13 +96,18 @@ _HOME = {
     "append_records": "hf_longtrunc.evaluation.records",
     "cache_bytes": "hf_longtrunc.evaluation.streaming",
     "compare_losses": "hf_longtrunc.evaluation.perplexity",
+    "critical_epsilons": "hf_longtrunc.evaluation.matching",
     "default_edges": "hf_longtrunc.evaluation.perplexity",
     "fact_recall": "hf_longtrunc.evaluation.recall",
+    "match_table": "hf_longtrunc.evaluation.matching",
+    "matched_epsilon": "hf_longtrunc.evaluation.matching",
+    "matched_epsilons": "hf_longtrunc.evaluation.matching",
     "passkey_table": "hf_longtrunc.evaluation.passkey",
     "passkey_tasks": "hf_longtrunc.evaluation.passkey",
     "perplexity_by_position": "hf_longtrunc.evaluation.perplexity",
     "perplexity_records": "hf_longtrunc.evaluation.perplexity",
     "perplexity_table": "hf_longtrunc.evaluation.perplexity",
+    "plot_match": "hf_longtrunc.evaluation.matching",
     "plot_passkey": "hf_longtrunc.evaluation.passkey",
     "plot_perplexity": "hf_longtrunc.evaluation.perplexity",
     "plot_repetition": "hf_longtrunc.evaluation.truncation",

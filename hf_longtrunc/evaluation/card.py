@@ -194,8 +194,9 @@ def _settings(technique: Any) -> str:
     """Return a function's or class's name, else a one-line repr without addresses; a module is its class's name."""
     if hasattr(technique, "__name__"):
         return str(technique.__name__)
-    says_nothing = type(technique).__repr__ is object.__repr__ or isinstance(technique, torch.nn.Module)
-    shown = type(technique).__name__ if says_nothing else repr(technique)
+    kind: Any = type(technique)
+    says_nothing = kind.__repr__ is object.__repr__ or isinstance(technique, torch.nn.Module)
+    shown = kind.__name__ if says_nothing else repr(technique)
     return " ".join(re.sub(r" at 0x[0-9a-f]+", "", shown).replace("`", "'").split())
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_longtrunc.evaluation.display import new_table
 from hf_longtrunc.evaluation.records import ArmRecord, Journal, arm_fields
+from hf_longtrunc.extras import missing
 
 try:
     import lm_eval
@@ -21,7 +22,7 @@ try:
     from lm_eval.models.utils_hf import stop_sequences_criteria
     from lm_eval.tasks import TaskManager
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"lm-eval needs {error.name}: pip install 'hf_longtrunc[lm-eval]'") from error
+    raise missing("lm-eval", error.name, "lm-eval") from error
 
 if TYPE_CHECKING:
     import os

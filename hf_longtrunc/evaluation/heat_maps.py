@@ -7,6 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from hf_longtrunc.evaluation.display import new_table
+from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +40,7 @@ def plot_scores(records: Sequence[Any], across: str, down: Sequence[str]) -> lis
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a picture needs matplotlib: pip install 'hf_longtrunc[eval]'") from error
+        raise missing("a picture", "matplotlib", "eval") from error
     groups: dict[tuple[Any, ...], dict[Any, list[Any]]] = {}
     for record in records:
         row = groups.setdefault(tuple(getattr(record, name) for name in down), {})

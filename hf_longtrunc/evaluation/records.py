@@ -69,8 +69,8 @@ def _parsed(line: str, record_type: type[RecordT], where: str) -> RecordT:
         values = json.loads(line)
     except ValueError:
         values = None
-    if isinstance(values, dict) and hasattr(record_type, "upgraded"):
-        values = record_type.upgraded(values)
+    if isinstance(values, dict):
+        values = getattr(record_type, "upgraded", dict)(values)
     if not isinstance(values, dict) or sorted(values) != sorted(expected):
         raise ValueError(
             f"{where}: expected a JSON object with the fields {', '.join(expected)}, got {line[:80]!r}; delete that "

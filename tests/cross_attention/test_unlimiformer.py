@@ -676,7 +676,7 @@ def test_without_faiss_the_error_comes_when_attaching(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "faiss", None)
     model = tiny_seq2seq()
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf_longtrunc\[faiss\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install -e "\.\[faiss\]"'):
         Unlimiformer(window=WINDOW, index="faiss:Flat").attach(model)
     assert "_unlimiformer" not in model.__dict__
 

@@ -131,7 +131,7 @@ def test_objects_subclasses_and_handles_are_lines_without_addresses(tmp_path, ti
     objects = [
         CreamCollator(default_data_collator, 8, 2),
         CreamPositions(),
-        GuidanceLogitsProcessor(tiny_model, torch.ones(1, 1, dtype=torch.long), 1.5),
+        GuidanceLogitsProcessor(tiny_model, 1.5, torch.ones(1, 1, dtype=torch.long)),
         Unlimiformer(),
         Mine(2e-3),
         Handle(LMInfinite(), tiny_model, "nothing"),

@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from rich.console import Console
 from transformers import T5Config, T5ForConditionalGeneration
-from typer.testing import CliRunner
 
 from hf_longtrunc import LMInfinite, load_pretrained
 from hf_longtrunc.evaluation import read_records
-from hf_longtrunc.evaluation.commands import lm_eval as command
+from tests.command_line import invoke
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 pytestmark = [
@@ -186,10 +184,8 @@ def test_rulers_offline_tasks_run(ruler, model, tmp_path, task):
 
 
 def test_the_command(ruler, folder, tmp_path):
-    app = typer.Typer()
-    app.command()(command)
     options = ["--model", folder, "--lm-infinite", "--window", "32", "--max-length", "5000", "--limit", "1"]
-    result = CliRunner().invoke(app, ["niah_single_1", *options, "--output-dir", str(tmp_path)], catch_exceptions=False)
+    result = invoke("lm-eval", "niah_single_1", *options, "--output-dir", tmp_path)
     assert result.exit_code == 0, result.output
     assert "niah_single_1" in result.output
     assert [r.arm for r in read_records(tmp_path / "lm_eval.jsonl", ruler.HarnessRecord)] == [

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from hf_longtrunc.data.dataset import pack
-from hf_longtrunc.data.report import packing_table, save_picture
+from hf_longtrunc.cli.common import (
+    AsJson,
+    Force,
+    check_file,
+    check_outputs,
+    draw_without_a_screen,
+    notes,
+    open_text,
+    print_json,
+    results,
+    save_picture,
+)
+from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
     import datasets
@@ -35,10 +46,8 @@ class SampleBy(str, Enum):
     LINE = "line"
 
 
-def pack_command(
-    files: Annotated[
-        list[Path], typer.Argument(help="jsonl, json, parquet or txt files.", exists=True, dir_okay=False)
-    ],
+def pack(
+    files: Annotated[list[str], typer.Argument(help="jsonl, json, parquet or txt files.")],
     seq_length: Annotated[int, typer.Option(min=1, help="Tokens in a row.")] = 2048,
     tokenizer: Annotated[
         str | None, typer.Option(help="Hub id or folder; needed for text, its EOS ends every document.")
@@ -49,21 +58,28 @@ def pack_command(
     min_piece: Annotated[int, typer.Option(min=1, help="Shorter pieces are left out; 1 keeps every token.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the rows' order.")] = 0,
     output_dir: Annotated[Path, typer.Option(help="Where dataset and picture go.")] = Path("packed"),
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Pack documents into rows without one unnecessary cut; what it did, beside concatenating and slicing them."""
-    console = Console()
-    try:
-        documents, loaded_tokenizer = _tokenized(files, tokenizer, column, sample_by.value)
-        packed = pack(documents, seq_length, loaded_tokenizer, long=long.value, min_piece=min_piece, seed=seed)
-    except (ModuleNotFoundError, OSError, TypeError, ValueError) as error:
-        console.print(f"[bold red]Could not pack.[/bold red] {error}", highlight=False)
-        raise typer.Exit(1) from error
-    console.print(packing_table(packed.packing))
-    picture = save_picture(packed.packing, output_dir / "packing.png")
-    with console.status("writing the rows"):
+    for file in files:
+        check_file(file)
+    check_outputs(output_dir, "packing.png", "dataset", force=force)
+    from hf_longtrunc import pack, packing_table, plot_packing
+
+    documents, loaded_tokenizer = _tokenized([Path(file) for file in files], tokenizer, column, sample_by.value)
+    packed = pack(documents, seq_length, loaded_tokenizer, long=long.value, min_piece=min_piece, seed=seed)
+    if as_json:
+        print_json(packed.packing.stats())
+    else:
+        results().print(packing_table(packed.packing))
+    draw_without_a_screen()
+    figure: Any = plot_packing(packed.packing)[0].figure
+    save_picture(figure, output_dir / "packing.png")
+    with notes().status("writing the rows"):
         packed.materialize().save_to_disk(output_dir / "dataset")
-    console.print(f"picture: [bold]{picture}[/bold]\ndataset: [bold]{output_dir / 'dataset'}[/bold]")
-    console.print("read it with datasets.load_from_disk, train on it with BestFitPackingCollator", style="dim")
+    notes().print(f"dataset: [bold]{output_dir / 'dataset'}[/bold]")
+    notes().print("read it with datasets.load_from_disk, train on it with BestFitPackingCollator", style="dim")
 
 
 def _tokenized(files: list[Path], tokenizer_name: str | None, column: str, sample_by: str) -> tuple[Any, Any]:
@@ -91,14 +107,35 @@ def _read(files: list[Path], sample_by: str) -> datasets.Dataset:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("reading files needs datasets: pip install 'hf_longtrunc[train]'") from error
+        raise missing("reading files", "datasets", "train") from error
     suffixes = {file.suffix for file in files}
     readers = {_READERS.get(suffix) for suffix in suffixes}
     if len(readers) != 1 or None in readers:
         raise ValueError(f"files must be of one kind out of {', '.join(_READERS)}, got {', '.join(sorted(suffixes))}")
     reader = str(readers.pop())
+    if empty := [str(file) for file in files if not file.stat().st_size]:
+        raise ValueError(f"{', '.join(empty)} is empty")
     options = {"sample_by": sample_by} if reader == "text" else {}
-    loaded: datasets.Dataset = datasets.load_dataset(
-        reader, data_files=[str(file) for file in files], split="train", **options
-    )
+    names = [str(file) for file in files]
+    try:
+        loaded: datasets.Dataset = datasets.load_dataset(reader, data_files=names, split="train", **options)
+    except datasets.exceptions.DatasetsError as error:
+        for file in files:
+            _check_content(file)
+        raise ValueError(f"{', '.join(names)} cannot be read: {error.__cause__ or error}") from error
     return loaded
+
+
+def _check_content(file: Path) -> None:
+    """Name the file that is no UTF-8 text, or the line that is no JSON object."""
+    if file.suffix == ".parquet":
+        return
+    with open_text(str(file)) as lines:
+        for number, line in enumerate(lines, 1):
+            if file.suffix == ".jsonl" and line.strip():
+                try:
+                    is_row = isinstance(json.loads(line), dict)
+                except ValueError:
+                    is_row = False
+                if not is_row:
+                    raise ValueError(f"{file}, line {number}: expected a JSON object, got {line[:60].rstrip()!r}")

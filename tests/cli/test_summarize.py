@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.command_line import invoke, letter_tokenizer
 from tests.cross_attention.seq2seq_models import tiny_seq2seq
-from tests.test_cli import invoke, letter_tokenizer, model_folder  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,15 @@ def test_options_reach_the_method(folder, text):
 )
 def test_settings_that_do_not_fit_are_a_sentence(folder, text, options, message):
     result = invoke("summarize", text, "--model", folder, *options)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in " ".join(result.output.split())
 
 
-def test_a_decoder_only_or_missing_model_is_a_sentence(model_folder, text, tmp_path):  # noqa: F811
+def test_a_decoder_only_or_missing_model_is_a_sentence(model_folder, text, tmp_path):
     for name in (model_folder, str(tmp_path / "nowhere")):
         result = invoke("summarize", text, "--model", name)
-        assert result.exit_code == 1
-        assert "Could not use" in result.output
+        assert result.exit_code == 2
+        assert "error: " in result.stderr
         assert "Traceback" not in result.output
 
 

@@ -80,7 +80,7 @@ if TYPE_CHECKING:
         TruncationTrace as TruncationTrace,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "ArchiveCacheLayer": "hf_longtrunc.attention.cache",

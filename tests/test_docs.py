@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from tests.command_line import model_folder  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BLOCKS = [
     pytest.param(block, id=f"{page.name}-{number}")
     for page in PAGES
@@ -41,6 +42,17 @@ def test_every_picture_and_relative_link_exists():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} points to {target}, which is not there"
+
+
+def test_the_tree_of_contributing_names_what_there_is():
+    """Rooms and the files beside them; a room that moved, or one that nobody describes, is named here."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (tree,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    named = {name.rstrip("/") for line in re.findall(r"^  (\S.*?)   ", tree, re.MULTILINE) for name in line.split(", ")}
+    there = {path.name for path in (ROOT / "hf_longtrunc").iterdir()} - {"__pycache__", "py.typed"}
+    assert named == there
+    for command in re.findall(r"`((?:scripts|\.ci)/\w+)", text):
+        assert os.access(ROOT / command, os.X_OK), command
 
 
 @pytest.mark.parametrize("script", sorted(p.relative_to(ROOT) for p in (ROOT / "recipes").rglob("*.py")), ids=str)

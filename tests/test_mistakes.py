@@ -21,6 +21,7 @@ from hf_longtrunc import (
     extend_context,
     pack,
 )
+from hf_longtrunc.models import CACHE, cache_of
 from tests.conftest import tiny_config
 
 PAGE = (Path(__file__).parents[1] / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
@@ -29,8 +30,8 @@ IDS = torch.arange(1, 9)[None]
 
 def cache_out_of_its_block(model):
     with LMInfinite(window_length=8)(model):
-        cache = model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True).cache
-    model(IDS[:, :1], cache=cache)
+        cache = cache_of(model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True))
+    model(IDS[:, :1], **{CACHE: cache})
 
 
 def two_patches(model):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from datetime import date
+from pathlib import Path
 
 import pytest
 
@@ -119,6 +122,9 @@ PUBLIC = {
 }
 
 
+ROOT = Path(__file__).parent.parent
+
+
 def run(program: str) -> str:
     return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
 
@@ -133,6 +139,20 @@ def test_every_public_name_exists_and_is_documented(module):
     for name in module.__all__:
         assert getattr(module, name).__doc__
         assert name in dir(module)
+
+
+def test_the_newest_section_of_the_changelog_is_this_version():
+    changelog = (ROOT / "docs" / "changelog.md").read_text(encoding="utf-8")
+    heads = [line for line in changelog.splitlines() if line.startswith("## ")]
+    sections = [re.fullmatch(r"## (\d+\.\d+\.\d+) \((\d{4}-\d{2}-\d{2})\)", head) for head in heads]
+    assert all(sections), heads
+    versions, days = zip(*(section.groups() for section in sections), strict=True)
+    assert versions[0] == hf_longtrunc.__version__
+    assert sorted(days, reverse=True) == list(days)
+    assert all(date.fromisoformat(day) for day in days)
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {versions[0]}\n" in citation
+    assert f"\ndate-released: {days[0]}\n" in citation
 
 
 def test_an_unknown_name_says_what_there_is():

@@ -29,12 +29,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_longtrunc.attention.joined import Part, joined_attention
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from jaxtyping import Bool, Float, Int
 
-PATHS = ("auto", "sdpa", "eager", "flex")
+    from hf_longtrunc.attention.joined import Sees
+
+PATHS = ("auto", "joined", "sdpa", "eager", "flex")
+_JOINED_BLOCK = 256  # queries that share kernel calls without masks
 _READING_BLOCK = 64  # queries that read the middle together: their scores of every key exist at once
 
 
@@ -120,8 +125,10 @@ def lambda_attention(
         scoring: scale, cap, slopes.
         rotate: `rotate(x, steps)` turns x [batch, heads, n, dim] on by steps [rows, n] positions; None leaves it, as
             layers without rotary positions want it.
-        path: "sdpa" (any device), "eager" (any device and any scoring; the only one for soft-capping, slopes and null
-            logits), "flex" (CUDA; FlexAttention), or "auto".
+        path: "joined" (CPU; several kernel calls without masks for each block of up to 256 queries), "sdpa" (any
+            device; one call with a mask, which "joined" falls back to for padded rows, dropout, a value dimension of
+            its own and the few queries that some of the sinks are near to), "eager" (any device and any scoring; the
+            only one for soft-capping, slopes and null logits), "flex" (CUDA; FlexAttention), or "auto".
         block_size: queries taken together by the blockwise paths.
         read: `read(query, query_positions, logits)`, given the logits of window and sinks [batch, heads, n, S + m],
             returns what else some of the queries see; None: nothing.
@@ -144,9 +151,10 @@ def lambda_attention(
         return flex_lambda_attention(query, key, value, query_positions, key_positions, far, window, scoring.scaling)
     remember = torch.is_grad_enabled() and query.requires_grad and query.shape[2] > block_size
     blocks = []
-    for start in range(0, query.shape[2], block_size):
-        stop = min(start + block_size, query.shape[2])
-        if remember:
+    for start, stop, is_joined in _spans(task, path, block_size):
+        if is_joined:
+            blocks.append(_attend_joined(task, start, stop))
+        elif remember:
             blocks.append(checkpoint(_attend_block, task, start, stop, path, use_reentrant=False))
         else:
             blocks.append(_attend_block(task, start, stop, path))
@@ -208,9 +216,12 @@ def choose_path(path: str, scoring: Scoring, query: Tensor | None = None) -> str
         long_prompt = query is not None and query.is_cuda and query.shape[2] >= 1024 and not query.requires_grad
         if scoring.is_plain and long_prompt and not scoring.dropout:
             return "flex"
-        return "sdpa" if scoring.is_plain else "eager"
+        on_cpu = query is not None and query.device.type == "cpu"
+        return "eager" if not scoring.is_plain else "joined" if on_cpu else "sdpa"
     if path != "eager" and not scoring.is_plain:
         raise ValueError(f"path {path!r} has no soft-capping, ALiBi slopes or null logits: use 'eager' or 'auto'")
+    if path == "joined" and query is not None and query.device.type != "cpu":
+        raise ValueError(f"path 'joined' is for the CPU, got queries on {query.device}: use 'sdpa' or 'auto'")
     if path == "flex" and scoring.dropout:
         raise ValueError("path 'flex' has no attention dropout: use 'sdpa', 'eager' or 'auto'")
     return path
@@ -230,6 +241,63 @@ class _Task(NamedTuple):
     scoring: Scoring
     rotate: Callable[[Tensor, Tensor], Tensor] | None
     read: Callable[[Tensor, Tensor, Tensor], Retrieved | None] | None
+
+
+def _spans(task: _Task, path: str, block_size: int) -> Iterator[tuple[int, int, bool]]:
+    """Cut the queries into blocks start..stop; the third value says whether kernel calls without masks serve one."""
+    n, window, ahead = task.query.shape[2], task.window, task.key.shape[2] - task.query.shape[2]
+    if path != "joined" or not _can_join(task):
+        yield from ((start, min(start + block_size, n), False) for start in range(0, n, block_size))
+        return
+    first = int(task.query_positions[0, 0])
+    # All sinks are near before the first of these, at the ceiling from the second on.
+    edges = (n, n) if task.sinks is None else (window, task.max_distance + task.sinks[0].shape[2] - 1)
+    mixed = [min(n, max(0, edge - first)) for edge in edges]
+    for begin, end, is_joined in ((0, mixed[0], True), (mixed[0], mixed[1], False), (mixed[1], n, True)):
+        start = begin
+        while start < end:
+            stop = min(end, start + (min(_JOINED_BLOCK, block_size, window - 1) if is_joined else block_size))
+            # Windows begin to leave keys behind at the query in column `window`: a block ends there.
+            stop = window - ahead if start < window - ahead < stop else stop
+            yield start, stop, is_joined
+            start = stop
+
+
+def _can_join(task: _Task) -> bool:
+    """Whether all rows are without padding and one position each, and an ordinary kernel computes the scores."""
+    is_plain = task.scoring.is_plain and not task.scoring.dropout and task.query.device.type == "cpu"
+    is_square = task.query.shape[-1] == task.value.shape[-1] and task.query.shape[2] > 1 and task.window > 1
+    one_row = len(task.query_positions) == len(task.key_positions) == 1
+    return is_plain and is_square and one_row and int(task.key_positions[0, 0]) >= 0
+
+
+def _attend_joined(task: _Task, start: int, stop: int) -> Tensor:
+    """Attention of queries start..stop, fewer than `window`, in kernel calls without masks.
+
+    Every query sees its block's keys before it, all keys between the block and the last query's window, and of the
+    keys that windows of this block leave one after another those that its own has not left.
+    """
+    ahead = task.key.shape[2] - task.query.shape[2]
+    first, last = ahead + start, ahead + stop  # columns of the block's own keys
+    reach = max(0, last - task.window + 1)  # from here on every query sees the keys before the block
+    query = task.query[:, :, start:stop]
+
+    def part(first: int, last: int, sees: Sees) -> Part:
+        return Part(query, task.key[:, :, first:last], task.value[:, :, first:last], sees)
+
+    parts = [part(first, last, "up_to")]
+    left = max(0, first - task.window + 1)  # the first key that the first query sees
+    if left < reach:
+        parts.append(part(left, reach, "from"))
+    if reach < first:
+        parts.append(part(reach, first, "all"))
+    if task.sinks is not None and int(task.query_positions[0, start]) >= task.window:
+        key, value = task.sinks
+        if task.rotate is not None:
+            query = task.rotate(query, task.max_distance - task.query_positions[:, start:stop])
+            key = task.rotate(key, -torch.arange(key.shape[2], device=key.device)[None])
+        parts.append(Part(query, key, value))
+    return joined_attention(parts, task.scoring.scaling)
 
 
 def _attend_block(task: _Task, start: int, stop: int, path: str) -> Tensor:

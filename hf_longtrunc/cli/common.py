@@ -45,6 +45,11 @@ def notes() -> Console:
     return Console(stderr=True, width=_width(sys.stderr), highlight=False)
 
 
+def is_watched() -> bool:
+    """Whether stderr is a terminal: a log gets no progress bars."""
+    return sys.stderr.isatty()
+
+
 def print_json(value: object) -> None:
     """Print a value as one line of JSON on stdout; NaN and infinity, which JSON has no word for, become null."""
     print(json.dumps(_plain(value)))
@@ -59,9 +64,12 @@ def load(
         typer.BadParameter: whatever went wrong.
     """
     from transformers import AutoConfig
+    from transformers.utils.logging import disable_progress_bar
 
     from hf_longtrunc import load_pretrained
 
+    if not is_watched():
+        disable_progress_bar()
     try:
         config: Any = None if name is None else AutoConfig.from_pretrained(name)
         if config is not None and needs is not None and config.is_encoder_decoder != (needs == "an encoder-decoder"):
@@ -70,11 +78,25 @@ def load(
         with notes().status("loading the model"):
             return load_pretrained(name)
     except Exception as error:  # from_pretrained raises what its files make it raise
-        shown = "the default model" if name is None else name
-        raise typer.BadParameter(
-            f"could not load {shown}: {error}. --model takes a hub id or a folder for transformers' from_pretrained",
-            param_hint="--model",
-        ) from error
+        raise _could_not_load(name or "the default model", error, "--model") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that --tokenizer names; errors as for `load`."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise _could_not_load(name, error, "--tokenizer") from error
+    return tokenizer
+
+
+def _could_not_load(name: str, error: Exception, option: str) -> typer.BadParameter:
+    return typer.BadParameter(
+        f"could not load {name}: {error}; {option} takes a hub id or a folder for transformers' from_pretrained",
+        param_hint=option,
+    )
 
 
 def arms(lm_infinite: bool, window: int | None, sinks: int) -> dict[str, Arm]:

@@ -14,6 +14,7 @@ from hf_longtrunc.cli.common import (
     check_file,
     check_outputs,
     draw_without_a_screen,
+    is_watched,
     load,
     open_text,
     print_json,
@@ -40,6 +41,7 @@ def match(
     check_outputs(picture.parent, picture.name, force=force, option="--picture")
     from hf_longtrunc import SoftmaxBasis
     from hf_longtrunc.evaluation import critical_epsilons, match_table, matched_epsilons, plot_match
+    from hf_longtrunc.evaluation.matching import known_shares
 
     text = string
     if file is not None:
@@ -47,14 +49,14 @@ def match(
             text = stream.read()
     loaded, tokenizer = load(model, needs="a causal LM")
     ids: Any = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
-    if ids.shape[1] < 2:
-        raise typer.BadParameter(f"at least 2 tokens are needed, the text has {ids.shape[1]}", param_hint="FILE")
+    ids = ids[0, :max_tokens]
+    tokens = len(ids) - 1
+    known_shares(tokens)
     basis = SoftmaxBasis.from_model(loaded, rank)
-    critical = critical_epsilons(loaded, ids[0, :max_tokens], basis, progress=True)
+    critical = critical_epsilons(loaded, ids, basis, progress=is_watched())
     draw_without_a_screen()
     figure: Any = plot_match(critical).figure
     save_picture(figure, picture)
-    tokens = len(next(iter(critical.values())))
     if as_json:
         print_json({"tokens": tokens, "rank": rank, "epsilons": matched_epsilons(critical)})
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,8 @@ from hf_longtrunc.cli.common import (
     check_file,
     check_outputs,
     draw_without_a_screen,
+    is_watched,
+    load_tokenizer,
     notes,
     open_text,
     print_json,
@@ -83,46 +86,51 @@ def pack(
 
 
 def _tokenized(files: list[Path], tokenizer_name: str | None, column: str, sample_by: str) -> tuple[Any, Any]:
-    documents = _read(files, sample_by)
-    tokenizer = None
-    if tokenizer_name is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
-    if "input_ids" in documents.column_names:
-        return documents, tokenizer
-    if column not in documents.column_names:
-        raise ValueError(f"the files have no column {column!r}, only {documents.column_names}; name it with --column")
-    if tokenizer is None:
-        raise ValueError(f"column {column!r} is text: name a tokenizer with --tokenizer")
-
-    def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        # A document longer than the model's window is wanted whole: it is cut into rows afterwards.
-        return {"input_ids": tokenizer(batch[column], verbose=False)["input_ids"]}
-
-    return documents.map(tokenize, batched=True, remove_columns=documents.column_names, desc="tokenizing"), tokenizer
-
-
-def _read(files: list[Path], sample_by: str) -> datasets.Dataset:
+    """Return the documents with their input_ids, and the tokenizer."""
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise missing("reading files", "datasets", "train") from error
+        raise missing("reading files", error.name, "train") from error
+    if not is_watched():
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(CRITICAL)  # what it logs as an error is raised too
+    tokenizer: Any = None if tokenizer_name is None else load_tokenizer(tokenizer_name)
+    try:
+        documents = _read(files, sample_by)
+        if "input_ids" in documents.column_names:
+            return documents, tokenizer
+        if column not in documents.column_names:
+            raise ValueError(
+                f"the files have no column {column!r}, only {documents.column_names}; name it with --column"
+            )
+        if tokenizer is None:
+            raise ValueError(f"column {column!r} is text: name a tokenizer with --tokenizer")
+
+        def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+            # A document longer than the model's window is wanted whole: it is cut into rows afterwards.
+            return {"input_ids": tokenizer(batch[column], verbose=False)["input_ids"]}
+
+        names = documents.column_names
+        return documents.map(tokenize, batched=True, remove_columns=names, desc="tokenizing"), tokenizer
+    except (datasets.exceptions.DatasetsError, UnicodeDecodeError) as error:
+        for file in files:
+            _check_content(file)
+        raise ValueError(f"{', '.join(map(str, files))} cannot be read: {error.__cause__ or error}") from error
+
+
+def _read(files: list[Path], sample_by: str) -> datasets.Dataset:
+    import datasets
+
     suffixes = {file.suffix for file in files}
     readers = {_READERS.get(suffix) for suffix in suffixes}
     if len(readers) != 1 or None in readers:
         raise ValueError(f"files must be of one kind out of {', '.join(_READERS)}, got {', '.join(sorted(suffixes))}")
-    reader = str(readers.pop())
     if empty := [str(file) for file in files if not file.stat().st_size]:
         raise ValueError(f"{', '.join(empty)} is empty")
+    reader = str(readers.pop())
     options = {"sample_by": sample_by} if reader == "text" else {}
     names = [str(file) for file in files]
-    try:
-        loaded: datasets.Dataset = datasets.load_dataset(reader, data_files=names, split="train", **options)
-    except datasets.exceptions.DatasetsError as error:
-        for file in files:
-            _check_content(file)
-        raise ValueError(f"{', '.join(names)} cannot be read: {error.__cause__ or error}") from error
+    loaded: datasets.Dataset = datasets.load_dataset(reader, data_files=names, split="train", **options)
     return loaded
 
 

@@ -16,6 +16,7 @@ from hf_longtrunc.cli.common import (
     check_file,
     check_outputs,
     draw_without_a_screen,
+    is_watched,
     load,
     open_text,
     print_json,
@@ -95,7 +96,7 @@ def compare(
 
     window = trained_length(model.config)
     arms: dict[str, Arm] = {"unmodified": nullcontext, "LM-Infinite": arm}
-    losses = compare_losses(model, input_ids, arms, chunk=chunk, progress=True)
+    losses = compare_losses(model, input_ids, arms, chunk=chunk, progress=is_watched())
     records = perplexity_records(model, losses, arms, default_edges(window, len(input_ids)))
     console.print(perplexity_table(records))
     console.print(f"{len(input_ids):,} tokens; the model was trained on windows of {window:,}.")

@@ -19,6 +19,7 @@ from hf_longtrunc.cli.common import (
     arms as chosen_arms,
     check_outputs,
     draw_without_a_screen,
+    is_watched,
     load,
     notes,
     print_json,
@@ -80,8 +81,8 @@ def scrolls(
     whole: dict[str, Arm] = {"unlimiformer": Unlimiformer()} if unlimiformer else {}
     asked = *load(model), name, rows
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "path": output_dir / f"{name}.jsonl"}
-    records = run(*asked, arms, max_tokens=max_tokens, **options, progress=True)
-    records += run(*asked, whole, **options, progress=True)
+    records = run(*asked, arms, max_tokens=max_tokens, **options, progress=is_watched())
+    records += run(*asked, whole, **options, progress=is_watched())
     scores = {arm: evaluate(name, predictions(records, arm), rows) for arm in (*arms, *whole)}
     for (arm, what), file in written.items():
         content = scores[arm] if what == "metrics" else predictions(records, arm)

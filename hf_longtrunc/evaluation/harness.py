@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_longtrunc.evaluation.display import new_table
@@ -152,13 +154,14 @@ def run_harness(
         One record per arm and task, in that order.
 
     Raises:
-        ValueError: a prompt longer than `max_length`.
+        ValueError: a task that the harness does not know; a prompt longer than `max_length`.
     """
     journal = Journal(path, HarnessRecord, ("samples", "metrics"))
     chosen = None if lengths is None else list(lengths)
     manager = TaskManager(
         metadata={"tokenizer": tokenizer.name_or_path, **({} if chosen is None else {"max_seq_lengths": chosen})}
     )
+    _check_names(tasks, manager)
     records = []
     for name, arm in arms.items():
         cell: dict[str, Any] = {"limit": limit, "max_length": max_length, "lengths": chosen}
@@ -182,6 +185,15 @@ def harness_table(records: Sequence[HarnessRecord]) -> Table:
         cells = [f"{values[task, metric, arm]:.4g}" if (task, metric, arm) in values else "" for arm in arms]
         table.add_row(task, metric, *cells, str(samples[task]))
     return table
+
+
+def _check_names(tasks: Sequence[str], manager: Any) -> None:
+    """Refuse tasks that are neither known to the harness nor files of one."""
+    unknown = [task for task in tasks if task not in manager.task_index and not Path(task).is_file()]
+    if unknown:
+        close = get_close_matches(unknown[0], list(manager.task_index), 3)
+        meant = f"; did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"lm-evaluation-harness has no task named {', '.join(unknown)}{meant}")
 
 
 def _evaluated(lm: PatchedLM, task: str, manager: Any, limit: int | None) -> dict[str, Any]:

@@ -88,15 +88,23 @@ def matched_epsilons(
     Raises:
         ValueError: the text is too short for every share.
     """
-    tokens = min(map(len, columns.values()))
+    return [
+        {"refused": share} | {method: matched_epsilon(values, share) for method, values in columns.items()}
+        for share in known_shares(min(map(len, columns.values())), shares)
+    ]
+
+
+def known_shares(tokens: int, shares: Sequence[float] = SHARES) -> list[float]:
+    """Return the shares that `tokens` predicted tokens can tell from none: those of at least 1 / tokens.
+
+    Raises:
+        ValueError: not even the largest.
+    """
     known = [share for share in shares if share * tokens >= 1]
     if not known:
         least = math.ceil(1 / max(shares))
         raise ValueError(f"a share of {max(shares):.0%} needs a text of at least {least + 1} tokens, got {tokens + 1}")
-    return [
-        {"refused": share} | {method: matched_epsilon(values, share) for method, values in columns.items()}
-        for share in known
-    ]
+    return known
 
 
 def match_table(columns: Mapping[str, Sequence[float]], shares: Sequence[float] = SHARES) -> Table:

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.records import ArmRecord, arm_fields
 from hf_longtrunc.evaluation.streaming import start_stream
+from hf_longtrunc.models import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -83,7 +84,7 @@ def stream_losses(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         if ids.shape[1] == 0:
             yield last.new_empty(ids.shape, dtype=torch.float32)
             continue
-        logits = model(input_ids=ids, cache=cache, use_cache=True).logits
+        logits = model(input_ids=ids, use_cache=True, **{CACHE: cache}).logits
         yield torch.cat([_losses(last, ids[:, :1]), _losses(logits[:, :-1], ids[:, 1:])], dim=1)
         last = logits[:, -1:].clone()
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_longtrunc.models import cache_of
+
 if TYPE_CHECKING:
     from transformers import Cache
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
     """Read the first tokens of a stream; go on with `model(input_ids=..., cache=cache, use_cache=True)`.
+
+    Before transformers 5.24 that argument is called `past_key_values`; `hf_longtrunc.models.CACHE` holds its name.
 
     Args:
         model: a causal LM that generates. Patched by LMInfinite, it builds a cache of constant size.
@@ -34,7 +38,7 @@ def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
         return_dict_in_generate=True,
         output_logits=True,
     )
-    cache = output.cache
+    cache = cache_of(output)
     if cache is None or cache.get_seq_length() != input_ids.shape[1]:
         raise ValueError(f"{type(model).__name__} keeps no cache, so it cannot be read in chunks")
     return cache, output.logits[0][:, None]

@@ -19,6 +19,7 @@ from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.perplexity import token_losses
 from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings
 from hf_longtrunc.evaluation.streaming import start_stream
+from hf_longtrunc.models import CACHE
 
 if TYPE_CHECKING:
     import os
@@ -251,7 +252,7 @@ def _logits(model: Any, ids: Tensor, chunk: int) -> Iterator[Tensor]:
     yield first[0].float()
     for start in range(1, len(ids) - 1, chunk):
         piece = ids[start : min(start + chunk, len(ids) - 1)]
-        logits = model(input_ids=piece[None], cache=cache, use_cache=True).logits[0]
+        logits = model(input_ids=piece[None], use_cache=True, **{CACHE: cache}).logits[0]
         yield from torch.split(logits.float(), 1)
 
 

@@ -21,7 +21,7 @@ from hf_longtrunc.mixing.logit_difference import (
     proxy,
 )
 from hf_longtrunc.mixing.prefixes import address, common_prefix
-from hf_longtrunc.models import without_peft
+from hf_longtrunc.models import CACHE, without_peft
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -348,8 +348,8 @@ class _CachedModel:
             output = self.model(
                 input_ids=ids[:, begin:end],
                 attention_mask=mask[:, :end],
-                cache=cache,
                 use_cache=cache is not None,
+                **{CACHE: cache},
                 **{name: value for name, value in options.items() if name in self._takes},
             )
             self.tokens_fed += len(ids) * (end - begin)

@@ -77,7 +77,7 @@ def test_a_row_attends_to_as_many_keys_as_the_definition_says():
     window=st.integers(1, 12),
     extra=st.integers(0, 5),
     block=st.integers(1, 16),
-    path=st.sampled_from(["sdpa", "eager"]),
+    path=st.sampled_from(["joined", "sdpa", "eager"]),
     value_dim=st.sampled_from([4, 8, 12]),
     seed=st.integers(0, 99),
 )
@@ -90,7 +90,34 @@ def test_every_path_is_the_reference(n, sinks, window, extra, block, path, value
     assert (got[0] - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("path", ["sdpa", "eager"])
+@pytest.mark.parametrize("block", [1, 4, 7, 18, 19])
+@pytest.mark.parametrize(("sinks", "ceiling"), [(0, 20), (3, 20), (3, 33), (25, 20)])
+def test_blocks_without_masks_see_what_the_definition_says(block, sinks, ceiling):
+    query, key, value = states(61)
+    settings = (sinks, 20, ceiling, Scoring(0.3))
+    whole = ours(query, key, value, *settings, path="eager")
+    assert (ours(query, key, value, *settings, path="joined", block_size=block) - whole).abs().max() < 1e-12
+    i, turn = torch.arange(61)[None], ROTATION.rotate
+    query, key = turn(query, i), turn(key, i)
+    far = (key[:, :, :sinks], value[:, :, :sinks]) if sinks else None
+    later = lambda_attention(  # the last 30, over the keys that a cache hands out
+        query[:, :, 31:],
+        key[:, :, 12:],
+        value[:, :, 12:],
+        i[:, 31:],
+        i[:, 12:],
+        sinks=far,
+        window=20,
+        max_distance=ceiling,
+        scoring=settings[-1],
+        rotate=turn,
+        path="joined",
+        block_size=block,
+    )
+    assert (later - whole[:, :, 31:]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("path", ["joined", "sdpa", "eager"])
 def test_single_precision(path):
     query, key, value = states(60, dtype=torch.float32)
     got = ours(query, key, value, 3, 7, 9, Scoring(0.4), path=path, block_size=16)
@@ -98,7 +125,7 @@ def test_single_precision(path):
     assert (got[0] - expected).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("path", ["sdpa", "eager"])
+@pytest.mark.parametrize("path", ["joined", "sdpa", "eager"])
 def test_half_precision_errs_no_more_than_twice_what_plain_attention_does(path):
     query, key, value = states(200, heads=8, dtype=torch.bfloat16)
     got = ours(query, key, value, 4, 16, 16, Scoring(0.4), path=path, block_size=32)
@@ -136,7 +163,7 @@ def test_a_left_padded_row_is_the_row_alone():
     columns = (torch.arange(3)[None] + padding[:, None])[:, None, :, None].expand(2, 2, 3, DIM)
     turned = ROTATION.rotate(query, i), ROTATION.rotate(key, i)
     far = turned[1].gather(2, columns), value.gather(2, columns)
-    for path in ("sdpa", "eager"):
+    for path in ("joined", "sdpa", "eager"):
         got = lambda_attention(
             *turned, value, i, i, sinks=far, window=5, max_distance=7, scoring=Scoring(0.4), rotate=ROTATION.rotate,
             path=path, block_size=8,
@@ -160,7 +187,7 @@ def test_one_query_over_keys_in_any_order():
     assert (got[0] - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("path", ["sdpa", "eager"])
+@pytest.mark.parametrize("path", ["joined", "sdpa", "eager"])
 def test_gradients_are_the_references(path):
     query, key, value = (x.requires_grad_() for x in states(30))
     weight = torch.randn(4, 30, DIM, dtype=torch.float64)

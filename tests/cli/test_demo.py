@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 
 import pytest
@@ -74,3 +75,13 @@ def test_the_demo_part_needs_no_text(tiny_folder, tmp_path):
     assert "128-256" in console.file.getvalue()
     assert len(read_records(tmp_path / "perplexity.jsonl", PerplexityRecord)) == 2 * 6
     assert (tmp_path / "perplexity.png").exists()
+
+
+def test_the_demo_as_json(model_folder, tmp_path):
+    options = ["--model", model_folder, "--max-new-tokens", "5", "--output-dir", tmp_path, "--json"]
+    result = invoke("demo", "sampling", "packing", "cream", *options)
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert list(shown) == ["sampling", "packing", "cream"]
+    assert [run["sampler"] for run in shown["sampling"]] == ["plain", "top-p 0.9", "eta 0.002"]
+    assert shown["packing"]["difference from alone"] < 1e-3 < shown["packing"]["difference where pieces leak"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from contextlib import nullcontext
 from itertools import cycle
 
@@ -90,3 +91,23 @@ def test_a_text_without_end_is_read_as_far_as_needed(tokenizer, prose):
     assert ids.tolist() == tokenizer(prose * 50, verbose=False).input_ids[:500]
     assert stream.given < 8000
     assert len(read_tokens(io.StringIO("a few words"), tokenizer, 500)) == len(tokenizer("a few words").input_ids)
+
+
+def test_a_pipe_gets_the_table_alone_and_unwrapped(tiny_folder, long_text, tmp_path):
+    (tmp_path / "text.txt").write_text(long_text, encoding="utf-8")
+    options = ["--model", tiny_folder, "--tokens", 2000, "--output-dir", tmp_path / "out"]
+    result = invoke("ppl", tmp_path / "text.txt", *options, columns=None)
+    assert result.exit_code == 0, result.output
+    rows = [line for line in result.stdout.splitlines() if "unmodified" in line]
+    assert len(rows) == 1
+    assert len(rows[0]) > 80
+    assert "perplexity.png" not in result.stdout
+    assert "perplexity.png" in result.stderr
+
+
+def test_json_holds_the_records(tiny_folder, long_text, tmp_path):
+    (tmp_path / "text.txt").write_text(long_text, encoding="utf-8")
+    result = invoke("ppl", tmp_path / "text.txt", "--model", tiny_folder, "--tokens", 100, "--json")
+    records = [PerplexityRecord(**record) for record in json.loads(result.stdout)]
+    assert [record.arm for record in records] == ["unmodified"] * 5 + ["LM-Infinite"] * 5
+    assert [record.start for record in records[:5]] == [0, 32, 64, 80, 96]

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_longtrunc import Datastore, FaissDatastore, ShardedDatastore, Unlimiformer
 from hf_longtrunc.cross_attention import long_encoder
+from hf_longtrunc.models import CACHE, cache_of
 from tests.cross_attention.seq2seq_models import FAMILIES, random_ids, tiny_seq2seq
 from tests.cross_attention.test_windows import naive_owner
 
@@ -288,7 +289,7 @@ def test_beams_share_the_encoder_states_and_no_keys_are_kept(model):
         hook.remove()
     assert len(set(seen)) == 1
     assert seen[0][0] == 2
-    assert output.cache.cross_attention_cache.get_seq_length() == 0
+    assert cache_of(output).cross_attention_cache.get_seq_length() == 0
 
 
 def test_a_static_cache_goes_on_working(model):
@@ -314,7 +315,7 @@ def test_a_continued_forward_with_a_cache_is_the_whole_forward():
         rest = model(
             encoder_outputs=BaseModelOutput(first.encoder_last_hidden_state),
             decoder_input_ids=decoder_ids[:, 4:],
-            cache=first.cache,
+            **{CACHE: cache_of(first)},
         )
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), whole, **CLOSE)
 

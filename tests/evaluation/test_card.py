@@ -135,7 +135,7 @@ def test_objects_subclasses_and_handles_are_lines_without_addresses(tmp_path, ti
         Unlimiformer(),
         Mine(2e-3),
         Handle(LMInfinite(), tiny_model, "nothing"),
-        PEMAAdapter(8, 2),
+        PEMAAdapter(8, 2, 97),
     ]
     lines = [line for line in update_model_card(tmp_path, objects).read_text().splitlines() if line.startswith("- ")]
     lines = lines[-len(objects) :]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "evidence.py"
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "evidence.py"
 
 
 @pytest.fixture
@@ -43,3 +44,9 @@ def test_no_path_of_this_machine_is_shown(recipe, tmp_path):
 def test_an_unknown_step_is_named(recipe, tmp_path):
     with pytest.raises(typer.BadParameter, match="no such step: nothing"):
         recipe["main"](full=False, text=None, steps="help,nothing", out=tmp_path)
+
+
+def test_the_page_in_docs_is_what_its_records_render_to():
+    """If not, `python recipes/evidence.py --steps cream --out docs/evidence` writes it and runs nothing anew."""
+    evidence = ROOT / "docs" / "evidence"
+    assert (evidence / "index.md").read_text(encoding="utf-8") == runpy.run_path(str(RECIPE))["page"](evidence)

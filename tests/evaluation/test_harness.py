@@ -192,3 +192,15 @@ def test_the_command(ruler, folder, tmp_path):
         "unmodified",
         "lm-infinite",
     ]
+
+
+def test_an_unknown_task_is_one_line_with_the_names_that_are_near(ruler, folder, tmp_path):
+    result = invoke("lm-eval", "niah_single_one", "--model", folder, "--output-dir", tmp_path / "out", columns=None)
+    assert result.exit_code == 2
+    said = result.stderr.strip().splitlines()[-1]
+    assert said.startswith(
+        "hf-longtrunc lm-eval: error: lm-evaluation-harness has no task named niah_single_one; did you"
+    )
+    assert "niah_single_1" in said
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -23,6 +23,7 @@ from hf_longtrunc.evaluation.perplexity import (
     stream_losses,
     token_losses,
 )
+from hf_longtrunc.models import CACHE
 
 mpl.use("agg")
 
@@ -189,7 +190,7 @@ def test_bad_input_is_named(tiny_model, error, says, call):
 
 
 def test_a_model_without_a_cache_is_refused(tiny_model):
-    without = {"cache": None, "use_cache": False}
+    without = {CACHE: None, "use_cache": False}
     tiny_model.register_forward_pre_hook(lambda module, args, kwargs: (args, {**kwargs, **without}), with_kwargs=True)
     with pytest.raises(ValueError, match="keeps no cache"):
         token_losses(tiny_model, torch.ones(9, dtype=torch.long))

@@ -1,0 +1,160 @@
+r"""One softmax over keys that are attended to in several kernel calls.
+
+Each part is an ordinary attention call over keys of its own, with queries that may be turned differently for each, and
+returns an output o_p and the log-sum-exp l_p of its logits. Then, in fp32 or better,
+
+    l = log sum_p exp(l_p)        o = sum_p exp(l_p - l) o_p
+
+is attention over all keys together. A kernel's log-sum-exp carries no gradient, so the sum must not be left to
+autograd: the backward pass of each part is called with the joined o and l instead of its own, which makes its
+attention weights those of the one softmax.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from jaxtyping import Float
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_BLOCK = 256  # queries of a part that are scored together where no kernel returns the log-sum-exp
+
+
+Sees = Literal["all", "up_to", "from"]
+
+
+class Part(NamedTuple):
+    """Queries [batch, heads, n, dim], and keys [batch, kv_heads, m, dim] with values [batch, kv_heads, m, value_dim].
+
+    Query i sees "all" keys, those at j <= i ("up_to") or those at j >= i ("from"); the last two want m == n.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sees: Sees = "all"
+
+
+def joined_attention(parts: Sequence[Part], scaling: float) -> Float[Tensor, "batch heads n value_dim"]:
+    """Attend over the keys of all parts in one softmax; the result has the queries' dtype.
+
+    Args:
+        parts: at least one, with equally many queries each. Every query must see a key in one of them.
+        scaling: factor of the dot products.
+
+    Cost: that of the parts' kernel calls. No tensor of n x m exists on a CPU, where a kernel returns the log-sum-exp;
+    elsewhere 256 queries are scored at a time.
+    """
+    tensors = [tensor for part in parts for tensor in part[:3]]
+    output: Tensor = _Joined.apply(scaling, tuple(part.sees for part in parts), *tensors)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Joined(torch.autograd.Function):
+    """Forward and backward of `joined_attention`; tensors come as query, key, value of one part after another."""
+
+    @staticmethod
+    def forward(ctx: Any, scaling: float, sees: tuple[Sees, ...], *tensors: Tensor) -> Tensor:
+        answers = [_attended(part, scaling) for part in _parts(tensors, sees)]
+        if len(answers) == 1:
+            output, total = answers[0]
+        else:
+            total = torch.stack([lse for _, lse in answers]).logsumexp(0)
+            weighted = [out.to(total.dtype) * (lse - total).exp()[..., None] for out, lse in answers]
+            output = torch.stack(weighted).sum(0).to(tensors[0].dtype)
+        ctx.save_for_backward(*tensors, output, total)
+        ctx.scaling, ctx.sees = scaling, sees
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        *tensors, output, total = ctx.saved_tensors
+        gradients: list[Tensor] = []
+        for part in _parts(tensors, ctx.sees):
+            gradients.extend(_gradients(part, ctx.scaling, grads[0], output, total))
+        return None, None, *gradients
+
+
+def _parts(tensors: Sequence[Tensor], sees: Sequence[Sees]) -> list[Part]:
+    return [Part(*part) for part in zip(tensors[::3], tensors[1::3], tensors[2::3], sees, strict=True)]
+
+
+def _has_kernel(part: Part) -> bool:
+    return part.query.device.type == "cpu" and part.query.shape[-1] == part.value.shape[-1]
+
+
+def _attended(part: Part, scaling: float) -> tuple[Tensor, Tensor]:
+    """Return the output [batch, heads, n, value_dim] of one part and its log-sum-exp [batch, heads, n]."""
+    if _has_kernel(part):
+        output, lse = _FLASH(*_in_order(part), 0.0, part.sees != "all", scale=scaling)
+        return (output.flip(2), lse.flip(2)) if part.sees == "from" else (output, lse)
+    outputs, sums = [], []
+    for start in range(0, part.query.shape[2], _BLOCK):
+        scores = _scores(part, start, scaling)
+        value = part.value.to(scores.dtype)
+        lse = scores.logsumexp(-1)
+        outputs.append(_per_group((scores - lse[..., None]).exp(), value).to(part.query.dtype))
+        sums.append(lse)
+    return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
+
+
+def _gradients(
+    part: Part, scaling: float, grad: Tensor, output: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return one part's gradients of query, key and value, given the joined output and log-sum-exp."""
+    if _has_kernel(part):
+        backwards = part.sees == "from"
+        grad, output, total = (x.flip(2) if backwards else x for x in (grad, output, total))
+        answer = _FLASH_BACKWARD(
+            grad.contiguous(), *_in_order(part), output, total, 0.0, part.sees != "all", scale=scaling
+        )
+        query, key, value = (x.flip(2) if backwards else x for x in answer)
+        return query, key, value
+    wide = total.dtype
+    delta = (grad.to(wide) * output.to(wide)).sum(-1, keepdim=True)
+    key, value = part.key.to(wide), part.value.to(wide)
+    to_query, to_key, to_value = [], torch.zeros_like(key), torch.zeros_like(value)
+    for start in range(0, part.query.shape[2], _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        weights = (_scores(part, start, scaling) - total[:, :, rows, None]).exp()
+        upstream = grad[:, :, rows].to(wide)
+        inner = weights * (_per_group(upstream, value.transpose(-1, -2)) - delta[:, :, rows]) * scaling
+        to_query.append(_per_group(inner, key))
+        to_key += _over_group(inner, part.query[:, :, rows].to(wide), key.shape[1])
+        to_value += _over_group(weights, upstream, key.shape[1])
+    return torch.cat(to_query, dim=2).to(part.query.dtype), to_key.to(part.key.dtype), to_value.to(part.value.dtype)
+
+
+def _in_order(part: Part) -> tuple[Tensor, ...]:
+    """Return queries, keys and values so that a causal kernel hides what is not seen: "from" is "up_to" backwards."""
+    return tuple(x.flip(2) for x in part[:3]) if part.sees == "from" else tuple(part[:3])
+
+
+def _scores(part: Part, start: int, scaling: float) -> Tensor:
+    """Logits [batch, heads, up to 256, m] of the queries from `start` on, in fp32 or better."""
+    wide = torch.promote_types(part.query.dtype, torch.float32)
+    query = part.query[:, :, start : start + _BLOCK].to(wide)
+    scores = _per_group(query, part.key.to(wide).transpose(-1, -2)) * scaling
+    if part.sees != "all":
+        ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+        scores = scores.masked_fill(ones.triu(start + 1) if part.sees == "up_to" else ones.tril(start - 1), -torch.inf)
+    return scores
+
+
+def _per_group(x: Tensor, y: Tensor) -> Tensor:
+    """X [batch, heads, n, k] times its group's y [batch, kv_heads, k, m]."""
+    batch, heads, n, k = x.shape
+    return (x.reshape(batch, y.shape[1], -1, k) @ y).view(batch, heads, n, y.shape[-1])
+
+
+def _over_group(x: Tensor, y: Tensor, groups: int) -> Tensor:
+    """x^T y [batch, kv_heads, m, d], summed over the queries and heads of a group; x [..., n, m], y [..., n, d]."""
+    batch = x.shape[0]
+    return x.reshape(batch, groups, -1, x.shape[-1]).transpose(-1, -2) @ y.reshape(batch, groups, -1, y.shape[-1])

@@ -1,0 +1,116 @@
+"""Dual chunk attention against one softmax over every pair, and the join of kernel calls that it stands on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_longtrunc.attention.dual_chunk import dual_chunk_attention, seen_from
+from hf_longtrunc.attention.joined import Part, joined_attention
+from hf_longtrunc.attention.rotary import Rotation
+
+
+def rotation(dim):
+    return Rotation(10_000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)))
+
+
+def naive(query, key, value, padding, chunk, trained, scaling):
+    """Per pair: un-rotated query and key, turned apart by the distance of the definition."""
+    turn, group = rotation(query.shape[-1]), query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    n, m = query.shape[2], key.shape[2]
+    output = torch.zeros(*query.shape[:3], value.shape[-1], dtype=query.dtype)
+    for row in range(query.shape[0]):
+        for q in range(n):
+            i = q + m - n - padding[row]
+            if i < 0:
+                continue
+            j = torch.arange(i + 1)
+            apart = seen_from(torch.tensor([i]), j, chunk, trained)  # [1, i + 1]
+            turned = turn.rotate(query[row : row + 1, :, q : q + 1].expand(-1, -1, i + 1, -1), apart)[0]
+            columns = j + padding[row]
+            scores = (turned * key[row][:, columns]).sum(-1) * scaling
+            output[row, :, q] = (scores.softmax(-1)[..., None] * value[row][:, columns]).sum(1)
+    return output
+
+
+def case(seed):
+    draw = torch.Generator().manual_seed(seed)
+
+    def pick(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=draw))
+
+    chunk = pick(1, 9)
+    trained = chunk + pick(1, 6)
+    m = pick(1, 45)
+    n = m if pick(0, 1) else pick(1, m)
+    batch, groups, group, dim = pick(1, 3), pick(1, 2), pick(1, 3), 2 * pick(1, 3)
+    value_dim = dim if pick(0, 2) else dim + 3
+    padding = [pick(0, m - 1) for _ in range(batch)] if pick(0, 1) else [0] * batch
+    sizes = ((groups * group, n, dim), (groups, m, dim), (groups, m, value_dim))
+    tensors = [torch.randn(batch, *size, dtype=torch.float64, generator=draw) for size in sizes]
+    return tensors, padding, chunk, trained
+
+
+def run(tensors, padding, chunk, trained):
+    query, key, value = tensors
+    turn, n, m = rotation(query.shape[-1]), query.shape[2], key.shape[2]
+    positions = torch.arange(m)[None] - torch.tensor(padding)[:, None]
+    placed = positions.clamp_min(0) % chunk
+    return dual_chunk_attention(
+        turn.rotate(query, placed[:, m - n :]),
+        turn.rotate(key, placed),
+        value,
+        torch.tensor(padding) if any(padding) else None,
+        chunk=chunk,
+        trained=trained,
+        scaling=0.4,
+        rotate=turn.rotate,
+    )
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_every_query_meets_every_key_at_its_distance(seed):
+    tensors, padding, chunk, trained = case(seed)
+    expected = naive(*tensors, padding, chunk, trained, 0.4)
+    assert torch.allclose(run(tensors, padding, chunk, trained), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(0, 60, 3))
+def test_gradients_are_those_of_the_definition(seed):
+    tensors, padding, chunk, trained = case(seed)
+    gradients = []
+    for attend in (lambda *x: run(x, padding, chunk, trained), lambda *x: naive(*x, padding, chunk, trained, 0.4)):
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        weights = torch.randn(leaves[0].shape[:3], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        (attend(*leaves).sum(-1) * weights).sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for ours, expected in zip(*gradients, strict=True):
+        assert torch.allclose(ours, expected, rtol=0, atol=1e-12)
+
+
+def test_distances_are_true_inside_a_chunk_and_never_beyond_what_was_trained():
+    chunk, trained = 6, 8
+    i = torch.arange(50)
+    seen = seen_from(i, i, chunk, trained)
+    causal = i[:, None] >= i
+    same = (i[:, None] // chunk == i // chunk) & causal
+    assert torch.equal(seen[same], (i[:, None] - i)[same])
+    assert seen[causal].max() == trained - 1
+    assert seen[causal].min() == 0
+    # Across a chunk's edge too, as long as the trained positions last.
+    near = causal & (i[:, None] - i < trained - chunk) & (i[:, None] % chunk < trained - chunk)
+    assert torch.equal(seen[near], (i[:, None] - i)[near])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_half_precision_errs_like_one_call(dtype):
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 90, 8, generator=draw).to(dtype) for heads in (4, 2, 2))
+    parts = [Part(query, key[:, :, :40], value[:, :, :40]), Part(query, key[:, :, 40:], value[:, :, 40:])]
+    together = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), scale=0.3, enable_gqa=True
+    )
+    one = joined_attention([Part(query, key, value)], 0.3).double()
+    error, bound = (joined_attention(parts, 0.3).double() - together).abs().max(), (one - together).abs().max()
+    assert error <= 2 * bound + torch.finfo(dtype).eps * together.abs().max()

@@ -49,14 +49,20 @@ class Handle:
         self._changes.callback(function, *arguments)
 
     def refuse_copies(self, *owners: Any, advice: str) -> None:
-        """Let `copy.deepcopy` and pickling of the owners fail with `advice`: a copy would share the attachment."""
+        """Let `copy.deepcopy`, pickling and `nn.DataParallel`'s replicas of the owners fail with `advice`.
+
+        A copy would share the attachment, and with it the modules of the model that it was copied from.
+        """
 
         def refuse(*_: Any) -> Any:
-            raise TypeError(f"{self._title} cannot be copied or pickled while it is attached: {advice}")
+            raise TypeError(
+                f"{self._title} cannot be copied or pickled, nor replicated by DataParallel, while it is attached: "
+                f"{advice}"
+            )
 
         for owner in {id(owner): owner for owner in owners}.values():
-            self.set(owner, "__deepcopy__", refuse)
-            self.set(owner, "__reduce_ex__", refuse)
+            for name in ("__deepcopy__", "__reduce_ex__", "_replicate_for_data_parallel"):
+                self.set(owner, name, refuse)
 
     @contextmanager
     def or_nothing(self) -> Iterator[None]:

@@ -66,7 +66,17 @@ def attachable(model: Any, technique: str) -> PreTrainedModel:
                 f"attach to the model inside, `model._orig_mod`, and compile that afterwards"
             )
         wrapper = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper.module
+    compiled = [name for name, part in inside.named_modules() if _is_compiled(part)]
+    if compiled:
+        raise ValueError(
+            f"{technique} cannot change a model that was compiled already, whose graphs were made without it: "
+            f"{compiled[0] or 'it'} was, in place; load the model anew, attach, and compile that afterwards"
+        )
     return inside  # type: ignore[no-any-return]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
 
 
 def decoder_of(model: Any) -> Any:
@@ -94,21 +104,24 @@ def bound(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     return {**dict(zip(parameters_of(module), args, strict=False)), **kwargs}
 
 
-def weight_and_bias(layer: Any, width: int) -> tuple[Tensor, Tensor]:
-    """Return W [out, width] and b [out] of an affine layer, detached.
+def weight_and_bias(layer: Any, width: int, *, differentiable: bool = False) -> tuple[Tensor, Tensor]:
+    """Return W [out, width] and b [out] of an affine layer.
 
     A plain `nn.Linear` is read. Another layer (adapters, quantised weights, `Conv1D`) is asked: b = layer(0),
-    W = layer(I) - b, 512 unit vectors at a time.
+    W = layer(I) - b, 512 unit vectors at a time. Both are detached unless `differentiable`: then gradients flow through
+    them to the layer's parameters, where gradients are enabled.
     """
-    weight = getattr(layer, "weight", None)
-    if type(layer) is nn.Linear and isinstance(weight, Tensor) and weight.is_floating_point():
-        return weight.detach(), weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()
-    parameter = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
-    with torch.no_grad():
-        units = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
-        bias = layer(torch.zeros_like(units[:1]))[0]
-        columns = [(layer(part) - bias).T for part in torch.split(units, 512)]
-    return torch.cat(columns, dim=1), bias
+    with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        weight = getattr(layer, "weight", None)
+        if type(layer) is nn.Linear and isinstance(weight, Tensor) and weight.is_floating_point():
+            bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
+        else:
+            parameters = list(layer.parameters())
+            dtypes = [each.dtype for each in parameters if each.is_floating_point()]  # none where all is quantised
+            units = torch.eye(width, dtype=(dtypes or [torch.get_default_dtype()])[0], device=parameters[0].device)
+            bias = layer(torch.zeros_like(units[:1]))[0]
+            weight = torch.cat([(layer(part) - bias).T for part in torch.split(units, 512)], dim=1)
+    return (weight, bias) if differentiable else (weight.detach(), bias.detach())
 
 
 def few_tokens(model: Any, most: int) -> Tensor:

@@ -76,7 +76,15 @@ def test_repr_says_what_was_changed():
     assert repr(handle) == "<Technique(1) on Linear: detached>"
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps, lambda model: torch.save(model, "/dev/null")])
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.deepcopy,
+        pickle.dumps,
+        lambda model: torch.save(model, "/dev/null"),
+        lambda model: model._replicate_for_data_parallel(),
+    ],
+)
 def test_copies_are_refused_while_attached(duplicate):
     model = nn.Sequential(nn.Linear(2, 2))
     handle = attach(model, 1)

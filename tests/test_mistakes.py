@@ -62,7 +62,7 @@ def basis_of_another(model):
 
 
 MISTAKES = {
-    "epsilon must lie in (0, 1), got 2": lambda model: EtaLogitsProcessor(2),
+    "epsilon must be a number above 0 and below 1, got 2.0": lambda model: EtaLogitsProcessor(2),
     "object of type 'EtaLogitsProcessor' has no len()": lambda model: model.generate(
         IDS, max_new_tokens=1, logits_processor=EtaLogitsProcessor(2e-3)
     ),
@@ -93,3 +93,21 @@ def test_learned_positions_are_named(tiny_gpt2):
     with pytest.raises(ValueError, match="its queries depend on absolute positions"):
         LMInfinite(window_length=8).attach(tiny_gpt2)
     assert "its queries depend on absolute positions" in PAGE
+
+
+def test_what_the_page_says_that_nothing_notices_is_so(tiny_model):
+    """A processor sees every token whatever top_k is; a basis knows its weights, if it is asked."""
+    finite = []
+
+    def watch(input_ids, scores):
+        finite.append(int(scores.isfinite().sum()))
+        return scores
+
+    tiny_model.generate(IDS, do_sample=True, top_k=5, max_new_tokens=1, logits_processor=[watch])
+    assert finite == [97]
+    other = SoftmaxBasis.from_model(LlamaForCausalLM(tiny_config()), 4)
+    processor = BasisAwareLogitsProcessor(other, 2e-3)
+    tiny_model.generate(IDS, do_sample=True, max_new_tokens=1, logits_processor=[processor])
+    with pytest.raises(ValueError, match="made from other weights"):
+        other.check_model(tiny_model)
+    assert "basis.check_model(model)" in PAGE

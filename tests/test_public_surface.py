@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import subprocess
 import sys
@@ -30,6 +32,7 @@ PUBLIC = {
         "GuidanceLogitsProcessor",
         "LMInfinite",
         "LambdaCacheLayer",
+        "PEMA",
         "PEMAAdapter",
         "PEMALogitsProcessor",
         "PEMAMemory",
@@ -153,6 +156,19 @@ def test_the_newest_section_of_the_changelog_is_this_version():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {versions[0]}\n" in citation
     assert f"\ndate-released: {days[0]}\n" in citation
+
+
+def test_what_could_be_imported_from_an_earlier_version_still_can():
+    versions = json.loads((ROOT / "tests" / "public_names.json").read_text(encoding="utf-8"))
+    for version, modules in versions.items():
+        for module, names in modules.items():
+            missing = [name for name in names if not hasattr(importlib.import_module(module), name)]
+            assert not missing, f"{module} of {version} offered them"
+
+
+def test_every_public_name_is_on_the_page_of_all_names():
+    page = (ROOT / "docs" / "all-of-hf-longtrunc.md").read_text(encoding="utf-8")
+    assert sorted(set(re.findall(r"^::: hf_longtrunc\.(\w+)$", page, re.MULTILINE)) ^ set(hf_longtrunc.__all__)) == []
 
 
 def test_an_unknown_name_says_what_there_is():

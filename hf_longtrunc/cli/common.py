@@ -69,7 +69,7 @@ def load(
     from hf_longtrunc import load_pretrained
 
     if not is_watched():
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         config: Any = None if name is None else AutoConfig.from_pretrained(name)
         if config is not None and needs is not None and config.is_encoder_decoder != (needs == "an encoder-decoder"):

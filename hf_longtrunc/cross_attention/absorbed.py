@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_longtrunc.cross_attention.retrieved_attention import Heads
+from hf_longtrunc.models import bound, parameters_of, weight_and_bias
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,9 +30,10 @@ class CrossAttention:
     """One cross-attention module, its projections, and how it is called.
 
     Attributes:
-        module: the module; `forward` is what it was when found.
-        names: of its query, key, value and output projections.
-        outputs: how many things it returns, of which the first is the attention's output.
+        module: the module that computes it.
+        names: the attributes that hold its query, key, value and output projections.
+        forward: the module's own forward.
+        outputs: how many things it returns; the first is the attention's output, the others are weights.
     """
 
     module: Any
@@ -43,7 +43,7 @@ class CrossAttention:
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the decoder's hidden states, the encoder's, and the mask, out of a call's arguments."""
-        given = _arguments(self.module, args, kwargs)
+        given = bound(self.module, args, kwargs)
         return given["hidden_states"], _states_in(given), next((given[name] for name in _MASKS if name in given), None)
 
     def query(self, hidden: Tensor) -> Tensor:
@@ -63,7 +63,8 @@ class CrossAttention:
 
     def _by_head(self, name: str) -> tuple[Tensor, Tensor]:
         """Return a projection's weight [heads, head_dim, width] and bias [heads, head_dim]."""
-        weight, bias = _weight_and_bias(getattr(self.module, name))
+        layer = getattr(self.module, name)
+        weight, bias = weight_and_bias(layer, layer.in_features, differentiable=True)
         group = getattr(self.module, self.names[0]).out_features // len(bias)
         weight, bias = weight.view(-1, self._head_dim, weight.shape[1]), bias.view(-1, self._head_dim)
         if group == 1:
@@ -81,12 +82,16 @@ class CrossAttention:
 
 
 def cross_attention_modules(decoder: nn.Module, run: Callable[[], Any]) -> list[CrossAttention]:
-    """Return the modules of `decoder` that are given encoder states while `run()` runs it."""
+    """Return the modules of `decoder` that are given encoder states while `run()` runs it.
+
+    Only those count whose query, key, value and output projections are found by a known name, and whose arguments
+    hold a mask over the encoder states alone.
+    """
     found: dict[nn.Module, CrossAttention] = {}
 
     def note(names: tuple[str, str, str, str]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if _states_in(_arguments(module, args, kwargs)) is not None and isinstance(output, tuple):
+            if _states_in(bound(module, args, kwargs)) is not None and isinstance(output, tuple):
                 found[module] = CrossAttention(module, names, module.forward, len(output))
 
         return hook
@@ -106,25 +111,10 @@ def cross_attention_modules(decoder: nn.Module, run: Callable[[], Any]) -> list[
 
 
 def _is_readable(module: nn.Module) -> bool:
-    return hasattr(module, "scaling") and any(hasattr(module, name) for name in _HEAD_DIMS)
-
-
-def _arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments by name: those of the module's class, whatever wraps this instance's forward."""
-    _, *names = inspect.signature(type(module).forward).parameters
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    """Say whether what is needed of the module is there; its own mask too, or other keys share its softmax."""
+    has_mask = not set(_MASKS).isdisjoint(parameters_of(module))
+    return has_mask and hasattr(module, "scaling") and any(hasattr(module, name) for name in _HEAD_DIMS)
 
 
 def _states_in(given: dict[str, Any]) -> Any:
     return next((given[name] for name in _STATES if given.get(name) is not None), None)
-
-
-def _weight_and_bias(linear: Any) -> tuple[Tensor, Tensor]:
-    """Return W [out, in] and b [out] of an affine layer; of one that is no plain Linear, as layer(I) - layer(0)."""
-    if type(linear) is nn.Linear:
-        weight = linear.weight
-        return weight, weight.new_zeros(len(weight)) if linear.bias is None else linear.bias
-    parameter = next(parameter for parameter in linear.parameters() if parameter.is_floating_point())
-    eye = torch.eye(linear.in_features, dtype=parameter.dtype, device=parameter.device)
-    bias = linear(torch.zeros_like(eye[:1]))[0]
-    return (linear(eye) - bias).T.contiguous(), bias

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_longtrunc.arguments import whole
 from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Datastore:
         self, queries: Float[Tensor, "queries width"], k: int
     ) -> tuple[Float[Tensor, "queries found"], Int[Tensor, "queries found"]]:
         """Return scores and ids of the min(k, n) states with the largest inner product, best first."""
-        _check_k(k)
+        k = whole("k", k, least=1)
         together = max(1, _SCORES // min(_BLOCK, len(self)))
         found = [self._search(some, k) for some in torch.split(queries, together)]
         return torch.cat([scores for scores, _ in found]), torch.cat([ids for _, ids in found])
@@ -128,7 +129,7 @@ class FaissDatastore(Datastore):
         self, queries: Float[Tensor, "queries width"], k: int
     ) -> tuple[Float[Tensor, "queries found"], Int[Tensor, "queries found"]]:
         """Return scores and ids of the min(k, n) states that the index finds, best first; -inf and -1 for the rest."""
-        _check_k(k)
+        k = whole("k", k, least=1)
         if self.is_exact:
             return super().search(queries, k)
         graph = getattr(self._index, "hnsw", None)
@@ -183,7 +184,7 @@ class ShardedDatastore:
         self, queries: Float[Tensor, "queries width"], k: int
     ) -> tuple[Float[Tensor, "queries found"], Int[Tensor, "queries found"]]:
         """Return scores and ids of the best min(k, n) states of all shards, best first."""
-        _check_k(k)
+        k = whole("k", k, least=1)
         k = min(k, len(self))
         parts = []
         for shard, offset in zip(self.shards, self._offsets, strict=True):
@@ -236,8 +237,3 @@ def _faiss() -> Any:
     except ModuleNotFoundError as error:
         raise missing("a FAISS index", "faiss", "faiss") from error
     return faiss
-
-
-def _check_k(k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_longtrunc.cross_attention.texts import real_spans
 from hf_longtrunc.cross_attention.windows import Window, plan_windows
+from hf_longtrunc.models import bound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,22 +39,27 @@ class _Piece(NamedTuple):
         return slice(start + self.window.keep_start, start + self.window.keep_stop)
 
 
-def long_encoder(forward: Callable[..., Any], window: int, overlap: float, encode_batch: int) -> Callable[..., Any]:
-    """Return an encoder's `forward` that reads inputs of more than `window` tokens in overlapping windows.
+def long_encoder(encoder: Any, window: int, overlap: float, encode_batch: int) -> Callable[..., Any]:
+    """Return a forward for `encoder` that reads inputs of more than `window` tokens in overlapping windows.
 
     Each row is encoded from its first to its last real token, whatever padding stands around them; states of padding
-    are zero. Every argument with a number per token is cut along. Of a long input only `last_hidden_state` is returned.
-    An input of up to `window` tokens goes to `forward` itself.
+    are zero. Every argument that has a number per token is cut into the same windows. Of a long input only
+    `last_hidden_state` is returned. An input of up to `window` tokens goes to the encoder's own forward, as it came.
     """
-    parameters = list(inspect.signature(forward).parameters)
+    forward = encoder.forward
 
     @wraps(forward)
     def encode(*args: Any, **kwargs: Any) -> Any:
-        inputs = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        inputs = bound(encoder, args, kwargs)
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         rows, length = tokens.shape[:2]
         if length <= window:
             return forward(*args, **kwargs)
+        if inputs.get("output_router_logits"):
+            raise ValueError(
+                f"output_router_logits must be False for inputs of more than {window} tokens: windows overlap, and the "
+                "loss of their routers would count tokens twice"
+            )
         if inputs.get("attention_mask") is None:
             inputs["attention_mask"] = torch.ones(rows, length, dtype=torch.long, device=tokens.device)
         per_token = {n: x for n, x in inputs.items() if isinstance(x, Tensor) and x.shape[:2] == (rows, length)}
@@ -73,22 +79,6 @@ def long_encoder(forward: Callable[..., Any], window: int, overlap: float, encod
         return (states,) if isinstance(output, tuple) else type(output)(last_hidden_state=states)
 
     return encode
-
-
-def real_spans(mask: Tensor, length: int) -> list[slice]:
-    """Return where each row's text lies, from its first to its last real token, by its mask [rows, length]."""
-    if mask.ndim != 2 or mask.shape[1] != length:
-        raise ValueError(
-            f"attention_mask must have a number per token, [rows, {length}], got shape {tuple(mask.shape)}: "
-            "Unlimiformer cuts it into windows"
-        )
-    spans = []
-    for row, real in enumerate(mask.bool()):
-        places = real.nonzero()
-        if not len(places):
-            raise ValueError(f"attention_mask has no real token in row {row}: leave that row out")
-        spans.append(slice(int(places[0]), int(places[-1]) + 1))
-    return spans
 
 
 def _batches(pieces: list[_Piece], size: int) -> Iterator[list[_Piece]]:

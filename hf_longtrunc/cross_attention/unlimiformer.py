@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import inspect
-import weakref
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
-from hf_longtrunc.changes import Changes, attached, disagreement
+from hf_longtrunc.arguments import number, one_of, whole
 from hf_longtrunc.cross_attention.absorbed import cross_attention_modules
 from hf_longtrunc.cross_attention.datastore import Datastore, FaissDatastore
-from hf_longtrunc.cross_attention.long_encoder import long_encoder, real_spans
-from hf_longtrunc.cross_attention.retrieved_attention import retrieved_attention
-from hf_longtrunc.models import evaluating, without_peft
+from hf_longtrunc.cross_attention.long_encoder import long_encoder
+from hf_longtrunc.cross_attention.reader import LongInputReader
+from hf_longtrunc.cross_attention.texts import KnownTexts
+from hf_longtrunc.handles import Handle
+from hf_longtrunc.models import attachable, disagreement, evaluating, few_tokens, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor, nn
 
     from hf_longtrunc.cross_attention.absorbed import CrossAttention
     from hf_longtrunc.cross_attention.datastore import Store
@@ -31,11 +31,11 @@ Training = Literal["retrieval", "random", "alternating"]
 # Lengths that an encoder cannot exceed, and one that it was trained at but can.
 _HARD_LENGTHS = ("max_encoder_position_embeddings", "max_position_embeddings")
 _SOFT_LENGTHS = ("n_positions",)
-# A mask of this dtype asks for random states, one of bools for the best.
-_RANDOM = torch.uint8
+# Whether a forward in training mode reads random states, over and over.
+_DRAWS = {"retrieval": (False,), "random": (True,), "alternating": (True, False)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Unlimiformer:
     """Inputs of any length for a pretrained encoder-decoder: every cross-attention head reads its own best states.
 
@@ -58,8 +58,8 @@ class Unlimiformer:
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.
 
-    `with Unlimiformer(...)(model):` patches for the block; `patch = Unlimiformer(...).attach(model)` until
-    `patch.detach()`. Only that model instance is touched, and afterwards it is as it was.
+    `with Unlimiformer(...)(model):` changes the model for the block; `handle = Unlimiformer(...).attach(model)` until
+    `handle.detach()`. Only that model instance is touched, and afterwards it is as it was.
 
     Source: Bertsch et al. 2023, "Unlimiformer: Long-Range Transformers with Unlimited Length Input", arXiv 2305.01625.
     Deviations: the search is exact unless an index is named; the first decoded token retrieves as all others do.
@@ -76,219 +76,148 @@ class Unlimiformer:
         for name in ("top_k", "window", "encode_batch"):
             value = getattr(self, name)
             if value is not None or name == "encode_batch":
-                _check_count(name, value)
-        if isinstance(self.overlap, bool) or not isinstance(self.overlap, (int, float)) or not 0 <= self.overlap < 1:
-            raise ValueError(f"overlap must be a number in [0, 1), got {self.overlap!r}; the paper takes 0.5")
+                object.__setattr__(self, name, whole(name, value, least=1))
+        object.__setattr__(self, "overlap", number("overlap", self.overlap, least=0, below=1))
         if isinstance(self.index, str) and not self.index.startswith("faiss:"):
             raise ValueError(f"index must begin with 'faiss:', as in 'faiss:HNSW32', got {self.index!r}")
         if not (self.index is None or isinstance(self.index, str) or callable(self.index)):
             raise TypeError(
                 f"index must be None, 'faiss:...' or a function from states to a store, got {type(self.index).__name__}"
             )
-        if self.training not in get_args(Training):
-            raise ValueError(f"training must be one of {', '.join(get_args(Training))}, got {self.training!r}")
+        one_of("training", self.training, tuple(_DRAWS))
 
-    __call__ = attached
+    def attach(self, model: Any) -> UnlimiformerHandle:
+        """Change `model`, a transformers encoder-decoder over text, until the handle's `detach()`.
 
-    def attach(self, model: Any) -> RetrievalPatch:
-        """Patch `model`, a transformers encoder-decoder over text or a PEFT wrapper of one, until `detach()`.
-
-        Runs a few forwards of some tokens to find the cross-attention, and to see that it computes what it did.
+        A PEFT or DDP wrapper of one is unwrapped. A few tokens are run twice, to find the cross-attention and to see
+        that it computes what it did.
 
         Raises:
             TypeError: it is no such model.
-            ValueError: it is patched already, `window` exceeds what its encoder can read, or its architecture cannot
-                be patched (the message says why).
+            ValueError: Unlimiformer is attached already, the model was compiled, `window` exceeds what its encoder can
+                read, or its architecture does not fit (the message says why).
             ModuleNotFoundError: `index` names FAISS, which is not installed.
         """
-        owner = _encoder_decoder(model)
-        window = _window(owner.get_encoder().config, self.window)
-        return RetrievalPatch(owner, self, window, window if self.top_k is None else self.top_k)
+        inside = _encoder_decoder(model)
+        window = _window(inside, self.window)
+        return UnlimiformerHandle(inside, self, window, window if self.top_k is None else self.top_k)
+
+    __call__ = attach
 
 
-class RetrievalPatch:
-    """A patched model: what `Unlimiformer.attach` returns. `detach()` undoes it.
+class UnlimiformerHandle(Handle):
+    """Unlimiformer on one model. `detach()` gives the model back as it was.
 
-    Every change is an attribute of this model's own modules or a hook; each notes its undoing when it is made. The
-    encoder's `forward` cuts long inputs into windows; a hook before the decoder hands the mask of long inputs through
-    untouched, [rows, 1, 1, n], one row per text; the cross-attention modules' `forward` read states and mask.
+    Three kinds of things are changed: the encoder's `forward` cuts long inputs into windows, a hook before the decoder
+    prepares the mask of long inputs, and the `forward` of cross-attention modules reads states and mask.
+
+    Attributes:
+        window: tokens that the encoder reads at a time.
+        top_k: states that a head attends to in a text of more than `window` tokens.
     """
 
     def __init__(self, model: Any, settings: Unlimiformer, window: int, top_k: int):
-        self.window = window
-        self.top_k = top_k
-        self._settings = settings
-        self._model = model
-        self._encoder, self._decoder = model.get_encoder(), model.get_decoder()
-        self._decoder_parameters = list(inspect.signature(self._decoder.forward).parameters)
-        self._longest_untouched = window
-        self._was_random = False
-        self._held: tuple[weakref.ref[Tensor], Tensor, list[Store]] | None = None
-        self._changes = Changes()
-        try:
-            self._attach()
-        except BaseException:
-            self._changes.close()
-            raise
-
-    def detach(self) -> None:
-        """Give the model back as it was; a second call does nothing."""
-        self._changes.close()
-        self._held = None
-
-    # -- putting in place ----------------------------------------------------------------------------------------------
-
-    def _attach(self) -> None:
-        model, settings = self._model, self._settings
-        if "_unlimiformer" in model.__dict__:
+        decoder = model.get_decoder()
+        if "_unlimiformer" in decoder.__dict__:
             raise ValueError(
-                f"this {type(model).__name__} is patched by Unlimiformer already: detach that patch first, they do not "
-                "nest"
+                f"Unlimiformer is attached to this {type(model).__name__} already: detach that handle first, two of "
+                "them do not nest"
             )
-        self._changes.set(model, "_unlimiformer", self)
         before: list[Tensor] = []
-        found = cross_attention_modules(self._decoder, lambda: before.append(self._few_states()))
+        found = cross_attention_modules(decoder, lambda: before.append(_few_logits(model, window)))
         if not found:
             raise ValueError(
-                f"Unlimiformer cannot patch {type(model).__name__}: no cross-attention with query, key, value and "
-                "output projections was found in its decoder"
+                f"Unlimiformer cannot change {type(model).__name__}: in its decoder there is no module that attends to "
+                "encoder states alone, a row at a time, and names its query, key, value and output projections"
             )
-        if isinstance(settings.index, str):
-            width = found[0].heads().key_weight.shape[-1]
-            self._store(torch.ones(1, width))  # fails now rather than after an hour of encoding
-        encode = long_encoder(self._encoder.forward, self.window, settings.overlap, settings.encode_batch)
-        self._changes.set(self._encoder, "forward", encode)
-        self._changes.callback(self._decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove)
-        for cross in found:
-            self._changes.set(cross.module, "forward", partial(self._attend, cross))
-        self._check_against(before[0])
-        self._changes.set(model, "_expand_inputs_for_generation", self._expand_inputs)
-        self._changes.set(model, "__deepcopy__", _refuse_deepcopy)
-
-    def _few_states(self) -> Tensor:
-        """Return the decoder's hidden states after a few tokens, without cache, dropout or gradient."""
-        model = self._model
-        embeddings = model.get_input_embeddings().weight
-        ids = torch.tensor(
-            [[(7 * i + 3) % len(embeddings) for i in range(min(8, self.window))]], device=embeddings.device
+        layers = f"{len(found)} cross-attention modules read their {top_k} best states"
+        super().__init__(
+            f"Unlimiformer(top_k={top_k}, window={window})",
+            model,
+            f"the encoder reads {window} tokens a time, {layers}",
         )
-        with evaluating(model), torch.no_grad():
-            states = self._encoder(input_ids=ids)[0]
-            decoded: Tensor = self._decoder(input_ids=ids, encoder_hidden_states=states, use_cache=False)[0]
-        return decoded
+        self.window = window
+        self.top_k = top_k
+        build = partial(_store, settings.index)
+        if isinstance(settings.index, str):
+            build(torch.ones(1, found[0].heads().key_weight.shape[-1]))  # fails now, not after an hour of encoding
+        exact = self._reader(KnownTexts(Datastore), settings, longest_untouched=0)
+        reader = self._reader(KnownTexts(build), settings, longest_untouched=window)
+        with self.or_nothing():
+            with Handle(settings, model, "a check") as check:
+                _change(check, model, found, exact)
+                _check_same(model, before[0], window)
+            encode = long_encoder(model.get_encoder(), window, settings.overlap, settings.encode_batch)
+            self.set(model.get_encoder(), "forward", encode)
+            self.set(decoder, "_unlimiformer", self)
+            self.set(model, "_expand_inputs_for_generation", partial(reader.expand_inputs, model))
+            self.undo(reader.texts.clear)
+            _change(self, model, found, reader)
+            changed = {decoder, model.get_encoder(), *(cross.module for cross in found)}
+            self.refuse_copies(*_holders(model, changed), advice="detach first, copy or save it, and attach again")
 
-    def _check_against(self, before: Tensor) -> None:
-        """Refuse a model whose cross-attention, retrieving everything, gives other results than its own."""
-        self._longest_untouched = 0
-        try:
-            difference = disagreement(before, self._few_states())
-        finally:
-            self._longest_untouched = self.window
-        if difference is not None:
-            raise ValueError(
-                f"Unlimiformer cannot patch {type(self._model).__name__}: its cross-attention computes something that "
-                f"is not reproduced here (results differ by {difference:.1e})"
-            )
-
-    # -- a forward -----------------------------------------------------------------------------------------------------
-
-    def _begin(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        """Hand a long input's mask through, before the decoder runs; choose what a training step attends to."""
-        inputs = {**dict(zip(self._decoder_parameters, args, strict=False)), **kwargs}
-        states, mask = inputs.get("encoder_hidden_states"), inputs.get("encoder_attention_mask")
-        if states is None or states.shape[1] <= self._longest_untouched:
-            return (), inputs
-        rows, length = states.shape[:2]
-        if mask is None:
-            mask = torch.ones(rows, length, dtype=torch.bool, device=states.device)
-        # generate() repeats the mask for every beam, and here not the states.
-        mask = mask.bool()[:: max(1, len(mask) // rows)]
-        if not torch.is_grad_enabled():
-            self._hold(states, mask)
-        # The dtype travels too, and stays right when activation checkpointing runs a layer again much later.
-        dtype = _RANDOM if decoder.training and self._draws_at_random() else torch.bool
-        return (), {**inputs, "encoder_attention_mask": mask.to(dtype)[:, None, None]}
-
-    def _draws_at_random(self) -> bool:
-        if self._settings.training == "alternating":
-            self._was_random = not self._was_random
-            return self._was_random
-        return self._settings.training == "random"
-
-    def _attend(self, cross: CrossAttention, *args: Any, **kwargs: Any) -> Any:
-        """Run a cross-attention module: its own forward for short inputs, retrieval for long ones."""
-        hidden, states, mask = cross.inputs(args, kwargs)
-        if states.shape[1] <= self._longest_untouched:
-            return cross.forward(*args, **kwargs)
-        assert mask is not None
-        stores = self._stores(states, mask[:, 0, 0].bool())
-        top_k = [len(store) if len(store) <= self.window else self.top_k for store in stores]
-        if mask.dtype == _RANDOM:
-            stores = [_random_states(store, k) for store, k in zip(stores, top_k, strict=True)]
-        query = cross.query(hidden).to(states.dtype)
-        return cross.output(retrieved_attention(query, stores, top_k, cross.heads()))
-
-    def _hold(self, states: Tensor, mask: Tensor) -> None:
-        """Keep the stores of one generation from step to step: an index is built once."""
-        if self._held is None or self._held[0]() is not states or not torch.equal(self._held[1], mask):
-            self._held = None
-            self._held = weakref.ref(states), mask, self._built(states, mask)
-
-    def _stores(self, states: Tensor, mask: Tensor) -> list[Store]:
-        # Where gradients flow, activation checkpointing may run a layer again on states of its own.
-        if self._held is not None and self._held[0]() is states and not torch.is_grad_enabled():
-            return self._held[2]
-        return self._built(states, mask)
-
-    def _built(self, states: Tensor, mask: Tensor) -> list[Store]:
-        stores = []
-        for row, span in enumerate(real_spans(mask, states.shape[1])):
-            real = mask[row, span]
-            stores.append(self._store(states[row, span] if real.all() else states[row, span][real]))
-        return stores
-
-    def _store(self, states: Tensor) -> Store:
-        index = self._settings.index
-        if index is None:
-            return Datastore(states)
-        return FaissDatastore(states, index.removeprefix("faiss:")) if isinstance(index, str) else index(states)
-
-    # -- generate() ----------------------------------------------------------------------------------------------------
-
-    def _expand_inputs(self, *args: Any, **kwargs: Any) -> Any:
-        """Repeat everything for the beams but a long input's states, which they share."""
-        expand = partial(type(self._model)._expand_inputs_for_generation, self._model)
-        outputs = kwargs.get("encoder_outputs")
-        if outputs is None or outputs[0].shape[1] <= self.window:
-            return expand(*args, **kwargs)
-        ids, expanded = expand(*args, **{**kwargs, "encoder_outputs": BaseModelOutput()})
-        return ids, {**expanded, "encoder_outputs": outputs}
+    def _reader(self, texts: KnownTexts, settings: Unlimiformer, longest_untouched: int) -> LongInputReader:
+        return LongInputReader(
+            window=self.window,
+            top_k=self.top_k,
+            longest_untouched=longest_untouched,
+            texts=texts,
+            draws=cycle(_DRAWS[settings.training]),
+        )
 
 
-def _random_states(store: Any, k: int) -> Datastore:
-    """Return a store of k random states of a store."""
-    chosen = torch.randperm(len(store), device=store.device)[:k]
-    return Datastore(store.states[chosen])
+def _change(handle: Handle, model: Any, found: list[CrossAttention], reader: LongInputReader) -> None:
+    """Let the decoder read long inputs."""
+    handle.undo(model.get_decoder().register_forward_pre_hook(reader.before_decoder, with_kwargs=True).remove)
+    for cross in found:
+        handle.set(cross.module, "forward", partial(reader.attend, cross))
+
+
+def _few_logits(model: Any, window: int) -> Tensor:
+    """Return what the model makes of a few tokens, without cache, dropout or gradient."""
+    ids = few_tokens(model, window)
+    with evaluating(model), torch.no_grad():
+        made: Tensor = model(input_ids=ids, decoder_input_ids=ids, use_cache=False)[0]
+    return made
+
+
+def _check_same(model: Any, before: Tensor, window: int) -> None:
+    """Refuse a model whose cross-attention, retrieving everything, gives other results than its own."""
+    reason = f"Unlimiformer cannot change {type(model).__name__}: its cross-attention computes something that is not "
+    try:
+        difference = disagreement(before, _few_logits(model, window))
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{reason}reproduced here ({type(error).__name__}: {error})") from error
+    if difference is not None:
+        raise ValueError(f"{reason}reproduced here (results differ by {difference:.1e})")
+
+
+def _holders(model: nn.Module, changed: set[nn.Module]) -> list[nn.Module]:
+    """Return the modules that are changed or hold one that is."""
+    return [module for module in model.modules() if not changed.isdisjoint(module.modules())]
+
+
+def _store(index: str | Callable[[Tensor], Store] | None, states: Tensor) -> Store:
+    if index is None:
+        return Datastore(states)
+    return FaissDatastore(states, index.removeprefix("faiss:")) if isinstance(index, str) else index(states)
 
 
 def _encoder_decoder(model: Any) -> Any:
-    model = without_peft(model)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model must be a transformers encoder-decoder or a PEFT wrapper of one, got {type(model).__name__}"
-        )
+    model = attachable(model, "Unlimiformer")
     if not model.config.is_encoder_decoder:
         raise ValueError(
             f"Unlimiformer needs an encoder-decoder (BART, T5, ...), {type(model).__name__} has no encoder whose "
             "states could be retrieved; for a decoder-only model see LMInfinite"
         )
-    if "input_ids" not in inspect.signature(model.get_encoder().forward).parameters:
+    if "input_ids" not in parameters_of(model.get_encoder()):
         raise ValueError(f"Unlimiformer needs an encoder that reads token ids, that of {type(model).__name__} does not")
     return model
 
 
-def _window(config: Any, window: int | None) -> int:
+def _window(model: Any, window: int | None) -> int:
     """Return the window asked for, or the most that the encoder can read (or was trained at, if it has no limit)."""
+    config = getattr(model.get_encoder(), "config", model.config)
     limits = [getattr(config, name) for name in _HARD_LENGTHS if isinstance(getattr(config, name, None), int)]
     if window is not None:
         if limits and window > limits[0]:
@@ -304,14 +233,3 @@ def _window(config: Any, window: int | None) -> int:
             "window=... (512 for T5)"
         )
     return int(lengths[0])
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def _refuse_deepcopy(memo: Any) -> Any:
-    raise TypeError("a model patched by Unlimiformer cannot be copied: detach first, copy, and patch the copy")

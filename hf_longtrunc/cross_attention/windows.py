@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from hf_longtrunc.arguments import number, whole
+
 
 class Window(NamedTuple):
     """Tokens [start, stop) of a text, of whose states [keep_start, keep_stop), counted from `start`, are kept."""
@@ -30,10 +32,8 @@ def plan_windows(tokens: int, length: int, overlap: float) -> list[Window]:
     Cost: about N / (W (1 - overlap)) windows.
     Source: Bertsch et al. 2023, "Unlimiformer", arXiv 2305.01625, section 2.1.
     """
-    if tokens < 1 or length < 1:
-        raise ValueError(f"tokens and length must be at least 1, got tokens={tokens}, length={length}")
-    if not 0 <= overlap < 1:
-        raise ValueError(f"overlap must lie in [0, 1), got {overlap!r}")
+    tokens, length = whole("tokens", tokens, least=1), whole("length", length, least=1)
+    overlap = number("overlap", overlap, least=0, below=1)
     if tokens <= length:
         return [Window(0, tokens, 0, tokens)]
     margin = int(length * overlap / 2)

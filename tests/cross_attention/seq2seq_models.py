@@ -35,21 +35,48 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "m2m_100": BART_LIKE,
     "blenderbot": BART_LIKE,
     "plbart": BART_LIKE,
+    "mvp": BART_LIKE,
+    "blenderbot-small": BART_LIKE,
+    "bigbird_pegasus": BART_LIKE | {"attention_type": "original_full"},
+    "nllb-moe": BART_LIKE | {"num_experts": 4, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "led": {name: value for name, value in BART_LIKE.items() if name != "max_position_embeddings"}
     | {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "attention_window": 4},
     "t5": T5_LIKE | {"n_positions": 64},
     "mt5": T5_LIKE,
     "umt5": T5_LIKE,
     "longt5": T5_LIKE | {"local_radius": 3},
+    "switch_transformers": T5_LIKE
+    | {"n_positions": 64, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "t5gemma": {"encoder": T5GEMMA_MODULE, "decoder": T5GEMMA_MODULE, "vocab_size": VOCABULARY, "pad_token_id": 1},
 }
 FAMILIES = list(SETTINGS)
+SETTINGS |= {  # refused
+    "fsmt": {name: value for name, value in BART_LIKE.items() if name != "vocab_size"}
+    | {"langs": ["en", "de"], "src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY},
+    "t5gemma2": {
+        "encoder": {
+            "text_config": T5GEMMA_MODULE,
+            "vision_config": {
+                "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "image_size": 16, "patch_size": 8,
+            },
+        },
+        "decoder": T5GEMMA_MODULE, "vocab_size": VOCABULARY,
+    },
+    "prophetnet": {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "num_encoder_layers": 1, "num_decoder_layers": 1,
+        "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+    },
+}  # fmt: skip
 
 
 def tiny_seq2seq(family: str = "bart", **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     config_class = T5GemmaConfig if family == "t5gemma" else CONFIG_MAPPING[family]
-    model = AutoModelForSeq2SeqLM.from_config(config_class(**{**SETTINGS[family], **changes}))
+    # T5Gemma's scores are capped, which sdpa leaves out; transformers before 5.24 takes it none the less.
+    options = {"attn_implementation": "eager"} if family == "t5gemma" else {}
+    model = AutoModelForSeq2SeqLM.from_config(config_class(**{**SETTINGS[family], **changes}), **options)
     for name, parameter in model.named_parameters():  # biases are not to be zero, where there are any
         if name.endswith("bias") and parameter.ndim == 1:
             torch.nn.init.normal_(parameter, std=0.3)

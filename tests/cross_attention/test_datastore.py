@@ -181,5 +181,5 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="at least one state"):
         Datastore(normal(0, 4))
     for store in (Datastore(normal(5, 4)), ShardedDatastore([Datastore(normal(5, 4))])):
-        with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="k must be a whole number of at least 1, got 0"):
             store.search(normal(2, 4), 0)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
 import re
 from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, WhisperConfig, WhisperForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, MoEModelOutput
 
 from hf_longtrunc import Datastore, FaissDatastore, ShardedDatastore, Unlimiformer
 from hf_longtrunc.cross_attention import long_encoder
 from hf_longtrunc.models import CACHE, cache_of
-from tests.cross_attention.seq2seq_models import FAMILIES, random_ids, tiny_seq2seq
+from tests.cross_attention.seq2seq_models import FAMILIES, VOCABULARY, random_ids, tiny_seq2seq
 from tests.cross_attention.test_windows import naive_owner
 
 WINDOW = 16
@@ -40,7 +42,7 @@ def stitched(model, ids, window=WINDOW, overlap=0.5):
 
 
 def cross_attentions(model):
-    names = ("encoder_attn", "EncDecAttention", "cross_attn")
+    names = ("encoder_attn", "EncDecAttention", "cross_attn", "cross_attention")
     return [m for name, m in model.get_decoder().named_modules() if name.rpartition(".")[2] in names]
 
 
@@ -91,12 +93,18 @@ class naive_top_k:  # noqa: N801  reads as a context
 
 def full_attention(model, states, mask=None, **inputs):
     mask = torch.ones(states.shape[:2], dtype=torch.long) if mask is None else mask
-    return model(encoder_outputs=BaseModelOutput(states), attention_mask=mask, **inputs)
+    return model(encoder_outputs=encoder_outputs(model, states), attention_mask=mask, **inputs)
+
+
+def encoder_outputs(model, states):
+    is_moe = model.config.model_type in ("nllb-moe", "switch_transformers")
+    return MoEModelOutput(states) if is_moe else BaseModelOutput(states)
 
 
 def close(model):
-    """Return the tolerances for a model: T5Gemma's norms work in single precision, whatever the model's is."""
-    return {"rtol": 1e-5, "atol": 1e-5} if "T5Gemma" in type(model).__name__ else CLOSE
+    """Return the tolerances for a model: T5Gemma's norms and routers of experts work in single precision."""
+    is_single = model.config.model_type in ("t5gemma", "nllb-moe", "switch_transformers")
+    return {"rtol": 1e-5, "atol": 1e-5} if is_single else CLOSE
 
 
 def assert_gradients(model, gradients):
@@ -152,7 +160,7 @@ def test_retrieving_everything_generates_what_full_attention_does(model, mode):
         states = [stitched(model, row[None, :n]) for row, n in zip(ids, (50, 37), strict=True)]
     states = torch.cat([states[0], torch.nn.functional.pad(states[1], (0, 0, 0, 13))])
     torch.manual_seed(3)
-    expected = model.generate(encoder_outputs=BaseModelOutput(states), attention_mask=mask, **settings)
+    expected = model.generate(encoder_outputs=encoder_outputs(model, states), attention_mask=mask, **settings)
     with Unlimiformer(top_k=EVERYTHING, window=WINDOW)(model):
         torch.manual_seed(3)
         output = model.generate(ids, attention_mask=mask, **settings)
@@ -599,22 +607,136 @@ def test_a_long_encode_shows_its_progress(monkeypatch, capsys):
         assert "encoding" in capsys.readouterr().err
 
 
+# -- texts: each its own, and none longer than it is read --------------------------------------------------------------
+
+
+def alive():
+    """Return how many stores are alive."""
+    gc.collect()
+    return sum(type(thing) is Datastore for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("lengths", [(50,), (50, 37)])
+def test_a_text_is_freed_at_the_end_of_its_generation(beams, lengths):
+    model, (ids, mask) = tiny_seq2seq(), padded([random_ids(1, n)[0] for n in lengths])
+    seen, before = [], alive()
+
+    def see(*_):
+        seen.append(alive() - before)
+        return torch.ones(len(lengths) * beams, VOCABULARY)
+
+    with Unlimiformer(top_k=4, window=WINDOW)(model):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, num_beams=beams, logits_processor=[see])
+        assert seen == [len(lengths)] * 3
+        assert alive() == before
+
+
+def test_a_text_is_freed_after_an_exception():
+    model, before = tiny_seq2seq(), alive()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with Unlimiformer(top_k=4, window=WINDOW)(model):
+        try:
+            model.generate(random_ids(1, 50), max_new_tokens=3, logits_processor=[fail])
+        except KeyboardInterrupt:
+            assert alive() > before
+        assert alive() == before
+
+
+def test_states_that_are_held_outside_are_let_go_when_detached():
+    model, before = tiny_seq2seq(), alive()
+    with Unlimiformer(top_k=4, window=WINDOW)(model), torch.no_grad():
+        states = model(input_ids=random_ids(1, 50), decoder_input_ids=random_ids(1, 3)).encoder_last_hidden_state
+        assert alive() == before + 1
+    assert alive() == before
+    assert states.shape == (1, 50, 32)
+
+
+class Counted(Datastore):
+    """Counts how many were built."""
+
+    built = 0
+
+    def __init__(self, states):
+        super().__init__(states)
+        Counted.built += 1
+
+
+def test_two_texts_in_turns_are_each_built_once_and_each_their_own():
+    model, decoder_ids = tiny_seq2seq(), random_ids(1, 3, seed=9)
+    texts = [model.get_encoder()(random_ids(1, 50, seed=seed))[0].detach() for seed in range(2)]
+    with Unlimiformer(top_k=3, window=WINDOW, index=Counted)(model), torch.no_grad():
+        Counted.built = 0
+        alone = [full_attention(model, states, decoder_input_ids=decoder_ids).logits for states in texts]
+        for _ in range(3):
+            for states, expected in zip(texts, alone, strict=True):
+                assert torch.equal(full_attention(model, states, decoder_input_ids=decoder_ids).logits, expected)
+        assert Counted.built == 2
+
+
+def test_states_overwritten_in_place_are_read_anew():
+    model, decoder_ids = tiny_seq2seq(), random_ids(1, 3, seed=9)
+    mask = torch.ones(1, 50, dtype=torch.long)
+    mask[0, 20:25] = 0  # such a store holds copies
+    states = torch.randn(1, 50, 32, dtype=torch.float64)
+    with Unlimiformer(top_k=3, window=WINDOW)(model), torch.no_grad():
+        full_attention(model, states, mask, decoder_input_ids=decoder_ids)
+        other = states.flip(1)
+        expected = full_attention(model, other, mask, decoder_input_ids=decoder_ids).logits
+        states.copy_(other)
+        assert torch.equal(full_attention(model, states, mask, decoder_input_ids=decoder_ids).logits, expected)
+
+
+def test_inference_mode():
+    model, ids = tiny_seq2seq(), random_ids(1, 50)
+    with Unlimiformer(top_k=3, window=WINDOW)(model):
+        expected = model.generate(ids, max_new_tokens=5, num_beams=2)
+        with torch.inference_mode():
+            assert torch.equal(model.generate(ids, max_new_tokens=5, num_beams=2), expected)
+
+
+def test_random_training_needs_no_index():
+    model, ids = tiny_seq2seq().train(), random_ids(1, 50)
+
+    def refuse(states):
+        raise AssertionError
+
+    with Unlimiformer(top_k=3, window=WINDOW, training="random", index=refuse)(model):
+        model(input_ids=ids, labels=ids[:, :4]).loss.backward()
+
+
+def test_an_index_that_raises_says_so_itself():
+    def broken(states):
+        raise KeyError("my own index")
+
+    model, ids = tiny_seq2seq(), random_ids(1, 50)
+    with Unlimiformer(window=WINDOW, index=broken)(model), pytest.raises(KeyError, match="my own index"):
+        model.generate(ids, max_new_tokens=2)
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"top_k": 0}, ValueError, "top_k must be a whole number of at least 1, got 0"),
         ({"top_k": 2.5}, TypeError, "top_k must be a whole number"),
-        ({"window": 0}, ValueError, "window must be at least 1, got 0"),
-        ({"overlap": 1.0}, ValueError, r"overlap must be a number in \[0, 1\), got 1.0"),
+        ({"window": 0}, ValueError, "window must be a whole number of at least 1, got 0"),
+        ({"overlap": 1.0}, ValueError, "overlap must be a number of at least 0 and below 1, got 1.0"),
         ({"overlap": -0.1}, ValueError, "overlap"),
         ({"index": "Flat"}, ValueError, "index must begin with 'faiss:', as in 'faiss:HNSW32', got 'Flat'"),
         ({"index": 3}, TypeError, "index must be None"),
-        ({"encode_batch": 0}, ValueError, "encode_batch must be at least 1"),
+        ({"encode_batch": 0}, ValueError, "encode_batch must be a whole number of at least 1"),
         ({"encode_batch": None}, TypeError, "encode_batch must be a whole number"),
-        ({"training": "chunked"}, ValueError, "training must be one of retrieval, random, alternating, got 'chunked'"),
+        (
+            {"training": "chunked"},
+            ValueError,
+            "training must be one of 'retrieval', 'random', 'alternating', got 'chunked'",
+        ),
     ],
 )
 def test_settings_out_of_range_are_named(settings, error, message):
@@ -640,8 +762,19 @@ def test_the_window_comes_from_the_config():
 def test_a_decoder_only_model_is_refused(tiny_model):
     with pytest.raises(ValueError, match=r"needs an encoder-decoder .* LlamaForCausalLM .* see LMInfinite"):
         Unlimiformer().attach(tiny_model)
-    with pytest.raises(TypeError, match=r"model must be a transformers encoder-decoder .* got Linear"):
+    with pytest.raises(TypeError, match=r"Unlimiformer: model must be a transformers model, .* got Linear"):
         Unlimiformer().attach(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("family", ["nllb-moe", "switch_transformers"])
+def test_router_logits_of_a_long_input_are_refused(family):
+    model, labels = tiny_seq2seq(family), random_ids(1, 5)
+    expected = model(input_ids=random_ids(1, WINDOW), labels=labels, output_router_logits=True).loss
+    with Unlimiformer(window=WINDOW)(model):
+        found = model(input_ids=random_ids(1, WINDOW), labels=labels, output_router_logits=True).loss
+        assert torch.equal(found, expected)
+        with pytest.raises(ValueError, match="output_router_logits must be False for inputs of more than 16 tokens"):
+            model(input_ids=random_ids(1, 50), labels=labels, output_router_logits=True)
 
 
 def test_an_encoder_of_sound_is_refused():
@@ -659,17 +792,32 @@ def test_patches_do_not_nest():
     model = tiny_seq2seq()
     with (
         Unlimiformer(window=WINDOW)(model),
-        pytest.raises(ValueError, match="patched by Unlimiformer already: detach that patch first"),
+        pytest.raises(ValueError, match="attached to this BartForConditionalGeneration already: detach"),
     ):
         Unlimiformer(window=WINDOW).attach(model)
     with Unlimiformer(window=WINDOW)(model):
         pass
 
 
-def test_a_patched_model_is_not_copied():
-    model = tiny_seq2seq()
-    with Unlimiformer(window=WINDOW)(model), pytest.raises(TypeError, match="detach first"):
-        copy.deepcopy(model)
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_model_is_not_copied_while_it_is_attached_nor_is_a_part_of_it_that_was_changed(family):
+    model = tiny_seq2seq(family)
+    with Unlimiformer(window=WINDOW)(model):
+        for part in (model, model.get_encoder(), model.get_decoder(), cross_attentions(model)[0]):
+            with pytest.raises(TypeError, match=r"cannot be copied or pickled.*detach first, copy or save it"):
+                copy.deepcopy(part)
+        with pytest.raises(TypeError, match="detach first, copy or save it, and attach again"):
+            torch.save(model, io.BytesIO())
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("family", ["fsmt", "t5gemma2", "prophetnet"])
+def test_decoders_without_cross_attention_of_its_own_are_refused(family):
+    model = tiny_seq2seq(family).float()
+    attributes = traces(model)
+    with pytest.raises(ValueError, match="no module that attends to encoder states alone, a row at a time"):
+        Unlimiformer(window=WINDOW).attach(model)
+    assert traces(model) == attributes
 
 
 def test_without_faiss_the_error_comes_when_attaching(monkeypatch):
@@ -677,9 +825,10 @@ def test_without_faiss_the_error_comes_when_attaching(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "faiss", None)
     model = tiny_seq2seq()
+    attributes = traces(model)
     with pytest.raises(ModuleNotFoundError, match=r'pip install -e "\.\[faiss\]"'):
         Unlimiformer(window=WINDOW, index="faiss:Flat").attach(model)
-    assert "_unlimiformer" not in model.__dict__
+    assert traces(model) == attributes
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -710,7 +859,7 @@ def test_cross_attention_that_computes_something_else_is_refused():
     module = cross_attentions(model)[0]
     plain = module.forward
     module.forward = lambda *args, **kwargs: (2 * plain(*args, **kwargs)[0], None)
-    with pytest.raises(ValueError, match=r"cannot patch BartForConditionalGeneration: .*not reproduced"):
+    with pytest.raises(ValueError, match=r"cannot change BartForConditionalGeneration: .*not reproduced"):
         Unlimiformer(window=WINDOW).attach(model)
     del module.forward
     assert traces(model) == attributes

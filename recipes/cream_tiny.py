@@ -68,7 +68,8 @@ def main() -> None:
 def trained(model: Any, arm: str, seed: int, arguments: argparse.Namespace) -> Any:
     """Return a copy of the model, trained on texts of the window's length with an arm's positions."""
     model = copy.deepcopy(model)
-    collator = CreamCollator(stack, WINDOW, FACTOR, "cream" if arm == "trap" else arm, seed).attach(model)
+    collator = CreamCollator(stack, WINDOW, FACTOR, scheme="cream" if arm == "trap" else arm, seed=seed)
+    collator.attach(model)
     verify_positions(model)
     collate: Any = collator
     if arm == "trap":

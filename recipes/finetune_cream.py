@@ -106,10 +106,10 @@ def train(model: Any, tokenizer: Any, arm: str, window: int, training: Any, argu
         rows, inner = windows(arguments.texts, tokenizer, window), default_data_collator
     if arguments.lora:
         model = with_lora(model, arguments.lora)
-    collator = CreamCollator(inner, window, arguments.factor, arm, arguments.seed).attach(model)
-    verify_positions(model)
-    Trainer(model, training, train_dataset=rows, data_collator=collator, callbacks=[collator]).train()
-    collator.detach()
+    collator = CreamCollator(inner, window, arguments.factor, scheme=arm, seed=arguments.seed)
+    with collator.attach(model):
+        verify_positions(model)
+        Trainer(model, training, train_dataset=rows, data_collator=collator, callbacks=[collator]).train()
     return model.merge_and_unload() if arguments.lora else model
 
 

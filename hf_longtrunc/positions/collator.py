@@ -1,31 +1,30 @@
-"""CREAM under Trainer: the collator that gives every document of a batch its position ids, and the door they take.
-
-`position_ids` stay what they are, since transformers reads the borders of packed documents from them and would read
-every jump as another. The drawn ids travel beside them and reach the model's rotary modules alone.
-"""
+"""CREAM under Trainer: the collator that gives every document of a batch its position ids."""
 
 from __future__ import annotations
 
 import hashlib
-from contextlib import ExitStack
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from torch import Tensor
+from transformers import TrainerCallback
 
-from hf_longtrunc.models import without_peft
+from hf_longtrunc.arguments import whole
+from hf_longtrunc.models import decoder_of, unwrapped
 from hf_longtrunc.positions.cream import SCHEMES, check_lengths
+from hf_longtrunc.positions.door import ROPE_IDS, is_attached, open_door
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from hf_longtrunc.positions.cream import Sampler
+    from hf_longtrunc.handles import Handle
+    from hf_longtrunc.positions.cream import Positions, Sampler
 
-ROPE_IDS = "rope_position_ids"
+_NOBODY_SAID = -1  # an epoch: the draws are those of epoch 0
 
 
 class CreamCollator(TrainerCallback):
@@ -43,42 +42,45 @@ class CreamCollator(TrainerCallback):
     Args:
         inner: makes the batch, `input_ids` at least, as torch tensors; e.g. `BestFitPackingCollator` or
             `DataCollatorForLanguageModeling`.
-        window: N, the length that the model was trained on; no document may be longer.
+        window: N, the length that the model was trained on, before `extend_context`; no document may be longer.
         factor: f; the model is to read factor * window tokens. `extend_context(model, factor)` prepares it.
         scheme: "cream", "pose", "random" or "contiguous", or a sampler such as `CreamPositions.official()`: any
             function `(length, window, factor, generator)` that returns the ids.
         seed: of all draws.
 
     It is a `TrainerCallback` too: with `Trainer(..., data_collator=collator, callbacks=[collator])` every epoch draws
-    anew (else call `set_epoch`), and training a model that is not attached stops at once.
+    anew (else call `set_epoch`), and training a model that is not attached stops at once. A collator that nobody tells
+    the epoch warns when its first document comes back.
 
     Raises:
         TypeError, ValueError: a bad argument; a batch without `input_ids`, or with a document longer than the window;
-            collating before `attach`, when the ids would go nowhere.
+            a sampler whose ids are not increasing integers of [0, factor * window); collating before `attach`, when the
+            ids would go nowhere.
     """
+
+    _handle: Handle | None = None
 
     def __init__(
         self,
         inner: Callable[[Sequence[Any]], Any],
         window: int,
         factor: int,
+        *,
         scheme: str | Sampler = "cream",
         seed: int = 0,
     ) -> None:
-        for name, value, least in (("window", window, 1), ("factor", factor, 1), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.window, self.factor = whole("window", window, least=1), whole("factor", factor, least=1)
+        check_lengths(0, self.window, self.factor)
         if not callable(inner):
             raise TypeError(f"inner must be a collator (a function of a list of examples), got {type(inner).__name__}")
         if not callable(scheme) and scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, or a sampler, got {scheme!r}")
-        self.inner, self.window, self.factor, self.scheme, self.seed = inner, window, factor, scheme, seed
-        # Shared with DataLoader workers, those that live on from epoch to epoch too.
-        self._epoch: Tensor = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self.inner, self.scheme, self.seed = inner, scheme, whole("seed", seed, least=0)
         self._is_attached = False
-        self._undo = ExitStack()
+        # Shared with DataLoader workers, those that live on from epoch to epoch too.
+        self._epoch = _shared(1).fill_(_NOBODY_SAID)
+        self._first_document = _shared(2)
+        self._passes = 0
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -106,60 +108,101 @@ class CreamCollator(TrainerCallback):
                 ids[row, places] = self._draw(values[row, places])
         return torch.from_numpy(ids)
 
-    def _draw(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
-        digest = hashlib.blake2b(np.ascontiguousarray(tokens, "<i8").tobytes(), digest_size=16).digest()
-        generator = np.random.default_rng([self.seed, int(self._epoch), *np.frombuffer(digest, "<u4").tolist()])
-        sampler = SCHEMES[self.scheme] if isinstance(self.scheme, str) else self.scheme
-        check_lengths(len(tokens), self.window, self.factor)
-        return sampler(len(tokens), self.window, self.factor, generator)
-
     def set_epoch(self, epoch: int) -> None:
         """Draw other ids for the same documents; in all DataLoader workers too."""
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(whole("epoch", epoch, least=0))
+
+    def _draw(self, tokens: NDArray[np.int64]) -> Positions:
+        digest = hashlib.blake2b(np.ascontiguousarray(tokens, "<i8").tobytes(), digest_size=16).digest()
+        epoch = int(self._epoch)
+        if epoch == _NOBODY_SAID:
+            self._watch(torch.from_numpy(np.frombuffer(digest, "<i8").copy()))
+        seed = [self.seed, max(epoch, 0), *np.frombuffer(digest, "<u4").tolist()]
+        sampler = SCHEMES[self.scheme] if isinstance(self.scheme, str) else self.scheme
+        check_lengths(len(tokens), self.window, self.factor)
+        ids = sampler(len(tokens), self.window, self.factor, np.random.default_rng(seed))
+        return _checked_ids(ids, len(tokens), self.window * self.factor)
+
+    def _watch(self, document: Tensor) -> None:
+        """Warn once if the first document comes again and nobody has said that an epoch has passed."""
+        if not self._first_document.any():
+            self._first_document.copy_(document)
+        elif torch.equal(self._first_document, document) and self.scheme != "contiguous":
+            self._epoch.fill_(0)
+            warnings.warn(
+                "CreamCollator meets its first document again and has not been told of a new epoch: every epoch would "
+                "see the same positions. Give the collator to Trainer a second time, callbacks=[collator], or call "
+                "set_epoch(epoch) before each epoch (set_epoch(0) if this is meant)",
+                stacklevel=5,
+            )
 
     # -- the model -----------------------------------------------------------------------------------------------------
 
-    def attach(self, model: Any) -> CreamCollator:
-        """Let `model`, a causal language model or a PEFT wrapper of one, rotate by the ids while in training mode.
+    def attach(self, model: Any) -> Handle:
+        """Let a causal language model rotate by the ids while it is in training mode.
 
-        Returns the collator. Wrapping the model afterwards (PEFT, DDP) is fine. `verify_positions(model)` finds out
-        whether CREAM means something to it.
+        Use it as `with collator.attach(model):`, or keep it until `collator.detach()`. The model may be wrapped by
+        PEFT, DDP or FSDP before or afterwards, and compiled afterwards. `verify_positions(model)` finds out whether
+        CREAM means something to it.
+
+        Returns:
+            The handle, whose `detach()` is that of the collator.
 
         Raises:
             TypeError: it is no such model.
-            ValueError: it has no rotary modules (ALiBi, learned positions), or a CreamCollator is attached already.
+            ValueError: it is compiled already, has no rotary modules (ALiBi, learned positions) or a CreamCollator
+                attached, or its `max_position_embeddings` is less than window * factor.
+
+        A model that reads more than window * factor tokens draws a warning: what lies beyond is never trained.
         """
         if self._is_attached:
             raise ValueError("this CreamCollator is attached to a model already: detach() it first")
-        decoder, rotaries = find_rotaries(model)
-        if is_attached(decoder):
-            raise ValueError("a CreamCollator is attached to this model already: detach() that one first")
-        self._undo.callback(decoder.register_forward_pre_hook(_hand_on, with_kwargs=True).remove)
-        for rotary in rotaries:
-            self._undo.callback(rotary.__dict__.pop, "_rope_ids", None)
-            self._undo.callback(rotary.register_forward_pre_hook(_rotate_by_own_ids, with_kwargs=True).remove)
-        self._is_attached = True
-        return self
+        handle = open_door(model)
+        with handle.or_nothing():
+            self._check_window(decoder_of(unwrapped(model)).config)
+        handle.undo(setattr, self, "_is_attached", False)
+        self._handle, self._is_attached = handle, True
+        return handle
 
     def detach(self) -> None:
         """Give the model back as it was; a second call does nothing."""
-        self._undo.close()
-        self._is_attached = False
+        if self._handle is not None:
+            self._handle.detach()
+
+    def _check_window(self, config: Any) -> None:
+        reads = getattr(config, "max_position_embeddings", None)
+        reach = self.window * self.factor
+        if not isinstance(reads, int) or reads == reach:
+            return
+        difference = f"the ids lie in [0, window * factor) = [0, {reach}), and the model's max_position_embeddings is"
+        if reads < reach:
+            raise ValueError(
+                f"{difference} {reads}: call extend_context(model, {self.factor}) before attach, and give as window "
+                "the max_position_embeddings from before it"
+            )
+        warnings.warn(
+            f"{difference} {reads}: it is never trained on what lies beyond. Give as window the "
+            "max_position_embeddings from before extend_context, and the same factor",
+            stacklevel=3,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the model behind when a DataLoader sends the collator to a spawned worker."""
-        return {name: value for name, value in self.__dict__.items() if name != "_undo"}
+        return {name: value for name, value in self.__dict__.items() if name != "_handle"}
 
     # -- Trainer's events ----------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop a training whose model is not the attached one."""
-        if not is_attached(find_rotaries(kwargs["model"])[0]):
+        if not is_attached(kwargs["model"]):
             raise ValueError("Trainer's model is not attached to this CreamCollator: call attach(model) before train()")
+        self._passes = 0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw anew for this epoch."""
-        self.set_epoch(int(state.epoch))
+        """Draw anew for this epoch; passes over a stream are counted, since Trainer takes them for one epoch."""
+        epoch = max(int(state.epoch), self._passes)
+        self._passes = epoch + 1
+        self.set_epoch(epoch)
 
 
 def documents_of(tokens: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor:
@@ -177,64 +220,22 @@ def documents_of(tokens: Tensor, position_ids: Tensor | None, attention_mask: Te
     return begins.cumsum(-1) * real
 
 
-def find_rotaries(model: Any) -> tuple[Any, list[nn.Module]]:
-    """Return a causal language model's decoder and the rotary modules in it.
-
-    Raises:
-        TypeError: it is no transformers model, nor a PEFT wrapper of one.
-        ValueError: it has no rotary modules.
-    """
-    owner = without_peft(model)
-    if not isinstance(owner, PreTrainedModel):
+def _checked_ids(ids: object, length: int, end: int) -> Positions:
+    array = np.asarray(ids)
+    if array.dtype.kind not in "iu" or array.shape != (length,):
         raise TypeError(
-            f"model must be a transformers causal language model or a PEFT wrapper of one, got {type(model).__name__}"
+            f"the sampler must return {length} integers for a document of {length} tokens, got {array.dtype} of shape "
+            f"{array.shape}"
         )
-    decoder: Any = owner.get_decoder()  # type: ignore[no-untyped-call]
-    decoder = decoder if isinstance(decoder, PreTrainedModel) else owner.base_model
-    rotaries = [
-        module
-        for module in decoder.modules()
-        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
-    ]
-    if not rotaries:
+    is_increasing = bool((array[1:] > array[:-1]).all())
+    if length and (array[0] < 0 or array[-1] >= end or not is_increasing):
         raise ValueError(
-            f"{type(owner).__name__} has no rotary modules: its positions (ALiBi, learned or none) cannot be spread "
-            "over a longer window, and training it with CREAM would do nothing"
+            f"the sampler must return increasing ids out of [0, factor * window) = [0, {end}), got ids from "
+            f"{array.min()} to {array.max()}{'' if is_increasing else ', not increasing'}"
         )
-    return decoder, rotaries
+    return array.astype(np.int64, copy=False)
 
 
-def is_attached(decoder: nn.Module) -> bool:
-    """Tell whether a CreamCollator's hooks are on this decoder."""
-    return _hand_on in decoder._forward_pre_hooks.values()
-
-
-def _hand_on(decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Take the ids out of a decoder's arguments and leave them with its rotary modules.
-
-    They stay there until the next forward: gradient checkpointing may run a layer again. The modules are looked up at
-    every forward, since each replica of nn.DataParallel has its own.
-    """
-    ids = kwargs.pop(ROPE_IDS, None)
-    for module in decoder.modules():
-        if _rotate_by_own_ids in module._forward_pre_hooks.values():
-            module.__dict__["_rope_ids"] = ids if decoder.training else None
-    return args, kwargs
-
-
-def _rotate_by_own_ids(rotary: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Put the ids that were left with a rotary module in the place of the `position_ids` it is called with."""
-    ids = rotary.__dict__.get("_rope_ids")
-    if ids is None:
-        return args, kwargs
-    given = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-    if given.ndim != 2 or given.shape[-1] != ids.shape[-1]:
-        raise ValueError(
-            f"the model rotates positions of shape {list(given.shape)}, the batch has rope_position_ids of "
-            f"{list(ids.shape)}: something between them adds tokens (prompt tuning) or axes of position (multimodal "
-            "models), which CREAM cannot serve"
-        )
-    ids = ids.to(given.device)
-    if "position_ids" in kwargs:
-        return args, {**kwargs, "position_ids": ids}
-    return (args[0], ids, *args[2:]), kwargs
+def _shared(size: int) -> Tensor:
+    shared: Tensor = torch.zeros(size, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+    return shared

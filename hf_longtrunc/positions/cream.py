@@ -24,15 +24,19 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_longtrunc.arguments import number, one_of
+
 Positions: TypeAlias = NDArray[np.int64]
 # (length, window, factor, generator) -> ids [length], increasing, out of [0, factor * window)
 Sampler: TypeAlias = Callable[[int, int, int, np.random.Generator], Positions]
 Variant = Literal["relativity", "continuity"]
 
+# Rotary angles are taken in fp32, which tells no whole numbers above this apart.
+LAST_POSITION = 2**24
 _MAX_ENDS = 8  # head and tail of the continuity variant are never longer than this part of a document
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CreamPositions:
     """CREAM's position ids: head, middle and tail of a document spread over the long window.
 
@@ -41,10 +45,10 @@ class CreamPositions:
     positions. Cost: two or three draws and one array.
 
     Args:
-        sigma: spread of r, whose half is by how much the stretch that the middle lies in is longer than a window; None
-            takes 3/8 of the factor.
-        tails: what becomes of an r outside 2..2f: "renormalised" gives its probability to all others, "clipped" to the
-            outermost two.
+        sigma: standard deviation of r; the stretch that the middle lies in is r/2 windows long. None takes 3/8 of the
+            factor.
+        tails: what becomes of an r outside 2..2f: "renormalised" gives its probability to all others, "clipped" gives
+            it to 2 and 2f.
         variant: of head and tail; None draws one for every document, half and half.
         is_safe: continuity's head and tail take at most an eighth of the document each; without it 4f tokens, whatever
             the document's length.
@@ -65,12 +69,11 @@ class CreamPositions:
     is_safe: bool = True
 
     def __post_init__(self) -> None:
-        if self.sigma is not None and not self.sigma > 0:
-            raise ValueError(f"sigma must be positive, or None for 3/8 of the factor, got {self.sigma!r}")
-        if self.tails not in ("renormalised", "clipped"):
-            raise ValueError(f"tails must be 'renormalised' or 'clipped', got {self.tails!r}")
-        if self.variant not in (None, "relativity", "continuity"):
-            raise ValueError(f"variant must be 'relativity', 'continuity' or None, got {self.variant!r}")
+        if self.sigma is not None:
+            number("sigma", self.sigma, above=0)
+        one_of("tails", self.tails, ("renormalised", "clipped"))
+        if self.variant is not None:
+            one_of("variant", self.variant, ("relativity", "continuity"))
 
     @classmethod
     def official(cls, variant: Variant | None = None) -> CreamPositions:
@@ -160,6 +163,11 @@ def check_lengths(length: int, window: int, factor: int) -> None:
         raise ValueError(f"window must be at least 1 token, got {window}")
     if factor < 1:
         raise ValueError(f"factor must be at least 1, got {factor}")
+    if factor * window > LAST_POSITION:
+        raise ValueError(
+            f"factor * window must be at most {LAST_POSITION}, the last position that fp32 angles tell from the next "
+            f"one, got {factor} * {window}"
+        )
     if not 0 <= length <= window:
         raise ValueError(
             f"a document of {length} tokens does not fit the window of {window} that the model was trained on: cut the "

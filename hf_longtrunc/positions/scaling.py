@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hf_longtrunc.positions.collator import find_rotaries, is_attached
+from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.models import attachable, decoder_of, unwrapped
+from hf_longtrunc.positions.cream import LAST_POSITION
+from hf_longtrunc.positions.door import is_attached, rotaries_of
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Method = Literal["yarn", "ntk", "linear"]
 
@@ -29,7 +37,7 @@ def extend_context(
     the model is meant to be trained at these frequencies and served at the same ones, whatever the length of the text.
 
     Args:
-        model_or_config: a causal language model, a PEFT wrapper of one, or a config. A config object that several
+        model_or_config: a causal language model, a PEFT or DDP wrapper of one, or a config. A config that several
             models share is changed for all of them, but only this model's rotary modules are built anew.
         factor: how many times the window; at least 2.
         method: "yarn" divides slow frequencies by the factor and leaves fast ones (Peng et al. 2023); "ntk" raises the
@@ -41,36 +49,80 @@ def extend_context(
 
     Raises:
         TypeError, ValueError: a bad argument; a config without rotary positions or window; one that is scaled already
-            (another rope_type than "default"); a model with CREAM attached. Nothing is changed then.
+            (another rope_type than "default", or a rope_theta that is no whole number, as "ntk" leaves it); one that
+            transformers refuses once it is scaled, such as Phi-3's by "yarn"; a compiled model, or one with CREAM
+            attached. Nothing is changed then.
 
-    Where a config holds one set of parameters a layer type, that of the full-attention layers is scaled.
+    Where a config holds one set of parameters a layer type, that of the full-attention layers is scaled. The
+    checkpoint of a PEFT adapter holds no config: scale the base model before the adapter is loaded on it again.
     """
+    factor = whole("factor", factor, least=2)
+    one_of("method", method, ("yarn", "ntk", "linear"))
     is_config = isinstance(model_or_config, PreTrainedConfig)
-    config = model_or_config if is_config else getattr(model_or_config, "config", None)
-    if not isinstance(config, PreTrainedConfig):
-        raise TypeError(
-            f"model_or_config must be a transformers model or its config, got {type(model_or_config).__name__}"
-        )
-    if isinstance(factor, bool) or not isinstance(factor, int):
-        raise TypeError(f"factor must be a whole number, got {factor!r} of type {type(factor).__name__}")
-    if factor < 2:
-        raise ValueError(f"factor must be at least 2, got {factor}")
-    if method not in ("yarn", "ntk", "linear"):
-        raise ValueError(f"method must be 'yarn', 'ntk' or 'linear', got {method!r}")
-    config = config.get_text_config(decoder=True)
+    model: Any = None if is_config else _scalable(model_or_config)
+    whole_config: Any = model_or_config if is_config else model.config
+    config: Any = whole_config.get_text_config(decoder=True)
     window = _window(config)
-    parameters = _full_attention_parameters(config)
-    scaled = _scaled(parameters, config, window, factor, method)
-    rotaries = [] if is_config else _rotaries(model_or_config)
+    if window * factor > LAST_POSITION:
+        raise ValueError(
+            f"factor must be at most {LAST_POSITION // window} for a window of {window}: fp32 angles do not tell "
+            f"positions beyond {LAST_POSITION} apart, got {factor}"
+        )
+    # All is made and tried out on a copy, so that nothing is changed where something of it fails.
+    scaled = copy.deepcopy(config)
+    parameters = _full_attention_parameters(scaled)
+    new = _scaled(parameters, scaled, window, factor, method)
     parameters.clear()
-    parameters.update(scaled)
+    parameters.update(new)
+    scaled.max_position_embeddings = window * factor
+    _try_out(scaled, method)
+    rotaries = [] if is_config else _rebuilt_rotaries(model, scaled, method)
+    current = _full_attention_parameters(config)
+    current.clear()
+    current.update(new)
     config.max_position_embeddings = window * factor
     for parent, name, module in rotaries:
-        device = next(module.buffers()).device
-        setattr(parent, name, type(module)(module.config).to(device))
+        module.config = config
+        setattr(parent, name, module)
     if tokenizer is not None:
         tokenizer.model_max_length = window * factor
+    if hasattr(model_or_config, "peft_config"):
+        warnings.warn(
+            "the checkpoint of a PEFT adapter holds neither config nor window: loaded on the plain base model it would "
+            f"be read at {window} tokens. Call extend_context(base_model, {factor}, {method!r}) before loading it, or "
+            "merge the adapter and save the whole model",
+            stacklevel=2,
+        )
     return window * factor
+
+
+def _scalable(model: Any) -> Any:
+    if not isinstance(unwrapped(model), PreTrainedModel):
+        raise TypeError(
+            f"model_or_config must be a transformers model, a PEFT or DDP wrapper of one, or its config, got "
+            f"{type(model).__name__}"
+        )
+    owner = attachable(model, "extend_context")
+    if is_attached(owner):
+        raise ValueError("a CreamCollator is attached to this model: extend_context comes before attach()")
+    return owner
+
+
+def _try_out(config: Any, method: Method) -> None:
+    """Write and read a config as a checkpoint does, make its frequencies, and raise ValueError if that fails."""
+    try:
+        make = ROPE_INIT_FUNCTIONS.get(config.rope_parameters.get("rope_type", ""))
+        if make is not None:  # "default" has none, and sets for layer types are tried out with the live model only
+            make(config, torch.device("cpu"))
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            type(config).from_pretrained(folder)
+    except Exception as error:
+        raise ValueError(
+            f"{type(config).__name__} cannot be scaled by {method!r}: transformers fails on the scaled config "
+            f"({type(error).__name__}: {error})"
+            + ("" if method == "ntk" else '. method="ntk" changes nothing but rope_theta')
+        ) from error
 
 
 def _window(config: PreTrainedConfig) -> int:
@@ -90,6 +142,12 @@ def _full_attention_parameters(config: Any) -> dict[str, Any]:
         raise ValueError(f"rope_parameters holds sets for {', '.join(nested)}, and none for full_attention to scale")
     chosen: dict[str, Any] = parameters["full_attention"] if nested else parameters
     kind = chosen.get("rope_type", chosen.get("type", "default"))
+    theta = chosen.get("rope_theta")
+    if kind == "default" and theta is not None and not float(theta).is_integer():
+        raise ValueError(
+            f'the model\'s positions are scaled already: rope_theta {theta} is no whole number, as "ntk" leaves it. '
+            "Scaling twice is not defined. Start from the unscaled model, or train at the window it has"
+        )
     if kind != "default":
         raise ValueError(
             f"the model's positions are scaled already (rope_type {kind!r}, {_written(chosen)}): scaling twice is not "
@@ -122,14 +180,19 @@ def _rotary_dim(config: Any, parameters: dict[str, Any]) -> int:
     return int(head_dim * parameters.get("partial_rotary_factor", 1.0))
 
 
-def _rotaries(model: Any) -> list[tuple[nn.Module, str, Any]]:
-    """Return each rotary module with its parent and its name there."""
-    decoder, rotaries = find_rotaries(model)
-    if is_attached(decoder):
-        raise ValueError("a CreamCollator is attached to this model: extend_context comes before attach()")
-    return [
-        (parent, name, child)
-        for parent in decoder.modules()
-        for name, child in parent.named_children()
-        if any(child is rotary for rotary in rotaries)
-    ]
+def _rebuilt_rotaries(model: Any, config: PreTrainedConfig, method: Method) -> list[tuple[nn.Module, str, Any]]:
+    """Return new rotary modules made of a scaled config, each with its parent and its name there."""
+    rotaries = {id(rotary) for rotary in rotaries_of(model)}
+    rebuilt = []
+    for parent in decoder_of(model).modules():
+        for name, child in parent.named_children():
+            if id(child) in rotaries:
+                try:
+                    module = type(child)(config).to(next(child.buffers()).device)
+                except Exception as error:
+                    raise ValueError(
+                        f"{type(config).__name__} cannot be scaled by {method!r}: its {type(child).__name__} cannot be "
+                        f"made of the scaled config ({type(error).__name__}: {error})"
+                    ) from error
+                rebuilt.append((parent, name, module.train(child.training)))
+    return rebuilt

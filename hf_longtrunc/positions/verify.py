@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_longtrunc.models import evaluating
-from hf_longtrunc.positions.collator import ROPE_IDS, CreamCollator, find_rotaries, is_attached
+from hf_longtrunc.models import attachable, decoder_of, evaluating, unwrapped
+from hf_longtrunc.positions.door import ROPE_IDS, is_attached, open_door, rotaries_of
 
 _RUN = 8  # tokens of the head and of the tail of the test's row
 
@@ -21,8 +22,8 @@ def verify_positions(model: Any) -> None:
     across the gap. Learned positions beside rotary ones are found by shifting `position_ids`.
 
     Args:
-        model: a causal language model or a PEFT wrapper of one, attached to a `CreamCollator` or not; it is left as it
-            was.
+        model: a causal language model or a PEFT, DDP or FSDP wrapper of one, attached to a `CreamCollator` or not; a
+            compiled one must be attached. It is left as it was.
 
     Raises:
         TypeError: it is no such model.
@@ -30,25 +31,25 @@ def verify_positions(model: Any) -> None:
             or chunks, frequencies that depend on the running length (rope_type "dynamic", "longrope"), or one of the
             tests failed; the message says which and why it matters.
     """
-    _refuse_at_sight(model)
-    decoder, _ = find_rotaries(model)
-    borrowed = None if is_attached(decoder) else CreamCollator(dict, 1, 1).attach(model)
-    try:
-        with evaluating(model):
-            decoder.training = True  # the door is open in training mode only; dropout, in the modules below, stays off
-            _test(model, decoder)
-    finally:
-        if borrowed is not None:
-            borrowed.detach()
+    owner: Any = unwrapped(model) if is_attached(model) else attachable(model, "verify_positions")
+    decoder = decoder_of(owner)
+    _refuse_at_sight(model, owner, decoder)
+    with ExitStack() as stack:
+        if not is_attached(owner):
+            stack.enter_context(open_door(owner))
+        stack.enter_context(evaluating(model))
+        # Ids are taken in training mode only; dropout, in the modules below, stays off.
+        owner.training = decoder.training = True
+        _test(model, decoder)
 
 
-def _refuse_at_sight(model: Any) -> None:
+def _refuse_at_sight(model: Any, owner: Any, decoder: Any) -> None:
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
         raise ValueError(
             "the model is tuned by virtual tokens (prompt or prefix tuning), which PEFT puts before the text and whose "
             "positions CREAM cannot draw: use LoRA or train all weights"
         )
-    decoder, _ = find_rotaries(model)
+    rotaries_of(owner)
     config = decoder.config
     kinds = set(getattr(config, "layer_types", None) or [])
     local = sorted(kinds & {"sliding_attention", "chunked_attention"})
@@ -71,7 +72,8 @@ def _refuse_at_sight(model: Any) -> None:
 @torch.no_grad()
 def _test(model: Any, decoder: Any) -> None:
     name = type(decoder).__name__
-    device, vocabulary = model.get_input_embeddings().weight.device, model.get_input_embeddings().weight.shape[0]
+    embeddings = decoder.get_input_embeddings().weight
+    device, vocabulary = embeddings.device, len(embeddings)
     tokens = (torch.arange(2 * _RUN, device=device)[None] * 7 + 3) % vocabulary
     plain = torch.arange(2 * _RUN, device=device)[None]
     window = int(decoder.config.max_position_embeddings)
@@ -111,6 +113,6 @@ def _test(model: Any, decoder: Any) -> None:
 
 
 def _moved(before: Tensor, after: Tensor) -> float:
-    """Relative change of logits, each token's mean left out."""
+    """Return the relative change of logits, each token's mean left out."""
     before, after = (logits - logits.mean(-1, keepdim=True) for logits in (before, after))
     return float((after - before).norm() / before.norm())

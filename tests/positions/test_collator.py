@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM, default_data_collator
 
 from hf_longtrunc import BestFitPackingCollator, CreamCollator, CreamPositions, pack
-from hf_longtrunc.positions.collator import ROPE_IDS, documents_of
+from hf_longtrunc.positions.collator import documents_of
+from hf_longtrunc.positions.door import ROPE_IDS
 from tests.conftest import tiny_config
 
 WINDOW, FACTOR = 48, 4
@@ -47,8 +48,18 @@ def cream(inner=whole, **changes):
     return CreamCollator(inner, **{"window": WINDOW, "factor": FACTOR, **changes})
 
 
+def attached(collator, model):
+    collator.attach(model)
+    collator.set_epoch(0)
+    return collator
+
+
+def tiny(**changes):
+    return tiny_config(max_position_embeddings=WINDOW * FACTOR, **changes)
+
+
 def double(**changes):
-    return LlamaForCausalLM(tiny_config(**changes)).double().train()
+    return LlamaForCausalLM(tiny(**changes)).double().train()
 
 
 def packed_batch(collator):
@@ -67,7 +78,7 @@ def expected(collator, ids, epoch=0):
 
 
 def test_whole_rows_are_documents():
-    collator = cream().attach(double())
+    collator = attached(cream(), double())
     rows = tokens(WINDOW, WINDOW)
     batch = collator([{"input_ids": row} for row in rows])
     assert batch[ROPE_IDS].tolist() == [expected(collator, row) for row in rows]
@@ -77,7 +88,7 @@ def test_whole_rows_are_documents():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_belongs_to_no_document(side):
-    collator = cream(lambda examples: padded(examples, side)).attach(double())
+    collator = attached(cream(lambda examples: padded(examples, side)), double())
     rows = tokens(30, WINDOW, 1)
     ids = collator([{"input_ids": row} for row in rows])[ROPE_IDS]
     for row, given in zip(rows, ids.tolist(), strict=True):
@@ -89,7 +100,7 @@ def test_padding_belongs_to_no_document(side):
 @pytest.mark.parametrize("layout", ["rows", "flat"])
 def test_every_packed_document_has_its_own_draw(layout):
     inner = BestFitPackingCollator(WINDOW, pad_token_id=0, layout=layout)
-    collator = cream(inner).attach(double())
+    collator = attached(cream(inner), double())
     batch = packed_batch(collator)
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     assert len(starts) == 3
@@ -109,7 +120,7 @@ def test_documents_begin_at_every_jump_however_short():
 
 
 def test_ids_depend_on_seed_epoch_and_tokens_alone():
-    collator, rows = cream(seed=3).attach(double()), tokens(WINDOW, WINDOW, WINDOW)
+    collator, rows = attached(cream(seed=3), double()), tokens(WINDOW, WINDOW, WINDOW)
     examples = [{"input_ids": row} for row in rows]
     together = collator(examples)[ROPE_IDS]
     alone = torch.cat([collator([example])[ROPE_IDS] for example in reversed(examples)])
@@ -119,11 +130,11 @@ def test_ids_depend_on_seed_epoch_and_tokens_alone():
     later = collator(examples)[ROPE_IDS]
     assert later.tolist() == [expected(collator, row, epoch=1) for row in rows]
     assert not torch.equal(later, together)
-    assert not torch.equal(cream(seed=4).attach(double())(examples)[ROPE_IDS], together)
+    assert not torch.equal(attached(cream(seed=4), double())(examples)[ROPE_IDS], together)
 
 
 def test_global_random_state_is_left_alone():
-    collator = cream().attach(double())
+    collator = attached(cream(), double())
     torch.manual_seed(5)
     np.random.seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
@@ -134,7 +145,7 @@ def test_global_random_state_is_left_alone():
 
 def test_workers_draw_the_same_and_hear_of_the_epoch():
     rows = datasets.Dataset.from_dict({"input_ids": tokens(*[WINDOW] * 8)})
-    collator = cream(default_data_collator).attach(double())
+    collator = attached(cream(default_data_collator), double())
     here = DataLoader(rows, batch_size=2, collate_fn=collator)
     there = DataLoader(rows, batch_size=2, collate_fn=collator, num_workers=2, persistent_workers=True)
     for epoch in range(2):
@@ -146,7 +157,7 @@ def test_workers_draw_the_same_and_hear_of_the_epoch():
 
 @pytest.mark.parametrize("scheme", ["cream", "pose", "random", "contiguous", CreamPositions.official("relativity")])
 def test_schemes(scheme):
-    collator = cream(scheme=scheme).attach(double())
+    collator = attached(cream(scheme=scheme), double())
     ids = collator([{"input_ids": row} for row in tokens(WINDOW)])[ROPE_IDS]
     assert (ids.diff(dim=-1) > 0).all()
     assert (int(ids.max()) < WINDOW) == (scheme == "contiguous")
@@ -197,11 +208,11 @@ def test_tail_reaches_head_as_in_the_reference(attention, use_cache, is_packed):
     model = double()
     model.set_attn_implementation(attention)
     if is_packed:
-        batch = packed_batch(cream(BestFitPackingCollator(WINDOW, pad_token_id=0)).attach(model))
+        batch = packed_batch(attached(cream(BestFitPackingCollator(WINDOW, pad_token_id=0)), model))
         blocks = (batch["position_ids"][0] == 0).cumsum(0) * (not use_cache)
         start, end = 0, int((batch["position_ids"][0][1:] == 0).nonzero()[0]) + 1
     else:
-        batch = cream().attach(model)([{"input_ids": row} for row in tokens(WINDOW)])
+        batch = attached(cream(), model)([{"input_ids": row} for row in tokens(WINDOW)])
         blocks, (start, end) = torch.zeros(WINDOW), (0, WINDOW)
     ids = batch[ROPE_IDS]
     assert (ids[0, start:end].diff() > 1).any()
@@ -217,8 +228,8 @@ def test_tail_reaches_head_as_in_the_reference(attention, use_cache, is_packed):
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_flex_attention_sees_what_eager_does(is_packed):
     """Logits only: flex has no backward pass on a CPU."""
-    model = LlamaForCausalLM(tiny_config()).train()
-    collator = cream(BestFitPackingCollator(WINDOW, pad_token_id=0) if is_packed else whole).attach(model)
+    model = LlamaForCausalLM(tiny()).train()
+    collator = attached(cream(BestFitPackingCollator(WINDOW, pad_token_id=0) if is_packed else whole), model)
     batch = packed_batch(collator) if is_packed else collator([{"input_ids": row} for row in tokens(WINDOW)])
     logits = []
     for attention in ("eager", "flex_attention"):
@@ -231,7 +242,7 @@ def test_flex_attention_sees_what_eager_does(is_packed):
 def test_packed_documents_are_each_as_alone():
     """Logits and gradients of a packed row equal those of its documents one by one, each at its own ids."""
     model = double()
-    batch = packed_batch(cream(BestFitPackingCollator(WINDOW, pad_token_id=0)).attach(model))
+    batch = packed_batch(attached(cream(BestFitPackingCollator(WINDOW, pad_token_id=0)), model))
     logits = model(**batch, use_cache=False).logits[0]
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     for start, end in zip(starts, [*starts[1:], WINDOW], strict=True):
@@ -247,7 +258,7 @@ def test_canary_bare_ids_are_isolated_by_todays_transformers(attention):
     """
     model = double()
     model.set_attn_implementation(attention)
-    collator = cream().attach(model)
+    collator = attached(cream(), model)
     batch = collator([{"input_ids": row} for row in tokens(WINDOW)])
     collator.detach()
     bare = {"input_ids": batch["input_ids"], "position_ids": batch[ROPE_IDS]}
@@ -284,7 +295,7 @@ def enable_checkpointing(model, use_reentrant):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(use_reentrant):
     model = double()
-    collator = cream().attach(model)
+    collator = attached(cream(), model)
     batch = collator([{"input_ids": row} for row in tokens(WINDOW, WINDOW)])
     plain = loss_and_gradients(model, batch)
     enable_checkpointing(model, use_reentrant)
@@ -306,8 +317,8 @@ class RotatesInLayers(LlamaForCausalLM):
 
 def test_layers_run_again_find_the_ids_of_their_forward():
     torch.manual_seed(1)
-    model = RotatesInLayers(tiny_config()).double().train()
-    collator = cream().attach(model)
+    model = RotatesInLayers(tiny()).double().train()
+    collator = attached(cream(), model)
     batch = collator([{"input_ids": row} for row in tokens(WINDOW, WINDOW)])
     plain = loss_and_gradients(model, batch)
     enable_checkpointing(model, False)
@@ -348,14 +359,12 @@ def test_lora(order, is_checkpointed):
 def test_data_parallel_replicas_have_their_own_ids():
     """nn.DataParallel runs copies of the modules with parts of the batch, in threads."""
     model = double()
-    collator = cream().attach(model)
+    collator = attached(cream(), model)
     batches = [collator([{"input_ids": row}]) for row in tokens(WINDOW, WINDOW)]
     whole_batch = collator([{"input_ids": row} for row in tokens(WINDOW, WINDOW)])
     replicas = [shallow_replica(model) for _ in batches]
     outputs = [replica(**batch, use_cache=False).logits for replica, batch in zip(replicas, batches, strict=True)]
     torch.testing.assert_close(torch.cat(outputs), model(**whole_batch, use_cache=False).logits)
-    ids = [replica.model.rotary_emb.__dict__["_rope_ids"] for replica in replicas]
-    assert not torch.equal(*ids)
 
 
 def shallow_replica(module):
@@ -377,7 +386,7 @@ def test_evaluation_is_that_of_the_plain_collator_to_the_bit(is_packed):
     inner = BestFitPackingCollator(WINDOW, pad_token_id=0) if is_packed else whole
     collate = packed_batch if is_packed else (lambda c: c([{"input_ids": row} for row in tokens(WINDOW)]))
     before = model(**collate(inner), use_cache=False)
-    collator = cream(inner).attach(model)
+    collator = attached(cream(inner), model)
     model.train()
     moved = model(**collate(collator), use_cache=False)
     model.eval()
@@ -394,7 +403,7 @@ def test_detached_model_is_as_before():
     model = double()
     state = {name: dict(vars(module)) for name, module in model.named_modules()}
     hooks = {name: list(module._forward_pre_hooks) for name, module in model.named_modules()}
-    collator = cream().attach(model)
+    collator = attached(cream(), model)
     model(**collator([{"input_ids": row} for row in tokens(WINDOW)]), use_cache=False)
     collator.detach()
     collator.detach()
@@ -408,7 +417,7 @@ def test_ids_reach_the_rotary_module_and_nothing_else():
     """Layers never see them, and a rotary module uses them however it is handed its position_ids."""
     model, seen = double(), []
     model.model.layers[0].register_forward_pre_hook(lambda _, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
-    batch = cream().attach(model)([{"input_ids": row} for row in tokens(WINDOW)])
+    batch = attached(cream(), model)([{"input_ids": row} for row in tokens(WINDOW)])
     model(**batch, use_cache=False)
     assert ROPE_IDS not in seen[0]
     rotary, x, plain = model.model.rotary_emb, torch.zeros(1, dtype=torch.double), torch.arange(WINDOW)[None]
@@ -422,7 +431,7 @@ def test_a_training_batch_without_ids_is_plain_text():
     model = double()
     plain = whole([{"input_ids": row} for row in tokens(WINDOW)])
     before = model(**plain, use_cache=False).loss
-    collator = cream().attach(model)
+    collator = attached(cream(), model)
     model(**collator([{"input_ids": row} for row in tokens(WINDOW, seed=1)]), use_cache=False)
     assert torch.equal(model(**plain, use_cache=False).loss, before)
 
@@ -431,11 +440,11 @@ def test_a_training_batch_without_ids_is_plain_text():
 def test_another_family(rotary_pct):
     config = GPTNeoXConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+        max_position_embeddings=WINDOW * FACTOR, rope_parameters={"rope_type": "default", "rope_theta": 1e4,
         "partial_rotary_factor": rotary_pct}, attention_dropout=0.0, hidden_dropout=0.0,
     )  # fmt: skip
     model = GPTNeoXForCausalLM(config).double().train()
-    batch = cream().attach(model)([{"input_ids": row} for row in tokens(WINDOW)])
+    batch = attached(cream(), model)([{"input_ids": row} for row in tokens(WINDOW)])
     gradient = head_gradient(model, batch, 0, WINDOW)
     expected = reference_gradient(model, batch["input_ids"], batch[ROPE_IDS], torch.zeros(WINDOW), 0, WINDOW)
     assert_near(gradient, expected)
@@ -448,10 +457,10 @@ def test_another_family(rotary_pct):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"window": 0}, ValueError, "window must be at least 1, got 0"),
-        ({"window": 4.0}, TypeError, "window must be a whole number, got 4.0 of type float"),
+        ({"window": 0}, ValueError, "window must be a whole number of at least 1, got 0"),
+        ({"window": 4.0}, TypeError, "window must be a whole number of at least 1, got 4.0 of type float"),
         ({"factor": True}, TypeError, "factor must be a whole number"),
-        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"seed": -1}, ValueError, "seed must be a whole number of at least 0, got -1"),
         (
             {"scheme": "yarn"},
             ValueError,
@@ -479,27 +488,27 @@ def test_collating_for_no_model_is_refused():
 
 def test_attaching_twice_is_refused():
     model = double()
-    collator = cream().attach(model)
+    collator = attached(cream(), model)
     with pytest.raises(ValueError, match=r"this CreamCollator is attached to a model already: detach\(\)"):
         collator.attach(double())
     with pytest.raises(ValueError, match="a CreamCollator is attached to this model already"):
-        cream().attach(model)
+        attached(cream(), model)
     collator.detach()
-    cream().attach(model)
+    attached(cream(), model)
 
 
 def test_models_that_cannot_be_served_are_refused(tiny_gpt2):
     with pytest.raises(ValueError, match="GPT2LMHeadModel has no rotary modules"):
-        cream().attach(tiny_gpt2)
-    with pytest.raises(TypeError, match="model must be a transformers causal language model"):
-        cream().attach(torch.nn.Linear(2, 2))
+        attached(cream(), tiny_gpt2)
+    with pytest.raises(TypeError, match="model must be a transformers model"):
+        attached(cream(), torch.nn.Linear(2, 2))
 
 
 def test_bad_batches_are_named():
-    collator = cream(lambda examples: {"inputs_embeds": torch.zeros(1, 4, 8)}).attach(double())
+    collator = attached(cream(lambda examples: {"inputs_embeds": torch.zeros(1, 4, 8)}), double())
     with pytest.raises(ValueError, match=r"must have input_ids \[rows, n\] as a torch tensor"):
         collator([])
-    collator = cream().attach(double())
+    collator = attached(cream(), double())
     with pytest.raises(ValueError, match="a document of 49 tokens does not fit the window of 48"):
         collator([{"input_ids": row} for row in tokens(WINDOW + 1)])
 
@@ -508,7 +517,7 @@ def test_bad_batches_are_named():
 def test_virtual_tokens_are_noticed():
     model = double()
     tuned = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).double()
-    collator = cream().attach(tuned)
+    collator = attached(cream(), tuned)
     batch = collator([{"input_ids": row} for row in tokens(WINDOW)])
     with pytest.raises(ValueError, match=r"adds tokens \(prompt tuning\)"):
         tuned(**batch)

@@ -235,9 +235,9 @@ def test_bad_lengths_are_named(sampler):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sigma": 0.0}, "sigma must be positive"),
-        ({"tails": "cut"}, "tails must be 'renormalised' or 'clipped'"),
-        ({"variant": "both"}, "variant must be 'relativity', 'continuity' or None"),
+        ({"sigma": 0.0}, "sigma must be a number above 0"),
+        ({"tails": "cut"}, "tails must be one of 'renormalised', 'clipped'"),
+        ({"variant": "both"}, "variant must be one of 'relativity', 'continuity'"),
     ],
 )
 def test_bad_settings_are_named(settings, message, monkeypatch):

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -16,6 +17,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
 )
 
@@ -153,9 +156,9 @@ def test_tokenizer_limit_is_set(model_folder):  # noqa: F811
 @pytest.mark.parametrize(
     ("factor", "method", "error", "message"),
     [
-        (1, "yarn", ValueError, "factor must be at least 2, got 1"),
-        (2.5, "yarn", TypeError, "factor must be a whole number, got 2.5"),
-        (4, "dynamic", ValueError, "method must be 'yarn', 'ntk' or 'linear', got 'dynamic'"),
+        (1, "yarn", ValueError, "factor must be a whole number of at least 2, got 1"),
+        (2.5, "yarn", TypeError, "factor must be a whole number of at least 2, got 2.5"),
+        (4, "dynamic", ValueError, "method must be one of 'yarn', 'ntk', 'linear', got 'dynamic'"),
     ],
 )
 def test_bad_arguments_are_named(factor, method, error, message):
@@ -167,9 +170,76 @@ def test_models_without_rotary_positions_or_with_cream_are_refused():
     with pytest.raises(ValueError, match="GPT2Config has no rope_parameters"):
         extend_context(GPT2Config(), FACTOR)
     model = LlamaForCausalLM(tiny_config())
-    CreamCollator(dict, WINDOW, FACTOR).attach(model)
+    CreamCollator(dict, WINDOW // FACTOR, FACTOR).attach(model)
     with pytest.raises(ValueError, match=r"extend_context comes before attach\(\)"):
         extend_context(model, FACTOR)
     assert model.config.max_position_embeddings == WINDOW
     with pytest.raises(TypeError, match="model_or_config must be"):
         extend_context("a name", FACTOR)
+
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": WINDOW, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["model", "config"])
+@pytest.mark.parametrize(
+    ("config", "method"), [(Phi3Config, "yarn"), (Phi3Config, "linear"), (MixtralConfig, "yarn")], ids=str
+)
+def test_what_transformers_refuses_afterwards_is_refused_before_anything_is_changed(config, method, what):
+    config = config(**SMALL)
+    model = AutoModelForCausalLM.from_config(config) if what == "model" else config
+    before, rotary = config.to_dict(), getattr(getattr(model, "model", None), "rotary_emb", None)
+    with pytest.raises(ValueError, match=rf"{type(config).__name__} cannot be scaled by '{method}'(.|\n)*method=.ntk"):
+        extend_context(model, FACTOR, method)
+    assert config.to_dict() == before
+    if what == "model":
+        assert model.model.rotary_emb is rotary
+
+
+@pytest.mark.parametrize("config", [Phi3Config, MixtralConfig])
+def test_they_can_be_scaled_by_ntk_and_saved(config, tmp_path):
+    model = AutoModelForCausalLM.from_config(config(**SMALL))
+    extend_context(model, FACTOR, "ntk")
+    assert (frequencies(reloaded(model, tmp_path)) == frequencies(model)).all()
+
+
+def test_the_live_rotary_module_reads_the_models_own_config():
+    model = LlamaForCausalLM(tiny_config())
+    extend_context(model, FACTOR)
+    assert model.model.rotary_emb.config is model.config
+
+
+@pytest.mark.parametrize("is_reloaded", [False, True])
+@pytest.mark.parametrize("method", ["yarn", "ntk", "linear"])
+def test_ntk_twice_is_refused(method, is_reloaded, tmp_path):
+    model = LlamaForCausalLM(tiny_config())
+    extend_context(model, FACTOR, "ntk")
+    model = reloaded(model, tmp_path) if is_reloaded else model
+    with pytest.raises(ValueError, match=r"scaled already: rope_theta 63496\.0.* is no whole number"):
+        extend_context(model, FACTOR, method)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # what peft asks a model for
+def test_an_adapter_is_warned_of_and_read_back_as_the_warning_says(tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    LlamaForCausalLM(tiny_config()).save_pretrained(tmp_path / "base")
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora)
+    with pytest.warns(UserWarning, match=r"checkpoint of a PEFT adapter holds neither.*extend_context\(base_model, 4"):
+        extend_context(tuned, FACTOR)
+    tuned.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    extend_context(base, FACTOR)
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    ids = torch.arange(300)[None] % 97
+    assert torch.equal(tuned.eval()(ids).logits, again.eval()(ids).logits)
+
+
+def test_wrappers():
+    model = LlamaForCausalLM(tiny_config())
+    assert extend_context(torch.nn.DataParallel(model), np.int64(FACTOR)) == WINDOW * FACTOR
+    np.testing.assert_allclose(frequencies(model), closed_form("yarn", 10_000.0, DIM), rtol=1e-6)
+    with pytest.raises(ValueError, match="extend_context cannot change a model that was compiled already"):
+        extend_context(torch.compile(LlamaForCausalLM(tiny_config()), backend="eager"), FACTOR)

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_longtrunc import BestFitPackingCollator, CreamCollator, extend_context, pack
-from hf_longtrunc.positions.collator import ROPE_IDS
+from hf_longtrunc.positions.door import ROPE_IDS
 from tests.conftest import tiny_config
 from tests.launch import two_ranks
 from tests.positions.test_collator import enable_checkpointing
@@ -36,25 +36,37 @@ class Recorder(Trainer):
         return super().training_step(model, inputs, *args)
 
 
-def trained(folder, *, steps=6, resume=None, callbacks=(), scheme="cream", attach=True, report="", **arguments):
+def trained(
+    folder,
+    *,
+    steps=6,
+    resume=None,
+    callbacks=(),
+    scheme="cream",
+    attach=True,
+    report="",
+    dataset=None,
+    is_told=True,
+    **arguments,
+):
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config(max_position_embeddings=WINDOW))
     extend_context(model, FACTOR, "ntk")
-    collator = CreamCollator(rows, WINDOW, FACTOR, scheme, seed=5)
+    collator = CreamCollator(rows, WINDOW, FACTOR, scheme=scheme, seed=5)
     if attach:
         collator.attach(model)
     settings = {"per_device_train_batch_size": 2, "max_steps": steps, "seed": 3, "output_dir": str(folder)}
     settings |= {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
     settings |= {"learning_rate": 1e-2, "logging_strategy": "no", "dataloader_pin_memory": False}
     settings |= {"ddp_backend": "gloo"} if report else {}
-    dataset = datasets.Dataset.from_list(DOCUMENTS)
+    documents = datasets.Dataset.from_list(DOCUMENTS)
     trainer = Recorder(
         model,
         TrainingArguments(**settings | arguments),
-        train_dataset=dataset,
-        eval_dataset=dataset.select(range(4)),
+        train_dataset=documents if dataset is None else dataset,
+        eval_dataset=documents.select(range(4)),
         data_collator=collator,
-        callbacks=[collator, *callbacks],
+        callbacks=[collator, *callbacks] if is_told else [],
     )
     trainer.seen = []
     trainer.train(resume_from_checkpoint=resume)
@@ -135,17 +147,33 @@ def test_packed_training_runs_and_differs_from_plain(tmp_path):
     def final(scheme):
         torch.manual_seed(0)
         model = LlamaForCausalLM(tiny_config(max_position_embeddings=WINDOW))
-        collator = CreamCollator(BestFitPackingCollator(WINDOW, pad_token_id=0), WINDOW, FACTOR, scheme).attach(model)
+        extend_context(model, FACTOR, "ntk")
+        collator = CreamCollator(BestFitPackingCollator(WINDOW, pad_token_id=0), WINDOW, FACTOR, scheme=scheme)
+        collator.attach(model)
         arguments = TrainingArguments(
             str(tmp_path), max_steps=4, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
             dataloader_pin_memory=False, logging_strategy="no", learning_rate=1e-2,
         )  # fmt: skip
         enable_checkpointing(model, False)
-        trainer = Trainer(model, arguments, train_dataset=pack(examples, WINDOW), data_collator=collator)
+        rows = pack(examples, WINDOW)
+        trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator, callbacks=[collator])
         trainer.train()
         return parameters(trainer)
 
     assert (final("cream") - final("contiguous")).abs().max() > 1e-3
+
+
+def test_every_pass_over_a_stream_draws_anew(tmp_path):
+    """Trainer takes all of its passes over a stream for parts of one epoch."""
+    stream = datasets.Dataset.from_list(DOCUMENTS).to_iterable_dataset()
+    draws = by_document(trained(tmp_path, steps=24, dataset=stream).seen)
+    assert {len(ids) for ids in draws.values()} == {3}
+    assert sum(len({tuple(ids) for ids in drawn}) == 3 for drawn in draws.values()) >= len(DOCUMENTS) - 3
+
+
+def test_without_the_callback_it_is_said_that_every_epoch_draws_the_same(tmp_path):
+    with pytest.warns(UserWarning, match=r"callbacks=\[collator\]"):
+        trained(tmp_path, steps=9, is_told=False)
 
 
 def test_two_ranks_see_different_documents_with_different_ids(tmp_path):

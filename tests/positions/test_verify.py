@@ -26,7 +26,7 @@ def test_rotary_models_pass_and_are_left_as_they_were(dtype, method, attached):
     if method:
         extend_context(model, 4, method)
     if attached:
-        CreamCollator(dict, 256, 4).attach(model)
+        CreamCollator(dict, model.config.max_position_embeddings // 4, 4).attach(model)
     before = [(module.training, set(vars(module)), len(module._forward_pre_hooks)) for module in model.modules()]
     verify_positions(model)
     after = [(module.training, set(vars(module)), len(module._forward_pre_hooks)) for module in model.modules()]
@@ -49,7 +49,7 @@ def test_alibi_and_learned_positions_are_refused(tiny_gpt2):
     for model in (bloom, tiny_gpt2):
         with pytest.raises(ValueError, match="has no rotary modules"):
             verify_positions(model)
-    with pytest.raises(TypeError, match="model must be a transformers causal language model"):
+    with pytest.raises(TypeError, match="model must be a transformers model"):
         verify_positions(nn.Linear(2, 2))
 
 
@@ -80,11 +80,19 @@ class Learned(LlamaForCausalLM):
         return args, kwargs | {"inputs_embeds": decoder.embed_tokens(ids) + self.places(places)}
 
 
-class Deaf(LlamaForCausalLM):
-    """A model that hands its decoder nothing of what it is given beyond the tokens."""
+class Tokens(LlamaForCausalLM):
+    """A model that hands its decoder nothing of what it is given beyond the tokens, as Falcon's does."""
 
     def forward(self, input_ids=None, **kwargs):
         return super().forward(input_ids=input_ids, use_cache=False)
+
+
+class Deaf(LlamaForCausalLM):
+    """A model whose rotary module is there and is not called."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.__dict__["rotary_emb"] = self.model.rotary_emb.forward
 
 
 class Absolute(LlamaForCausalLM):
@@ -110,7 +118,7 @@ class Blind(LlamaForCausalLM):
     ("kind", "message"),
     [
         (Learned, "it reads absolute positions beside the rotary ones"),
-        (Deaf, "a gap in the positions leaves the logits of LlamaModel as they are"),
+        (Deaf, "none of its rotary modules was called"),
         (Absolute, "its positions are not relative"),
     ],
 )
@@ -118,6 +126,10 @@ def test_models_that_read_positions_otherwise_are_refused(kind, message):
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=message):
         verify_positions(kind(tiny_config()))
+
+
+def test_a_model_that_hands_on_tokens_alone_is_served():
+    verify_positions(Tokens(tiny_config()))
 
 
 def test_a_blind_model_is_refused():

@@ -196,7 +196,9 @@ def guided() -> Shared:
 
 TABLE: dict[str, Callable[[], Shared]] = {
     "LMInfinite": lambda: attached(LMInfinite(num_sink_tokens=2, window_length=8)),
-    "LMInfinite, TopK": lambda: attached(LMInfinite(num_sink_tokens=2, window_length=8, retrieval=TopK(k=3, first_layer=0))),
+    "LMInfinite, TopK": lambda: attached(
+        LMInfinite(num_sink_tokens=2, window_length=8, retrieval=TopK(k=3, first_layer=0))
+    ),
     "LMInfinite, TopBlocks": lambda: attached(
         LMInfinite(num_sink_tokens=2, window_length=8, retrieval=TopBlocks(blocks=2, block_size=4, first_layer=0))
     ),

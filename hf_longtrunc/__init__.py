@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         PEMAMemory as PEMAMemory,
     )
     from hf_longtrunc.mixing.pema_processor import (
+        PEMA as PEMA,
         PEMALogitsProcessor as PEMALogitsProcessor,
         build_pema_memory as build_pema_memory,
         train_pema as train_pema,
@@ -97,6 +98,7 @@ _HOME = {
     "GuidanceLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "LMInfinite": "hf_longtrunc.attention.lm_infinite",
     "LambdaCacheLayer": "hf_longtrunc.attention.cache",
+    "PEMA": "hf_longtrunc.mixing.pema_processor",
     "PEMAAdapter": "hf_longtrunc.mixing.pema",
     "PEMALogitsProcessor": "hf_longtrunc.mixing.pema_processor",
     "PEMAMemory": "hf_longtrunc.mixing.pema",

@@ -32,6 +32,7 @@ PUBLIC = {
         "GuidanceLogitsProcessor",
         "LMInfinite",
         "LambdaCacheLayer",
+        "PEMA",
         "PEMAAdapter",
         "PEMALogitsProcessor",
         "PEMAMemory",

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from hf_longtrunc.arguments import whole
+from hf_longtrunc.models import unwrapped
 from hf_longtrunc.sampling.attach import rebuild_processor_list
 from hf_longtrunc.sampling.cutoffs import softmax_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     import pandas as pd
     from matplotlib.axes import Axes
     from torch import Tensor
+
+    from hf_longtrunc.handles import Handle
 
 # Speculative decoding asks about several positions ahead and may take them back; it runs at batch size 1 only.
 _OPEN_STEPS_OF_ONE_ROW = 64
@@ -102,11 +105,9 @@ class TruncationTrace(LogitsProcessor):
         eos_token_id: int | Sequence[int] | None = None,
         max_records: int = 1_000_000,
     ):
-        if isinstance(max_records, bool) or not isinstance(max_records, int) or max_records < 1:
-            raise ValueError(f"max_records must be a whole number of at least 1, got {max_records!r}")
         self.processors = list(processors or [])
         self.critical_threshold = critical_threshold
-        self.max_records = max_records
+        self.max_records = whole("max_records", max_records, least=1)
         self._eos = _as_set(eos_token_id)
         self.clear()
 
@@ -121,16 +122,19 @@ class TruncationTrace(LogitsProcessor):
         """Apply the processors to `scores` [rows, vocab] and record the step."""
         return self._watched(self.processors, input_ids, scores)
 
-    @contextmanager
-    def observe(self, model: Any) -> Iterator[TruncationTrace]:
-        """Watch the whole processor list of everything that `model` generates inside the block."""
+    def observe(self, model: Any) -> Handle:
+        """Watch the whole processor list of everything that `model` generates, from now until the handle is detached.
+
+        `with trace.observe(model):` detaches it at the end of the block. `model` is a transformers model that
+        generates, or a wrapper of one, as for `attach_processors`.
+        """
 
         def watch(build: Callable[..., LogitsProcessorList], *args: Any, **kwargs: Any) -> LogitsProcessorList:
             return LogitsProcessorList([_Watched(self, build(*args, **kwargs))])
 
-        self._eos = self._eos or _as_set(model.generation_config.eos_token_id)
-        with rebuild_processor_list(model, watch):
-            yield self
+        handle = rebuild_processor_list(model, watch, "TruncationTrace", "every processor list is watched")
+        self._eos = self._eos or _as_set(unwrapped(model).generation_config.eos_token_id)
+        return handle
 
     def finish(self, sequences: Tensor) -> TruncationTrace:
         """Read the last drawn tokens off `sequences` [rows, length], what `generate` returned."""

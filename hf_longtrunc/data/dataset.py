@@ -15,6 +15,7 @@ from hf_longtrunc.data.columns import ArrowDocuments
 from hf_longtrunc.data.documents import COLUMNS, Document, join, read_document
 from hf_longtrunc.data.packing import best_fit_decreasing, checked_seq_length
 from hf_longtrunc.data.stream import PackedStream
+from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
     import datasets
@@ -215,7 +216,7 @@ def _import_datasets() -> Any:
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("materialize() needs datasets: pip install 'hf_longtrunc[train]'") from error
+        raise missing("materialize()", "datasets", "train") from error
     return datasets
 
 

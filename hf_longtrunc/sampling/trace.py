@@ -12,6 +12,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_longtrunc.arguments import whole
+from hf_longtrunc.extras import missing
 from hf_longtrunc.models import unwrapped
 from hf_longtrunc.sampling.attach import rebuild_processor_list
 from hf_longtrunc.sampling.cutoffs import softmax_rows
@@ -181,7 +182,7 @@ class TruncationTrace(LogitsProcessor):
         try:
             import pandas as pd
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError("to_frame() needs pandas: pip install 'hf_longtrunc[eval]'") from error
+            raise missing("to_frame()", "pandas", "eval") from error
         columns = list(TruncationRecord.__dataclass_fields__)
         frame: pd.DataFrame = pd.DataFrame([asdict(record) for record in self.records], columns=columns)
         return frame
@@ -335,7 +336,7 @@ def _three_axes() -> list[Axes]:
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plot() needs matplotlib: pip install 'hf_longtrunc[eval]'") from error
+        raise missing("plot()", "matplotlib", "eval") from error
     _, axes = plt.subplots(3, 1, sharex=True, figsize=(9, 6), layout="constrained")
     for panel, name in zip(axes, ("entropy (nats)", "threshold (line),\ndrawn (dots)", "kept mass"), strict=True):
         panel.set_ylabel(name)

@@ -242,5 +242,5 @@ def test_more_than_2_to_the_31_tokens_over_chunks_with_64_bit_offsets():
 def test_materialize_says_what_to_install(monkeypatch):
     packed = pack(raw_examples([5, 3]), 8)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf_longtrunc\[train\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install -e "\.\[train\]"'):
         packed.materialize()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
     from hf_longtrunc.data.packing import best_fit_decreasing as best_fit_decreasing
+    from hf_longtrunc.data.report import packing_table as packing_table, plot_packing as plot_packing
     from hf_longtrunc.data.stream import PackedStream as PackedStream
     from hf_longtrunc.data.verify import check_packed as check_packed
     from hf_longtrunc.mixing.auxiliary import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         PEMAMemory as PEMAMemory,
     )
     from hf_longtrunc.mixing.pema_processor import (
+        PEMA as PEMA,
         PEMALogitsProcessor as PEMALogitsProcessor,
         build_pema_memory as build_pema_memory,
         train_pema as train_pema,
@@ -97,6 +99,7 @@ _HOME = {
     "GuidanceLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "LMInfinite": "hf_longtrunc.attention.lm_infinite",
     "LambdaCacheLayer": "hf_longtrunc.attention.cache",
+    "PEMA": "hf_longtrunc.mixing.pema_processor",
     "PEMAAdapter": "hf_longtrunc.mixing.pema",
     "PEMALogitsProcessor": "hf_longtrunc.mixing.pema_processor",
     "PEMAMemory": "hf_longtrunc.mixing.pema",
@@ -125,6 +128,8 @@ _HOME = {
     "load_pretrained": "hf_longtrunc.pretrained",
     "load_uld_assistant": "hf_longtrunc.mixing.uld",
     "pack": "hf_longtrunc.data.dataset",
+    "packing_table": "hf_longtrunc.data.report",
+    "plot_packing": "hf_longtrunc.data.report",
     "pose_positions": "hf_longtrunc.positions.cream",
     "random_positions": "hf_longtrunc.positions.cream",
     "save_uld_assistant": "hf_longtrunc.mixing.uld",

@@ -116,8 +116,9 @@ def weight_and_bias(layer: Any, width: int, *, differentiable: bool = False) -> 
         if type(layer) is nn.Linear and isinstance(weight, Tensor) and weight.is_floating_point():
             bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
         else:
-            parameter = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
-            units = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
+            parameters = list(layer.parameters())
+            dtypes = [each.dtype for each in parameters if each.is_floating_point()]  # none where all is quantised
+            units = torch.eye(width, dtype=(dtypes or [torch.get_default_dtype()])[0], device=parameters[0].device)
             bias = layer(torch.zeros_like(units[:1]))[0]
             weight = torch.cat([(layer(part) - bias).T for part in torch.split(units, 512)], dim=1)
     return (weight, bias) if differentiable else (weight.detach(), bias.detach())

@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
+# Bytes of a file that are read at a time for its checksum.
+_PART = 2**24
 
 
 def save_folder(
@@ -31,10 +33,13 @@ def save_folder(
     Each file takes the place of an older one only when it is whole.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    described = {"kind": kind, "format": FORMAT, "settings": dict(settings), "sha256": _checksum(data, settings)}
-    _replace(Path(folder, f"{kind}.safetensors"), data)
-    _replace(Path(folder, f"{kind}.json"), (json.dumps(described, indent=2) + "\n").encode())
+    data_at, described_at = Path(folder, f"{kind}.safetensors"), Path(folder, f"{kind}.json")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, _beside(data_at))
+    checksum = _checksum(_beside(data_at), settings)
+    described = {"kind": kind, "format": FORMAT, "settings": dict(settings), "sha256": checksum}
+    _beside(described_at).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    for path in (data_at, described_at):
+        os.replace(_beside(path), path)
 
 
 def load_folder(
@@ -45,12 +50,12 @@ def load_folder(
     Args:
         folder: where it lies.
         kind: what it must be.
-        tensors: name -> shape in words, of every tensor that must be there, such as "vocab rank"; floats must be
-            finite.
+        tensors: name -> shape in words, of every tensor that must be there, such as "vocab rank". There may be others;
+            floats must be finite in all of them.
         settings: names that must be there.
 
     Returns:
-        The tensors, on the CPU, and the settings.
+        The tensors, on the CPU and mapped from the file, so that they may be larger than the memory, and the settings.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -62,21 +67,21 @@ def load_folder(
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no saved {kind}: {path.name} is missing")
     described = _described(described_at, kind)
-    data = data_at.read_bytes()
     found = described["settings"]
-    if _checksum(data, found) != described["sha256"]:
+    if _checksum(data_at, found) != described["sha256"]:
         raise ValueError(
             f"{folder} is damaged: settings and tensors of the saved {kind} do not have the checksum that was written "
             "with them; save it again"
         )
     try:
-        loaded = load(data)
+        with safe_open(data_at, framework="pt") as file:
+            loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except SafetensorError as error:
         raise ValueError(f"{data_at} is no safetensors file: {error}") from error
     if missing := sorted({*tensors, *settings} - {*loaded, *found}):
         raise ValueError(f"{folder} holds a {kind} without {', '.join(missing)}; save it again")
-    for name, shape in tensors.items():
-        _check_tensor(f"{data_at}: {name}", loaded[name], shape)
+    for name, tensor in loaded.items():
+        _check_tensor(f"{data_at}: {name}", tensor, tensors.get(name))
     return loaded, found
 
 
@@ -98,20 +103,20 @@ def _described(path: Path, kind: str) -> dict[str, Any]:
     return dict(described)
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: str) -> None:
-    if tensor.ndim != len(shape.split()):
+def _check_tensor(name: str, tensor: Tensor, shape: str | None) -> None:
+    if shape is not None and tensor.ndim != len(shape.split()):
         raise ValueError(f"{name} must have the dimensions [{shape}], got {list(tensor.shape)}")
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         raise ValueError(f"{name} must be finite, got NaN or infinite entries")
 
 
-def _checksum(data: bytes, settings: Mapping[str, Any]) -> str:
+def _checksum(data_at: Path, settings: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode())
-    digest.update(data)
+    with data_at.open("rb") as file:
+        while part := file.read(_PART):
+            digest.update(part)
     return digest.hexdigest()
 
 
-def _replace(path: Path, data: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    os.replace(beside, path)
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")

@@ -28,19 +28,19 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--basis", type=Path, default=None, help="safetensors file to keep the basis in")
+    parser.add_argument("--basis", type=Path, default=None, help="folder to keep the basis in")
     arguments = parser.parse_args()
     console = Console()
     model: Any
     tokenizer: Any
     model, tokenizer = load_pretrained(arguments.model)
     if arguments.basis is not None and arguments.basis.exists():
-        basis = SoftmaxBasis.load(arguments.basis, model.device)
+        basis = SoftmaxBasis.from_pretrained(arguments.basis, model.device)
         basis.check_model(model)
     else:
         basis = SoftmaxBasis.from_model(model, arguments.rank)
         if arguments.basis is not None:
-            basis.save(arguments.basis)
+            basis.save_pretrained(arguments.basis)
     bat = BasisAwareLogitsProcessor(basis, arguments.epsilon)
     trace = TruncationTrace([bat], critical_threshold=SupportChecker(basis).critical_threshold)
     torch.manual_seed(arguments.seed)

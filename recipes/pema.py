@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_longtrunc import (
+    PEMA,
     GradualUnrolling,
     PEMAAdapter,
-    PEMALogitsProcessor,
     build_pema_memory,
     load_pretrained,
     train_pema,
@@ -96,7 +96,7 @@ def main(
     built = time.perf_counter()
     adapter = train_pema(language_model, memory, rank=rank, epochs=epochs, seed=seed, progress=True)
     print(f"{memory}: {built - started:.0f} s; {adapter}: {time.perf_counter() - built:.0f} s")
-    adapter.save(out / "adapter")
+    adapter.save_pretrained(out / "adapter")
     shown = "".join(f"{one.prompt}{one.target}\n\n" for one in learned[:3])
     arms = {
         "model alone": ("", None),
@@ -163,7 +163,7 @@ def rewrite(
     else:
         sources = [len(tokenizer(one.source)["input_ids"]) for one in asked]
         interpolation = GradualUnrolling(sources, width) if isinstance(share, str) else share
-        with PEMALogitsProcessor(model, adapter, interpolation) as pema:
+        with PEMA(adapter, interpolation=interpolation)(model) as pema:
             sequences = model.generate(**options, logits_processor=[pema])
     texts = tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True)
     return [text.strip().partition("\n")[0].strip() for text in texts]

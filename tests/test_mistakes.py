@@ -62,7 +62,7 @@ def basis_of_another(model):
 
 
 MISTAKES = {
-    "epsilon must lie in (0, 1), got 2": lambda model: EtaLogitsProcessor(2),
+    "epsilon must be a number above 0 and below 1, got 2.0": lambda model: EtaLogitsProcessor(2),
     "object of type 'EtaLogitsProcessor' has no len()": lambda model: model.generate(
         IDS, max_new_tokens=1, logits_processor=EtaLogitsProcessor(2e-3)
     ),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from hf_longtrunc.arguments import number, one_of
 from hf_longtrunc.mixing.logit_difference import (
     contrast,
     exclude_tail,
@@ -21,7 +19,7 @@ from hf_longtrunc.mixing.logit_difference import (
     proxy,
 )
 from hf_longtrunc.mixing.prefixes import address, common_prefix
-from hf_longtrunc.models import CACHE, without_peft
+from hf_longtrunc.models import CACHE, parameters_of, unwrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -126,11 +124,9 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
         attention_mask: Tensor | None = None,
     ):
         super().__init__(assistant, attention_mask=attention_mask)
-        self.alpha = _checked_number("alpha", alpha, 0, math.inf)
-        self.filter_rate = _checked_share("filter_rate", filter_rate)
-        if filter_mode not in ("exclude", "keep"):
-            raise ValueError(f"filter_mode must be 'exclude' or 'keep', got {filter_mode!r}")
-        self.filter_mode = filter_mode
+        self.alpha = number("alpha", alpha, least=0)
+        self.filter_rate = number("filter_rate", filter_rate, above=0, most=1)
+        self.filter_mode = one_of("filter_mode", filter_mode, ("exclude", "keep"))
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
         """Subtract alpha times the assistant over the likely tokens [rows, V]."""
@@ -186,8 +182,8 @@ class ContrastiveDecodingLogitsProcessor(AuxiliaryModelLogitsProcessor):
         self, amateur: Any, alpha: float = 0.1, temperature: float = 1.0, attention_mask: Tensor | None = None
     ):
         super().__init__(amateur, attention_mask=attention_mask)
-        self.alpha = _checked_share("alpha", alpha)
-        self.temperature = _checked_number("temperature", temperature, 1e-6, math.inf)
+        self.alpha = number("alpha", alpha, above=0, most=1)
+        self.temperature = number("temperature", temperature, above=0)
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
         """Divide by the amateur where the target finds a token likely [rows, V]."""
@@ -211,7 +207,7 @@ class ProxyTuningLogitsProcessor(AuxiliaryModelLogitsProcessor):
 
     def __init__(self, expert: Any, anti_expert: Any, alpha: float = 1.0, attention_mask: Tensor | None = None):
         super().__init__(expert, anti_expert, attention_mask=attention_mask)
-        self.alpha = _checked_number("alpha", alpha, -math.inf, math.inf)
+        self.alpha = number("alpha", alpha)
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
         """Add what tuning changed in the small model [rows, V]."""
@@ -248,7 +244,7 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
         negative_attention_mask: Tensor | None = None,
     ):
         super().__init__(model, attention_mask=negative_attention_mask)
-        self.guidance_scale = _checked_number("guidance_scale", guidance_scale, -math.inf, math.inf)
+        self.guidance_scale = number("guidance_scale", guidance_scale)
         _check_token_ids(prompt_ids)
         negative = prompt_ids[:, -1:] if negative_prompt_ids is None else negative_prompt_ids
         _check_token_ids(negative)
@@ -373,7 +369,7 @@ def _positions(mask: Tensor) -> Tensor:
 
 
 def _forward_parameters(model: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(without_peft(model).forward).parameters)
+    return frozenset(parameters_of(unwrapped(model)))
 
 
 def _has_attention_layers_only(config: Any) -> bool:
@@ -417,17 +413,3 @@ def _check_token_ids(input_ids: Tensor) -> None:
         raise ValueError(
             "there are no input_ids to read: the auxiliary model needs the prompt as token ids, not as inputs_embeds"
         )
-
-
-def _checked_number(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not low <= float(value) <= high or not math.isfinite(float(value)):
-        raise ValueError(f"{name} must be a finite number of at least {low:g}, got {value!r}")
-    return float(value)
-
-
-def _checked_share(name: str, value: object) -> float:
-    if not 0 < _checked_number(name, value, -math.inf, math.inf) <= 1:
-        raise ValueError(f"{name} must lie in (0, 1], got {value!r}")
-    return float(value)  # type: ignore[arg-type]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_longtrunc.models import unwrapped
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -14,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class LanguageModelHead:
-    """What a model does to the input of its output embedding until it is logits: `head(states)`, in fp32.
+    """A language model's map from the input of its output embedding to its logits, in fp32: `head(states)`.
 
-    That is the output embedding itself, with bias, adapters and quantisation as it has them, and then one of: nothing,
-    a constant factor (Cohere, Granite), or the cap c * tanh(z / c) of `config.final_logit_softcapping` (Gemma).
-    Which of them it is, is found by one forward of a few tokens and checked on it.
+    The map is the output embedding itself, with bias, adapters and quantisation as it has them, and then one of:
+    nothing, a constant factor (Cohere, Granite), or the cap c * tanh(z / c) of `config.final_logit_softcapping`
+    (Gemma). One forward of a few tokens finds which of them it is, and checks it.
 
     Args:
-        model: a decoder-only transformers language model, or a PEFT wrapper of one.
+        model: a decoder-only transformers language model, or a wrapper of one (PEFT, DDP).
 
     Attributes:
         hidden_size: width of the states.
@@ -32,18 +34,19 @@ class LanguageModelHead:
     """
 
     def __init__(self, model: Any) -> None:
-        if model.config.is_encoder_decoder:
+        inside = unwrapped(model)
+        if inside.config.is_encoder_decoder:
             raise ValueError(
-                f"{type(model).__name__} is an encoder-decoder: its logits depend on a source that input_ids do not "
+                f"{type(inside).__name__} is an encoder-decoder: its logits depend on a source that input_ids do not "
                 "hold; take a decoder-only model"
             )
-        self.module = model.get_output_embeddings()
+        self.module = inside.get_output_embeddings()
         if self.module is None:
-            raise ValueError(f"{type(model).__name__} has no output embedding: take a causal language model")
-        self._model_name = type(model).__name__
-        self._cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+            raise ValueError(f"{type(inside).__name__} has no output embedding: take a causal language model")
+        self._model_name = type(inside).__name__
+        self._cap: float | None = getattr(inside.config.get_text_config(), "final_logit_softcapping", None)
         self._factor = 1.0
-        states, logits = _probe(model, self.module)
+        states, logits = _probe(inside, self.module)
         self._dtype = states.dtype
         self.hidden_size, self.vocab_size = states.shape[-1], logits.shape[-1]
         self._fit(states, logits)
@@ -53,7 +56,7 @@ class LanguageModelHead:
         return self._finish(self._embed(states))
 
     def _embed(self, states: Tensor) -> Tensor:
-        # forward, not the module: whoever listens to the model's own use of it with a hook does not hear this one.
+        # Calls `forward` directly, so hooks on the module do not fire.
         logits: Tensor = self.module.forward(states.to(self.device, self._dtype))
         return logits.float()
 

@@ -14,16 +14,18 @@ Stage 2 starts from a fresh Gaussian A and B_pd = 0, that is from an even P_PEMA
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+
+from hf_longtrunc.arguments import number, share, whole
+from hf_longtrunc.saving import load_folder, save_folder
 
 if TYPE_CHECKING:
     import os
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 
 # Rows of the memory that are in float64 at one time.
 _CHUNK = 16384
-_SETTINGS, _WEIGHTS = "pema.json", "pema.safetensors"
+_MEMORY, _ADAPTER = "pema_memory", "pema_adapter"
+_SETTINGS = ("hidden_size", "rank", "vocab_size", "layer_norm")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +48,8 @@ class PEMAMemory:
         tokens: [rows], int64, the next tokens.
         vocab_size: width of that model's logits.
 
-    `build_pema_memory` makes one. `save` writes a safetensors file; `load` maps it into memory, so that a memory may be
-    larger than the machine's: training reads the rows of a batch and no others.
+    `build_pema_memory` makes one. `save_pretrained` writes it into a folder; `from_pretrained` maps it into memory, so
+    that it may be larger than the machine's: training reads the rows of a batch and no others.
     """
 
     hidden: Tensor
@@ -59,6 +62,9 @@ class PEMAMemory:
                 "hidden must be a floating-point matrix [rows, width] and tokens [rows], got shapes "
                 f"{tuple(self.hidden.shape)} ({self.hidden.dtype}) and {tuple(self.tokens.shape)}"
             )
+        if self.tokens.dtype != torch.int64:
+            raise TypeError(f"tokens must be int64, got {self.tokens.dtype}")
+        object.__setattr__(self, "vocab_size", whole("vocab_size", self.vocab_size, least=1))
         if not len(self.tokens):
             raise ValueError("a memory needs at least one row: no token was marked as a target")
         if not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < self.vocab_size:
@@ -70,23 +76,32 @@ class PEMAMemory:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the memory to a safetensors file."""
-        from safetensors.torch import save_file
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the memory into a folder, as safetensors and json with a checksum."""
+        tensors = {"hidden": self.hidden, "tokens": self.tokens}
+        save_folder(folder, _MEMORY, tensors, {"vocab_size": self.vocab_size})
 
-        tensors = {"hidden": self.hidden.contiguous().cpu(), "tokens": self.tokens.contiguous().cpu()}
-        save_file(tensors, path, {"vocab_size": str(self.vocab_size)})
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> PEMAMemory:
+        """Map a memory that `save_pretrained` wrote; its rows are read from the file when they are asked for.
+
+        The file is read once from end to end for its checksum.
+
+        Raises:
+            FileNotFoundError: the folder holds none.
+            ValueError: the files are damaged, or something is missing in them or of another shape.
+        """
+        tensors, settings = load_folder(folder, _MEMORY, {"hidden": "rows width", "tokens": "rows"}, ("vocab_size",))
+        return cls(tensors["hidden"], tensors["tokens"], settings["vocab_size"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the memory into the folder `path`: `save_pretrained` by its earlier name."""
+        self.save_pretrained(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PEMAMemory:
-        """Map a memory that `save` wrote; its rows are read from the file when they are asked for."""
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            vocab_size = (file.metadata() or {}).get("vocab_size")
-            if vocab_size is None or set(file.keys()) != {"hidden", "tokens"}:
-                raise ValueError(f"{path} holds no PEMA memory: write one with memory.save(path)")
-            return cls(file.get_tensor("hidden"), file.get_tensor("tokens"), int(vocab_size))
+        """Map a memory from the folder `path`: `from_pretrained` by its earlier name."""
+        return cls.from_pretrained(path)
 
     def __repr__(self) -> str:
         return f"PEMAMemory({len(self)} rows of width {self.hidden.shape[1]}, vocab_size={self.vocab_size})"
@@ -104,7 +119,7 @@ class PEMAAdapter(nn.Module):
         generator: draws A, N(0, 1 / hidden_size); None takes torch's.
 
     Parameters A [rank, width] and B_pd [width, rank], those of `norm`, and the buffer B_rct [width, rank]: fp32,
-    2 * width * rank + 2 * width numbers to learn. `save` and `load` keep it in a folder, as safetensors and json.
+    2 * width * rank + 2 * width numbers to learn. `save_pretrained` and `from_pretrained` keep it in a folder.
     """
 
     def __init__(
@@ -117,9 +132,10 @@ class PEMAAdapter(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= hidden_size:
-            raise ValueError(f"rank must be a whole number in 1..{hidden_size}, the width of the states, got {rank!r}")
-        self.hidden_size, self.rank, self.vocab_size, self.layer_norm = hidden_size, rank, vocab_size, layer_norm
+        hidden_size = whole("hidden_size", hidden_size, least=1)
+        rank = whole("rank", rank, least=1, most=hidden_size)
+        self.hidden_size, self.rank, self.layer_norm = hidden_size, rank, layer_norm
+        self.vocab_size = whole("vocab_size", vocab_size, least=1)
         self.A = nn.Parameter(torch.randn(rank, hidden_size, generator=generator) / math.sqrt(hidden_size))
         self.B_pd = nn.Parameter(torch.zeros(hidden_size, rank))
         self.norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
@@ -138,25 +154,36 @@ class PEMAAdapter(nn.Module):
     def _bottleneck(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden.to(self.A), self.A)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write pema.safetensors and pema.json into a folder, which is made."""
-        from safetensors.torch import save_file
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapter into a folder, as safetensors and json with a checksum."""
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        save_folder(folder, _ADAPTER, self.state_dict(), settings)
 
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        settings = {name: getattr(self, name) for name in ("hidden_size", "rank", "vocab_size", "layer_norm")}
-        Path(folder, _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, Path(folder, _WEIGHTS))
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> PEMAAdapter:
+        """Read an adapter that `save_pretrained` wrote, in eval mode.
+
+        Raises:
+            FileNotFoundError: the folder holds none.
+            ValueError: the files are damaged, or something is missing in them or of another shape.
+        """
+        shapes = {"A": "rank width", "B_pd": "width rank", "B_rct": "width rank"}
+        tensors, settings = load_folder(folder, _ADAPTER, shapes, _SETTINGS)
+        adapter = cls(**{name: settings[name] for name in _SETTINGS})
+        try:
+            adapter.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} holds tensors that do not fit its settings {settings}: {error}") from None
+        return adapter.to(device).eval()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapter into a folder: `save_pretrained` by its earlier name."""
+        self.save_pretrained(folder)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> PEMAAdapter:
-        """Read an adapter that `save` wrote."""
-        from safetensors.torch import load_file
-
-        if not Path(folder, _SETTINGS).is_file() or not Path(folder, _WEIGHTS).is_file():
-            raise ValueError(f"{folder} holds no PEMA adapter ({_SETTINGS}, {_WEIGHTS}): write one with adapter.save")
-        adapter = cls(**json.loads(Path(folder, _SETTINGS).read_text(encoding="utf-8")))
-        adapter.load_state_dict(load_file(Path(folder, _WEIGHTS)))
-        return adapter.to(device).eval()
+        """Read an adapter from a folder: `from_pretrained` by its earlier name."""
+        return cls.from_pretrained(folder, device)
 
     def __repr__(self) -> str:
         return f"PEMAAdapter(hidden_size={self.hidden_size}, rank={self.rank}, vocab_size={self.vocab_size})"
@@ -210,6 +237,8 @@ def fit_adapter(
     AdamW with a rate that falls linearly to zero, on the adapter's parameters alone: `head` gets no gradient, whatever
     its `requires_grad`. Every epoch is a new order of the rows, drawn from `seed`. Arguments as for `train_pema`.
     """
+    kappa, learning_rate = share("kappa", kappa), number("learning_rate", learning_rate, above=0)
+    epochs, batch_size = whole("epochs", epochs, least=1), whole("batch_size", batch_size, least=1)
     parameters, device = list(adapter.parameters()), adapter.A.device
     adapter.B_rct.copy_(reconstruction_basis(memory.hidden, adapter.rank))
     generator = torch.Generator().manual_seed(seed)
@@ -257,11 +286,12 @@ class GradualUnrolling:
 
     def __post_init__(self) -> None:
         lengths = self._lengths()
-        if not lengths or min(lengths) < 1:
-            raise ValueError(f"source_length must be at least one token for every prompt, got {self.source_length!r}")
-        if self.prompt_length < 1:
-            raise ValueError(f"prompt_length must be at least 1, got {self.prompt_length}: pass input_ids.shape[1]")
-        checked_share("lambda_max", self.lambda_max)
+        if not lengths:
+            raise ValueError("source_length must name the tokens of at least one prompt, got none")
+        for length in lengths:
+            whole("source_length", length, least=1)
+        whole("prompt_length", self.prompt_length, least=1)
+        share("lambda_max", self.lambda_max)
 
     def shares(self, width: int, rows: int) -> Float[Tensor, " rows"]:
         """Return lambda_i for each of `rows` rows of `input_ids`, now `width` columns wide.
@@ -284,27 +314,20 @@ class GradualUnrolling:
         return (self.lambda_max * left.clamp_min(0)).square().repeat_interleave(rows // len(lengths))
 
     def _lengths(self) -> list[int]:
-        return [self.source_length] if isinstance(self.source_length, int) else list(self.source_length)
+        return list(self.source_length) if isinstance(self.source_length, Iterable) else [self.source_length]
 
 
 def interpolate(
     pema_logits: Float[Tensor, "rows vocab"],
     scores: Float[Tensor, "rows vocab"],
-    share: Float[Tensor, " rows"],
+    weight: Float[Tensor, " rows"],
 ) -> Float[Tensor, "rows vocab"]:
-    """Return log(lambda P_PEMA + (1 - lambda) P_LM), each row by logsumexp, in fp32.
+    """Return log(lambda P_PEMA + (1 - lambda) P_LM), each row by logsumexp, in fp32; lambda is `weight`.
 
     P_LM is the softmax of `scores`: logits or log-probabilities. A token at -inf there, removed by an earlier
     processor, stays removed, and P_PEMA is the softmax over the others.
     """
     log_lm = scores.float().log_softmax(-1)
     log_pema = pema_logits.float().masked_fill(scores == -math.inf, -math.inf).log_softmax(-1)
-    share = share.to(log_lm)[:, None]
-    return torch.logaddexp(log_pema + share.log(), log_lm + (-share).log1p())
-
-
-def checked_share(name: str, value: object) -> float:
-    """Return a share in [0, 1] as a float, or say what it must be."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
-    return float(value)
+    weight = weight.to(log_lm)[:, None]
+    return torch.logaddexp(log_pema + weight.log(), log_lm + (-weight).log1p())

@@ -1,8 +1,9 @@
-"""PEMA on transformers models: memory, training, and `with PEMALogitsProcessor(model, adapter) as pema:`."""
+"""PEMA on transformers models: memory, training, and `with PEMA(adapter)(model) as pema:`."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import threading
+from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -10,21 +11,23 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 
+from hf_longtrunc.arguments import share, whole
+from hf_longtrunc.handles import Handle
 from hf_longtrunc.mixing.head import LanguageModelHead, head_inputs
 from hf_longtrunc.mixing.pema import (
     GradualUnrolling,
     PEMAAdapter,
     PEMAMemory,
-    checked_share,
     fit_adapter,
     interpolate,
 )
-from hf_longtrunc.models import evaluating
+from hf_longtrunc.models import attachable, evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
+    from typing_extensions import Self
 
 _IGNORE = -100
 
@@ -55,6 +58,7 @@ def build_pema_memory(
         ValueError: columns are missing or differ in length, a label is not the token at its place (labels are not
             shifted here: the model's own convention), or no label is a target.
     """
+    batch_size = whole("batch_size", batch_size, least=1)
     rows = [_checked_example(example, f"example {index}") for index, example in enumerate(examples)]
     head = LanguageModelHead(model)
     counts = [int((labels[1:] != _IGNORE).sum()) for _, labels in rows]
@@ -89,7 +93,7 @@ def train_pema(
 
     Args:
         model: the model that the memory was built with.
-        memory: from `build_pema_memory` or `PEMAMemory.load`.
+        memory: from `build_pema_memory` or `PEMAMemory.from_pretrained`.
         rank: of the bottleneck, at most the width of the states; the paper uses 512.
         kappa: weight of the reconstruction in the loss of stage 2, in [0, 1]; the paper uses 0.2.
         epochs: passes of stage 2 over the memory. Stage 1 takes one pass and no steps.
@@ -110,12 +114,6 @@ def train_pema(
     """
     head = LanguageModelHead(model)
     _check_sizes(head, memory.hidden.shape[1], memory.vocab_size, "memory")
-    checked_share("kappa", kappa)
-    if epochs < 1 or batch_size < 1 or not learning_rate > 0:
-        raise ValueError(
-            f"epochs and batch_size must be at least 1 and learning_rate positive, got {epochs}, {batch_size}, "
-            f"{learning_rate}"
-        )
     generator = torch.Generator().manual_seed(seed)
     adapter = PEMAAdapter(head.hidden_size, rank, head.vocab_size, layer_norm=layer_norm, generator=generator)
     adapter.to(head.device)
@@ -133,28 +131,69 @@ def train_pema(
     return adapter.eval()
 
 
-class PEMALogitsProcessor(LogitsProcessor):
-    """Mix a PEMA adapter into what a model generates: P = lambda P_PEMA + (1 - lambda) P_LM, at every step.
+@dataclass(frozen=True)
+class PEMA:
+    """Plug-in external memory adaptation: mix an adapter into what a model generates, at every step.
+
+        with PEMA(adapter)(model) as pema:
+            model.generate(**inputs, logits_processor=[pema])
+
+    P = lambda P_PEMA + (1 - lambda) P_LM; `PEMALogitsProcessor` says in which modes of generation, and at what cost.
+
+    Args:
+        adapter: from `train_pema` or `PEMAAdapter.from_pretrained`.
+        interpolation: lambda, a constant in [0, 1], or `GradualUnrolling(...)`.
+
+    Source: Kim et al. 2024, arXiv 2311.08590, section 3.
+    """
+
+    adapter: PEMAAdapter
+    _: KW_ONLY
+    interpolation: float | GradualUnrolling = 0.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.adapter, PEMAAdapter):
+            raise TypeError(f"adapter must be a PEMAAdapter, got {type(self.adapter).__name__}; see train_pema")
+        if not isinstance(self.interpolation, GradualUnrolling):
+            object.__setattr__(self, "interpolation", share("interpolation", self.interpolation))
+
+    def attach(self, model: Any) -> PEMALogitsProcessor:
+        """Attach the adapter to `model` and return the logits processor, which is the handle too.
+
+        Raises:
+            TypeError, ValueError: the model does not fit the adapter, or is compiled already.
+        """
+        processor = PEMALogitsProcessor(model, self.adapter, self.interpolation)
+        processor.attach()
+        return processor
+
+    __call__ = attach
+
+
+class PEMALogitsProcessor(LogitsProcessor, Handle):
+    """The logits processor that `PEMA(adapter)(model)` returns: P = lambda P_PEMA + (1 - lambda) P_LM, at every step.
 
         with PEMALogitsProcessor(model, adapter) as pema:
             model.generate(**inputs, logits_processor=[pema])
 
-    The adapter reads the state that the model has just put into its output embedding, through a hook that stands for
-    the block and is removed after it, an exception included. Row by row it belongs to the scores whatever beams and
-    returns do, so nothing is cached and nothing counted.
+    The adapter reads the state that the model has just put into its output embedding, through a hook that stands from
+    `attach()`, or the beginning of the block, to `detach()`, or its end, an exception included. Row by row the state
+    belongs to the scores whatever beams and returns do. Nothing is cached, and each thread has a state of its own.
 
     Args:
-        model: the model that the adapter was trained for. It may differ in dtype and device.
-        adapter: from `train_pema` or `PEMAAdapter.load`.
+        model: the model that the adapter was trained for, or a PEFT or DDP wrapper of it. It may differ in dtype and
+            device.
+        adapter: from `train_pema` or `PEMAAdapter.from_pretrained`.
         interpolation: lambda, a constant in [0, 1], or `GradualUnrolling(...)`.
 
-    Greedy, sampling, beams and several returns, padded batches and several calls in one block work. Refused, each with
-    the reason: prompt lookup and assisted decoding, which score several positions of one forward; a processor that runs
-    the same model a second time (`guidance_scale`), `prefill_chunk_size`, continuous batching, `inputs_embeds`.
+    Greedy, sampling, beams and several returns, padded batches and several calls in one block work, and so do calls
+    that take the processor beside others that do not. Refused, each with the reason: prompt lookup and assisted
+    decoding, which score several positions of one forward; a processor that runs the same model a second time
+    (`guidance_scale`), `prefill_chunk_size`, continuous batching, `inputs_embeds`.
 
     Raises:
         ValueError: an adapter of another width or vocabulary, an encoder-decoder, a head that cannot be applied from
-            outside (see `LanguageModelHead`), any of the modes above, a call outside the block.
+            outside (see `LanguageModelHead`), any of the modes above, a call while it is not attached.
 
     Cost a step: 2 * width * rank multiplications a row, and the output embedding a second time. Returns
     log-probabilities, fp32; tokens that an earlier processor removed stay removed.
@@ -166,59 +205,83 @@ class PEMALogitsProcessor(LogitsProcessor):
     supports_continuous_batching = True
 
     def __init__(self, model: Any, adapter: PEMAAdapter, interpolation: float | GradualUnrolling = 0.5) -> None:
+        technique = PEMA(adapter, interpolation=interpolation)
+        self._model = attachable(model, "PEMA")
         self.head = LanguageModelHead(model)
         _check_sizes(self.head, adapter.hidden_size, adapter.vocab_size, "adapter")
-        self.adapter = adapter
-        self.interpolation = interpolation
-        if not isinstance(interpolation, GradualUnrolling):
-            self.interpolation = checked_share("interpolation", interpolation)
-        self._block: ExitStack | None = None
-        self._states: list[Tensor] = []
+        Handle.__init__(self, f"PEMA({adapter!r})", self._model, "the input of its output embedding is read")
+        self.adapter, self.interpolation = adapter, technique.interpolation
+        self.is_attached = self._is_entered = False
+        self._seen = _Seen()
 
-    def __enter__(self) -> PEMALogitsProcessor:
-        """Start listening to the model's output embedding."""
-        if self._block is not None:
+    def attach(self) -> None:
+        """Start to read the input of the model's output embedding, until `detach()`.
+
+        Raises:
+            ValueError: it is attached already.
+        """
+        if self.is_attached:
+            raise ValueError("this PEMALogitsProcessor is in use already: detach it first, or make a second one")
+        self.undo(self.head.module.register_forward_pre_hook(self._see).remove)
+        self.undo(self._seen.clear)
+        generating: Any = self._model
+        build = generating._get_logits_processor
+
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            # A new generation: what another one left, or a forward in between, is not its own.
+            self._seen.clear()
+            return build(*args, **kwargs)
+
+        self.set(generating, "_get_logits_processor", begin)
+        self.refuse_copies(generating, advice="detach first, copy or save it, and attach again")
+        self.is_attached = True
+
+    def __enter__(self) -> Self:
+        """Attach it, unless that was done, until the end of the block."""
+        if self._is_entered:
             raise ValueError("this PEMALogitsProcessor is in use already: leave its block first, or make a second one")
-        self._block = ExitStack()
-        self._block.enter_context(head_inputs(self.head.module, self._see))
+        if not self.is_attached:
+            self.attach()
+        self._is_entered = True
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        """Stop listening: the model is as it was."""
-        if self._block is not None:
-            self._block.close()
-        self._block = None
-        self._states.clear()
+    def detach(self) -> None:
+        """Stop to read: the model is as it was; a second call does nothing."""
+        super().detach()
+        self._is_entered = False
 
-    def _see(self, states: Tensor) -> None:
+    def _see(self, _: Any, arguments: tuple[Tensor, ...]) -> None:
+        states = arguments[0]
         # A copy: compiled forwards write the next step into the same memory.
-        self._states.append(states[:, -1].detach().clone() if states.ndim == 3 else states.detach())
+        self._seen.states = states[:, -1].detach().clone() if states.ndim == 3 else states.detach().clone()
+        self._seen.forwards += 1
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return log P [rows, vocabulary] of the next token, given `scores` [rows, vocabulary]."""
         states = self._taken()
         self._check_call(input_ids, states, scores)
-        share = self._share(input_ids).to(scores.device)
+        weight = self._weight(input_ids).to(scores.device)
         logits = self.head(self.adapter(states.to(self.adapter.A.device)))
-        return interpolate(logits.to(scores.device), scores, share)
+        return interpolate(logits.to(scores.device), scores, weight)
 
     def _taken(self) -> Tensor:
         """Take the states of the one forward since the last step; each serves once."""
-        if self._block is None:
+        if not self.is_attached:
             raise ValueError(
-                "PEMALogitsProcessor was called outside its block: with PEMALogitsProcessor(...) as pema: "
+                "PEMALogitsProcessor was called outside its block: with PEMA(adapter)(model) as pema: "
                 "model.generate(..., logits_processor=[pema])"
             )
-        states, self._states = self._states, []
-        if len(states) != 1:
+        forwards, states = self._seen.forwards, self._seen.states
+        self._seen.clear()
+        if forwards != 1 or states is None:
             raise ValueError(
-                f"PEMALogitsProcessor needs one forward of the model for every step, and saw {len(states)} since the "
+                f"PEMALogitsProcessor needs one forward of the model for every step, and saw {forwards} since the "
                 "last one. Prompt lookup and assisted decoding score several positions of one forward, "
                 "guidance_scale and prefill_chunk_size take several forwards: generate without them, and with the "
                 "model that PEMALogitsProcessor was given"
             )
-        return states[0]
+        return states
 
     def _check_call(self, input_ids: Tensor, states: Tensor, scores: Tensor) -> None:
         if input_ids.ndim != 2:
@@ -231,13 +294,20 @@ class PEMALogitsProcessor(LogitsProcessor):
                 f"this step, got {tuple(scores.shape)} for {len(input_ids)} rows of input_ids"
             )
 
-    def _share(self, input_ids: Tensor) -> Tensor:
+    def _weight(self, input_ids: Tensor) -> Tensor:
         if isinstance(self.interpolation, GradualUnrolling):
             return self.interpolation.shares(input_ids.shape[1], len(input_ids))
         return torch.full((len(input_ids),), self.interpolation)
 
-    def __repr__(self) -> str:
-        return f"PEMALogitsProcessor({self.adapter!r}, interpolation={self.interpolation!r})"
+
+class _Seen(threading.local):
+    """What the running thread's forwards put into the output embedding since the last step."""
+
+    states: Tensor | None = None
+    forwards = 0
+
+    def clear(self) -> None:
+        self.states, self.forwards = None, 0
 
 
 def _states(model: Any, head: LanguageModelHead, rows: Sequence[Tensor]) -> Tensor:

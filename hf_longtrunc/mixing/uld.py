@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import dataclass
-from pathlib import Path
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from hf_longtrunc.arguments import number, whole
+from hf_longtrunc.extras import missing
 from hf_longtrunc.mixing.logit_difference import IGNORED, UNIFORM, forget_retain_loss
+from hf_longtrunc.models import unwrapped
+from hf_longtrunc.saving import load_folder, save_folder
 
 if TYPE_CHECKING:
     import os
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-_SETTINGS_FILE = "uld.json"
+_KIND = "uld_assistant"
+# What of a target its assistant depends on.
+_SETTINGS = ("model_type", "hidden_size", "vocab_size")
 
 
 def uld_assistant(
@@ -34,7 +39,7 @@ def uld_assistant(
     trains the one leaves the other alone. Give it the patches of the target, such as `LMInfinite`, too.
 
     Args:
-        model: a decoder-only transformers model.
+        model: a decoder-only transformers model, or a wrapper of one.
         num_layers: layers that are kept; None takes a quarter, as the paper does (8 of 32).
         rank: of the LoRA matrices on every linear layer but the head.
         lora_alpha: their scale times rank; None takes 2 rank.
@@ -51,12 +56,14 @@ def uld_assistant(
     Source: Ji et al. 2024, arXiv 2406.08607, section 3. Deviation: the trained norm.
     """
     peft = _peft()
+    rank = whole("rank", rank, least=1)
+    model = unwrapped(model)
     depth = _text_config(model).num_hidden_layers
     short = _first_layers(model, max(1, depth // 4) if num_layers is None else num_layers)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=2 * rank if lora_alpha is None else lora_alpha,
+        lora_alpha=2 * rank if lora_alpha is None else whole("lora_alpha", lora_alpha, least=1),
         target_modules="all-linear",
         modules_to_save=[_final_norm(short)] if train_norm else None,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in short.modules()),
@@ -65,31 +72,39 @@ def uld_assistant(
 
 
 def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
-    """Write what was trained: adapter_model.safetensors, adapter_config.json and uld.json (which target, which layers).
+    """Write what was trained, which layers it stands on and which target it is for, as safetensors and json.
 
     The shared weights are not written: `load_uld_assistant` takes them from the target.
     """
-    assistant.save_pretrained(folder, save_embedding_layers=False)
-    text = json.dumps(_settings(assistant.get_base_model()), indent=2) + "\n"
-    Path(folder, _SETTINGS_FILE).write_text(text, encoding="utf-8")
+    peft = _peft()
+    adapter = {name: _plain(value) for name, value in assistant.peft_config[assistant.active_adapter].to_dict().items()}
+    trained = peft.get_peft_model_state_dict(assistant, save_embedding_layers=False)
+    save_folder(folder, _KIND, trained, {**_settings(assistant.get_base_model()), "adapter": adapter})
 
 
 def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> Any:
-    """Build the assistant that `save_uld_assistant` wrote, on the weights of `model`, its target.
+    """Build the assistant that `save_uld_assistant` wrote, on the weights of `model`, its target, in eval mode.
 
     Raises:
         FileNotFoundError: the folder holds no assistant.
-        ValueError: it was made for a model of another type, width or vocabulary. Other weights of the same shape cannot
-            be told from the right ones.
+        ValueError: the files are damaged, or the assistant was made for a model of another type, width or vocabulary.
+            Other weights of the same shape cannot be told from the right ones.
     """
-    path = Path(folder, _SETTINGS_FILE)
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no {_SETTINGS_FILE}: write one with save_uld_assistant()")
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    if (expected := {**_settings(model), "num_layers": saved["num_layers"]}) != saved:
-        raise ValueError(f"the assistant in {folder} was made for {saved}, got the target {expected}")
-    short = _first_layers(model, saved["num_layers"])
-    return _peft().PeftModel.from_pretrained(short, str(folder), is_trainable=is_trainable).eval()
+    peft = _peft()
+    tensors, settings = load_folder(folder, _KIND, {}, (*_SETTINGS, "num_layers", "adapter"))
+    target = _settings(model)
+    if (made_for := {name: settings[name] for name in _SETTINGS}) != {name: target[name] for name in _SETTINGS}:
+        raise ValueError(f"the assistant in {folder} was made for {made_for}, got the target {target}")
+    config = peft.PeftConfig.from_peft_type(**settings["adapter"] | {"inference_mode": not is_trainable})
+    assistant = peft.get_peft_model(_first_layers(model, settings["num_layers"]), config)
+    expected = set(peft.get_peft_model_state_dict(assistant, save_embedding_layers=False))
+    if expected != set(tensors):
+        raise ValueError(
+            f"{folder} holds other tensors than its assistant has: {', '.join(sorted(expected ^ set(tensors)))}; save "
+            "it again"
+        )
+    peft.set_peft_model_state_dict(assistant, tensors)
+    return assistant.eval()
 
 
 @dataclass(frozen=True)
@@ -106,6 +121,9 @@ class ULDLoss:
     """
 
     beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", number("beta", self.beta, least=0))
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return the loss, a scalar; `outputs.logits` [rows, length, V], `labels` [rows, length]."""
@@ -162,8 +180,7 @@ def _first_layers(model: Any, num_layers: int) -> Any:
     config = _text_config(model)
     if config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder: ULD takes a decoder-only language model")
-    if not 1 <= num_layers <= config.num_hidden_layers:
-        raise ValueError(f"num_layers must lie in 1..{config.num_hidden_layers}, got {num_layers}")
+    num_layers = whole("num_layers", num_layers, least=1, most=config.num_hidden_layers)
     shared = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
     short = copy.deepcopy(model, shared)
     owner, name = _layer_list(short)
@@ -209,17 +226,25 @@ def _final_norm(model: Any) -> str:
 
 def _settings(model: Any) -> dict[str, Any]:
     config = _text_config(model)
-    names = ("model_type", "hidden_size", "vocab_size")
-    return {"num_layers": config.num_hidden_layers, **{name: getattr(config, name) for name in names}}
+    return {"num_layers": config.num_hidden_layers, **{name: getattr(config, name) for name in _SETTINGS}}
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as json has it: sets as sorted lists, members of an enumeration as their values."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value.value if isinstance(value, Enum) else value
 
 
 def _text_config(model: Any) -> Any:
-    return model.config.get_text_config(decoder=True)
+    return unwrapped(model).config.get_text_config(decoder=True)
 
 
 def _peft() -> ModuleType:
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("ULD's assistant needs peft: pip install 'hf_longtrunc[train]'") from error
+        raise missing("ULD's assistant", "peft", "train") from error
     return peft

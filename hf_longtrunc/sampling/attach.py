@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationMixin, LogitNormalization, LogitsProcessorList, WatermarkLogitsProcessor
 
-from hf_longtrunc.models import without_peft
+from hf_longtrunc.handles import Handle
+from hf_longtrunc.models import unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 _ALWAYS_LAST = (WatermarkLogitsProcessor, LogitNormalization)
 
 
-@contextmanager
-def attach_processors(model: Any, processors: Sequence[Processor], *, after_warpers: bool = False) -> Iterator[None]:
-    """Run `processors` in everything that `model` generates inside the block, `generate_batch` and serving included.
+def attach_processors(model: Any, processors: Sequence[Processor], *, after_warpers: bool = False) -> Handle:
+    """Run `processors` in everything that `model` generates until they are detached, `generate_batch` included.
 
     By default they join where `generate(logits_processor=...)` puts them: after the penalties and constraints, before
     temperature, top-k and top-p, on the model's distribution at temperature 1. With `after_warpers=True` they see the
@@ -29,14 +28,17 @@ def attach_processors(model: Any, processors: Sequence[Processor], *, after_warp
     also in the call's own list runs once.
 
     Args:
-        model: a transformers model that generates, or a PEFT wrapper of one. Nothing but this instance is touched.
+        model: a transformers model that generates, or a PEFT, DDP or compiled wrapper of one. Nothing but this
+            instance is touched.
         processors: callables (input_ids, scores) -> scores, run in this order.
         after_warpers: put them behind the warpers instead of in front.
 
+    Returns:
+        A handle; they are attached already. `with attach_processors(...):` detaches them at the end of the block, an
+        exception included; so does `handle.detach()`. Blocks nest.
+
     Raises:
         TypeError: `model` does not generate, or a processor is not callable.
-
-    On leaving the block, an exception included, the model is as it was; blocks nest.
     """
     attached = _checked_processors(processors)
 
@@ -47,28 +49,26 @@ def attach_processors(model: Any, processors: Sequence[Processor], *, after_warp
         given = kwargs.pop("logits_processor", None) or []
         return build(*args, logits_processor=LogitsProcessorList([*given, *attached]), **kwargs)
 
-    with rebuild_processor_list(model, join):
-        yield
+    place = "behind the warpers" if after_warpers else "in front of the warpers"
+    names = ", ".join(map(repr, attached)) or "nothing"
+    return rebuild_processor_list(model, join, "attach_processors", f"{names} {place} of all that it generates")
 
 
-@contextmanager
-def rebuild_processor_list(model: Any, rebuild: Callable[..., LogitsProcessorList]) -> Iterator[None]:
-    """Let `rebuild(build, *args, **kwargs)` make the processor list of every generation in the block.
+def rebuild_processor_list(
+    model: Any, rebuild: Callable[..., LogitsProcessorList], technique: str, changed: str
+) -> Handle:
+    """Let `rebuild(build, *args, **kwargs)` make the processor list of every generation until the handle is detached.
 
     `build` is the model's own `_get_logits_processor`, the one door that all modes of generation pass: `generate`
-    calls it with keywords, continuous batching with the generation config alone.
+    calls it with keywords, continuous batching with the generation config alone. `technique` and `changed` are the
+    words of the handle's repr.
     """
     owner = _generating_instance(model)
     build = owner._get_logits_processor
-    earlier = owner.__dict__.get("_get_logits_processor")
-    owner._get_logits_processor = lambda *args, **kwargs: rebuild(build, *args, **kwargs)
-    try:
-        yield
-    finally:
-        if earlier is None:
-            del owner._get_logits_processor
-        else:
-            owner._get_logits_processor = earlier
+    handle = Handle(technique, owner, changed)
+    handle.set(owner, "_get_logits_processor", lambda *args, **kwargs: rebuild(build, *args, **kwargs))
+    handle.refuse_copies(owner, advice="detach first, copy or save it, and attach again")
+    return handle
 
 
 def _after_warpers(processors: LogitsProcessorList, attached: list[Processor]) -> LogitsProcessorList:
@@ -80,14 +80,14 @@ def _after_warpers(processors: LogitsProcessorList, attached: list[Processor]) -
 
 
 def _generating_instance(model: Any) -> Any:
-    # PEFT forwards generate() to the model that it wraps: the attribute must sit there to be seen.
-    model = without_peft(model)
-    if not isinstance(model, GenerationMixin):
+    # Wrappers forward generate() to the model inside: the attribute must sit there to be seen.
+    inside = unwrapped(model)
+    if not isinstance(inside, GenerationMixin):
         raise TypeError(
-            f"model must be a transformers model with generate() or a PEFT wrapper of one, got {type(model).__name__}; "
+            f"model must be a transformers model with generate() or a wrapper of one, got {type(model).__name__}; "
             "pass the instance whose generate() you call"
         )
-    return model
+    return inside
 
 
 def _checked_processors(processors: Sequence[Processor]) -> list[Processor]:

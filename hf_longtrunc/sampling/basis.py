@@ -18,7 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
+
+from hf_longtrunc.arguments import number, one_of, whole
+from hf_longtrunc.saving import load_folder, save_folder
 
 if TYPE_CHECKING:
     import os
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 # Rows of the output embedding that are in float64 at one time.
 _CHUNK = 16384
+_KIND = "softmax_basis"
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 8
 
@@ -51,7 +56,11 @@ class SoftmaxBasis:
         centered: whether the mean row was subtracted first (softmax cannot see a vector that is added to every row).
         softcap: the cap c of a head that returns c * tanh(logits / c), None for a plain head.
 
-    Make one with `from_model` or `from_weight`, keep it with `save` and `load`.
+    Make one with `from_model` or `from_weight`, keep it with `save_pretrained` and `from_pretrained`.
+
+    Raises:
+        TypeError, ValueError: factors or singular values of another dtype or shape, or not finite.
+
     Source: Finlayson et al. 2023, "Closing the Curious Case of Neural Text Degeneration", arXiv 2310.01693, section 4.
     Deviation: the columns' scale; `centered` and `softcap` are not in the paper.
     """
@@ -62,16 +71,37 @@ class SoftmaxBasis:
     centered: bool = False
     softcap: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.factors.dtype != torch.float64 or self.singular_values.dtype != torch.float64:
+            raise TypeError(
+                "factors and singular_values must be float64, in which every proof is made, got "
+                f"{self.factors.dtype} and {self.singular_values.dtype}; make the basis again with from_model or "
+                "from_weight"
+            )
+        if self.factors.ndim != 2 or self.singular_values.shape != self.factors.shape[1:]:
+            raise ValueError(
+                f"factors must be [vocabulary, rank] and singular_values [rank], got {list(self.factors.shape)} and "
+                f"{list(self.singular_values.shape)}"
+            )
+        if not bool(self.factors.isfinite().all() and self.singular_values.isfinite().all()):
+            raise ValueError("factors and singular_values must be finite, got NaN or infinite entries")
+        if self.softcap is not None:
+            number("softcap", self.softcap, above=0)
+
     @classmethod
     def from_model(cls, model: Any, rank: int = 20, **options: Any) -> SoftmaxBasis:
-        """Make the basis of `model.get_output_embeddings()`.
+        """Make the basis of the output embedding of `model`, a transformers language model or a wrapper of one.
 
-        A bias or a constant scale on the logits leaves the column space as it is. A head that is no plain linear layer
-        (adapters, quantised weights) is read as head(I) - head(0). A cap (`config.final_logit_softcapping`) is noted
+        A bias or a constant scale on the logits leaves the column space as it is. An embedding that is no plain linear
+        layer (adapters, quantised weights) is read as f(I) - f(0). A cap (`config.final_logit_softcapping`) is noted
         in the basis. `options` are those of `from_weight`.
+
+        Raises:
+            ValueError: the model has no output embedding, or one with dropout that is in training mode; errors of
+                `from_weight`.
         """
-        softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        return cls.from_weight(_head_weight(model), rank, softcap=softcap, **options)
+        softcap = getattr(_inside(model).config.get_text_config(), "final_logit_softcapping", None)
+        return cls.from_weight(_embedding_of(model), rank, softcap=softcap, **options)
 
     @classmethod
     def from_weight(
@@ -88,14 +118,19 @@ class SoftmaxBasis:
 
         Args:
             weight: any floating dtype; worked on in float64, 16384 rows at a time.
-            rank: how many directions, 0 to the smaller side of `weight`; the paper uses 20.
+            rank: how many directions, 0 to the numerical rank of `weight`; the paper uses 20.
             centered: subtract the mean row first.
             method: "exact" decomposes W^T W (vocabulary * width^2 multiplications); "randomized" iterates on a block of
                 rank + 16 vectors (18 passes of vocabulary * width * that), for widths of several thousand.
             softcap: the cap of the logits, if the head has one.
             progress: show a bar (needs tqdm).
+
+        Raises:
+            TypeError, ValueError: a weight that is no finite floating-point matrix; a rank beyond that of the weight,
+                whose further directions are rounding noise; another argument outside its range.
         """
-        _check_weight(weight, rank, method, softcap)
+        rank = _checked_rank(weight, rank)
+        one_of("method", method, ("exact", "randomized"))
         mean = _mean_row(weight) if centered else weight.new_zeros(weight.shape[1], dtype=torch.float64)
 
         def chunks() -> Iterator[Tensor]:
@@ -120,41 +155,46 @@ class SoftmaxBasis:
 
     def truncated(self, rank: int) -> SoftmaxBasis:
         """Return the basis of the first `rank` of these directions."""
-        if not 0 <= rank <= self.rank:
-            raise ValueError(f"rank must lie in 0..{self.rank}, the directions this basis has, got {rank}")
+        rank = whole("rank", rank, least=0, most=self.rank)
         parts = self.factors[:, :rank].contiguous(), self.singular_values[:rank].clone()
         return SoftmaxBasis(*parts, self.weight_hash, self.centered, self.softcap)
 
     def check_model(self, model: Any) -> None:
         """Raise ValueError unless this basis was made from the weights that `model` has now; hashes them once."""
-        if _hash(_head_weight(model)) != self.weight_hash:
+        if _hash(_embedding_of(model)) != self.weight_hash:
             raise ValueError(
                 "this basis was made from other weights than the model's output embedding has now: make it again with "
                 "SoftmaxBasis.from_model(model)"
             )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the basis to a safetensors file."""
-        from safetensors.torch import save_file
-
-        metadata = {"weight_hash": self.weight_hash, "centered": str(self.centered), "softcap": str(self.softcap)}
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the basis into a folder, as safetensors and json with a checksum."""
         tensors = {"factors": self.factors, "singular_values": self.singular_values}
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path, metadata)
+        settings = {"weight_hash": self.weight_hash, "centered": self.centered, "softcap": self.softcap}
+        save_folder(folder, _KIND, tensors, settings)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> SoftmaxBasis:
+        """Read a basis that `save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: the folder holds none.
+            TypeError, ValueError: the files are damaged, something is missing in them, or it is no float64 basis.
+        """
+        tensors, settings = load_folder(
+            folder, _KIND, {"factors": "vocab rank", "singular_values": "rank"}, ("weight_hash", "centered", "softcap")
+        )
+        factors, values = tensors["factors"].to(device), tensors["singular_values"].to(device)
+        return cls(factors, values, settings["weight_hash"], settings["centered"], settings["softcap"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the basis into the folder `path`: `save_pretrained` by its earlier name."""
+        self.save_pretrained(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> SoftmaxBasis:
-        """Read a basis that `save` wrote."""
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if "weight_hash" not in metadata:
-                raise ValueError(
-                    f"{path} holds no softmax basis: it has no weight_hash; write one with basis.save(path)"
-                )
-            factors, values = file.get_tensor("factors"), file.get_tensor("singular_values")
-        softcap = None if metadata["softcap"] == "None" else float(metadata["softcap"])
-        return cls(factors, values, metadata["weight_hash"], metadata["centered"] == "True", softcap)
+        """Read a basis from the folder `path`: `from_pretrained` by its earlier name."""
+        return cls.from_pretrained(path, device)
 
     def __repr__(self) -> str:
         return f"SoftmaxBasis(vocab_size={self.vocab_size}, rank={self.rank}, weight_hash={self.weight_hash[:12]!r})"
@@ -185,27 +225,29 @@ def _leading_directions(
     return _Directions(block @ leading, energies.flip(0)[:rank].clamp_min(0).sqrt())
 
 
-def _head_weight(model: Any) -> Tensor:
+def _inside(model: Any) -> Any:
+    # Asked for here: the file knows no transformers until it is handed a model of it.
+    from hf_longtrunc.models import unwrapped
+
+    return unwrapped(model)
+
+
+def _embedding_of(model: Any) -> Tensor:
     """Return the output embedding [vocabulary, width] of a causal language model."""
-    head = model.get_output_embeddings()
-    if head is None:
+    from hf_longtrunc.models import weight_and_bias
+
+    inside = _inside(model)
+    embedding = inside.get_output_embeddings()
+    if embedding is None:
         raise ValueError(
-            f"{type(model).__name__} has no output embedding: basis-aware truncation needs a language model whose "
+            f"{type(inside).__name__} has no output embedding: basis-aware truncation needs a language model whose "
             "logits are a linear map of its last hidden state"
         )
-    weight = getattr(head, "weight", None)
-    plain = type(head) in (nn.Linear, nn.Embedding) and isinstance(weight, Tensor) and weight.is_floating_point()
-    return weight.detach() if plain and weight is not None else _probed_weight(head, model)
-
-
-@torch.no_grad()
-def _probed_weight(head: Any, model: Any) -> Tensor:
-    """W [vocabulary, width] of an affine head, read as head(I) - head(0), 512 unit vectors at a time."""
-    width = model.config.get_text_config().hidden_size
-    parameter = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    eye = torch.eye(width, dtype=parameter.dtype, device=parameter.device)
-    at_zero = head(torch.zeros_like(eye[:1]))
-    return torch.cat([(head(units) - at_zero).T for units in torch.split(eye, 512)], dim=1)
+    if any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in embedding.modules()):
+        raise ValueError(
+            "the output embedding has dropout and is in training mode, so it is no fixed linear map: call .eval() first"
+        )
+    return weight_and_bias(embedding, inside.config.get_text_config().hidden_size)[0]
 
 
 def _hash(weight: Tensor) -> str:
@@ -227,17 +269,12 @@ def _shown(chunks: Iterable[Tensor], progress: bool, total: int) -> Iterable[Ten
     return tqdm(chunks, total=total, desc="softmax basis", unit="chunk", leave=False)
 
 
-def _check_weight(weight: Tensor, rank: object, method: str, softcap: float | None) -> None:
+def _checked_rank(weight: Tensor, rank: object) -> int:
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(
-            f"weight must be a floating-point matrix [vocabulary, width], got {weight.dtype} of shape "
-            f"{tuple(weight.shape)}; for a quantised or adapted head use SoftmaxBasis.from_model"
+            "weight must be a floating-point matrix [vocabulary, width], got "
+            f"{weight.dtype} of shape {tuple(weight.shape)}; for a quantised or adapted one use SoftmaxBasis.from_model"
         )
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= min(weight.shape):
-        raise ValueError(f"rank must be a whole number in 0..{min(weight.shape)} for this weight, got {rank!r}")
     if not weight.isfinite().all():
         raise ValueError("weight must be finite, got NaN or infinite entries")
-    if method not in ("exact", "randomized"):
-        raise ValueError(f"method must be 'exact' or 'randomized', got {method!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, or None for a plain head, got {softcap!r}")
+    return whole("rank", rank, least=0, most=min(weight.shape))

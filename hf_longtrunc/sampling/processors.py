@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from transformers import LogitsProcessor
 
+from hf_longtrunc.arguments import number, one_of, whole
 from hf_longtrunc.sampling.cutoffs import (
     Softmax,
     below_threshold,
@@ -33,8 +33,8 @@ class _ThresholdLogitsProcessor(LogitsProcessor):
     supports_continuous_batching = True
 
     def __init__(self, epsilon: float, *, min_tokens_to_keep: int = 1, filter_value: float = -math.inf):
-        self.epsilon = _checked_epsilon(epsilon)
-        self.min_tokens_to_keep = _checked_min_tokens(min_tokens_to_keep)
+        self.epsilon = number("epsilon", epsilon, above=0, below=1)
+        self.min_tokens_to_keep = whole("min_tokens_to_keep", min_tokens_to_keep, least=1)
         self.filter_value = _checked_filter_value(filter_value)
 
     def _log_threshold(self, rows: Softmax) -> Tensor:
@@ -145,17 +145,12 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         floor: float = 1e-6,
         filter_value: float = -math.inf,
     ):
-        if cutoff not in ("eta", "epsilon"):
-            raise ValueError(f"cutoff must be 'eta' or 'epsilon', got {cutoff!r}")
-        if mode not in ("sample", "mask"):
-            raise ValueError(f"mode must be 'sample' or 'mask', got {mode!r}")
-        if max_tries is not None and (isinstance(max_tries, bool) or not isinstance(max_tries, int) or max_tries < 1):
-            raise ValueError(f"max_tries must be a whole number of at least 1, or None, got {max_tries!r}")
-        if not 0 <= floor < 1:
-            raise ValueError(f"floor must lie in [0, 1), got {floor!r}")
         self.checker = SupportChecker(basis, variant=variant)
-        self.epsilon = _checked_epsilon(epsilon)
-        self.cutoff, self.mode, self.max_tries, self.floor = cutoff, mode, max_tries, float(floor)
+        self.epsilon = number("epsilon", epsilon, above=0, below=1)
+        self.cutoff = one_of("cutoff", cutoff, ("eta", "epsilon"))
+        self.mode = one_of("mode", mode, ("sample", "mask"))
+        self.max_tries = None if max_tries is None else whole("max_tries", max_tries, least=1)
+        self.floor = number("floor", floor, least=0, below=1)
         self.generator = generator
         self.filter_value = _checked_filter_value(filter_value)
 
@@ -237,31 +232,8 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         return f"BasisAwareLogitsProcessor({self.checker.basis!r}, epsilon={self.epsilon:g}, mode={self.mode!r})"
 
 
-def _checked_epsilon(epsilon: object) -> float:
-    if isinstance(epsilon, bool) or not isinstance(epsilon, Real):
-        raise TypeError(f"epsilon must be a number in (0, 1), got {epsilon!r} of type {type(epsilon).__name__}")
-    if not 0 < float(epsilon) < 1:
-        raise ValueError(f"epsilon must lie in (0, 1), got {epsilon!r}; the paper uses 3e-4 (large models) to 4e-3")
-    return float(epsilon)
-
-
-def _checked_min_tokens(min_tokens_to_keep: object) -> int:
-    if isinstance(min_tokens_to_keep, bool) or not isinstance(min_tokens_to_keep, int):
-        raise TypeError(
-            f"min_tokens_to_keep must be a whole number, got {min_tokens_to_keep!r} of type "
-            f"{type(min_tokens_to_keep).__name__}"
-        )
-    if min_tokens_to_keep < 1:
-        raise ValueError(f"min_tokens_to_keep must be at least 1, got {min_tokens_to_keep}")
-    return min_tokens_to_keep
-
-
 def _checked_filter_value(filter_value: object) -> float:
-    if isinstance(filter_value, bool) or not isinstance(filter_value, Real):
-        raise TypeError(f"filter_value must be a number, got {filter_value!r} of type {type(filter_value).__name__}")
-    if not float(filter_value) < math.inf:
-        raise ValueError(f"filter_value must be finite or -inf, got {filter_value}; -inf removes a token for good")
-    return float(filter_value)
+    return -math.inf if filter_value == -math.inf else number("filter_value", filter_value)
 
 
 def _checked_scores(scores: Tensor) -> Tensor:

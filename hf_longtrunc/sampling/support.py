@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_longtrunc.arguments import number, one_of, whole
 from hf_longtrunc.sampling.basis import SoftmaxBasis
 from hf_longtrunc.sampling.interior_point import MARGIN, Box, InteriorPoint, bound_of, split
 
@@ -138,11 +139,9 @@ class SupportChecker:
     def __init__(self, basis: SoftmaxBasis, *, variant: Variant = "paper", columns: int = 512):
         if not isinstance(basis, SoftmaxBasis):
             raise TypeError(f"basis must be a SoftmaxBasis, got {type(basis).__name__}; see SoftmaxBasis.from_model")
-        if variant not in ("paper", "official"):
-            raise ValueError(f"variant must be 'paper' or 'official', got {variant!r}")
-        if isinstance(columns, bool) or not isinstance(columns, int) or columns < 1:
-            raise ValueError(f"columns must be a whole number of at least 1, got {columns!r}")
-        self.basis, self.variant, self.columns = basis, variant, columns
+        self.basis = basis
+        self.variant = one_of("variant", variant, ("paper", "official"))
+        self.columns = whole("columns", columns, least=1)
         self.checked = self.undecided = 0
         ones = basis.factors.new_ones(basis.vocab_size, 1)
         self._basis = torch.cat([ones, basis.factors], dim=1).contiguous()
@@ -168,8 +167,7 @@ class SupportChecker:
         Tokens with floor <= p-hat < tau are decided one by one; those under `floor` are called cut without a proof, as
         are the undecided ones.
         """
-        if not 0 <= floor < 1:
-            raise ValueError(f"floor must lie in [0, 1), got {floor!r}")
+        floor = number("floor", floor, least=0, below=1)
         rows, taus = self._rows(scores, tau)
         masks = [self._kept(row, float(bar), floor).clone() for row, bar in zip(rows, taus, strict=True)]
         return torch.stack(masks).reshape(scores.shape)
@@ -181,6 +179,7 @@ class SupportChecker:
         token that no threshold cuts); a solve that ends undecided leaves it at the bound proved so far. Cost: some 5
         to 10 checks a token. Float64.
         """
+        tolerance = number("tolerance", tolerance, above=0)
         rows, _ = self._rows(scores, 0.5)
         wanted = self._tokens(scores, tokens).reshape(len(rows), -1)
         values = [self._critical_of_row(row, ids, tolerance) for row, ids in zip(rows, wanted.tolist(), strict=True)]

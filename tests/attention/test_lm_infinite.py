@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_longtrunc import LambdaCacheLayer, LMInfinite
 from hf_longtrunc.attention.lm_infinite import trained_length
+from hf_longtrunc.models import CACHE, cache_of
 
 from .reference import Naive, Rope, install, is_visible
 from .tiny_models import tiny_model
@@ -47,14 +48,15 @@ def llama():
 
 
 def logits(model, ids, **inputs):
-    return model(ids, **inputs).logits
+    """Return the logits of a forward; `cache` is called what the installed transformers calls it."""
+    return model(ids, **{CACHE if name == "cache" else name: value for name, value in inputs.items()}).logits
 
 
 def ring_cache(model):
     """The cache that generate() builds on a patched model."""
     inputs = {}
     model._prepare_cache_for_generation(model.generation_config, inputs, None, 1, 1)
-    return inputs["cache"]
+    return inputs[CACHE]
 
 
 def in_chunks(model, ids, sizes, cache, **inputs):
@@ -203,7 +205,7 @@ def test_two_chat_turns_are_one_conversation(model):
     with SETTINGS(model):
         first = model.generate(ids, max_new_tokens=12, do_sample=False, return_dict_in_generate=True)
         second_ids = torch.cat([first.sequences, prompt(15)], dim=1)
-        again = model.generate(second_ids, max_new_tokens=12, do_sample=False, cache=first.cache)
+        again = model.generate(second_ids, max_new_tokens=12, do_sample=False, **{CACHE: cache_of(first)})
         fresh = model.generate(second_ids, max_new_tokens=12, do_sample=False)
         uncached = model.generate(second_ids, max_new_tokens=12, do_sample=False, use_cache=False)
     assert torch.equal(again, fresh)
@@ -360,7 +362,7 @@ def test_generate_with_and_without_cache_agree(model):
     options = {"max_new_tokens": 100, "do_sample": False}
     with SETTINGS(model):
         cached = model.generate(ids, **options)
-        assert torch.equal(cached, model.generate(ids, cache=DynamicCache(config=model.config), **options))
+        assert torch.equal(cached, model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, **options))
         assert torch.equal(cached, model.generate(ids, prefill_chunk_size=7, **options))
         expected = logits(model, cached)[:, 24:-1].argmax(-1)
     assert torch.equal(cached[:, 25:], expected)
@@ -405,7 +407,7 @@ def test_rows_of_a_cache_can_be_repeated_and_chosen(llama):
     longer = torch.nn.functional.pad(mask, (0, 1), value=1)
     with SETTINGS(llama):
         cache = ring_cache(llama)
-        llama(ids, attention_mask=mask, cache=cache)
+        llama(ids, attention_mask=mask, **{CACHE: cache})
         cache.batch_repeat_interleave(2)
         got = logits(llama, following, cache=cache, attention_mask=longer.repeat_interleave(2, 0))
         text = torch.cat([ids.repeat_interleave(2, 0), following], dim=1)

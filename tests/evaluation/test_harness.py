@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from rich.console import Console
 from transformers import T5Config, T5ForConditionalGeneration
-from typer.testing import CliRunner
 
 from hf_longtrunc import LMInfinite, load_pretrained
 from hf_longtrunc.evaluation import read_records
-from hf_longtrunc.evaluation.commands import lm_eval as command
+from tests.command_line import invoke
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 pytestmark = [
@@ -189,13 +187,23 @@ def test_rulers_offline_tasks_run(ruler, model, tmp_path, task):
 
 
 def test_the_command(ruler, folder, tmp_path):
-    app = typer.Typer()
-    app.command()(command)
     options = ["--model", folder, "--lm-infinite", "--window", "32", "--max-length", "5000", "--limit", "1"]
-    result = CliRunner().invoke(app, ["niah_single_1", *options, "--output-dir", str(tmp_path)], catch_exceptions=False)
+    result = invoke("lm-eval", "niah_single_1", *options, "--output-dir", tmp_path)
     assert result.exit_code == 0, result.output
     assert "niah_single_1" in result.output
     assert [r.arm for r in read_records(tmp_path / "lm_eval.jsonl", ruler.HarnessRecord)] == [
         "unmodified",
         "lm-infinite",
     ]
+
+
+def test_an_unknown_task_is_one_line_with_the_names_that_are_near(ruler, folder, tmp_path):
+    result = invoke("lm-eval", "niah_single_one", "--model", folder, "--output-dir", tmp_path / "out", columns=None)
+    assert result.exit_code == 2
+    said = result.stderr.strip().splitlines()[-1]
+    assert said.startswith(
+        "hf-longtrunc lm-eval: error: lm-evaluation-harness has no task named niah_single_one; did you"
+    )
+    assert "niah_single_1" in said
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()

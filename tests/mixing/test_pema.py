@@ -6,9 +6,11 @@ import json
 import math
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -33,6 +35,7 @@ from transformers import (
 )
 
 from hf_longtrunc import (
+    PEMA,
     GradualUnrolling,
     PEMAAdapter,
     PEMALogitsProcessor,
@@ -43,8 +46,9 @@ from hf_longtrunc import (
 )
 from hf_longtrunc.mixing.head import LanguageModelHead, head_inputs
 from hf_longtrunc.mixing.pema import fit_adapter, interpolate, pema_loss, reconstruction_basis
+from hf_longtrunc.saving import save_folder
+from tests.command_line import model_folder  # noqa: F401
 from tests.conftest import tiny_config
-from tests.test_cli import model_folder  # noqa: F401
 
 INF = math.inf
 WIDTH, VOCAB = 32, 97
@@ -135,11 +139,11 @@ def test_gradual_unrolling_is_the_formula():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 3), "at least one token for every prompt, got 0"),
-        (([], 3), "at least one token for every prompt"),
-        (([4, 0], 3), "at least one token for every prompt"),
-        ((4, 0), "prompt_length must be at least 1"),
-        ((4, 3, 1.1), r"lambda_max must be a number in \[0, 1\]"),
+        ((0, 3), "source_length must be a whole number of at least 1, got 0"),
+        (([], 3), "at least one prompt, got none"),
+        (([4, 0], 3), "source_length must be a whole number of at least 1, got 0"),
+        ((4, 0), "prompt_length must be a whole number of at least 1"),
+        ((4, 3, 1.1), r"lambda_max must be a number of at least 0 and of at most 1"),
     ],
 )
 def test_bad_schedules(arguments, message):
@@ -235,11 +239,11 @@ def test_training_depends_on_its_seed_alone(tiny_model):
 
 def test_bad_training(tiny_model):
     memory = PEMAMemory(torch.randn(20, WIDTH), torch.randint(0, VOCAB, (20,)), VOCAB)
-    with pytest.raises(ValueError, match=r"rank must be a whole number in 1\.\.32"):
+    with pytest.raises(ValueError, match="rank must be a whole number from 1 to 32"):
         train_pema(tiny_model, memory)
     with pytest.raises(ValueError, match="kappa must be a number"):
         train_pema(tiny_model, memory, rank=4, kappa=2)
-    with pytest.raises(ValueError, match="epochs and batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="epochs must be a whole number of at least 1"):
         train_pema(tiny_model, memory, rank=4, epochs=0)
     with pytest.raises(ValueError, match="the memory was made for states of width 16"):
         train_pema(tiny_model, PEMAMemory(torch.randn(2, 16), torch.tensor([1, 2]), VOCAB), rank=4)
@@ -249,15 +253,17 @@ def test_bad_training(tiny_model):
 def test_an_adapter_saved_and_loaded(tmp_path, layer_norm):
     adapter = random_adapter(layer_norm=layer_norm)
     adapter.B_rct.normal_()
-    adapter.save(tmp_path / "new" / "folder")
-    loaded = PEMAAdapter.load(tmp_path / "new" / "folder")
+    adapter.save_pretrained(tmp_path / "new" / "folder")
+    loaded = PEMAAdapter.from_pretrained(tmp_path / "new" / "folder")
+    assert torch.equal(PEMAAdapter.load(tmp_path / "new" / "folder").A, adapter.A)
     hidden = torch.randn(3, WIDTH)
     assert torch.equal(loaded(hidden), adapter(hidden))
     assert torch.equal(loaded.reconstruct(hidden), adapter.reconstruct(hidden))
     assert repr(loaded) == repr(adapter)
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["pema.json", "pema.safetensors"]
-    with pytest.raises(ValueError, match="holds no PEMA adapter"):
-        PEMAAdapter.load(tmp_path)
+    names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
+    assert names == ["pema_adapter.json", "pema_adapter.safetensors"]
+    with pytest.raises(FileNotFoundError, match="holds no saved pema_adapter"):
+        PEMAAdapter.from_pretrained(tmp_path)
 
 
 # -- the memory --------------------------------------------------------------------------------------------------------
@@ -306,16 +312,66 @@ def test_a_memory_of_a_dataset(tiny_model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_memory_saved_and_mapped(tmp_path, dtype):
     memory = PEMAMemory(torch.randn(20, 8).to(dtype), torch.randint(0, VOCAB, (20,)), VOCAB)
-    memory.save(tmp_path / "memory.safetensors")
-    loaded = PEMAMemory.load(tmp_path / "memory.safetensors")
+    memory.save_pretrained(tmp_path)
+    loaded = PEMAMemory.from_pretrained(tmp_path)
     assert torch.equal(loaded.hidden, memory.hidden)
     assert torch.equal(loaded.tokens, memory.tokens)
     assert repr(loaded) == "PEMAMemory(20 rows of width 8, vocab_size=97)"
-    from safetensors.torch import save_file
+    memory.save(tmp_path / "again")
+    assert torch.equal(PEMAMemory.load(tmp_path / "again").tokens, memory.tokens)
 
-    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="holds no PEMA memory"):
-        PEMAMemory.load(tmp_path / "other.safetensors")
+
+HIDDEN, TOKENS = torch.randn(3, 4), torch.tensor([1, 2, 3])
+WRONG_MEMORIES = {
+    "NaN": ({"hidden": HIDDEN * torch.nan, "tokens": TOKENS}, {"vocab_size": 9}, "must be finite"),
+    "no tokens": ({"hidden": HIDDEN}, {"vocab_size": 9}, "without tokens"),
+    "no vocabulary": ({"hidden": HIDDEN, "tokens": TOKENS}, {}, "without vocab_size"),
+    "other tokens": ({"hidden": HIDDEN, "tokens": TOKENS + 9}, {"vocab_size": 9}, r"tokens must lie in 0\.\.8"),
+    "flat": ({"hidden": HIDDEN[0], "tokens": TOKENS}, {"vocab_size": 9}, r"dimensions \[rows width\]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_MEMORIES)
+def test_a_memory_that_is_none_is_named(tmp_path, case):
+    tensors, settings, message = WRONG_MEMORIES[case]
+    save_folder(tmp_path, "pema_memory", tensors, settings)
+    with pytest.raises(ValueError, match=message):
+        PEMAMemory.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["pema_memory", "pema_adapter"])
+def test_a_flipped_bit_is_noticed(tmp_path, kind):
+    saved = PEMAMemory(HIDDEN, TOKENS, 9) if kind == "pema_memory" else random_adapter()
+    saved.save_pretrained(tmp_path)
+    data = bytearray((tmp_path / f"{kind}.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / f"{kind}.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        type(saved).from_pretrained(tmp_path)
+
+
+WRONG_ADAPTERS = {
+    "fp64": (lambda t: {n: v.double() for n, v in t.items()}, {}, None),
+    "NaN": (lambda t: t | {"A": t["A"] * torch.nan}, {}, "must be finite"),
+    "no B_pd": (lambda t: {n: v for n, v in t.items() if n != "B_pd"}, {}, "without B_pd"),
+    "no norm": (lambda t: t, {"layer_norm": True}, "do not fit its settings"),
+    "another rank": (lambda t: t, {"rank": 3}, "do not fit its settings"),
+    "no rank": (lambda t: t, {"rank": None}, "without rank"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ADAPTERS)
+def test_an_adapter_that_is_none_is_named(tmp_path, case):
+    tensors, changes, message = WRONG_ADAPTERS[case]
+    adapter = random_adapter(layer_norm=False)
+    settings = {name: getattr(adapter, name) for name in ("hidden_size", "rank", "vocab_size", "layer_norm")} | changes
+    settings = {name: value for name, value in settings.items() if value is not None}
+    save_folder(tmp_path, "pema_adapter", tensors(adapter.state_dict()), settings)
+    if message is None:
+        assert torch.equal(PEMAAdapter.from_pretrained(tmp_path).A, adapter.A)
+    else:
+        with pytest.raises(ValueError, match=message):
+            PEMAAdapter.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -580,6 +636,53 @@ def test_a_block_can_be_entered_again_but_not_twice_at_once(tiny_model):
     assert not tiny_model.lm_head._forward_pre_hooks
 
 
+def test_the_handle_is_the_processor(tiny_model):
+    """By `with`, by attach and detach, and the same tokens as by the earlier name."""
+    adapter = random_adapter()
+    with PEMALogitsProcessor(tiny_model, adapter, 0.3) as pema:
+        expected = generate(tiny_model, [pema]).sequences
+    with left_as_it_was(tiny_model):
+        with PEMA(adapter, interpolation=0.3)(tiny_model) as pema:
+            assert torch.equal(generate(tiny_model, [pema]).sequences, expected)
+        pema = PEMA(adapter, interpolation=np.float32(0.3)).attach(tiny_model)
+        assert torch.equal(generate(tiny_model, [pema]).sequences, expected)
+        assert "PEMA(PEMAAdapter(" in repr(pema)
+        assert "on LlamaForCausalLM: the input of its output embedding is read" in repr(pema)
+        pema.detach()
+        pema.detach()
+        assert "detached" in repr(pema)
+        with pytest.raises(ValueError, match="outside its block"):
+            generate(tiny_model, [pema])
+
+
+def test_a_generation_without_it_in_the_block_changes_nothing(tiny_model):
+    """It used to pile up the states of these, and to refuse the next call for prompt lookup."""
+    with PEMA(random_adapter())(tiny_model) as pema:
+        expected = generate(tiny_model, [pema]).sequences
+        generate(tiny_model, [])
+        tiny_model(PADDED)
+        assert torch.equal(generate(tiny_model, [pema]).sequences, expected)
+
+
+def test_threads_have_states_of_their_own(tiny_model):
+    prompts = [torch.randint(1, VOCAB, (1, 6)) for _ in range(12)]
+    with PEMA(random_adapter(), interpolation=0.9)(tiny_model) as pema:
+        alone = [generate(tiny_model, [pema], ids, torch.ones_like(ids)).sequences for ids in prompts]
+        with ThreadPoolExecutor(3) as pool:
+            together = list(
+                pool.map(lambda ids: generate(tiny_model, [pema], ids, torch.ones_like(ids)).sequences, prompts)
+            )
+    assert all(map(torch.equal, together, alone))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own import
+def test_a_compiled_model_is_refused_with_the_way_out(tiny_model):
+    with pytest.raises(ValueError, match="compile that afterwards"):
+        PEMA(random_adapter()).attach(torch.compile(tiny_model))
+    with pytest.raises(TypeError, match="adapter must be a PEMAAdapter"):
+        PEMA(tiny_model)
+
+
 def test_two_adapters_at_once(tiny_model):
     """The second mixes into what the first returned; neither hears the other's use of the head."""
     one, two = (PEMALogitsProcessor(tiny_model, random_adapter(layer_norm=on), 0.3) for on in (True, False))
@@ -664,7 +767,7 @@ def test_adapters_and_models_that_do_not_fit(tiny_model):
         PEMALogitsProcessor(tiny_model, PEMAAdapter(WIDTH, 4, VOCAB + 1))
     with pytest.raises(ValueError, match="the adapter was made for states of width 16"):
         PEMALogitsProcessor(tiny_model, PEMAAdapter(16, 4, VOCAB))
-    with pytest.raises(ValueError, match=r"interpolation must be a number in \[0, 1\], got 1\.5"):
+    with pytest.raises(ValueError, match=r"interpolation must be a number of at least 0 and of at most 1, got 1\.5"):
         PEMALogitsProcessor(tiny_model, random_adapter(), 1.5)
     with pytest.raises(ValueError, match="LlamaModel has no output embedding"):
         PEMALogitsProcessor(tiny_model.model, random_adapter())

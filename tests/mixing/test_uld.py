@@ -32,9 +32,10 @@ from hf_longtrunc import (
     save_uld_assistant,
     uld_assistant,
 )
+from hf_longtrunc.saving import load_folder, save_folder
+from tests.command_line import model_folder  # noqa: F401
 from tests.conftest import tiny_config
 from tests.mixing.test_auxiliary import BruteForce, Checked, gpt2, llama, made, mistral, uld_formula
-from tests.test_cli import model_folder  # noqa: F401
 
 peft = pytest.importorskip("peft")
 # peft 0.21 reads a property that transformers 5.23 has renamed.
@@ -208,7 +209,7 @@ def test_saved_and_loaded(tmp_path):
             weight += 0.1 * torch.randn_like(weight)
             assert "lora" in name or "norm" in name
     save_uld_assistant(assistant, tmp_path)
-    assert {"adapter_config.json", "adapter_model.safetensors", "uld.json"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"uld_assistant.json", "uld_assistant.safetensors"} == {path.name for path in tmp_path.iterdir()}
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert size < 200_000  # nothing of the shared weights
     loaded = load_uld_assistant(target, tmp_path)
@@ -219,14 +220,51 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_loading_refuses(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"uld\.json.*save_uld_assistant"):
+    with pytest.raises(FileNotFoundError, match="holds no saved uld_assistant"):
         load_uld_assistant(made(llama, 2, 1), tmp_path)
     save_uld_assistant(uld_assistant(made(llama, 4, 1), 2), tmp_path)
-    assert json.loads((tmp_path / "uld.json").read_text())["num_layers"] == 2
+    assert json.loads((tmp_path / "uld_assistant.json").read_text())["settings"]["num_layers"] == 2
     torch.manual_seed(0)
     other = LlamaForCausalLM(tiny_config(vocab_size=89))
     with pytest.raises(ValueError, match=r"made for .*'vocab_size': 97.*'vocab_size': 89"):
         load_uld_assistant(other, tmp_path)
+
+
+def without(tensors, part):
+    return {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+WRONG_ASSISTANTS = {
+    "a tensor is missing": (
+        lambda tensors, settings: (without(tensors, "norm"), settings),
+        "other tensors.*norm",
+    ),
+    "NaN": (
+        lambda tensors, settings: ({n: t * torch.nan for n, t in tensors.items()}, settings),
+        "must be finite",
+    ),
+    "a setting is missing": (lambda tensors, settings: (tensors, without(settings, "adapter")), "without adapter"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_ASSISTANTS)
+def test_an_assistant_that_is_none_is_named(tmp_path, case):
+    target, (change, message) = made(llama, 4, 1), WRONG_ASSISTANTS[case]
+    save_uld_assistant(uld_assistant(target, 2), tmp_path)
+    saved = load_folder(tmp_path, "uld_assistant", {})
+    save_folder(tmp_path, "uld_assistant", *change(*saved))
+    with pytest.raises(ValueError, match=message):
+        load_uld_assistant(target, tmp_path)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    target = made(llama, 4, 1)
+    save_uld_assistant(uld_assistant(target, 2), tmp_path)
+    data = bytearray((tmp_path / "uld_assistant.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "uld_assistant.safetensors").write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_uld_assistant(target, tmp_path)
 
 
 @pytest.mark.parametrize("num_beams", [1, 4])
@@ -261,7 +299,7 @@ def test_refused_targets():
         uld_assistant(T5ForConditionalGeneration(config), 1)
     target = made(llama, 4, 1)
     for num_layers in (0, 5):
-        with pytest.raises(ValueError, match=rf"num_layers must lie in 1\.\.4, got {num_layers}"):
+        with pytest.raises(ValueError, match=f"num_layers must be a whole number from 1 to 4, got {num_layers}"):
             uld_assistant(target, num_layers)
     with LMInfinite(window_length=8)(target), pytest.raises(Exception, match="LMInfinite"):
         uld_assistant(target, 2)
@@ -269,7 +307,7 @@ def test_refused_targets():
 
 def test_peft_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf_longtrunc\[train\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install -e "\.\[train\]"'):
         uld_assistant(made(llama, 2, 1), 1)
 
 

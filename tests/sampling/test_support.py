@@ -399,7 +399,7 @@ def test_bad_input_is_named():
         checker.check(scores[None], torch.tensor([0.1, 0.2]), tokens[None])
     with pytest.raises(ValueError, match="finite or -inf"):
         checker.check(scores * torch.nan, 0.1, tokens)
-    with pytest.raises(ValueError, match="floor must lie"):
+    with pytest.raises(ValueError, match="floor must be"):
         checker.kept(scores, 0.1, floor=-1.0)
     with pytest.raises(ValueError, match="variant must be"):
         SupportChecker(basis, variant="wrong")

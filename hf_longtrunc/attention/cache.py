@@ -163,7 +163,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         if announced.moves is not None:
             key_states, value_states = self._moved(key_states, value_states, announced)
         if self.seen < self.rows.max_padding + self.num_sink_tokens:
-            self._store_sinks(key_states, value_states)
+            self._store_sinks(key_states, value_states, announced.moves)
         if not first and new > 1:
             sink_values = self.values[:, :, : self.num_sink_tokens]
             handed_out = (
@@ -258,13 +258,14 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.keys.index_copy_(2, ring, key_states)
         self.values.index_copy_(2, ring, value_states)
 
-    def _store_sinks(self, key_states: Tensor, value_states: Tensor) -> None:
+    def _store_sinks(self, key_states: Tensor, value_states: Tensor, moves: Moves | None) -> None:
         """Keep the new tokens that are among their row's first S real ones."""
         sinks = torch.arange(self.num_sink_tokens, device=key_states.device)
         padding = self.rows.padding
         columns = sinks[None] if padding is None else sinks + padding.to(key_states.device)[:, None]
         index = columns - self.seen  # [rows, S], into the new tokens
-        is_new = ((index >= 0) & (index < key_states.shape[2]))[:, None, :, None]
+        first = 0 if moves is None else moves.leading.to(index.device)[:, None]
+        is_new = ((index >= first) & (index < key_states.shape[2]))[:, None, :, None]
         index = index.clamp(0, key_states.shape[2] - 1)[:, None, :, None]
         slots = slice(self.num_sink_tokens)
         sink_keys = self.beside.sink_keys

@@ -184,6 +184,7 @@ class Call:
         """Return the sum over the ranks that share the model's heads: all of them must choose alike."""
         mesh = self.forward.mesh
         if mesh is not None:
+            mesh = mesh["tp"] if mesh.ndim > 1 else mesh
             device = "cpu" if mesh.device_type == "cpu" else torch.device(mesh.device_type)
             mass = mass.to(device)
             torch.distributed.all_reduce(mass, group=mesh.get_group())

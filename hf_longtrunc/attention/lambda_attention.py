@@ -205,7 +205,7 @@ def single_query_attention(
     `seen` is None where it sees them all, which lets any kernel serve.
     """
     seen = None if seen is None else seen[:, None]
-    if read is None and scoring.is_plain:
+    if read is None and scoring.softcap is None and scoring.slopes is None and scoring.null_logits is None:
         batch, heads, _, dim = query.shape
         wide = max(dim, value.shape[-1])
         mask = None if seen is None else seen[:, None]
@@ -283,6 +283,7 @@ def _can_join(task: _Task) -> bool:
     """Whether all rows are without padding and one position each, and an ordinary kernel computes the scores."""
     is_plain = task.scoring.is_plain and not task.scoring.dropout and task.query.device.type == "cpu"
     is_square = task.query.shape[-1] == task.value.shape[-1] and task.query.shape[2] > 1 and task.window > 1
+    is_square &= task.query.dtype == task.key.dtype == task.value.dtype  # under autocast they differ
     one_row = len(task.query_positions) == len(task.key_positions) == 1
     return is_plain and is_square and one_row and int(task.key_positions[0, 0]) >= 0
 
@@ -412,7 +413,7 @@ def _eager_attend(
     m = value.shape[2]
     output = (weights[..., :m].reshape(batch, value.shape[1], -1, m) @ value).view(batch, heads, n, -1)
     if retrieved is not None:
-        output = output + (weights[..., None, m:] @ retrieved.value)[..., 0, :]
+        output = output + (weights[..., None, m:] @ retrieved.value.to(weights.dtype))[..., 0, :]
     return output
 
 

@@ -61,7 +61,7 @@ class Step(Carried):
     """One forward.
 
     Attributes:
-        queries: their positions [rows, n], in the order of `query_order`; negative for padding.
+        queries: positions [rows, n] of the last n columns, in the order of `query_order`; negative for padding.
         last: position of the last key [rows, 1].
         layout: of the keys.
         keys: how many of them every layer's cache hands out.
@@ -136,8 +136,10 @@ def planned(
     columns = torch.arange(past, past + new, device=like.device)
     if not rings:
         padding, order = text_order(real)
-        came, query_order = _came(columns, padding, real, order is not None)
-        queries = came if query_order is None else came.gather(1, query_order)
+        came = queries = from_first_token(columns, padding)
+        query_order = None
+        if real is not None and order is not None:
+            came, query_order = _as_they_came(columns, padding, real[:, past:])
         last = from_first_token(columns[-1:], padding)
         keys, is_padded = past + new, padding is not None
         return Step(queries, last, Layout.TEXT, keys, is_padded, query_order, order, ballot=ballot), came
@@ -145,17 +147,18 @@ def planned(
     rows, moves = joined(ring.rows, real, past, new)
     if moves is not None:
         _refuse_lost(ring, past, moves)
-    has_order = moves is not None and moves.order is not None
-    came, query_order = _came(columns, rows.padding, real, has_order)
-    queries = came if query_order is None else came.gather(1, query_order)
+    came = queries = from_first_token(columns, rows.padding)
+    query_order = None
+    if real is not None and moves is not None and moves.order is not None:
+        came, query_order = _as_they_came(columns, rows.padding, real[:, past:])
     turns = {}
     if new == 1:
         steps = (
             queries - settings.max_distance - torch.arange(settings.num_sink_tokens, device=like.device)
         ).clamp_min(0)
-        # A ring that an earlier patch filled has that patch's.
-        known = {*rotations, *(ring.rotation for ring in rings)}
-        turns = {id(turn): turn.weights(steps, like.dtype) for turn in known if turn is not None}
+        for turn in {*rotations, *(ring.rotation for ring in rings)}:  # a ring filled under an earlier patch has that's
+            if turn is not None:
+                turns[id(turn)] = turn.weights(steps, like.dtype)
     to_ring, to_rollback = ring.slots(new, like.device)
     for each in rings:
         each.expect(Announcement(to_ring, to_rollback, rows, moves, turns.get(id(each.rotation))))
@@ -184,18 +187,11 @@ def planned(
     return step, came
 
 
-def _came(
-    columns: Tensor, padding: Tensor | None, real: Tensor | None, has_holes: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return the positions of new columns [rows, n], and their order where some between tokens hold none."""
-    if not has_holes:
-        return from_first_token(columns, padding), None
-    assert real is not None
-    now = real[:, -len(columns) :]
-    before = real.shape[1] - len(columns)
+def _as_they_came(columns: Tensor, padding: Tensor | None, now: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions of new columns [batch, n], -1 where `now` says there is no token, and their order."""
     assert padding is not None
-    tokens_before = before + len(columns) - padding - now.sum(-1)
-    positions = torch.where(now, tokens_before[:, None] + now.cumsum(-1) - 1, -1)
+    before = columns[-1] + 1 - padding - now.sum(-1)
+    positions = torch.where(now, before[:, None] + now.cumsum(-1) - 1, -1)
     return positions, now.int().argsort(dim=-1, stable=True)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ArchiveCacheLayer as ArchiveCacheLayer,
         LambdaCacheLayer as LambdaCacheLayer,
     )
+    from hf_longtrunc.attention.dual_chunk_attention import DualChunkAttention as DualChunkAttention
     from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
     from hf_longtrunc.attention.retrieval import TopBlocks as TopBlocks, TopK as TopK
     from hf_longtrunc.cross_attention.datastore import (
@@ -92,6 +93,7 @@ _HOME = {
     "CreamCollator": "hf_longtrunc.positions.collator",
     "CreamPositions": "hf_longtrunc.positions.cream",
     "Datastore": "hf_longtrunc.cross_attention.datastore",
+    "DualChunkAttention": "hf_longtrunc.attention.dual_chunk_attention",
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
     "FaissDatastore": "hf_longtrunc.cross_attention.datastore",

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_longtrunc.arguments import one_of, whole
 from hf_longtrunc.attention.lambda_attention import PATHS
+from hf_longtrunc.attention.lambda_patch import LambdaPatch
 from hf_longtrunc.attention.layer import Settings
-from hf_longtrunc.attention.patch import Patch
 from hf_longtrunc.attention.retrieval import Retrieval
 from hf_longtrunc.models import attachable
 
@@ -60,7 +60,7 @@ class LMInfinite:
             raise TypeError(f"retrieval must be TopK(...), TopBlocks(...) or None, got {self.retrieval!r}")
         one_of("path", self.path, PATHS)
 
-    def attach(self, model: Any) -> Patch:
+    def attach(self, model: Any) -> LambdaPatch:
         """Patch `model`, a transformers causal language model or a PEFT or DDP wrapper of one, until `detach()`.
 
         Runs a few forwards of at most eight tokens to learn how each layer rotates its queries and keys.
@@ -91,7 +91,7 @@ class LMInfinite:
             path=self.path,
             retrieval=retrieval,
         )
-        return Patch(self, owner, settings)
+        return LambdaPatch(self, owner, settings)
 
     __call__ = attach
 

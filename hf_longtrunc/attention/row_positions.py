@@ -61,8 +61,8 @@ def checked_mask(mask: Any, length: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(
-            "attention_mask must be a tensor [batch, tokens] of ones and zeros on a model patched by LMInfinite, which "
-            f"makes its own mask; got {got}"
+            "attention_mask must be a tensor [batch, tokens] of ones and zeros on a patched model, which makes its own "
+            f"mask; got {got}"
         )
     if mask.shape[1] != length:
         raise ValueError(
@@ -170,8 +170,8 @@ def check_positions(position_ids: Any, real: Tensor | None, new: int) -> None:
         is_step = is_step | ~(now[:, 1:] & now[:, :-1])
     if not bool(is_step.all()):
         raise ValueError(
-            "position_ids must count up by one within a row on a model patched by LMInfinite, which counts distances "
-            "in tokens: packed rows and position_ids that jump (CREAM) cannot be combined with it"
+            "position_ids must count up by one within a row on a patched model, which counts distances in "
+            "tokens: packed rows and position_ids that jump (CREAM) cannot be combined with it"
         )
 
 

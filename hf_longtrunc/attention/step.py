@@ -56,6 +56,10 @@ class Carried:
         return self
 
 
+class Native(Carried):
+    """Carried where a forward is to run as if the model were not patched."""
+
+
 @dataclass(frozen=True, eq=False)
 class Step(Carried):
     """One forward.
@@ -135,14 +139,8 @@ def planned(
     archives = {index: layer for index, layer in enumerate(layers) if isinstance(layer, ArchiveCacheLayer)}
     columns = torch.arange(past, past + new, device=like.device)
     if not rings:
-        padding, order = text_order(real)
-        came = queries = from_first_token(columns, padding)
-        query_order = None
-        if real is not None and order is not None:
-            came, query_order = _as_they_came(columns, padding, real[:, past:])
-        last = from_first_token(columns[-1:], padding)
-        keys, is_padded = past + new, padding is not None
-        return Step(queries, last, Layout.TEXT, keys, is_padded, query_order, order, ballot=ballot), came
+        step, came = text_step(real, past, new, like.device)
+        return replace(step, ballot=ballot), came
     ring = rings[0]
     rows, moves = joined(ring.rows, real, past, new)
     if moves is not None:
@@ -185,6 +183,18 @@ def planned(
         ballot=ballot,
     )
     return step, came
+
+
+def text_step(real: Tensor | None, past: int, new: int, device: torch.device) -> tuple[Step, Tensor]:
+    """Return what `planned` does for a cache that hands out all keys in the order of the text."""
+    columns = torch.arange(past, past + new, device=device)
+    padding, order = text_order(real)
+    came = queries = from_first_token(columns, padding)
+    query_order = None
+    if real is not None and order is not None:
+        came, query_order = _as_they_came(columns, padding, real[:, past:])
+    last = from_first_token(columns[-1:], padding)
+    return Step(queries, last, Layout.TEXT, past + new, padding is not None, query_order, order), came
 
 
 def _as_they_came(columns: Tensor, padding: Tensor | None, now: Tensor) -> tuple[Tensor, Tensor]:

@@ -492,7 +492,7 @@ def test_ten_million_tokens_into_a_stream_distances_are_exact(family):
 
 def moved(model, layer, jump):
     """The ring's keys as if they had come `jump` tokens later."""
-    patch = model.get_decoder()._lm_infinite
+    patch = model.get_decoder()._hf_longtrunc_patch
     rotation = next(iter(patch.layers.values())).rotation
     keys = layer.keys[:, :, S:]
     return keys if rotation is None else rotation.rotate(keys, torch.full((1, keys.shape[2]), jump))

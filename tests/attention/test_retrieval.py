@@ -219,7 +219,7 @@ def test_the_cache_keeps_everything_once_and_is_refused_elsewhere(llama):
         in_chunks(llama, ids, [20, *[1] * (N - 20)], cache)
         layer = cache.layers[0]
         assert layer.archive.keys.shape[2] <= N * 3 / 2
-        rotation = next(iter(llama.get_decoder()._lm_infinite.layers.values())).rotation
+        rotation = next(iter(llama.get_decoder()._hf_longtrunc_patch.layers.values())).rotation
         plain = DynamicCache(config=llama.config)
         logits(llama, ids, cache=plain)
         turned_back = rotation.rotate(plain.layers[0].keys, -torch.arange(N)[None])

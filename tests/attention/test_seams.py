@@ -342,7 +342,7 @@ def test_layers_outside_their_decoder_are_refused(llama):
 
 
 def test_a_long_prompt_is_read_in_chunks(llama, monkeypatch):
-    monkeypatch.setattr("hf_longtrunc.attention.patch._PREFILL_CHUNK", 16)
+    monkeypatch.setattr("hf_longtrunc.attention.lambda_patch._PREFILL_CHUNK", 16)
     ids, mask = padded(prompt(50, batch=2), 5)
     options = {"max_new_tokens": 12, **GREEDY}
     sizes = []

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from hf_longtrunc.arguments import whole
 from hf_longtrunc.attention.dual_chunk import dual_chunk_attention
+from hf_longtrunc.attention.families import own_forward
 from hf_longtrunc.attention.lm_infinite import trained_length
 from hf_longtrunc.attention.patch import AttentionPatch
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward
@@ -34,7 +38,8 @@ class DualChunkAttention:
     The text is cut into chunks of `chunk_length` tokens. Keys of a query's own chunk stand at their true distance,
     those of the chunk before at the true one as long as it is trained, and all earlier ones in their order at the end
     of what is trained. Nothing is left out: memory and time are those of full attention, with the cache that the model
-    has anyway. A text of at most `chunk_length` tokens is the unmodified model, to the bit.
+    has anyway. A text of at most `chunk_length` tokens is the unmodified model, to the bit (Falcon: to
+    rounding).
 
     Args:
         chunk_length: s; None takes three quarters of the trained length, as the authors do.
@@ -140,6 +145,11 @@ class ChunkPatch(AttentionPatch):
         self.chunk = chunk
         self.trained = trained
         self._install(trained)
+        # Until here texts of every length took our attention, so that a layer which it cannot serve was refused.
+        # So it stays where attention modules run forwards of ours.
+        if not any(own_forward(module) for module in self.layers):
+            run = self._decoder.forward.func
+            self.set(self._decoder, "forward", update_wrapper(partial(run, chunk), self._decoder.forward))
 
     def _layers(self, found: Learnt) -> dict[nn.Module, Any]:
         if found.has_windows:
@@ -160,32 +170,46 @@ class ChunkPatch(AttentionPatch):
         }
 
     def _forward(self) -> Callable[..., Any]:
-        decoder, original, name, chunk = self._decoder, self._decoder.forward, self._name, self.chunk
+        return partial(ChunkedForward(self._decoder, self._decoder.forward, self._name, self.chunk).run, 0)
 
-        def forward(*args: Any, **inputs: Any) -> Any:
-            inputs = bound(decoder, args, inputs)
-            if decoder.config._attn_implementation != name:
-                raise ValueError(
-                    "set_attn_implementation was called on a model patched by DualChunkAttention, whose attention "
-                    "would no longer run: detach first"
-                )
-            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            new, cache = tokens.shape[1], inputs.get(CACHE)
-            past = 0 if cache is None else int(cache.get_seq_length())
-            real = checked_mask(inputs.get("attention_mask"), past + new)
-            check_positions(inputs.get("position_ids"), real, new)
-            step, positions = text_step(real, past, new, tokens.device)
-            carried: Native | Step = step
-            if past + new <= chunk and step.query_order is None:
-                carried = Native()
-                if step.is_padded and inputs.get("position_ids") is None:
-                    inputs["position_ids"] = positions.clamp_min(0)
-            else:
-                inputs["position_ids"] = positions.clamp_min(0) % chunk
-            before = carry(carried)
-            try:
-                return original(**inputs)
-            finally:
-                carry(before)
 
-        return forward
+@dataclass(frozen=True, eq=False)
+class ChunkedForward:
+    """Runs a decoder under dual chunk attention.
+
+    Attributes:
+        decoder: the patched model without its head.
+        original: its forward before it was patched.
+        name: of the patch's attention in its config.
+        chunk: s.
+    """
+
+    decoder: Any
+    original: Callable[..., Any]
+    name: str
+    chunk: int
+
+    def run(self, untouched: int, /, *args: Any, **inputs: Any) -> Any:
+        """Run the decoder; a text of at most `untouched` tokens is left to the model's own attention."""
+        inputs = bound(self.decoder, args, inputs)
+        if self.decoder.config._attn_implementation != self.name:
+            raise ValueError(
+                "set_attn_implementation was called on a model patched by DualChunkAttention, whose attention would no "
+                "longer run: detach first"
+            )
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        new, cache = tokens.shape[1], inputs.get(CACHE)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        real = checked_mask(inputs.get("attention_mask"), past + new)
+        check_positions(inputs.get("position_ids"), real, new)
+        step, positions = text_step(real, past, new, tokens.device)
+        is_short = past + new <= untouched and step.key_order is None
+        if not is_short or (step.is_padded and inputs.get("position_ids") is None):
+            inputs["position_ids"] = positions.clamp_min(0) % self.chunk
+            if inputs.get("attention_mask") is None:  # without one, transformers takes a new chunk for a new document
+                inputs["attention_mask"] = tokens.new_ones(len(tokens), past + new, dtype=torch.long)
+        before = carry(Native() if is_short else step)
+        try:
+            return self.original(**inputs)
+        finally:
+            carry(before)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         LambdaCacheLayer as LambdaCacheLayer,
     )
     from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
-    from hf_longtrunc.attention.strategies import TopBlocks as TopBlocks, TopK as TopK
+    from hf_longtrunc.attention.retrieval import TopBlocks as TopBlocks, TopK as TopK
     from hf_longtrunc.cross_attention.datastore import (
         Datastore as Datastore,
         FaissDatastore as FaissDatastore,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
     from hf_longtrunc.data.packing import best_fit_decreasing as best_fit_decreasing
+    from hf_longtrunc.data.report import packing_table as packing_table, plot_packing as plot_packing
     from hf_longtrunc.data.stream import PackedStream as PackedStream
     from hf_longtrunc.data.verify import check_packed as check_packed
     from hf_longtrunc.mixing.auxiliary import (
@@ -112,9 +113,9 @@ _HOME = {
     "ShardedDatastore": "hf_longtrunc.cross_attention.datastore",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
     "SupportChecker": "hf_longtrunc.sampling.support",
-    "TopBlocks": "hf_longtrunc.attention.strategies",
+    "TopBlocks": "hf_longtrunc.attention.retrieval",
     "TopNSigmaLogitsProcessor": "hf_longtrunc.sampling.processors",
-    "TopK": "hf_longtrunc.attention.strategies",
+    "TopK": "hf_longtrunc.attention.retrieval",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "ULDCollator": "hf_longtrunc.mixing.uld",
@@ -132,6 +133,8 @@ _HOME = {
     "load_pretrained": "hf_longtrunc.pretrained",
     "load_uld_assistant": "hf_longtrunc.mixing.uld",
     "pack": "hf_longtrunc.data.dataset",
+    "packing_table": "hf_longtrunc.data.report",
+    "plot_packing": "hf_longtrunc.data.report",
     "pose_positions": "hf_longtrunc.positions.cream",
     "random_positions": "hf_longtrunc.positions.cream",
     "sampling_settings": "hf_longtrunc.sampling.calls",

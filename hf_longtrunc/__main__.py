@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
+from hf_longtrunc.extras import missing
+
 
 def main() -> None:
     """Run the command line."""
     try:
-        from hf_longtrunc.cli import app
+        from hf_longtrunc.cli.app import app
     except ModuleNotFoundError as error:
-        raise SystemExit(f"hf-longtrunc needs {error.name}: pip install 'hf_longtrunc[demo]'") from error
+        print(f"hf-longtrunc: error: {missing('the command line', error.name, 'demo')}", file=sys.stderr)
+        raise SystemExit(2) from error
     app()
 
 

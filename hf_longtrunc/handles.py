@@ -27,6 +27,7 @@ class Handle:
     """
 
     def __init__(self, technique: object, model: object, changed: str):
+        self.technique = technique
         self._title = f"{technique} on {type(model).__name__}"
         self._changed = changed
         self._changes = ExitStack()

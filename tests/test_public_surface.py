@@ -63,6 +63,8 @@ PUBLIC = {
         "load_pretrained",
         "load_uld_assistant",
         "pack",
+        "packing_table",
+        "plot_packing",
         "pose_positions",
         "random_positions",
         "sampling_settings",
@@ -82,17 +84,23 @@ PUBLIC = {
         "PositionBin",
         "RepetitionRecord",
         "RetrievalRecord",
+        "RetrievalTask",
         "TruncationScore",
         "VariablePrompts",
         "append_records",
         "cache_bytes",
         "compare_losses",
+        "critical_epsilons",
         "default_edges",
+        "match_table",
+        "matched_epsilon",
+        "matched_epsilons",
         "passkey_table",
         "passkey_tasks",
         "perplexity_by_position",
         "perplexity_records",
         "perplexity_table",
+        "plot_match",
         "plot_passkey",
         "plot_perplexity",
         "plot_repetition",
@@ -102,6 +110,7 @@ PUBLIC = {
         "read_records",
         "repetition_table",
         "retrieval_table",
+        "retrieval_tasks",
         "run_passkey",
         "run_repetition",
         "run_retrieval",
@@ -201,9 +210,13 @@ def test_command_line_says_what_to_install():
 import sys
 sys.modules["rich"] = None
 from hf_longtrunc.__main__ import main
+sys.stderr = sys.stdout
 try:
     main()
 except SystemExit as error:
     print(error)
 """
-    assert "pip install 'hf_longtrunc[demo]'" in run(program)
+    needs = (
+        'hf-longtrunc: error: the command line needs rich: in a checkout of hf_longtrunc, run pip install -e ".[demo]"'
+    )
+    assert run(program).splitlines() == [needs, "2"]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_longtrunc.arguments import whole
+from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,7 +97,7 @@ class Datastore:
 
 
 class FaissDatastore(Datastore):
-    """Search over `states` [n, width] through a FAISS index by inner product; `pip install 'hf_longtrunc[faiss]'`.
+    """Search over `states` [n, width] through a FAISS index by inner product; needs the extra `faiss`.
 
     Args:
         states: any floating dtype; the index holds them again, on the CPU, in fp32 or as small as its kind stores them.
@@ -234,5 +235,5 @@ def _faiss() -> Any:
     try:
         import faiss
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a FAISS index needs faiss: pip install 'hf_longtrunc[faiss]'") from error
+        raise missing("a FAISS index", "faiss", "faiss") from error
     return faiss

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
     from rich.table import Table
 
@@ -34,16 +36,22 @@ def packing_table(packing: Packing) -> Table:
     return table
 
 
-def plot_packing(packing: Packing, axes: Any) -> tuple[Axes, Axes]:
+def plot_packing(packing: Packing, axes: Sequence[Axes] | None = None) -> tuple[Axes, Axes]:
     """Draw how full the rows are, and which documents are cut here and by concatenation, by their length.
 
     Args:
-        packing: the plan.
-        axes: two matplotlib axes.
+        packing: the plan: `PackedDataset.packing`.
+        axes: two matplotlib axes to draw into; None makes a figure of two.
 
     Returns:
         The two axes.
     """
+    if axes is None:
+        import matplotlib.pyplot as plt
+
+        axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")[1]
+    fills_axes: Any
+    cuts_axes: Any
     fills_axes, cuts_axes = axes
     fills = packing.fills() / packing.seq_length
     fills_axes.hist(fills, bins=np.linspace(0, 1, 51), log=True)
@@ -58,18 +66,3 @@ def plot_packing(packing: Packing, axes: Any) -> tuple[Axes, Axes]:
     cuts_axes.set(xscale="log", yscale="log", xlabel="tokens in the document", ylabel="documents")
     cuts_axes.legend()
     return fills_axes, cuts_axes
-
-
-def save_picture(packing: Packing, path: Any) -> Any:
-    """Write `plot_packing` to a file and return its path."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    plot_packing(packing, axes)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path

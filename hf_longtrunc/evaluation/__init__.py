@@ -11,6 +11,13 @@ from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_longtrunc.evaluation.card import update_model_card as update_model_card
+    from hf_longtrunc.evaluation.matching import (
+        critical_epsilons as critical_epsilons,
+        match_table as match_table,
+        matched_epsilon as matched_epsilon,
+        matched_epsilons as matched_epsilons,
+        plot_match as plot_match,
+    )
     from hf_longtrunc.evaluation.passkey import (
         PasskeyPrompts as PasskeyPrompts,
         PasskeyRecord as PasskeyRecord,
@@ -46,9 +53,11 @@ if TYPE_CHECKING:
         KeyValuePrompts as KeyValuePrompts,
         NeedlePrompts as NeedlePrompts,
         RetrievalRecord as RetrievalRecord,
+        RetrievalTask as RetrievalTask,
         VariablePrompts as VariablePrompts,
         plot_retrieval as plot_retrieval,
         retrieval_table as retrieval_table,
+        retrieval_tasks as retrieval_tasks,
         run_retrieval as run_retrieval,
     )
     from hf_longtrunc.evaluation.streaming import (
@@ -81,18 +90,24 @@ _HOME = {
     "RecallRecord": "hf_longtrunc.evaluation.recall",
     "RepetitionRecord": "hf_longtrunc.evaluation.truncation",
     "RetrievalRecord": "hf_longtrunc.evaluation.retrieval",
+    "RetrievalTask": "hf_longtrunc.evaluation.retrieval",
     "TruncationScore": "hf_longtrunc.evaluation.truncation",
     "VariablePrompts": "hf_longtrunc.evaluation.retrieval",
     "append_records": "hf_longtrunc.evaluation.records",
     "cache_bytes": "hf_longtrunc.evaluation.streaming",
     "compare_losses": "hf_longtrunc.evaluation.perplexity",
+    "critical_epsilons": "hf_longtrunc.evaluation.matching",
     "default_edges": "hf_longtrunc.evaluation.perplexity",
     "fact_recall": "hf_longtrunc.evaluation.recall",
+    "match_table": "hf_longtrunc.evaluation.matching",
+    "matched_epsilon": "hf_longtrunc.evaluation.matching",
+    "matched_epsilons": "hf_longtrunc.evaluation.matching",
     "passkey_table": "hf_longtrunc.evaluation.passkey",
     "passkey_tasks": "hf_longtrunc.evaluation.passkey",
     "perplexity_by_position": "hf_longtrunc.evaluation.perplexity",
     "perplexity_records": "hf_longtrunc.evaluation.perplexity",
     "perplexity_table": "hf_longtrunc.evaluation.perplexity",
+    "plot_match": "hf_longtrunc.evaluation.matching",
     "plot_passkey": "hf_longtrunc.evaluation.passkey",
     "plot_perplexity": "hf_longtrunc.evaluation.perplexity",
     "plot_repetition": "hf_longtrunc.evaluation.truncation",
@@ -103,6 +118,7 @@ _HOME = {
     "recall_records": "hf_longtrunc.evaluation.recall",
     "repetition_table": "hf_longtrunc.evaluation.truncation",
     "retrieval_table": "hf_longtrunc.evaluation.retrieval",
+    "retrieval_tasks": "hf_longtrunc.evaluation.retrieval",
     "run_passkey": "hf_longtrunc.evaluation.passkey",
     "run_repetition": "hf_longtrunc.evaluation.truncation",
     "run_retrieval": "hf_longtrunc.evaluation.retrieval",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import ModelCard
+
+from hf_longtrunc.handles import Handle
 
 if TYPE_CHECKING:
     import os
@@ -28,6 +31,7 @@ class Paper:
 
 
 _ETA = Paper("eta-sampling", "Hewitt et al.", 2022, "Truncation Sampling as Language Model Desmoothing", "2210.15191")
+_EPSILON = replace(_ETA, method="epsilon-sampling")
 _BAT = Paper(
     "basis-aware truncation",
     "Finlayson et al.",
@@ -42,15 +46,91 @@ _LM_INFINITE = Paper(
     "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models",
     "2308.16137",
 )
+_UNLIMIFORMER = Paper(
+    "Unlimiformer",
+    "Bertsch et al.",
+    2023,
+    "Unlimiformer: Long-Range Transformers with Unlimited Length Input",
+    "2305.01625",
+)
 _PACKING = Paper("best-fit packing", "Ding et al.", 2024, "Fewer Truncations Improve Language Modeling", "2404.10830")
-PAPERS = {
-    "EtaLogitsProcessor": _ETA,
-    "EpsilonLogitsProcessor": _ETA,
+_CREAM = Paper(
+    "CREAM",
+    "Wu et al.",
+    2024,
+    "An Efficient Recipe for Long Context Extension via Middle-Focused Positional Encoding",
+    "2406.07138",
+)
+_POSE = Paper(
+    "PoSE",
+    "Zhu et al.",
+    2023,
+    "PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise Training",
+    "2309.10400",
+)
+_YARN = Paper(
+    "scaled positions",
+    "Peng et al.",
+    2023,
+    "YaRN: Efficient Context Window Extension of Large Language Models",
+    "2309.00071",
+)
+_ULD = Paper(
+    "unlearning from logit difference",
+    "Ji et al.",
+    2024,
+    "Reversing the Forget-Retain Objectives: An Efficient LLM Unlearning Framework from Logit Difference",
+    "2406.08607",
+)
+_CONTRASTIVE = Paper(
+    "contrastive decoding",
+    "Li et al.",
+    2022,
+    "Contrastive Decoding: Open-ended Text Generation as Optimization",
+    "2210.15097",
+)
+_PROXY = Paper("proxy-tuning", "Liu et al.", 2024, "Tuning Language Models by Proxy", "2401.08565")
+_GUIDANCE = Paper(
+    "classifier-free guidance",
+    "Sanchez et al.",
+    2023,
+    "Stay on topic with Classifier-Free Guidance",
+    "2306.17806",
+)
+_PEMA = Paper(
+    "PEMA",
+    "Kim et al.",
+    2024,
+    "PEMA: An Offsite-Tunable Plug-in External Memory Adaptation for Language Models",
+    "2311.08590",
+)
+PAPERS = {  # a public name that names a technique -> its paper; tests/evaluation/test_card.py holds it complete
     "BasisAwareLogitsProcessor": _BAT,
-    "LMInfinite": _LM_INFINITE,
     "BestFitPackingCollator": _PACKING,
+    "ContrastiveDecodingLogitsProcessor": _CONTRASTIVE,
+    "CreamCollator": _CREAM,
+    "CreamPositions": _CREAM,
+    "EpsilonLogitsProcessor": _EPSILON,
+    "EtaLogitsProcessor": _ETA,
+    "GuidanceLogitsProcessor": _GUIDANCE,
+    "LMInfinite": _LM_INFINITE,
+    "PEMA": _PEMA,
+    "PEMAAdapter": _PEMA,
+    "PEMALogitsProcessor": _PEMA,
     "PackedDataset": _PACKING,
+    "PackedStream": _PACKING,
+    "ProxyTuningLogitsProcessor": _PROXY,
+    "SoftmaxBasis": _BAT,
+    "TopBlocks": _LM_INFINITE,
+    "TopK": _LM_INFINITE,
+    "ULDLogitsProcessor": _ULD,
+    "ULDLoss": _ULD,
+    "Unlimiformer": _UNLIMIFORMER,
+    "extend_context": _YARN,
     "pack": _PACKING,
+    "pose_positions": _POSE,
+    "train_pema": _PEMA,
+    "uld_assistant": _ULD,
 }
 
 
@@ -65,7 +145,8 @@ def update_model_card(
     Args:
         folder: of the saved model.
         techniques: what was used in training or is meant for decoding: the objects themselves (`LMInfinite(...)`,
-            `EtaLogitsProcessor(2e-3)`, a collator), classes or functions of this package.
+            `EtaLogitsProcessor(2e-3)`, a collator), what their `attach` returned, or classes and functions of this
+            package. Each gets a line with its method, its settings and its paper.
         records: instances of one dataclass of plain values, e.g. `PerplexityRecord`; they become a table.
 
     Returns:
@@ -92,26 +173,32 @@ def update_model_card(
 
 
 def _methods(techniques: Sequence[object]) -> str:
-    lines = []
-    for technique in techniques:
-        name, settings = _name(technique)
-        if name not in PAPERS:
-            raise ValueError(
-                f"techniques: {technique!r} is none of hf_longtrunc's with a paper; there are {', '.join(PAPERS)}"
-            )
-        paper = PAPERS[name]
-        source = f"{paper.authors} {paper.year}, [{paper.title}](https://arxiv.org/abs/{paper.arxiv})"
-        lines.append(f"- {paper.method}: `{settings}` ({source})")
-    return "\n".join(lines)
+    return "\n".join(map(_line, techniques))
 
 
-def _name(technique: object) -> tuple[str, str]:
-    """Return a technique's name, and how its settings are written if it says so itself."""
-    name = getattr(technique, "__name__", None)
-    if name is not None:
-        return name, name
-    name = type(technique).__name__
-    return name, name if type(technique).__repr__ is object.__repr__ else repr(technique)
+def _line(technique: object) -> str:
+    if isinstance(technique, Handle):
+        technique = technique.technique
+    named = technique if isinstance(technique, type) or hasattr(technique, "__name__") else type(technique)
+    kinds: Sequence[Any] = named.__mro__ if isinstance(named, type) else [named]  # a subclass is what it derives from
+    ours = [kind.__name__ for kind in kinds if kind.__module__.startswith("hf_longtrunc.") and kind.__name__ in PAPERS]
+    if not ours:
+        raise ValueError(
+            f"techniques: {technique!r} is none of hf_longtrunc's with a paper; there are {', '.join(PAPERS)}"
+        )
+    paper = PAPERS[ours[0]]
+    source = f"{paper.authors} {paper.year}, [{paper.title}](https://arxiv.org/abs/{paper.arxiv})"
+    return f"- {paper.method}: `{_settings(technique)}` ({source})"
+
+
+def _settings(technique: Any) -> str:
+    """Return a function's or class's name, else a one-line repr without addresses; a module is its class's name."""
+    if hasattr(technique, "__name__"):
+        return str(technique.__name__)
+    kind: Any = type(technique)
+    says_nothing = kind.__repr__ is object.__repr__ or isinstance(technique, torch.nn.Module)
+    shown = kind.__name__ if says_nothing else repr(technique)
+    return " ".join(re.sub(r" at 0x[0-9a-f]+", "", shown).replace("`", "'").split())
 
 
 def _figures(records: list[Any]) -> list[str]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.evaluation.records import Journal, arm_settings, model_settings
-from hf_longtrunc.evaluation.showing import new_table
+from hf_longtrunc.evaluation.display import new_table
+from hf_longtrunc.evaluation.records import ArmRecord, Journal, arm_fields
+from hf_longtrunc.extras import missing
 
 try:
     import lm_eval
@@ -21,7 +24,7 @@ try:
     from lm_eval.models.utils_hf import stop_sequences_criteria
     from lm_eval.tasks import TaskManager
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(f"lm-eval needs {error.name}: pip install 'hf_longtrunc[lm-eval]'") from error
+    raise missing("lm-eval", error.name, "lm-eval") from error
 
 if TYPE_CHECKING:
     import os
@@ -74,13 +77,14 @@ class PatchedLM(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> list[tuple[float, bool]]:
         for _, context, continuation in requests:
             if self.backend == "causal":
                 self._check(len(context) + len(continuation) - 1, self.max_length)
             else:
                 self._check(max(len(context), len(continuation)), self.max_length)
-        return super()._loglikelihood_tokens(requests, *args, **kwargs)
+        scored: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        return scored
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
         if self.backend == "seq2seq":
@@ -109,18 +113,13 @@ class PatchedLM(HFLM):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class HarnessRecord:
+class HarnessRecord(ArmRecord):
     """One task in one setting: over how many samples, and what the harness reports of it."""
 
     task: str
     limit: int | None
     max_length: int | None
     lengths: list[int] | None
-    arm: str
-    settings: str
-    model: str
-    dtype: str
-    device: str
     samples: int
     metrics: dict[str, float]
 
@@ -155,17 +154,18 @@ def run_harness(
         One record per arm and task, in that order.
 
     Raises:
-        ValueError: a prompt longer than `max_length`.
+        ValueError: a task that the harness does not know; a prompt longer than `max_length`.
     """
     journal = Journal(path, HarnessRecord, ("samples", "metrics"))
     chosen = None if lengths is None else list(lengths)
     manager = TaskManager(
         metadata={"tokenizer": tokenizer.name_or_path, **({} if chosen is None else {"max_seq_lengths": chosen})}
     )
+    _check_names(tasks, manager)
     records = []
     for name, arm in arms.items():
-        cell: dict[str, Any] = {"limit": limit, "max_length": max_length, "lengths": chosen, "arm": name}
-        cell |= {"settings": arm_settings(arm), **model_settings(model)}
+        cell: dict[str, Any] = {"limit": limit, "max_length": max_length, "lengths": chosen}
+        cell |= arm_fields(name, arm, model)
         patch = None if arm is nullcontext else arm
         with PatchedLM(model, tokenizer=tokenizer, arm=patch, max_length=max_length, batch_size=batch_size) as lm:
             for task in tasks:
@@ -185,6 +185,15 @@ def harness_table(records: Sequence[HarnessRecord]) -> Table:
         cells = [f"{values[task, metric, arm]:.4g}" if (task, metric, arm) in values else "" for arm in arms]
         table.add_row(task, metric, *cells, str(samples[task]))
     return table
+
+
+def _check_names(tasks: Sequence[str], manager: Any) -> None:
+    """Refuse tasks that are neither known to the harness nor files of one."""
+    unknown = [task for task in tasks if task not in manager.task_index and not Path(task).is_file()]
+    if unknown:
+        close = get_close_matches(unknown[0], list(manager.task_index), 3)
+        meant = f"; did you mean {', '.join(close)}?" if close else ""
+        raise ValueError(f"lm-evaluation-harness has no task named {', '.join(unknown)}{meant}")
 
 
 def _evaluated(lm: PatchedLM, task: str, manager: Any, limit: int | None) -> dict[str, Any]:

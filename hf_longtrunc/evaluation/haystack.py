@@ -11,6 +11,8 @@ import re
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+from hf_longtrunc.arguments import share
+
 if TYPE_CHECKING:
     import random
     from collections.abc import Sequence
@@ -55,8 +57,7 @@ class Haystack:
             ValueError: the length leaves no room for filler, or a depth lies outside [0, 1].
         """
         for depth, _ in needles:
-            if not 0 <= depth <= 1:
-                raise ValueError(f"depth must lie in [0, 1], from the prompt's start to its end, got {depth}")
+            share("depth", depth)
         opened: list[int] = self.tokenizer(opening).input_ids
         *hidden, asked = self._tokens_of([*(sentence for _, sentence in needles), question])
         room = length - len(opened) - sum(map(len, hidden)) - len(asked)

@@ -16,19 +16,17 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.progress import track
-from rich.table import Table
+from tqdm.auto import tqdm
 
 from hf_longtrunc import SoftmaxBasis, SupportChecker
-from hf_longtrunc.evaluation.showing import new_axes
+from hf_longtrunc.arguments import number
+from hf_longtrunc.evaluation.display import new_axes, new_table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
-    from rich.console import Console
+    from rich.table import Table
     from torch import Tensor
 
 METHODS = ("epsilon", "eta", "BAT on epsilon", "BAT on eta")
@@ -36,9 +34,18 @@ SHARES = (0.005, 0.01, 0.02, 0.05, 0.1)
 
 
 def critical_epsilons(
-    model: Any, input_ids: Tensor, basis: SoftmaxBasis, *, console: Console | None = None
+    model: Any, input_ids: Tensor, basis: SoftmaxBasis, *, progress: bool = False
 ) -> dict[str, list[float]]:
     """Return every method's critical epsilon of every token of `input_ids` [length] after the first.
+
+    Args:
+        model: a causal LM in eval mode.
+        input_ids: one row of at least 2 token ids.
+        basis: the softmax basis of the same model.
+        progress: show a bar.
+
+    Raises:
+        ValueError: `input_ids` is no row of at least 2 tokens.
 
     Cost: one forward pass, and some 5 to 10 basis-aware checks a token, at tens of milliseconds a token on a CPU.
     """
@@ -49,57 +56,77 @@ def critical_epsilons(
     checker = SupportChecker(basis)
     columns: dict[str, list[float]] = {method: [] for method in METHODS}
     steps = list(zip(logits, input_ids[1:].cpu(), strict=True))
-    for scores, token in track(steps, "basis-aware probabilities", console=console, transient=True):
+    for scores, token in tqdm(steps, desc="basis-aware probabilities", unit="tok", disable=not progress):
         for method, value in zip(METHODS, _of_token(checker, scores, token), strict=True):
             columns[method].append(value)
     return columns
 
 
 def matched_epsilon(critical: Sequence[float], share: float) -> float:
-    """Return the largest epsilon that refuses at most `share` of the tokens."""
-    if not 0 <= share < 1:
-        raise ValueError(f"share must lie in [0, 1), got {share!r}")
+    """Return the largest epsilon that refuses at most `share` of the tokens.
+
+    Args:
+        critical: the critical epsilons of the text's tokens.
+        share: at least 1 / tokens and below 1: n tokens tell no smaller share from none.
+
+    Raises:
+        ValueError: another share.
+    """
+    share = number("share", share, least=1 / len(critical), below=1)
     return sorted(critical)[math.floor(share * len(critical))]
 
 
-def match_table(columns: dict[str, list[float]], shares: Sequence[float] = SHARES) -> Table:
-    """Return a table with a row for each share of refused tokens: the epsilon of each method."""
-    table = Table(title="Epsilon that refuses the same share of the text", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("refused", *columns):
+def matched_epsilons(
+    columns: Mapping[str, Sequence[float]], shares: Sequence[float] = SHARES
+) -> list[dict[str, float]]:
+    """Return a row for each share of refused tokens, `{"refused": share, method: epsilon, ...}`.
+
+    Args:
+        columns: what `critical_epsilons` returned.
+        shares: those below 1 / tokens are left out.
+
+    Raises:
+        ValueError: the text is too short for every share.
+    """
+    return [
+        {"refused": share} | {method: matched_epsilon(values, share) for method, values in columns.items()}
+        for share in known_shares(min(map(len, columns.values())), shares)
+    ]
+
+
+def known_shares(tokens: int, shares: Sequence[float] = SHARES) -> list[float]:
+    """Return the shares that `tokens` predicted tokens can tell from none: those of at least 1 / tokens.
+
+    Raises:
+        ValueError: not even the largest.
+    """
+    known = [share for share in shares if share * tokens >= 1]
+    if not known:
+        least = math.ceil(1 / max(shares))
+        raise ValueError(f"a share of {max(shares):.0%} needs a text of at least {least + 1} tokens, got {tokens + 1}")
+    return known
+
+
+def match_table(columns: Mapping[str, Sequence[float]], shares: Sequence[float] = SHARES) -> Table:
+    """Lay `matched_epsilons` out as a rich table: a row per share of refused tokens, a column per method."""
+    table = new_table(title="epsilon that refuses the same share of the text")
+    rows = matched_epsilons(columns, shares)
+    for heading in rows[0]:
         table.add_column(heading, justify="right")
-    for share in shares:
-        table.add_row(f"{share:.1%}", *(f"{matched_epsilon(values, share):.3g}" for values in columns.values()))
+    for row in rows:
+        table.add_row(f"{row['refused']:.1%}", *(f"{row[method]:.3g}" for method in columns))
     return table
 
 
-def match_plot(columns: dict[str, list[float]], axes: Axes | None = None) -> Axes:
+def plot_match(columns: Mapping[str, Sequence[float]], axes: Axes | None = None) -> Axes:
     """Draw the share of refused tokens over epsilon, a line a method."""
     axes = axes or new_axes(7, 4.5)
     for method, values in columns.items():
         ordered = sorted(values)
         axes.step(ordered, [n / len(ordered) for n in range(len(ordered))], where="pre", label=method, linewidth=1.2)
     axes.set(xscale="log", yscale="log", xlabel="epsilon", ylabel="share of the text's tokens refused")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return axes
-
-
-def match_text(
-    model: Any, tokenizer: Any, text: str, picture: Path, *, rank: int, max_tokens: int, console: Console
-) -> None:
-    """Print the table for `text` and save the plot: what `hf-longtrunc match` runs."""
-    ids = tokenizer(text, return_tensors="pt").input_ids[0, :max_tokens]
-    basis = SoftmaxBasis.from_model(model, rank)
-    columns = critical_epsilons(model, ids, basis, console=console)
-    console.print(match_table(columns))
-    console.print(f"[dim]{len(ids) - 1} tokens, rank {rank}; a text's share is known to 1 / tokens at best[/dim]")
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure: Any = match_plot(columns).figure
-    figure.savefig(picture, dpi=130)
-    console.print(f"picture: [bold]{picture}[/bold]")
 
 
 def _of_token(checker: SupportChecker, scores: Tensor, token: Tensor) -> tuple[float, float, float, float]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_longtrunc.evaluation.records import arm_settings, model_settings
-from hf_longtrunc.evaluation.showing import new_axes, new_table
+from hf_longtrunc.evaluation.display import new_axes, new_table
+from hf_longtrunc.evaluation.records import ArmRecord, arm_fields
 from hf_longtrunc.evaluation.streaming import start_stream
 from hf_longtrunc.models import CACHE
 
@@ -50,14 +50,9 @@ class PositionBin:
 
 
 @dataclass(frozen=True)
-class PerplexityRecord(PositionBin):
-    """A bin, and what was run: the arm's name and settings, the model, its dtype and device, how many texts."""
+class PerplexityRecord(ArmRecord, PositionBin):
+    """A bin of positions, the arm and model that it was measured with, and the number of texts."""
 
-    arm: str
-    settings: str
-    model: str
-    dtype: str
-    device: str
     texts: int
 
 
@@ -186,10 +181,8 @@ def perplexity_records(
     return [
         PerplexityRecord(
             **vars(position_bin),
-            arm=name,
-            settings=arm_settings(arms[name]),
             texts=1 if loss.ndim == 1 else loss.shape[0],
-            **model_settings(model),
+            **arm_fields(name, arms[name], model),
         )
         for name, loss in losses.items()
         for position_bin in perplexity_by_position(loss, edges)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.evaluation.records import model_settings
+from hf_longtrunc.evaluation.records import ModelRecord, model_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,16 +26,13 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class RecallRecord:
+class RecallRecord(ModelRecord):
     """Share of facts that one arm said: asked plainly (`recall`), and with the statement in front (`in_context`)."""
 
     arm: str
     facts: int
     recall: float
     in_context: float
-    model: str
-    dtype: str
-    device: str
 
 
 def fact_recall(

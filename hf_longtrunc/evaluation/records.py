@@ -1,9 +1,12 @@
-"""What was measured, on what: one dataclass a measurement, one JSON line a record."""
+"""Records of measurements: a frozen dataclass of plain values a measurement, a JSON line a record.
+
+Every record names the model that was measured (`ModelRecord`); one of a comparison also names its arm (`ArmRecord`).
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -17,6 +20,23 @@ if TYPE_CHECKING:
 RecordT = TypeVar("RecordT")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """The model of a measurement: the name or folder it was loaded from, its dtype, the type of its device."""
+
+    model: str
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmRecord(ModelRecord):
+    """The arm of a comparison: its name there, and its settings as `arm_settings` writes them."""
+
+    arm: str
+    settings: str
+
+
 def append_records(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
     """Append each record, an instance of a dataclass of plain values, as one JSON line; folders are made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -25,7 +45,10 @@ def append_records(path: str | os.PathLike[str], records: Iterable[Any]) -> None
 
 
 def read_records(path: str | os.PathLike[str], record_type: type[RecordT]) -> list[RecordT]:
-    """Read the records that `append_records` wrote; a file that is not there holds none.
+    """Read the records that `append_records` wrote; a file that does not exist holds none.
+
+    A record type whose fields have changed may have a class method `upgraded(values)`, which returns the fields of
+    today for those of an earlier line.
 
     Raises:
         ValueError: a line is no JSON object with exactly the fields of `record_type`, e.g. the end of a run that was
@@ -33,7 +56,10 @@ def read_records(path: str | os.PathLike[str], record_type: type[RecordT]) -> li
     """
     if not Path(path).exists():
         return []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text: {error}; write to another file") from error
     return [_parsed(line, record_type, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
@@ -43,6 +69,8 @@ def _parsed(line: str, record_type: type[RecordT], where: str) -> RecordT:
         values = json.loads(line)
     except ValueError:
         values = None
+    if isinstance(values, dict):
+        values = getattr(record_type, "upgraded", dict)(values)
     if not isinstance(values, dict) or sorted(values) != sorted(expected):
         raise ValueError(
             f"{where}: expected a JSON object with the fields {', '.join(expected)}, got {line[:80]!r}; delete that "
@@ -98,7 +126,12 @@ def arm_settings(arm: Arm) -> str:
     return getattr(arm, "__qualname__", None) or repr(arm)
 
 
+def arm_fields(name: str, arm: Arm, model: Any) -> dict[str, Any]:
+    """Return the fields of an `ArmRecord`."""
+    return {"arm": name, "settings": arm_settings(arm), **model_settings(model)}
+
+
 def model_settings(model: Any) -> dict[str, Any]:
-    """Return the settings of `model` that a record names: where it came from, its dtype and its device's type."""
+    """Return the fields of a `ModelRecord`."""
     name = model.config.name_or_path or type(model).__name__
     return {"model": name, "dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}

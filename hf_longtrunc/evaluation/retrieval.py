@@ -6,23 +6,24 @@ of the expected strings that stand in the answer. The words are ours: compare ar
 
 from __future__ import annotations
 
+import random
 import string
 import uuid
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm.auto import tqdm
 
-from hf_longtrunc.evaluation.answers import greedy_answer
-from hf_longtrunc.evaluation.grids import grid_table, plot_grids
+from hf_longtrunc.arguments import share, whole
+from hf_longtrunc.evaluation.greedy import greedy_answer
 from hf_longtrunc.evaluation.haystack import Haystack
-from hf_longtrunc.evaluation.passkey import PasskeyTask
-from hf_longtrunc.evaluation.records import Journal, arm_settings, model_settings
+from hf_longtrunc.evaluation.heat_maps import plot_scores, score_table
+from hf_longtrunc.evaluation.records import ArmRecord, Journal, arm_fields
 
 if TYPE_CHECKING:
     import os
-    import random
     from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
@@ -68,35 +69,89 @@ _NOUNS = [
 
 
 @dataclass(frozen=True)
-class RetrievalRecord(PasskeyTask):
-    """A task of one battery, the setting that it ran in, what was expected and what the model answered."""
+class RetrievalTask:
+    """A prompt of the grid: its exact length in tokens, the depth in [0, 1] of what is asked for, which draw it is."""
+
+    length: int
+    depth: float
+    trial: int
+    seed: int
+
+    @property
+    def random(self) -> random.Random:
+        """The task's own generator, the same in every process: it draws what is hidden, then the place in the text."""
+        return random.Random(f"{self.seed}/{self.length}/{float(self.depth)}/{self.trial}")
+
+
+def retrieval_tasks(
+    lengths: Sequence[int], depths: Sequence[float], *, prompts_per_cell: int = 10, seed: int = 0
+) -> list[RetrievalTask]:
+    """Return the grid lengths x depths x draws, shortest prompts first.
+
+    Raises:
+        TypeError, ValueError: a length or count that is no whole number of at least 1, a depth outside [0, 1].
+    """
+    sizes = [whole("lengths", length, least=1) for length in lengths]
+    places = [share("depths", depth) for depth in depths]
+    draws = range(whole("prompts_per_cell", prompts_per_cell, least=1))
+    return [RetrievalTask(*cell, whole("seed", seed)) for cell in product(sizes, places, draws)]
+
+
+@dataclass(frozen=True)
+class RetrievalRecord(ArmRecord, RetrievalTask):
+    """A task of one battery, the arm and model that answered it, the expected strings, the answer and its score."""
 
     battery: str
     filler: str
-    arm: str
-    settings: str
-    model: str
-    dtype: str
-    device: str
     tokens: int
     expected: list[str]
     answer: str
     score: float
 
+    @property
+    def key(self) -> str:
+        """The first expected string: a passkey's only one."""
+        return self.expected[0]
+
+    @property
+    def correct(self) -> bool:
+        """Whether the answer holds everything that was asked for."""
+        return self.score == 1
+
+    @staticmethod
+    def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+        """Return a passkey's line of versions before 0.2, which had `key` and `correct`, with the fields of today."""
+        if not {"key", "correct", "length"} <= values.keys():
+            return values
+        kept = {name: value for name, value in values.items() if name not in ("key", "correct")}
+        results = {"expected": [values["key"]], "score": float(values["correct"])}
+        return {"battery": "passkey", "tokens": values["length"], **kept, **results}
+
 
 class Prompts(Protocol):
-    """Makes the prompts of one battery for one tokenizer."""
+    """Makes the prompts of one battery for one tokenizer, and judges the answers."""
 
     battery: str
     filler: str
     tokenizer: Any
     answer_tokens: int
 
-    def __call__(self, task: PasskeyTask) -> tuple[list[int], list[str]]:
+    def __call__(self, task: RetrievalTask) -> tuple[list[int], list[str]]:
         """Return a prompt's token ids and the strings that a right answer holds."""
 
+    def score(self, answer: str, expected: Sequence[str]) -> float:
+        """Return how right an answer is, from 0 to 1."""
 
-class NeedlePrompts:
+
+class SharePrompts:
+    """Batteries whose score is the share of the expected strings that stand in the answer, whatever their case."""
+
+    def score(self, answer: str, expected: Sequence[str]) -> float:
+        """Return the share of the expected strings that stand in the answer."""
+        return sum(text.lower() in answer.lower() for text in expected) / len(expected)
+
+
+class NeedlePrompts(SharePrompts):
     """Magic numbers hidden in filler, some of which are asked for: RULER's four needle tasks.
 
     Args:
@@ -114,18 +169,15 @@ class NeedlePrompts:
     """
 
     def __init__(self, tokenizer: Any, text: str | None = None, *, keys: int = 1, values: int = 1, queries: int = 1):
-        if min(keys, values, queries) < 1 or queries > keys or keys > len(_ADJECTIVES) * len(_NOUNS):
-            raise ValueError(
-                f"keys, values and queries must be at least 1, queries at most keys, keys at most "
-                f"{len(_ADJECTIVES) * len(_NOUNS)}, got keys={keys}, values={values}, queries={queries}"
-            )
+        self.keys = whole("keys", keys, least=1, most=len(_ADJECTIVES) * len(_NOUNS))
+        self.values = whole("values", values, least=1)
+        self.queries = whole("queries, the keys that are asked for,", queries, least=1, most=self.keys)
         self.tokenizer, self._haystack = tokenizer, Haystack(tokenizer, text)
-        self.keys, self.values, self.queries = keys, values, queries
         self.battery = f"needle {keys}x{values}, {queries} asked"
         self.filler = self._haystack.filler
         self.answer_tokens = 12 + 12 * queries * values
 
-    def __call__(self, task: PasskeyTask) -> tuple[list[int], list[str]]:
+    def __call__(self, task: RetrievalTask) -> tuple[list[int], list[str]]:
         """Return the prompt's token ids and the numbers that are asked for."""
         draw = task.random
         words = draw.sample([f"{adjective}-{noun}" for adjective in _ADJECTIVES for noun in _NOUNS], self.keys)
@@ -145,7 +197,7 @@ class NeedlePrompts:
         return ids, [number for word, number in pairs if word in words[: self.queries]]
 
 
-class VariablePrompts:
+class VariablePrompts(SharePrompts):
     """Chains of variables, each set to the one before, hidden in filler: RULER's variable tracking.
 
     Args:
@@ -163,15 +215,13 @@ class VariablePrompts:
     battery: str
 
     def __init__(self, tokenizer: Any, text: str | None = None, *, chains: int = 1, hops: int = 4):
-        if chains < 1 or hops < 1:
-            raise ValueError(f"chains and hops must be at least 1, got chains={chains}, hops={hops}")
+        self.chains, self.hops = whole("chains", chains, least=1), whole("hops", hops, least=1)
         self.tokenizer, self._haystack = tokenizer, Haystack(tokenizer, text)
-        self.chains, self.hops = chains, hops
         self.battery = f"variables {chains}x{hops} hops"
         self.filler = self._haystack.filler
         self.answer_tokens = 12 + 8 * (hops + 1)
 
-    def __call__(self, task: PasskeyTask) -> tuple[list[int], list[str]]:
+    def __call__(self, task: RetrievalTask) -> tuple[list[int], list[str]]:
         """Return the prompt's token ids and the names of the variables that hold the asked value."""
         draw = task.random
         names = _names(draw, self.chains * (self.hops + 1))
@@ -188,7 +238,7 @@ class VariablePrompts:
         return self._haystack.prompt(task.length, opening, needles, question, draw), asked
 
 
-class KeyValuePrompts:
+class KeyValuePrompts(SharePrompts):
     """Pairs of uuids, a line each, of which one is asked for by its key (Liu et al. 2023, arXiv 2307.03172).
 
     Args:
@@ -205,14 +255,13 @@ class KeyValuePrompts:
         self.tokenizer = tokenizer
         self.answer_tokens = 64
 
-    def __call__(self, task: PasskeyTask) -> tuple[list[int], list[str]]:
+    def __call__(self, task: RetrievalTask) -> tuple[list[int], list[str]]:
         """Return the prompt's token ids, at most `task.length`, and the value that is asked for.
 
         Raises:
             ValueError: not even one pair fits, or the depth lies outside [0, 1].
         """
-        if not 0 <= task.depth <= 1:
-            raise ValueError(f"depth must lie in [0, 1], from the prompt's start to its end, got {task.depth}")
+        share("depth", task.depth)
         draw = task.random
         key, value = _uuid(draw), _uuid(draw)
         opened: list[int] = self.tokenizer(self._opening).input_ids
@@ -235,7 +284,7 @@ class KeyValuePrompts:
 def run_retrieval(
     model: Any,
     batteries: Sequence[Prompts],
-    tasks: Sequence[PasskeyTask],
+    tasks: Sequence[RetrievalTask],
     arms: Mapping[str, Arm],
     *,
     path: str | os.PathLike[str] | None = None,
@@ -245,10 +294,11 @@ def run_retrieval(
 
     Args:
         model: a causal LM that generates.
-        batteries: makers of prompts: `NeedlePrompts`, `KeyValuePrompts`, `VariablePrompts`.
-        tasks: the grid, from `passkey_tasks`; the same prompts for every arm.
+        batteries: makers of prompts: `PasskeyPrompts`, `NeedlePrompts`, `KeyValuePrompts`, `VariablePrompts`.
+        tasks: the grid, from `retrieval_tasks`; the same prompts for every arm.
         arms: name -> callable (model) -> context manager under which the model answers.
-        path: a JSON-lines file; a record is appended as soon as it is there and not asked again in a later run.
+        path: a JSON-lines file. A record is appended as soon as its answer is known; tasks that the file already
+            answers, for the same battery, filler, arm (name and settings), model and dtype, are not asked again.
         progress: show a bar per arm.
 
     Returns:
@@ -261,7 +311,7 @@ def run_retrieval(
     cells = [(prompts, task) for prompts in batteries for task in tasks]
     records = []
     for name, arm in arms.items():
-        setting = {"arm": name, "settings": arm_settings(arm), **model_settings(model)}
+        setting = arm_fields(name, arm, model)
         with arm(model):
             for prompts, task in tqdm(cells, desc=name, unit="prompt", disable=not progress):
                 cell = {**vars(task), "battery": prompts.battery, "filler": prompts.filler, **setting}
@@ -272,19 +322,18 @@ def run_retrieval(
 def retrieval_table(records: Sequence[RetrievalRecord]) -> Table:
     """Lay mean scores out as a rich table: a row per arm, battery, filler and length, a column per depth, the mean."""
     title = "expected strings found, by depth"
-    return grid_table(records, ("arm", "battery", "filler"), "score", title=title, count="prompts")
+    return score_table(records, ("arm", "battery", "filler"), title=title)
 
 
 def plot_retrieval(records: Sequence[RetrievalRecord]) -> list[Axes]:
     """Draw heat maps of mean scores over prompt length and depth: a column per arm, a row per battery and filler."""
-    return plot_grids(records, "arm", ("battery", "filler"), "score")
+    return plot_scores(records, "arm", ("battery", "filler"))
 
 
-def _answered(model: Any, prompts: Prompts, task: PasskeyTask) -> dict[str, Any]:
+def _answered(model: Any, prompts: Prompts, task: RetrievalTask) -> dict[str, Any]:
     ids, expected = prompts(task)
     answer = prompts.tokenizer.decode(greedy_answer(model, ids, prompts.answer_tokens), skip_special_tokens=True)
-    found = sum(text.lower() in answer.lower() for text in expected)
-    return {"tokens": len(ids), "expected": expected, "answer": answer, "score": found / len(expected)}
+    return {"tokens": len(ids), "expected": expected, "answer": answer, "score": prompts.score(answer, expected)}
 
 
 def _uuid(draw: random.Random) -> str:

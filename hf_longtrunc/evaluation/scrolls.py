@@ -18,10 +18,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from hf_longtrunc.evaluation.answers import greedy_answer
-from hf_longtrunc.evaluation.records import Journal, arm_settings, model_settings
+from hf_longtrunc.evaluation.display import new_axes, new_table
+from hf_longtrunc.evaluation.greedy import greedy_answer
+from hf_longtrunc.evaluation.records import ArmRecord, Journal, arm_fields
 from hf_longtrunc.evaluation.scrolls_metrics import METRICS as METRICS, benchmark as benchmark, evaluate as evaluate
-from hf_longtrunc.evaluation.showing import new_axes, new_table
 
 if TYPE_CHECKING:
     import os
@@ -59,18 +59,13 @@ TASKS = {
 
 
 @dataclass(frozen=True)
-class ScrollsRecord:
+class ScrollsRecord(ArmRecord):
     """One prediction: of which row, in which setting, how long the prompt was and how many tokens were cut from it."""
 
     task: str
     id: str
     max_tokens: int | None
     max_new_tokens: int
-    arm: str
-    settings: str
-    model: str
-    dtype: str
-    device: str
     prompt_tokens: int
     cut_tokens: int
     prediction: str
@@ -184,8 +179,8 @@ def run(
     new_tokens = TASKS[task].max_new_tokens if max_new_tokens is None else max_new_tokens
     records = []
     for name, arm in arms.items():
-        cell: dict[str, Any] = {"task": task, "max_tokens": max_tokens, "max_new_tokens": new_tokens, "arm": name}
-        cell |= {"settings": arm_settings(arm), **model_settings(model)}
+        cell: dict[str, Any] = {"task": task, "max_tokens": max_tokens, "max_new_tokens": new_tokens}
+        cell |= arm_fields(name, arm, model)
         with arm(model):
             for row in tqdm(_once(rows), desc=name, unit="example", disable=not progress):
                 predict = partial(_predict, model, tokenizer, row, cell)

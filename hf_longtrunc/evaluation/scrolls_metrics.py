@@ -12,6 +12,8 @@ import string
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from hf_longtrunc.extras import missing
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -140,7 +142,7 @@ def _rouge_scorer(kinds: Sequence[str]) -> Callable[[str, str], dict[str, Any]]:
     try:
         from rouge_score import rouge_scorer, tokenizers
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("SCROLLS' ROUGE needs rouge-score: pip install 'hf_longtrunc[eval]'") from error
+        raise missing("SCROLLS' ROUGE", "rouge-score", "eval") from error
     # A tokenizer of one's own keeps the scorer from logging, through absl, that it took the default one.
     scorer = rouge_scorer.RougeScorer(list(kinds), tokenizer=tokenizers.DefaultTokenizer(use_stemmer=False))
     score: Callable[[str, str], dict[str, Any]] = scorer.score

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hf_longtrunc.models import cache_of
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
 
 @torch.no_grad()
-def start_stream(model: Any, input_ids: Tensor) -> tuple[Any, Tensor]:
+def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
     """Read the first tokens of a stream; go on with `model(input_ids=..., cache=cache, use_cache=True)`.
 
     Before transformers 5.24 that argument is called `past_key_values`; `hf_longtrunc.models.CACHE` holds its name.

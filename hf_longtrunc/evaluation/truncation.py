@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.perplexity import token_losses
-from hf_longtrunc.evaluation.records import Journal, model_settings
-from hf_longtrunc.evaluation.showing import new_axes, new_table
+from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings
 from hf_longtrunc.evaluation.streaming import start_stream
 from hf_longtrunc.models import CACHE
 
@@ -35,13 +35,12 @@ REPETITIVE = 1.0  # nats a token: a continuation under it is repetitive (Hewitt 
 
 
 @dataclass(frozen=True)
-class TruncationScore:
+class TruncationScore(ModelRecord):
     """One sampler on one text, means over its tokens.
 
     Attributes:
         sampler: its name in the comparison.
         settings: its processors and their parameters.
-        model, dtype, device: what gave the distributions.
         text: a digest of the token ids.
         tokens: tokens that were predicted: all but the first.
         accepted: share of the text's tokens that the sampler keeps.
@@ -54,9 +53,6 @@ class TruncationScore:
 
     sampler: str
     settings: str
-    model: str
-    dtype: str
-    device: str
     text: str
     tokens: int
     accepted: float
@@ -68,14 +64,11 @@ class TruncationScore:
 
 
 @dataclass(frozen=True)
-class RepetitionRecord:
+class RepetitionRecord(ModelRecord):
     """One continuation of a repeated phrase: mean loss of its tokens under the model itself, in nats, and the text."""
 
     sampler: str
     settings: str
-    model: str
-    dtype: str
-    device: str
     phrase: str
     repeats: int
     seed: int

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from hf_longtrunc.arguments import number, whole
+from hf_longtrunc.extras import missing
 from hf_longtrunc.mixing.logit_difference import IGNORED, UNIFORM, forget_retain_loss
 from hf_longtrunc.models import unwrapped
 from hf_longtrunc.saving import load_folder, save_folder
@@ -245,5 +246,5 @@ def _peft() -> ModuleType:
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("ULD's assistant needs peft: pip install 'hf_longtrunc[train]'") from error
+        raise missing("ULD's assistant", "peft", "train") from error
     return peft

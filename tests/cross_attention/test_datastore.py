@@ -173,7 +173,7 @@ class TestFaiss:
 
 def test_without_faiss_the_error_names_the_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf_longtrunc\[faiss\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install -e "\.\[faiss\]"'):
         FaissDatastore(normal(5, 4), "Flat")
 
 

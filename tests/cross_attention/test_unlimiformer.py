@@ -826,7 +826,7 @@ def test_without_faiss_the_error_comes_when_attaching(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     model = tiny_seq2seq()
     attributes = traces(model)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf_longtrunc\[faiss\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install -e "\.\[faiss\]"'):
         Unlimiformer(window=WINDOW, index="faiss:Flat").attach(model)
     assert traces(model) == attributes
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+import torch
 from huggingface_hub import ModelCard
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, default_data_collator
 
 import hf_longtrunc
-from hf_longtrunc import EtaLogitsProcessor, LMInfinite, pack
+from hf_longtrunc import (
+    CreamCollator,
+    CreamPositions,
+    EtaLogitsProcessor,
+    GuidanceLogitsProcessor,
+    LMInfinite,
+    PEMAAdapter,
+    Unlimiformer,
+    pack,
+)
 from hf_longtrunc.evaluation import PositionBin, update_model_card
 from hf_longtrunc.evaluation.card import PAPERS
+from hf_longtrunc.handles import Handle
 from tests.conftest import tiny_config
 
 RECORDS = [PositionBin(0, 64, 63, 2.5, 12.182494), PositionBin(64, 96, 32, 2.75, 15.642632)]
@@ -62,5 +76,71 @@ def test_what_is_wrong_is_said(tmp_path):
     assert not (tmp_path / "README.md").exists()
 
 
-def test_every_name_with_a_paper_is_public():
-    assert set(PAPERS) <= set(hf_longtrunc.__all__)
+NO_TECHNIQUE = {  # public names that are tools, bases, parts or checks of techniques
+    "ArchiveCacheLayer",
+    "AuxiliaryModelLogitsProcessor",
+    "Datastore",
+    "FaissDatastore",
+    "GradualUnrolling",
+    "LambdaCacheLayer",
+    "PEMAMemory",
+    "ShardedDatastore",
+    "SupportChecker",
+    "TruncationRecord",
+    "TruncationTrace",
+    "ULDCollator",
+    "attach_processors",
+    "best_fit_decreasing",
+    "build_pema_memory",
+    "check_packed",
+    "contiguous_positions",
+    "critical_threshold",
+    "distances_seen",
+    "load_pretrained",
+    "load_uld_assistant",
+    "packing_table",
+    "plot_packing",
+    "random_positions",
+    "save_uld_assistant",
+    "trained_length",
+    "verify_positions",
+}
+
+
+def test_every_public_name_is_a_technique_with_a_paper_or_named_as_none():
+    assert set(PAPERS) | NO_TECHNIQUE == set(hf_longtrunc.__all__)
+    assert not set(PAPERS) & NO_TECHNIQUE
+
+
+@pytest.mark.parametrize("name", sorted(PAPERS))
+def test_every_technique_gets_its_line(name, tmp_path):
+    technique = getattr(hf_longtrunc, name)
+    assert f": `{name}` (" in update_model_card(tmp_path, [technique]).read_text()
+
+
+def test_every_paper_of_the_readme_is_in_a_card_of_its_technique():
+    readme = Path(__file__, "../../../README.md").resolve().read_text()
+    cited = set(re.findall(r"arxiv\.org/abs/(\d{4}\.\d{5})", readme))
+    assert cited <= {paper.arxiv for paper in PAPERS.values()}
+
+
+def test_objects_subclasses_and_handles_are_lines_without_addresses(tmp_path, tiny_model):
+    class Mine(EtaLogitsProcessor):
+        pass
+
+    objects = [
+        CreamCollator(default_data_collator, 8, 2),
+        CreamPositions(),
+        GuidanceLogitsProcessor(tiny_model, 1.5, torch.ones(1, 1, dtype=torch.long)),
+        Unlimiformer(),
+        Mine(2e-3),
+        Handle(LMInfinite(), tiny_model, "nothing"),
+        PEMAAdapter(8, 2, 97),
+    ]
+    lines = [line for line in update_model_card(tmp_path, objects).read_text().splitlines() if line.startswith("- ")]
+    lines = lines[-len(objects) :]
+    for method, line in zip(("CREAM", "CREAM", "class", "Unlimi", "eta", "LM-Inf", "PEMA"), lines, strict=True):
+        assert line.startswith(f"- {method}")
+        assert " 0x" not in line
+    assert "`LMInfinite(" in lines[5]
+    assert "`PEMAAdapter`" in lines[6]

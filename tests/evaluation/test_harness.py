@@ -10,14 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from rich.console import Console
 from transformers import T5Config, T5ForConditionalGeneration
-from typer.testing import CliRunner
 
 from hf_longtrunc import LMInfinite, load_pretrained
 from hf_longtrunc.evaluation import read_records
-from hf_longtrunc.evaluation.commands import lm_eval as command
+from tests.command_line import invoke
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 pytestmark = [
@@ -96,7 +94,7 @@ def test_with_an_arm_a_prompt_of_any_length_is_read_whole(harness, model, prose)
     text, sea = prose * 4, " sea and away"
     ids = tokenizer(text, verbose=False).input_ids
     continuation = tokenizer(sea, add_special_tokens=False).input_ids
-    arm = LMInfinite(2, 32)
+    arm = LMInfinite(num_sink_tokens=2, window_length=32)
     with harness.PatchedLM(tiny, tokenizer=tokenizer, arm=arm) as lm:
         lm.generate_until(instances((text, {"max_gen_toks": 3, "until": []})))
         ((likelihood, _),) = lm.loglikelihood(instances((text.rstrip(), sea)))
@@ -112,7 +110,10 @@ def test_the_patch_comes_off_after_an_error_too(harness, model):
     tiny, tokenizer = model
     ids = torch.arange(1, 100)[None]
     before = tiny(ids).logits
-    with pytest.raises(KeyError), harness.PatchedLM(tiny, tokenizer=tokenizer, arm=LMInfinite(2, 32)):
+    with (
+        pytest.raises(KeyError),
+        harness.PatchedLM(tiny, tokenizer=tokenizer, arm=LMInfinite(num_sink_tokens=2, window_length=32)),
+    ):
         raise KeyError
     assert torch.equal(tiny(ids).logits, before)
 
@@ -168,7 +169,7 @@ def answers(tokenizer, sight):
 def test_rulers_offline_tasks_run(ruler, model, tmp_path, task):
     """4,096 tokens through a model whose window is 64: nothing is cut, so whoever reads everything scores 1."""
     tiny, tokenizer = model
-    arms = {"unmodified": nullcontext, "LM-Infinite": LMInfinite(4, 32)}
+    arms = {"unmodified": nullcontext, "LM-Infinite": LMInfinite(num_sink_tokens=4, window_length=32)}
     run = partial(ruler.run_harness, tiny, tokenizer, [task], limit=2, path=tmp_path / "ruler.jsonl")
     (record,) = run({"LM-Infinite": arms["LM-Infinite"]})
     assert (record.samples, record.metrics) == (2, {"4096": 0.0})
@@ -186,13 +187,23 @@ def test_rulers_offline_tasks_run(ruler, model, tmp_path, task):
 
 
 def test_the_command(ruler, folder, tmp_path):
-    app = typer.Typer()
-    app.command()(command)
     options = ["--model", folder, "--lm-infinite", "--window", "32", "--max-length", "5000", "--limit", "1"]
-    result = CliRunner().invoke(app, ["niah_single_1", *options, "--output-dir", str(tmp_path)], catch_exceptions=False)
+    result = invoke("lm-eval", "niah_single_1", *options, "--output-dir", tmp_path)
     assert result.exit_code == 0, result.output
     assert "niah_single_1" in result.output
     assert [r.arm for r in read_records(tmp_path / "lm_eval.jsonl", ruler.HarnessRecord)] == [
         "unmodified",
         "lm-infinite",
     ]
+
+
+def test_an_unknown_task_is_one_line_with_the_names_that_are_near(ruler, folder, tmp_path):
+    result = invoke("lm-eval", "niah_single_one", "--model", folder, "--output-dir", tmp_path / "out", columns=None)
+    assert result.exit_code == 2
+    said = result.stderr.strip().splitlines()[-1]
+    assert said.startswith(
+        "hf-longtrunc lm-eval: error: lm-evaluation-harness has no task named niah_single_one; did you"
+    )
+    assert "niah_single_1" in said
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()

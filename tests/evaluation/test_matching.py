@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_longtrunc import BasisAwareLogitsProcessor, EpsilonLogitsProcessor, EtaLogitsProcessor, SoftmaxBasis
-from hf_longtrunc.evaluation.matching import critical_epsilons, matched_epsilon
+from hf_longtrunc.evaluation.matching import critical_epsilons, match_table, matched_epsilon, matched_epsilons
 
 
 def test_every_method_refuses_what_was_asked(tiny_model):
@@ -31,5 +31,16 @@ def test_every_method_refuses_what_was_asked(tiny_model):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="share must lie"):
-        matched_epsilon([0.1], 1.0)
+    with pytest.raises(ValueError, match=r"share must be a number of at least 0\.5 and below 1, got 1\.0"):
+        matched_epsilon([0.1, 0.2], 1.0)
+    with pytest.raises(ValueError, match=r"share must be a number of at least 0\.5"):
+        matched_epsilon([0.1, 0.2], 0.4)
+    with pytest.raises(ValueError, match="a share of 10% needs a text of at least 11 tokens, got 10"):
+        matched_epsilons({"eta": [0.1] * 9})
+
+
+def test_shares_that_the_tokens_cannot_tell_apart_are_left_out():
+    ordered = {"eta": [n / 100 for n in range(100)]}
+    assert [row["refused"] for row in matched_epsilons(ordered)] == [0.01, 0.02, 0.05, 0.1]
+    assert [row["eta"] for row in matched_epsilons(ordered)] == [0.01, 0.02, 0.05, 0.1]
+    assert match_table(ordered).row_count == 4

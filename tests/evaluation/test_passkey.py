@@ -4,6 +4,8 @@ import io
 import json
 import math
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib as mpl
@@ -11,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from hf_longtrunc.evaluation import NeedlePrompts, retrieval_tasks, run_retrieval
 from hf_longtrunc.evaluation.passkey import (
     PasskeyPrompts,
     PasskeyRecord,
@@ -49,7 +52,7 @@ def test_prompts_have_the_exact_length_and_every_part(tokenizer, prose, filler):
     prompts = PasskeyPrompts(tokenizer, None if filler == "repeated" else prose)
     for length in [*range(320, 340), 1500]:
         for task in passkey_tasks([length], [0, 0.3, 1], keys_per_cell=2):
-            ids, key = prompts(task)
+            ids, (key,) = prompts(task)
             text = tokenizer.decode(ids)
             assert len(ids) == length
             assert len(key) == 5
@@ -77,7 +80,7 @@ def test_the_smallest_prompt_has_one_token_of_filler_and_a_smaller_one_is_refuse
 def test_the_key_stands_at_its_depth_between_two_sentences(tokenizer, prose, filler):
     prompts = PasskeyPrompts(tokenizer, None if filler == "repeated" else prose)
     for task in passkey_tasks([3000], [0, 0.1, 0.5, 0.77, 1], keys_per_cell=3):
-        ids, key = prompts(task)
+        ids, (key,) = prompts(task)
         text = tokenizer.decode(ids)
         before, after = text.split(f" The pass key is {key}. Remember it. {key} is the pass key.")
         filler_before = before.split("ask you about it.")[1]
@@ -97,13 +100,15 @@ def test_prompts_are_the_same_every_time_and_differ_by_trial_and_seed(tokenizer,
     assert PasskeyPrompts(tokenizer)(PasskeyTask(400, 1, 0, 0)) == PasskeyPrompts(tokenizer)(
         PasskeyTask(400, 1.0, 0, 0)
     )
-    keys = {PasskeyPrompts(tokenizer)(PasskeyTask(400, 0.5, trial, seed))[1] for trial in range(5) for seed in range(5)}
+    keys = {
+        PasskeyPrompts(tokenizer)(PasskeyTask(400, 0.5, trial, seed))[1][0] for trial in range(5) for seed in range(5)
+    }
     assert len(keys) == 25
 
 
 @pytest.mark.parametrize("depth", [-0.1, 1.1, math.nan])
 def test_a_depth_outside_the_prompt_is_refused(tokenizer, depth):
-    with pytest.raises(ValueError, match="depth must lie in"):
+    with pytest.raises(ValueError, match="depth must be a number of at least 0 and of at most 1"):
         PasskeyPrompts(tokenizer)(PasskeyTask(400, depth, 0, 0))
 
 
@@ -131,7 +136,7 @@ def test_a_run_goes_on_where_it_was_cut_off(tokenizer, tmp_path):
     assert [len(prompt) for prompt in reader.prompts] == [500] * 4
     assert second[:4] == first
     assert second == read_records(path, PasskeyRecord)
-    assert len(json.loads(path.read_text().splitlines()[0])) == 13
+    assert len(json.loads(path.read_text().splitlines()[0])) == 15
 
 
 @pytest.mark.parametrize("change", ["arm", "settings", "filler", "text", "seed", "model", "dtype"])
@@ -193,6 +198,7 @@ def test_table_and_heat_map(tokenizer):
     row = next(line for line in console.export_text().splitlines() if "1,600" in line)
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
         "a",
+        "passkey",
         "repeated",
         "1,600",
         "0.00",
@@ -201,7 +207,7 @@ def test_table_and_heat_map(tokenizer):
         "4",
     ]
     left, right = plot_passkey(records)
-    assert (left.get_title(), right.get_title()) == ("a", "b")
+    assert (left.get_title(), right.get_title()) == ("a\npasskey\nrepeated", "b\npasskey\nrepeated")
     assert left.images[0].get_array().tolist() == [[1, 0], [1, 1]]
     assert [text.get_text() for text in left.texts] == ["1.00", "0.00", "1.00", "1.00"]
     (part,) = plot_passkey(
@@ -210,3 +216,47 @@ def test_table_and_heat_map(tokenizer):
     assert [text.get_text() for text in part.texts] == ["0.00", "1.00", "1.00"], (
         "nothing stands where nothing was asked"
     )
+
+
+def test_recorded_passkeys_of_earlier_versions_are_read_and_not_asked_again(tokenizer, tmp_path):
+    """docs/evidence holds such lines: `key` and `correct` where there are `expected` and `score` today."""
+    path, prompts, arms = tmp_path / "passkey.jsonl", PasskeyPrompts(tokenizer), {"plain": nullcontext}
+    tasks = passkey_tasks([400], [0, 1], keys_per_cell=1)
+    now = run_passkey(Reader(tokenizer, sight=200), prompts, tasks, arms)
+    lines = [{**asdict(r), "key": r.expected[0], "correct": r.score == 1} for r in now]
+    for line in lines:
+        for name in ("battery", "tokens", "expected", "score"):
+            del line[name]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_records(path, PasskeyRecord) == now
+    assert [(record.key, record.correct) for record in now] == [(line["key"], line["correct"]) for line in lines]
+    reader = Reader(tokenizer)
+    assert run_passkey(reader, prompts, tasks, arms, path=path) == now
+    assert reader.prompts == []
+
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
+
+
+@pytest.mark.parametrize("path", sorted(EVIDENCE.glob("passkey*/passkey.jsonl")), ids=lambda path: path.parent.name)
+def test_every_recorded_passkey_is_read_and_judged_as_it_was(path):
+    records = read_records(path, PasskeyRecord)
+    recorded = [json.loads(line) for line in path.read_text().splitlines()]
+    judged = [PasskeyPrompts.score(None, record.answer, record.expected) == 1 for record in records]
+    assert [line["correct"] for line in recorded] == [record.correct for record in records] == judged
+    assert {record.battery for record in records} == {"passkey"}
+
+
+def test_a_number_that_holds_the_key_is_not_the_key():
+    score = PasskeyPrompts.score
+    assert score(None, " 12345. Remember", ["12345"]) == 1
+    assert score(None, " 123456", ["12345"]) == 0
+    assert score(None, " 1 12345", ["12345"]) == 0
+    assert score(None, " none", ["12345"]) == 0
+
+
+def test_a_passkey_is_one_battery_among_others(tokenizer):
+    tasks = retrieval_tasks([400], [0.5], prompts_per_cell=1)
+    batteries = [PasskeyPrompts(tokenizer), NeedlePrompts(tokenizer)]
+    records = run_retrieval(Reader(tokenizer), batteries, tasks, {"plain": nullcontext})
+    assert [(record.battery, record.score) for record in records] == [("passkey", 1), ("needle 1x1, 1 asked", 0)]

@@ -124,15 +124,24 @@ def test_prompts_are_the_same_every_time_and_differ_by_trial_and_seed(tokenizer)
 @pytest.mark.parametrize(
     ("says", "call"),
     [
-        ("queries at most keys", lambda tokenizer: NeedlePrompts(tokenizer, keys=1, queries=2)),
-        ("at least 1", lambda tokenizer: NeedlePrompts(tokenizer, values=0)),
-        ("keys at most", lambda tokenizer: NeedlePrompts(tokenizer, keys=10_000)),
-        ("at least 1", lambda tokenizer: VariablePrompts(tokenizer, hops=0)),
+        (
+            "queries, the keys that are asked for, must be",
+            lambda tokenizer: NeedlePrompts(tokenizer, keys=1, queries=2),
+        ),
+        ("values must be a whole number of at least 1", lambda tokenizer: NeedlePrompts(tokenizer, values=0)),
+        ("keys must be a whole number from 1 to 240", lambda tokenizer: NeedlePrompts(tokenizer, keys=10_000)),
+        ("hops must be a whole number of at least 1", lambda tokenizer: VariablePrompts(tokenizer, hops=0)),
         ("no sentence", lambda tokenizer: VariablePrompts(tokenizer, "")),
         ("length must be at least", lambda tokenizer: NeedlePrompts(tokenizer)(passkey_tasks([20], [0])[0])),
         ("length must be at least", lambda tokenizer: KeyValuePrompts(tokenizer)(passkey_tasks([20], [0])[0])),
-        ("depth must lie in", lambda tokenizer: KeyValuePrompts(tokenizer)(passkey_tasks([900], [1.1])[0])),
-        ("depth must lie in", lambda tokenizer: NeedlePrompts(tokenizer)(passkey_tasks([900], [-0.1])[0])),
+        (
+            "depths must be a number of at least 0 and of at most 1",
+            lambda tokenizer: KeyValuePrompts(tokenizer)(passkey_tasks([900], [1.1])[0]),
+        ),
+        (
+            "depths must be a number of at least 0 and of at most 1",
+            lambda tokenizer: NeedlePrompts(tokenizer)(passkey_tasks([900], [-0.1])[0]),
+        ),
     ],
 )
 def test_bad_input_is_named(tokenizer, says, call):

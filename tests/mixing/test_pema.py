@@ -47,8 +47,8 @@ from hf_longtrunc import (
 from hf_longtrunc.mixing.head import LanguageModelHead, head_inputs
 from hf_longtrunc.mixing.pema import fit_adapter, interpolate, pema_loss, reconstruction_basis
 from hf_longtrunc.saving import save_folder
+from tests.command_line import model_folder  # noqa: F401
 from tests.conftest import tiny_config
-from tests.test_cli import model_folder  # noqa: F401
 
 INF = math.inf
 WIDTH, VOCAB = 32, 97

@@ -33,9 +33,9 @@ from hf_longtrunc import (
     uld_assistant,
 )
 from hf_longtrunc.saving import load_folder, save_folder
+from tests.command_line import model_folder  # noqa: F401
 from tests.conftest import tiny_config
 from tests.mixing.test_auxiliary import BruteForce, Checked, gpt2, llama, made, mistral, uld_formula
-from tests.test_cli import model_folder  # noqa: F401
 
 peft = pytest.importorskip("peft")
 # peft 0.21 reads a property that transformers 5.23 has renamed.
@@ -307,7 +307,7 @@ def test_refused_targets():
 
 def test_peft_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf_longtrunc\[train\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install -e "\.\[train\]"'):
         uld_assistant(made(llama, 2, 1), 1)
 
 

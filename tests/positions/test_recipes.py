@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from hf_longtrunc.evaluation import PasskeyRecord, PerplexityRecord, read_records
-from tests.test_cli import model_folder  # noqa: F401
+from tests.command_line import model_folder  # noqa: F401
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

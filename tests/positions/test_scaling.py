@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from hf_longtrunc import CreamCollator, extend_context
+from tests.command_line import model_folder  # noqa: F401
 from tests.conftest import tiny_config
-from tests.test_cli import model_folder  # noqa: F401
 
 WINDOW, FACTOR, DIM = 256, 4, 8
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from hf_longtrunc import Unlimiformer, load_pretrained
+from tests.command_line import invoke, letter_tokenizer
 from tests.cross_attention.seq2seq_models import tiny_seq2seq
-from tests.test_cli import invoke, letter_tokenizer, model_folder  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +52,15 @@ def test_options_reach_the_method(folder, text):
 )
 def test_settings_that_do_not_fit_are_a_sentence(folder, text, options, message):
     result = invoke("summarize", text, "--model", folder, *options)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in " ".join(result.output.split())
 
 
-def test_a_decoder_only_or_missing_model_is_a_sentence(model_folder, text, tmp_path):  # noqa: F811
+def test_a_decoder_only_or_missing_model_is_a_sentence(model_folder, text, tmp_path):
     for name in (model_folder, str(tmp_path / "nowhere")):
         result = invoke("summarize", text, "--model", name)
-        assert result.exit_code == 1
-        assert "Could not use" in result.output
+        assert result.exit_code == 2
+        assert "error: " in result.stderr
         assert "Traceback" not in result.output
 
 
@@ -66,3 +69,19 @@ def test_an_empty_text_is_refused(folder, tmp_path):
     result = invoke("summarize", str(tmp_path / "empty.txt"), "--model", folder, "--prefix", "")
     assert result.exit_code == 2
     assert "the text is empty" in result.output
+
+
+def test_stdout_holds_the_summary_alone(folder, text):
+    result = invoke("summarize", text, "--model", folder, "--max-new-tokens", "9", columns=None)
+    model, tokenizer = load_pretrained(folder)
+    with Unlimiformer()(model):
+        inputs = tokenizer("sum " + Path(text).read_text(), return_tensors="pt")
+        ids = model.generate(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=9,
+            num_beams=4,
+            min_length=0,
+        )
+    assert result.stdout == tokenizer.decode(ids[0], skip_special_tokens=True).strip() + "\n"
+    assert "the whole text" in result.stderr

@@ -6,9 +6,8 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from hf_longtrunc import Unlimiformer, load_pretrained
+from hf_longtrunc.cli.common import check_file, load, notes, open_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def summarize(
-    file: Annotated[typer.FileText, typer.Argument(encoding="utf-8", help="A text, or - for standard input.")],
+    file: Annotated[str, typer.Argument(help="A text, or - for standard input.")],
     model: Annotated[str, typer.Option(help="Hub id or folder of an encoder-decoder: BART, T5, LED, Pegasus, ...")],
     prefix: Annotated[
         str | None, typer.Option(help="Put before the text; what the model's config asks for if left out.")
@@ -29,27 +28,24 @@ def summarize(
     compare: Annotated[bool, typer.Option(help="Also summarize the beginning alone, as the model would.")] = False,
 ) -> None:
     """Summarize a text of any length: every head of the decoder reads the whole of it (Unlimiformer)."""
-    console = Console()
-    text = file.read()
-    try:
-        with console.status("loading the model"):
-            loaded, tokenizer = load_pretrained(model)
-        arm = Unlimiformer(top_k=top_k, window=window, index=index)
-        patch = arm.attach(loaded)
-    except (OSError, ModuleNotFoundError, TypeError, ValueError) as error:
-        console.print(f"[bold red]Could not use {model}.[/bold red] {error}", highlight=False)
-        raise typer.Exit(1) from error
-    inputs = tokenizer(_prefix(loaded, prefix) + text, return_tensors="pt", verbose=False)
-    if not inputs["input_ids"].numel():
+    check_file(file)
+    from hf_longtrunc import Unlimiformer
+
+    with open_text(file) as stream:
+        text = stream.read()
+    if not text.strip():
         raise typer.BadParameter("the text is empty", param_hint="FILE")
+    loaded, tokenizer = load(model, needs="an encoder-decoder")
+    patch = Unlimiformer(top_k=top_k, window=window, index=index).attach(loaded)
+    inputs = tokenizer(_prefix(loaded, prefix) + text, return_tensors="pt", verbose=False)
     settings = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "min_length": 0, "max_length": None}
     try:
-        _show(console, f"the whole text, top {patch.top_k:,} states a head", loaded, tokenizer, inputs, settings)
+        _show(f"the whole text, top {patch.top_k:,} states a head", loaded, tokenizer, inputs, settings)
     finally:
         patch.detach()
     if compare:
         beginning = {name: tensor[:, : patch.window] for name, tensor in inputs.items()}
-        _show(console, "its beginning, unmodified", loaded, tokenizer, beginning, settings)
+        _show("its beginning, unmodified", loaded, tokenizer, beginning, settings)
 
 
 def _prefix(model: Any, given: str | None) -> str:
@@ -60,16 +56,13 @@ def _prefix(model: Any, given: str | None) -> str:
 
 
 def _show(
-    console: Console,
-    title: str,
-    model: Any,
-    tokenizer: Any,
-    inputs: BatchEncoding | dict[str, Tensor],
-    settings: dict[str, Any],
+    title: str, model: Any, tokenizer: Any, inputs: BatchEncoding | dict[str, Tensor], settings: dict[str, Any]
 ) -> None:
+    """Print the summary on stdout, and on stderr what was read and how long it took."""
     since = time.perf_counter()
     accepted = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    ids = model.generate(**accepted, **settings)
+    with notes().status("summarizing"):
+        ids = model.generate(**accepted, **settings)
     seconds, tokens = time.perf_counter() - since, inputs["input_ids"].shape[1]
-    console.rule(f"{title}: {tokens:,} tokens in {seconds:.1f} s")
-    console.print(tokenizer.decode(ids[0], skip_special_tokens=True).strip(), highlight=False, markup=False)
+    notes().print(f"[bold]{title}: {tokens:,} tokens in {seconds:.1f} s[/bold]")
+    print(tokenizer.decode(ids[0], skip_special_tokens=True).strip(), flush=True)

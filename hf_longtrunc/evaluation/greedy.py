@@ -1,4 +1,4 @@
-"""What a model answers to a prompt when nothing is drawn."""
+"""Greedy decoding of one prompt."""
 
 from __future__ import annotations
 

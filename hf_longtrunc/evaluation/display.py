@@ -1,8 +1,10 @@
-"""Empty tables and axes, or the word what to install for them."""
+"""Empty tables and axes, and the errors that say what to install for them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +16,7 @@ def new_table(*headings: str, title: str) -> Table:
     try:
         from rich.table import Table
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a table needs rich: pip install 'hf_longtrunc[eval]'") from error
+        raise missing("a table", "rich", "eval") from error
     return Table(*headings, title=title)
 
 
@@ -23,7 +25,7 @@ def new_axes(width: float, height: float) -> Axes:
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a picture needs matplotlib: pip install 'hf_longtrunc[eval]'") from error
+        raise missing("a picture", "matplotlib", "eval") from error
     _, axes = plt.subplots(figsize=(width, height), layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
     return axes

@@ -1,4 +1,4 @@
-"""Scores over prompt length and depth, as a table and as heat maps."""
+"""Mean scores over prompt length and depth, as a table and as heat maps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import math
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.evaluation.showing import new_table
+from hf_longtrunc.evaluation.display import new_table
+from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,23 +16,23 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def grid_table(records: Sequence[Any], names: Sequence[str], score: str, *, title: str, count: str) -> Table:
+def score_table(records: Sequence[Any], names: Sequence[str], *, title: str) -> Table:
     """Lay mean scores out as a rich table: a row per value of the fields `names` and length, a column per depth."""
     depths = sorted({record.depth for record in records})
     table = new_table(*names, "tokens", title=title)
-    for column in [*(f"{depth:.0%}" for depth in depths), "mean", count]:
+    for column in [*(f"{depth:.0%}" for depth in depths), "mean", "prompts"]:
         table.add_column(column, justify="right")
     rows: dict[tuple[Any, ...], list[Any]] = {}
     for record in records:
         rows.setdefault((*(getattr(record, name) for name in names), record.length), []).append(record)
     for (*row, length), inside in rows.items():
         cells = [[record for record in inside if record.depth == depth] for depth in depths]
-        means = [f"{mean_score(cell, score):.2f}" if cell else "" for cell in [*cells, inside]]
+        means = [f"{mean_score(cell):.2f}" if cell else "" for cell in [*cells, inside]]
         table.add_row(*row, f"{length:,}", *means, str(len(inside)))
     return table
 
 
-def plot_grids(records: Sequence[Any], across: str, down: Sequence[str], score: str) -> list[Axes]:
+def plot_scores(records: Sequence[Any], across: str, down: Sequence[str]) -> list[Axes]:
     """Draw heat maps of mean scores over prompt length and depth, row by row.
 
     A column of maps per value of the field `across`, a row of maps per value of the fields `down`.
@@ -39,7 +40,7 @@ def plot_grids(records: Sequence[Any], across: str, down: Sequence[str], score: 
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("a picture needs matplotlib: pip install 'hf_longtrunc[eval]'") from error
+        raise missing("a picture", "matplotlib", "eval") from error
     groups: dict[tuple[Any, ...], dict[Any, list[Any]]] = {}
     for record in records:
         row = groups.setdefault(tuple(getattr(record, name) for name in down), {})
@@ -52,7 +53,7 @@ def plot_grids(records: Sequence[Any], across: str, down: Sequence[str], score: 
     )
     for row, (names, by_column) in zip(grid, groups.items(), strict=True):
         for axes, column in zip(row, columns, strict=True):
-            _heat_map(axes, by_column.get(column, []), lengths, depths, score)
+            _heat_map(axes, by_column.get(column, []), lengths, depths)
             axes.set_title("\n".join([str(column), *names]), fontsize=9)
         row[0].set_ylabel("depth")
     for axes in grid[-1]:
@@ -60,14 +61,14 @@ def plot_grids(records: Sequence[Any], across: str, down: Sequence[str], score: 
     return [axes for row in grid for axes in row]
 
 
-def mean_score(records: Sequence[Any], score: str) -> float:
-    """Return the mean of a field, NaN where there are no records."""
-    return sum(getattr(record, score) for record in records) / len(records) if records else float("nan")
+def mean_score(records: Sequence[Any]) -> float:
+    """Return the mean score, NaN where there are no records."""
+    return sum(record.score for record in records) / len(records) if records else float("nan")
 
 
-def _heat_map(axes: Axes, records: Sequence[Any], lengths: Sequence[int], depths: Sequence[float], score: str) -> None:
+def _heat_map(axes: Axes, records: Sequence[Any], lengths: Sequence[int], depths: Sequence[float]) -> None:
     cells = [
-        [mean_score([r for r in records if (r.length, r.depth) == (length, depth)], score) for length in lengths]
+        [mean_score([r for r in records if (r.length, r.depth) == (length, depth)]) for length in lengths]
         for depth in depths
     ]
     axes.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")

@@ -1,4 +1,7 @@
-"""The parts of `hf-longtrunc demo`: each shows one technique on a real model, as a table and a picture."""
+"""The parts of `hf-longtrunc demo`: each shows one technique on a real model, as a table and a picture.
+
+Each prints to `console` and returns its figures as plain values, which `--json` prints.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from io import StringIO
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +25,7 @@ from hf_longtrunc import (
     BestFitPackingCollator,
     CreamPositions,
     EtaLogitsProcessor,
+    LMInfinite,
     PackedDataset,
     SoftmaxBasis,
     TruncationRecord,
@@ -29,9 +34,13 @@ from hf_longtrunc import (
     contiguous_positions,
     distances_seen,
     pack,
+    packing_table,
+    plot_packing,
     pose_positions,
 )
-from hf_longtrunc.data.report import packing_table, save_picture
+from hf_longtrunc.cli.common import draw_without_a_screen, notes, save_picture
+from hf_longtrunc.cli.ppl import compare, read_tokens
+from hf_longtrunc.evaluation import python_reference
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +48,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SAMPLING, BAT, PACKING, CREAM = "sampling.png", "bat.png", "packing.png", "cream.png"
 PROMPT = "The lighthouse keeper had not spoken to anyone for eleven days when"
 
 
@@ -69,24 +79,25 @@ def sampling_part(
     seed: int = 0,
     steps_shown: int = 12,
     console: Console,
-) -> None:
+) -> list[dict[str, object]]:
     """Continue `prompt` by plain sampling, top-p and eta, and show what each of them cut at every step."""
     samplers: dict[str, dict[str, Any]] = {
         "plain": {},
         f"top-p {top_p:g}": {"top_p": top_p},
         f"eta {epsilon:g}": {"logits_processor": [EtaLogitsProcessor(epsilon)]},
     }
-    console.rule("Truncation sampling: what each sampler cuts")
+    _heading(console, "Truncation sampling: what each sampler cuts")
     console.print(f"[dim]prompt[/dim]  {prompt}")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     runs = []
     for name, settings in samplers.items():
-        with console.status(f"generating {max_new_tokens} tokens by {name} sampling"):
+        with notes().status(f"generating {max_new_tokens} tokens by {name} sampling"):
             runs.append(_sample(model, tokenizer, inputs, name, seed, max_new_tokens, settings))
         console.print(f"\n[bold]{name}[/bold]  {runs[-1].text}")
     console.print(_steps_table(runs, tokenizer, steps_shown))
     console.print(_summary_table(runs, epsilon))
-    console.print(f"picture: [bold]{_picture(runs, epsilon, folder / 'sampling.png')}[/bold]")
+    _picture(runs, epsilon, folder / SAMPLING)
+    return [_summary(run, epsilon) for run in runs]
 
 
 def bat_part(
@@ -101,21 +112,23 @@ def bat_part(
     seed: int = 0,
     steps_shown: int = 12,
     console: Console,
-) -> None:
+) -> dict[str, object]:
     """Continue `prompt` by basis-aware truncation and show the tokens that it kept below eta's threshold."""
-    console.rule("Basis-aware truncation: tokens kept because it is proved that they belong")
-    with console.status(f"softmax basis of rank {rank}"):
+    _heading(console, "Basis-aware truncation: tokens kept because it is proved that they belong")
+    with notes().status(f"softmax basis of rank {rank}"):
         basis = SoftmaxBasis.from_model(model, rank)
     processor = BasisAwareLogitsProcessor(basis, epsilon, mode="mask")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     settings = {"logits_processor": [processor]}
-    with console.status(f"generating {max_new_tokens} tokens by basis-aware truncation"):
+    with notes().status(f"generating {max_new_tokens} tokens by basis-aware truncation"):
         run = _sample(model, tokenizer, inputs, f"BAT {epsilon:g}", seed, max_new_tokens, settings)
     console.print(f"[bold]{run.name}[/bold]  {run.text}")
     console.print(_rescue_table(run, tokenizer, steps_shown))
     checker = processor.checker
     console.print(f"{checker.checked:,} tokens decided by proof, {checker.undecided} undecided")
-    console.print(f"picture: [bold]{_picture([run], epsilon, folder / 'bat.png')}[/bold]")
+    _picture([run], epsilon, folder / BAT)
+    decided = {"decided by proof": checker.checked, "undecided": checker.undecided}
+    return {**_summary(run, epsilon), "rescued": sum(record.kept_below or 0 for record in run.records), **decided}
 
 
 def _rescue_table(run: SampledText, tokenizer: Any, steps: int) -> Table:
@@ -169,23 +182,28 @@ def _summary_table(runs: list[SampledText], epsilon: float) -> Table:
     for heading in ("sampler", "tokens", "kept (median)", "cut (mean)", f"refused by eta {epsilon:g}", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "sampler" else "right")
     for run in runs:
-        records = run.records
-        table.add_row(
-            run.name,
-            str(len(records)),
-            f"{median(record.kept for record in records):,.0f}",
-            f"{fmean(1 - record.kept_mass for record in records):.1%}",
-            str(sum(_refused(record, epsilon) for record in records)),
-            f"{len(records) / run.seconds:.1f}",
-        )
+        name, _, tokens, kept, cut, refused, speed = _summary(run, epsilon).values()
+        table.add_row(str(name), str(tokens), f"{kept:,.0f}", f"{cut:.1%}", str(refused), f"{speed:.1f}")
     return table
 
 
-def _picture(runs: list[SampledText], epsilon: float, path: Path) -> Path:
-    """One column a sampler, three panels each, on common scales."""
-    import matplotlib as mpl
+def _summary(run: SampledText, epsilon: float) -> dict[str, object]:
+    """Return a run's figures over the whole text."""
+    records = run.records
+    return {
+        "sampler": run.name,
+        "text": run.text,
+        "tokens": len(records),
+        "kept (median)": median(record.kept for record in records),
+        "cut (mean)": fmean(1 - record.kept_mass for record in records),
+        f"refused by eta {epsilon:g}": sum(_refused(record, epsilon) for record in records),
+        "tokens/s": len(records) / run.seconds,
+    }
 
-    mpl.use("Agg")
+
+def _picture(runs: list[SampledText], epsilon: float, path: Path) -> None:
+    """Draw one column a sampler, three panels each, on common scales."""
+    draw_without_a_screen()
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(
@@ -205,10 +223,7 @@ def _picture(runs: list[SampledText], epsilon: float, path: Path) -> Path:
         panel.set_ylabel(name)
     lowest = min(record.kept_mass for run in runs for record in run.records)
     panels[2, 0].set_ylim(min(0.6, lowest), 1.02)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    save_picture(figure, path)
 
 
 def _refused(record: TruncationRecord, epsilon: float) -> bool:
@@ -222,11 +237,11 @@ def _eta(record: TruncationRecord, epsilon: float) -> float:
 
 def packing_part(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, seq_length: int = 512, console: Console
-) -> None:
+) -> dict[str, object]:
     """Pack the docstrings of Python's standard library, and show that a packed document is the document alone."""
     seq_length = min(seq_length, model.config.max_position_embeddings)
-    console.rule("Best-fit packing: no unnecessary cut, no document sees another")
-    with console.status("tokenizing the standard library's docstrings"):
+    _heading(console, "Best-fit packing: no unnecessary cut, no document sees another")
+    with notes().status("tokenizing the standard library's docstrings"):
         documents = [{"input_ids": tokenizer(text)["input_ids"]} for text in _docstrings()]
     packed: PackedDataset = pack(documents, seq_length, tokenizer)
     console.print(packing_table(packed.packing))
@@ -240,7 +255,10 @@ def packing_part(
         f"one row, {pieces} pieces: logits differ from each piece's alone by at most [bold]{right:.1e}[/bold]; "
         f"with a 2-D attention_mask, which lets them see each other, by {leaky:.1f}"
     )
-    console.print(f"picture: [bold]{save_picture(packed.packing, folder / 'packing.png')}[/bold]")
+    draw_without_a_screen()
+    figure: Any = plot_packing(packed.packing)[0].figure
+    save_picture(figure, folder / PACKING)
+    return {**packed.packing.stats(), "difference from alone": right, "difference where pieces leak": leaky}
 
 
 @torch.no_grad()
@@ -266,14 +284,15 @@ def _docstrings() -> list[str]:
 
 def cream_part(
     folder: Path, *, window: int = 4096, factor: int = 8, draws: int = 1000, seed: int = 0, console: Console
-) -> None:
+) -> dict[str, object]:
     """Draw position ids by CREAM, PoSE and not at all, and show which distances a model would meet in training."""
-    console.rule("CREAM: the distances of a long window in documents of a short one")
+    _heading(console, "CREAM: the distances of a long window in documents of a short one")
     schemes: dict[str, Any] = {"CREAM": CreamPositions(), "PoSE": pose_positions, "contiguous": contiguous_positions}
-    with console.status(f"drawing {draws:,} documents by each scheme"):
+    with notes().status(f"drawing {draws:,} documents by each scheme"):
         seen = {name: distances_seen(scheme, window, window, factor, draws, seed) for name, scheme in schemes.items()}
     console.print(_coverage_table(seen, window, factor, draws))
-    console.print(f"picture: [bold]{_coverage_picture(schemes, seen, window, factor, draws, folder)}[/bold]")
+    _coverage_picture(schemes, seen, window, factor, draws, folder)
+    return {name: {"distances met": float((counts > 0).mean())} for name, counts in seen.items()}
 
 
 def _coverage_table(seen: dict[str, Any], window: int, factor: int, draws: int) -> Table:
@@ -291,11 +310,9 @@ def _coverage_table(seen: dict[str, Any], window: int, factor: int, draws: int) 
 
 def _coverage_picture(
     schemes: dict[str, Any], seen: dict[str, Any], window: int, factor: int, draws: int, folder: Path
-) -> Path:
-    """One column a scheme: the ids of some documents, and in how many documents each distance occurs."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+) -> None:
+    """Draw one column a scheme: the ids of some documents, and in how many documents each distance occurs."""
+    draw_without_a_screen()
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(
@@ -321,8 +338,21 @@ def _coverage_picture(
     panels[0, 0].set_ylabel("document")
     panels[1, 0].set(ylabel="part of documents with\nthis distance", yscale="log", ylim=(0.5 / draws, 1.5))
     panels[1, 0].set_xlim(-2 * least, factor * window + 2 * least)
-    path = folder / "cream.png"
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    save_picture(figure, folder / CREAM)
+
+
+def past_the_window(
+    model: Any, tokenizer: Any, folder: Path, *, text: str | None = None, tokens: int = 12_288, console: Console
+) -> list[dict[str, object]]:
+    """Read a text to half as far again as the model's window, unmodified and under LM-Infinite.
+
+    The text is Python's own language reference unless one is given; the picture and the records go to `folder`. Cost:
+    two readings of `tokens` tokens.
+    """
+    _heading(console, "LM-Infinite: reading past the trained window")
+    input_ids = read_tokens(StringIO(python_reference() if text is None else text), tokenizer, tokens)
+    return [vars(record) for record in compare(model, input_ids, LMInfinite(), folder=folder, console=console)]
+
+
+def _heading(console: Console, title: str) -> None:
+    console.print(f"\n[bold]{title}[/bold]\n")

@@ -1,0 +1,1 @@
+"""The `hf-longtrunc` command, a file a subcommand; what a subcommand needs is imported when it runs."""

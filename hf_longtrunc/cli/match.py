@@ -1,0 +1,64 @@
+"""`hf-longtrunc match`: the epsilons at which truncation samplers refuse the same share of a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_longtrunc.cli.common import (
+    AsJson,
+    Force,
+    Model,
+    check_file,
+    check_outputs,
+    draw_without_a_screen,
+    is_watched,
+    load,
+    open_text,
+    print_json,
+    results,
+    save_picture,
+)
+
+
+def match(
+    file: Annotated[str | None, typer.Argument(help="A human text, or - for standard input.")] = None,
+    string: Annotated[str | None, typer.Option(help="The text itself, instead of a file.")] = None,
+    model: Model = None,
+    rank: Annotated[int, typer.Option(min=0, help="Directions of the softmax basis.")] = 20,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text that are read.")] = 512,
+    picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("longtrunc_match.png"),
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the epsilons at which eta, epsilon and basis-aware truncation refuse the same share of a human text."""
+    if (file is None) == (string is None):
+        raise typer.BadParameter("name a file, or give the text itself by --string", param_hint="FILE")
+    if file is not None:
+        check_file(file)
+    check_outputs(picture.parent, picture.name, force=force, option="--picture")
+    from hf_longtrunc import SoftmaxBasis
+    from hf_longtrunc.evaluation import critical_epsilons, match_table, matched_epsilons, plot_match
+    from hf_longtrunc.evaluation.matching import known_shares
+
+    text = string
+    if file is not None:
+        with open_text(file) as stream:
+            text = stream.read()
+    loaded, tokenizer = load(model, needs="a causal LM")
+    ids: Any = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    ids = ids[0, :max_tokens]
+    tokens = len(ids) - 1
+    known_shares(tokens)
+    basis = SoftmaxBasis.from_model(loaded, rank)
+    critical = critical_epsilons(loaded, ids, basis, progress=is_watched())
+    draw_without_a_screen()
+    figure: Any = plot_match(critical).figure
+    save_picture(figure, picture)
+    if as_json:
+        print_json({"tokens": tokens, "rank": rank, "epsilons": matched_epsilons(critical)})
+    else:
+        results().print(match_table(critical))
+        results().print(f"{tokens} tokens, rank {rank}; shares below 1 / tokens = {1 / tokens:.1%} have no epsilon")

@@ -1,0 +1,149 @@
+"""`hf-longtrunc pack`: files of documents in, a packed dataset, a table and a picture out."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from logging import CRITICAL
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_longtrunc.cli.common import (
+    AsJson,
+    Force,
+    check_file,
+    check_outputs,
+    draw_without_a_screen,
+    is_watched,
+    load_tokenizer,
+    notes,
+    open_text,
+    print_json,
+    results,
+    save_picture,
+)
+from hf_longtrunc.extras import missing
+
+if TYPE_CHECKING:
+    import datasets
+
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+class Long(str, Enum):
+    """What becomes of a document longer than a row."""
+
+    SPLIT = "split"
+    TRUNCATE = "truncate"
+    DROP = "drop"
+    ERROR = "error"
+
+
+class SampleBy(str, Enum):
+    """What a document is in a text file."""
+
+    DOCUMENT = "document"
+    PARAGRAPH = "paragraph"
+    LINE = "line"
+
+
+def pack(
+    files: Annotated[list[str], typer.Argument(help="jsonl, json, parquet or txt files.")],
+    seq_length: Annotated[int, typer.Option(min=1, help="Tokens in a row.")] = 2048,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Hub id or folder; needed for text, its EOS ends every document.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="The column of text; not looked at where there are input_ids.")] = "text",
+    sample_by: Annotated[SampleBy, typer.Option(help="What a document is in a txt file.")] = SampleBy.DOCUMENT,
+    long: Annotated[Long, typer.Option(help="What becomes of a document longer than a row.")] = Long.SPLIT,
+    min_piece: Annotated[int, typer.Option(min=1, help="Shorter pieces are left out; 1 keeps every token.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the rows' order.")] = 0,
+    output_dir: Annotated[Path, typer.Option(help="Where dataset and picture go.")] = Path("packed"),
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Pack documents into rows without one unnecessary cut; what it did, beside concatenating and slicing them."""
+    for file in files:
+        check_file(file)
+    check_outputs(output_dir, "packing.png", "dataset", force=force)
+    from hf_longtrunc import pack, packing_table, plot_packing
+
+    documents, loaded_tokenizer = _tokenized([Path(file) for file in files], tokenizer, column, sample_by.value)
+    packed = pack(documents, seq_length, loaded_tokenizer, long=long.value, min_piece=min_piece, seed=seed)
+    if as_json:
+        print_json(packed.packing.stats())
+    else:
+        results().print(packing_table(packed.packing))
+    draw_without_a_screen()
+    figure: Any = plot_packing(packed.packing)[0].figure
+    save_picture(figure, output_dir / "packing.png")
+    with notes().status("writing the rows"):
+        packed.materialize().save_to_disk(output_dir / "dataset")
+    notes().print(f"dataset: [bold]{output_dir / 'dataset'}[/bold]")
+    notes().print("read it with datasets.load_from_disk, train on it with BestFitPackingCollator", style="dim")
+
+
+def _tokenized(files: list[Path], tokenizer_name: str | None, column: str, sample_by: str) -> tuple[Any, Any]:
+    """Return the documents with their input_ids, and the tokenizer."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise missing("reading files", error.name, "train") from error
+    if not is_watched():
+        datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(CRITICAL)  # what it logs as an error is raised too
+    tokenizer: Any = None if tokenizer_name is None else load_tokenizer(tokenizer_name)
+    try:
+        documents = _read(files, sample_by)
+        if "input_ids" in documents.column_names:
+            return documents, tokenizer
+        if column not in documents.column_names:
+            raise ValueError(
+                f"the files have no column {column!r}, only {documents.column_names}; name it with --column"
+            )
+        if tokenizer is None:
+            raise ValueError(f"column {column!r} is text: name a tokenizer with --tokenizer")
+
+        def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+            # A document longer than the model's window is wanted whole: it is cut into rows afterwards.
+            return {"input_ids": tokenizer(batch[column], verbose=False)["input_ids"]}
+
+        names = documents.column_names
+        return documents.map(tokenize, batched=True, remove_columns=names, desc="tokenizing"), tokenizer
+    except (datasets.exceptions.DatasetsError, UnicodeDecodeError) as error:
+        for file in files:
+            _check_content(file)
+        raise ValueError(f"{', '.join(map(str, files))} cannot be read: {error.__cause__ or error}") from error
+
+
+def _read(files: list[Path], sample_by: str) -> datasets.Dataset:
+    import datasets
+
+    suffixes = {file.suffix for file in files}
+    readers = {_READERS.get(suffix) for suffix in suffixes}
+    if len(readers) != 1 or None in readers:
+        raise ValueError(f"files must be of one kind out of {', '.join(_READERS)}, got {', '.join(sorted(suffixes))}")
+    if empty := [str(file) for file in files if not file.stat().st_size]:
+        raise ValueError(f"{', '.join(empty)} is empty")
+    reader = str(readers.pop())
+    options = {"sample_by": sample_by} if reader == "text" else {}
+    names = [str(file) for file in files]
+    loaded: datasets.Dataset = datasets.load_dataset(reader, data_files=names, split="train", **options)
+    return loaded
+
+
+def _check_content(file: Path) -> None:
+    """Name the file that is no UTF-8 text, or the line that is no JSON object."""
+    if file.suffix == ".parquet":
+        return
+    with open_text(str(file)) as lines:
+        for number, line in enumerate(lines, 1):
+            if file.suffix == ".jsonl" and line.strip():
+                try:
+                    is_row = isinstance(json.loads(line), dict)
+                except ValueError:
+                    is_row = False
+                if not is_row:
+                    raise ValueError(f"{file}, line {number}: expected a JSON object, got {line[:60].rstrip()!r}")

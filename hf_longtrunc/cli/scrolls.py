@@ -1,0 +1,104 @@
+"""`hf-longtrunc scrolls`: SCROLLS' official scores of a model, unmodified and patched."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hf_longtrunc.cli.common import (
+    AsJson,
+    Force,
+    Model,
+    Sinks,
+    Window,
+    WithLMInfinite,
+    arms as chosen_arms,
+    check_outputs,
+    draw_without_a_screen,
+    is_watched,
+    load,
+    notes,
+    print_json,
+    results,
+    save_picture,
+)
+from hf_longtrunc.evaluation.scrolls_metrics import METRICS
+
+if TYPE_CHECKING:
+    from hf_longtrunc.evaluation.records import Arm
+    from hf_longtrunc.evaluation.scrolls import ScrollsRecord
+
+Task = Enum("Task", {name: name for name in METRICS}, type=str)  # type: ignore[misc]
+
+
+def scrolls(
+    task: Annotated[Task, typer.Argument(help="One of the seven tasks.")],
+    model: Model = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder, zip or JSON-lines file; fetched from the hub if left out.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="The test split's outputs are private.")] = "validation",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Cut the end of longer documents; the whole text if left out.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a prediction; the task's own number if left out.")
+    ] = None,
+    lm_infinite: WithLMInfinite = False,
+    window: Window = None,
+    sinks: Sinks = 16,
+    unlimiformer: Annotated[
+        bool, typer.Option("--unlimiformer", help="Run Unlimiformer too, on the whole text whatever --max-tokens says.")
+    ] = False,
+    output_dir: Annotated[
+        Path, typer.Option(help="Predictions, metrics and picture; records, from which a run goes on.")
+    ] = Path("scrolls"),
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """SCROLLS' official scores of a model, unmodified and patched, on the same examples in one run."""
+    name = str(task.value)
+    written = {
+        (arm, what): f"{name}_{arm}_{what}.json"
+        for arm, is_wanted in (("unmodified", True), ("lm-infinite", lm_infinite), ("unlimiformer", unlimiformer))
+        if is_wanted
+        for what in ("predictions", "metrics")
+    }
+    check_outputs(output_dir, *written.values(), f"{name}.png", force=force)
+    from hf_longtrunc import Unlimiformer
+    from hf_longtrunc.evaluation.scrolls import Rows, evaluate, plot_scrolls, predictions, run, scrolls_table
+
+    rows = Rows(name, data, split=split, limit=limit)
+    examples = sum(1 for _ in rows)  # a broken line is found before the work
+    if not examples:
+        raise typer.BadParameter(f"{rows.file} holds no example", param_hint="--data")
+    arms = chosen_arms(lm_infinite, window, sinks)
+    whole: dict[str, Arm] = {"unlimiformer": Unlimiformer()} if unlimiformer else {}
+    asked = *load(model), name, rows
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "path": output_dir / f"{name}.jsonl"}
+    records = run(*asked, arms, max_tokens=max_tokens, **options, progress=is_watched())
+    records += run(*asked, whole, **options, progress=is_watched())
+    scores = {arm: evaluate(name, predictions(records, arm), rows) for arm in (*arms, *whole)}
+    for (arm, what), file in written.items():
+        content = scores[arm] if what == "metrics" else predictions(records, arm)
+        (output_dir / file).write_text(json.dumps(content, indent=4), encoding="utf-8")
+    draw_without_a_screen()
+    figure: Any = plot_scrolls(scores).figure
+    save_picture(figure, output_dir / f"{name}.png")
+    notes().print(f"records, predictions, metrics: [bold]{output_dir / name}*[/bold]")
+    if as_json:
+        print_json(scores)
+    else:
+        results().print(scrolls_table(scores))
+        results().print(_lengths(records))
+
+
+def _lengths(records: list[ScrollsRecord]) -> str:
+    cut = sum(record.cut_tokens > 0 for record in records)
+    longest = max(record.prompt_tokens for record in records)
+    return f"{cut} of {len(records)} prompts were cut; the longest read had {longest:,} tokens."

@@ -1,0 +1,87 @@
+"""`hf-longtrunc demo` on a tiny model."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+
+from hf_longtrunc import load_pretrained
+from hf_longtrunc.cli.demo_parts import bat_part, past_the_window
+from hf_longtrunc.evaluation import PerplexityRecord, read_records
+from tests.command_line import invoke
+
+
+def test_demo_prints_three_texts_two_tables_and_writes_the_picture(model_folder, tmp_path):
+    result = invoke("demo", "--model", model_folder, "--max-new-tokens", "15", "--output-dir", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    for part in (
+        "plain",
+        "top-p 0.9",
+        "eta 0.002",
+        "The first 12 steps",
+        "Over the whole text",
+        "refused",
+        "concatenation",
+        "pieces: logits differ",
+    ):
+        assert part in result.output
+    for picture in ("sampling.png", "packing.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_of_one_step(model_folder, tmp_path):
+    result = invoke("demo", "--model", model_folder, "--max-new-tokens", "1", "--output-dir", str(tmp_path))
+    assert result.exit_code == 0, result.output
+
+
+def test_demo_bat_shows_what_was_rescued_below_the_threshold(model_folder, tmp_path):
+    console = Console(record=True, width=100)
+    bat_part(*load_pretrained(model_folder), tmp_path, max_new_tokens=14, epsilon=0.03, console=console)
+    output = console.export_text()
+    assert re.search(r"[1-9][\d,]* tokens decided by proof, 0 undecided", output)
+    rows = re.findall(r"(\d\.\de[+-]\d\d) +(\d\.\de[+-]\d\d) +(\d+) +(\d+) *$", output, re.MULTILINE)
+    assert len(rows) == 12
+    assert any(int(rescued) > 0 for *_, rescued in rows)
+    for probability, threshold, kept, rescued in rows:
+        assert int(kept) >= 1
+        assert int(rescued) >= 1 or float(probability) >= float(threshold) * 0.95
+    assert (tmp_path / "bat.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--epsilon", "1.5", "must lie in (0, 1), got 1.5"),
+        ("--epsilon", "zero", "--epsilon"),
+        ("--top-p", "0", "must lie in (0, 1], got 0.0"),
+        ("--max-new-tokens", "0", "--max-new-tokens"),
+    ],
+)
+def test_bad_options_are_named(option, value, message):
+    result = invoke("demo", option, value)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_the_demo_part_needs_no_text(tiny_folder, tmp_path):
+    model, tokenizer = load_pretrained(tiny_folder)
+    console = Console(file=io.StringIO(), width=120)
+    past_the_window(model, tokenizer, tmp_path, tokens=150, console=console)
+    assert "LM-Infinite" in console.file.getvalue()
+    assert "128-256" in console.file.getvalue()
+    assert len(read_records(tmp_path / "perplexity.jsonl", PerplexityRecord)) == 2 * 6
+    assert (tmp_path / "perplexity.png").exists()
+
+
+def test_the_demo_as_json(model_folder, tmp_path):
+    options = ["--model", model_folder, "--max-new-tokens", "5", "--output-dir", tmp_path, "--json"]
+    result = invoke("demo", "sampling", "packing", "cream", *options)
+    assert result.exit_code == 0, result.output
+    shown = json.loads(result.stdout)
+    assert list(shown) == ["sampling", "packing", "cream"]
+    assert [run["sampler"] for run in shown["sampling"]] == ["plain", "top-p 0.9", "eta 0.002"]
+    assert shown["packing"]["difference from alone"] < 1e-3

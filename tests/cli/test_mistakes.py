@@ -1,0 +1,151 @@
+"""What users get wrong on the command line: one line on stderr that says what to do, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.command_line import invoke, letter_tokenizer
+from tests.cross_attention.seq2seq_models import tiny_seq2seq
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz ."
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, model_folder):
+    """Name -> path of everything that the table below speaks of; `{out}` is a folder that does not exist."""
+    folder = tmp_path_factory.mktemp("places")
+    files = {
+        "text": b"the keeper had not spoken to anyone",
+        "empty": b"",
+        "blank": b" \n ",
+        "letter": b"a",
+        "latin": "the caf\xe9 by the harbour".encode("latin1"),
+        "prose.jsonl": b'{"text": "one two"}\n',
+        "broken.jsonl": b'{"text": "one"}\n{"text": \n',
+        "scalar.jsonl": b"1\n2\n",
+        "empty.jsonl": b"",
+        "latin.jsonl": '{"text": "caf\xe9"}\n'.encode("latin1"),
+        "prose.csv": b"text\none\n",
+        "file": b"",
+        "scrolls.jsonl": b'{"id": "a", "input": "q\\n\\ntext", "output": "x"}\nno row\n',
+    }
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    (folder / "taken").mkdir()
+    for name in ("perplexity.png", "sampling.png", "match.png", "packing.png", "qasper_unmodified_metrics.json"):
+        (folder / "taken" / name).touch()
+    (folder / "taken" / "qasper.jsonl").write_text('{"task": "qasper"')
+    letter_tokenizer(["<s>", "<pad>", "</s>", "<unk>"], LETTERS).save_pretrained(folder / "bart")
+    tiny_seq2seq().float().save_pretrained(folder / "bart")
+    (folder / "nothing").mkdir()
+    (folder / "unknown").mkdir()
+    (folder / "unknown" / "config.json").write_text(json.dumps({"model_type": "no such type"}))
+    (folder / "garbage").mkdir()
+    (folder / "garbage" / "config.json").write_text("{")
+    return {"model": model_folder, "out": folder / "out", "folder": folder} | {
+        path.name: path for path in folder.iterdir()
+    }
+
+
+MISTAKES = {  # command line -> a part of the line that is said; {name} is one of the places
+    "nonsense": "No such command 'nonsense'",
+    "--colour": "No such option: --colour",
+    "ppl {folder}/missing.txt": "no such file: ",
+    "ppl {folder}": "is a folder, expected a text file",
+    "ppl {text} --window 0": "--window",
+    "ppl {text} --sinks=-1": "--sinks",
+    "ppl {text} --tokens many": "'--tokens': Input should be a valid integer",
+    "ppl {empty} --model {model}": "at least 2 tokens are needed, the text has 0",
+    "ppl {latin} --model {model}": "latin is no UTF-8 text",
+    "ppl {text} --model {nothing}": "could not load",
+    "ppl {text} --model {unknown}": "could not load",
+    "ppl {text} --model {garbage}": "could not load",
+    "ppl {text} --model {bart}": "this command needs a causal LM, and this is an encoder-decoder",
+    "ppl {text} --output-dir {file}": "file is a file, expected a folder",
+    "ppl {text} --output-dir {file}/deeper": "file is a file, expected a folder",
+    "ppl {text} --output-dir {taken}": "would be overwritten: name another --output-dir, or pass --force",
+    "match typo.txt": "no such file: typo.txt",
+    "match": "name a file, or give the text itself by --string",
+    "match {text} --string both": "name a file, or give the text itself by --string",
+    "match {letter} --model {model}": "a share of 10% needs a text of at least 11 tokens, got 1",
+    "match --string abcdefgh --rank 3 --picture {out}.png --model {model}": "a share of 10% needs a text of at least",
+    "match {text} --rank=-1": "--rank",
+    "match {text} --rank 400 --model {model} --picture {out}.png": "rank must",
+    "match {latin} --picture {out}.png --model {model}": "latin is no UTF-8 text",
+    "match {text} --picture {taken}/match.png": "would be overwritten: name another --picture, or pass --force",
+    "match {text} --model {bart}": "this command needs a causal LM",
+    "demo nothing": "'nothing' is not one of",
+    "demo --epsilon 1.5": "must lie in (0, 1), got 1.5",
+    "demo --top-p 0": "must lie in (0, 1], got 0.0",
+    "demo --max-new-tokens 0": "--max-new-tokens",
+    "demo sampling --output-dir {taken}": "sampling.png would be overwritten",
+    "demo --prompt=": "--prompt",
+    "demo past-window --text {folder}/missing.txt --output-dir {out}": "no such file: ",
+    "demo --model {bart} --output-dir {out}": "this command needs a causal LM",
+    "summarize {text}": "Missing option '--model'",
+    "summarize {text} --model {model}": "this command needs an encoder-decoder, and this is a causal LM",
+    "summarize {blank} --model {bart}": "the text is empty",
+    "summarize {latin} --model {bart}": "latin is no UTF-8 text",
+    "summarize {text} --model {bart} --window 65": "window must be at most 64",
+    "summarize {text} --model {bart} --index Flat": "index must begin with 'faiss:'",
+    "pack {folder}/missing.jsonl": "no such file: ",
+    "pack {empty.jsonl} --tokenizer {model} --output-dir {out}": "empty.jsonl is empty",
+    "pack {broken.jsonl} --tokenizer {model} --output-dir {out}": "broken.jsonl, line 2: expected a JSON object",
+    "pack {scalar.jsonl} --tokenizer {model} --output-dir {out}": "scalar.jsonl, line 1: expected a JSON object",
+    "pack {latin.jsonl} --tokenizer {model} --output-dir {out}": "latin.jsonl is no UTF-8 text",
+    "pack {prose.csv} --output-dir {out}": "files must be of one kind out of .jsonl",
+    "pack {prose.jsonl} --output-dir {out}": "name a tokenizer with --tokenizer",
+    "pack {prose.jsonl} --column body --output-dir {out}": "no column 'body'",
+    "pack {prose.jsonl} --tokenizer {nothing} --output-dir {out}": "could not load",
+    "pack {prose.jsonl} --output-dir {taken}": "packing.png would be overwritten",
+    "pack {prose.jsonl} --long sometimes": "'sometimes' is not one of",
+    "scrolls squad": "'squad' is not one of",
+    "scrolls qasper --data {folder}/missing --output-dir {out}": "there is no ",
+    "scrolls qasper --data {scrolls.jsonl} --output-dir {out}": "scrolls.jsonl, line 2: expected a JSON object",
+    "scrolls qasper --data {empty} --output-dir {out}": "holds no example",
+    "scrolls qasper --output-dir {taken}": "qasper_unmodified_metrics.json would be overwritten",
+    "lm-eval": "Missing argument 'tasks'",
+    "lm-eval niah_single_1 --lengths long": "expected whole numbers of at least 1 with commas between, got 'long'",
+    "lm-eval niah_single_1 --output-dir {file}": "file is a file, expected a folder",
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(line, places):
+    words = [word if "{" not in word else _filled(word, places) for word in line.split()]
+    result = invoke(*words, columns=None)
+    assert result.exit_code == 2, result.output
+    said = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(said) == 1, result.stderr
+    assert said[0].startswith("hf-longtrunc")
+    assert ": error: " in said[0]
+    assert MISTAKES[line] in said[0]
+    assert result.stdout == ""
+    assert not places["out"].exists()
+
+
+def _filled(word, places):
+    name = word[word.index("{") + 1 : word.index("}")]
+    return word.replace("{" + name + "}", str(places[name]))
+
+
+def test_a_broken_journal_is_named_before_anything_is_predicted(places, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"id": "a", "input": "q\\n\\ntext", "output": "x"}\n')
+    options = ["--model", places["model"], "--output-dir", places["taken"], "--force", "--max-new-tokens", 1]
+    result = invoke("scrolls", "qasper", "--data", rows, *options, columns=None)
+    assert result.exit_code == 2
+    assert "qasper.jsonl, line 1: expected a JSON object" in result.stderr.splitlines()[-1]
+
+
+def test_traceback_shows_where_an_error_was_raised(places):
+    result = invoke("--traceback", "pack", places["empty.jsonl"], "--output-dir", places["out"])
+    assert isinstance(result.exception, ValueError)
+    assert "empty.jsonl is empty" in str(result.exception)

@@ -1,0 +1,59 @@
+"""`hf-longtrunc pack` on files of every kind."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.command_line import invoke
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    texts = ["a stitch in time saves nine. " * n for n in (1, 2, 3, 5, 9)]
+    files = {suffix: tmp_path / f"corpus.{suffix}" for suffix in ("jsonl", "parquet", "txt")}
+    files["jsonl"].write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pq.write_table(pa.table({"input_ids": [[5] * len(text) for text in texts]}), files["parquet"])
+    files["txt"].write_text("\n".join(texts))
+    return {suffix: str(file) for suffix, file in files.items()}
+
+
+@pytest.mark.parametrize(("kind", "options"), [("jsonl", ()), ("parquet", ()), ("txt", ("--sample-by", "line"))])
+def test_pack_writes_table_picture_and_dataset(corpus, model_folder, tmp_path, kind, options):
+    options = (*options, "--seq-length", "64", "--output-dir", str(tmp_path / "out"))
+    options += () if kind == "parquet" else ("--tokenizer", model_folder)
+    result = invoke("pack", corpus[kind], *options)
+    assert result.exit_code == 0, result.output
+    for part in ("5 documents", "best fit", "concatenation", "documents cut"):
+        assert part in result.output
+    assert (tmp_path / "out" / "packing.png").read_bytes().startswith(b"\x89PNG")
+    rows = datasets.load_from_disk(str(tmp_path / "out" / "dataset"))
+    assert rows.column_names == ["input_ids", "position_ids", "labels", "seq_lengths"]
+    assert max(len(row["input_ids"]) for row in rows) == 64
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("jsonl", (), "column 'text' is text: name a tokenizer with --tokenizer"),
+        ("jsonl", ("--column", "body"), "no column 'body', only ['text']"),
+        ("parquet", ("--long", "error", "--seq-length", "32"), "document 1 has 58 tokens, more than seq_length = 32"),
+    ],
+)
+def test_pack_says_what_is_wrong(corpus, tmp_path, kind, options, message):
+    result = invoke("pack", corpus[kind], *options, "--output-dir", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_pack_of_unlike_or_missing_files(corpus):
+    result = invoke("pack", corpus["jsonl"], corpus["txt"])
+    assert result.exit_code == 2
+    assert "files must be of one kind out of .jsonl" in " ".join(result.output.split())
+    assert invoke("pack", "nowhere.jsonl").exit_code == 2

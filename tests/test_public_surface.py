@@ -38,6 +38,7 @@ PUBLIC = {
         "PEMAMemory",
         "PackedDataset",
         "PackedStream",
+        "Packing",
         "ProxyTuningLogitsProcessor",
         "ShardedDatastore",
         "SoftmaxBasis",

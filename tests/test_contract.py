@@ -115,18 +115,10 @@ TABLE = {
         lambda model: TruncationTrace().observe(model), compiled=None, names="TruncationTrace"
     ),
 }
-BEING_MENDED = dict.fromkeys(("LMInfinite", "LMInfinite, TopK", "LMInfinite, TopBlocks"), "no handle yet")
 
 
 def each() -> list[Any]:
-    return [
-        pytest.param(
-            row,
-            id=name,
-            marks=[pytest.mark.xfail(reason=BEING_MENDED[name], strict=False)] if name in BEING_MENDED else [],
-        )
-        for name, row in TABLE.items()
-    ]
+    return [pytest.param(row, id=name) for name, row in TABLE.items()]
 
 
 every_technique = pytest.mark.parametrize("row", each())

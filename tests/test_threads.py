@@ -216,7 +216,6 @@ TABLE: dict[str, Callable[[], Shared]] = {
 # What is refused, by a part of the message.
 REFUSED: dict[str, str] = {}
 BEING_MENDED = {
-    **dict.fromkeys(("LMInfinite", "LMInfinite, TopK", "LMInfinite, TopBlocks"), "a forward's facts lie on the patch"),
     **dict.fromkeys(("ULD", "contrastive", "proxy", "guidance"), "one cache for all threads"),
 }
 

@@ -96,7 +96,7 @@ MISTAKES = {  # command line -> a part of the line that is said; {name} is one o
     "pack {empty.jsonl} --tokenizer {model} --output-dir {out}": "empty.jsonl is empty",
     "pack {broken.jsonl} --tokenizer {model} --output-dir {out}": "broken.jsonl, line 2: expected a JSON object",
     "pack {scalar.jsonl} --tokenizer {model} --output-dir {out}": "scalar.jsonl, line 1: expected a JSON object",
-    "pack {mixed.jsonl} --tokenizer {model} --output-dir {out}": "mixed.jsonl, line 2: expected a JSON object with text",
+    "pack {mixed.jsonl} --tokenizer {model} --output-dir {out}": "line 2: expected a JSON object with text in 'text'",
     "pack {latin.jsonl} --tokenizer {model} --output-dir {out}": "latin.jsonl is no UTF-8 text",
     "pack {prose.csv} --output-dir {out}": "files must be of one kind out of .jsonl",
     "pack {prose.jsonl} --output-dir {out}": "name a tokenizer with --tokenizer",

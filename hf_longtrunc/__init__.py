@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         LambdaCacheLayer as LambdaCacheLayer,
     )
     from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
-    from hf_longtrunc.attention.strategies import TopBlocks as TopBlocks, TopK as TopK
+    from hf_longtrunc.attention.retrieval import TopBlocks as TopBlocks, TopK as TopK
     from hf_longtrunc.cross_attention.datastore import (
         Datastore as Datastore,
         FaissDatastore as FaissDatastore,
@@ -109,8 +109,8 @@ _HOME = {
     "ShardedDatastore": "hf_longtrunc.cross_attention.datastore",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
     "SupportChecker": "hf_longtrunc.sampling.support",
-    "TopBlocks": "hf_longtrunc.attention.strategies",
-    "TopK": "hf_longtrunc.attention.strategies",
+    "TopBlocks": "hf_longtrunc.attention.retrieval",
+    "TopK": "hf_longtrunc.attention.retrieval",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "ULDCollator": "hf_longtrunc.mixing.uld",

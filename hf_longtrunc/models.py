@@ -149,9 +149,3 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def without_peft(model: Any) -> Any:
-    """Return the transformers model inside a PEFT wrapper, and anything else as it is."""
-    is_wrapper = not isinstance(model, PreTrainedModel) and hasattr(model, "get_base_model")
-    return model.get_base_model() if is_wrapper else model

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_longtrunc.attention.retrieval import Middle
-from hf_longtrunc.attention.row_positions import from_first_token
+from hf_longtrunc.attention.middle import Middle
+from hf_longtrunc.attention.row_positions import Moves, Rows, from_first_token, taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,16 +22,34 @@ class Announcement(NamedTuple):
 
     Attributes:
         ring: their slots of the buffers [n].
-        log: their slots of the log [n].
-        padding: columns before each row's first real token [batch]; None: none.
+        rollback: their slots of the rollback buffer [n].
+        rows: the batch's rows once they are there.
+        moves: what moves before; None: nothing.
         turn: cosines and sines [rows, 1, S, 2f] that turn the sinks on to where one new token sees them; None where
             several come or nothing turns.
     """
 
     ring: Tensor
-    log: Tensor
-    padding: Tensor | None
+    rollback: Tensor
+    rows: Rows
+    moves: Moves | None
     turn: tuple[Tensor, Tensor] | None
+
+
+class Beside(NamedTuple):
+    """What a ring keeps beside its slots.
+
+    Attributes:
+        lost_keys: the rollback buffer [batch, heads, ROLLBACK, dim]: at c mod ROLLBACK, what column c overwrote.
+        lost_values: likewise.
+        sink_keys: at their own positions [batch, heads, S, dim].
+        sink_quarter_turns: their rotated dimensions, a quarter turn on [batch, heads, S, 2f]; None: nothing turns.
+    """
+
+    lost_keys: Tensor
+    lost_values: Tensor
+    sink_keys: Tensor
+    sink_quarter_turns: Tensor | None
 
 
 class LambdaCacheLayer(CacheLayerMixin):
@@ -39,16 +57,17 @@ class LambdaCacheLayer(CacheLayerMixin):
 
     Keys are stored as the model rotated them. `keys` and `values` are one buffer each, [batch, heads, S + L, dim]:
     S slots for the sinks and a ring of L slots in which column c lies at slot c mod L, so a token is stored by one
-    indexed write. A row's sinks are its first S *real* tokens, whatever its left padding.
+    indexed write. A row's sinks are its first S *real* tokens, and its tokens are its last columns, whatever its
+    padding: where a mask shows that columns between tokens hold none, the row's older tokens move up to the new ones.
 
     For one new token `update` returns the buffers themselves, the sinks turned on to where the token sees them: once
     the ring is full, all that they hold is seen, and no mask is needed. For several it returns [sinks | window before |
     new tokens], the sinks at their own positions, once per call. For the first tokens of all it returns these alone.
 
-    `get_seq_length` counts the tokens seen. What a token overwrites is kept in a log of `ROLLBACK` columns, so `crop`
-    takes back up to `ROLLBACK` + 1 tokens exactly, any number before the ring has come round, and refuses more. Bytes
-    are constant from the first token on: those of 2 (S + L + ROLLBACK) + S keys a head, row and layer, and S more in
-    fp32.
+    `get_seq_length` counts the tokens seen. What a token overwrites is kept in a rollback buffer of `ROLLBACK` columns,
+    so `crop` takes back up to `ROLLBACK` + 1 tokens exactly, any number before the ring has come round, and refuses
+    more. Bytes are constant from the first token on: those of 2 (S + L + ROLLBACK) + S keys a head, row and layer, and
+    S more in fp32.
 
     Args:
         num_sink_tokens: S.
@@ -57,15 +76,6 @@ class LambdaCacheLayer(CacheLayerMixin):
     """
 
     ROLLBACK = 64
-    _ROWS: tuple[str, ...] = (
-        "keys",
-        "values",
-        "lost_keys",
-        "lost_values",
-        "sink_keys",
-        "sink_quarter_turns",
-        "padding",
-    )
     is_croppable = True
     is_sliding = False
 
@@ -76,58 +86,61 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.rotation = rotation
         self.seen = 0
         self.written = 0  # the most tokens ever seen: what the ring has overwritten, after a crop too
-        self.padding: Tensor | None = None  # columns before each row's first real token [batch], None: none
-        self.max_padding = 0
+        self.rows = Rows()
         self.keys: Any = None  # [batch, heads, S + L, dim]
         self.values: Any = None
-        self.lost_keys: Any = None  # [batch, heads, ROLLBACK, dim]: at slot c mod ROLLBACK, what column c overwrote
-        self.lost_values: Any = None
-        self.sink_keys: Any = None  # [batch, heads, S, dim], at their own positions
-        self.sink_quarter_turns: Any = None  # their rotated dimensions, a quarter turn on [batch, heads, S, 2f]
+        self.beside: Any = None
         self._announced: Announcement | None = None
 
     def expect(self, announcement: Announcement) -> None:
         """Prepare the next `update`, which is refused without: only a patched model calls this."""
         self._announced = announcement
-        if self.seen <= self.max_padding:  # padding is read until every row has a real token
-            self.padding = announcement.padding
-            self.max_padding = 0 if self.padding is None else int(self.padding.max())
 
     def keys_returned(self, new_tokens: int) -> int:
         """Return how many keys the next `update` will return, of several tokens or of one that is not the first."""
         return self.num_sink_tokens + (self.window_length if new_tokens == 1 else self._kept() + new_tokens)
 
-    def key_positions(self, device: torch.device) -> Tensor:
+    def key_positions(self, rows: Rows, device: torch.device) -> Tensor:
         """Positions [rows, S + L] of the slots' keys as one more token will see them, negative for what is empty."""
         sinks, slots = (torch.arange(n, device=device) for n in (self.num_sink_tokens, self.window_length))
-        positions = from_first_token(self.seen - (self.seen - slots) % self.window_length, self.padding)
+        positions = from_first_token(self.seen - (self.seen - slots) % self.window_length, rows.padding)
         return torch.cat([sinks.expand(positions.shape[0], -1), positions], dim=-1)
 
     def slots(self, new_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the slots [n] of the buffers and of the log in which the next n tokens are to lie."""
+        """Return the slots [n] of the buffers and of the rollback buffer in which the next n tokens are to lie."""
         return self._slots_of(torch.arange(self.seen, self.seen + new_tokens, device=device))
 
     def _slots_of(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where columns lie in the buffers, and where in the log what they overwrote."""
+        """Return where columns lie in the buffers, and where what they overwrote lies in the rollback buffer."""
         return columns % self.window_length + self.num_sink_tokens, columns % self.ROLLBACK
 
-    def sees_every_slot(self) -> bool:
+    def sees_every_slot(self, rows: Rows) -> bool:
         """Whether the next token, coming alone, sees all that the buffers then hold, whatever the row."""
-        return self.seen - self.max_padding >= self.num_sink_tokens + self.window_length - 1
+        return self.seen - rows.max_padding >= self.num_sink_tokens + self.window_length - 1
+
+    def oldest_length(self) -> int:
+        """Return the least number of tokens that `crop` can go back to."""
+        has_come_round = self.written > self.window_length + self.ROLLBACK
+        return max(self.rows.floor, self.written - self.ROLLBACK - 1 if has_come_round else 0)
 
     def _kept(self) -> int:
         """How many columns before the new ones their first window reaches."""
         return min(self.seen, self.window_length - 1)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes: `DynamicCache(offloading=True)` moves keys and values to the CPU and back."""
+        device: torch.device = self.beside.sink_keys.device
+        return device
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate everything, once."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        slots = self.num_sink_tokens + self.window_length
+        slots, kept = self.num_sink_tokens + self.window_length, self.ROLLBACK
         self.keys, self.values = (x.new_zeros(*x.shape[:2], slots, x.shape[3]) for x in (key_states, value_states))
-        self.lost_keys, self.lost_values = (
-            x.new_zeros(*x.shape[:2], self.ROLLBACK, x.shape[3]) for x in (key_states, value_states)
-        )
-        self.sink_keys = self.keys[:, :, : self.num_sink_tokens].clone()
+        lost_keys, lost_values = (x.new_zeros(*x.shape[:2], kept, x.shape[3]) for x in (key_states, value_states))
+        sinks = self.keys[:, :, : self.num_sink_tokens].clone()
+        turns = None if self.rotation is None else self.rotation.quarter_turn(sinks)
+        self.beside = Beside(lost_keys, lost_values, sinks, turns)
         self.is_initialized = True
 
     def update(
@@ -141,22 +154,43 @@ class LambdaCacheLayer(CacheLayerMixin):
                 "longer is): its tokens outside sinks and window are gone. Generate inside the patch, or start anew "
                 "with DynamicCache()"
             )
+        self._announced = None
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.seen < self.max_padding + self.num_sink_tokens:
-            self._store_sinks(key_states, value_states)
-        if self.seen and new > 1:
+        key_states, value_states = self._fitted(key_states, value_states)
+        self.rows = announced.rows
+        first, handed_out = self.seen == 0, (key_states, value_states)
+        if announced.moves is not None:
+            key_states, value_states = self._moved(key_states, value_states, announced)
+        if self.seen < self.rows.max_padding + self.num_sink_tokens:
+            self._store_sinks(key_states, value_states, announced.moves)
+        if not first and new > 1:
             sink_values = self.values[:, :, : self.num_sink_tokens]
-            returned = (
-                self._leading(self.keys, self.sink_keys, key_states),
+            handed_out = (
+                self._leading(self.keys, self.beside.sink_keys, key_states),
                 self._leading(self.values, sink_values, value_states),
             )
-        else:
-            returned = (key_states, value_states) if self.seen == 0 else (self.keys, self.values)
+        elif not first:
+            handed_out = self.keys, self.values
         self._store(key_states, value_states, announced)
-        self._turn_sinks(announced.turn)
-        self._announced = None
-        return returned
+        if announced.turn is not None and self.rotation is not None and self.num_sink_tokens:
+            self._turn_sinks(*announced.turn, self.rotation.planes)
+        return handed_out
+
+    def _fitted(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Make buffers and new states agree in dtype, the wider one winning, and the buffers writable here."""
+        if torch.compiler.is_compiling():
+            return key_states, value_states
+        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            self._map_rows(torch.clone)
+        if key_states.dtype == self.keys.dtype and value_states.dtype == self.values.dtype:
+            return key_states, value_states
+        wide = torch.promote_types(key_states.dtype, self.keys.dtype)
+        wide_values = torch.promote_types(value_states.dtype, self.values.dtype)
+        self.keys, self.values = self.keys.to(wide), self.values.to(wide_values)
+        lost_keys, lost_values, sinks, turns = self.beside
+        self.beside = Beside(lost_keys.to(wide), lost_values.to(wide_values), sinks.to(wide), turns)
+        return key_states.to(wide), value_states.to(wide_values)
 
     def _leading(self, ring: Tensor, sinks: Tensor, new: Tensor) -> Tensor:
         """Return [sinks | window before | new tokens], in the order of the text."""
@@ -164,54 +198,89 @@ class LambdaCacheLayer(CacheLayerMixin):
         slots, _ = self._slots_of(columns)
         return torch.cat([sinks, ring.index_select(2, slots), new], dim=2)
 
+    def _moved(self, key_states: Tensor, value_states: Tensor, announced: Announcement) -> tuple[Tensor, Tensor]:
+        """Move each row's old tokens up to its new ones; return the new columns' states with old ones at their head."""
+        moves = announced.moves
+        assert moves is not None
+        back, shift = moves.taken_back.to(self.keys.device), moves.shift.to(self.keys.device)
+        slots = torch.arange(self.window_length, device=self.keys.device)
+        source = (slots - shift[:, None]) % self.window_length + self.num_sink_tokens
+        is_old = torch.arange(key_states.shape[2], device=back.device) < moves.leading.to(back.device)[:, None]
+        ring = announced.ring.to(back.device).expand(len(back), -1)
+        result = []
+        for buffer, lost, states in (
+            (self.keys, self.beside.lost_keys, key_states),
+            (self.values, self.beside.lost_values, value_states),
+        ):
+            if bool(back.any()) and self.seen:
+                self._take_back(buffer, lost, back)
+            buffer[:, :, self.num_sink_tokens :] = taken(buffer, source)
+            states = states if moves.order is None else taken(states, moves.order)
+            result.append(torch.where(is_old[:, None, :, None], taken(buffer, ring), states))
+        return result[0], result[1]
+
+    def _take_back(self, buffer: Tensor, lost: Tensor, back: Tensor) -> None:
+        """Put into each row's slots what its last `back` columns [batch] overwrote."""
+        columns = torch.arange(max(0, self.seen - int(back.max())), self.seen, device=buffer.device)
+        first = (self.seen - back)[:, None]
+        # Where columns that go share a slot, the first of them overwrote what is to come back.
+        is_first = (
+            (columns >= first) & (columns < first + self.window_length) & (columns >= self.written - self.ROLLBACK)
+        )
+        for column in columns.tolist():
+            slot, kept = column % self.window_length + self.num_sink_tokens, column % self.ROLLBACK
+            chosen = is_first[:, column - columns[0], None, None]
+            buffer[:, :, slot] = torch.where(chosen, lost[:, :, kept], buffer[:, :, slot])
+
     def _store(self, key_states: Tensor, value_states: Tensor, announced: Announcement) -> None:
-        """Write the new tokens into the ring, and what the last of them overwrite into the log."""
+        """Write the new tokens into the ring, and what the last of them overwrite into the rollback buffer."""
         new = key_states.shape[2]
         key_states, value_states = key_states.detach(), value_states.detach()
-        ring, log = announced.ring.to(key_states.device), announced.log.to(key_states.device)
+        ring, rollback = announced.ring.to(key_states.device), announced.rollback.to(key_states.device)
         step = min(self.ROLLBACK, self.window_length)  # no slot twice in one write
         if new <= step:
-            self._write(key_states, value_states, ring, log)
+            self._write(key_states, value_states, ring, rollback)
         else:
-            logged = max(0, new - self.ROLLBACK)
-            last = slice(max(0, logged - self.window_length), logged)
+            recorded = max(0, new - self.ROLLBACK)
+            last = slice(max(0, recorded - self.window_length), recorded)
             self.keys.index_copy_(2, ring[last], key_states[:, :, last])
             self.values.index_copy_(2, ring[last], value_states[:, :, last])
-            for start in range(logged, new, step):
+            for start in range(recorded, new, step):
                 part = slice(start, start + step)
-                self._write(key_states[:, :, part], value_states[:, :, part], ring[part], log[part])
+                self._write(key_states[:, :, part], value_states[:, :, part], ring[part], rollback[part])
         self.seen += new
         self.written = max(self.written, self.seen)
 
-    def _write(self, key_states: Tensor, value_states: Tensor, ring: Tensor, log: Tensor) -> None:
-        """Write a few tokens into the ring, and what they overwrite into the log."""
-        self.lost_keys.index_copy_(2, log, self.keys.index_select(2, ring))
-        self.lost_values.index_copy_(2, log, self.values.index_select(2, ring))
+    def _write(self, key_states: Tensor, value_states: Tensor, ring: Tensor, rollback: Tensor) -> None:
+        """Write a few tokens into the ring, and what they overwrite into the rollback buffer."""
+        self.beside.lost_keys.index_copy_(2, rollback, self.keys.index_select(2, ring))
+        self.beside.lost_values.index_copy_(2, rollback, self.values.index_select(2, ring))
         self.keys.index_copy_(2, ring, key_states)
         self.values.index_copy_(2, ring, value_states)
 
-    def _store_sinks(self, key_states: Tensor, value_states: Tensor) -> None:
+    def _store_sinks(self, key_states: Tensor, value_states: Tensor, moves: Moves | None) -> None:
         """Keep the new tokens that are among their row's first S real ones."""
         sinks = torch.arange(self.num_sink_tokens, device=key_states.device)
-        columns = sinks[None] if self.padding is None else sinks + self.padding.to(key_states.device)[:, None]
+        padding = self.rows.padding
+        columns = sinks[None] if padding is None else sinks + padding.to(key_states.device)[:, None]
         index = columns - self.seen  # [rows, S], into the new tokens
-        is_new = ((index >= 0) & (index < key_states.shape[2]))[:, None, :, None]
+        first = 0 if moves is None else moves.leading.to(index.device)[:, None]
+        is_new = ((index >= first) & (index < key_states.shape[2]))[:, None, :, None]
         index = index.clamp(0, key_states.shape[2] - 1)[:, None, :, None]
         slots = slice(self.num_sink_tokens)
-        for store, states in ((self.sink_keys, key_states), (self.values[:, :, slots], value_states)):
+        sink_keys = self.beside.sink_keys
+        for store, states in ((sink_keys, key_states), (self.values[:, :, slots], value_states)):
             there = index.expand(*states.shape[:2], -1, states.shape[3])
             store.copy_(torch.where(is_new, states.detach().gather(2, there), store))
-        self.keys[:, :, slots].copy_(self.sink_keys)
+        self.keys[:, :, slots].copy_(sink_keys)
         if self.rotation is not None:
-            self.sink_quarter_turns = self.rotation.quarter_turn(self.sink_keys)
+            self.beside = self.beside._replace(sink_quarter_turns=self.rotation.quarter_turn(sink_keys))
 
-    def _turn_sinks(self, turn: tuple[Tensor, Tensor] | None) -> None:
+    def _turn_sinks(self, cos: Tensor, sin: Tensor, planes: slice) -> None:
         """Put the sinks' keys, turned on, into their slots."""
-        if turn is None or self.rotation is None or not self.num_sink_tokens:
-            return
-        cos, sin = (weights.to(self.keys.device) for weights in turn)
-        planes = self.rotation.planes
-        turned = torch.addcmul(self.sink_keys[..., planes] * cos, self.sink_quarter_turns, sin)
+        cos, sin = cos.to(self.keys.device), sin.to(self.keys.device)
+        _, _, sink_keys, quarter_turns = self.beside
+        turned = torch.addcmul(sink_keys[..., planes] * cos, quarter_turns, sin)
         self.keys[:, :, : self.num_sink_tokens, planes].copy_(turned)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -227,15 +296,20 @@ class LambdaCacheLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last |tokens_to_remove| tokens.
+        """Take back the last `-tokens_to_remove` tokens.
 
         Raises:
-            ValueError: the ring has overwritten what the shorter text would see.
+            ValueError: the number is positive, which transformers refuses too, or the ring has overwritten what the
+                shorter text would see.
         """
-        remove = min(abs(tokens_to_remove), self.seen)
-        remaining = self.seen - remove
-        oldest = self.written - self.ROLLBACK - 1
-        if self.written > self.window_length + self.ROLLBACK and remaining < oldest:
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop takes a negative number, of tokens to take back, got {tokens_to_remove}: to keep the first m of "
+                "n tokens, pass m - n"
+            )
+        remove = min(-tokens_to_remove, self.seen)
+        remaining, oldest = self.seen - remove, self.oldest_length()
+        if remove and remaining < oldest:
             raise ValueError(
                 f"cannot take back {remove} tokens: after {self.written} tokens the cache of LMInfinite can go back "
                 f"to {oldest}, and no further; draft fewer tokens at a time, or pass "
@@ -244,15 +318,19 @@ class LambdaCacheLayer(CacheLayerMixin):
         if self.is_initialized and self.written > self.window_length:
             # Where columns that go share a slot, the first of them overwrote what is to come back.
             last = min(remaining + self.window_length, self.seen)
-            ring, log = self._slots_of(torch.arange(remaining, last, device=self.keys.device))
-            self.keys.index_copy_(2, ring, self.lost_keys.index_select(2, log))
-            self.values.index_copy_(2, ring, self.lost_values.index_select(2, log))
+            ring, rollback = self._slots_of(torch.arange(remaining, last, device=self.keys.device))
+            self.keys.index_copy_(2, ring, self.beside.lost_keys.index_select(2, rollback))
+            self.values.index_copy_(2, ring, self.beside.lost_values.index_select(2, rollback))
         self.seen = remaining
+        if self.rows.padding is not None and remaining < self.rows.max_padding:
+            padding = self.rows.padding.clamp_max(remaining)
+            self.rows = self.rows._replace(padding=padding, max_padding=remaining)
 
     def reset(self) -> None:
         """Forget every token and keep the memory."""
         super().reset()
         self.seen = self.written = 0
+        self.rows = Rows()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
@@ -267,17 +345,33 @@ class LambdaCacheLayer(CacheLayerMixin):
         self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name in self._ROWS:
-            rows = getattr(self, name)
-            if rows is not None:
-                setattr(self, name, change(rows))
+        self.rows = self.rows.map(change)
+        if self.is_initialized:
+            self.keys, self.values = change(self.keys), change(self.values)
+            lost_keys, lost_values, sinks, turns = self.beside
+            turns = None if turns is None else change(turns)
+            self.beside = Beside(change(lost_keys), change(lost_values), change(sinks), turns)
+
+
+class Archive(NamedTuple):
+    """Keys and values of a whole text, and what was chosen of it.
+
+    Attributes:
+        keys: turned back to position 0, [batch, heads, capacity, dim], in the order of the text.
+        values: [batch, heads, capacity, value_dim].
+        chosen: blocks that `TopBlocks` reads [batch, blocks]; None: none were chosen yet.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    chosen: Tensor | None = None
 
 
 class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
     """Sinks and a ring, and behind them the keys and values of the whole text, for a model that reads its middle.
 
-    The archive holds keys turned back to position 0, [batch, heads, capacity, dim], in the order of the text; it grows
-    by half whenever it is full, so a token costs the same on average. Everything else is `LambdaCacheLayer`.
+    The archive grows by half whenever it is full, so a token costs the same on average. Everything else is
+    `LambdaCacheLayer`.
 
     Args:
         num_sink_tokens: S.
@@ -286,52 +380,85 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
         store: "device" or "cpu": where the archive lives. On the CPU it is pinned if the model is on CUDA.
     """
 
-    _ROWS = (*LambdaCacheLayer._ROWS, "archived_keys", "archived_values", "chosen")
-
     def __init__(self, num_sink_tokens: int, window_length: int, rotation: Rotation | None, store: str):
         super().__init__(num_sink_tokens, window_length, rotation)
         self.store = store
-        self.archived_keys: Any = None  # [batch, heads, capacity, dim]
-        self.archived_values: Any = None
-        self.chosen: Tensor | None = None  # blocks that `TopBlocks` reads [batch, blocks]
+        self.archive = Archive()
+
+    @property
+    def chosen(self) -> Tensor | None:
+        """Blocks that `TopBlocks` reads [batch, blocks], None before any choice."""
+        return self.archive.chosen
+
+    def choose(self, blocks: Tensor) -> None:
+        """Let what follows read these blocks [batch, blocks]."""
+        self.archive = self.archive._replace(chosen=blocks)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values [batch, heads, n, dim] and return what window and sinks show their queries."""
-        columns = torch.arange(self.seen, self.seen + key_states.shape[2], device=key_states.device)
+        past, new = self.seen, key_states.shape[2]
+        moves = None if self._announced is None else self._announced.moves
         returned = super().update(key_states, value_states, *args, **kwargs)
-        positions = from_first_token(columns, self.padding)
+        real = torch.arange(past, past + new, device=key_states.device)
+        if moves is not None:
+            if moves.order is not None:
+                key_states, value_states = taken(key_states, moves.order), taken(value_states, moves.order)
+            self._move_archive(moves, past)
+        positions = from_first_token(real, self.rows.padding)
         turned = key_states if self.rotation is None else self.rotation.rotate(key_states, -positions)
-        self.archived_keys = self._archived(self.archived_keys, turned)
-        self.archived_values = self._archived(self.archived_values, value_states)
+        keys, values = self._grown(self.archive.keys, turned), self._grown(self.archive.values, value_states)
+        for archive, states in ((keys, turned), (values, value_states)):
+            states = states.detach()
+            if moves is not None:  # what moved into the new columns stays
+                is_old = (torch.arange(new, device=states.device) < moves.leading.to(states.device)[:, None])[
+                    :, None, :, None
+                ]
+                states = torch.where(is_old, archive[:, :, past : past + new].to(states.device), states)
+            archive[:, :, past : past + new] = states
+        self.archive = self.archive._replace(keys=keys, values=values)
         return returned
 
-    def _archived(self, archive: Tensor | None, states: Tensor) -> Tensor:
-        """Write the newest tokens' states into the archive, in a larger one if need be."""
-        start = self.seen - states.shape[2]
-        if archive is None or archive.shape[2] < self.seen:
-            shape = *states.shape[:2], self.seen if archive is None else self.seen * 3 // 2, states.shape[3]
-            on_cpu = self.store == "cpu"
-            larger = torch.empty(
-                shape,
-                dtype=states.dtype,
-                device="cpu" if on_cpu else states.device,
-                pin_memory=on_cpu and states.is_cuda,
-            )
+    def _move_archive(self, moves: Moves, past: int) -> None:
+        """Move each row's old tokens up to its new ones."""
+        keys, values = (
+            self._grown(archive, torch.empty(0)) if archive is not None else None
+            for archive in (self.archive.keys, self.archive.values)
+        )
+        for archive in (keys, values):
             if archive is not None:
-                larger[:, :, :start] = archive[:, :, :start]
-            archive = larger
-        archive[:, :, start : self.seen] = states.detach()
-        return archive
+                columns = torch.arange(self.seen, device=archive.device) - moves.shift.to(archive.device)[:, None]
+                archive[:, :, : self.seen] = taken(archive, columns.clamp_min(0))
+        self.archive = self.archive._replace(keys=keys, values=values)
+
+    def _grown(self, archive: Tensor | None, states: Tensor) -> Tensor:
+        """Return an archive with room for all tokens seen: this one, or a larger one with its contents."""
+        if archive is not None and archive.shape[2] >= self.seen:
+            return archive
+        like = states if archive is None else archive
+        shape = *like.shape[:2], self.seen if archive is None else self.seen * 3 // 2, like.shape[3]
+        on_cpu, pinned = self.store == "cpu", states.is_cuda if archive is None else archive.is_pinned()
+        larger = torch.zeros(
+            shape, dtype=like.dtype, device="cpu" if on_cpu else like.device, pin_memory=on_cpu and pinned
+        )
+        if archive is not None:
+            larger[:, :, : archive.shape[2]] = archive
+        return larger
 
     def middle(self) -> Middle:
         """Return all that was seen, un-rotated, where it is stored."""
-        device = self.archived_keys.device
-        positions = from_first_token(torch.arange(self.seen, device=device), self.padding)
-        return Middle(self.archived_keys[:, :, : self.seen], self.archived_values[:, :, : self.seen], positions)
+        keys, values, _ = self.archive
+        assert keys is not None
+        assert values is not None
+        positions = from_first_token(torch.arange(self.seen, device=keys.device), self.rows.padding)
+        return Middle(keys[:, :, : self.seen], values[:, :, : self.seen], positions)
 
     def reset(self) -> None:
         """Forget every token."""
         super().reset()
-        self.archived_keys = self.archived_values = self.chosen = None
+        self.archive = Archive()
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._map_rows(change)
+        self.archive = Archive(*(None if kept is None else change(kept) for kept in self.archive))

@@ -1,6 +1,6 @@
 """Attention modules that do not ask transformers' attention interface: their forwards with an attention to be given.
 
-Each function takes the attention module and `attend(query, key, value, carried, scoring)`, heads in the second
+Each function takes the attention module and `attend(query, key, value, mask, scoring)`, heads in the second
 dimension, and returns a `forward` for that instance: the module's own projections, rotation and output, with `attend`
 between them.
 """
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_longtrunc.attention.lambda_attention import Scoring
+from hf_longtrunc.models import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Scoring], Tensor]
+    Attend = Callable[[Tensor, Tensor, Tensor, Any, Scoring], Tensor]
 
 
 def falcon_forward(module: Any, attend: Attend) -> Callable[..., Any]:
@@ -78,10 +79,10 @@ def mpt_forward(module: Any, attend: Attend) -> Callable[..., Any]:
     def forward(
         hidden_states: Tensor,
         position_bias: Any = None,
-        cache: Any = None,
         attention_mask: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        cache = kwargs.get(CACHE)
         fused = module.Wqkv(hidden_states)
         fused = fused.clamp(-module.clip_qkv, module.clip_qkv) if module.clip_qkv else fused
         query, key, value = (_heads(part, module.n_heads) for part in fused.chunk(3, dim=2))

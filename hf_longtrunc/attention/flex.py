@@ -31,6 +31,7 @@ def flex_lambda_attention(
     far: tuple[Tensor, Tensor] | None,
     window: int,
     scaling: float,
+    is_padded: bool,
 ) -> Float[Tensor, "batch heads n value_dim"]:
     """Attend as `lambda_attention` does.
 
@@ -43,6 +44,7 @@ def flex_lambda_attention(
         far: the sinks' logits [batch, heads, n, S] and values [batch, kv_heads, S, value_dim], None without sinks.
         window: L.
         scaling: of the dot products; `far` has it already.
+        is_padded: whether positions below zero may occur.
     """
     sinks = 0 if far is None else far[0].shape[-1]
     lead = -(-sinks // BLOCK) * BLOCK  # the sinks fill whole blocks
@@ -62,7 +64,7 @@ def flex_lambda_attention(
         assert far is not None
         return torch.where(kv < sinks, far[0][b, h, q, kv.clamp_max(sinks - 1)].to(score.dtype), score)
 
-    mask = _block_mask(query.shape[2], key.shape[2] - lead, lead, window, seen, last == 0, query.device)
+    mask = _block_mask(query.shape[2], key.shape[2] - lead, lead, window, seen, not is_padded, query.device)
     output = _kernel(query.device.type)(
         query,
         key,

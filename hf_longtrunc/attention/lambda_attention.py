@@ -109,6 +109,7 @@ def lambda_attention(
     block_size: int = 512,
     read: Callable[[Tensor, Tensor, Tensor], Retrieved | None] | None = None,
     reading_rows: int = 0,
+    is_padded: bool = False,
 ) -> Float[Tensor, "batch heads n value_dim"]:
     """Attend over a window of keys and the row's first keys.
 
@@ -133,6 +134,7 @@ def lambda_attention(
         read: `read(query, query_positions, logits)`, given the logits of window and sinks [batch, heads, n, S + m],
             returns what else some of the queries see; None: nothing.
         reading_rows: how many of the last queries do; they take the "eager" path.
+        is_padded: whether positions below zero may occur in a row; one that has none needs fewer masks.
 
     Returns:
         [batch, heads, n, value_dim] in the dtype of `query`.
@@ -140,7 +142,7 @@ def lambda_attention(
     task = _Task(query, key, value, query_positions, key_positions, sinks, window, max_distance, scoring, rotate, read)
     path = choose_path(path, scoring, query)
     if read is not None:
-        return _with_reading_rows(task, max(0, query.shape[2] - reading_rows), path, block_size)
+        return _with_reading_rows(task, max(0, query.shape[2] - reading_rows), path, block_size, is_padded)
     if path == "flex":
         from hf_longtrunc.attention.flex import flex_lambda_attention
 
@@ -148,7 +150,8 @@ def lambda_attention(
         if sinks is not None:
             sink_positions = torch.arange(sinks[0].shape[2], device=key.device)[None]
             far = _far_scores(task, query, query_positions, sink_positions), sinks[1]
-        return flex_lambda_attention(query, key, value, query_positions, key_positions, far, window, scoring.scaling)
+        arguments = query, key, value, query_positions, key_positions, far, window, scoring.scaling
+        return flex_lambda_attention(*arguments, is_padded)
     remember = torch.is_grad_enabled() and query.requires_grad and query.shape[2] > block_size
     blocks = []
     for start, stop, is_joined in _spans(task, path, block_size):
@@ -161,7 +164,7 @@ def lambda_attention(
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
 
-def _with_reading_rows(task: _Task, first: int, path: str, block_size: int) -> Tensor:
+def _with_reading_rows(task: _Task, first: int, path: str, block_size: int, is_padded: bool) -> Tensor:
     """`lambda_attention` of the queries before `first`, and of the others with what they read."""
     n = task.query.shape[2]
     spans = [(start, min(start + _READING_BLOCK, n)) for start in range(first, n, _READING_BLOCK)]
@@ -181,6 +184,7 @@ def _with_reading_rows(task: _Task, first: int, path: str, block_size: int) -> T
             rotate=task.rotate,
             path=path,
             block_size=block_size,
+            is_padded=is_padded,
         )
         parts.insert(0, before)
     return torch.cat(parts, dim=2)
@@ -201,8 +205,20 @@ def single_query_attention(
     `seen` is None where it sees them all, which lets any kernel serve.
     """
     seen = None if seen is None else seen[:, None]
-    if read is None and scoring.is_plain:
-        return _sdpa_attend(query, key, value, seen, scoring, None)
+    if read is None and scoring.softcap is None and scoring.slopes is None and scoring.null_logits is None:
+        batch, heads, _, dim = query.shape
+        wide = max(dim, value.shape[-1])
+        mask = None if seen is None else seen[:, None]
+        grouped = query.reshape(batch, key.shape[1], -1, dim)
+        # `pad` copies even where there is nothing to pad: the whole cache for every token that is decoded.
+        width = value.shape[-1]
+        if dim != wide:
+            grouped, key = F.pad(grouped, (0, wide - dim)), F.pad(key, (0, wide - dim))
+        if width != wide:
+            value = F.pad(value, (0, wide - width))
+        dropout, scale = scoring.dropout, scoring.scaling
+        output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scale)
+        return output[..., :width].reshape(batch, heads, 1, -1)
     bias = None if scoring.slopes is None else _bias(scoring.slopes, distances[:, None], query)
     return _eager_attend(query, key, value, seen, scoring, None, bias, read)
 
@@ -267,6 +283,7 @@ def _can_join(task: _Task) -> bool:
     """Whether all rows are without padding and one position each, and an ordinary kernel computes the scores."""
     is_plain = task.scoring.is_plain and not task.scoring.dropout and task.query.device.type == "cpu"
     is_square = task.query.shape[-1] == task.value.shape[-1] and task.query.shape[2] > 1 and task.window > 1
+    is_square &= task.query.dtype == task.key.dtype == task.value.dtype  # under autocast they differ
     one_row = len(task.query_positions) == len(task.key_positions) == 1
     return is_plain and is_square and one_row and int(task.key_positions[0, 0]) >= 0
 
@@ -396,7 +413,7 @@ def _eager_attend(
     m = value.shape[2]
     output = (weights[..., :m].reshape(batch, value.shape[1], -1, m) @ value).view(batch, heads, n, -1)
     if retrieved is not None:
-        output = output + (weights[..., None, m:] @ retrieved.value)[..., 0, :]
+        output = output + (weights[..., None, m:] @ retrieved.value.to(weights.dtype))[..., 0, :]
     return output
 
 
@@ -407,9 +424,7 @@ def _sdpa_attend(
     if far is not None:
         query, key = _with_far_dimensions(query, key, far / scoring.scaling)
     dim = max(query.shape[-1], value_dim)
-    query, key, value = (_padded(x, dim) for x in (query, key, value))
-    if n == 1:
-        query = query.view(batch, key.shape[1], -1, dim)  # the heads of a group as the queries of their key head
+    query, key, value = (F.pad(x, (0, dim - x.shape[-1])) if x.shape[-1] < dim else x for x in (query, key, value))
     output = F.scaled_dot_product_attention(
         query,
         key,
@@ -420,11 +435,6 @@ def _sdpa_attend(
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return output[..., :value_dim].reshape(batch, heads, n, value_dim)
-
-
-def _padded(x: Tensor, dim: int) -> Tensor:
-    # `pad` copies even where there is nothing to pad: the whole cache for every token that is decoded.
-    return x if x.shape[-1] == dim else F.pad(x, (0, dim - x.shape[-1]))
 
 
 def _with_far_dimensions(query: Tensor, key: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:

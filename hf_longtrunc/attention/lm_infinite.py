@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
-
+from hf_longtrunc.arguments import one_of, whole
 from hf_longtrunc.attention.lambda_attention import PATHS
+from hf_longtrunc.attention.layer import Settings
 from hf_longtrunc.attention.patch import Patch
-from hf_longtrunc.attention.strategies import TopBlocks, TopK
-from hf_longtrunc.changes import attached
-from hf_longtrunc.models import without_peft
+from hf_longtrunc.attention.retrieval import Retrieval
+from hf_longtrunc.models import attachable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LMInfinite:
     """Λ-shaped attention with a distance ceiling: a pretrained model on texts of any length, without training.
 
@@ -33,8 +35,8 @@ class LMInfinite:
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.
 
-    `with LMInfinite(...)(model):` patches for the block; `patch = LMInfinite(...).attach(model)` until
-    `patch.detach()`. Only that model instance is touched, and afterwards it is as it was.
+    `with LMInfinite(...)(model):` patches for the block; `handle = LMInfinite(...).attach(model)` until
+    `handle.detach()`. Only that model instance is touched, and afterwards it is as it was.
 
     Source: Han et al. 2024, "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models", arXiv
     2308.16137. Deviations: positions are counted from each row's first real token, and rotary angles are computed in
@@ -44,33 +46,31 @@ class LMInfinite:
     num_sink_tokens: int = 16
     window_length: int | None = None
     max_distance: int | None = None
-    retrieval: TopK | TopBlocks | None = None
+    retrieval: Retrieval | None = None
     path: str = "auto"
 
     def __post_init__(self) -> None:
-        _check_count("num_sink_tokens", self.num_sink_tokens, 0)
-        if self.window_length is not None:
-            _check_count("window_length", self.window_length, 1)
-        if self.max_distance is not None:
-            _check_count("max_distance", self.max_distance, self.window_length or 1)
-        if self.retrieval is not None and not isinstance(self.retrieval, (TopK, TopBlocks)):
+        for name, least in (("num_sink_tokens", 0), ("window_length", 1), ("max_distance", 1)):
+            value = getattr(self, name)
+            if value is not None or name == "num_sink_tokens":
+                object.__setattr__(self, name, whole(name, value, least=least))
+        if None not in (self.max_distance, self.window_length):
+            whole("max_distance", self.max_distance, least=self.window_length)
+        if self.retrieval is not None and not isinstance(self.retrieval, Retrieval):
             raise TypeError(f"retrieval must be TopK(...), TopBlocks(...) or None, got {self.retrieval!r}")
-        if self.path not in PATHS:
-            raise ValueError(f"path must be one of {', '.join(PATHS)}, got {self.path!r}")
-
-    __call__ = attached
+        one_of("path", self.path, PATHS)
 
     def attach(self, model: Any) -> Patch:
-        """Patch `model`, a transformers causal language model or a PEFT wrapper of one, until `detach()`.
+        """Patch `model`, a transformers causal language model or a PEFT or DDP wrapper of one, until `detach()`.
 
-        Runs a few forwards of four tokens to learn how each layer rotates its queries and keys.
+        Runs a few forwards of at most eight tokens to learn how each layer rotates its queries and keys.
 
         Raises:
             TypeError: it is no such model.
-            ValueError: it is patched already, its architecture cannot be (the message says why), or `max_distance`
-                is smaller than the window that its config implies.
+            ValueError: it is patched or compiled already, its architecture cannot be patched (the message says why),
+                or `max_distance` is smaller than the window that its config implies.
         """
-        owner = _language_model(model)
+        owner = attachable(model, "LMInfinite")
         window = trained_length(owner.config) if self.window_length is None else self.window_length
         max_distance = window if self.max_distance is None else self.max_distance
         if max_distance < window:
@@ -78,12 +78,22 @@ class LMInfinite:
                 f"max_distance must be at least the window, got {max_distance} for window_length={window}"
                 f"{' (the trained length)' if self.window_length is None else ''}; leave it out to take the window"
             )
-        if self.retrieval is not None and (self.retrieval.distance or 0) > max_distance:
+        retrieval = self.retrieval
+        if retrieval is not None and (retrieval.distance or 0) > max_distance:
             raise ValueError(
-                f"{type(self.retrieval).__name__}: distance must be at most max_distance, got "
-                f"{self.retrieval.distance} for {max_distance}; leave it out to take half the window"
+                f"{type(retrieval).__name__}: distance must be at most max_distance, got "
+                f"{retrieval.distance} for {max_distance}; leave it out to take a share of the window"
             )
-        return Patch(owner, self.num_sink_tokens, window, max_distance, self.path, self.retrieval)
+        settings = Settings(
+            num_sink_tokens=self.num_sink_tokens,
+            window_length=window,
+            max_distance=max_distance,
+            path=self.path,
+            retrieval=retrieval,
+        )
+        return Patch(self, owner, settings)
+
+    __call__ = attach
 
 
 def trained_length(config: PreTrainedConfig) -> int:
@@ -110,20 +120,3 @@ def trained_length(config: PreTrainedConfig) -> int:
         if values.get("original_max_position_embeddings") and values.get("factor") and values.get("rope_type") == "yarn"
     ]
     return max([length, *stretched])
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}")
-    if value < least:
-        why = ": never smaller than window_length" if name == "max_distance" else ""
-        raise ValueError(f"{name} must be at least {least}{why}, got {value}")
-
-
-def _language_model(model: Any) -> Any:
-    model = without_peft(model)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model must be a transformers causal language model or a PEFT wrapper of one, got {type(model).__name__}"
-        )
-    return model

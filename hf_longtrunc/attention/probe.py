@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hf_longtrunc.attention.rotary import CannotPatchError, candidate_rotations, find_rotation
-from hf_longtrunc.models import evaluating
+from hf_longtrunc.attention.step import Carried, carry
+from hf_longtrunc.models import CACHE, evaluating, few_tokens
 
 if TYPE_CHECKING:
     from hf_longtrunc.attention.rotary import ExactRotary, Rotation
 
 
-class Probe:
+class Probe(Carried):
     """Two forwards of a decoder, at angle zero and at known angles, whose attention hands its queries and keys here.
 
     Attention answers zero meanwhile, so both forwards hand every layer the same input; and four times the same token
@@ -29,14 +30,20 @@ class Probe:
     def __init__(self, decoder: Any, sources: list[ExactRotary]):
         self.decoder = decoder
         self.sources = sources
+        self.has_windows = False  # whether some layers were trained with a window of their own
         self._captured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self._cache = DynamicCache()
 
-    def record(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
-        """Keep what one layer's attention was called with, [batch, heads, n, dim] each."""
-        if module in self._captured:
-            raise CannotPatchError("a layer runs several times in a forward")
-        self._captured[module] = query, key
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scoring: Any) -> Tensor:
+        """Keep what a layer's attention was called with, [batch, heads, n, dim] each, and return zeros.
+
+        Layers whose mask is another one, for they have a window of their own, are not kept.
+        """
+        if isinstance(mask, Probe):
+            if module in self._captured:
+                raise CannotPatchError("a layer runs several times in a forward")
+            self._captured[module] = query, key
+        return query.new_zeros(*query.shape[:3], value.shape[-1])
 
     def rotations(self) -> dict[nn.Module, Rotation | None]:
         """Return the rotation of each layer that was recorded, None for one that rotates nothing.
@@ -78,8 +85,10 @@ class Probe:
         self._cache = DynamicCache(config=self.decoder.config)
         for source in self.sources:
             source.probing = factor
+        before = carry(self)
         try:
-            forward_quietly(self.decoder, [[vocabulary // 3] * 4, [vocabulary // 2] * 4], self._cache)
+            ids = few_tokens(self.decoder, 1).new_tensor([[vocabulary // 3] * 4, [vocabulary // 2] * 4])
+            hidden_states(self.decoder, ids, self._cache)
         except CannotPatchError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -87,6 +96,7 @@ class Probe:
                 f"its layers cannot be probed through transformers' attention and mask interfaces ({error})"
             ) from error
         finally:
+            carry(before)
             for source in self.sources:
                 source.probing = None
         return {module: torch.cat(states, dim=1) for module, states in self._captured.items()}
@@ -98,11 +108,8 @@ def _is_cached(key: Tensor, module: Any, layers: list[Any]) -> bool:
     return all(keys.shape == key.shape and torch.equal(keys, key) for keys in cached)
 
 
-def forward_quietly(decoder: Any, tokens: list[list[int]], cache: Any = None) -> Tensor:
-    """Return hidden states without dropout or gradient, leaving no trace in the model but in `cache`."""
-    weight = decoder.get_input_embeddings().weight
-    # What accelerate offloads lies on "meta" between forwards; its hooks move inputs from anywhere.
-    ids = torch.tensor(tokens, device="cpu" if weight.is_meta else weight.device)
+def hidden_states(decoder: Any, ids: Tensor, cache: Any = None) -> Tensor:
+    """Return hidden states of tokens [batch, n] without dropout or gradient, leaving no trace but in `cache`."""
     with evaluating(decoder), torch.no_grad():
-        hidden: Tensor = decoder(input_ids=ids, use_cache=cache is not None, cache=cache)[0]
+        hidden: Tensor = decoder(input_ids=ids, use_cache=cache is not None, **{CACHE: cache})[0]
     return hidden

@@ -9,8 +9,10 @@ the softmax of window and sinks with that score. Two ways to choose:
   attention each head would pay to each block, in one softmax over window, sinks and middle; the sum decides, and the
   second time all heads and layers see the same few blocks. High-scoring keys that only one head likes cannot crowd the
   softmax, and it matters little how many keys there are to choose from. For a row that has a middle, the part of the
-  window beyond D_k is up for choice with it, S <= j <= i - D_k: a key there may be seen twice, at its own distance and
+  window beyond D_k can be chosen with it, S <= j <= i - D_k: a key there may be seen twice, at its own distance and
   at D_k. Each chosen key counts for several.
+
+A third way is one more `Retrieval`: it says which layers read, what a query reads, and how a forward is run.
 
 Sources: Han et al. 2024, "LM-Infinite", arXiv 2308.16137: top-k with k = 5, D_k half the trained length,
 for the last row of a forward. Deviations: any number of rows may read; blocks are ours.
@@ -18,151 +20,293 @@ for the last row of a forward. Deviations: any number of rows may read; blocks a
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, NamedTuple
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
-from hf_longtrunc.attention.lambda_attention import Retrieved, constant_scores
+from hf_longtrunc.arguments import number, one_of, whole
+from hf_longtrunc.attention.middle import Sight, block_mass, choose_blocks, read_blocks, top_k
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from collections.abc import Callable, Sequence
 
-    from hf_longtrunc.attention.lambda_attention import Scoring
+    from torch import Tensor
 
+    from hf_longtrunc.attention.lambda_attention import Retrieved, Scoring
+    from hf_longtrunc.attention.middle import Middle
 
-class Middle(NamedTuple):
-    """Everything that a text has said so far, un-rotated.
-
-    Attributes:
-        key: [batch, kv_heads, m, dim], every key as if it stood at position 0.
-        value: [batch, kv_heads, m, value_dim].
-        positions: of the keys [rows, m], counted from each row's first real token.
-    """
-
-    key: Tensor
-    value: Tensor
-    positions: Tensor
+STORES = ("device", "cpu")
 
 
-def in_middle(
-    query_positions: Int[Tensor, "*#rows n"], key_positions: Int[Tensor, "*#rows m"], num_sink_tokens: int, window: int
-) -> Bool[Tensor, "... n m"]:
-    """Return whether a key is no sink and at least `window` away, S <= j <= i - window."""
-    i, j = query_positions[..., :, None], key_positions[..., None, :]
-    return (j >= num_sink_tokens) & (i - j >= window)
-
-
-class Sight(NamedTuple):
-    """How a query sees the middle: at one distance, with the layer's scoring.
+class View(NamedTuple):
+    """What one layer shows to the rows that read.
 
     Attributes:
-        distance: D_k.
-        num_sink_tokens: S, which are left out.
-        window: keys that are nearer than this are left out.
+        middle: the text.
+        rotate: `rotate(query, steps)` turns queries on by steps [rows, n]; None where nothing turns.
         scoring: of the layer.
-        first_query: queries before this position see none of it.
-        emphasis: how many keys each chosen key counts for.
+        num_sink_tokens: S.
+        window: L.
+        chosen: blocks that were chosen for each row [batch, blocks]; None: none yet.
+        ballot: takes each voting layer's mass [batch, blocks] while blocks are being chosen; None otherwise.
     """
 
-    distance: int
+    middle: Middle
+    rotate: Callable[[Tensor, Tensor], Tensor] | None
+    scoring: Scoring
     num_sink_tokens: int
     window: int
-    scoring: Scoring
-    first_query: int = 0
-    emphasis: float = 1.0
+    chosen: Tensor | None = None
+    ballot: list[Tensor] | None = None
 
 
-def top_k(
-    query: Float[Tensor, "batch heads n dim"],
-    query_positions: Int[Tensor, "rows n"],
-    middle: Middle,
-    k: int,
-    sight: Sight,
-) -> Retrieved:
-    """Choose each head's and row's k best keys of the middle; all of them where there are fewer.
+@runtime_checkable
+class Forward(Protocol):
+    """One call of a decoder, as a strategy may run it."""
+
+    @property
+    def new(self) -> int:
+        """How many tokens the call brings."""
+
+    @property
+    def has_middle(self) -> bool:
+        """Whether there are tokens that are neither in the window nor sinks."""
+
+    def archives(self) -> Sequence[Any]:
+        """Return every layer's archive; raises ValueError where some layer has none."""
+
+    def run(self, last: int | None = None, ballot: list[Tensor] | None = None) -> Any:
+        """Run the decoder on all new tokens or on the `last` of them; `ballot` makes it a vote."""
+
+    def take_back(self, rows: int) -> None:
+        """Take the last `rows` tokens out of the cache."""
+
+    def total(self, mass: Tensor) -> Tensor:
+        """Return the sum over the ranks that share the model's heads."""
+
+    def with_first(self, first: Any, output: Any) -> Any:
+        """Return the output of the last rows with the hidden states of the rows before, out of a first output."""
+
+
+class Retrieval(ABC):
+    """A way to read the middle: settings of its own, what they mean in a layer, and how a forward is run with them."""
+
+    distance: int | None
+    first_layer: int
+    store: str
+
+    @abstractmethod
+    def seen_at(self, window: int) -> int:
+        """Return D_k under a window of that length."""
+
+    @abstractmethod
+    def reading_rows(self, new: int, is_vote: bool) -> int:
+        """Return how many of the last of `new` rows look at the middle."""
+
+    @abstractmethod
+    def read(self, view: View, query: Tensor, positions: Tensor, logits: Tensor) -> Retrieved | None:
+        """Return what queries [batch, heads, n, dim] at positions [rows, n] see of the middle.
+
+        `logits` [batch, heads, n, S + m] are those of window and sinks, which the same softmax holds.
+        """
+
+    def reads(self, layer: int, is_vote: bool) -> bool:
+        """Whether that layer looks at the middle; `layer` is counted from 0."""
+        return layer >= self.first_layer
+
+    def for_layers(self, count: int) -> Retrieval:
+        """Return the settings for a model of so many layers, with defaults that depend on it."""
+        return self
+
+    def check(self, layers: Sequence[int], caches_keys: bool) -> None:
+        """Refuse a model with these layers of full attention, which cache their keys or what keys are made from.
+
+        Raises:
+            ValueError: the message says why.
+        """
+        if max(layers) < self.first_layer:
+            raise ValueError(
+                f"{type(self).__name__}: first_layer={self.first_layer} leaves no layer that reads: the last "
+                f"one of full attention is layer {max(layers)}"
+            )
+
+    def is_run_twice(self, forward: Forward) -> bool:
+        """Whether `run` does more than to run the forward once."""
+        return False
+
+    def run(self, forward: Forward) -> Any:
+        """Run a forward and return the decoder's output."""
+        return forward.run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Retrieval):
+    """Each head of the last rows of a forward reads its `k` best keys of the middle.
 
     Args:
-        query: turned to the distance at which it is to see the middle.
-        query_positions: counted from each row's first real token; `rows` is the batch or 1.
-        middle: the text, on any device.
-        k: keys a head and row.
-        sight: distance, sinks, window and scoring.
+        k: keys a head and row; 5 in the paper.
+        distance: D_k, at which every key of the middle is scored and seen; None takes half the window, as the paper.
+        first_layer: the first layer that reads; 4 to 6 in the paper.
+        rows: how many of the last rows of each forward read: of a whole prompt, of each chunk of a prompt that comes in
+            chunks, of every decoded token its own. 1 is the paper's setting, None lets every row read.
+        store: where the whole text's keys and values are kept: on the model's "device", or on the "cpu" (pinned memory
+            for CUDA), where they are searched too, so that only what was chosen travels.
 
-    Returns:
-        On the query's device; logits of -3e38 or so where a row found fewer.
+    Cost: O(n) memory; a reading row costs O(n) time in each layer.
     """
-    batch, heads, n, _ = query.shape
-    best, index = _middle_scores(query, query_positions, middle, sight).topk(min(k, middle.key.shape[2]), dim=-1)
-    dim = middle.value.shape[-1]
-    flat = index.reshape(batch, middle.value.shape[1], -1, 1).expand(-1, -1, -1, dim)  # a group's heads together
-    value = middle.value.gather(2, flat).view(batch, heads, n, -1, dim)
-    return Retrieved(best.to(query.device), value.to(query.device))
+
+    k: int = 64
+    distance: int | None = None
+    first_layer: int = 4
+    rows: int | None = 64
+    store: str = "device"
+
+    def __post_init__(self) -> None:
+        _check_counts(self, k=1, distance=1, first_layer=0, rows=1)
+
+    def seen_at(self, window: int) -> int:
+        """Return D_k under a window of that length."""
+        return max(1, window // 2) if self.distance is None else self.distance
+
+    def reading_rows(self, new: int, is_vote: bool) -> int:
+        """Return how many of the last of `new` rows look at the middle."""
+        return new if self.rows is None else self.rows
+
+    def read(self, view: View, query: Tensor, positions: Tensor, logits: Tensor) -> Retrieved | None:
+        """Return the k best keys of each head and row."""
+        away = self.seen_at(view.window)
+        turned = query if view.rotate is None else view.rotate(query, away - positions)
+        return top_k(
+            turned, positions, view.middle, self.k, Sight(away, view.num_sink_tokens, view.window, view.scoring)
+        )
 
 
-def block_mass(
-    query: Float[Tensor, "batch heads n dim"],
-    query_positions: Int[Tensor, "rows n"],
-    middle: Middle,
-    normalizer: Float[Tensor, "batch heads n"],
-    block_size: int,
-    sight: Sight,
-) -> Float[Tensor, "batch blocks"]:
-    """Return the attention that all heads and rows together would pay to each block of the middle.
+@dataclass(frozen=True, kw_only=True)
+class TopBlocks(Retrieval):
+    """All heads and layers read the same few blocks of the middle, those that the later layers attend to most.
+
+    A forward of at least `voting_rows` tokens (a prompt, a turn of a chat, a chunk of a prompt) lets its last
+    `voting_rows` rows choose, and runs its last `rows` a second time with what was chosen; what is decoded afterwards
+    goes on reading that choice. Shorter forwards keep the choice there is. Needs the cache that `generate` builds.
 
     Args:
-        query: turned to the distance at which it is to see the middle.
-        query_positions: counted from each row's first real token; padding has no say.
-        middle: the text, on any device.
-        normalizer: log-sum-exp of each query's logits with window and sinks.
-        block_size: tokens a block; block b begins at position S + b * block_size.
-        sight: distance, sinks, window and scoring.
+        blocks: how many.
+        block_size: tokens a block, counted from the end of the sinks.
+        distance: D_k; None takes a quarter of the window. What is farther away than that, in the window too, can be
+            chosen, and is scored and seen as if it stood there.
+        emphasis: how many keys each chosen key counts for in the softmax; 1 leaves it at its score.
+        first_layer: the first layer that reads.
+        first_voting_layer: the first layer that has a say; None takes two fifths of the model's layers (12 of 30), and
+            never less than `first_layer`. Layers below look at what is salient, not at what is asked.
+        voting_rows: how many of a forward's last rows choose. In our runs recall fell when more rows voted.
+        rows: how many of a forward's last rows read: `voting_rows` to 64, as many as the ring can take back. The whole
+            question should be among them.
+        store: as for `TopK`.
+
+    Cost: O(n) memory; `rows` rows more and O(n) time a choice; a decoded token costs blocks * block_size keys more.
     """
-    scores = _middle_scores(query, query_positions, middle, sight)
-    normalizer = normalizer.to(scores.device, scores.dtype)[..., None]
-    total = torch.logaddexp(normalizer, scores.logsumexp(-1, keepdim=True))
-    is_real = (query_positions >= 0).to(scores.device)[:, None, :, None]
-    mass = ((scores - total).exp() * is_real).sum((1, 2))  # [batch, m]
-    block = ((middle.positions - sight.num_sink_tokens) // block_size).clamp_min(0).expand(mass.shape[0], -1)
-    count = -(-middle.key.shape[2] // block_size)
-    return mass.new_zeros(mass.shape[0], count).scatter_add(1, block, mass)
+
+    blocks: int = 8
+    block_size: int = 64
+    distance: int | None = None
+    emphasis: float = 4.0
+    first_layer: int = 4
+    first_voting_layer: int | None = None
+    voting_rows: int = 8
+    rows: int = 16
+    store: str = "device"
+
+    def __post_init__(self) -> None:
+        least = {"blocks": 1, "block_size": 1, "distance": 1, "first_layer": 0, "first_voting_layer": 0}
+        _check_counts(self, **least, voting_rows=1)
+        object.__setattr__(self, "emphasis", number("TopBlocks: emphasis", self.emphasis, above=0))
+        rows = whole("TopBlocks: rows", self.rows, least=1)
+        if not self.voting_rows <= rows <= 64:
+            raise ValueError(
+                f"TopBlocks: rows must lie between voting_rows and 64, as many as the cache can take back, got "
+                f"rows={rows}, voting_rows={self.voting_rows}"
+            )
+        object.__setattr__(self, "rows", rows)
+
+    def seen_at(self, window: int) -> int:
+        """Return D_k under a window of that length."""
+        return max(1, window // 4) if self.distance is None else self.distance
+
+    def votes_from(self, layers: int) -> int:
+        """Return the first layer that has a say, in a model of that many."""
+        if self.first_voting_layer is None:
+            return max(self.first_layer, 2 * layers // 5)
+        return self.first_voting_layer
+
+    def reading_rows(self, new: int, is_vote: bool) -> int:
+        """Return how many of the last rows look at the middle: those that vote, or those that read."""
+        return self.voting_rows if is_vote else self.rows
+
+    def for_layers(self, count: int) -> TopBlocks:
+        """Return the settings with the first layer that votes."""
+        return replace(self, first_voting_layer=self.votes_from(count))
+
+    def reads(self, layer: int, is_vote: bool) -> bool:
+        """Whether that layer votes, or reads."""
+        return layer >= ((self.first_voting_layer or 0) if is_vote else self.first_layer)
+
+    def check(self, layers: Sequence[int], caches_keys: bool) -> None:
+        """Refuse a model without a layer that reads or votes, and one whose keys are not cached."""
+        super().check(layers, caches_keys)
+        if not caches_keys:
+            raise ValueError(
+                "its cache holds what keys are made from (multi-head latent attention), and TopBlocks searches "
+                "keys that are cached: take TopK"
+            )
+        if max(layers) < self.votes_from(max(layers) + 1):
+            raise ValueError(
+                f"TopBlocks: first_voting_layer={self.first_voting_layer} leaves no layer that chooses: the last one "
+                f"of full attention is layer {max(layers)}"
+            )
+
+    def is_run_twice(self, forward: Forward) -> bool:
+        """Whether the forward chooses: a text that has a middle, and a question or no choice yet."""
+        if not forward.has_middle:
+            return False
+        archives = forward.archives()
+        return forward.new >= self.voting_rows or (archives[0].chosen is None and forward.new > 1)
+
+    def run(self, forward: Forward) -> Any:
+        """Run the forward, let its last rows vote, take the last rows back, and run these with what was chosen."""
+        ballot: list[Tensor] = []
+        first = forward.run(ballot=ballot)
+        chosen = choose_blocks(forward.total(torch.stack(ballot).sum(0)), self.blocks)
+        rows = min(self.rows, forward.new)
+        forward.take_back(rows)
+        for archive in forward.archives():
+            archive.choose(chosen.to(first[0].device))
+        return forward.with_first(first, forward.run(last=rows))
+
+    def read(self, view: View, query: Tensor, positions: Tensor, logits: Tensor) -> Retrieved | None:
+        """Vote while blocks are being chosen, and return the chosen blocks' keys otherwise."""
+        away, sinks = self.seen_at(view.window), view.num_sink_tokens
+        if view.ballot is None and view.chosen is None:
+            return None
+        turned = query if view.rotate is None else view.rotate(query, away - positions)
+        sight = Sight(away, sinks, min(away, view.window), view.scoring, view.window + sinks, self.emphasis)
+        if view.ballot is not None:
+            mass = block_mass(turned, positions, view.middle, logits.logsumexp(-1), self.block_size, sight)
+            view.ballot.append(mass.cpu())
+            return None
+        assert view.chosen is not None
+        return read_blocks(turned, positions, view.middle, view.chosen, self.block_size, sight)
 
 
-def choose_blocks(mass: Float[Tensor, "batch blocks"], count: int) -> Int[Tensor, "batch chosen"]:
-    """Return each row's `count` blocks of most mass; -1, which is never seen, where there are fewer with any."""
-    best, index = mass.topk(min(count, mass.shape[1]), dim=-1)
-    return torch.where(best > 0, index, -1)
-
-
-def read_blocks(
-    query: Float[Tensor, "batch heads n dim"],
-    query_positions: Int[Tensor, "rows n"],
-    middle: Middle,
-    chosen: Int[Tensor, "batch blocks"],
-    block_size: int,
-    sight: Sight,
-) -> Retrieved:
-    """Return the keys of each row's `chosen` blocks, for every head and query; arguments as for `block_mass`.
-
-    Each counts for `sight.emphasis` keys: log(emphasis) joins its logit.
-    """
-    device, heads = middle.key.device, query.shape[1]
-    first = sight.num_sink_tokens + chosen.to(device) * block_size
-    positions = (first[..., None] + torch.arange(block_size, device=device)).flatten(1)  # [batch, k]
-    columns = (positions - middle.positions[:, :1]).clamp(0, middle.key.shape[2] - 1)[:, None, :, None]
-    key, value = (x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])).to(query.device) for x in middle[:2])
-    part = Middle(key, value, positions.to(query.device))
-    group = heads // value.shape[1]
-    scores = _middle_scores(query, query_positions, part, sight) + math.log(sight.emphasis)
-    return Retrieved(scores, value.repeat_interleave(group, dim=1)[:, :, None])
-
-
-def _middle_scores(query: Tensor, query_positions: Tensor, middle: Middle, sight: Sight) -> Tensor:
-    """Logits [batch, heads, n, m], where the middle is stored; the least number that there is for other keys."""
-    device = middle.key.device
-    scores = constant_scores(query.to(device), middle.key, sight.distance, sight.scoring)
-    i = query_positions.to(device)
-    candidates = in_middle(i, middle.positions, sight.num_sink_tokens, sight.window)
-    candidates = candidates & (i >= sight.first_query)[..., None]
-    return scores.masked_fill(~candidates[:, None], torch.finfo(scores.dtype).min)
+def _check_counts(strategy: Any, **least: int) -> None:
+    """Store a strategy's counts as plain ints of at least `least`, None where the default may be; check its store."""
+    owner, may_be_none = (
+        type(strategy).__name__,
+        {"distance", "first_voting_layer", *(["rows"] if "k" in least else [])},
+    )
+    for name, bound in least.items():
+        value = getattr(strategy, name)
+        if value is not None or name not in may_be_none:
+            object.__setattr__(strategy, name, whole(f"{owner}: {name}", value, least=bound))
+    one_of(f"{owner}: store", strategy.store, STORES)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from hf_longtrunc.data.documents import IGNORE, join, read_document
-from hf_longtrunc.data.packing import best_fit_decreasing, checked_seq_length
+from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.data.documents import BOUNDARIES, IGNORE, join, read_document, read_packed_row
+from hf_longtrunc.data.packing import best_fit_decreasing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,23 +44,23 @@ class BestFitPackingCollator:
         model: asked once for its attention and its longest position; not kept.
 
     Raises:
-        TypeError, ValueError: an example that is no document (its place in the batch and column named), a packed row
-            longer than `seq_length`, packed and raw examples in one batch.
+        TypeError, ValueError: a bad argument; an example that is no document or no packed row (its place in the batch
+            and column named), a packed row longer than `seq_length`, packed and raw examples in one batch, no example.
     """
 
     def __init__(
         self,
         seq_length: int,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
         pad_token_id: int | None = None,
         layout: Literal["auto", "rows", "flat"] = "auto",
-        *,
         model: PreTrainedModel | None = None,
     ) -> None:
-        self.seq_length = checked_seq_length(seq_length)
-        if layout not in ("auto", "rows", "flat"):
-            raise ValueError(f"layout must be 'auto', 'rows' or 'flat', got {layout!r}")
-        self.pad_token_id = _padding_token(tokenizer) if pad_token_id is None else pad_token_id
+        self.seq_length = whole("seq_length", seq_length, least=1)
+        one_of("layout", layout, ("auto", "rows", "flat"))
+        padding = _padding_token(tokenizer)
+        self.pad_token_id = padding if pad_token_id is None else whole("pad_token_id", pad_token_id, least=0)
         self.layout = ("flat" if model is not None and _uses_flash(model) else "rows") if layout == "auto" else layout
         if model is not None:
             _warn_beyond_window(self.seq_length, getattr(model.config, "max_position_embeddings", None), "model")
@@ -66,14 +68,17 @@ class BestFitPackingCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate examples; tensors are int64, cu_seq_lens and seq_idx int32."""
-        packed = [any(example.get(name) is not None for name in _BOUNDARIES) for example in examples]
+        examples = list(examples)
+        if not examples:
+            raise ValueError("the batch holds no documents: give the collator a list of at least one example")
+        packed = [_is_packed(example) for example in examples]
         if any(packed) and not all(packed):
             raise ValueError("a batch holds packed rows (with position_ids) and raw documents: use one kind")
         rows = self._packed_rows(examples) if any(packed) else self._best_fit(examples)
-        return _flat_batch(rows) if self.layout == "flat" else self._row_batch(rows)
+        return self._flat_batch(rows) if self.layout == "flat" else self._row_batch(rows)
 
     def _packed_rows(self, examples: Sequence[Mapping[str, Any]]) -> list[Row]:
-        rows = [_packed_row(row) for row in examples]
+        rows = [read_packed_row(row, f"row {i} of the batch") for i, row in enumerate(examples)]
         longest = max(len(row["input_ids"]) for row in rows)
         if longest > self.seq_length:
             raise ValueError(
@@ -84,6 +89,8 @@ class BestFitPackingCollator:
 
     def _best_fit(self, examples: Sequence[Mapping[str, Any]]) -> list[Row]:
         documents = [read_document(example, f"example {i} of the batch") for i, example in enumerate(examples)]
+        if not any(len(document.input_ids) for document in documents):
+            return [join([])]  # a row of padding: its loss is NaN, as every mean of nothing, and its gradients are 0
         plan = best_fit_decreasing([len(d.input_ids) for d in documents], self.seq_length, min_piece=1)
         self._warn_if_poor(plan.stats()["efficiency"])
         return [
@@ -105,6 +112,24 @@ class BestFitPackingCollator:
             batch["position_ids"][index, fill:] = np.arange(self.seq_length - fill)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
+    def _flat_batch(self, rows: list[Row]) -> dict[str, Any]:
+        flat = {name: np.concatenate([row[name] for row in rows]) for name in _ROW_COLUMNS}
+        if not len(flat["input_ids"]):  # models take no row of no tokens
+            alone = {"input_ids": self.pad_token_id, "position_ids": 0, "labels": IGNORE}
+            flat = {name: np.array([value], np.int64) for name, value in alone.items()}
+        is_first = flat["position_ids"] == 0
+        bounds = np.append(np.flatnonzero(is_first), len(is_first)).astype(np.int32)
+        longest = int(np.diff(bounds).max(initial=0))
+        cu_seq_lens = torch.from_numpy(bounds)
+        return {
+            **{name: torch.from_numpy(array)[None] for name, array in flat.items()},
+            "cu_seq_lens_q": cu_seq_lens,
+            "cu_seq_lens_k": cu_seq_lens.clone(),
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "seq_idx": torch.from_numpy((np.cumsum(is_first) - 1).astype(np.int32))[None],
+        }
+
     def _warn_if_poor(self, efficiency: float) -> None:
         if self.layout == "rows" and efficiency < _POOR_FILL and not self._warned:
             self._warned = True
@@ -117,41 +142,29 @@ class BestFitPackingCollator:
 
 
 _ROW_COLUMNS = ("input_ids", "position_ids", "labels")
-_BOUNDARIES = ("position_ids", "seq_lengths")
 
 
-def _packed_row(example: Mapping[str, Any]) -> Row:
-    """Read a packed row; where a trainer kept only TRL's `seq_lengths`, the positions are made of them."""
-    row = {name: np.asarray(example[name], np.int64) for name in ("input_ids", "labels")}
-    if example.get("position_ids") is not None:
-        row["position_ids"] = np.asarray(example["position_ids"], np.int64)
-    else:
-        pieces = [np.arange(length) for length in example["seq_lengths"]]
-        row["position_ids"] = np.concatenate([np.empty(0, np.int64), *pieces])
-    return row
-
-
-def _flat_batch(rows: list[Row]) -> dict[str, Any]:
-    flat = {name: np.concatenate([row[name] for row in rows]) for name in _ROW_COLUMNS}
-    is_first = flat["position_ids"] == 0
-    bounds = np.append(np.flatnonzero(is_first), len(is_first)).astype(np.int32)
-    longest = int(np.diff(bounds).max(initial=0))
-    cu_seq_lens = torch.from_numpy(bounds)
-    return {
-        **{name: torch.from_numpy(array)[None] for name, array in flat.items()},
-        "cu_seq_lens_q": cu_seq_lens,
-        "cu_seq_lens_k": cu_seq_lens.clone(),
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "seq_idx": torch.from_numpy((np.cumsum(is_first) - 1).astype(np.int32))[None],
-    }
+def _is_packed(example: Any) -> bool:
+    return isinstance(example, Mapping) and any(example.get(name) is not None for name in BOUNDARIES)
 
 
 def _padding_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    check_tokenizer(tokenizer)
     for token in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)):
         if token is not None:
             return int(token)
     return 0
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Raise TypeError if something is given that is no tokenizer."""
+    eos = getattr(tokenizer, "eos_token_id", ...)
+    is_tokenizer = (eos is None or isinstance(eos, int)) and not hasattr(tokenizer, "model_type")  # no model's config
+    if tokenizer is not None and not is_tokenizer:
+        raise TypeError(
+            f"tokenizer must be a tokenizer with an eos_token_id, or None, got {type(tokenizer).__name__}; load one by "
+            "AutoTokenizer.from_pretrained(name)"
+        )
 
 
 def _uses_flash(model: PreTrainedModel) -> bool:

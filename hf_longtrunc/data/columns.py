@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_longtrunc.data.documents import COLUMNS, Document, read_document
+from hf_longtrunc.data.documents import BOUNDARIES, COLUMNS, MASKS, Document, read_document, refuse_packed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import datasets
     from numpy.typing import NDArray
 
@@ -16,19 +18,22 @@ if TYPE_CHECKING:
 class ArrowDocuments:
     """Documents by index; select, shuffle and concatenate views included, whatever the dataset's format.
 
-    Only Arrow's offsets are read to know the lengths, and each document's last token where EOS may be missing.
+    Columns that the format leaves out (`with_format(columns=...)`) are left out here. Only Arrow's offsets are read to
+    know the lengths, each document's last token where EOS may be missing, and the attention mask where there is one.
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
         if not len(dataset):
             raise ValueError("the dataset is empty: there are no documents to pack")
-        if "input_ids" not in dataset.column_names:
+        self.dataset = dataset
+        is_whole = dataset.format["output_all_columns"]
+        self.columns: list[str] = dataset.column_names if is_whole else list(dataset.format["columns"])
+        if "input_ids" not in self.columns:
             raise ValueError(
-                f"the dataset has no column 'input_ids', only {dataset.column_names}; tokenize it first: "
+                f"the dataset has no column 'input_ids', only {self.columns}; tokenize it first: "
                 "dataset.map(lambda batch: tokenizer(batch['text']), batched=True)"
             )
-        self.dataset = dataset
-        self.columns: list[str] = dataset.column_names
+        refuse_packed([name for name in BOUNDARIES if name in self.columns], "the dataset")
         self._open()
 
     def lengths(self, eos_token_id: int | None) -> NDArray[np.int64]:
@@ -44,13 +49,15 @@ class ArrowDocuments:
                 raise ValueError(
                     f"row {row}: column {name!r} has {others[row]} entries, 'input_ids' has {lengths[row]}"
                 )
-        if "attention_mask" in self._lists and not self._lists["attention_mask"].all():
-            every = (len(self[i].ending_with(eos_token_id).input_ids) for i in range(len(lengths)))
-            return np.fromiter(every, np.int64, len(lengths))
-        if eos_token_id is None:
-            return lengths
-        lacks_eos: NDArray[np.bool_] = (lengths > 0) & (self._rows(input_ids.last()) != eos_token_id)
-        return lengths + lacks_eos
+        if eos_token_id is not None:
+            lengths = lengths + ((lengths > 0) & (self._rows(input_ids.last()) != eos_token_id))
+        if "attention_mask" in self._lists:
+            is_padded = np.zeros(len(input_ids.lengths), np.bool_)
+            is_padded[self._lists["attention_mask"].rows_with(lambda values: values != 1)] = True
+            padded = np.flatnonzero(self._rows(is_padded))
+            lengths = lengths.copy()
+            lengths[padded] = [len(self[row].ending_with(eos_token_id).input_ids) for row in padded.tolist()]
+        return lengths
 
     def __getitem__(self, index: int) -> Document:
         row = index if self._indices is None else int(self._indices[index])
@@ -68,6 +75,12 @@ class ArrowDocuments:
         used = [name for name in COLUMNS if name in self.columns]
         self._lists = {name: _ListColumn(table.column(name), name) for name in used}
         self._indices = None if indices is None else indices.column(0).to_numpy()
+        for name, column in self._lists.items():
+            has_none = np.zeros(len(column.lengths), np.bool_)
+            has_none[column.rows_with_none] = True
+            rows = np.flatnonzero(self._rows(has_none & column.is_given))
+            if len(rows):
+                raise TypeError(f"row {rows[0]}: column {name!r} must hold integers, got None inside a list")
 
     def _rows(self, of_table: NDArray[Any]) -> NDArray[Any]:
         return of_table if self._indices is None else of_table[self._indices]
@@ -83,15 +96,18 @@ class _ListColumn:
         kind = column.type
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
             raise TypeError(f"column {name!r} must hold lists of integers, got {kind}")
-        if not (pa.types.is_integer(kind.value_type) or pa.types.is_boolean(kind.value_type)):
+        is_mask = name in MASKS and pa.types.is_boolean(kind.value_type)
+        if not (pa.types.is_integer(kind.value_type) or is_mask):
             raise TypeError(f"column {name!r} must hold lists of integers, got lists of {kind.value_type}")
         if pa.types.is_fixed_size_list(kind):
             column = column.cast(pa.list_(kind.value_type))
-        self._chunks = [_flat(chunk, name) for chunk in column.chunks]
+        self._chunks = [_flat(chunk) for chunk in column.chunks]
         self._bounds = np.cumsum([0, *(len(offsets) - 1 for _, offsets in self._chunks)])
         self.is_given = np.asarray(pc.is_valid(column))
         sizes = [np.diff(offsets).astype(np.int64) for _, offsets in self._chunks]
         self.lengths: NDArray[np.int64] = np.concatenate(sizes) * self.is_given
+        nones = [np.flatnonzero(chunk.values.is_null()) if chunk.values.null_count else () for chunk in column.chunks]
+        self.rows_with_none = np.concatenate([self._rows_of(chunk, places) for chunk, places in enumerate(nones)])
 
     def __getitem__(self, row: int) -> NDArray[Any] | None:
         if not self.is_given[row]:
@@ -111,13 +127,19 @@ class _ListColumn:
             parts.append(last)
         return np.concatenate(parts)
 
-    def all(self) -> bool:
-        """Tell whether no entry is zero."""
-        return all(bool(values[offsets[0] : offsets[-1]].all()) for values, offsets in self._chunks if len(offsets))
+    def rows_with(self, condition: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> NDArray[np.intp]:
+        """Return the rows that hold an entry for which the condition, given all entries of a chunk, is true."""
+        parts = [np.flatnonzero(condition(values)) for values, _ in self._chunks]
+        return np.concatenate([self._rows_of(chunk, places) for chunk, places in enumerate(parts)])
+
+    def _rows_of(self, chunk: int, places: Any) -> NDArray[np.intp]:
+        """Return the rows that hold given places of a chunk's entries, each once."""
+        offsets = self._chunks[chunk][1]
+        rows = np.unique(np.searchsorted(offsets, places, side="right")) - 1
+        found: NDArray[np.intp] = rows[(rows >= 0) & (rows < len(offsets) - 1)] + self._bounds[chunk]
+        return found
 
 
-def _flat(chunk: Any, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    if chunk.values.null_count:
-        row = next(i for i, entry in enumerate(chunk) if entry.is_valid and None in entry.as_py())
-        raise TypeError(f"column {name!r} must hold integers, got None inside a list (entry {row} of its chunk)")
-    return chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
+def _flat(chunk: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    values = chunk.values.fill_null(0) if chunk.values.null_count else chunk.values
+    return values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()

@@ -6,14 +6,16 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sized
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Dataset as TorchDataset, IterableDataset
 
+from hf_longtrunc.arguments import whole
+from hf_longtrunc.data.collators import check_tokenizer
 from hf_longtrunc.data.columns import ArrowDocuments
 from hf_longtrunc.data.documents import COLUMNS, Document, join, read_document
-from hf_longtrunc.data.packing import best_fit_decreasing, checked_seq_length
+from hf_longtrunc.data.packing import best_fit_decreasing, checked_options
 from hf_longtrunc.data.stream import PackedStream
 from hf_longtrunc.extras import missing
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
     from hf_longtrunc.data.documents import Tokens
     from hf_longtrunc.data.packing import LongDocuments, Packing
+    from hf_longtrunc.data.stream import Sharding
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +86,53 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         return document.cut(int(packing.start[piece]), int(packing.length[piece]))
 
 
+class IndexedDataset(Protocol):
+    """Any dataset with a length and rows by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+@overload
+def pack(
+    dataset: Mapping[str, IndexedDataset],
+    seq_length: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    long: LongDocuments = "split",
+    min_piece: int = 2,
+    seed: int | None = 0,
+    row_multiple: int = 1,
+    pool_size: int = 8192,
+    sharding: Sharding = "auto",
+) -> dict[str, PackedDataset]: ...
+@overload
+def pack(
+    dataset: IndexedDataset,
+    seq_length: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    long: LongDocuments = "split",
+    min_piece: int = 2,
+    seed: int | None = 0,
+    row_multiple: int = 1,
+    pool_size: int = 8192,
+    sharding: Sharding = "auto",
+) -> PackedDataset: ...
+@overload
+def pack(
+    dataset: Iterable[Mapping[str, Any]],
+    seq_length: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    long: LongDocuments = "split",
+    min_piece: int = 2,
+    seed: int | None = 0,
+    row_multiple: int = 1,
+    pool_size: int = 8192,
+    sharding: Sharding = "auto",
+) -> PackedStream: ...
 def pack(
     dataset: Any,
     seq_length: int,
@@ -93,7 +143,8 @@ def pack(
     seed: int | None = 0,
     row_multiple: int = 1,
     pool_size: int = 8192,
-) -> Any:
+    sharding: Sharding = "auto",
+) -> PackedDataset | PackedStream | dict[str, Any]:
     """Pack a tokenized dataset's documents into rows of `seq_length` tokens by best-fit decreasing.
 
     Args:
@@ -110,23 +161,39 @@ def pack(
         row_multiple: rows of padding only are added until the number of rows is a multiple of this; with the number of
             processes times the batch size, no sampler repeats or drops a row.
         pool_size: documents in the pool, for a stream.
+        sharding: who deals a stream's documents out among DataLoader workers, see `PackedStream`.
 
     Returns:
-        A `PackedDataset`, a dict of them for a mapping of splits, or a `PackedStream` for an iterable.
+        A `PackedDataset`, a dict of them for a mapping of splits, or a `PackedStream` for an iterable and for a torch
+        `IterableDataset`, whether it has a length or not.
 
     Raises:
-        TypeError, ValueError: no documents, a column that is no flat list of integers or has another length than
-            `input_ids` (row and column are named), a bad parameter.
+        TypeError, ValueError: no documents, rows that are packed already, a column that is no flat list of integers or
+            has another length than `input_ids` (row and column are named), a bad parameter.
     """
+    seq_length, min_piece, seed = checked_options(seq_length, long, min_piece, seed)
+    row_multiple = whole("row_multiple", row_multiple, least=1)
+    check_tokenizer(tokenizer)
     if isinstance(dataset, Mapping):
+        _check_splits(dataset)
         options: dict[str, Any] = {"long": long, "min_piece": min_piece, "seed": seed, "row_multiple": row_multiple}
-        options["pool_size"] = pool_size
+        options |= {"pool_size": pool_size, "sharding": sharding}
         return {name: pack(split, seq_length, tokenizer, **options) for name, split in dataset.items()}
-    seq_length = checked_seq_length(seq_length)
     _warn_beyond_window(seq_length, tokenizer)
     eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
-    if not (isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")) or isinstance(dataset, str):
-        return _stream(dataset, seq_length, eos_token_id, long, min_piece, seed, row_multiple, pool_size)
+    is_indexed = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
+    if not is_indexed or isinstance(dataset, (str, bytes, IterableDataset)):
+        _check_stream(dataset, row_multiple)
+        return PackedStream(
+            dataset,
+            seq_length,
+            eos_token_id=eos_token_id,
+            long=long,
+            min_piece=min_piece,
+            seed=seed,
+            pool_size=pool_size,
+            sharding=sharding,
+        )
     documents = _documents(dataset)
     unused = sorted(set(documents.columns) - set(COLUMNS))
     if unused:
@@ -144,7 +211,7 @@ class _SizedDocuments:
         if not len(dataset):
             raise ValueError("the dataset is empty: there are no documents to pack")
         self.dataset = dataset
-        self.columns = list(self._example(0))
+        self.columns = list(self._example(0))  # of the first row; another may lack some of them
 
     def lengths(self, eos_token_id: int | None) -> NDArray[np.int64]:
         lengths = (len(self[i].ending_with(eos_token_id).input_ids) for i in range(len(self.dataset)))
@@ -165,21 +232,23 @@ class _SizedDocuments:
 
 def _documents(dataset: Any) -> _Documents:
     library = sys.modules.get("datasets")  # a datasets.Dataset cannot exist without it
-    if library is not None and isinstance(dataset, library.Dataset):
+    # What a transform makes of the rows is not in the table.
+    if library is not None and isinstance(dataset, library.Dataset) and dataset.format["type"] != "custom":
         return ArrowDocuments(dataset)
     return _SizedDocuments(dataset)
 
 
-def _stream(
-    dataset: Any,
-    seq_length: int,
-    eos_token_id: int | None,
-    long: LongDocuments,
-    min_piece: int,
-    seed: int | None,
-    row_multiple: int,
-    pool_size: int,
-) -> PackedStream:
+def _check_splits(splits: Mapping[str, Any]) -> None:
+    if not splits:
+        raise ValueError("the mapping holds no splits: there are no documents to pack")
+    if columns := [name for name in COLUMNS if name in splits]:
+        raise TypeError(
+            f"dataset must be a mapping of splits, got one of columns ({', '.join(columns)}); make a dataset of it by "
+            "datasets.Dataset.from_dict"
+        )
+
+
+def _check_stream(dataset: object, row_multiple: int) -> None:
     if not isinstance(dataset, Iterable) or isinstance(dataset, (str, bytes)):
         raise TypeError(
             f"dataset must be a dataset of tokenized documents or an iterable of them, got {type(dataset).__name__}; "
@@ -187,20 +256,9 @@ def _stream(
         )
     if row_multiple != 1:
         raise ValueError("row_multiple needs a dataset of known length; a stream's rows cannot be counted beforehand")
-    return PackedStream(
-        dataset,
-        seq_length,
-        eos_token_id=eos_token_id,
-        long=long,
-        min_piece=min_piece,
-        seed=seed,
-        pool_size=pool_size,
-    )
 
 
 def _row_order(rows: int, row_multiple: int, seed: int | None) -> NDArray[np.int64]:
-    if not isinstance(row_multiple, int) or row_multiple < 1:
-        raise ValueError(f"row_multiple must be a whole number >= 1, got {row_multiple!r}")
     order = np.arange(-(-rows // row_multiple) * row_multiple)
     return order if seed is None else np.random.default_rng(seed).permutation(order)
 

@@ -7,19 +7,23 @@ as absent.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 Tokens: TypeAlias = NDArray[np.int64]
 
 IGNORE = -100
 LOSS_MASKS = ("assistant_masks", "completion_mask")
-COLUMNS = ("input_ids", "labels", "attention_mask", *LOSS_MASKS)
+MASKS = ("attention_mask", *LOSS_MASKS)
+COLUMNS = ("input_ids", "labels", *MASKS)
+# Of rows that are packed already: positions that restart with every document, and TRL's lengths of the documents.
+BOUNDARIES = ("position_ids", "seq_lengths")
 
 
 class Document(NamedTuple):
@@ -46,9 +50,71 @@ def read_document(columns: Mapping[str, Any], where: str) -> Document:
     """Make a document of one example's columns; `where` names the example in errors.
 
     Raises:
-        TypeError, ValueError: ids that are no flat sequence of integers >= 0, a column of another length, or an
-            attention mask with zeros between ones.
+        TypeError, ValueError: no mapping; ids that are no flat sequence of integers >= 0; labels that are neither ids
+            nor -100; masks of anything but 0 and 1; a column of another length; an attention mask with zeros between
+            ones; a row that is packed already.
     """
+    if not isinstance(columns, Mapping):
+        raise TypeError(
+            f'{where} must be a mapping of columns, such as {{"input_ids": [...]}}, got {type(columns).__name__}'
+        )
+    refuse_packed([name for name in BOUNDARIES if columns.get(name) is not None], where)
+    return _document(columns, where)
+
+
+def refuse_packed(columns: Sequence[str], where: str) -> None:
+    """Raise ValueError if there are columns of packed rows: packed again, their documents would be one."""
+    if columns:
+        raise ValueError(
+            f"{where} is packed already (it has {' and '.join(columns)}): packing it again would join its documents. "
+            f"Pack the documents it was made of; if these are documents, leave the column out: "
+            f"dataset.remove_columns({list(columns)})"
+        )
+
+
+def read_packed_row(columns: Mapping[str, Any], where: str) -> dict[str, Tokens]:
+    """Make `input_ids`, `position_ids` and `labels` of a packed row; the first token of a document is never learned.
+
+    Positions come from `position_ids`, or where a trainer kept only TRL's `seq_lengths`, from those. Labels are the
+    tokens where there are none.
+
+    Raises:
+        TypeError, ValueError: columns as in `read_document`; positions that do not begin at 0 or neither rise by one
+            nor restart at 0; `seq_lengths` of another sum than the row's tokens, or of other documents than
+            `position_ids`.
+    """
+    document = _document(columns, where)
+    tokens, given = len(document.input_ids), columns.get("input_ids")
+    if given is not None and len(given) != tokens:
+        raise ValueError(f"{where}: a packed row's 'attention_mask' has zeros; a packed row holds no padding")
+    arrays = {name: _integers(columns[name], name, where) for name in BOUNDARIES if columns.get(name) is not None}
+    lengths = arrays.get("seq_lengths")
+    if lengths is not None and (lengths.sum() != tokens or lengths.min(initial=1) < 1):
+        raise ValueError(
+            f"{where}: 'seq_lengths' must be lengths of at least 1 that sum up to the row's {tokens} tokens, got a sum "
+            f"of {lengths.sum()} and a least of {lengths.min(initial=1)}"
+        )
+    positions = arrays.get("position_ids")
+    if positions is None:
+        positions = np.concatenate([np.empty(0, np.int64), *map(np.arange, lengths if lengths is not None else ())])
+    elif len(positions) != tokens:
+        raise ValueError(f"{where}: column 'position_ids' has {len(positions)} entries, 'input_ids' has {tokens}")
+    is_first = positions == 0
+    if tokens and not (is_first[0] and (is_first[1:] | (np.diff(positions) == 1)).all()):
+        raise ValueError(
+            f"{where}: a packed row's 'position_ids' must begin at 0 and rise by one or restart at 0, got "
+            f"{positions[:8].tolist()}{'...' if tokens > 8 else ''}"
+        )
+    if lengths is not None and not np.array_equal(np.cumsum(lengths) - lengths, np.flatnonzero(is_first)):
+        raise ValueError(f"{where}: 'seq_lengths' and 'position_ids' speak of different documents")
+    return {
+        "input_ids": document.input_ids,
+        "position_ids": positions,
+        "labels": np.where(is_first, IGNORE, document.labels),
+    }
+
+
+def _document(columns: Mapping[str, Any], where: str) -> Document:
     arrays = {name: _integers(columns[name], name, where) for name in COLUMNS if columns.get(name) is not None}
     if "input_ids" not in arrays:
         if "input_ids" not in columns:
@@ -61,6 +127,15 @@ def read_document(columns: Mapping[str, Any], where: str) -> Document:
     if len(input_ids) and input_ids.min() < 0:
         raise ValueError(f"{where}: 'input_ids' holds {input_ids.min()}; a token id is never negative")
     labels = arrays.get("labels", input_ids)
+    if len(labels) and ((labels < 0) & (labels != IGNORE)).any():
+        wrong = labels[(labels < 0) & (labels != IGNORE)][0]
+        raise ValueError(f"{where}: 'labels' holds {wrong}; a label is a token id, or {IGNORE} for no label")
+    for name in MASKS:
+        if name in arrays and (arrays[name].max(initial=0) > 1 or arrays[name].min(initial=0) < 0):
+            raise ValueError(
+                f"{where}: {name!r} must hold 0 and 1, got {arrays[name].min()} to {arrays[name].max()}; numbers of "
+                "segments are no mask"
+            )
     for name in LOSS_MASKS:
         if name in arrays:
             labels = np.where(arrays[name] == 0, IGNORE, labels)
@@ -85,8 +160,10 @@ def _integers(values: Any, name: str, where: str) -> Tokens:
         raise ValueError(f"{where}: column {name!r} is ragged: one flat sequence a document is expected") from error
     if array.ndim != 1:
         raise ValueError(f"{where}: column {name!r} must be one flat sequence, got shape {array.shape}")
-    if len(array) and array.dtype.kind not in "iub":
+    if len(array) and array.dtype.kind not in ("iub" if name in MASKS else "iu"):
         raise TypeError(f"{where}: column {name!r} must hold integers, got {array.dtype} (first {array[0]!r})")
+    if array.dtype == np.uint64 and len(array) and array.max() >= 2**63:
+        raise ValueError(f"{where}: column {name!r} holds {array.max()}, more than a 64-bit integer can")
     return array.astype(np.int64, copy=False)
 
 

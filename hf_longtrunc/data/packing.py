@@ -18,7 +18,6 @@ Invariants:
 
 from __future__ import annotations
 
-import operator
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from hf_longtrunc.arguments import one_of, whole
 
 Indices: TypeAlias = NDArray[np.signedinteger[Any]]
 LongDocuments: TypeAlias = Literal["split", "truncate", "drop", "error"]
@@ -149,12 +150,8 @@ def best_fit_decreasing(
 
     Cost: about 0.1 s and 60 bytes a document for a million of them; three radix sorts dominate.
     """
-    seq_length = checked_seq_length(seq_length)
+    seq_length, min_piece, seed = checked_options(seq_length, long, min_piece, seed)
     lengths = _checked_lengths(lengths)
-    if long not in _LONG:
-        raise ValueError(f"long must be one of {', '.join(map(repr, _LONG))}, got {long!r}")
-    if not isinstance(min_piece, int) or not 1 <= min_piece <= seq_length:
-        raise ValueError(f"min_piece must lie in 1..seq_length = {seq_length}, got {min_piece!r}")
     document, start, length = _pieces(lengths, seq_length, long, min_piece)
     order = _decreasing(length, seq_length, seed)
     plan = plan_rows(np.bincount(length, minlength=seq_length + 1), seq_length)
@@ -202,14 +199,12 @@ def plan_rows(histogram: Indices, seq_length: int) -> RowPlan:
     return RowPlan(first_rows, rows_moved, pieces, num_rows)
 
 
-def checked_seq_length(seq_length: object) -> int:
-    """Return `seq_length` as a positive int."""
-    if isinstance(seq_length, bool) or not hasattr(seq_length, "__index__"):
-        raise TypeError(f"seq_length must be a whole number of tokens, got {seq_length!r}")
-    value = operator.index(seq_length)
-    if value < 1:
-        raise ValueError(f"seq_length must be at least 1 token, got {value}")
-    return value
+def checked_options(seq_length: object, long: object, min_piece: object, seed: object) -> tuple[int, int, int | None]:
+    """Return `seq_length`, `min_piece` and `seed` as plain integers, or raise TypeError or ValueError."""
+    length = whole("seq_length", seq_length, least=1)
+    one_of("long", long, _LONG)
+    piece = whole("min_piece", min_piece, least=1, most=length)
+    return length, piece, None if seed is None else whole("seed", seed, least=0)
 
 
 def _checked_lengths(lengths: object) -> Indices:
@@ -220,6 +215,8 @@ def _checked_lengths(lengths: object) -> Indices:
         raise ValueError("lengths is empty: there are no documents to pack")
     if array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers, got {array.dtype} (first entry {array[0]!r})")
+    if array.max() >= 2**63:
+        raise ValueError(f"lengths must be below 2**63, got {array.max()}")
     lowest = int(array.argmin())
     if array[lowest] < 0:
         raise ValueError(f"lengths must not be negative, got {array[lowest]} for document {lowest}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_longtrunc.models import evaluating
+from hf_longtrunc.models import evaluating, parameters_of, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +26,8 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
     are kept apart depends on the model, its attention and the call, and a leak is silent otherwise.
 
     Args:
-        model: a causal language model; it is run in eval mode and left as it was.
+        model: a causal language model, PEFT, `torch.compile`, DDP and FSDP wrappers included; it is run in eval mode
+            and left as it was.
         batch: what the training loop will hand to the model, from `BestFitPackingCollator`. Trainer switches the cache
             off by itself: for it, check `{**batch, "use_cache": False}`.
 
@@ -35,16 +35,17 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
         ValueError: the model takes no `position_ids`, the batch has none, or the second document's logits moved by more
             than 1 % of the first one's; the message names the probable cause.
     """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"{type(model).__name__} takes no position_ids: documents packed for it would see each other")
+    inside = unwrapped(model)
+    if "position_ids" not in parameters_of(inside):
+        raise ValueError(f"{type(inside).__name__} takes no position_ids: documents packed for it would see each other")
     if batch.get("position_ids") is None:
         raise ValueError("the batch has no position_ids; collate it with BestFitPackingCollator")
     with evaluating(model):
         own, leaked = _influence(model, _probe(batch))
     if not leaked <= _LEAK * own:
         raise ValueError(
-            f"documents packed in one row see each other in this {type(model).__name__}: changing the first one's "
-            f"tokens moved its own logits by {own:.3g} and the second one's by {leaked:.3g}. {_advice(model, batch)}"
+            f"documents packed in one row see each other in this {type(inside).__name__}: changing the first one's "
+            f"tokens moved its own logits by {own:.3g} and the second one's by {leaked:.3g}. {_advice(inside, batch)}"
         )
 
 
@@ -53,7 +54,7 @@ def _influence(model: Any, probe: dict[str, Any]) -> tuple[float, float]:
     first = probe["position_ids"].new_zeros(probe["position_ids"].shape, dtype=torch.bool)
     first.view(-1, 2, _DOCUMENT)[:, 0] = True
     ids = probe["input_ids"]
-    changed = torch.where(first, (ids + 1) % model.get_input_embeddings().num_embeddings, ids)
+    changed = torch.where(first, (ids + 1) % unwrapped(model).get_input_embeddings().num_embeddings, ids)
     before, after = (model(**{**probe, "input_ids": tokens}).logits.float() for tokens in (ids, changed))
     moved: Tensor = (after - before).abs().amax(-1)
     return float(moved[first].max()), float(moved[~first].max())

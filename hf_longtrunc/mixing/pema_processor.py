@@ -233,6 +233,7 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
             return build(*args, **kwargs)
 
         self.set(generating, "_get_logits_processor", begin)
+        self.refuse_copies(generating, advice="detach first, copy or save it, and attach again")
         self.is_attached = True
 
     def __enter__(self) -> Self:

@@ -67,6 +67,7 @@ def rebuild_processor_list(
     build = owner._get_logits_processor
     handle = Handle(technique, owner, changed)
     handle.set(owner, "_get_logits_processor", lambda *args, **kwargs: rebuild(build, *args, **kwargs))
+    handle.refuse_copies(owner, advice="detach first, copy or save it, and attach again")
     return handle
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,6 +74,22 @@ class _OpenStep(NamedTuple):
     keys: list[tuple[int, int, int]]
 
 
+class _Reading(threading.local):
+    """The generation that one thread is in: its run's number, and the steps whose tokens are not known yet."""
+
+    def __init__(self) -> None:
+        self.run = -1
+        self.open: deque[_OpenStep] = deque()
+
+    def __reduce__(self) -> tuple[type[_Reading], tuple[()]]:
+        """Copy and pickle without the generation, which stays in its thread."""
+        return _Reading, ()
+
+
+# Records of several threads go into one trace.
+_WRITING = threading.Lock()
+
+
 class TruncationTrace(LogitsProcessor):
     """Applies processors and records, per step and row, what they cut.
 
@@ -82,7 +99,8 @@ class TruncationTrace(LogitsProcessor):
 
     A drawn token is read off the next call's `input_ids` by matching prefixes, so permuted beams, speculative
     decoding and calls that are taken back are followed. `finish(sequences)` supplies the last one: call it after each
-    generation, then read `records`, `to_frame()` or `plot()`.
+    generation, in its thread, then read `records`, `to_frame()` or `plot()`. Threads that generate at once each have
+    runs of their own.
 
     Args:
         processors: applied in this order; None to watch plain sampling or to `observe`.
@@ -115,9 +133,9 @@ class TruncationTrace(LogitsProcessor):
     def clear(self) -> None:
         """Forget everything recorded."""
         self.dropped = 0
-        self._run = -1
+        self._runs = 0
         self._records: dict[tuple[int, int, int], TruncationRecord] = {}
-        self._open: deque[_OpenStep] = deque()
+        self._reading = _Reading()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Apply the processors to `scores` [rows, vocab] and record the step."""
@@ -138,11 +156,12 @@ class TruncationTrace(LogitsProcessor):
         return handle
 
     def finish(self, sequences: Tensor) -> TruncationTrace:
-        """Read the last drawn tokens off `sequences` [rows, length], what `generate` returned."""
+        """Read the last drawn tokens off `sequences` [rows, length], what `generate` returned in this thread."""
         ids = sequences.detach().cpu()
-        self._read_tokens(ids)
-        self._take_back(ids.shape[1])
-        self._open.clear()
+        with _WRITING:
+            self._read_tokens(ids)
+            self._take_back(ids.shape[1])
+            self._reading.open.clear()
         return self
 
     @property
@@ -201,25 +220,27 @@ class TruncationTrace(LogitsProcessor):
         return scores
 
     def _record(self, ids: Tensor, before: Tensor, after: Tensor, threshold: Tensor | None) -> None:
-        if not self._continues(ids):
-            self._run += 1
-            self._open.clear()
-        self._read_tokens(ids)
-        self._take_back(ids.shape[1])
         rows = softmax_rows(before)
         log_probs = rows.z - rows.log_total
         columns = _columns(log_probs, rows.entropy, after, threshold)
-        keys = [(self._run, row, ids.shape[1]) for row in range(ids.shape[0])]
-        for key, values in zip(keys, zip(*columns, strict=True), strict=True):
-            self._records[key] = TruncationRecord(*key, *values)
-        self._open.append(_OpenStep(ids, log_probs, keys))
-        if len(self._open) > (_OPEN_STEPS_OF_ONE_ROW if ids.shape[0] == 1 else 1):
-            self._open.popleft()
-        self._forget_oldest()
+        with _WRITING:
+            reading = self._reading
+            if not self._continues(ids):
+                reading.run, self._runs = self._runs, self._runs + 1
+                reading.open.clear()
+            self._read_tokens(ids)
+            self._take_back(ids.shape[1])
+            keys = [(reading.run, row, ids.shape[1]) for row in range(ids.shape[0])]
+            for key, values in zip(keys, zip(*columns, strict=True), strict=True):
+                self._records[key] = TruncationRecord(*key, *values)
+            reading.open.append(_OpenStep(ids, log_probs, keys))
+            if len(reading.open) > (_OPEN_STEPS_OF_ONE_ROW if ids.shape[0] == 1 else 1):
+                reading.open.popleft()
+            self._forget_oldest()
 
     def _continues(self, ids: Tensor) -> bool:
         """Whether some row of `ids` goes on from an open step; a lone row may also go back into one (speculation)."""
-        for step in self._open:
+        for step in self._reading.open:
             shared = min(step.ids.shape[1], ids.shape[1])
             goes_on = ids.shape[0] == 1 or ids.shape[1] > step.ids.shape[1]
             if goes_on and _same_rows(ids[:, :shared], step.ids[:, :shared]).any():
@@ -228,7 +249,7 @@ class TruncationTrace(LogitsProcessor):
 
     def _read_tokens(self, ids: Tensor) -> None:
         """Fill in the token of every open step that `ids` reaches past, from a row that goes on from it."""
-        for step in self._open:
+        for step in self._reading.open:
             position = step.ids.shape[1]
             if position < ids.shape[1]:
                 same = _same_rows(ids[:, :position], step.ids)
@@ -255,8 +276,8 @@ class TruncationTrace(LogitsProcessor):
 
     def _take_back(self, length: int) -> None:
         """Drop what this run recorded at `length` or later: those positions were proposed and not accepted."""
-        while self._open and self._open[-1].ids.shape[1] >= length:
-            for key in self._open.pop().keys:
+        while self._reading.open and self._reading.open[-1].ids.shape[1] >= length:
+            for key in self._reading.open.pop().keys:
                 self._records.pop(key, None)
 
     def _forget_oldest(self) -> None:

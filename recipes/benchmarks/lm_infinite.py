@@ -41,6 +41,7 @@ from hf_longtrunc.attention.lambda_attention import (
     single_query_attention,
 )
 from hf_longtrunc.attention.rotary import Rotation
+from hf_longtrunc.attention.row_positions import Rows
 from hf_longtrunc.evaluation import append_records
 
 if TYPE_CHECKING:
@@ -183,12 +184,12 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
 
     # Made once a step, not once a layer, so not timed: slots, distances, the turn of the sinks.
     i = torch.full((1, 1), n, device=device)
-    j = cache.key_positions(device)
+    j = cache.key_positions(cache.rows, device)
     distances = distance(i, j, layer.window)[:, 0]
     assert cache.rotation is not None
-    assert cache.sees_every_slot()
+    assert cache.sees_every_slot(cache.rows)
     turn = cache.rotation.weights((i - layer.window - j[:, : layer.sinks]).clamp_min(0), layer.dtype)
-    announcement = Announcement(*cache.slots(1, device), None, turn)
+    announcement = Announcement(*cache.slots(1, device), Rows(), None, turn)
 
     def lm_infinite() -> Tensor:
         cache.expect(announcement)
@@ -205,7 +206,7 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
 def filled_cache(layer: Layer, key: Tensor, value: Tensor) -> LambdaCacheLayer:
     """Return the ring after these tokens."""
     cache = LambdaCacheLayer(layer.sinks, layer.window, layer.rotation)
-    cache.expect(Announcement(*cache.slots(key.shape[2], key.device), None, None))
+    cache.expect(Announcement(*cache.slots(key.shape[2], key.device), Rows(), None, None))
     cache.update(key, value)
     return cache
 

@@ -15,7 +15,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = tiny_model("llama").requires_grad_(False)
     ids = torch.randint(3, 90, (1, 60))
-    with LMInfinite(3, 10)(model):
+    with LMInfinite(num_sink_tokens=3, window_length=10)(model):
         whole = model(ids).logits
         inputs = {}
         model._prepare_cache_for_generation(model.generation_config, inputs, None, 1, 1)

@@ -28,7 +28,7 @@ def outcome(family: str) -> tuple[str, str]:
     except Exception as error:
         return "not tried", f"{type(error).__name__}: no tiny model from a configuration"
     try:
-        within = LMInfinite(S, 2 * L + 5).attach(model)
+        within = LMInfinite(num_sink_tokens=S, window_length=2 * L + 5).attach(model)
     except ValueError as error:
         assert torch.equal(model(ids).logits, before), family
         return "refused", str(error).split(": ", 1)[1]
@@ -36,7 +36,7 @@ def outcome(family: str) -> tuple[str, str]:
     within.detach()
     assert (unchanged - before).abs().max() < 1e-4, family
     try:
-        with LMInfinite(S, L)(model):
+        with LMInfinite(num_sink_tokens=S, window_length=L)(model):
             _check_patched(model, ids, before, family)
     except ValueError as error:
         return "refused", str(error)

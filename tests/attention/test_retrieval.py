@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from hf_longtrunc import ArchiveCacheLayer, LambdaCacheLayer, LMInfinite, TopBlocks, TopK
 from hf_longtrunc.attention.lambda_attention import Scoring, lambda_attention
-from hf_longtrunc.attention.retrieval import Middle, Sight, top_k
+from hf_longtrunc.attention.middle import Middle, Sight, top_k
 from hf_longtrunc.attention.rotary import Rotation
 
 from .reference import Naive, NaiveBlocks, NaiveTopK, Rope, install
@@ -22,7 +22,7 @@ N = 5 * L
 DIM = 8
 ROTATION = Rotation(10000 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM))
 EVERY_ROW = TopK(k=3, distance=4, first_layer=0, rows=None)
-SETTINGS = LMInfinite(S, L, retrieval=EVERY_ROW)
+SETTINGS = LMInfinite(num_sink_tokens=S, window_length=L, retrieval=EVERY_ROW)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -100,12 +100,16 @@ def test_a_patched_model_is_the_definition(family, rope, rows):
     install(reference, naive, below=(1, Naive(S, L, L, rope)))
     expected = logits(reference, ids)
     model = model_of(family)
-    with LMInfinite(S, L)(model):
+    with LMInfinite(num_sink_tokens=S, window_length=L)(model):
         without = logits(model, ids)
-    with LMInfinite(S, L, retrieval=TopK(k=3, distance=4, first_layer=1, rows=rows))(model):
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=TopK(k=3, distance=4, first_layer=1, rows=rows))(
+        model
+    ):
         got = logits(model, ids)
         model.double()
-    with LMInfinite(S, L, retrieval=TopK(k=3, distance=4, first_layer=1, rows=rows))(model):
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=TopK(k=3, distance=4, first_layer=1, rows=rows))(
+        model
+    ):
         exact = logits(model, ids)
     assert (got - expected).abs().max() < 2e-5 * max(1.0, float(expected.abs().max()))
     assert (exact - expected).abs().max() < 2e-6 * max(1.0, float(expected.abs().max()))
@@ -114,16 +118,16 @@ def test_a_patched_model_is_the_definition(family, rope, rows):
 
 def test_half_the_window_is_the_distance_unless_it_is_given(llama):
     ids = prompt(N)
-    with LMInfinite(S, L, retrieval=TopK(k=3, distance=L // 2, first_layer=0))(llama):
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=TopK(k=3, distance=L // 2, first_layer=0))(llama):
         expected = logits(llama, ids)
-    with LMInfinite(S, L, retrieval=TopK(k=3, first_layer=0))(llama):
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=TopK(k=3, first_layer=0))(llama):
         assert torch.equal(logits(llama, ids), expected)
 
 
 @pytest.mark.parametrize("n", [1, L, L + S])
 def test_a_text_without_a_middle_is_read_as_before_to_the_bit(model, n):
     ids = prompt(n)
-    with LMInfinite(S, L)(model):
+    with LMInfinite(num_sink_tokens=S, window_length=L)(model):
         expected = logits(model, ids)
     with SETTINGS(model):
         assert torch.equal(logits(model, ids), expected)
@@ -145,11 +149,13 @@ def test_the_last_rows_of_each_forward_read(llama):
     """One prompt in two chunks: rows of both read, and a token decoded reads on its own."""
     ids = prompt(N)
     retrieval = TopK(k=3, distance=4, first_layer=1, rows=2)  # the last layer: what a row reads stays in its row
-    with LMInfinite(S, L, retrieval=TopK(k=3, distance=4, first_layer=1, rows=None))(llama):
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=TopK(k=3, distance=4, first_layer=1, rows=None))(
+        llama
+    ):
         every = logits(llama, ids)
-    with LMInfinite(S, L)(llama):
+    with LMInfinite(num_sink_tokens=S, window_length=L)(llama):
         none = logits(llama, ids)
-    with LMInfinite(S, L, retrieval=retrieval)(llama):
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(llama):
         got = in_chunks(llama, ids, [30, N - 31, 1], ring_cache(llama))
     is_reading = torch.zeros(N, dtype=torch.bool)
     is_reading[[28, 29, N - 3, N - 2, N - 1]] = True
@@ -162,7 +168,9 @@ def test_a_left_padded_row_is_the_row_alone(model, rows):
     texts = [prompt(n) for n in lengths]
     ids = torch.cat([torch.nn.functional.pad(text, (N - text.shape[1], 0)) for text in texts])
     mask = torch.tensor([[0] * (N - n) + [1] * n for n in lengths])
-    with LMInfinite(S, L, retrieval=TopK(k=3, distance=4, first_layer=0, rows=rows))(model):
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=TopK(k=3, distance=4, first_layer=0, rows=rows))(
+        model
+    ):
         batch = logits(model, ids, attention_mask=mask)
         for index, text in enumerate(texts):
             assert (batch[index, N - text.shape[1] :] - logits(model, text)[0]).abs().max() < 3e-5
@@ -199,7 +207,7 @@ def test_an_archive_on_the_cpu_is_the_same(llama):
     with SETTINGS(llama):
         expected = llama.generate(ids, **options)
     on_cpu = TopK(k=3, distance=4, first_layer=0, rows=None, store="cpu")
-    with LMInfinite(S, L, retrieval=on_cpu)(llama):
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=on_cpu)(llama):
         assert torch.equal(llama.generate(ids, **options), expected)
 
 
@@ -210,14 +218,14 @@ def test_the_cache_keeps_everything_once_and_is_refused_elsewhere(llama):
         assert all(type(layer) is ArchiveCacheLayer for layer in cache.layers)
         in_chunks(llama, ids, [20, *[1] * (N - 20)], cache)
         layer = cache.layers[0]
-        assert layer.archived_keys.shape[2] <= N * 3 / 2
-        rotation = next(iter(llama.get_decoder()._lm_infinite._rotations.values()))
+        assert layer.archive.keys.shape[2] <= N * 3 / 2
+        rotation = next(iter(llama.get_decoder()._lm_infinite.layers.values())).rotation
         plain = DynamicCache(config=llama.config)
         logits(llama, ids, cache=plain)
         turned_back = rotation.rotate(plain.layers[0].keys, -torch.arange(N)[None])
         assert (layer.middle().key - turned_back).abs().max() < 1e-5
         assert (layer.middle().value - plain.layers[0].values).abs().max() < 1e-5
-    with LMInfinite(S, L)(llama):
+    with LMInfinite(num_sink_tokens=S, window_length=L)(llama):
         small = ring_cache(llama)
         assert all(type(layer) is LambdaCacheLayer for layer in small.layers)
         logits(llama, ids, cache=small)
@@ -236,7 +244,7 @@ def test_top_k_searches_keys_that_no_archive_holds(family):
     with SETTINGS(model):
         cached = model.generate(ids, **options)
         assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
-    with LMInfinite(S, L)(model):
+    with LMInfinite(num_sink_tokens=S, window_length=L)(model):
         assert not torch.equal(cached, model.generate(ids, **options))
 
 
@@ -273,7 +281,11 @@ def test_detaching_leaves_no_trace(llama):
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 VOTERS, ROWS = 3, 5
-BLOCKS = LMInfinite(S, L, retrieval=TopBlocks(2, 4, distance=4, first_layer=0, voters=VOTERS, rows=ROWS))
+BLOCKS = LMInfinite(
+    num_sink_tokens=S,
+    window_length=L,
+    retrieval=TopBlocks(blocks=2, block_size=4, distance=4, first_layer=0, voting_rows=VOTERS, rows=ROWS),
+)
 INTERFACE_FAMILIES = {
     "llama": Rope(8),
     "qwen3": Rope(8),
@@ -282,23 +294,23 @@ INTERFACE_FAMILIES = {
 }
 
 
-@pytest.mark.parametrize(("first_voter", "emphasis"), [(None, 4.0), (1, 1.0)])
+@pytest.mark.parametrize(("first_voting_layer", "emphasis"), [(None, 4.0), (1, 1.0)])
 @pytest.mark.parametrize("family", INTERFACE_FAMILIES)
-def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, first_voter, emphasis):
+def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, first_voting_layer, emphasis):
     ids = prompt(N + 6)
     reference = model_of(family).double()
     naive = NaiveBlocks(S, L, L, INTERFACE_FAMILIES[family], size=4, away=4, rows=VOTERS, emphasis=emphasis)
     silent = replace(naive, paid={})  # reads, and has no say
-    install(reference, naive, below=(first_voter or 0, silent))
+    install(reference, naive, below=(first_voting_layer or 0, silent))
     logits(reference, ids[:, :N])
     naive.chosen = silent.chosen = sorted(naive.paid, key=naive.paid.__getitem__)[-2:]
     naive.rows = silent.rows = ROWS + 6  # what is decoded reads too
     expected = logits(reference, ids)
     model = model_of(family)
-    with LMInfinite(S, L)(model):
+    with LMInfinite(num_sink_tokens=S, window_length=L)(model):
         without = logits(model, ids)
-    retrieval = replace(BLOCKS.retrieval, first_voter=first_voter, emphasis=emphasis)
-    with LMInfinite(S, L, retrieval=retrieval)(model):
+    retrieval = replace(BLOCKS.retrieval, first_voting_layer=first_voting_layer, emphasis=emphasis)
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
         cache = ring_cache(model)
         got = in_chunks(model, ids, [N, 1, 1, 2, 2], cache)
     assert sorted(cache.layers[0].chosen[0].tolist()) == sorted(naive.chosen)
@@ -325,8 +337,12 @@ def test_the_later_layers_choose_otherwise():
     ids = prompt(N)
     choices: dict[int | None, list[list[int]]] = {None: [], 0: [], 1: []}
     for model in map(model_of, INTERFACE_FAMILIES):
-        for first_voter, chosen in choices.items():
-            with LMInfinite(S, L, retrieval=replace(BLOCKS.retrieval, first_voter=first_voter))(model):
+        for first_voting_layer, chosen in choices.items():
+            with LMInfinite(
+                num_sink_tokens=S,
+                window_length=L,
+                retrieval=replace(BLOCKS.retrieval, first_voting_layer=first_voting_layer),
+            )(model):
                 cache = ring_cache(model)
                 logits(model, ids, cache=cache)
                 chosen.append(sorted(cache.layers[0].chosen[0].tolist()))
@@ -336,11 +352,11 @@ def test_the_later_layers_choose_otherwise():
 def test_what_blocks_take_where_nothing_is_given(llama):
     assert [TopBlocks().votes_from(layers) for layers in (30, 16, 8)] == [12, 6, 4]
     assert TopBlocks(first_layer=0).votes_from(2) == 0
-    assert TopBlocks(first_voter=2).votes_from(30) == 2
+    assert TopBlocks(first_voting_layer=2).votes_from(30) == 2
     ids = prompt(N)
-    with LMInfinite(S, L, retrieval=replace(BLOCKS.retrieval, distance=L // 4))(llama):
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=replace(BLOCKS.retrieval, distance=L // 4))(llama):
         expected = logits(llama, ids, cache=ring_cache(llama))
-    with LMInfinite(S, L, retrieval=replace(BLOCKS.retrieval, distance=None))(llama):
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=replace(BLOCKS.retrieval, distance=None))(llama):
         assert torch.equal(logits(llama, ids, cache=ring_cache(llama)), expected)
     with BLOCKS(llama):
         assert not torch.equal(logits(llama, ids, cache=ring_cache(llama)), expected)
@@ -354,8 +370,10 @@ def test_a_left_padded_row_chooses_for_itself(family):
     ids = torch.cat([torch.nn.functional.pad(text, (N - text.shape[1], 0)) for text in texts])
     mask = torch.tensor([[0] * (N - n) + [1] * n for n in lengths])
     for store in ("device", "cpu"):
-        retrieval = TopBlocks(2, 4, distance=4, first_layer=0, voters=VOTERS, rows=ROWS, store=store)
-        with LMInfinite(S, L, retrieval=retrieval)(model):
+        retrieval = TopBlocks(
+            blocks=2, block_size=4, distance=4, first_layer=0, voting_rows=VOTERS, rows=ROWS, store=store
+        )
+        with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
             options = {"max_new_tokens": L, "do_sample": False, "suppress_tokens": [0]}
             together = model.generate(ids, attention_mask=mask, **options)
             for index, text in enumerate(texts):
@@ -389,7 +407,7 @@ def test_a_chat_turn_chooses_anew(llama):
 
 def test_blocks_without_a_middle_change_nothing_to_the_bit(model):
     ids = prompt(L + S)
-    with LMInfinite(S, L)(model):
+    with LMInfinite(num_sink_tokens=S, window_length=L)(model):
         expected = logits(model, ids)
     with BLOCKS(model):
         assert torch.equal(logits(model, ids), expected)
@@ -415,15 +433,15 @@ def test_blocks_are_refused_where_nothing_can_be_taken_back(llama):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"blocks": 0}, ValueError, "blocks must be at least 1"),
-        ({"rows": 65}, ValueError, "rows must lie between voters and 64"),
-        ({"voters": 9, "rows": 8}, ValueError, "rows must lie between voters and 64"),
+        ({"blocks": 0}, ValueError, "blocks must be a whole number of at least 1"),
+        ({"rows": 65}, ValueError, "rows must lie between voting_rows and 64"),
+        ({"voting_rows": 9, "rows": 8}, ValueError, "rows must lie between voting_rows and 64"),
         ({"rows": None}, TypeError, "rows must be a whole number"),
-        ({"block_size": 0}, ValueError, "block_size must be at least 1"),
-        ({"first_voter": -1}, ValueError, "first_voter must be at least 0"),
-        ({"emphasis": 0}, ValueError, "emphasis must be above 0"),
+        ({"block_size": 0}, ValueError, "block_size must be a whole number of at least 1"),
+        ({"first_voting_layer": -1}, ValueError, "first_voting_layer must be a whole number of at least 0"),
+        ({"emphasis": 0}, ValueError, "emphasis must be a number above 0"),
         ({"emphasis": "4"}, TypeError, "emphasis must be a number"),
-        ({"first_voter": 1.0}, TypeError, "first_voter must be a whole number"),
+        ({"first_voting_layer": 1.0}, TypeError, "first_voting_layer must be a whole number"),
         ({"store": "gpu"}, ValueError, "TopBlocks: store must be one of"),
     ],
 )
@@ -435,13 +453,13 @@ def test_bad_settings_of_blocks(arguments, error, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"k": 0}, ValueError, "k must be at least 1"),
+        ({"k": 0}, ValueError, "k must be a whole number of at least 1"),
         ({"k": 2.0}, TypeError, "k must be a whole number"),
-        ({"rows": 0}, ValueError, "rows must be at least 1"),
-        ({"distance": 0}, ValueError, "distance must be at least 1"),
-        ({"first_layer": -1}, ValueError, "first_layer must be at least 0"),
+        ({"rows": 0}, ValueError, "rows must be a whole number of at least 1"),
+        ({"distance": 0}, ValueError, "distance must be a whole number of at least 1"),
+        ({"first_layer": -1}, ValueError, "first_layer must be a whole number of at least 0"),
         ({"first_layer": None}, TypeError, "first_layer must be a whole number"),
-        ({"store": "disk"}, ValueError, "store must be one of device, cpu"),
+        ({"store": "disk"}, ValueError, "store must be one of 'device', 'cpu'"),
     ],
 )
 def test_bad_settings(arguments, error, message):
@@ -454,18 +472,20 @@ def test_a_model_without_a_layer_that_reads_is_refused(llama, strategy):
     ids = prompt(N)
     before = logits(llama, ids)
     with pytest.raises(ValueError, match="first_layer=2 leaves no layer that reads"):
-        LMInfinite(S, L, retrieval=strategy(first_layer=2)).attach(llama)
+        LMInfinite(num_sink_tokens=S, window_length=L, retrieval=strategy(first_layer=2)).attach(llama)
     assert torch.equal(logits(llama, ids), before)
 
 
 def test_a_model_without_a_layer_that_chooses_is_refused(llama):
     ids = prompt(N)
     before = logits(llama, ids)
-    with pytest.raises(ValueError, match="first_voter=2 leaves no layer that chooses"):
-        LMInfinite(S, L, retrieval=TopBlocks(first_layer=0, first_voter=2)).attach(llama)
+    with pytest.raises(ValueError, match="first_voting_layer=2 leaves no layer that chooses"):
+        LMInfinite(num_sink_tokens=S, window_length=L, retrieval=TopBlocks(first_layer=0, first_voting_layer=2)).attach(
+            llama
+        )
     assert torch.equal(logits(llama, ids), before)
 
 
 def test_a_distance_beyond_the_ceiling_is_refused(llama):
     with pytest.raises(ValueError, match="distance must be at most max_distance"):
-        LMInfinite(S, L, retrieval=TopK(distance=L + 1, first_layer=0)).attach(llama)
+        LMInfinite(num_sink_tokens=S, window_length=L, retrieval=TopK(distance=L + 1, first_layer=0)).attach(llama)

@@ -42,7 +42,7 @@ def scaled_llama(kind):
 def test_a_scaled_model_is_the_definition(kind):
     ids = torch.randint(3, 90, (1, N))
     model = scaled_llama(kind)
-    with LMInfinite(S, L)(model):
+    with LMInfinite(num_sink_tokens=S, window_length=L)(model):
         patched = model(ids).logits
     # Frequencies of a text of L tokens: for dynamic and longrope those of the unscaled length.
     rotary = model.model.rotary_emb
@@ -59,7 +59,7 @@ def test_frequencies_do_not_depend_on_the_running_length(kind):
     model = scaled_llama(kind)
     before = model(ids[:, :12]).logits
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with LMInfinite(S, 12)(model):
+    with LMInfinite(num_sink_tokens=S, window_length=12)(model):
         assert (model(ids[:, :12]).logits - before).abs().max() < 2e-5
         whole = model(ids).logits
         assert (model(ids[:, :100]).logits - whole[:, :100]).abs().max() < 2e-5
@@ -73,7 +73,7 @@ def test_a_window_beyond_the_original_length_takes_the_long_factors():
     model = Phi3ForCausalLM(Phi3Config(**SIZES, rope_parameters=rope)).eval().requires_grad_(False)
     ids = torch.randint(3, 90, (1, 30))
     before = model(ids).logits
-    with LMInfinite(S, 30)(model):
+    with LMInfinite(num_sink_tokens=S, window_length=30)(model):
         assert (model(ids).logits - before).abs().max() < 2e-5
 
 
@@ -96,7 +96,7 @@ def test_a_weighted_norm_behind_the_rotation_is_refused():
     modeling_llama.apply_rotary_pos_emb = lambda *args, **kwargs: tuple(x * scale for x in keep(*args, **kwargs))
     try:
         with pytest.raises(ValueError, match="no rotation of planes"):
-            LMInfinite(S, L).attach(model)
+            LMInfinite(num_sink_tokens=S, window_length=L).attach(model)
     finally:
         modeling_llama.apply_rotary_pos_emb = keep
 

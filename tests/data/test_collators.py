@@ -319,14 +319,40 @@ def test_it_pickles_without_the_model(tiny_model):
         ({"input_ids": [1, 2], "labels": [1]}, ValueError, "column 'labels' has 1 entries, 'input_ids' has 2"),
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, ValueError, "zeros between ones"),
         ({"text": "abc"}, ValueError, r"has no column 'input_ids', only \['text'\]; tokenize"),
-        ({"input_ids": []}, ValueError, "nothing is left to pack"),
-        ({"input_ids": None}, ValueError, "nothing is left to pack"),
-        ({"input_ids": [1, 2], "attention_mask": [0, 0]}, ValueError, "nothing is left to pack"),
     ],
 )
 def test_bad_examples(example, error, message):
     with pytest.raises(error, match=message):
         BestFitPackingCollator(8)([example])
+
+
+@pytest.mark.parametrize("layout", ["rows", "flat"])
+@pytest.mark.parametrize(
+    "example", [{"input_ids": []}, {"input_ids": None}, {"input_ids": [1, 2], "attention_mask": [0, 0]}]
+)
+def test_an_empty_document_alone_is_padding_that_teaches_nothing(tiny_model, example, layout):
+    batch = BestFitPackingCollator(8, layout=layout)([example])
+    assert batch["input_ids"].shape == ((1, 8) if layout == "rows" else (1, 1))
+    assert (batch["labels"] == IGNORE).all()
+    tiny_model(**batch, use_cache=False).loss.backward()
+    assert all((parameter.grad == 0).all() for parameter in tiny_model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # what peft asks a model for
+@pytest.mark.parametrize("wrapped", ["peft", "compile", "data parallel", "all"])
+def test_the_guard_looks_through_wrappers(tiny_model, batch, wrapped):
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_model
+    if wrapped in ("peft", "all"):
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    if wrapped in ("data parallel", "all"):
+        model = torch.nn.DataParallel(model)
+    if wrapped in ("compile", "all"):
+        model = torch.compile(model, backend="eager")
+    check_packed(model, batch | {"use_cache": False})
+    with pytest.raises(ValueError, match=r"in this LlamaForCausalLM.*use_cache=False"):
+        check_packed(model, batch)
 
 
 def test_rows_with_trls_seq_lengths_alone_are_packed_rows():

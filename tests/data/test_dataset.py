@@ -218,7 +218,7 @@ def test_bad_seq_length(bad):
 
 @pytest.mark.parametrize("bad", [0, 1.5])
 def test_bad_row_multiple(bad):
-    with pytest.raises(ValueError, match="row_multiple must be"):
+    with pytest.raises((TypeError, ValueError), match="row_multiple must be"):
         pack(arrow(), 8, row_multiple=bad)
 
 

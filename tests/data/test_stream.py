@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import time
 from collections import Counter
 from itertools import islice
 
 import datasets
 import numpy as np
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from hf_longtrunc import BestFitPackingCollator, PackedStream, best_fit_decreasing, pack
@@ -78,6 +81,49 @@ def test_resumed_anywhere_it_goes_on_as_if_uninterrupted(taken):
     resumed.load_state_dict(state)
     assert head + lists(resumed) == whole
     assert lists(resumed) == whole  # the epoch after it starts over
+
+
+@pytest.mark.parametrize(("worker", "workers"), [(0, 2), (1, 2), (2, 3)])
+def test_a_worker_resumes_exactly_too(monkeypatch, worker, workers):
+    """Each worker keeps a state of its own, as torchdata's StatefulDataLoader does: here one of them."""
+    info = type("Worker", (), {"id": worker, "num_workers": workers})
+    monkeypatch.setattr("hf_longtrunc.data.stream.get_worker_info", lambda: info)
+    whole = lists(stream())
+    assert sum(map(len, whole)) == sum(LENGTHS[worker::workers])
+    for taken in (0, 1, 40, len(whole)):
+        interrupted = stream()
+        head = lists(islice(interrupted, taken))
+        resumed = stream()
+        resumed.load_state_dict(pickle.loads(pickle.dumps(interrupted.state_dict())))
+        assert resumed.state_dict() == interrupted.state_dict()
+        assert head + lists(resumed) == whole
+
+
+def test_a_state_is_small_and_costs_nothing_and_counts_what_was_dropped():
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 1.2, 20_000), 1, 8000).astype(int).tolist()
+    rows = PackedStream(Source(lengths), 2048, seed=0)
+    sizes, seconds = [], []
+    for _ in islice(rows, 3000):
+        begun = time.perf_counter()
+        state = rows.state_dict()
+        seconds.append(time.perf_counter() - begun)
+        sizes.append(len(pickle.dumps(state)))
+    assert max(sizes) < 2**16
+    assert np.median(seconds) < 1e-4
+    resumed = PackedStream(Source(lengths), 2048, seed=0)
+    resumed.load_state_dict(state)
+    list(resumed)
+    assert resumed.dropped["documents"] == sum(length < 2 for length in lengths)
+
+
+def test_a_state_can_be_saved_with_a_checkpoint(tmp_path):
+    """torch reads states back without executing what a file says."""
+    rows = stream()
+    list(islice(rows, 40))
+    torch.save(rows.state_dict(), tmp_path / "state.pt")
+    resumed = stream()
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert lists(resumed) == lists(stream())[40:]
 
 
 def test_nothing_waits_forever():

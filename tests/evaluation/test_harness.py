@@ -94,7 +94,7 @@ def test_with_an_arm_a_prompt_of_any_length_is_read_whole(harness, model, prose)
     text, sea = prose * 4, " sea and away"
     ids = tokenizer(text, verbose=False).input_ids
     continuation = tokenizer(sea, add_special_tokens=False).input_ids
-    arm = LMInfinite(2, 32)
+    arm = LMInfinite(num_sink_tokens=2, window_length=32)
     with harness.PatchedLM(tiny, tokenizer=tokenizer, arm=arm) as lm:
         lm.generate_until(instances((text, {"max_gen_toks": 3, "until": []})))
         ((likelihood, _),) = lm.loglikelihood(instances((text.rstrip(), sea)))
@@ -110,7 +110,10 @@ def test_the_patch_comes_off_after_an_error_too(harness, model):
     tiny, tokenizer = model
     ids = torch.arange(1, 100)[None]
     before = tiny(ids).logits
-    with pytest.raises(KeyError), harness.PatchedLM(tiny, tokenizer=tokenizer, arm=LMInfinite(2, 32)):
+    with (
+        pytest.raises(KeyError),
+        harness.PatchedLM(tiny, tokenizer=tokenizer, arm=LMInfinite(num_sink_tokens=2, window_length=32)),
+    ):
         raise KeyError
     assert torch.equal(tiny(ids).logits, before)
 
@@ -166,7 +169,7 @@ def answers(tokenizer, sight):
 def test_rulers_offline_tasks_run(ruler, model, tmp_path, task):
     """4,096 tokens through a model whose window is 64: nothing is cut, so whoever reads everything scores 1."""
     tiny, tokenizer = model
-    arms = {"unmodified": nullcontext, "LM-Infinite": LMInfinite(4, 32)}
+    arms = {"unmodified": nullcontext, "LM-Infinite": LMInfinite(num_sink_tokens=4, window_length=32)}
     run = partial(ruler.run_harness, tiny, tokenizer, [task], limit=2, path=tmp_path / "ruler.jsonl")
     (record,) = run({"LM-Infinite": arms["LM-Infinite"]})
     assert (record.samples, record.metrics) == (2, {"4096": 0.0})

@@ -1,0 +1,199 @@
+"""The forward of a patched decoder: makes the step, lets the decoder run with it, and lets a strategy run it twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_longtrunc.attention.cache import ArchiveCacheLayer, LambdaCacheLayer
+from hf_longtrunc.attention.row_positions import check_positions, checked_mask
+from hf_longtrunc.attention.step import carry, planned
+from hf_longtrunc.models import CACHE, bound, parameters_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hf_longtrunc.attention.layer import Settings
+    from hf_longtrunc.attention.rotary import Rotation
+
+_PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "per_layer_inputs")
+
+
+class PatchedForward:
+    """Runs a decoder under LM-Infinite.
+
+    Args:
+        decoder: the patched model without its head.
+        original: its forward before it was patched.
+        settings: of the patch.
+        rotations: of its layers.
+        name: of the patch's attention in its config.
+        has_windows: whether some of its layers were trained with a window of their own.
+        mesh: over which tensor parallelism splits its heads; None: it does not.
+    """
+
+    def __init__(
+        self,
+        decoder: Any,
+        original: Callable[..., Any],
+        settings: Settings,
+        rotations: set[Rotation],
+        name: str,
+        has_windows: bool,
+        mesh: Any = None,
+    ):
+        self.decoder = decoder
+        self.original = original
+        self.settings = settings
+        self.rotations = rotations
+        self.name = name
+        self.has_windows = has_windows
+        self.mesh = mesh
+        self.takes_positions = "position_ids" in parameters_of(decoder)
+
+    def once(self, ballot: list[Tensor] | None, /, *args: Any, **inputs: Any) -> Any:
+        """Run the decoder once; with a ballot, let its last rows vote."""
+        if args:
+            inputs = bound(self.decoder, args, inputs)
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        new, cache = tokens.shape[1], inputs.get(CACHE)
+        layers = [] if cache is None else cache.layers
+        self.check(layers)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        real = checked_mask(inputs.get("attention_mask"), past + new)
+        check_positions(inputs.get("position_ids"), real, new)
+        like = tokens.new_empty(0, dtype=self.decoder.dtype)
+        step, positions = planned(self.settings, self.rotations, layers, real, past, new, like, ballot)
+        if self.has_windows and (step.query_order is not None or step.has_moved):
+            raise ValueError(
+                "attention_mask has zeros between real tokens, and this model has layers with a window of their own, "
+                "which counts them: pad on the left alone"
+            )
+        if self.takes_positions:
+            inputs["position_ids"] = positions.clamp_min(0)
+        before = carry(step)
+        try:
+            return self.original(**inputs)
+        finally:
+            carry(before)
+
+    def reading(self, *args: Any, **inputs: Any) -> Any:
+        """Run the decoder as the strategy that reads the middle wants it."""
+        retrieval = self.settings.retrieval
+        assert retrieval is not None
+        inputs = bound(self.decoder, args, inputs)
+        call = Call(self, inputs)
+        return retrieval.run(call) if retrieval.is_run_twice(call) else self.once(None, **inputs)
+
+    def check(self, layers: Sequence[Any]) -> None:
+        """Refuse a model whose attention is no longer ours, and a cache that is not, or not whole.
+
+        Raises:
+            ValueError: the message says what to do.
+        """
+        if self.decoder.config._attn_implementation != self.name:
+            raise ValueError(
+                "set_attn_implementation was called on a model patched by LMInfinite, whose attention would no longer "
+                "run: detach first"
+            )
+        ours, seen = (self.settings.num_sink_tokens, self.settings.window_length), None
+        for layer in layers:
+            if not isinstance(layer, LambdaCacheLayer):
+                continue
+            theirs = layer.num_sink_tokens, layer.window_length
+            if theirs != ours:
+                raise ValueError(
+                    f"this cache was built for (num_sink_tokens, window_length) = {theirs}, and the model is patched "
+                    f"with {ours}: start anew, or patch with the same numbers"
+                )
+            if self.settings.retrieval is not None and not isinstance(layer, ArchiveCacheLayer):
+                raise ValueError(
+                    "this cache was built without retrieval, so the middle of its text is gone: start anew, or patch "
+                    "with retrieval=None"
+                )
+            if seen is not None and layer.seen != seen:
+                raise ValueError(
+                    f"the layers of this cache have seen {seen} and {layer.seen} tokens: a forward was interrupted "
+                    "while they were stored. Start anew with a new cache"
+                )
+            seen = layer.seen
+
+
+@dataclass
+class Call:
+    """One call of a decoder that a strategy may run twice: a `retrieval.Forward`.
+
+    Attributes:
+        forward: of the decoder.
+        inputs: by their names.
+    """
+
+    forward: PatchedForward
+    inputs: dict[str, Any]
+
+    @property
+    def new(self) -> int:
+        """How many tokens the call brings."""
+        tokens = self.inputs.get("input_ids")
+        return int((self.inputs["inputs_embeds"] if tokens is None else tokens).shape[1])
+
+    @property
+    def has_middle(self) -> bool:
+        """Whether there are tokens that are neither in the window nor sinks."""
+        cache, settings = self.inputs.get(CACHE), self.forward.settings
+        seen = self.new + (0 if cache is None else int(cache.get_seq_length()))
+        return seen > settings.window_length + settings.num_sink_tokens
+
+    def archives(self) -> list[ArchiveCacheLayer]:
+        """Return every layer's archive.
+
+        Raises:
+            ValueError: some layer has none, or the call asks for hidden states of rows that would run twice.
+        """
+        cache = self.inputs.get(CACHE)
+        layers = [] if cache is None else cache.layers
+        if not layers or not all(isinstance(layer, ArchiveCacheLayer) for layer in layers):
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "no cache"
+            raise ValueError(
+                "TopBlocks runs the end of a question twice, for which every layer needs the cache that generate() "
+                f"builds; this text has a middle and {kinds}: call generate(), or take TopK (also for models with "
+                "windowed layers)"
+            )
+        return list(layers)
+
+    def run(self, last: int | None = None, ballot: list[Tensor] | None = None) -> Any:
+        """Run the decoder on all new tokens or on the `last` of them."""
+        if self.inputs.get("output_hidden_states") or self.forward.decoder.config.output_hidden_states:
+            raise ValueError("output_hidden_states cannot be had with TopBlocks, which runs the last rows twice")
+        inputs = dict(self.inputs)
+        for name in _PER_TOKEN if last is not None else ():
+            value = inputs.get(name)
+            if isinstance(value, Tensor):
+                by_row = name in ("inputs_embeds", "per_layer_inputs")
+                inputs[name] = value[:, -last:] if by_row else value[..., -last:]  # type: ignore[operator]
+        return self.forward.once(ballot, **inputs)
+
+    def take_back(self, rows: int) -> None:
+        """Take the last `rows` tokens out of the cache."""
+        self.inputs[CACHE].crop(-rows)
+
+    def total(self, mass: Tensor) -> Tensor:
+        """Return the sum over the ranks that share the model's heads: all of them must choose alike."""
+        mesh = self.forward.mesh
+        if mesh is not None:
+            mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+            device = "cpu" if mesh.device_type == "cpu" else torch.device(mesh.device_type)
+            mass = mass.to(device)
+            torch.distributed.all_reduce(mass, group=mesh.get_group())
+        return mass
+
+    def with_first(self, first: Any, output: Any) -> Any:
+        """Return `output` with the hidden states of the rows before, out of the first output."""
+        hidden = torch.cat([first[0][:, : -output[0].shape[1]], output[0]], dim=1)
+        if isinstance(output, tuple):
+            return hidden, *output[1:]
+        output["last_hidden_state"] = hidden
+        return output

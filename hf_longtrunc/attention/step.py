@@ -1,0 +1,212 @@
+"""One forward as a value: where its tokens stand, what the cache hands out, and what is turned how.
+
+It is made once before the decoder runs, from the cache and the padding mask, and travels to the layers as the mask
+itself. So a layer that is run again for its gradients has the step of its own forward, and two threads have one each.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_longtrunc.attention.cache import Announcement, ArchiveCacheLayer, LambdaCacheLayer
+from hf_longtrunc.attention.lambda_attention import distance, visible
+from hf_longtrunc.attention.row_positions import from_first_token, joined, text_order
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from typing_extensions import Self
+
+    from hf_longtrunc.attention.layer import Settings
+    from hf_longtrunc.attention.rotary import Rotation
+    from hf_longtrunc.attention.row_positions import Moves
+
+_running = threading.local()
+
+
+class Layout(Enum):
+    """What the cache hands out to this forward's queries."""
+
+    TEXT = "all keys, in the order of the text"
+    SINKS_FIRST = "the sinks, and behind them the window and the new tokens"
+    RING = "the slots of the ring, to one token"
+
+
+class Carried:
+    """What travels to the layers in the place of a mask, with what decoders ask of a mask.
+
+    Falcon adds a mask of four dimensions to its bias, MPT wants booleans, and Gemma 4 cuts off the queries whose logits
+    are not kept.
+    """
+
+    ndim = 0
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Return itself: it is moved, in part, where it is used."""
+        return self
+
+    def __getitem__(self, cut: tuple[Any, ...]) -> Self:
+        """Return what is carried for some of the queries, as `mask[:, :, queries, :]` cuts them out."""
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Step(Carried):
+    """One forward.
+
+    Attributes:
+        queries: positions [rows, n] of the last n columns, in the order of `query_order`; negative for padding.
+        last: position of the last key [rows, 1].
+        layout: of the keys.
+        keys: how many of them every layer's cache hands out.
+        is_padded: whether some row begins with padding.
+        query_order: the new columns of each row, those without a token first [batch, n]; None if they are so already.
+        has_moved: whether some row's old tokens moved up to its new ones, over masked columns between them.
+        key_order: likewise of the keys [batch, m], where the cache hands out masked columns as they came.
+        turns: for one token, the cosines and sines that turn the sinks to where it sees them, by the rotation's id.
+        seen: for one token, the slots that it sees [rows, S + L]; None: all.
+        distances: for one token, those of the slots [rows, S + L].
+        archives: of the layers that keep the whole text, by their index.
+        ballot: takes each layer's vote while `TopBlocks` lets rows choose; None otherwise.
+    """
+
+    queries: Tensor
+    last: Tensor
+    layout: Layout
+    keys: int
+    is_padded: bool = False
+    query_order: Tensor | None = None
+    key_order: Tensor | None = None
+    has_moved: bool = False
+    turns: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    seen: Tensor | None = None
+    distances: Tensor | None = None
+    archives: Mapping[int, ArchiveCacheLayer] = field(default_factory=dict)
+    ballot: list[Tensor] | None = None
+
+    def __getitem__(self, cut: tuple[Any, ...]) -> Step:
+        """Return the step of some of the queries."""
+        return replace(self, queries=self.queries[:, cut[2]])
+
+
+def running() -> Any:
+    """Return what the decoder that this thread is running carries as its mask; None outside."""
+    return getattr(_running, "carried", None)
+
+
+def carry(carried: Any) -> Any:
+    """Let what runs next in this thread carry this as its mask; return what was carried before."""
+    before = running()
+    _running.carried = carried
+    return before
+
+
+def planned(
+    settings: Settings,
+    rotations: Collection[Rotation],
+    layers: Sequence[Any],
+    real: Tensor | None,
+    past: int,
+    new: int,
+    like: Tensor,
+    ballot: list[Tensor] | None = None,
+) -> tuple[Step, Tensor]:
+    """Return the step of a forward, and its queries' positions [rows, new] in the order in which they come.
+
+    The ring of every layer is told where the new tokens are to lie.
+
+    Args:
+        settings: of the patch.
+        rotations: of the model's layers.
+        layers: of the cache; none without a cache.
+        real: where there are tokens [batch, past + new]; None: everywhere.
+        past: columns seen.
+        new: columns to come.
+        like: any tensor of the model's dtype on the device of the tokens.
+        ballot: see `Step`.
+    """
+    rings = [layer for layer in layers if isinstance(layer, LambdaCacheLayer)]
+    archives = {index: layer for index, layer in enumerate(layers) if isinstance(layer, ArchiveCacheLayer)}
+    columns = torch.arange(past, past + new, device=like.device)
+    if not rings:
+        padding, order = text_order(real)
+        came = queries = from_first_token(columns, padding)
+        query_order = None
+        if real is not None and order is not None:
+            came, query_order = _as_they_came(columns, padding, real[:, past:])
+        last = from_first_token(columns[-1:], padding)
+        keys, is_padded = past + new, padding is not None
+        return Step(queries, last, Layout.TEXT, keys, is_padded, query_order, order, ballot=ballot), came
+    ring = rings[0]
+    rows, moves = joined(ring.rows, real, past, new)
+    if moves is not None:
+        _refuse_lost(ring, past, moves)
+    came = queries = from_first_token(columns, rows.padding)
+    query_order = None
+    if real is not None and moves is not None and moves.order is not None:
+        came, query_order = _as_they_came(columns, rows.padding, real[:, past:])
+    turns = {}
+    if new == 1:
+        steps = (
+            queries - settings.max_distance - torch.arange(settings.num_sink_tokens, device=like.device)
+        ).clamp_min(0)
+        for turn in {*rotations, *(ring.rotation for ring in rings)}:  # a ring filled under an earlier patch has that's
+            if turn is not None:
+                turns[id(turn)] = turn.weights(steps, like.dtype)
+    to_ring, to_rollback = ring.slots(new, like.device)
+    for each in rings:
+        each.expect(Announcement(to_ring, to_rollback, rows, moves, turns.get(id(each.rotation))))
+    last, is_padded = from_first_token(columns[-1:], rows.padding), rows.padding is not None
+    layout = Layout.TEXT if past == 0 else Layout.SINKS_FIRST if new > 1 else Layout.RING
+    seen = distances = None
+    if layout is Layout.RING:
+        j = ring.key_positions(rows, like.device)
+        seen = None if ring.sees_every_slot(rows) else _slots_seen(settings, queries, j)
+        distances = distance(queries, j, settings.max_distance)[:, 0]
+    step = Step(
+        queries=queries,
+        last=last,
+        layout=layout,
+        keys=new if past == 0 else ring.keys_returned(new),
+        is_padded=is_padded,
+        query_order=query_order,
+        key_order=query_order if past == 0 else None,
+        has_moved=moves is not None,
+        turns=turns,
+        seen=seen,
+        distances=distances,
+        archives=archives,
+        ballot=ballot,
+    )
+    return step, came
+
+
+def _as_they_came(columns: Tensor, padding: Tensor | None, now: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions of new columns [batch, n], -1 where `now` says there is no token, and their order."""
+    assert padding is not None
+    before = columns[-1] + 1 - padding - now.sum(-1)
+    positions = torch.where(now, before[:, None] + now.cumsum(-1) - 1, -1)
+    return positions, now.int().argsort(dim=-1, stable=True)
+
+
+def _slots_seen(settings: Settings, i: Tensor, j: Tensor) -> Tensor:
+    """Return which of the slots at j [rows, S + L] a query at i [rows, 1] sees: old sinks, and its window."""
+    sinks, window = settings.num_sink_tokens, settings.window_length
+    local = visible(i, j[:, sinks:], 0, window) | (i < 0)[..., None]
+    return torch.cat([i - j[:, :sinks] >= window, local[:, 0]], dim=-1)
+
+
+def _refuse_lost(ring: LambdaCacheLayer, past: int, moves: Moves) -> None:
+    longest = int(moves.taken_back.max())
+    if longest and past - longest < ring.oldest_length():
+        raise ValueError(
+            f"attention_mask turns the last {longest} tokens of a row to 0, and the cache of LMInfinite can go back "
+            f"from {past} tokens to {ring.oldest_length()}, no further: let answers of a batch differ by at most "
+            f"{ring.ROLLBACK} tokens, continue rows one by one, or pass cache=DynamicCache(), which keeps everything"
+        )

@@ -116,6 +116,7 @@ PUBLIC = {
         "stream_losses",
         "token_losses",
         "update_model_card",
+        "wilson_interval",
         "truncation_scores",
         "truncation_table",
         "Fact",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.cross_attention.unlimiformer import Unlimiformer as Unlimiformer
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
-    from hf_longtrunc.data.packing import best_fit_decreasing as best_fit_decreasing
+    from hf_longtrunc.data.packing import Packing as Packing, best_fit_decreasing as best_fit_decreasing
     from hf_longtrunc.data.report import packing_table as packing_table, plot_packing as plot_packing
     from hf_longtrunc.data.stream import PackedStream as PackedStream
     from hf_longtrunc.data.verify import check_packed as check_packed
@@ -109,6 +109,7 @@ _HOME = {
     "PLessLogitsProcessor": "hf_longtrunc.sampling.processors",
     "PackedDataset": "hf_longtrunc.data.dataset",
     "PackedStream": "hf_longtrunc.data.stream",
+    "Packing": "hf_longtrunc.data.packing",
     "ProxyTuningLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "ShardedDatastore": "hf_longtrunc.cross_attention.datastore",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",

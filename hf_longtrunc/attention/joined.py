@@ -36,7 +36,7 @@ Sees = Literal["all", "up_to", "from"]
 class Part(NamedTuple):
     """Queries [batch, heads, n, dim], and keys [batch, kv_heads, m, dim] with values [batch, kv_heads, m, value_dim].
 
-    Query i sees "all" keys, those at j <= i ("up_to"), or those at j >= i - (n - m), which is "up_to" from the other end
+    Query i sees "all" keys, those at j <= i ("up_to"), or those at j >= i - (n - m), "up_to" from the other end
     ("from"). Each must see one at least.
     """
 

@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 from hf_longtrunc import (
     PEMA,
     CreamCollator,
+    DualChunkAttention,
     EtaLogitsProcessor,
     LMInfinite,
     PEMAAdapter,
@@ -97,6 +98,11 @@ TABLE = {
     "LMInfinite, TopK": Row(lm_infinite(TopK(k=3, first_layer=0)), second="already", names="LMInfinite"),
     "LMInfinite, TopBlocks": Row(
         lm_infinite(TopBlocks(blocks=2, block_size=4, first_layer=0)), second="already", names="LMInfinite"
+    ),
+    "DualChunkAttention": Row(
+        lambda model: DualChunkAttention(chunk_length=6, trained_length=8)(model),
+        second="already",
+        names="DualChunkAttention",
     ),
     "Unlimiformer": Row(
         lambda model: Unlimiformer(top_k=4, window=16)(model), make=tiny_seq2seq, second="already", names="Unlimiformer"

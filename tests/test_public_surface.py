@@ -24,6 +24,7 @@ PUBLIC = {
         "ContrastiveDecodingLogitsProcessor",
         "CreamCollator",
         "CreamPositions",
+        "DualChunkAttention",
         "Datastore",
         "EpsilonLogitsProcessor",
         "EtaLogitsProcessor",

@@ -24,6 +24,7 @@ from hf_longtrunc import (
     BasisAwareLogitsProcessor,
     ContrastiveDecodingLogitsProcessor,
     CreamCollator,
+    DualChunkAttention,
     EpsilonLogitsProcessor,
     EtaLogitsProcessor,
     GuidanceLogitsProcessor,
@@ -189,6 +190,7 @@ def guided() -> Shared:
 
 
 TABLE: dict[str, Callable[[], Shared]] = {
+    "DualChunkAttention": lambda: attached(DualChunkAttention(chunk_length=6, trained_length=8)),
     "LMInfinite": lambda: attached(LMInfinite(num_sink_tokens=2, window_length=8)),
     "LMInfinite, TopK": lambda: attached(
         LMInfinite(num_sink_tokens=2, window_length=8, retrieval=TopK(k=3, first_layer=0))

@@ -61,6 +61,13 @@ _CREAM = Paper(
     "An Efficient Recipe for Long Context Extension via Middle-Focused Positional Encoding",
     "2406.07138",
 )
+_DUAL_CHUNK = Paper(
+    "dual chunk attention",
+    "An et al.",
+    2024,
+    "Training-Free Long-Context Scaling of Large Language Models",
+    "2402.17463",
+)
 _POSE = Paper(
     "PoSE",
     "Zhu et al.",
@@ -110,6 +117,7 @@ PAPERS = {  # a public name that names a technique -> its paper; tests/evaluatio
     "ContrastiveDecodingLogitsProcessor": _CONTRASTIVE,
     "CreamCollator": _CREAM,
     "CreamPositions": _CREAM,
+    "DualChunkAttention": _DUAL_CHUNK,
     "EpsilonLogitsProcessor": _EPSILON,
     "EtaLogitsProcessor": _ETA,
     "GuidanceLogitsProcessor": _GUIDANCE,

@@ -66,11 +66,13 @@ PUBLIC = {
         "plot_packing",
         "pose_positions",
         "random_positions",
+        "read_megatron",
         "save_uld_assistant",
         "train_pema",
         "trained_length",
         "uld_assistant",
         "verify_positions",
+        "write_megatron",
     ],
     evaluation: [
         "KeyValuePrompts",

@@ -68,10 +68,13 @@ if TYPE_CHECKING:
     from hf_longtrunc.pretrained import load_pretrained as load_pretrained
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
     from hf_longtrunc.sampling.basis import SoftmaxBasis as SoftmaxBasis
+    from hf_longtrunc.sampling.calls import sampling_settings as sampling_settings
     from hf_longtrunc.sampling.processors import (
         BasisAwareLogitsProcessor as BasisAwareLogitsProcessor,
         EpsilonLogitsProcessor as EpsilonLogitsProcessor,
         EtaLogitsProcessor as EtaLogitsProcessor,
+        PLessLogitsProcessor as PLessLogitsProcessor,
+        TopNSigmaLogitsProcessor as TopNSigmaLogitsProcessor,
     )
     from hf_longtrunc.sampling.support import (
         SupportChecker as SupportChecker,
@@ -104,6 +107,7 @@ _HOME = {
     "PEMAAdapter": "hf_longtrunc.mixing.pema",
     "PEMALogitsProcessor": "hf_longtrunc.mixing.pema_processor",
     "PEMAMemory": "hf_longtrunc.mixing.pema",
+    "PLessLogitsProcessor": "hf_longtrunc.sampling.processors",
     "PackedDataset": "hf_longtrunc.data.dataset",
     "PackedStream": "hf_longtrunc.data.stream",
     "Packing": "hf_longtrunc.data.packing",
@@ -112,6 +116,7 @@ _HOME = {
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
     "SupportChecker": "hf_longtrunc.sampling.support",
     "TopBlocks": "hf_longtrunc.attention.retrieval",
+    "TopNSigmaLogitsProcessor": "hf_longtrunc.sampling.processors",
     "TopK": "hf_longtrunc.attention.retrieval",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
@@ -135,6 +140,7 @@ _HOME = {
     "pose_positions": "hf_longtrunc.positions.cream",
     "random_positions": "hf_longtrunc.positions.cream",
     "read_megatron": "hf_longtrunc.data.megatron",
+    "sampling_settings": "hf_longtrunc.sampling.calls",
     "save_uld_assistant": "hf_longtrunc.mixing.uld",
     "train_pema": "hf_longtrunc.mixing.pema_processor",
     "trained_length": "hf_longtrunc.attention.lm_infinite",

@@ -215,16 +215,6 @@ TABLE: dict[str, Callable[[], Shared]] = {
 }
 # What is refused, by a part of the message.
 REFUSED: dict[str, str] = {}
-BEING_MENDED = {
-    **dict.fromkeys(("ULD", "contrastive", "proxy", "guidance"), "one cache for all threads"),
-}
-
-
-def rows():
-    for name in TABLE:
-        # Threads meet by chance: a row that is being mended may pass.
-        marks = [pytest.mark.xfail(strict=False, reason=BEING_MENDED[name])] if name in BEING_MENDED else []
-        yield pytest.param(name, marks=marks, id=name)
 
 
 @pytest.fixture
@@ -236,7 +226,7 @@ def hasty():
     sys.setswitchinterval(before)
 
 
-@pytest.mark.parametrize("name", list(rows()))
+@pytest.mark.parametrize("name", TABLE)
 def test_threads_on_one_object_each_get_what_they_get_alone(name, hasty):
     shared = TABLE[name]()
     with shared.block:

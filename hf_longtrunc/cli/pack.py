@@ -79,8 +79,7 @@ def pack(
     draw_without_a_screen()
     figure: Any = plot_packing(packed.packing)[0].figure
     save_picture(figure, output_dir / "packing.png")
-    with notes().status("writing the rows"):
-        packed.materialize().save_to_disk(output_dir / "dataset")
+    packed.materialize(output_dir / "dataset")
     notes().print(f"dataset: [bold]{output_dir / 'dataset'}[/bold]")
     notes().print("read it with datasets.load_from_disk, train on it with BestFitPackingCollator", style="dim")
 

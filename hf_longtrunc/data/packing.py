@@ -21,16 +21,28 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hf_longtrunc.arguments import one_of, whole
 
+if TYPE_CHECKING:
+    import os
+
 Indices: TypeAlias = NDArray[np.signedinteger[Any]]
 LongDocuments: TypeAlias = Literal["split", "truncate", "drop", "error"]
 
+_KIND = "packing_plan"
+_ARRAYS = {
+    "items": "pieces",
+    "offsets": "rows",
+    "document": "pieces",
+    "start": "pieces",
+    "length": "pieces",
+    "document_lengths": "documents",
+}
 _LONG = ("split", "truncate", "drop", "error")
 
 
@@ -71,6 +83,33 @@ class Packing:
     start: Indices
     length: Indices
     document_lengths: Indices
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save the plan into a folder: some 24 bytes a document, with a checksum."""
+        import torch
+
+        from hf_longtrunc.saving import save_folder
+
+        tensors = {name: torch.tensor(getattr(self, name)) for name in _ARRAYS}
+        save_folder(folder, _KIND, tensors, {"seq_length": self.seq_length})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Packing:
+        """Return a plan that was saved.
+
+        Its arrays are mapped from the file: processes of one machine share them, and hold what they use. The file is
+        read once, from front to end, for its checksum.
+
+        Raises:
+            FileNotFoundError, ValueError: no plan lies there, or it is damaged.
+        """
+        from hf_longtrunc.saving import load_folder
+
+        tensors, settings = load_folder(folder, _KIND, _ARRAYS, ("seq_length",))
+        arrays = {name: tensors[name].numpy() for name in _ARRAYS}
+        for array in arrays.values():
+            array.flags.writeable = False
+        return cls(int(settings["seq_length"]), **arrays)
 
     def __len__(self) -> int:
         """Return the number of rows."""

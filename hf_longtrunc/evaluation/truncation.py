@@ -321,7 +321,8 @@ def _settings(processors: Sequence[Callable[[Tensor, Tensor], Tensor]]) -> str:
 
 def _described(processor: Callable[[Tensor, Tensor], Tensor]) -> str:
     plain = (bool, int, float, str, type(None))
-    parameters = {key: value for key, value in vars(processor).items() if isinstance(value, plain)}
+    named = {key: value for key, value in vars(processor).items() if not key.startswith("_")}
+    parameters = {key: value for key, value in named.items() if isinstance(value, plain)}
     kind: Any = type(processor)
     name = repr(processor) if kind.__repr__ is not object.__repr__ else kind.__name__
     name = getattr(processor, "__qualname__", name)

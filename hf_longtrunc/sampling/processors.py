@@ -110,8 +110,8 @@ class EtaLogitsProcessor(_ThresholdLogitsProcessor):
         min_tokens_to_keep: int = 1,
         filter_value: float = -math.inf,
     ):
-        super().__init__(min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
         self.epsilon = _checked_epsilon(epsilon)
+        super().__init__(min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
 
     def _log_threshold(self, rows: Softmax) -> Tensor:
         return eta_log_threshold(rows, self.epsilon)

@@ -32,7 +32,7 @@ class Paper:
 
 _ETA = Paper("eta-sampling", "Hewitt et al.", 2022, "Truncation Sampling as Language Model Desmoothing", "2210.15191")
 _EPSILON = replace(_ETA, method="epsilon-sampling")
-_TOP_N_SIGMA = Paper("top-n-sigma", "Tang et al.", 2024, "Top-nσ: Not All Logits Are You Need", "2411.07641")
+_TOP_N_SIGMA = Paper("top-n-sigma", "Tang et al.", 2024, "Top-n\u03c3: Not All Logits Are You Need", "2411.07641")
 _P_LESS = Paper("p-less sampling", "Tan et al.", 2025, "p-less Sampling", "2509.23234")
 _BAT = Paper(
     "basis-aware truncation",

@@ -112,6 +112,12 @@ def arms(lm_infinite: bool, window: int | None, sinks: int) -> dict[str, Arm]:
     return chosen
 
 
+def read_text(path: str) -> str:
+    """Return a UTF-8 text whole; - is standard input."""
+    with open_text(path) as stream:
+        return stream.read()
+
+
 def check_file(path: str) -> None:
     """Refuse a path that names no file that can be read; - is standard input."""
     if path == "-":

@@ -143,6 +143,11 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         cache = Path(library.config.HF_DATASETS_CACHE, "packed", secrets.token_hex(8))
         return write_rows(self, cache if folder is None else folder, names, dtype, num_proc)
 
+    @property
+    def teaching(self) -> list[str]:
+        """The documents' columns that say which tokens are learned."""
+        return sorted({"labels", *LOSS_MASKS} & set(self._documents.columns))
+
     def blocks(self, first: int, last: int, tokens: int) -> Iterator[tuple[int, int]]:
         """Cut rows `first` to `last` into blocks of about so many tokens."""
         step = max(1, tokens // self.packing.seq_length)
@@ -175,10 +180,9 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
             raise ValueError(
                 f"columns must have input_ids, and position_ids or seq_lengths for where documents begin, got {names}"
             )
-        teaching = {"labels", *LOSS_MASKS} & set(self._documents.columns)
-        if teaching and "labels" not in names:
+        if self.teaching and "labels" not in names:
             raise ValueError(
-                f"columns must have labels: the documents have {', '.join(sorted(teaching))}, and without labels every "
+                f"columns must have labels: the documents have {', '.join(self.teaching)}, and without labels every "
                 "token would be learned"
             )
         return names

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from hf_longtrunc.cross_attention.unlimiformer import Unlimiformer as Unlimiformer
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
-    from hf_longtrunc.data.packing import best_fit_decreasing as best_fit_decreasing
+    from hf_longtrunc.data.megatron import read_megatron as read_megatron, write_megatron as write_megatron
+    from hf_longtrunc.data.packing import Packing as Packing, best_fit_decreasing as best_fit_decreasing
     from hf_longtrunc.data.report import packing_table as packing_table, plot_packing as plot_packing
     from hf_longtrunc.data.stream import PackedStream as PackedStream
     from hf_longtrunc.data.verify import check_packed as check_packed
@@ -67,10 +68,13 @@ if TYPE_CHECKING:
     from hf_longtrunc.pretrained import load_pretrained as load_pretrained
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
     from hf_longtrunc.sampling.basis import SoftmaxBasis as SoftmaxBasis
+    from hf_longtrunc.sampling.calls import sampling_settings as sampling_settings
     from hf_longtrunc.sampling.processors import (
         BasisAwareLogitsProcessor as BasisAwareLogitsProcessor,
         EpsilonLogitsProcessor as EpsilonLogitsProcessor,
         EtaLogitsProcessor as EtaLogitsProcessor,
+        PLessLogitsProcessor as PLessLogitsProcessor,
+        TopNSigmaLogitsProcessor as TopNSigmaLogitsProcessor,
     )
     from hf_longtrunc.sampling.support import (
         SupportChecker as SupportChecker,
@@ -103,13 +107,16 @@ _HOME = {
     "PEMAAdapter": "hf_longtrunc.mixing.pema",
     "PEMALogitsProcessor": "hf_longtrunc.mixing.pema_processor",
     "PEMAMemory": "hf_longtrunc.mixing.pema",
+    "PLessLogitsProcessor": "hf_longtrunc.sampling.processors",
     "PackedDataset": "hf_longtrunc.data.dataset",
     "PackedStream": "hf_longtrunc.data.stream",
+    "Packing": "hf_longtrunc.data.packing",
     "ProxyTuningLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "ShardedDatastore": "hf_longtrunc.cross_attention.datastore",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
     "SupportChecker": "hf_longtrunc.sampling.support",
     "TopBlocks": "hf_longtrunc.attention.retrieval",
+    "TopNSigmaLogitsProcessor": "hf_longtrunc.sampling.processors",
     "TopK": "hf_longtrunc.attention.retrieval",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
@@ -132,11 +139,14 @@ _HOME = {
     "plot_packing": "hf_longtrunc.data.report",
     "pose_positions": "hf_longtrunc.positions.cream",
     "random_positions": "hf_longtrunc.positions.cream",
+    "read_megatron": "hf_longtrunc.data.megatron",
+    "sampling_settings": "hf_longtrunc.sampling.calls",
     "save_uld_assistant": "hf_longtrunc.mixing.uld",
     "train_pema": "hf_longtrunc.mixing.pema_processor",
     "trained_length": "hf_longtrunc.attention.lm_infinite",
     "uld_assistant": "hf_longtrunc.mixing.uld",
     "verify_positions": "hf_longtrunc.positions.verify",
+    "write_megatron": "hf_longtrunc.data.megatron",
 }
 
 __all__ = sorted(_HOME)

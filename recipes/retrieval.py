@@ -4,7 +4,10 @@
     python recipes/retrieval.py --text some_novel.txt --lengths 2000,7000,12000 --out retrieval
 
 Five batteries: one needle, one of four needles, two needles of two numbers each, variables that point to variables, and
-a dictionary of uuids. A run that was cut off goes on where it stopped: records are appended to OUT/retrieval.jsonl.
+a dictionary of uuids. With --variants the one of four needles also with the question first and as a second turn, and
+with --chat all needles in the model's chat template. With --text, perplexity of the last 512 tokens before each length
+stands beside them, where nothing is asked. The passkey, which says its key twice, is recipes/passkey.py. A run that was
+cut off goes on where it stopped: records are appended to OUT/retrieval.jsonl.
 
 Cost: five times that of recipes/passkey.py. Expect: the unmodified model finds a single needle and a pair of the
 dictionary in a short prompt; several needles at once in part; a model of this size follows no variables.
@@ -16,6 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -23,7 +27,11 @@ from hf_longtrunc import LMInfinite, load_pretrained
 from hf_longtrunc.evaluation import (
     KeyValuePrompts,
     NeedlePrompts,
+    PerplexityRecord,
     VariablePrompts,
+    compare_losses,
+    perplexity_records,
+    perplexity_table,
     plot_retrieval,
     retrieval_table,
     retrieval_tasks,
@@ -40,6 +48,8 @@ def main(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
     window: Annotated[int | None, typer.Option(help="LM-Infinite's window; the trained one if left out.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Needles in the tokenizer's chat template.")] = False,
+    variants: Annotated[bool, typer.Option("--variants", help="Also the question first, and a second turn.")] = False,
     sinks: Annotated[int, typer.Option(help="First tokens that stay visible.")] = 16,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Folder for retrieval.jsonl and retrieval.png.")] = Path("retrieval"),
@@ -51,17 +61,34 @@ def main(
     }
     filler = None if text is None else text.read_text(encoding="utf-8")
     batteries: list[Any] = [
-        NeedlePrompts(tokenizer, filler),
-        NeedlePrompts(tokenizer, filler, keys=4),
-        NeedlePrompts(tokenizer, filler, keys=2, values=2, queries=2),
+        NeedlePrompts(tokenizer, filler, chat=chat),
+        NeedlePrompts(tokenizer, filler, keys=4, chat=chat),
+        NeedlePrompts(tokenizer, filler, keys=2, values=2, queries=2, chat=chat),
         VariablePrompts(tokenizer, filler, hops=2),
         KeyValuePrompts(tokenizer),
     ]
+    if variants:
+        batteries += [
+            NeedlePrompts(tokenizer, filler, keys=4, chat=chat, question_first=True),
+            NeedlePrompts(tokenizer, filler, keys=4, chat=chat, second_turn=True),
+        ]
     grid = [int(length) for length in lengths.split(",")], [float(depth) for depth in depths.split(",")]
     tasks = retrieval_tasks(*grid, prompts_per_cell=prompts, seed=seed)
     records = run_retrieval(language_model, batteries, tasks, arms, path=out / "retrieval.jsonl", progress=True)
     Console().print(retrieval_table(records))
     plot_retrieval(records)[0].figure.canvas.print_figure(out / "retrieval.png", dpi=130)
+    if filler is not None:
+        Console().print(perplexity_table(continuation(language_model, tokenizer, filler, arms, grid[0])))
+
+
+def continuation(
+    model: Any, tokenizer: Any, text: str, arms: dict[str, Any], lengths: list[int]
+) -> list[PerplexityRecord]:
+    """Measure what each arm loses on the last 512 tokens before each length, in one reading of the text's beginning."""
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids[: max(lengths)])
+    losses = compare_losses(model, ids, arms, progress=True)
+    ends = [length - 1 for length in sorted(lengths) if length <= len(ids)]
+    return [record for end in ends for record in perplexity_records(model, losses, arms, [max(0, end - 512), end])]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
@@ -111,6 +112,12 @@ def arms(lm_infinite: bool, window: int | None, sinks: int) -> dict[str, Arm]:
     return chosen
 
 
+def read_text(path: str) -> str:
+    """Return a UTF-8 text whole; - is standard input."""
+    with open_text(path) as stream:
+        return stream.read()
+
+
 def check_file(path: str) -> None:
     """Refuse a path that names no file that can be read; - is standard input."""
     if path == "-":
@@ -149,8 +156,11 @@ def check_outputs(folder: Path, *names: str, force: bool, option: str = "--outpu
     nearest = next(part for part in (folder, *folder.absolute().parents) if part.exists())
     if not nearest.is_dir():
         raise typer.BadParameter(f"{nearest} is a file, expected a folder", param_hint=option)
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise typer.BadParameter(f"{nearest} cannot be written to: permission denied", param_hint=option)
+    try:
+        with TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"{nearest} cannot be written to: {error.strerror}", param_hint=option) from error
     there = [str(folder / name) for name in names if (folder / name).exists()]
     if there and not force:
         raise typer.BadParameter(

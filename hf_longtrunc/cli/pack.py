@@ -79,8 +79,7 @@ def pack(
     draw_without_a_screen()
     figure: Any = plot_packing(packed.packing)[0].figure
     save_picture(figure, output_dir / "packing.png")
-    with notes().status("writing the rows"):
-        packed.materialize().save_to_disk(output_dir / "dataset")
+    packed.materialize(output_dir / "dataset")
     notes().print(f"dataset: [bold]{output_dir / 'dataset'}[/bold]")
     notes().print("read it with datasets.load_from_disk, train on it with BestFitPackingCollator", style="dim")
 
@@ -112,9 +111,9 @@ def _tokenized(files: list[Path], tokenizer_name: str | None, column: str, sampl
 
         names = documents.column_names
         return documents.map(tokenize, batched=True, remove_columns=names, desc="tokenizing"), tokenizer
-    except (datasets.exceptions.DatasetsError, UnicodeDecodeError) as error:
+    except (datasets.exceptions.DatasetsError, TypeError, UnicodeDecodeError) as error:
         for file in files:
-            _check_content(file)
+            _check_content(file, column)
         raise ValueError(f"{', '.join(map(str, files))} cannot be read: {error.__cause__ or error}") from error
 
 
@@ -134,16 +133,19 @@ def _read(files: list[Path], sample_by: str) -> datasets.Dataset:
     return loaded
 
 
-def _check_content(file: Path) -> None:
-    """Name the file that is no UTF-8 text, or the line that is no JSON object."""
+def _check_content(file: Path, column: str) -> None:
+    """Name the file that is no UTF-8 text, or the line that is no JSON object with a text in `column`."""
     if file.suffix == ".parquet":
         return
     with open_text(str(file)) as lines:
         for number, line in enumerate(lines, 1):
             if file.suffix == ".jsonl" and line.strip():
                 try:
-                    is_row = isinstance(json.loads(line), dict)
+                    row = json.loads(line)
                 except ValueError:
-                    is_row = False
-                if not is_row:
-                    raise ValueError(f"{file}, line {number}: expected a JSON object, got {line[:60].rstrip()!r}")
+                    row = None
+                if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                    got = repr(line[:60].rstrip())
+                    raise ValueError(
+                        f"{file}, line {number}: expected a JSON object with text in {column!r}, got {got}"
+                    )

@@ -12,6 +12,8 @@ import torch
 from hf_longtrunc.arguments import one_of, whole
 from hf_longtrunc.data.documents import BOUNDARIES, IGNORE, join, read_document, read_packed_row
 from hf_longtrunc.data.packing import best_fit_decreasing
+from hf_longtrunc.data.verify import carries_states
+from hf_longtrunc.models import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,9 +41,11 @@ class BestFitPackingCollator:
         tokenizer: gives the padding token.
         pad_token_id: fills rows up; None takes the tokenizer's, or its EOS, or 0. No padding is ever learned.
         layout: "rows" gives [rows, seq_length], for eager, sdpa and flex attention; "flat" one row of all tokens,
-            [1, tokens], without padding, with cu_seq_lens_q/k, max_length_q/k and seq_idx, for flash attention; "auto"
-            takes "flat" if `model` uses flash attention.
-        model: asked once for its attention and its longest position; not kept.
+            [1, tokens], without padding, with cu_seq_lens_q/k, max_length_q/k and seq_idx, for flash attention and for
+            layers with states (convolutions, linear attention, Mamba), whose kernels need them; "auto" takes "flat"
+            if `model` has either. Such layers want causal-conv1d, and flash-linear-attention or mamba-ssm, installed:
+            `check_packed` finds out.
+        model: asked once for its layers and its longest position; not kept.
 
     Raises:
         TypeError, ValueError: a bad argument; an example that is no document or no packed row (its place in the batch
@@ -61,9 +65,11 @@ class BestFitPackingCollator:
         one_of("layout", layout, ("auto", "rows", "flat"))
         padding = _padding_token(tokenizer)
         self.pad_token_id = padding if pad_token_id is None else whole("pad_token_id", pad_token_id, least=0)
-        self.layout = ("flat" if model is not None and _uses_flash(model) else "rows") if layout == "auto" else layout
+        self.layout = _layout_for(model) if layout == "auto" else layout
         if model is not None:
-            _warn_beyond_window(self.seq_length, getattr(model.config, "max_position_embeddings", None), "model")
+            _warn_beyond_window(
+                self.seq_length, getattr(unwrapped(model).config, "max_position_embeddings", None), "model"
+            )
         self._warned = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -167,8 +173,11 @@ def check_tokenizer(tokenizer: object) -> None:
         )
 
 
-def _uses_flash(model: PreTrainedModel) -> bool:
-    return "flash" in (model.config._attn_implementation or "")
+def _layout_for(model: PreTrainedModel | None) -> str:
+    if model is None:
+        return "rows"
+    is_flash = "flash" in (unwrapped(model).config._attn_implementation or "")
+    return "flat" if is_flash or carries_states(model) else "rows"
 
 
 def _warn_beyond_window(seq_length: int, window: int | None, owner: str) -> None:

@@ -59,6 +59,36 @@ class ArrowDocuments:
             lengths[padded] = [len(self[row].ending_with(eos_token_id).input_ids) for row in padded.tolist()]
         return lengths
 
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def is_plain(self) -> bool:
+        """Tell whether documents are tokens only, without labels and masks."""
+        return list(self._lists) == ["input_ids"]
+
+    def gather(
+        self, documents: NDArray[Any], starts: NDArray[Any], lengths: NDArray[Any], eos_token_id: int | None
+    ) -> NDArray[np.int64]:
+        """Return the tokens of pieces of plain documents, one after another; `lengths` may count an EOS put behind.
+
+        Raises:
+            ValueError: a token is negative or more than 64 bits hold; the document is named.
+        """
+        tokens, end, column = np.empty(int(lengths.sum()), np.int64), 0, self._lists["input_ids"]
+        rows = documents if self._indices is None else self._indices[documents]
+        for row, start, length in zip(rows.tolist(), starts.tolist(), lengths.tolist(), strict=True):
+            values = column[row]
+            part = () if values is None else values[start : start + length]
+            tokens[end : end + len(part)] = part
+            end += length
+            if eos_token_id is not None and len(part) < length:  # EOS is put behind the document
+                tokens[end - 1] = eos_token_id
+        if tokens.min(initial=0) < 0:
+            for document in np.unique(documents).tolist():
+                self[document]  # raises where the token is
+        return tokens
+
     def __getitem__(self, index: int) -> Document:
         row = index if self._indices is None else int(self._indices[index])
         return read_document({name: column[row] for name, column in self._lists.items()}, f"row {index}")

@@ -11,6 +11,7 @@ from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_longtrunc.evaluation.card import update_model_card as update_model_card
+    from hf_longtrunc.evaluation.heat_maps import wilson_interval as wilson_interval
     from hf_longtrunc.evaluation.matching import (
         critical_epsilons as critical_epsilons,
         match_table as match_table,
@@ -128,6 +129,7 @@ _HOME = {
     "truncation_scores": "hf_longtrunc.evaluation.truncation",
     "truncation_table": "hf_longtrunc.evaluation.truncation",
     "update_model_card": "hf_longtrunc.evaluation.card",
+    "wilson_interval": "hf_longtrunc.evaluation.heat_maps",
 }
 
 __all__ = sorted(_HOME)

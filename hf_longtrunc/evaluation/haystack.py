@@ -46,20 +46,35 @@ class Haystack:
         self._sentences = self._tokens_of(sentences)
 
     def prompt(
-        self, length: int, opening: str, needles: Sequence[tuple[float, str]], question: str, draw: random.Random
+        self,
+        length: int,
+        opening: str,
+        needles: Sequence[tuple[float, str]],
+        question: str,
+        draw: random.Random,
+        *,
+        turns: Sequence[str] | None = None,
     ) -> list[int]:
         """Return [opening | filler with the needles in it | question], exactly `length` tokens.
+
+        With `turns` it is a conversation in the tokenizer's chat template, up to where the assistant is to speak: the
+        first user turn is the prompt above, the turns are what assistant and user say after it, in their order.
 
         Each needle (depth, sentence) stands between two sentences of filler, at the one of their ends that is nearest
         to depth times the filler's length; needles at one place keep their order.
 
         Raises:
-            ValueError: the length leaves no room for filler, or a depth lies outside [0, 1].
+            ValueError: the length leaves no room for filler, a depth lies outside [0, 1], or there is no chat
+                template.
         """
         for depth, _ in needles:
             share("depth", depth)
-        opened: list[int] = self.tokenizer(opening).input_ids
-        *hidden, asked = self._tokens_of([*(sentence for _, sentence in needles), question])
+        hidden = self._tokens_of([sentence for _, sentence in needles])
+        if turns is None:
+            opened: list[int] = self.tokenizer(opening).input_ids
+            (asked,) = self._tokens_of([question])
+        else:
+            opened, asked = self._conversation(opening, question, turns)
         room = length - len(opened) - sum(map(len, hidden)) - len(asked)
         if room < 1:
             raise ValueError(f"length must be at least {length - room + 1} tokens for this prompt, got {length}")
@@ -68,6 +83,19 @@ class Haystack:
         for index in sorted(range(len(places)), key=lambda index: (places[index], index), reverse=True):
             sentences.insert(places[index], hidden[index])
         return [*opened, *(token for sentence in sentences for token in sentence), *asked]
+
+    def _conversation(self, opening: str, question: str, turns: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Return the tokens before and behind the filler of a conversation in the tokenizer's chat template."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError("chat needs a tokenizer with a chat template, this one has none")
+        filler = "<<filler>>"
+        messages = [{"role": "user", "content": f"{opening}{filler} {question}".rstrip()}]
+        messages += [{"role": ("assistant", "user")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, behind = text.split(filler)
+        opened: list[int] = self.tokenizer(before, add_special_tokens=False).input_ids
+        asked: list[int] = self.tokenizer(behind, add_special_tokens=False).input_ids
+        return opened, asked
 
     def _stretch(self, room: int, last: int) -> list[list[int]]:
         """Return sentences of `room` tokens together, ending with sentence `last`; the first loses its start to fit."""

@@ -1,11 +1,11 @@
-"""Mean scores over prompt length and depth, as a table and as heat maps."""
+"""Mean scores over prompt length and depth, as a table and as heat maps, with the number of prompts behind each."""
 
 from __future__ import annotations
 
 import math
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from hf_longtrunc.arguments import number, share, whole
 from hf_longtrunc.evaluation.display import new_table
 from hf_longtrunc.extras import missing
 
@@ -17,23 +17,49 @@ if TYPE_CHECKING:
 
 
 def score_table(records: Sequence[Any], names: Sequence[str], *, title: str) -> Table:
-    """Lay mean scores out as a rich table: a row per value of the fields `names` and length, a column per depth."""
+    """Lay mean scores out as a rich table: a row per value of the fields `names` and length, a column per depth.
+
+    Behind a row's own mean stand its 95 % interval, see `wilson_interval`, and its prompts: "5 x 4" are five cells of
+    four. Where the cells of a row hold different numbers, each has its own in brackets.
+    """
     depths = sorted({record.depth for record in records})
     table = new_table(*names, "tokens", title=title)
-    for column in [*(f"{depth:.0%}" for depth in depths), "mean", "prompts"]:
-        table.add_column(column, justify="right")
+    for column in [*(f"{depth:.0%}" for depth in depths), "mean", "95 %", "prompts"]:
+        table.add_column(column, justify="right", no_wrap=True)
     rows: dict[tuple[Any, ...], list[Any]] = {}
     for record in records:
         rows.setdefault((*(getattr(record, name) for name in names), record.length), []).append(record)
     for (*row, length), inside in rows.items():
         cells = [[record for record in inside if record.depth == depth] for depth in depths]
-        means = [f"{mean_score(cell):.2f}" if cell else "" for cell in [*cells, inside]]
-        table.add_row(*row, f"{length:,}", *means, str(len(inside)))
+        is_even = len({len(cell) for cell in cells}) == 1
+        means = [f"{mean_score(cell):.2f}" + ("" if is_even else f" ({len(cell)})") if cell else "" for cell in cells]
+        low, high = wilson_interval(mean_score(inside), len(inside))
+        count = f"{len(cells)} x {len(cells[0])}" if is_even else str(len(inside))
+        table.add_row(*row, f"{length:,}", *means, f"{mean_score(inside):.2f}", f"{low:.2f}-{high:.2f}", count)
     return table
 
 
+def wilson_interval(mean: float, count: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Return Wilson's score interval of a share: the p with |mean - p| <= z sqrt(p (1 - p) / count).
+
+    Args:
+        mean: share of `count` independent trials that succeeded. For scores between 0 and 1 that are not only 0 or 1
+            the interval is wider than need be, as their variance is at most that of a share.
+        count: of the trials, at least 1.
+        z: the normal quantile; the default's interval covers the true share in 95 % of experiments.
+
+    Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
+    """
+    mean, count, z = share("mean", mean), whole("count", count, least=1), number("z", z, above=0)
+    middle = mean + z * z / (2 * count)
+    half = z * math.sqrt(mean * (1 - mean) / count + (z / (2 * count)) ** 2)
+    scale = 1 + z * z / count
+    # The ends that are exact are not left to rounding.
+    return (middle - half) / scale if mean > 0 else 0.0, (middle + half) / scale if mean < 1 else 1.0
+
+
 def plot_scores(records: Sequence[Any], across: str, down: Sequence[str]) -> list[Axes]:
-    """Draw heat maps of mean scores over prompt length and depth, row by row.
+    """Draw heat maps of mean scores over prompt length and depth, row by row; a cell says of how many prompts.
 
     A column of maps per value of the field `across`, a row of maps per value of the fields `down`.
     """
@@ -67,14 +93,15 @@ def mean_score(records: Sequence[Any]) -> float:
 
 
 def _heat_map(axes: Axes, records: Sequence[Any], lengths: Sequence[int], depths: Sequence[float]) -> None:
-    cells = [
-        [mean_score([r for r in records if (r.length, r.depth) == (length, depth)]) for length in lengths]
-        for depth in depths
-    ]
-    axes.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    for (y, row), x in product(enumerate(cells), range(len(lengths))):
-        if not math.isnan(row[x]):  # something was asked there
-            color = "white" if abs(row[x] - 0.5) > 0.35 else "black"  # both ends of the scale are dark
-            axes.text(x, y, f"{row[x]:.2f}", ha="center", va="center", color=color)
+    cells: dict[tuple[int, int], list[Any]] = {(x, y): [] for x in range(len(lengths)) for y in range(len(depths))}
+    for record in records:
+        cells[lengths.index(record.length), depths.index(record.depth)].append(record)
+    means = [[mean_score(cells[x, y]) for x in range(len(lengths))] for y in range(len(depths))]
+    axes.imshow(means, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    for (x, y), inside in cells.items():
+        if inside:
+            color = "white" if means[y][x] < 0.5 else "black"
+            words = f"{means[y][x]:.2f}\nn = {len(inside)}"
+            axes.text(x, y, words, ha="center", va="center", color=color, fontsize=8)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])

@@ -6,8 +6,10 @@ probability, H the entropy of the distribution it came from and tau* its basis-a
     epsilon-sampling: p        eta-sampling: max(p, p^2 exp(2H))
     BAT on epsilon: tau*       BAT on eta: max(tau*, tau*^2 exp(2H))
 
-and 1 for the most probable token, which all of them keep. The share refused at epsilon is the share of critical
-epsilons below it; matching is reading off a quantile (Finlayson et al. 2023, arXiv 2310.01693, section 6).
+and 1 for the most probable token, which all of them keep. Top-n-sigma is matched by 1 / n, at which it grows stricter
+as the others do by epsilon: sigma / (largest score - score), and infinity for the most probable token. The share
+refused at epsilon is the share of critical epsilons below it; matching is reading off a quantile (Finlayson et al.
+2023, arXiv 2310.01693, section 6).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-METHODS = ("epsilon", "eta", "BAT on epsilon", "BAT on eta")
+METHODS = ("epsilon", "eta", "BAT on epsilon", "BAT on eta", "top-n-sigma (1/n)")
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1)
 
 
@@ -129,13 +131,16 @@ def plot_match(columns: Mapping[str, Sequence[float]], axes: Axes | None = None)
     return axes
 
 
-def _of_token(checker: SupportChecker, scores: Tensor, token: Tensor) -> tuple[float, float, float, float]:
+def _of_token(checker: SupportChecker, scores: Tensor, token: Tensor) -> tuple[float, ...]:
     if int(scores.argmax()) == int(token):
-        return 1.0, 1.0, 1.0, 1.0
+        return 1.0, 1.0, 1.0, 1.0, math.inf
     log_probs = scores.double().log_softmax(-1)
     p, entropy = float(log_probs[token].exp()), float(-(log_probs.exp() * log_probs).nan_to_num(0).sum())
     critical = float(checker.critical_threshold(scores, token[None]))
-    return p, _eta_critical(p, entropy), critical, _eta_critical(critical, entropy)
+    finite = scores[scores > -math.inf].double()
+    distance = float(finite.max() - scores[token])
+    inverse = float(finite.std(correction=0)) / distance if distance else math.inf
+    return p, _eta_critical(p, entropy), critical, _eta_critical(critical, entropy), inverse
 
 
 def _eta_critical(p: float, entropy: float) -> float:

@@ -160,20 +160,46 @@ class NeedlePrompts(SharePrompts):
         keys: how many words have a number; more than are asked for is RULER's "multi-key".
         values: numbers that each word has; more than one is "multi-value".
         queries: how many words are asked for; more than one is "multi-query".
+        chat: put the prompt into the tokenizer's chat template, up to where the assistant is to speak. Without it the
+            prompt ends with the beginning of the answer.
+        question_first: the question stands before the filler and not behind it.
+        second_turn: another word, the last one, was asked for before, and its right answer stands in the prompt. The
+            whole conversation is read as one prompt: it is no second call of `generate` on a filled cache.
 
-    The first needle that is asked for stands at the task's depth, the others anywhere. Prompts have exactly the task's
-    length.
+    A needle is mentioned once. The first needle that is asked for stands at the task's depth, the others anywhere. At
+    depth 1 it stands right before the question: the control that a patch which reads far away must not lose. Prompts
+    have exactly the task's length.
 
     Raises:
-        ValueError: a count below 1, or more queries than keys.
+        ValueError: a count below 1, more queries than keys, a second turn without a word that is not asked for, or a
+            chat (when a prompt is made) without a chat template.
     """
 
-    def __init__(self, tokenizer: Any, text: str | None = None, *, keys: int = 1, values: int = 1, queries: int = 1):
+    def __init__(
+        self,
+        tokenizer: Any,
+        text: str | None = None,
+        *,
+        keys: int = 1,
+        values: int = 1,
+        queries: int = 1,
+        chat: bool = False,
+        question_first: bool = False,
+        second_turn: bool = False,
+    ):
         self.keys = whole("keys", keys, least=1, most=len(_ADJECTIVES) * len(_NOUNS))
         self.values = whole("values", values, least=1)
         self.queries = whole("queries, the keys that are asked for,", queries, least=1, most=self.keys)
+        if second_turn and (question_first or self.keys <= self.queries):
+            raise ValueError(
+                "second_turn asks for another word first, so it needs more keys than queries and no question_first, "
+                f"got keys={keys}, queries={queries}, question_first={question_first}"
+            )
+        self.chat, self.question_first, self.second_turn = chat, question_first, second_turn
         self.tokenizer, self._haystack = tokenizer, Haystack(tokenizer, text)
+        variants = {"chat": chat, "question first": question_first, "second turn": second_turn}
         self.battery = f"needle {keys}x{values}, {queries} asked"
+        self.battery += "".join(f", {name}" for name, is_on in variants.items() if is_on)
         self.filler = self._haystack.filler
         self.answer_tokens = 12 + 12 * queries * values
 
@@ -188,12 +214,20 @@ class NeedlePrompts(SharePrompts):
             (depth, f"One of the magic numbers for {word} is {number}.")
             for depth, (word, number) in zip(depths, pairs, strict=True)
         ]
-        asked = " and ".join(words[: self.queries])
-        plural = self.values * self.queries > 1
-        question = f"What {'are all magic numbers' if plural else 'is the magic number'} for {asked}? "
-        question += f"The magic {'numbers' if plural else 'number'} for {asked} {'are' if plural else 'is'}"
         opening = "Some magic numbers are hidden in a long text. Find and remember them. I will ask you about them."
-        ids = self._haystack.prompt(task.length, opening, needles, question, draw)
+        question, start = _asked(words[: self.queries], self.values)
+        spoken = [question]
+        if self.second_turn:
+            other_question, other_start = _asked(words[-1:], self.values)
+            known = " and ".join(number for word, number in pairs if word == words[-1])
+            spoken = [other_question, f"{other_start} {known}.", question]
+        if self.question_first:
+            opening, spoken = f"{opening} {question}", [""]
+        if self.chat:
+            first, *turns = spoken
+        else:
+            first, turns = " ".join([*spoken, start]).strip(), None
+        ids = self._haystack.prompt(task.length, opening, needles, first, draw, turns=turns)
         return ids, [number for word, number in pairs if word in words[: self.queries]]
 
 
@@ -334,6 +368,13 @@ def _answered(model: Any, prompts: Prompts, task: RetrievalTask) -> dict[str, An
     ids, expected = prompts(task)
     answer = prompts.tokenizer.decode(greedy_answer(model, ids, prompts.answer_tokens), skip_special_tokens=True)
     return {"tokens": len(ids), "expected": expected, "answer": answer, "score": prompts.score(answer, expected)}
+
+
+def _asked(words: Sequence[str], values: int) -> tuple[str, str]:
+    """Return the question for some words' numbers, and the beginning of its answer."""
+    asked, plural = " and ".join(words), values * len(words) > 1
+    question = f"What {'are all magic numbers' if plural else 'is the magic number'} for {asked}?"
+    return question, f"The magic {'numbers' if plural else 'number'} for {asked} {'are' if plural else 'is'}"
 
 
 def _uuid(draw: random.Random) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -44,23 +45,45 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
     Args:
         models: causal language models in eval mode with the target's vocabulary, on any device.
         attention_mask: [prompts, columns] of the prompts that are continued, 1 for real tokens. None reads a leading
-            run of the model's padding id as padding. Set the attribute anew for another left-padded batch.
+            run of the model's padding id as padding. A mask belongs to the prompts of the first call that it serves:
+            set the attribute anew for another batch.
 
     Raises:
         TypeError, ValueError: a model that is an encoder-decoder or in training mode, or has another vocabulary; no
-            token ids to read (`inputs_embeds`); a mask that does not fit; padding that could be a BOS token.
+            token ids to read (`inputs_embeds`); a mask that does not fit, or that was given for other prompts; padding
+            that could be a BOS token; continuous batching (`generate_batch`, serving), which mixes rows.
 
     Pass a processor in `generate(logits_processor=[...])`, in front of truncation samplers such as
-    `EtaLogitsProcessor`: it returns the distribution that they cut. Continuous batching mixes rows and is refused.
-    Sliding-window layers keep every column, so that any number can be taken back; models with recurrent or other
-    special layers are run afresh on the whole text at every call.
+    `EtaLogitsProcessor`: it returns the distribution that they cut. Sliding-window layers keep every column, so that
+    any number can be taken back; models with recurrent or other special layers are run afresh on the whole text at
+    every call.
+
+    The caches belong to the weights too: one step of training, another dtype or device, another active adapter, and
+    they are made anew. Each thread has caches of its own. What leaves the parameters' version counters alone (writing
+    through `parameter.data`, a patch such as `LMInfinite`) is not seen: call `reset()` after it.
     """
 
-    supports_continuous_batching = False
+    # Declared unsupported, it would be left out there with a line in the log; this way it is called, and refuses.
+    supports_continuous_batching = True
 
     def __init__(self, *models: Any, attention_mask: Tensor | None = None):
         self.attention_mask = attention_mask
         self._models = [_CachedModel(model) for model in models]
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """The mask of the prompts [prompts, columns], as it was given."""
+        return self._attention_mask
+
+    @attention_mask.setter
+    def attention_mask(self, mask: Tensor | None) -> None:
+        self._attention_mask = mask
+        self._masked_prompts: Tensor | None = None  # the ids that the mask was first used with
+
+    def reset(self) -> None:
+        """Forget every cache, in all threads: the next call reads the whole text again."""
+        for model in self._models:
+            model.reset()
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
         """Return the log-probabilities [rows, V] to decode with, made of the target's and the other models'."""
@@ -77,21 +100,35 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
         `scores` are logits or log-probabilities. Rows with a NaN give NaN, so that the sampler reports them.
         """
         _check_token_ids(input_ids)
+        if not len(input_ids):
+            return scores.float()
+        for model in self._models:
+            _check_vocabulary(min(model.embeddings, scores.shape[-1]), scores)
         context = self.context(input_ids)
         others = [model.next_log_probs(*context).to(scores.device) for model in self._models]
         for other in others:
-            if other.shape != scores.shape:
-                raise ValueError(
-                    f"the auxiliary model gives {other.shape[-1]} logits and the target {scores.shape[-1]}: they must "
-                    "share one vocabulary; resize_token_embeddings() evens out padding of the same tokenizer's"
-                )
+            _check_vocabulary(other.shape[-1], scores)
         return self.combine(scores.float().log_softmax(-1), *others)
 
     def context(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the models read: ids and mask [rows, columns]."""
         if self.attention_mask is None:
             return input_ids, self._models[0].leading_padding_mask(input_ids)
-        return input_ids, _extended_mask(self.attention_mask.to(input_ids.device), input_ids)
+        mask = _extended_mask(self.attention_mask.to(input_ids.device), input_ids)
+        self._check_prompts(input_ids)
+        return input_ids, mask
+
+    def _check_prompts(self, input_ids: Tensor) -> None:
+        """Raise ValueError where the mask served other prompts before: the same shape need not be the same padding."""
+        prompts, columns = self._attention_mask.shape  # type: ignore[union-attr]
+        if self._masked_prompts is None:
+            self._masked_prompts = input_ids[:: len(input_ids) // prompts, :columns].clone()
+        known = self._masked_prompts.to(input_ids.device)
+        if not torch.equal(_repeated(known, len(input_ids)), input_ids[:, :columns]):
+            raise ValueError(
+                "attention_mask was given for other prompts: set processor.attention_mask to the mask of this batch, "
+                "also where its shape is the same"
+            )
 
 
 class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
@@ -270,11 +307,19 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
         return guidance(target, unconditional, self.guidance_scale)
 
 
+class _Memory(threading.local):
+    """The KV cache of the rows that a thread read last, and the weights that made it."""
+
+    columns: Tensor | None = None  # [rows, columns], one number a column: `address`
+    cache: DynamicCache | None = None
+    weights: tuple[object, ...] = ()
+
+
 class _CachedModel:
-    """A causal language model with the KV cache of the rows that it read last."""
+    """A causal language model with a KV cache in each thread."""
 
     def __init__(self, model: Any):
-        config = getattr(model, "config", None)
+        config = getattr(unwrapped(model), "config", None)
         if config is None or not callable(model):
             raise TypeError(f"an auxiliary model must be a transformers model, got {type(model).__name__}")
         if config.is_encoder_decoder:
@@ -282,31 +327,70 @@ class _CachedModel:
                 f"{type(model).__name__} is an encoder-decoder, which reads no running text: the auxiliary model must "
                 "be a decoder-only language model"
             )
-        self.model = model
+        self.model, self.inside = model, unwrapped(model)
         self.tokens_fed = 0
-        self._takes = _forward_parameters(model)
+        self._takes = frozenset(parameters_of(self.inside))
         self._cacheable = _has_attention_layers_only(config)
-        self._cached: Tensor | None = None  # [rows, columns], one number a column: `address`
-        self._cache: DynamicCache | None = None
+        self._memory = _Memory()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_memory"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._memory = _Memory()
+
+    @property
+    def embeddings(self) -> int:
+        """How many token ids the model can read."""
+        return len(self.inside.get_input_embeddings().weight)
+
+    def reset(self) -> None:
+        """Forget the caches of all threads."""
+        self._memory = _Memory()
 
     @torch.no_grad()
     def next_log_probs(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Return log-probabilities [rows, V], fp32, of the token after `input_ids` [rows, columns]."""
-        if self.model.training:
-            raise ValueError("an auxiliary model is in training mode, where dropout changes it: call .eval() on it")
-        ids, mask = input_ids.to(self.model.device), mask.to(self.model.device)
+        memory, weights = self._memory, self._weights()
+        ids, mask = input_ids.to(self.inside.device), mask.to(self.inside.device)
         columns = address(ids, mask)
-        cache, start = self._matching_cache(columns)
-        self._cached = self._cache = None  # stays so if the model raises
+        cache, start = self._matching_cache(memory, columns, weights)
+        memory.columns = memory.cache = None  # stays so if the model raises
         logits = self._read(ids, mask, cache, start)
         if cache is not None:
-            self._cached, self._cache = columns, cache
+            memory.columns, memory.cache, memory.weights = columns, cache, weights
         return logits.float().log_softmax(-1)
+
+    def _weights(self) -> tuple[object, ...]:
+        """Return what keys and values depend on beside the text: where each weight lies, how often it was written to.
+
+        The adapters that are active belong to it. Cost: some microseconds a module, no host synchronisation.
+
+        Raises:
+            ValueError: a module is in training mode.
+        """
+        found: list[object] = []
+        for module in self.model.modules():
+            if module.training:
+                raise ValueError(
+                    "an auxiliary model is in training mode, or a module of it, where dropout changes it: call .eval() "
+                    "on it"
+                )
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    version = None if tensor.is_inference() else tensor._version
+                    found.append((id(tensor), _pointer(tensor), version, tensor.dtype, tensor.device))
+            state = vars(module)
+            if "_disable_adapters" in state:
+                adapters = (str(state.get("_active_adapter")), state["_disable_adapters"], str(module.merged_adapters))
+                found.append(adapters)
+        return tuple(found)
 
     def leading_padding_mask(self, input_ids: Tensor) -> Tensor:
         """Read a leading run of the padding id (EOS where there is none) as padding: [rows, columns] of 0 and 1."""
-        pad, bos = _special_id(self.model, "pad_token_id"), _special_id(self.model, "bos_token_id")
-        pad = _special_id(self.model, "eos_token_id") if pad is None else pad
+        pad, bos = _special_id(self.inside, "pad_token_id"), _special_id(self.inside, "bos_token_id")
+        pad = _special_id(self.inside, "eos_token_id") if pad is None else pad
         if pad is None:
             return torch.ones_like(input_ids)
         mask = input_ids.ne(pad).cumsum(-1).clamp_max(1)
@@ -317,20 +401,22 @@ class _CachedModel:
             )
         return mask
 
-    def _matching_cache(self, columns: Tensor) -> tuple[DynamicCache | None, int]:
+    def _matching_cache(
+        self, memory: _Memory, columns: Tensor, weights: tuple[object, ...]
+    ) -> tuple[DynamicCache | None, int]:
         """Return a cache of the first columns of every row, and how many: all but one at most."""
         if not self._cacheable:
             return None, 0
-        if self._cache is None or self._cached is None:
+        if memory.cache is None or memory.columns is None or memory.weights != weights:
             return DynamicCache(), 0
-        length, rows = common_prefix(self._cached, columns)
+        length, rows = common_prefix(memory.columns, columns)
         length = min(length, columns.shape[1] - 1)
         if length == 0:
             return DynamicCache(), 0
         if rows is not None:
-            self._cache.reorder_cache(rows)  # type: ignore[arg-type]
-        self._cache.crop(length - self._cached.shape[1])
-        return self._cache, length
+            memory.cache.reorder_cache(rows)  # type: ignore[arg-type]
+        memory.cache.crop(length - memory.columns.shape[1])
+        return memory.cache, length
 
     def _read(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, start: int) -> Tensor:
         """Feed the columns from `start` on; return the last one's logits [rows, V]."""
@@ -386,6 +472,21 @@ def _special_id(model: Any, name: str) -> int | None:
     return None
 
 
+def _pointer(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # packed formats that hold several tensors have no storage of their own
+        return 0
+
+
+def _check_vocabulary(size: int, scores: Tensor) -> None:
+    if size != scores.shape[-1]:
+        raise ValueError(
+            f"the auxiliary model gives {size} logits and the target {scores.shape[-1]}: they must share one "
+            "vocabulary; resize_token_embeddings() evens out padding of the same tokenizer's"
+        )
+
+
 def _extended_mask(mask: Tensor, input_ids: Tensor) -> Tensor:
     """Return the prompts' mask, a row for each of their beams or returns, and ones for what was generated."""
     rows, columns = input_ids.shape
@@ -406,8 +507,9 @@ def _repeated(prompts: Tensor, rows: int) -> Tensor:
 def _check_token_ids(input_ids: Tensor) -> None:
     if input_ids.ndim != 2:
         raise ValueError(
-            f"input_ids must be [rows, columns], got shape {list(input_ids.shape)}: generate_batch() and serving mix "
-            "the rows of requests and cannot run an auxiliary model"
+            f"input_ids must be [rows, columns], got shape {list(input_ids.shape)}: continuous batching "
+            "(generate_batch() and serving) mixes the rows of requests and cannot run an auxiliary model: use "
+            "generate()"
         )
     if input_ids.shape[1] == 0:
         raise ValueError(

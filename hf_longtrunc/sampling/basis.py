@@ -14,6 +14,7 @@ changes no constraint.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -138,6 +139,7 @@ class SoftmaxBasis:
                 yield rows.double() - mean
 
         directions = _leading_directions(chunks, weight, rank, method, progress)
+        _check_directions(directions.singular_values, weight)
         factors = torch.cat([rows @ directions.vectors for rows in chunks()])
         rms = factors.square().mean(0).sqrt()
         factors = factors / rms.where(rms > 0, 1)
@@ -267,6 +269,25 @@ def _shown(chunks: Iterable[Tensor], progress: bool, total: int) -> Iterable[Ten
     from tqdm import tqdm
 
     return tqdm(chunks, total=total, desc="softmax basis", unit="chunk", leave=False)
+
+
+def _check_directions(singular_values: Float[Tensor, " rank"], weight: Tensor) -> None:
+    """Raise ValueError if a direction is no larger than what rounding makes of nothing.
+
+    Entries of root mean square r that are rounded to a relative eps are off by a matrix whose norm is about
+    eps r (sqrt(vocabulary) + sqrt(width)); and squaring the weight hides what is under sqrt(width eps64) of its norm.
+    """
+    if not len(singular_values):
+        return
+    rms = torch.stack([rows.double().square().sum() for rows in torch.split(weight, _CHUNK)]).sum() / weight.numel()
+    stored = torch.finfo(weight.dtype).eps * rms.sqrt() * sum(math.sqrt(side) for side in weight.shape)
+    worked = math.sqrt(weight.shape[1] * torch.finfo(torch.float64).eps) * singular_values[0]
+    meant = int((singular_values > torch.maximum(stored, worked)).sum())
+    if meant < len(singular_values):
+        raise ValueError(
+            f"rank must be at most {meant}, got {len(singular_values)}: the weight's further directions are no larger "
+            f"than rounding to {weight.dtype} makes them, and prove nothing"
+        )
 
 
 def _checked_rank(weight: Tensor, rank: object) -> int:

@@ -5,8 +5,8 @@ z = s - max s, w = exp z, Z = sum w:
 
     log p = z - log Z         H = log Z - (sum w z) / Z         keep a token iff log p >= log threshold
 
-so one exponential and two sums give everything: no sort, no second softmax, no host sync. The maximum sits at
-z = 0, which makes "the most probable token stays" a clamp of the bar at zero.
+so one exponential and two sums give everything (top-n-sigma and p-less take one pass more): no sort, no host sync. The
+maximum sits at z = 0, which makes "the most probable token stays" a clamp of the bar at zero.
 
 Invariants:
 - fp32 arithmetic whatever the input; entries at -inf (cut by an earlier processor) count as p = 0.
@@ -46,7 +46,8 @@ def softmax_rows(scores: Float[Tensor, "*rows vocab"]) -> Softmax:
     Cost: one `exp`, two sums, two temporaries of the size of `scores`. The entropy is Shannon's, of the whole row;
     tokens of probability zero add nothing to it.
     """
-    scores = scores.float()
+    # Contiguous: the sums of a transposed row are added up in another order, and differ in the last bit.
+    scores = scores.float().contiguous()
     z = (scores - scores.amax(-1, keepdim=True)).clamp_min_(_Z_FLOOR)
     weights = z.exp()
     total = _row_sum(weights)
@@ -54,18 +55,46 @@ def softmax_rows(scores: Float[Tensor, "*rows vocab"]) -> Softmax:
     return Softmax(z, log_total, log_total - _row_sum(weights.mul_(z)) / total)
 
 
-def eta_log_threshold(rows: Softmax, epsilon: float) -> Float[Tensor, "*rows 1"]:
-    """Log of eta: min(log epsilon, log epsilon / 2 - H) (Hewitt et al. 2022, section 4.2).
+def eta_log_threshold(rows: Softmax, epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
+    """Log of eta: min(log epsilon, log epsilon / 2 - H) (Hewitt et al. 2022, section 4.2); one epsilon, or one a row.
 
     H is the entropy of the full row, so the bar falls below epsilon only where H > -log(epsilon) / 2: a flat
     distribution keeps a long tail, a peaked one is cut at epsilon.
     """
-    return (math.log(epsilon) / 2 - rows.entropy).clamp_max(math.log(epsilon))
+    log_epsilon = _logs(epsilon, rows)
+    return (log_epsilon / 2 - rows.entropy).clamp_max(log_epsilon)
 
 
-def epsilon_log_threshold(rows: Softmax, epsilon: float) -> Float[Tensor, "*rows 1"]:
+def epsilon_log_threshold(rows: Softmax, epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
     """Log of epsilon for every row that is a distribution, NaN for the others (Hewitt et al. 2022, section 4.1)."""
-    return torch.where(rows.log_total.isnan(), rows.log_total, math.log(epsilon))
+    return torch.where(rows.log_total.isnan(), rows.log_total, _logs(epsilon, rows))
+
+
+def top_n_sigma_log_threshold(rows: Softmax, n: float | Tensor) -> Float[Tensor, "*rows 1"]:
+    """Log of the probability of a score n standard deviations below the row's maximum (Tang et al. 2024, section 3).
+
+    The deviation is that of the row's scores, entries at -inf left out: the root of their mean square about the mean.
+    It does not depend on temperature: scores and their deviation are divided by the same number.
+    """
+    alive = rows.z > _Z_FLOOR
+    count = _row_sum(alive.float())
+    centred = torch.where(alive, rows.z - _row_sum(torch.where(alive, rows.z, 0)) / count, 0)
+    sigma = (_row_sum(centred.square_()) / count).sqrt_()
+    n = n if isinstance(n, float) else _column(n.tolist(), rows)
+    return -n * sigma - rows.log_total
+
+
+def p_less_log_threshold(rows: Softmax, normalized: bool = False) -> Float[Tensor, "*rows 1"]:
+    """Log of the collision probability C = sum of p^2 (Tan et al. 2025, section 3), which max p always reaches.
+
+    Normalised it is (V C - 1) / (V - 1): C less what the wrong tokens, 1 - C, come to on average.
+    """
+    log_probs = rows.z - rows.log_total
+    if not normalized:
+        return _row_sum(log_probs.mul_(2).exp_()).log()
+    # V C - 1 = V sum (p - 1 / V)^2, which does not cancel in flat rows.
+    size = rows.z.shape[-1]
+    return (_row_sum(log_probs.exp_().sub_(1 / size).square_()) * (size / max(size - 1, 1))).log()
 
 
 def below_threshold(
@@ -93,6 +122,24 @@ def below_threshold(
     return cut
 
 
+def _logs(values: float | Tensor, rows: Softmax) -> float | Tensor:
+    # By math.log in both cases, so that a row has the same bits alone and among others.
+    if isinstance(values, float):
+        return math.log(values)
+    return _column([math.log(value) for value in values.tolist()], rows)
+
+
+def _column(values: list[float], rows: Softmax) -> Float[Tensor, "*rows 1"]:
+    """One value for all rows, or one a row, or one for each group of rows that stand together, as a column."""
+    column = torch.tensor(values, dtype=torch.float32, device=rows.z.device)[:, None]
+    if rows.z.ndim != 2 or rows.z.shape[0] % len(values):
+        raise ValueError(
+            f"{len(values)} values, one a row, do not fit scores {list(rows.z.shape)}: give one for every row, or one "
+            "for every prompt, whose beams or returns stand together"
+        )
+    return column.repeat_interleave(rows.z.shape[0] // len(values), 0)
+
+
 def _row_sum(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows 1"]:
     """Sum over the last dimension by a 32-ary tree, whose shape depends on that dimension alone.
 
@@ -104,7 +151,7 @@ def _row_sum(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows 1"]:
     if n <= _FOLD:
         return values.sum(-1, keepdim=True)
     whole = n - n % _FOLD
-    partial = values[..., :whole].reshape(*values.shape[:-1], -1, _FOLD).sum(-1)
+    partial = values[..., :whole].reshape(*values.shape[:-1], n // _FOLD, _FOLD).sum(-1)
     if whole < n:
         partial = torch.cat([partial, values[..., whole:].sum(-1, keepdim=True)], dim=-1)
     return _row_sum(partial)

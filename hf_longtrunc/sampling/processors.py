@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import LogitsProcessor
 
 from hf_longtrunc.arguments import number, one_of, whole
+from hf_longtrunc.sampling.calls import draws_by_itself, neighbours, warn_of_cuts, warn_of_penalties
 from hf_longtrunc.sampling.cutoffs import (
     Softmax,
     below_threshold,
     epsilon_log_threshold,
     eta_log_threshold,
+    p_less_log_threshold,
     softmax_rows,
+    top_n_sigma_log_threshold,
 )
 from hf_longtrunc.sampling.support import Decision, SupportChecker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import Tensor
 
     from hf_longtrunc.sampling.basis import SoftmaxBasis
     from hf_longtrunc.sampling.support import Variant
@@ -31,11 +34,12 @@ class _ThresholdLogitsProcessor(LogitsProcessor):
     """Removes the tokens whose probability lies under a bar that `_log_threshold` draws for each row."""
 
     supports_continuous_batching = True
+    _parameter = ""  # the attribute that may hold one value a row
 
-    def __init__(self, epsilon: float, *, min_tokens_to_keep: int = 1, filter_value: float = -math.inf):
-        self.epsilon = number("epsilon", epsilon, above=0, below=1)
+    def __init__(self, *, min_tokens_to_keep: int, filter_value: float):
         self.min_tokens_to_keep = whole("min_tokens_to_keep", min_tokens_to_keep, least=1)
         self.filter_value = _checked_filter_value(filter_value)
+        self._is_unwarned = True
 
     def _log_threshold(self, rows: Softmax) -> Tensor:
         raise NotImplementedError
@@ -45,17 +49,32 @@ class _ThresholdLogitsProcessor(LogitsProcessor):
 
         Kept scores keep their bits and their dtype. `input_ids` is not read. A row with a NaN or +inf in it, or with
         nothing but -inf, comes back unchanged, so that the sampler after it reports it.
+
+        Warns once, where transformers' own samplers run behind it and cut what it keeps.
         """
+        self._check_call(input_ids)
         rows = softmax_rows(_checked_scores(scores))
         cut = below_threshold(scores, rows, self._log_threshold(rows), self.min_tokens_to_keep)
-        return scores.masked_fill(cut, self.filter_value)
+        return scores.masked_fill(cut, _representable(self.filter_value, scores))
 
     def threshold(self, scores: Tensor) -> Tensor:
         """Return the bar that each row of `scores` [..., V] is held against, as a probability [..., 1]."""
         return self._log_threshold(softmax_rows(_checked_scores(scores))).exp()
 
+    def _check_call(self, input_ids: Tensor | None) -> None:
+        value = getattr(self, self._parameter, None)
+        if input_ids is not None and input_ids.ndim == 1 and isinstance(value, Tensor):
+            raise ValueError(
+                f"{self._parameter} has one value a row, and continuous batching mixes the rows of requests: use one "
+                "value for all, or generate()"
+            )
+        if self._is_unwarned and input_ids is not None:
+            self._is_unwarned = not warn_of_cuts(self, neighbours(self)[1])
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(epsilon={self.epsilon:g})"
+        value = getattr(self, self._parameter, None)
+        shown = f"{value.tolist()}" if isinstance(value, Tensor) else f"{value:g}"
+        return f"{type(self).__name__}({self._parameter}={shown})"
 
 
 class EtaLogitsProcessor(_ThresholdLogitsProcessor):
@@ -66,26 +85,39 @@ class EtaLogitsProcessor(_ThresholdLogitsProcessor):
     method defines it. The most probable token always stays.
 
     Args:
-        epsilon: in (0, 1). The paper's range is 3e-4 to 4e-3, smaller for larger models.
+        epsilon: in (0, 1). The paper's range is 3e-4 to 4e-3, smaller for larger models. Or one value a row: a list or
+            a tensor [rows], or [prompts] of a batch whose beams or returns stand together, as `generate` lays them out.
         min_tokens_to_keep: so many of the most probable tokens stay whatever the bar; ties with the last one stay too.
-        filter_value: the score that a removed token gets.
+        filter_value: the score that a removed token gets; what the scores' dtype cannot hold becomes its lowest value.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or outside its range.
+        TypeError, ValueError: an argument of the wrong type or outside its range; as many values as there are no rows.
 
     Cost: one `exp` and two sums over the vocabulary; no sort, no host synchronisation. Rows are independent of their
     batch to the bit. Works with `generate` in every mode that takes a processor list, and through
-    `attach_processors` in those that take none.
+    `attach_processors` in those that take none. `sampling_settings(model)` are the arguments that leave it alone.
 
     Source: Hewitt, Manning, Liang 2022, "Truncation Sampling as Language Model Desmoothing", arXiv 2210.15191,
     section 4.2. Deviations: none.
     """
 
+    _parameter = "epsilon"
+
+    def __init__(
+        self,
+        epsilon: float | Sequence[float] | Tensor,
+        *,
+        min_tokens_to_keep: int = 1,
+        filter_value: float = -math.inf,
+    ):
+        self.epsilon = _checked_epsilon(epsilon)
+        super().__init__(min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
+
     def _log_threshold(self, rows: Softmax) -> Tensor:
         return eta_log_threshold(rows, self.epsilon)
 
 
-class EpsilonLogitsProcessor(_ThresholdLogitsProcessor):
+class EpsilonLogitsProcessor(EtaLogitsProcessor):
     """Epsilon-sampling: remove the tokens with p < epsilon, the most probable one excepted.
 
     Arguments, errors, cost and guarantees are those of `EtaLogitsProcessor`. The paper's range for epsilon is 3e-4 to
@@ -98,6 +130,60 @@ class EpsilonLogitsProcessor(_ThresholdLogitsProcessor):
         return epsilon_log_threshold(rows, self.epsilon)
 
 
+class TopNSigmaLogitsProcessor(_ThresholdLogitsProcessor):
+    """Top-n-sigma sampling: remove the tokens whose logit lies more than n standard deviations below the largest.
+
+    The method takes the bulk of the logits for Gaussian noise and what stands far above it for signal, so it assumes
+    that the scores have such a bulk. The kept set is the same at every temperature. Errors and guarantees are those of
+    `EtaLogitsProcessor`; cost: one pass over the vocabulary more.
+
+    Args:
+        n: above 0; the paper takes 1. Or one value a row, as for `EtaLogitsProcessor`.
+        min_tokens_to_keep, filter_value: as for `EtaLogitsProcessor`.
+
+    Source: Tang et al. 2024, "Top-nσ: Not All Logits Are You Need", arXiv 2411.07641. Deviations: the deviation is that
+    of the whole row, divided by V and not by V - 1; tokens at -inf, removed by an earlier processor, do not enter it.
+    """
+
+    _parameter = "n"
+
+    def __init__(
+        self, n: float | Sequence[float] | Tensor = 1.0, *, min_tokens_to_keep: int = 1, filter_value: float = -math.inf
+    ):
+        super().__init__(min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
+        self.n = _one_or_a_row("n", n, above=0)
+
+    def _log_threshold(self, rows: Softmax) -> Tensor:
+        return top_n_sigma_log_threshold(rows, self.n)
+
+
+class PLessLogitsProcessor(_ThresholdLogitsProcessor):
+    """P-less sampling: remove the tokens less probable than two draws from the row are to agree, sum of p^2.
+
+    There is nothing to set. The bar follows the distribution that the processor is handed: at temperature 1 in
+    `generate`'s list; behind temperature, as the paper has it, by `attach_processors(..., after_warpers=True)`.
+    The most probable token always stays. Guarantees are those of `EtaLogitsProcessor`; cost: one `exp` more.
+
+    Args:
+        normalized: take (V sum p^2 - 1) / (V - 1), a laxer bar: 0 for a flat row, which keeps all of its tokens.
+        min_tokens_to_keep, filter_value: as for `EtaLogitsProcessor`.
+
+    Source: Tan, Wu, Howard 2025, "p-less Sampling", arXiv 2509.23234. Deviations: none.
+    """
+
+    def __init__(self, *, normalized: bool = False, min_tokens_to_keep: int = 1, filter_value: float = -math.inf):
+        super().__init__(min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
+        if not isinstance(normalized, bool):
+            raise TypeError(f"normalized must be True or False, got {normalized!r}")
+        self.normalized = normalized
+
+    def _log_threshold(self, rows: Softmax) -> Tensor:
+        return p_less_log_threshold(rows, self.normalized)
+
+    def __repr__(self) -> str:
+        return f"PLessLogitsProcessor(normalized={self.normalized})"
+
+
 class BasisAwareLogitsProcessor(LogitsProcessor):
     """Basis-aware truncation: below the plain threshold, keep the tokens whose true probability is provably not zero.
 
@@ -107,12 +193,13 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
 
     Args:
         basis: of the model that generates: `SoftmaxBasis.from_model(model)`.
-        epsilon: in (0, 1), the parameter of `cutoff`. The kept set grows with the rank: match it again for each rank
-            (`hf-longtrunc match`).
+        epsilon: in (0, 1), the parameter of `cutoff`; or one value a row, as for `EtaLogitsProcessor`. The kept set
+            grows with the rank: match it again for each rank (`hf-longtrunc match`).
         cutoff: "eta" or "epsilon", which threshold tau is.
         mode: "sample" draws here, without replacement until a token is kept, and leaves exactly that token: samples of
             p-hat restricted to the kept set, a check for each draw below the bar. "mask" removes exactly the cut
-            tokens: deterministic, for beams and for further samplers, at a solve for every token near the bar.
+            tokens: deterministic, for beams and for further samplers, at a solve for every token near the bar. Where
+            `generate` does not draw each row's token by itself (beams, `do_sample=False`), "sample" masks too.
         variant: "paper", or "official" for the authors' code, which lets p go below zero and keeps fewer tokens.
         generator: of the draws in sample mode; a list gives every row its own, which makes a row's draws independent
             of its batch. None takes torch's.
@@ -125,17 +212,22 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
     probable ones. Undecided tokens count as cut; `checker.checked` and `checker.undecided` count.
 
     Raises:
-        TypeError, ValueError: a bad argument; scores of another vocabulary than the basis has.
+        TypeError, ValueError: a bad argument; scores of another vocabulary than the basis has; continuous batching
+            (`generate_batch`, serving), whose static shapes leave no room for proofs.
+
+    Warns once, where transformers' own samplers cut what it keeps, or a penalty in front of it changes the
+    distribution: the proofs are about the model's own.
 
     Source: Finlayson et al. 2023, arXiv 2310.01693, section 5 and algorithm 1. Deviations: see `SupportChecker`.
     """
 
-    supports_continuous_batching = False
+    # Declared unsupported, it would be left out there with a line in the log; this way it is called, and refuses.
+    supports_continuous_batching = True
 
     def __init__(
         self,
         basis: SoftmaxBasis,
-        epsilon: float,
+        epsilon: float | Sequence[float] | Tensor,
         *,
         cutoff: Literal["eta", "epsilon"] = "eta",
         mode: Literal["sample", "mask"] = "sample",
@@ -146,31 +238,43 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         filter_value: float = -math.inf,
     ):
         self.checker = SupportChecker(basis, variant=variant)
-        self.epsilon = number("epsilon", epsilon, above=0, below=1)
+        self.epsilon = _checked_epsilon(epsilon)
         self.cutoff = one_of("cutoff", cutoff, ("eta", "epsilon"))
         self.mode = one_of("mode", mode, ("sample", "mask"))
         self.max_tries = None if max_tries is None else whole("max_tries", max_tries, least=1)
         self.floor = number("floor", floor, least=0, below=1)
         self.generator = generator
         self.filter_value = _checked_filter_value(filter_value)
+        self._is_unwarned = True
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """Return a copy of `scores` [rows, V] with `filter_value` in place of every removed token.
 
         A row that is no distribution, or whose scores are all equal, comes back unchanged.
         """
+        if input_ids is not None and input_ids.ndim == 1:
+            raise ValueError(
+                "BasisAwareLogitsProcessor cannot be used in continuous batching (generate_batch() and serving): use "
+                "generate()"
+            )
         self._check_vocabulary(_checked_scores(scores))
+        draws = self.mode == "sample" and draws_by_itself()
+        if self._is_unwarned and input_ids is not None:
+            before, behind = neighbours(self)
+            # A lone token is not cut by the samplers behind.
+            is_warned = [warn_of_cuts(self, [] if draws else behind), warn_of_penalties(self, before)]
+            self._is_unwarned = not any(is_warned)
         rows = softmax_rows(scores)
         bar = self._log_threshold(rows)
         plain = ~below_threshold(scores, rows, bar) & (scores > -math.inf)
         tau = bar.double().exp()
         # Nothing to decide in a broken row (its bar is NaN) nor in one whose tokens are all most probable.
         decidable = (~bar.isnan() & (scores != scores.amax(-1, keepdim=True)).any(-1, keepdim=True))[:, 0]
-        if self.mode == "mask":
-            kept = self._mask(scores, plain, tau, decidable)
-        else:
+        if draws:
             kept = self._draw(scores, rows.z - rows.log_total, plain, tau, decidable)
-        return scores.masked_fill(~kept & decidable[:, None], self.filter_value)
+        else:
+            kept = self._mask(scores, plain, tau, decidable)
+        return scores.masked_fill(~kept & decidable[:, None], _representable(self.filter_value, scores))
 
     def threshold(self, scores: Tensor) -> Tensor:
         """Return tau for each row of `scores` [..., V]: the bar below which a token needs a proof, [..., 1]."""
@@ -229,7 +333,27 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
             )
 
     def __repr__(self) -> str:
-        return f"BasisAwareLogitsProcessor({self.checker.basis!r}, epsilon={self.epsilon:g}, mode={self.mode!r})"
+        epsilon = self.epsilon.tolist() if isinstance(self.epsilon, Tensor) else f"{self.epsilon:g}"
+        return f"BasisAwareLogitsProcessor({self.checker.basis!r}, epsilon={epsilon}, mode={self.mode!r})"
+
+
+def _one_or_a_row(name: str, value: object, **bounds: float) -> float | Tensor:
+    """Return a number, or a float64 tensor of one number a row, on the CPU, where their logarithms are taken."""
+    if isinstance(value, (list, tuple)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1):
+        values = value if isinstance(value, (list, tuple)) else value.tolist()
+        if not len(values):
+            raise ValueError(f"{name} must be a number or one for every row, got none")
+        numbers = [number(f"{name}[{place}]", each, **bounds) for place, each in enumerate(values)]
+        return torch.tensor(numbers, dtype=torch.float64)
+    return number(name, value, **bounds)
+
+
+def _checked_epsilon(epsilon: object) -> float | Tensor:
+    return _one_or_a_row("epsilon", epsilon, above=0, below=1)
+
+
+def _representable(filter_value: float, scores: Tensor) -> float:
+    return filter_value if filter_value == -math.inf else max(filter_value, torch.finfo(scores.dtype).min)
 
 
 def _checked_filter_value(filter_value: object) -> float:

@@ -15,6 +15,7 @@ from hf_longtrunc.arguments import whole
 from hf_longtrunc.extras import missing
 from hf_longtrunc.models import unwrapped
 from hf_longtrunc.sampling.attach import rebuild_processor_list
+from hf_longtrunc.sampling.calls import WARPERS, neighbours
 from hf_longtrunc.sampling.cutoffs import softmax_rows
 
 if TYPE_CHECKING:
@@ -111,10 +112,11 @@ class TruncationTrace(LogitsProcessor):
 
     Cost: a softmax and a host synchronisation a step. Memory: 150 bytes or so a record, the last step's
     log-probabilities [rows, vocab], and those of up to 64 steps at batch size 1. Not for continuous batching, whose
-    calls do not say which request a row belongs to: transformers drops it there with a warning.
+    calls do not say which request a row belongs to: it raises ValueError there.
     """
 
-    supports_continuous_batching = False
+    # Declared unsupported, it would be left out there, and what it watches with it; this way it is called, and refuses.
+    supports_continuous_batching = True
 
     def __init__(
         self,
@@ -138,8 +140,11 @@ class TruncationTrace(LogitsProcessor):
         self._reading = _Reading()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Apply the processors to `scores` [rows, vocab] and record the step."""
-        return self._watched(self.processors, input_ids, scores)
+        """Apply the processors to `scores` [rows, vocab] and record the step.
+
+        What transformers' own warpers cut behind the trace is no longer drawable, and recorded so.
+        """
+        return self._watched(self.processors, input_ids, scores, neighbours(self)[1])
 
     def observe(self, model: Any) -> Handle:
         """Watch the whole processor list of everything that `model` generates, from now until the handle is detached.
@@ -210,13 +215,24 @@ class TruncationTrace(LogitsProcessor):
             top.legend(loc="upper left", ncols=4, frameon=False, fontsize="small")
         return axes
 
-    def _watched(self, processors: Sequence[Any], input_ids: Tensor, scores: Tensor) -> Tensor:
+    def _watched(
+        self, processors: Sequence[Any], input_ids: Tensor, scores: Tensor, behind: Sequence[Any] = ()
+    ) -> Tensor:
+        if input_ids.ndim == 1:
+            raise ValueError(
+                "TruncationTrace cannot follow continuous batching (generate_batch() and serving), whose calls do not "
+                "say which request a row belongs to: use generate()"
+            )
         before, threshold = scores, None
         for processor in processors:
             bar = getattr(processor, "threshold", None)
             threshold = bar(scores) if callable(bar) else threshold
             scores = processor(input_ids, scores)
-        self._record(input_ids.detach().cpu(), before, scores, threshold)
+        drawable = scores
+        warpers: list[Any] = [each for each in behind if isinstance(each, WARPERS)]
+        for warper in warpers:
+            drawable = warper(input_ids, drawable)
+        self._record(input_ids.detach().cpu(), before, drawable, threshold)
         return scores
 
     def _record(self, ids: Tensor, before: Tensor, after: Tensor, threshold: Tensor | None) -> None:
@@ -289,7 +305,7 @@ class TruncationTrace(LogitsProcessor):
 class _Watched(LogitsProcessor):
     """The list that `generate` built, under a trace's eyes."""
 
-    supports_continuous_batching = False
+    supports_continuous_batching = True
 
     def __init__(self, trace: TruncationTrace, processors: LogitsProcessorList):
         self.trace, self.processors = trace, processors

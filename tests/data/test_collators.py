@@ -9,7 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_longtrunc import BestFitPackingCollator, check_packed
 from hf_longtrunc.data.documents import IGNORE
@@ -170,8 +171,59 @@ def test_the_guard_finds_recurrent_layers(batch):
             return super().forward(input_ids, **kwargs)
 
     model = WithPositions(MambaConfig(vocab_size=97, hidden_size=16, state_size=4, num_hidden_layers=1)).eval()
-    with pytest.raises(ValueError, match=r"see each other.*recurrent layers"):
+    with pytest.raises(ValueError, match=r"see each other.*Mamba layers carry their states.*causal-conv1d.*mamba-ssm"):
         check_packed(model, batch | {"use_cache": False})
+
+
+HYBRIDS = {
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3},
+    "qwen3_5_text": {
+        "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    },
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16},
+}  # fmt: skip
+
+
+def hybrid(family, **changes):
+    settings = {name: getattr(tiny_config(), name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    settings |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**settings, **HYBRIDS[family], **changes})).eval()
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_with_states_want_the_flat_layout_and_their_kernels(family, dtype, batch):
+    """At initial weights LFM2's convolutions move the second document by less than a thousandth."""
+    model = hybrid(family).to(dtype)
+    with pytest.raises(ValueError, match=r"see each other.*carry their states.*layout='flat'.*causal-conv1d"):
+        check_packed(model, batch | {"use_cache": False})
+    collator = BestFitPackingCollator(32, model=model)
+    assert collator.layout == "flat"
+    with pytest.raises(ValueError, match=r"causal.conv1d"):  # transformers' words since 5.24, ours before
+        check_packed(model, collator(raw_examples(LENGTHS)) | {"use_cache": False})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_thousandth_of_a_leak_is_found_and_rounding_is_none(tiny_model, batch, dtype):
+    model = tiny_model.to(dtype)
+    check_packed(model, batch | {"use_cache": False})
+
+    def leak(module, args, kwargs, output):
+        output.logits += 3e-3 * output.logits.cumsum(1)
+
+    model.register_forward_hook(leak, with_kwargs=True)
+    with pytest.raises(ValueError, match="see each other"):
+        check_packed(model, batch | {"use_cache": False})
+
+
+def test_what_moves_in_a_row_of_its_own_too_is_rounding(tiny_model, batch):
+    def scale(module, args, kwargs, output):
+        """Depend on all of the batch a little, as 8-bit activations do whose scale is taken over all of it."""
+        output.logits *= 1 + 1e-3 * kwargs["input_ids"].float().mean() / 97
+
+    tiny_model.register_forward_hook(scale, with_kwargs=True)
+    check_packed(tiny_model, batch | {"use_cache": False})
 
 
 @pytest.mark.parametrize("size", [1, 3, 40])

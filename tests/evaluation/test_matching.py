@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_longtrunc import BasisAwareLogitsProcessor, EpsilonLogitsProcessor, EtaLogitsProcessor, SoftmaxBasis
+from hf_longtrunc import (
+    BasisAwareLogitsProcessor,
+    EpsilonLogitsProcessor,
+    EtaLogitsProcessor,
+    SoftmaxBasis,
+    TopNSigmaLogitsProcessor,
+)
 from hf_longtrunc.evaluation.matching import critical_epsilons, match_table, matched_epsilon, matched_epsilons
 
 
@@ -20,6 +26,7 @@ def test_every_method_refuses_what_was_asked(tiny_model):
         "eta": EtaLogitsProcessor,
         "BAT on epsilon": lambda e: BasisAwareLogitsProcessor(basis, e, cutoff="epsilon", mode="mask", floor=0),
         "BAT on eta": lambda e: BasisAwareLogitsProcessor(basis, e, mode="mask", floor=0),
+        "top-n-sigma (1/n)": lambda inverse: TopNSigmaLogitsProcessor(1 / inverse),
     }
     for method, make in processors.items():
         for share in (0.1, 0.5):

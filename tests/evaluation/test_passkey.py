@@ -204,16 +204,17 @@ def test_table_and_heat_map(tokenizer):
         "0.00",
         "1.00",
         "0.50",
-        "4",
+        "0.15-0.85",
+        "2 x 2",
     ]
     left, right = plot_passkey(records)
     assert (left.get_title(), right.get_title()) == ("a\npasskey\nrepeated", "b\npasskey\nrepeated")
     assert left.images[0].get_array().tolist() == [[1, 0], [1, 1]]
-    assert [text.get_text() for text in left.texts] == ["1.00", "0.00", "1.00", "1.00"]
+    assert [text.get_text() for text in left.texts] == [f"{mean}.00\nn = 2" for mean in (1, 1, 0, 1)]
     (part,) = plot_passkey(
         [record for record in records if record.arm == "a" and (record.length, record.depth) != (400, 0.1)]
     )
-    assert [text.get_text() for text in part.texts] == ["0.00", "1.00", "1.00"], (
+    assert [text.get_text() for text in part.texts] == [f"{mean}.00\nn = 2" for mean in (1, 0, 1)], (
         "nothing stands where nothing was asked"
     )
 

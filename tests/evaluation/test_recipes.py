@@ -111,12 +111,18 @@ def test_the_benchmarks_window_mask_is_the_windows(n, window):
     assert full.equal(seen.all(3).all(1))
 
 
-def test_recipe_retrieval(tiny_folder, tmp_path, capsys):
+@pytest.mark.parametrize("variants", [False, True])
+def test_recipe_retrieval(tiny_folder, tmp_path, long_text, capsys, monkeypatch, variants):
+    monkeypatch.setenv("COLUMNS", "120")
     main = runpy.run_path(str(RECIPES / "retrieval.py"))["main"]
-    settings = {"model": tiny_folder, "window": 32, "text": None, "sinks": 4, "seed": 0}
-    main(lengths="700", depths="0,0.5", prompts=1, out=tmp_path, **settings)
-    assert "needle 4x1" in capsys.readouterr().out
-    assert len(read_records(tmp_path / "retrieval.jsonl", RetrievalRecord)) == 2 * 5 * 2
+    (tmp_path / "text.txt").write_text(long_text)
+    text = tmp_path / "text.txt" if variants else None
+    settings = {"model": tiny_folder, "window": 32, "text": text, "sinks": 4, "seed": 0, "chat": False}
+    main(lengths="700", depths="0,0.5", prompts=1, out=tmp_path, variants=variants, **settings)
+    shown = capsys.readouterr().out
+    assert "needle 4x1" in shown
+    assert ("187-699" in shown) == variants
+    assert len(read_records(tmp_path / "retrieval.jsonl", RetrievalRecord)) == 2 * (7 if variants else 5) * 2
     assert (tmp_path / "retrieval.png").exists()
 
 

@@ -22,6 +22,7 @@ from hf_longtrunc.evaluation import (
     read_records,
     retrieval_table,
     run_retrieval,
+    wilson_interval,
 )
 from hf_longtrunc.evaluation.haystack import Haystack
 
@@ -227,8 +228,102 @@ def test_table_and_heat_maps(tokenizer):
     console.print(retrieval_table(records))
     row = next(line for line in console.export_text().splitlines() if "needle 1x1" in line and "1,500" in line)
     cells = [cell.strip() for cell in row.strip("│").split("│")]
-    assert cells == ["one", "needle 1x1, 1 asked", "repeated", "1,500", "0.00", "1.00", "0.50", "2"]
+    assert cells[:4] == ["one", "needle 1x1, 1 asked", "repeated", "1,500"]
+    assert cells[4:] == ["0.00", "1.00", "0.50", "0.09-0.91", "2 x 1"]
+    console.print(retrieval_table(records[1:]))
+    assert "1 │" in console.export_text()
     maps = plot_retrieval(records)
     assert [axes.get_title() for axes in maps[:2]] == [f"{arm}\nneedle 1x1, 1 asked\nrepeated" for arm in arms]
     assert maps[0].images[0].get_array().tolist() == [[0, 0], [1, 1]]
     assert len(maps) == 4
+
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}[end]{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+SAID = r"One of the magic numbers for (\S+) is (\d{7})\."
+ASKED = r"What is the magic number for (\S+)\?"
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("variant", ["plain", "question_first", "second_turn"])
+def test_a_conversation_asks_for_one_word_in_prompts_of_the_exact_length(tokenizer, chat, variant):
+    tokenizer.chat_template = TEMPLATE
+    options = {} if variant == "plain" else {variant: True}
+    prompts = NeedlePrompts(tokenizer, keys=3, chat=chat, **options)
+    for task in passkey_tasks([900, 1000, 1001], [0.5, 1], keys_per_cell=2):
+        ids, (expected,) = prompts(task)
+        text = tokenizer.decode(ids)
+        assert len(ids) == task.length
+        said, asked = dict(re.findall(SAID, text)), re.findall(ASKED, text)
+        assert len(said) == 3
+        assert len(asked) == (2 if variant == "second_turn" else 1)
+        assert said[asked[-1]] == expected
+        assert text.count(expected) == 1
+        start = f" The magic number for {asked[-1]} is"
+        assert text.endswith("[end][assistant]" if chat else start)
+        assert text.startswith("[user]Some magic" if chat else "<|start|>Some magic")
+        assert (start in text) == (not chat)
+        filler = text.index("The grass is green")
+        assert (text.index("What is the magic number") < filler) == (variant == "question_first")
+        if variant == "second_turn":
+            answer = f"The magic number for {asked[0]} is {said[asked[0]]}."
+            first, second = f"What is the magic number for {asked[0]}?", f"What is the magic number for {asked[1]}?"
+            between = "[end][assistant]{}[end][user]" if chat else " {} "
+            assert first + between.format(answer) + second in text
+
+
+def test_variants_are_batteries_of_their_own(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    variants = [
+        {},
+        {"chat": True},
+        {"question_first": True},
+        {"second_turn": True},
+        {"chat": True, "second_turn": True},
+    ]
+    names = [NeedlePrompts(tokenizer, keys=2, **variant).battery for variant in variants]
+    assert names[0] == "needle 2x1, 1 asked"
+    assert names[-1] == "needle 2x1, 1 asked, chat, second turn"
+    assert len(set(names)) == len(names)
+
+
+def test_at_depth_one_the_needle_is_the_last_sentence_before_the_question(tokenizer):
+    for task in passkey_tasks([900], [1], keys_per_cell=3):
+        ids, (expected,) = NeedlePrompts(tokenizer)(task)
+        assert re.search(
+            rf"is {expected}\. What is the magic number for \S+\? The magic number for \S+ is$", tokenizer.decode(ids)
+        )
+
+
+def test_what_a_variant_lacks_is_named(tokenizer):
+    with pytest.raises(ValueError, match="chat needs a tokenizer with a chat template"):
+        NeedlePrompts(tokenizer, chat=True)(passkey_tasks([900], [0])[0])
+    for options in ({"keys": 1}, {"keys": 2, "queries": 2}, {"keys": 2, "question_first": True}):
+        with pytest.raises(ValueError, match="second_turn asks for another word first"):
+            NeedlePrompts(tokenizer, second_turn=True, **options)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 50, 10_000])
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 1])
+def test_the_interval_holds_the_shares_that_are_near_enough(share, count):
+    low, high = wilson_interval(share, count)
+    assert 0 <= low <= share <= high <= 1
+    for end in {low, high} - {0, 1}:
+        distance = 1.959964 * (end * (1 - end) / count) ** 0.5
+        assert abs(share - end) == pytest.approx(distance, abs=1e-7)
+    inside, outside = (low + high) / 2, high + 1e-3
+    assert abs(share - inside) <= 1.959964 * (inside * (1 - inside) / count) ** 0.5
+    assert outside > 1 or abs(share - outside) > 1.959964 * (outside * (1 - outside) / count) ** 0.5
+
+
+def test_the_interval_covers_the_truth_nineteen_times_in_twenty():
+    draw, covered = random.Random(0), 0
+    for _ in range(2000):
+        mean = sum(draw.random() < 0.8 for _ in range(20)) / 20
+        low, high = wilson_interval(mean, 20)
+        covered += low <= 0.8 <= high
+    assert 0.93 < covered / 2000 < 0.975
+    with pytest.raises(ValueError, match="count must be a whole number of at least 1"):
+        wilson_interval(0.5, 0)

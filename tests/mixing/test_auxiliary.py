@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -24,6 +31,7 @@ from hf_longtrunc import (
     LMInfinite,
     ProxyTuningLogitsProcessor,
     ULDLogitsProcessor,
+    attach_processors,
 )
 from hf_longtrunc.mixing import auxiliary
 from tests.conftest import tiny_config
@@ -439,6 +447,157 @@ def test_inputs_embeds_and_an_empty_prompt(llamas):
         ULDLogitsProcessor(assistant)(torch.empty(2, 0, dtype=torch.long), SCORES)
     with pytest.raises(ValueError, match="nothing but padding"):
         ULDLogitsProcessor(assistant)(torch.tensor([[0, 0], [5, 6]]), SCORES)
+
+
+class Trained:
+    """What can happen to a second model between two calls on the same prompts."""
+
+    @staticmethod
+    def a_step_of_an_optimizer(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        model(PLAIN).logits.square().mean().backward()
+        optimizer.step()
+
+    @staticmethod
+    def a_write_without_gradients(model):
+        with torch.no_grad():
+            model.model.layers[0].self_attn.v_proj.weight.mul_(3)
+
+    @staticmethod
+    def other_weights_loaded(model):
+        model.load_state_dict(made(llama, 1, 9).state_dict())
+
+    @staticmethod
+    def a_parameter_exchanged(model):
+        model.model.layers[0].self_attn.v_proj.weight = made(llama, 1, 9).model.layers[0].self_attn.v_proj.weight
+
+    @staticmethod
+    def another_dtype(model):
+        model.to(torch.float64)
+
+
+CHANGES = [name for name in vars(Trained) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_new_weights_get_a_new_cache(llamas, change):
+    """Keys and values of the old ones gave answers that were nats off, or an error of dtypes."""
+    target, assistant = llamas[0], made(llama, 1, 2)
+    uld, scores = ULDLogitsProcessor(assistant, filter_rate=0.05), target(PLAIN).logits[:, -1].detach()
+    before = uld(PLAIN, scores)
+    getattr(Trained, change)(assistant)
+    after = uld(PLAIN, scores)
+    torch.testing.assert_close(after, BruteForce([assistant], uld_formula)(PLAIN, scores), atol=1e-4, rtol=0)
+    assert change == "another_dtype" or not torch.allclose(before, after, atol=0.1)
+
+
+def test_bfloat16_after_the_first_call(llamas):
+    assistant = made(llama, 1, 2)
+    uld, scores = ULDLogitsProcessor(assistant, filter_rate=0.05), torch.randn(2, 97)
+    uld(PLAIN, scores)
+    assistant.to(torch.bfloat16)
+    fresh = ULDLogitsProcessor(assistant, filter_rate=0.05)
+    assert torch.equal(uld(PLAIN, scores), fresh(PLAIN, scores))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
+def test_another_adapter_gets_a_new_cache(llamas):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    assistant = peft.get_peft_model(made(llama, 1, 2), config).eval()
+    assistant.add_adapter("other", config)
+    uld, scores = ULDLogitsProcessor(assistant, filter_rate=0.05), torch.randn(2, 97)
+    with pytest.raises(ValueError, match="or a module of it"):
+        uld(PLAIN, scores)  # peft adds adapters in training mode
+    assistant.eval()
+    brute = BruteForce([assistant], uld_formula)
+    results = [uld(PLAIN, scores)]
+    assistant.set_adapter("other")
+    results.append(uld(PLAIN, scores))
+    torch.testing.assert_close(results[-1], brute(PLAIN, scores), atol=1e-4, rtol=0)
+    with assistant.disable_adapter():
+        results.append(uld(PLAIN, scores))
+        torch.testing.assert_close(results[-1], brute(PLAIN, scores), atol=1e-4, rtol=0)
+    assistant.merge_adapter()
+    torch.testing.assert_close(uld(PLAIN, scores), brute(PLAIN, scores), atol=1e-4, rtol=0)
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in itertools.pairwise(results))
+
+
+def test_what_no_version_counter_sees_is_forgotten_by_reset(llamas):
+    assistant, scores = made(llama, 1, 2), torch.randn(2, 97)
+    uld = ULDLogitsProcessor(assistant, filter_rate=0.05)
+    uld(PLAIN, scores)
+    assistant.model.layers[0].self_attn.v_proj.weight.data.mul_(3)
+    uld.reset()
+    torch.testing.assert_close(
+        uld(PLAIN, scores), BruteForce([assistant], uld_formula)(PLAIN, scores), atol=1e-4, rtol=0
+    )
+
+
+def test_weights_that_were_loaded_in_inference_mode():
+    with torch.inference_mode():
+        assistant = made(llama, 1, 2)
+    uld, scores = ULDLogitsProcessor(assistant, filter_rate=0.05), torch.randn(2, 97)
+    for _ in range(2):
+        result = uld(PLAIN, scores)
+    torch.testing.assert_close(result, BruteForce([assistant], uld_formula)(PLAIN, scores), atol=1e-4, rtol=0)
+    assert uld.tokens_fed == 2 * (9 + 1)
+
+
+def test_threads(llamas):
+    """Three at a time on one processor: each its own text, all as alone."""
+    target, assistant, _ = llamas
+    prompts = [torch.randint(1, 97, (1, 6)) for _ in range(12)]
+    uld = ULDLogitsProcessor(assistant, filter_rate=0.05)
+
+    def continued(ids):
+        options = {"max_new_tokens": 8, "do_sample": False, "logits_processor": [uld]}
+        return target.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    alone = [continued(ids) for ids in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        assert all(map(torch.equal, pool.map(continued, prompts), alone))
+
+
+def test_a_copy_has_caches_of_its_own(llamas):
+    uld, scores = ULDLogitsProcessor(made(llama, 1, 2), filter_rate=0.05), torch.randn(2, 97)
+    expected = uld(PLAIN, scores)
+    for copied in (copy.deepcopy(uld), pickle.loads(pickle.dumps(uld))):
+        assert torch.equal(copied(PLAIN, scores), expected)
+
+
+def test_generate_batch_is_refused_and_not_run_without_it(llamas):
+    """transformers leaves out what declares that it does not support it: forgotten facts came back."""
+    target, assistant, _ = llamas
+    config = GenerationConfig(max_new_tokens=2, eos_token_id=-1, pad_token_id=0)
+    settings = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
+    with attach_processors(target, [ULDLogitsProcessor(assistant)]):
+        outputs = target.generate_batch([[1, 5, 9]], generation_config=config, continuous_batching_config=settings)
+    assert not any(output.generated_tokens for output in outputs.values())  # transformers logs why a request failed
+
+
+def test_a_mask_serves_the_prompts_that_it_was_given_for(llamas):
+    """Another batch of the same shape and other padding was read with the first one's mask."""
+    uld, scores = ULDLogitsProcessor(llamas[1], filter_rate=0.05, attention_mask=MASK), torch.zeros(2, 97)
+    uld(PADDED, scores)
+    uld(torch.cat([PADDED, PADDED[:, :2]], 1), scores)  # the same prompts go on
+    uld(PADDED.repeat_interleave(3, 0), torch.zeros(6, 97))
+    with pytest.raises(ValueError, match="attention_mask was given for other prompts"):
+        uld(PADDED.flip(0), scores)
+    uld.attention_mask = MASK.flip(0)
+    expected = BruteForce([llamas[1]], uld_formula, MASK.flip(0))(PADDED.flip(0), scores)
+    torch.testing.assert_close(uld(PADDED.flip(0), scores), expected, atol=1e-4, rtol=0)
+
+
+def test_a_smaller_vocabulary_is_named(llamas):
+    small = LlamaForCausalLM(tiny_config(vocab_size=89)).eval()
+    with pytest.raises(ValueError, match="gives 89 logits and the target 97: they must share one vocabulary"):
+        ULDLogitsProcessor(small)(PLAIN + 83, torch.zeros(2, 97))
+
+
+def test_no_rows(llamas):
+    uld = ULDLogitsProcessor(llamas[1])
+    assert uld(PLAIN[:0], torch.zeros(0, 97)).shape == (0, 97)
 
 
 def test_rows_of_continuous_batching(llamas):

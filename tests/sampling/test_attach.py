@@ -49,6 +49,7 @@ def test_same_draws_as_the_list(tiny_model):
     assert torch.equal(listed, attached)
 
 
+@pytest.mark.filterwarnings("ignore:generate.. runs .* and so cuts tokens that it keeps:UserWarning")
 def test_places_in_the_list(tiny_model):
     log = []
     eta = EtaLogitsProcessor(0.2)
@@ -81,6 +82,22 @@ def test_undone_completely_also_after_an_exception(tiny_model):
         raise RuntimeError("on purpose")
     assert tiny_model.__dict__ == before
     assert types_of(tiny_model, do_sample=True) == ["TopKLogitsWarper"]
+
+
+def test_attached_without_a_block(tiny_model):
+    """An un-entered handle is no silent no-op: it is attached, and says so."""
+    log = []
+    handle = attach_processors(tiny_model, [Tag("here", log)])
+    tiny_model.generate(PROMPT, max_new_tokens=1, do_sample=False)
+    assert log == ["here"]
+    assert "in front of the warpers" in repr(handle)
+    inner = attach_processors(tiny_model, [Tag("inner", log)])
+    with pytest.raises(RuntimeError, match="detach that first"):
+        handle.detach()
+    inner.detach()
+    handle.detach()
+    tiny_model.generate(PROMPT, max_new_tokens=1, do_sample=False)
+    assert log == ["here"]
 
 
 def test_blocks_nest_and_other_models_are_not_touched(tiny_model, tiny_gpt2):

@@ -150,6 +150,20 @@ def test_changed_weights_are_noticed(tiny_model):
         basis.check_model(tiny_model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+@pytest.mark.parametrize("centered", [False, True])
+def test_directions_of_rounding_are_refused(dtype, method, centered):
+    """Scaled to root mean square 1 they "kept by proof" what can be cut."""
+    weight = (torch.randn(600, 8, dtype=torch.float64) @ torch.randn(8, 64, dtype=torch.float64)).to(dtype)
+    assert SoftmaxBasis.from_weight(weight, 8, method=method, centered=centered).rank == 8
+    for rank in (9, 12, 64):
+        with pytest.raises(ValueError, match=f"rank must be at most 8, got {rank}"):
+            SoftmaxBasis.from_weight(weight, rank, method=method, centered=centered)
+    with pytest.raises(ValueError, match="rank must be at most 0, got 1"):
+        SoftmaxBasis.from_weight(torch.zeros(5, 3), 1)
+
+
 def test_bfloat16_weights(weight):
     basis = SoftmaxBasis.from_weight(weight.bfloat16(), 4)
     assert span_angle(basis.factors, SoftmaxBasis.from_weight(weight, 4).factors) < 0.02

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM
 
 from hf_longtrunc import (
     BasisAwareLogitsProcessor,
@@ -15,6 +15,7 @@ from hf_longtrunc import (
     SoftmaxBasis,
     SupportChecker,
     TruncationTrace,
+    attach_processors,
 )
 from tests.conftest import tiny_config
 
@@ -183,6 +184,41 @@ def test_beams_in_mask_mode(tiny_model, basis, do_sample):
         with torch.no_grad():
             kept = processor(None, tiny_model(result).logits[0, 5:-1])
         assert (kept.gather(1, result[0, 6:, None]) > -INF).all()
+
+
+@pytest.mark.parametrize(("num_beams", "do_sample"), [(3, False), (3, True), (1, False)])
+def test_sample_mode_masks_where_generate_does_not_draw_by_itself(tiny_model, basis, num_beams, do_sample):
+    """Its one token a row was what beams had to go on with, and greedy decoding became random."""
+    options = {"num_beams": num_beams, "do_sample": do_sample, "max_new_tokens": 8}
+    options |= {"top_k": 0} if do_sample else {}
+    results = []
+    for mode in ("sample", "mask"):
+        torch.manual_seed(4)
+        processor = BasisAwareLogitsProcessor(basis, EPSILON, mode=mode)
+        results.append(tiny_model.generate(PROMPT, logits_processor=[processor], **options))
+    assert torch.equal(*results)
+    if num_beams == 1:
+        assert torch.equal(results[0], tiny_model.generate(PROMPT, **options))
+
+
+def test_continuous_batching_is_refused_and_not_run_without_it(tiny_model, basis):
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=2, eos_token_id=-1, pad_token_id=0)
+    settings = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
+    with attach_processors(tiny_model, [BasisAwareLogitsProcessor(basis, EPSILON)]):
+        outputs = tiny_model.generate_batch([[1, 5, 9]], generation_config=config, continuous_batching_config=settings)
+    assert not any(output.generated_tokens for output in outputs.values())  # transformers logs why a request failed
+    with pytest.raises(ValueError, match="cannot be used in continuous batching"):
+        BasisAwareLogitsProcessor(basis, EPSILON)(torch.tensor([1, 2]), torch.zeros(2, 97))
+
+
+@pytest.mark.parametrize("mode", ["mask", "sample"])
+def test_no_rows_and_a_value_a_row(basis, logits, mode):
+    epsilons = [0.1, 0.2, 0.3]
+    together = BasisAwareLogitsProcessor(basis, epsilons, mode=mode, generator=generators(3))(None, logits[:3])
+    for row, epsilon in enumerate(epsilons):
+        alone = BasisAwareLogitsProcessor(basis, epsilon, mode=mode, generator=generators(3)[row : row + 1])
+        assert torch.equal(alone(None, logits[row : row + 1])[0], together[row])
+    assert BasisAwareLogitsProcessor(basis, 0.1, mode=mode)(None, logits[:0]).shape == (0, 97)
 
 
 def test_rows_that_are_no_distribution_and_constant_rows_come_back(basis):

@@ -58,6 +58,7 @@ MODES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:generate.. runs .* and so cuts tokens that it keeps:UserWarning")
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_drawn_was_kept(tiny_model, mode):
     settings = MODES[mode]

@@ -11,7 +11,12 @@ import pytest
 import torch
 from transformers import EpsilonLogitsWarper, EtaLogitsWarper, TopKLogitsWarper
 
-from hf_longtrunc import EpsilonLogitsProcessor, EtaLogitsProcessor
+from hf_longtrunc import (
+    EpsilonLogitsProcessor,
+    EtaLogitsProcessor,
+    PLessLogitsProcessor,
+    TopNSigmaLogitsProcessor,
+)
 
 INF = math.inf
 
@@ -125,9 +130,12 @@ def test_compiles_into_one_graph():
     """In a process of its own: the shape checks that the tests put around pure files are not for the compiler."""
     program = """
 import torch
-from hf_longtrunc import EpsilonLogitsProcessor, EtaLogitsProcessor
+from hf_longtrunc import EpsilonLogitsProcessor, EtaLogitsProcessor, PLessLogitsProcessor, TopNSigmaLogitsProcessor
 scores = torch.randn(4, 1003) * 4
-for processor in EtaLogitsProcessor(2e-3), EpsilonLogitsProcessor(2e-3), EtaLogitsProcessor(2e-3, min_tokens_to_keep=3):
+for processor in (
+    EtaLogitsProcessor(2e-3), EpsilonLogitsProcessor(2e-3), EtaLogitsProcessor(2e-3, min_tokens_to_keep=3),
+    TopNSigmaLogitsProcessor(), PLessLogitsProcessor(), PLessLogitsProcessor(normalized=True),
+):
     compiled = torch.compile(lambda scores: processor(None, scores), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(scores), processor(None, scores)), processor
 """
@@ -146,7 +154,9 @@ for processor in EtaLogitsProcessor(2e-3), EpsilonLogitsProcessor(2e-3), EtaLogi
         ({"epsilon": "3e-4"}, TypeError, "epsilon must be a number.*'3e-4' of type str"),
         ({"epsilon": True}, TypeError, "epsilon must be a number"),
         ({"epsilon": None}, TypeError, "epsilon must be a number"),
-        ({"epsilon": [3e-4]}, TypeError, "epsilon must be a number"),
+        ({"epsilon": []}, ValueError, "epsilon must be a number or one for every row, got none"),
+        ({"epsilon": [3e-4, 2]}, ValueError, r"epsilon\[1\] must be a number above 0 and below 1, got 2.0"),
+        ({"epsilon": torch.tensor([True])}, TypeError, r"epsilon\[0\] must be a number"),
         ({"epsilon": 0.1, "min_tokens_to_keep": 0}, ValueError, "min_tokens_to_keep must be .* at least 1, got 0"),
         ({"epsilon": 0.1, "min_tokens_to_keep": 1.5}, TypeError, "min_tokens_to_keep must be a whole number"),
         ({"epsilon": 0.1, "min_tokens_to_keep": True}, TypeError, "min_tokens_to_keep must be a whole number"),
@@ -180,3 +190,111 @@ def test_bad_scores_are_named():
 
 def test_repr_shows_the_parameter():
     assert repr(EtaLogitsProcessor(3e-4)) == "EtaLogitsProcessor(epsilon=0.0003)"
+
+
+def by_hand(processor, scores):
+    """The kept set of each row in float64, token by token, and which tokens lie on the bar to fp32 rounding."""
+    scores = scores.double()
+    probs = scores.softmax(-1)
+    if isinstance(processor, TopNSigmaLogitsProcessor):
+        finite = [row[row > -INF] for row in scores]
+        sigma = torch.stack([row.std(correction=0) for row in finite])[:, None]
+        distance = scores - (scores.amax(-1, keepdim=True) - processor.n * sigma)
+    else:
+        collision, size = probs.square().sum(-1, keepdim=True), scores.shape[-1]
+        bar = (size * collision - 1) / (size - 1) if processor.normalized else collision
+        distance = probs.log() - bar.clamp_min(0).log()
+    return distance >= 0, distance.abs() < 2e-5
+
+
+FAMILY = [
+    TopNSigmaLogitsProcessor(),
+    TopNSigmaLogitsProcessor(2.5),
+    PLessLogitsProcessor(),
+    PLessLogitsProcessor(normalized=True),
+]
+
+
+@pytest.mark.parametrize("processor", FAMILY, ids=repr)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
+def test_the_family_is_its_closed_form_in_float64(processor, scale):
+    scores = torch.randn(500, 211) * scale
+    scores[::3, ::5] = -INF
+    kept, on_the_bar = by_hand(processor, scores)
+    result = processor(None, scores)
+    assert (((result > -INF) == kept) | on_the_bar | scores.isinf()).all()
+    assert (result.argmax(-1) == scores.argmax(-1)).all()
+    assert torch.equal(result[result > -INF], scores[result > -INF])
+    if scale > 0.1:
+        assert (kept & ~scores.isinf()).sum() < (~scores.isinf()).sum()
+
+
+@pytest.mark.parametrize("processor", [*FAMILY, EtaLogitsProcessor(0.01), EpsilonLogitsProcessor(0.01)], ids=repr)
+def test_edges_of_the_family(processor):
+    rows = torch.randn(4, 300)
+    assert processor(None, rows[:0]).shape == (0, 300)
+    assert processor(None, torch.zeros(2, 1)).tolist() == [[0.0], [0.0]]
+    rows[0, 3], rows[1], rows[2, 5] = torch.nan, -INF, INF
+    rows[3] *= 4
+    result = processor(None, rows)
+    assert torch.equal(result[:3].nan_to_num(7), rows[:3].nan_to_num(7))
+    assert (result[3] > -INF).sum() < 300
+    flat = torch.zeros(1, 300)
+    assert torch.equal(processor(None, flat), flat)
+    alone = torch.full((1, 300), -INF)
+    alone[0, 7] = 3.0
+    assert torch.equal(processor(None, alone), alone)
+
+
+@pytest.mark.parametrize("processor", [*FAMILY, EtaLogitsProcessor(0.01)], ids=repr)
+def test_transposed_scores_give_the_same_bits(processor):
+    """A strided row is summed in another order: its bar differed in the last bit."""
+    scores = torch.randn(64, 5003) * 3
+    strided = scores.T.contiguous().T
+    assert torch.equal(processor.threshold(strided), processor.threshold(scores))
+    assert torch.equal(processor.threshold(scores[::2]), processor.threshold(scores)[::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_filter_value_that_the_dtype_cannot_hold(dtype):
+    result = EtaLogitsProcessor(0.3, filter_value=-1e30)(None, torch.tensor([[4.0, 0.0]], dtype=dtype))
+    assert result[0, 0] == 4
+    assert result[0, 1] == torch.tensor(max(torch.finfo(dtype).min, -1e30), dtype=dtype)
+
+
+PER_ROW = {
+    "eta": (EtaLogitsProcessor, [3e-4, 2e-3, 0.02, 0.2]),
+    "epsilon": (EpsilonLogitsProcessor, [3e-4, 2e-3, 0.02, 0.2]),
+    "top-n-sigma": (TopNSigmaLogitsProcessor, [0.5, 1.0, 1.5, 2.0]),
+}
+
+
+@pytest.mark.parametrize("case", PER_ROW)
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_a_value_a_row_is_each_row_by_itself_to_the_bit(case, kind):
+    cls, values = PER_ROW[case]
+    values = [float(torch.tensor(value)) for value in values] if kind is torch.tensor else values
+    scores = torch.randn(4, 997) * 3
+    together = cls(kind(values))
+    for row, value in enumerate(values):
+        assert torch.equal(together(None, scores)[row], cls(value)(None, scores[row : row + 1])[0])
+        assert torch.equal(together.threshold(scores)[row], cls(value).threshold(scores[row : row + 1])[0])
+    twice = together(None, scores.repeat_interleave(2, 0))  # two returns of each prompt
+    assert torch.equal(twice[1::2], together(None, scores))
+    assert together(None, scores[:0]).shape == (0, 997)
+    with pytest.raises(ValueError, match="4 values, one a row, do not fit"):
+        together(None, scores[:3])
+    with pytest.raises(ValueError, match="continuous batching mixes the rows"):
+        together(torch.tensor([1, 2, 3]), scores)
+    assert "[" in repr(together)
+
+
+def test_the_family_names_bad_arguments():
+    with pytest.raises(ValueError, match=r"n must be a number above 0, got 0\.0"):
+        TopNSigmaLogitsProcessor(0)
+    with pytest.raises(TypeError, match="n must be a number"):
+        TopNSigmaLogitsProcessor(True)
+    with pytest.raises(TypeError, match="normalized must be True or False"):
+        PLessLogitsProcessor(normalized=1)
+    assert repr(TopNSigmaLogitsProcessor(np.float32(1.5))) == "TopNSigmaLogitsProcessor(n=1.5)"
+    assert repr(PLessLogitsProcessor()) == "PLessLogitsProcessor(normalized=False)"

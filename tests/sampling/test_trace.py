@@ -7,7 +7,7 @@ import math
 import matplotlib as mpl
 import pytest
 import torch
-from transformers import LlamaForCausalLM, TopKLogitsWarper
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaForCausalLM, TopKLogitsWarper
 
 from hf_longtrunc import EtaLogitsProcessor, TruncationTrace
 from tests.conftest import tiny_config
@@ -87,6 +87,39 @@ def test_transformers_own_warpers_are_observed(tiny_model):
     assert "_get_logits_processor" not in tiny_model.__dict__
 
 
+@pytest.mark.filterwarnings("ignore:generate.. runs TopKLogitsWarper behind EtaLogitsProcessor:UserWarning")
+def test_what_a_later_warper_cuts_is_not_drawable(tiny_model):
+    """A trace in the list runs in front of transformers' top-k, and reported what that cuts as drawable."""
+    trace = TruncationTrace([EtaLogitsProcessor(EPSILON)])
+    options = {"top_k": 2, "temperature": 1.5, "max_new_tokens": 15}
+    sequences = tiny_model.generate(PROMPT, do_sample=True, logits_processor=[trace], **options)
+
+    def keep(scores):
+        return TopKLogitsWarper(2)(None, EtaLogitsProcessor(EPSILON)(None, scores))
+
+    check_against_text(tiny_model, trace.finish(sequences), sequences, 6, keep)
+    assert max(record.kept for record in trace.records) == 2
+
+
+def test_continuous_batching_is_refused_and_not_run_without_the_watched(tiny_model):
+    trace = TruncationTrace()
+    config = GenerationConfig(max_new_tokens=2, eos_token_id=-1, pad_token_id=0)
+    settings = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
+    with trace.observe(tiny_model):
+        outputs = tiny_model.generate_batch([[1, 5, 9]], generation_config=config, continuous_batching_config=settings)
+    assert not any(output.generated_tokens for output in outputs.values())  # transformers logs why a request failed
+
+
+def test_the_handle_detaches(tiny_model):
+    trace = TruncationTrace()
+    handle = trace.observe(tiny_model)
+    tiny_model.generate(PROMPT, do_sample=False, max_new_tokens=2)
+    assert "every processor list is watched" in repr(handle)
+    handle.detach()
+    tiny_model.generate(PROMPT, do_sample=False, max_new_tokens=2)
+    assert len(trace.records) == 2
+
+
 def top_7(scores):
     return TopKLogitsWarper(7)(None, scores)
 
@@ -100,6 +133,7 @@ def test_watching_changes_no_draw(tiny_model):
             tiny_model.generate(
                 PROMPT.repeat(3, 1),
                 do_sample=True,
+                top_k=0,
                 max_new_tokens=20,
                 logits_processor=[TruncationTrace(processors)] if watched else processors,
             )
@@ -151,7 +185,7 @@ def test_steps_proposed_past_the_end_are_dropped():
 def test_a_new_prompt_is_a_new_run(tiny_model):
     trace = TruncationTrace([EtaLogitsProcessor(EPSILON)])
     for prompt in (PROMPT, PROMPT[:, :3] + 1):
-        sequences = tiny_model.generate(prompt, do_sample=True, max_new_tokens=4, logits_processor=[trace])
+        sequences = tiny_model.generate(prompt, do_sample=True, top_k=0, max_new_tokens=4, logits_processor=[trace])
         trace.finish(sequences)
     assert [record.run for record in trace.records] == [0] * 4 + [1] * 4
     assert None not in [record.token for record in trace.records]
@@ -186,7 +220,7 @@ def test_clear(tiny_model):
 
 def test_frame_and_plot(tiny_model):
     trace = TruncationTrace([EtaLogitsProcessor(EPSILON)])
-    sequences = tiny_model.generate(PROMPT, do_sample=True, max_new_tokens=8, logits_processor=[trace])
+    sequences = tiny_model.generate(PROMPT, do_sample=True, top_k=0, max_new_tokens=8, logits_processor=[trace])
     frame = trace.finish(sequences).to_frame()
     assert frame.shape == (8, 14)
     assert frame["token"].tolist() == sequences[0, 6:].tolist()

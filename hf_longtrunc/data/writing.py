@@ -1,0 +1,157 @@
+"""Packed rows written out as Arrow files, straight from the documents' tokens, at about the speed of copying them.
+
+Rows are gathered some million tokens at a time into flat arrays, which are Arrow's own layout of lists, so that no row
+is ever a Python list. `datasets.load_from_disk` reads the folder. Its data files have new names, and `state.json`,
+which names the files that count, takes the place of an older one last and at once: whoever is interrupted, at
+whatever moment, leaves the old rows or the new ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from hf_longtrunc.extras import missing
+
+if TYPE_CHECKING:
+    import datasets
+
+    from hf_longtrunc.data.dataset import PackedDataset
+
+WRITTEN = ("input_ids", "position_ids", "labels", "seq_lengths")
+_BESIDE = ".packed-"
+_TOKENS = 2**21  # gathered at once
+
+
+class _Job(NamedTuple):
+    rows: PackedDataset
+    first: int
+    last: int
+    path: str
+    columns: tuple[str, ...]
+    dtype: str
+
+
+def write_rows(
+    rows: PackedDataset, folder: str | os.PathLike[str], columns: tuple[str, ...], dtype: str, num_proc: int
+) -> datasets.Dataset:
+    """Write rows into a folder, one data file a process, and return them read from there."""
+    library = import_datasets("writing rows")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    token, bounds = secrets.token_hex(8), np.linspace(0, len(rows), num_proc + 1).astype(int)
+    names = [f"data-{token}-{index:05d}-of-{num_proc:05d}.arrow" for index in range(num_proc)]
+    jobs = [
+        _Job(rows, int(first), int(last), str(Path(folder, name)), columns, dtype)
+        for name, first, last in zip(names, bounds[:-1], bounds[1:], strict=True)
+    ]
+    try:
+        _run(jobs, library)
+        _commit(Path(folder), names, _features(columns, dtype), library)
+    except BaseException:
+        for job in jobs:
+            Path(job.path).unlink(missing_ok=True)
+        raise
+    _clean(Path(folder), names)
+    written: datasets.Dataset = library.load_from_disk(str(folder))
+    return written
+
+
+def import_datasets(what: str) -> Any:
+    """Return the module `datasets`, or say what to install."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise missing(what, "datasets", "train") from error
+    return datasets
+
+
+def _run(jobs: list[_Job], library: Any) -> None:
+    progress = library.utils.tqdm(total=sum(job.last - job.first for job in jobs), unit="row", desc="writing rows")
+    with progress:
+        if len(jobs) == 1:
+            _write(jobs[0], progress.update)
+            return
+        with ProcessPoolExecutor(len(jobs), initializer=_receive, initargs=(jobs,)) as pool:
+            for done in as_completed([pool.submit(_write_job, index) for index in range(len(jobs))]):
+                progress.update(done.result())
+
+
+_received: list[_Job] = []  # in a process of the pool: a forked one inherits the rows, nothing is sent
+
+
+def _receive(jobs: list[_Job]) -> None:
+    _received[:] = jobs
+
+
+def _write_job(index: int) -> int:
+    job = _received[index]
+    _write(job, lambda _: None)
+    return job.last - job.first
+
+
+def _write(job: _Job, progress: Any) -> None:
+    import pyarrow as pa
+
+    schema = _features(job.columns, job.dtype).arrow_schema
+    with pa.OSFile(job.path, "wb") as sink, pa.ipc.new_stream(sink, schema) as out:
+        for first, last in job.rows.blocks(job.first, job.last, _TOKENS):
+            flat = job.rows.gather(first, last, with_labels="labels" in job.columns)
+            if flat.input_ids.max(initial=0) > np.iinfo(job.dtype).max:
+                raise ValueError(f'token {flat.input_ids.max()} is more than {job.dtype} holds; pass dtype="int64"')
+            arrays = [
+                pa.ListArray.from_arrays(
+                    np.append(0, np.cumsum(lengths)).astype(np.int32), pa.array(values.astype(job.dtype, copy=False))
+                )
+                for values, lengths in (_column(flat, name) for name in job.columns)
+            ]
+            out.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            progress(last - first)
+
+
+def _column(flat: Any, name: str) -> tuple[Any, Any]:
+    """Return a column's values and the number of them in every row."""
+    if name == "seq_lengths":
+        return flat.piece_lengths, flat.pieces
+    if name == "position_ids":
+        ends = np.cumsum(flat.piece_lengths)
+        return np.arange(len(flat.input_ids)) - np.repeat(ends - flat.piece_lengths, flat.piece_lengths), flat.tokens
+    return getattr(flat, name), flat.tokens
+
+
+def _features(columns: tuple[str, ...], dtype: str) -> Any:
+    library = import_datasets("writing rows")
+    return library.Features({name: library.List(library.Value(dtype)) for name in columns})
+
+
+def _commit(folder: Path, names: list[str], features: Any, library: Any) -> None:
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": secrets.token_hex(8),
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    with tempfile.TemporaryDirectory(prefix=_BESIDE, dir=folder) as beside:
+        library.DatasetInfo(features=features).write_to_directory(beside)
+        Path(beside, "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        for name in ("dataset_info.json", "state.json"):
+            os.replace(Path(beside, name), folder / name)
+
+
+def _clean(folder: Path, names: list[str]) -> None:
+    """Remove the rows of before, and what an interrupted writing left."""
+    for path in folder.glob("data-*.arrow"):
+        if path.name not in names:
+            path.unlink()
+    for path in folder.glob(f"{_BESIDE}*"):
+        shutil.rmtree(path)

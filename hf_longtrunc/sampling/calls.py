@@ -1,0 +1,159 @@
+"""What a processor can find out about the call of `generate` that runs it, and the arguments that leave it alone.
+
+transformers hands a processor ids and scores, and nothing of the call: neither whether it samples, nor which processors
+come behind. Both stand in the frames of its callers, in `LogitsProcessorList.__call__` and in the decoding loop, and
+are read there, in this file only. Where they cannot be found (a loop of one's own, a compiled processor) nothing is
+known and nothing is warned of.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+from hf_longtrunc.models import unwrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import FrameType
+
+CUTTING = (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+# Warpers are functions of the scores alone: they can be run twice.
+WARPERS = (*CUTTING, TemperatureLogitsWarper)
+RESHAPING = (
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+# Frames between a processor's __call__ and the decoding loop: watchers and wrappers stand in between.
+_DEPTH = 16
+
+_NEUTRAL: dict[str, bool | float | None] = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
+
+def sampling_settings(model: Any) -> dict[str, bool | float | None]:
+    """Return the arguments of `generate` that leave a truncation processor alone: sampling, everything else off.
+
+        model.generate(**inputs, **sampling_settings(model), logits_processor=[EtaLogitsProcessor(2e-3)])
+
+    transformers cuts to 50 tokens by default (`top_k`), and a model's own `generation_config` may hold a temperature,
+    a top-p or a repetition penalty: each of them changes what the processor kept, or what it saw. Beams, lengths and
+    special tokens stay as the model has them.
+
+    Args:
+        model: a transformers model that generates, or a wrapper of one.
+
+    Returns:
+        Neutral values of the samplers and penalties that the installed transformers knows.
+    """
+    config = unwrapped(model).generation_config
+    return {name: value for name, value in _NEUTRAL.items() if hasattr(config, name)}
+
+
+def draws_by_itself() -> bool:
+    """Return whether the running call draws each row's next token from what the processors leave.
+
+    Greedy decoding and beams do not. True where there is no call of `generate` to be seen.
+    """
+    frame = _list_frame()
+    for _ in range(_DEPTH):
+        if frame is None:
+            break
+        if "generation_config" in frame.f_code.co_varnames:
+            config = frame.f_locals.get("generation_config")
+            return bool(getattr(config, "do_sample", True)) and (getattr(config, "num_beams", None) or 1) == 1
+        frame = frame.f_back
+    return True
+
+
+def neighbours(processor: Any) -> tuple[list[Any], list[Any]]:
+    """Return the processors that the running call applies in front of `processor` and behind it."""
+    frame = _list_frame()
+    processors = [] if frame is None else list(_flat(frame.f_locals["self"]))
+    for place, each in enumerate(processors):
+        if each is processor:
+            return processors[:place], processors[place + 1 :]
+    return [], []
+
+
+def _list_frame() -> FrameType | None:
+    """Return the frame of the processor list that runs the one that asks."""
+    if torch.compiler.is_compiling():
+        return None
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_DEPTH):
+        if frame is None or frame.f_code is LogitsProcessorList.__call__.__code__:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def warn_of_cuts(processor: Any, others: list[Any]) -> bool:
+    """Warn if one of `others`, which run behind `processor`, cuts what it keeps; say whether that was so."""
+    return _warn(
+        processor, [each for each in others if isinstance(each, CUTTING)], "behind", "cuts tokens that it keeps"
+    )
+
+
+def warn_of_penalties(processor: Any, others: list[Any]) -> bool:
+    """Warn if one of `others`, which run in front of `processor`, changes the distribution that it needs unchanged."""
+    what = "changes the model's distribution, about which it proves nothing then"
+    return _warn(processor, [each for each in others if isinstance(each, RESHAPING)], "in front of", what)
+
+
+def _warn(processor: Any, others: list[Any], place: str, what: str) -> bool:
+    if others:
+        names = " and ".join(dict.fromkeys(type(each).__name__ for each in others))
+        warnings.warn(
+            f"generate() runs {names} {place} {type(processor).__name__}, and so {what}: pass "
+            "**sampling_settings(model) to generate() to turn that off, or ignore this if you want both",
+            stacklevel=2,
+        )
+    return bool(others)
+
+
+def _flat(processors: Iterable[Any]) -> Iterator[Any]:
+    """Yield processors in the order in which they run; those that others hold and run stand behind their holder."""
+    for processor in processors:
+        yield processor
+        inner = getattr(processor, "processors", None)
+        if isinstance(inner, list):
+            yield from _flat(inner)

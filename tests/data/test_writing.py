@@ -1,0 +1,231 @@
+"""Rows written out: the same rows whatever writes them, whole or not at all; plans saved, and read by others."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import pytest
+
+from hf_longtrunc import BestFitPackingCollator, PackedDataset, Packing, best_fit_decreasing, pack
+from hf_longtrunc.data.documents import IGNORE
+from tests.data.corpora import raw_examples
+from tests.data.test_dataset import KINDS, SEQ_LENGTH, Tokenizer, arrow, documents_of, expected
+
+COLUMNS = ["input_ids", "position_ids", "labels", "seq_lengths"]
+
+
+def rows_of(dataset):
+    return [{name: np.asarray(row[name]).tolist() for name in COLUMNS[:3]} for row in dataset]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tokenizer", [None, Tokenizer()], ids=["as they are", "eos"])
+def test_rows_written_are_the_rows(kind, tokenizer, tmp_path):
+    packed = pack(KINDS[kind](arrow()), SEQ_LENGTH, tokenizer, min_piece=1, row_multiple=8)
+    written = packed.materialize(tmp_path)
+    assert written.column_names == COLUMNS
+    assert rows_of(written) == rows_of(packed)
+    assert [sum(row) for row in written["seq_lengths"]] == [len(row["input_ids"]) for row in packed]
+    assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(packed)
+
+
+def test_labels_and_masks_are_written(tmp_path):
+    documents = arrow([5, 60, 9], completion_mask=[[0, 1, 1, 1, 0], [1] * 60, [0] * 9])
+    packed = pack(documents, SEQ_LENGTH, Tokenizer())
+    assert rows_of(packed.materialize(tmp_path)) == rows_of(packed)
+    with pytest.raises(ValueError, match="columns must have labels: the documents have completion_mask"):
+        packed.materialize(tmp_path, columns=["input_ids", "seq_lengths"])
+
+
+def test_an_empty_document_and_a_negative_token(tmp_path):
+    dataset = datasets.Dataset.from_dict({"input_ids": [[], [5, 6], None, [7]]})
+    packed = pack(dataset, 4, Tokenizer(), min_piece=1)
+    assert rows_of(packed.materialize(tmp_path)) == rows_of(packed)
+    bad = pack(datasets.Dataset.from_dict({"input_ids": [[5, 6], [5, -6]]}), 4)
+    with pytest.raises(ValueError, match="row 1: 'input_ids' holds -6"):
+        bad.materialize(tmp_path)
+    assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(packed)  # the old rows, whole
+    assert len(list(tmp_path.glob("*.arrow"))) == 1
+
+
+@pytest.mark.parametrize("num_proc", [2, 3])
+def test_processes_write_the_same_rows(num_proc, tmp_path):
+    packed = pack(arrow(), SEQ_LENGTH)
+    written = packed.materialize(tmp_path, num_proc=num_proc)
+    assert rows_of(written) == rows_of(packed)
+    assert len(list(tmp_path.glob("data-*.arrow"))) == num_proc
+    few = pack(arrow([5]), SEQ_LENGTH).materialize(tmp_path, num_proc=num_proc)
+    assert len(few) == len(list(tmp_path.glob("data-*.arrow"))) == 1
+
+
+def test_half_the_bytes_and_a_sixth(tmp_path):
+    packed = pack(arrow([500] * 40), SEQ_LENGTH)
+    small = packed.materialize(tmp_path / "small", dtype="int32", columns=["input_ids", "seq_lengths"])
+    assert small.features["input_ids"].feature.dtype == "int32"
+    size = sum(path.stat().st_size for path in (tmp_path / "small").glob("*.arrow"))
+    assert size < 4.3 * packed.stats()["tokens"]
+    collate = BestFitPackingCollator(SEQ_LENGTH)
+    ours, theirs = collate([small[i] for i in range(5)]), collate([packed[i] for i in range(5)])
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    large = pack(datasets.Dataset.from_dict({"input_ids": [[5, 2**31]]}), 4)
+    with pytest.raises(ValueError, match=r'token 2147483648 is more than int32 holds; pass dtype="int64"'):
+        large.materialize(tmp_path / "large", dtype="int32")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of 'int64', 'int32'"),
+        ({"num_proc": 0}, "num_proc must be a whole number"),
+        ({"columns": ["text"]}, "columns must be one of"),
+        ({"columns": ["input_ids"]}, "position_ids or seq_lengths for where documents begin"),
+        ({"columns": ["seq_lengths"]}, "columns must have input_ids"),
+    ],
+)
+def test_bad_arguments(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        pack(arrow(), SEQ_LENGTH).materialize(tmp_path, **options)
+
+
+def test_written_rows_are_much_faster_than_rows_one_by_one(tmp_path):
+    packed = pack(arrow([400] * 2000), 2048)
+    begun = time.process_time()
+    packed.materialize(tmp_path)
+    whole = time.process_time() - begun
+    begun = time.process_time()
+    for row in packed:
+        row["input_ids"].tolist(), row["labels"].tolist(), row["position_ids"].tolist()
+    assert whole < time.process_time() - begun
+
+
+KILLED = """
+import sys, datasets
+from pathlib import Path
+from hf_longtrunc import pack
+datasets.disable_progress_bars()
+documents = datasets.load_from_disk(sys.argv[1])
+packed = pack(documents, 64)
+print("ready", flush=True)
+while True:
+    packed.materialize(sys.argv[2])
+"""
+
+
+def test_killed_at_any_moment_it_leaves_whole_rows(tmp_path):
+    arrow([40] * 3000).save_to_disk(tmp_path / "documents")
+    documents, folder = datasets.load_from_disk(tmp_path / "documents"), tmp_path / "rows"
+    rows = pack(documents, 64)
+    rows.materialize(folder)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "documents"), str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    process.stdout.readline()
+    process.kill()
+    process.communicate()
+    rng = np.random.default_rng(0)
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+        process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        found = datasets.load_from_disk(folder)
+        assert len(found) == len(rows)
+        assert np.array_equal(found.with_format("numpy")[-1]["input_ids"], rows[-1]["input_ids"])
+    rows.materialize(folder)
+    assert len(list(folder.glob("data-*.arrow"))) == 1
+
+
+def test_interrupted_before_any_of_its_last_steps_the_old_rows_stay(tmp_path, monkeypatch):
+    """Every rename, the writing of every small file: the one that fails leaves the rows of before."""
+    old, new = pack(arrow([5, 60]), SEQ_LENGTH), pack(arrow([9, 50, 3]), SEQ_LENGTH)
+    old.materialize(tmp_path)
+    replace, write = os.replace, datasets.DatasetInfo.write_to_directory
+    for step in range(4):
+        count = iter(range(100))
+
+        def failing(original, *arguments, count=count, step=step, **options):
+            if next(count) == step:
+                raise OSError("the disk is full")
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", lambda *a, **k: failing(replace, *a, **k))
+            patch.setattr(datasets.DatasetInfo, "write_to_directory", lambda *a, **k: failing(write, *a, **k))
+            if step < 3:
+                with pytest.raises(OSError, match="the disk is full"):
+                    new.materialize(tmp_path)
+                assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(old)
+            else:
+                assert rows_of(new.materialize(tmp_path)) == rows_of(new)
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_saved_and_read_by_another_process(tmp_path):
+    dataset = arrow()
+    packed = pack(dataset, SEQ_LENGTH, Tokenizer(), seed=3)
+    packed.packing.save_pretrained(tmp_path)
+    plan = Packing.from_pretrained(tmp_path)
+    assert plan.seq_length == SEQ_LENGTH
+    assert plan.stats() == packed.stats()
+    again = PackedDataset(dataset, plan, tokenizer=Tokenizer(), seed=3)
+    assert rows_of(again) == rows_of(packed)
+    with pytest.raises(ValueError, match="read-only"):
+        plan.items[0] = 1
+
+
+def test_a_plan_of_best_fit_decreasing_is_a_plan():
+    lengths = [len(ids) for ids in arrow()["input_ids"]]
+    packed = PackedDataset(arrow(), best_fit_decreasing(lengths, SEQ_LENGTH, min_piece=1), row_multiple=8)
+    assert len(packed) % 8 == 0
+    assert documents_of(packed) == expected()
+
+
+def test_a_damaged_plan_is_refused(tmp_path):
+    pack(arrow(), SEQ_LENGTH).packing.save_pretrained(tmp_path)
+    path = tmp_path / "packing_plan.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        Packing.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no saved packing_plan"):
+        Packing.from_pretrained(tmp_path / "elsewhere")
+
+
+def test_a_plan_for_other_documents_is_refused():
+    plan = pack(arrow(), SEQ_LENGTH).packing
+    with pytest.raises(ValueError, match=r"made for 83 documents, the dataset has 2"):
+        PackedDataset(arrow([4, 5]), plan)
+    with pytest.raises(ValueError, match=r"made for other documents: 83 have another length.*Was the EOS"):
+        PackedDataset(arrow(), plan, tokenizer=Tokenizer())
+    others = PackedDataset(raw_examples([5] * 83), plan)
+    with pytest.raises(ValueError, match=r"document \d+ has 5 tokens and the plan counted on \d+"):
+        list(others)
+    with pytest.raises(TypeError, match="tokenizer must be a tokenizer"):
+        PackedDataset(arrow(), plan, tokenizer="gpt2")
+
+
+def test_shards():
+    packed = pack(arrow(), SEQ_LENGTH, min_piece=1)
+    shards = [packed.shard(np.int64(index), 3) for index in range(3)]
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    assert sum((documents_of(shard) for shard in shards), start=documents_of([])) == expected()
+    assert rows_of(shards[1]) == rows_of(packed)[1::3]
+    for index, count in ((3, 3), (-1, 3), (0, 0), (True, 2), (0, 1.5)):
+        with pytest.raises((TypeError, ValueError), match="must be a whole number"):
+            packed.shard(index, count)
+
+
+def test_labels_of_written_rows_begin_no_document(tmp_path):
+    written = pack(arrow(), SEQ_LENGTH).materialize(tmp_path)
+    for row in written:
+        firsts = np.cumsum([0, *row["seq_lengths"][:-1]])
+        assert [row["labels"][first] for first in firsts] == [IGNORE] * len(firsts)

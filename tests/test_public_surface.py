@@ -64,6 +64,7 @@ PUBLIC = {
         "load_pretrained",
         "load_uld_assistant",
         "pack",
+        "pack_in_order",
         "packing_table",
         "plot_packing",
         "pose_positions",

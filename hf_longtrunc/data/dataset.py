@@ -172,6 +172,12 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
                 labels[ends - lengths] = IGNORE
             return FlatRows(input_ids, labels, tokens, lengths, counts)
         joined = join([self._piece(int(piece)) for piece in flat])
+        is_plain = (joined["labels"] == joined["input_ids"]) | (joined["position_ids"] == 0)
+        if not with_labels and not is_plain.all():
+            raise ValueError(
+                "labels cannot be left out: some documents have labels or masks of their own, and without labels every "
+                "token would be learned"
+            )
         return FlatRows(joined["input_ids"], joined["labels"], tokens, lengths, counts)
 
     def _checked_columns(self, columns: Sequence[str]) -> tuple[str, ...]:

@@ -99,6 +99,7 @@ NO_TECHNIQUE = {  # public names that are tools, bases, parts or checks of techn
     "distances_seen",
     "load_pretrained",
     "load_uld_assistant",
+    "pack_in_order",
     "packing_table",
     "plot_packing",
     "random_positions",

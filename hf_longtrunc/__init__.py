@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from hf_longtrunc.cross_attention.unlimiformer import Unlimiformer as Unlimiformer
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
-    from hf_longtrunc.data.packing import Packing as Packing, best_fit_decreasing as best_fit_decreasing
+    from hf_longtrunc.data.megatron import read_megatron as read_megatron, write_megatron as write_megatron
+    from hf_longtrunc.data.packing import (
+        Packing as Packing,
+        best_fit_decreasing as best_fit_decreasing,
+        pack_in_order as pack_in_order,
+    )
     from hf_longtrunc.data.report import packing_table as packing_table, plot_packing as plot_packing
     from hf_longtrunc.data.stream import PackedStream as PackedStream
     from hf_longtrunc.data.verify import check_packed as check_packed
@@ -136,16 +141,19 @@ _HOME = {
     "load_pretrained": "hf_longtrunc.pretrained",
     "load_uld_assistant": "hf_longtrunc.mixing.uld",
     "pack": "hf_longtrunc.data.dataset",
+    "pack_in_order": "hf_longtrunc.data.packing",
     "packing_table": "hf_longtrunc.data.report",
     "plot_packing": "hf_longtrunc.data.report",
     "pose_positions": "hf_longtrunc.positions.cream",
     "random_positions": "hf_longtrunc.positions.cream",
+    "read_megatron": "hf_longtrunc.data.megatron",
     "sampling_settings": "hf_longtrunc.sampling.calls",
     "save_uld_assistant": "hf_longtrunc.mixing.uld",
     "train_pema": "hf_longtrunc.mixing.pema_processor",
     "trained_length": "hf_longtrunc.attention.lm_infinite",
     "uld_assistant": "hf_longtrunc.mixing.uld",
     "verify_positions": "hf_longtrunc.positions.verify",
+    "write_megatron": "hf_longtrunc.data.megatron",
 }
 
 __all__ = sorted(_HOME)

@@ -107,28 +107,33 @@ def bound(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
 def weight_and_bias(layer: Any, width: int, *, differentiable: bool = False) -> tuple[Tensor, Tensor]:
     """Return W [out, width] and b [out] of an affine layer.
 
-    A plain `nn.Linear` is read. Another layer (adapters, quantised weights, `Conv1D`) is asked: b = layer(0),
-    W = layer(I) - b, 512 unit vectors at a time. Both are detached unless `differentiable`: then gradients flow through
-    them to the layer's parameters, where gradients are enabled.
+    A plain `nn.Linear` is read. Another layer (adapters, quantised or offloaded weights, `Conv1D`) is asked:
+    b = layer(0), W = layer(I) - b, 512 unit vectors at a time. Both are detached unless `differentiable`: gradients
+    then flow through them to the layer's parameters, where they are enabled.
     """
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
         weight = getattr(layer, "weight", None)
-        if type(layer) is nn.Linear and isinstance(weight, Tensor) and weight.is_floating_point():
+        is_there = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
+        if type(layer) is nn.Linear and isinstance(weight, Tensor) and is_there:
             bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
         else:
             parameters = list(layer.parameters())
             dtypes = [each.dtype for each in parameters if each.is_floating_point()]  # none where all is quantised
-            units = torch.eye(width, dtype=(dtypes or [torch.get_default_dtype()])[0], device=parameters[0].device)
+            units = torch.eye(width, dtype=(dtypes or [torch.get_default_dtype()])[0], device=_reachable(parameters[0]))
             bias = layer(torch.zeros_like(units[:1]))[0]
             weight = torch.cat([(layer(part) - bias).T for part in torch.split(units, 512)], dim=1)
     return (weight, bias) if differentiable else (weight.detach(), bias.detach())
 
 
+def _reachable(parameter: Tensor) -> torch.device:
+    """Return where a module's inputs may lie: what accelerate offloads is on "meta", and its hooks move inputs."""
+    return torch.device("cpu") if parameter.is_meta else parameter.device
+
+
 def few_tokens(model: Any, most: int) -> Tensor:
     """Return token ids [1, up to 8] on the model's device, none of them 0, which is often padding."""
     weight = model.get_input_embeddings().weight
-    # What accelerate offloads lies on "meta" between forwards; its hooks move inputs from anywhere.
-    device = torch.device("cpu") if weight.is_meta else weight.device
+    device = _reachable(weight)
     return ((7 * torch.arange(min(8, most), device=device) + 3) % len(weight))[None]
 
 

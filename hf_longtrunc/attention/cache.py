@@ -357,14 +357,21 @@ class Archive(NamedTuple):
     """Keys and values of a whole text, and what was chosen of it.
 
     Attributes:
+        store: "device" or "cpu": where they live.
         keys: turned back to position 0, [batch, heads, capacity, dim], in the order of the text.
         values: [batch, heads, capacity, value_dim].
         chosen: blocks that `TopBlocks` reads [batch, blocks]; None: none were chosen yet.
     """
 
+    store: str
     keys: Tensor | None = None
     values: Tensor | None = None
     chosen: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Archive:
+        """Repeat, choose or reorder the rows."""
+        keys, values, chosen = (None if kept is None else change(kept) for kept in self[1:])
+        return Archive(self.store, keys, values, chosen)
 
 
 class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
@@ -382,8 +389,7 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, num_sink_tokens: int, window_length: int, rotation: Rotation | None, store: str):
         super().__init__(num_sink_tokens, window_length, rotation)
-        self.store = store
-        self.archive = Archive()
+        self.archive = Archive(store)
 
     @property
     def chosen(self) -> Tensor | None:
@@ -438,7 +444,7 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
             return archive
         like = states if archive is None else archive
         shape = *like.shape[:2], self.seen if archive is None else self.seen * 3 // 2, like.shape[3]
-        on_cpu, pinned = self.store == "cpu", states.is_cuda if archive is None else archive.is_pinned()
+        on_cpu, pinned = self.archive.store == "cpu", states.is_cuda if archive is None else archive.is_pinned()
         larger = torch.zeros(
             shape, dtype=like.dtype, device="cpu" if on_cpu else like.device, pin_memory=on_cpu and pinned
         )
@@ -448,7 +454,7 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
 
     def middle(self) -> Middle:
         """Return all that was seen, un-rotated, where it is stored."""
-        keys, values, _ = self.archive
+        _, keys, values, _ = self.archive
         assert keys is not None
         assert values is not None
         positions = from_first_token(torch.arange(self.seen, device=keys.device), self.rows.padding)
@@ -457,8 +463,8 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forget every token."""
         super().reset()
-        self.archive = Archive()
+        self.archive = Archive(self.archive.store)
 
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._map_rows(change)
-        self.archive = Archive(*(None if kept is None else change(kept) for kept in self.archive))
+        self.archive = self.archive.map(change)

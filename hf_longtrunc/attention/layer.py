@@ -76,15 +76,16 @@ class Layer:
                 "cache cannot be used on a model patched by LMInfinite; take DynamicCache or leave it to generate()"
             )
         if step.layout is Layout.RING:  # keys stand in their slots where the query is to see them
-            assert step.distances is not None
-            seen = None if step.seen is None else step.seen.to(query.device)
+            assert step.slots is not None
+            seen = None if step.slots[0] is None else step.slots[0].to(query.device)
+            distances = step.slots[1].to(query.device)
             sinks = slice(self.settings.num_sink_tokens)
             if not self.caches_keys and self.rotation is not None and sinks.stop:
                 cos, sin = (weights.to(key.device) for weights in step.turns[id(self.rotation)])
                 key[:, :, sinks] = self.rotation.apply(key[:, :, sinks], cos, sin)
             read = self._reader(key, value, None, step, scoring)
             reads = None if read is None else partial(read, query, step.queries.to(query.device))
-            return single_query_attention(query, key, value, step.distances.to(query.device), seen, scoring, reads)
+            return single_query_attention(query, key, value, distances, seen, scoring, reads)
         if step.query_order is None:
             return self._attend_text(query, key, value, step, scoring)
         # Masked columns between tokens: each row's tokens move behind them, and its outputs back.

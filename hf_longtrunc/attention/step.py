@@ -74,8 +74,7 @@ class Step(Carried):
         has_moved: whether some row's old tokens moved up to its new ones, over masked columns between them.
         key_order: likewise of the keys [batch, m], where the cache hands out masked columns as they came.
         turns: for one token, the cosines and sines that turn the sinks to where it sees them, by the rotation's id.
-        seen: for one token, the slots that it sees [rows, S + L]; None: all.
-        distances: for one token, those of the slots [rows, S + L].
+        slots: for one token, which slots it sees [rows, S + L], None for all, and their distances [rows, S + L].
         archives: of the layers that keep the whole text, by their index.
         ballot: takes each layer's vote while `TopBlocks` lets rows choose; None otherwise.
     """
@@ -89,8 +88,7 @@ class Step(Carried):
     key_order: Tensor | None = None
     has_moved: bool = False
     turns: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    seen: Tensor | None = None
-    distances: Tensor | None = None
+    slots: tuple[Tensor | None, Tensor] | None = None
     archives: Mapping[int, ArchiveCacheLayer] = field(default_factory=dict)
     ballot: list[Tensor] | None = None
 
@@ -162,11 +160,11 @@ def planned(
         each.expect(Announcement(to_ring, to_rollback, rows, moves, turns.get(id(each.rotation))))
     last, is_padded = from_first_token(columns[-1:], rows.padding), rows.padding is not None
     layout = Layout.TEXT if past == 0 else Layout.SINKS_FIRST if new > 1 else Layout.RING
-    seen = distances = None
+    slots = None
     if layout is Layout.RING:
         j = ring.key_positions(rows, like.device)
         seen = None if ring.sees_every_slot(rows) else _slots_seen(settings, queries, j)
-        distances = distance(queries, j, settings.max_distance)[:, 0]
+        slots = seen, distance(queries, j, settings.max_distance)[:, 0]
     step = Step(
         queries=queries,
         last=last,
@@ -177,8 +175,7 @@ def planned(
         key_order=query_order if past == 0 else None,
         has_moved=moves is not None,
         turns=turns,
-        seen=seen,
-        distances=distances,
+        slots=slots,
         archives=archives,
         ballot=ballot,
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,6 +113,12 @@ def arms(lm_infinite: bool, window: int | None, sinks: int) -> dict[str, Arm]:
     return chosen
 
 
+def read_text(path: str) -> str:
+    """Return a UTF-8 text whole; - is standard input."""
+    with open_text(path) as stream:
+        return stream.read()
+
+
 def check_file(path: str) -> None:
     """Refuse a path that names no file that can be read; - is standard input."""
     if path == "-":
@@ -179,7 +186,7 @@ def save_picture(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-    notes().print(f"picture: [bold]{path}[/bold]")
+    notes().print(f"picture: [bold]{escape(str(path))}[/bold]")
 
 
 def _width(stream: TextIO) -> int | None:

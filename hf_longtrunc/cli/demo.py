@@ -12,12 +12,11 @@ from hf_longtrunc.cli.common import (
     AsJson,
     Force,
     Model,
-    check_file,
     check_outputs,
     load,
     notes,
-    open_text,
     print_json,
+    read_text,
     results,
 )
 
@@ -66,16 +65,11 @@ def demo(
         raise typer.BadParameter(f"must lie in (0, 1], got {top_p}", param_hint="--top-p")
     if prompt is not None and not prompt.strip():
         raise typer.BadParameter("is empty", param_hint="--prompt")
-    if text is not None:
-        check_file(text)
     pictures = {part: f"{part.value}.png" for part in Part} | {Part.past_window: "perplexity.png"}
     check_outputs(output_dir, *(pictures[part] for part in chosen), force=force)
+    source = None if text is None else read_text(text)
     from hf_longtrunc.cli import demo_parts
 
-    source = None
-    if text is not None:
-        with open_text(text) as stream:
-            source = stream.read()
     console = results(is_quiet=as_json)
     loaded: Any
     tokenizer: Any

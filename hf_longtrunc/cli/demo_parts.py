@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from hf_longtrunc import (
@@ -87,13 +88,13 @@ def sampling_part(
         f"eta {epsilon:g}": {"logits_processor": [EtaLogitsProcessor(epsilon)]},
     }
     _heading(console, "Truncation sampling: what each sampler cuts")
-    console.print(f"[dim]prompt[/dim]  {prompt}")
+    console.print(f"[dim]prompt[/dim]  {escape(prompt)}")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     runs = []
     for name, settings in samplers.items():
         with notes().status(f"generating {max_new_tokens} tokens by {name} sampling"):
             runs.append(_sample(model, tokenizer, inputs, name, seed, max_new_tokens, settings))
-        console.print(f"\n[bold]{name}[/bold]  {runs[-1].text}")
+        console.print(f"\n[bold]{name}[/bold]  {escape(runs[-1].text)}")
     console.print(_steps_table(runs, tokenizer, steps_shown))
     console.print(_summary_table(runs, epsilon))
     _picture(runs, epsilon, folder / SAMPLING)
@@ -122,7 +123,7 @@ def bat_part(
     settings = {"logits_processor": [processor]}
     with notes().status(f"generating {max_new_tokens} tokens by basis-aware truncation"):
         run = _sample(model, tokenizer, inputs, f"BAT {epsilon:g}", seed, max_new_tokens, settings)
-    console.print(f"[bold]{run.name}[/bold]  {run.text}")
+    console.print(f"[bold]{run.name}[/bold]  {escape(run.text)}")
     console.print(_rescue_table(run, tokenizer, steps_shown))
     checker = processor.checker
     console.print(f"{checker.checked:,} tokens decided by proof, {checker.undecided} undecided")
@@ -137,7 +138,7 @@ def _rescue_table(run: SampledText, tokenizer: Any, steps: int) -> Table:
     for heading in ("drawn", "p", "threshold", "kept", "rescued"):
         table.add_column(heading, justify="left" if heading == "drawn" else "right")
     for record in run.records[:steps]:
-        token = repr(tokenizer.decode([record.token]))[1:-1]
+        token = escape(repr(tokenizer.decode([record.token]))[1:-1])
         figures = f"{record.probability:.1e}", f"{record.threshold:.1e}"
         table.add_row(token, *figures, f"{record.kept:,}", f"{record.kept_below:,}")
     return table
@@ -173,7 +174,7 @@ def _step_cells(run: SampledText, tokenizer: Any, step: int) -> tuple[str, str, 
     if step >= len(run.records):
         return "", "", ""
     record = run.records[step]
-    token = repr(tokenizer.decode([record.token]))[1:-1]
+    token = escape(repr(tokenizer.decode([record.token]))[1:-1])
     return token, f"{record.kept:,}", f"{1 - record.kept_mass:.1%}"
 
 

@@ -11,13 +11,12 @@ from hf_longtrunc.cli.common import (
     AsJson,
     Force,
     Model,
-    check_file,
     check_outputs,
     draw_without_a_screen,
     is_watched,
     load,
-    open_text,
     print_json,
+    read_text,
     results,
     save_picture,
 )
@@ -36,17 +35,12 @@ def match(
     """Find the epsilons at which eta, epsilon and basis-aware truncation refuse the same share of a human text."""
     if (file is None) == (string is None):
         raise typer.BadParameter("name a file, or give the text itself by --string", param_hint="FILE")
-    if file is not None:
-        check_file(file)
     check_outputs(picture.parent, picture.name, force=force, option="--picture")
+    text = string if file is None else read_text(file)
     from hf_longtrunc import SoftmaxBasis
     from hf_longtrunc.evaluation import critical_epsilons, match_table, matched_epsilons, plot_match
     from hf_longtrunc.evaluation.matching import known_shares
 
-    text = string
-    if file is not None:
-        with open_text(file) as stream:
-            text = stream.read()
     loaded, tokenizer = load(model, needs="a causal LM")
     ids: Any = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     ids = ids[0, :max_tokens]

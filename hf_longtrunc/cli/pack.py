@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from hf_longtrunc.cli.common import (
     AsJson,
@@ -80,7 +81,7 @@ def pack(
     figure: Any = plot_packing(packed.packing)[0].figure
     save_picture(figure, output_dir / "packing.png")
     packed.materialize(output_dir / "dataset")
-    notes().print(f"dataset: [bold]{output_dir / 'dataset'}[/bold]")
+    notes().print(f"dataset: [bold]{escape(str(output_dir / 'dataset'))}[/bold]")
     notes().print("read it with datasets.load_from_disk, train on it with BestFitPackingCollator", style="dim")
 
 

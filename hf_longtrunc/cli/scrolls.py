@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from hf_longtrunc.cli.common import (
     AsJson,
@@ -90,7 +91,7 @@ def scrolls(
     draw_without_a_screen()
     figure: Any = plot_scrolls(scores).figure
     save_picture(figure, output_dir / f"{name}.png")
-    notes().print(f"records, predictions, metrics: [bold]{output_dir / name}*[/bold]")
+    notes().print(f"records, predictions, metrics: [bold]{escape(str(output_dir / name))}*[/bold]")
     if as_json:
         print_json(scores)
     else:

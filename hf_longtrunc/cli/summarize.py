@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_longtrunc.cli.common import check_file, load, notes, open_text
+from hf_longtrunc.cli.common import load, notes, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,13 +28,11 @@ def summarize(
     compare: Annotated[bool, typer.Option(help="Also summarize the beginning alone, as the model would.")] = False,
 ) -> None:
     """Summarize a text of any length: every head of the decoder reads the whole of it (Unlimiformer)."""
-    check_file(file)
-    from hf_longtrunc import Unlimiformer
-
-    with open_text(file) as stream:
-        text = stream.read()
+    text = read_text(file)
     if not text.strip():
         raise typer.BadParameter("the text is empty", param_hint="FILE")
+    from hf_longtrunc import Unlimiformer
+
     loaded, tokenizer = load(model, needs="an encoder-decoder")
     patch = Unlimiformer(top_k=top_k, window=window, index=index).attach(loaded)
     inputs = tokenizer(_prefix(loaded, prefix) + text, return_tensors="pt", verbose=False)

@@ -111,7 +111,10 @@ def cross_attention_modules(decoder: nn.Module, run: Callable[[], Any]) -> list[
 
 
 def _is_readable(module: nn.Module) -> bool:
-    """Say whether what is needed of the module is there; its own mask too, or other keys share its softmax."""
+    """Return whether a module has a scaling, a size of its heads, and a mask over the encoder states alone.
+
+    Without such a mask it attends to other keys in the same softmax (T5Gemma 2).
+    """
     has_mask = not set(_MASKS).isdisjoint(parameters_of(module))
     return has_mask and hasattr(module, "scaling") and any(hasattr(module, name) for name in _HEAD_DIMS)
 

@@ -134,7 +134,7 @@ class UnlimiformerHandle(Handle):
         super().__init__(
             f"Unlimiformer(top_k={top_k}, window={window})",
             model,
-            f"the encoder reads {window} tokens a time, {layers}",
+            f"the encoder reads {window} tokens at a time, {layers}",
         )
         self.window = window
         self.top_k = top_k

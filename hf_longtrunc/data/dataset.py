@@ -143,6 +143,11 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         cache = Path(library.config.HF_DATASETS_CACHE, "packed", secrets.token_hex(8))
         return write_rows(self, cache if folder is None else folder, names, dtype, num_proc)
 
+    @property
+    def teaching(self) -> list[str]:
+        """The documents' columns that say which tokens are learned."""
+        return sorted({"labels", *LOSS_MASKS} & set(self._documents.columns))
+
     def blocks(self, first: int, last: int, tokens: int) -> Iterator[tuple[int, int]]:
         """Cut rows `first` to `last` into blocks of about so many tokens."""
         step = max(1, tokens // self.packing.seq_length)
@@ -167,6 +172,12 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
                 labels[ends - lengths] = IGNORE
             return FlatRows(input_ids, labels, tokens, lengths, counts)
         joined = join([self._piece(int(piece)) for piece in flat])
+        is_plain = (joined["labels"] == joined["input_ids"]) | (joined["position_ids"] == 0)
+        if not with_labels and not is_plain.all():
+            raise ValueError(
+                "labels cannot be left out: some documents have labels or masks of their own, and without labels every "
+                "token would be learned"
+            )
         return FlatRows(joined["input_ids"], joined["labels"], tokens, lengths, counts)
 
     def _checked_columns(self, columns: Sequence[str]) -> tuple[str, ...]:
@@ -175,10 +186,9 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
             raise ValueError(
                 f"columns must have input_ids, and position_ids or seq_lengths for where documents begin, got {names}"
             )
-        teaching = {"labels", *LOSS_MASKS} & set(self._documents.columns)
-        if teaching and "labels" not in names:
+        if self.teaching and "labels" not in names:
             raise ValueError(
-                f"columns must have labels: the documents have {', '.join(sorted(teaching))}, and without labels every "
+                f"columns must have labels: the documents have {', '.join(self.teaching)}, and without labels every "
                 "token would be learned"
             )
         return names

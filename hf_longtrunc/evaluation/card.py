@@ -32,6 +32,8 @@ class Paper:
 
 _ETA = Paper("eta-sampling", "Hewitt et al.", 2022, "Truncation Sampling as Language Model Desmoothing", "2210.15191")
 _EPSILON = replace(_ETA, method="epsilon-sampling")
+_TOP_N_SIGMA = Paper("top-n-sigma", "Tang et al.", 2024, "Top-n\u03c3: Not All Logits Are You Need", "2411.07641")
+_P_LESS = Paper("p-less sampling", "Tan et al.", 2025, "p-less Sampling", "2509.23234")
 _BAT = Paper(
     "basis-aware truncation",
     "Finlayson et al.",
@@ -45,6 +47,13 @@ _LM_INFINITE = Paper(
     2024,
     "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models",
     "2308.16137",
+)
+_DUAL_CHUNK = Paper(
+    "dual chunk attention",
+    "An et al.",
+    2024,
+    "Training-Free Long-Context Scaling of Large Language Models",
+    "2402.17463",
 )
 _UNLIMIFORMER = Paper(
     "Unlimiformer",
@@ -125,11 +134,13 @@ PAPERS = {  # a public name that names a technique -> its paper; tests/evaluatio
     "PEMA": _PEMA,
     "PEMAAdapter": _PEMA,
     "PEMALogitsProcessor": _PEMA,
+    "PLessLogitsProcessor": _P_LESS,
     "PackedDataset": _PACKING,
     "PackedStream": _PACKING,
     "ProxyTuningLogitsProcessor": _PROXY,
     "SoftmaxBasis": _BAT,
     "TopBlocks": _LM_INFINITE,
+    "TopNSigmaLogitsProcessor": _TOP_N_SIGMA,
     "TopK": _LM_INFINITE,
     "ULDLogitsProcessor": _ULD,
     "ULDLoss": _ULD,

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_longtrunc.arguments import whole
 from hf_longtrunc.evaluation.display import new_table
 from hf_longtrunc.evaluation.records import ArmRecord, Journal, arm_fields
 from hf_longtrunc.extras import missing
@@ -157,7 +158,12 @@ def run_harness(
         ValueError: a task that the harness does not know; a prompt longer than `max_length`.
     """
     journal = Journal(path, HarnessRecord, ("samples", "metrics"))
-    chosen = None if lengths is None else list(lengths)
+    limit, max_length = (
+        None if value is None else whole(name, value, least=1)
+        for name, value in (("limit", limit), ("max_length", max_length))
+    )
+    chosen = None if lengths is None else [whole("lengths", length, least=1) for length in lengths]
+    batch_size = whole("batch_size", batch_size, least=1)
     manager = TaskManager(
         metadata={"tokenizer": tokenizer.name_or_path, **({} if chosen is None else {"max_seq_lengths": chosen})}
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_longtrunc.arguments import whole
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.records import ArmRecord, arm_fields
 from hf_longtrunc.evaluation.streaming import start_stream
@@ -108,8 +109,7 @@ def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: b
     rows = _checked_ids(input_ids if input_ids.ndim == 2 else input_ids[None])
     if rows.shape[1] < 2:
         raise ValueError(f"input_ids must hold at least 2 tokens a text, got {rows.shape[1]}: the first has no loss")
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, got {chunk}")
+    chunk = whole("chunk", chunk, least=1)
     name = progress if isinstance(progress, str) else None
     pieces = []
     with tqdm(total=rows.shape[1], desc=name, unit="tok", disable=not progress) as bar:
@@ -166,7 +166,12 @@ def perplexity_by_position(losses: Tensor, edges: Sequence[int]) -> list[Positio
 
 
 def default_edges(window_length: int, length: int) -> list[int]:
-    """Return bin edges around a trained window L: 0, L/2, L, 1.25 L, 1.5 L, 2 L, 4 L, ... until `length` is inside."""
+    """Return bin edges around a trained window L: 0, L/2, L, 1.25 L, 1.5 L, 2 L, 4 L, ... until `length` is inside.
+
+    Raises:
+        TypeError, ValueError: a window of less than 4 or a length of less than 1 token.
+    """
+    window_length, length = whole("window_length", window_length, least=4), whole("length", length, least=1)
     edges = [0, window_length // 2, window_length, window_length * 5 // 4, window_length * 3 // 2, window_length * 2]
     while edges[-1] < length:
         edges.append(edges[-1] * 2)
@@ -243,7 +248,7 @@ def _checked_ids(ids: Tensor) -> Tensor:
 
 
 def _checked_edges(edges: Sequence[int]) -> Sequence[int]:
-    increasing = all(left < right for left, right in pairwise(edges))
-    if len(edges) < 2 or edges[0] < 0 or not increasing:
-        raise ValueError(f"edges must be at least two positions that increase from 0 or more, got {list(edges)}")
-    return edges
+    positions = [whole("edges", edge, least=0) for edge in edges]
+    if len(positions) < 2 or any(left >= right for left, right in pairwise(positions)):
+        raise ValueError(f"edges must be at least two positions that increase from 0 or more, got {positions}")
+    return positions

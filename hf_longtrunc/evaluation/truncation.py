@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
+from hf_longtrunc.arguments import whole
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.perplexity import token_losses
 from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings
@@ -113,6 +114,7 @@ def truncation_scores(
         raise ValueError("model is in training mode, where dropout changes the distributions: call model.eval() first")
     if input_ids.ndim != 1 or len(input_ids) < 2:
         raise ValueError(f"input_ids must be one row of at least 2 tokens, got shape {tuple(input_ids.shape)}")
+    chunk = whole("chunk", chunk, least=1)
     journal = Journal(
         path, TruncationScore, ("accepted", "kept_mass", "total_variation", "kept", "entropy", "kept_entropy")
     )
@@ -155,10 +157,18 @@ def run_repetition(
     Returns:
         One record per sampler, phrase and seed; `repetitive` where the mean loss is under 1 nat (Hewitt et al. 2022,
         arXiv 2210.15191).
+
+    Raises:
+        TypeError, ValueError: a number that is not whole or below 1.
     """
     journal = Journal(path, RepetitionRecord, ("tokens", "loss", "repetitive", "text"))
-    sizes = {"repeats": repeats, "max_new_tokens": max_new_tokens, **model_settings(model)}
-    cells: list[dict[str, Any]] = [{"phrase": phrase, "seed": seed, **sizes} for phrase in phrases for seed in seeds]
+    sizes: dict[str, Any] = {
+        "repeats": whole("repeats", repeats, least=1),
+        "max_new_tokens": whole("max_new_tokens", max_new_tokens, least=1),
+        **model_settings(model),
+    }
+    draws = [whole("seeds", seed) for seed in seeds]
+    cells: list[dict[str, Any]] = [{"phrase": phrase, "seed": seed, **sizes} for phrase in phrases for seed in draws]
     records = []
     for name, processors in samplers.items():
         setting: dict[str, Any] = {"sampler": name, "settings": _settings(processors)}

@@ -139,7 +139,8 @@ class TopNSigmaLogitsProcessor(_ThresholdLogitsProcessor):
 
     Args:
         n: above 0; the paper takes 1. Or one value a row, as for `EtaLogitsProcessor`.
-        min_tokens_to_keep, filter_value: as for `EtaLogitsProcessor`.
+        min_tokens_to_keep: as for `EtaLogitsProcessor`.
+        filter_value: as for `EtaLogitsProcessor`.
 
     Source: Tang et al. 2024, "Top-nσ: Not All Logits Are You Need", arXiv 2411.07641. Deviations: the deviation is that
     of the whole row, divided by V and not by V - 1; tokens at -inf, removed by an earlier processor, do not enter it.
@@ -166,7 +167,8 @@ class PLessLogitsProcessor(_ThresholdLogitsProcessor):
 
     Args:
         normalized: take (V sum p^2 - 1) / (V - 1), a laxer bar: 0 for a flat row, which keeps all of its tokens.
-        min_tokens_to_keep, filter_value: as for `EtaLogitsProcessor`.
+        min_tokens_to_keep: as for `EtaLogitsProcessor`.
+        filter_value: as for `EtaLogitsProcessor`.
 
     Source: Tan, Wu, Howard 2025, "p-less Sampling", arXiv 2509.23234. Deviations: none.
     """

@@ -58,6 +58,8 @@ _JOINING = 32
 _JOINED = 8
 # The other tokens are bundled by the signs of f under so many of those multipliers.
 _BITS = 4
+# Columns for what stays undecided without a floor.
+_WIDE_COLUMNS = 8192
 # Columns of less probability than this have nothing to give.
 _NEGLIGIBLE = 1e-30
 # tau above this is "every threshold": s stays representable.
@@ -346,6 +348,11 @@ class _RowWork:
         while len(pending):
             batch, pending = pending[: solver.batch], pending[solver.batch :]
             self._decide_batch(self.the_head(), solver, batch)
+            left = batch[self.decisions[batch] == 0]
+            if len(left) and not self.box.floored:
+                # Without a floor a rare column can carry any weight: bundles do not help, more columns do.
+                wide = _make_head(self.row, _most_probable(self.row.probs, _WIDE_COLUMNS))
+                self._decide_batch(wide, wide.solver(self.box, len(left)), left)
             self.checker.undecided += int((self.decisions[batch] == 0).sum())
             pending = pending[self.decisions[pending] == 0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -400,6 +401,31 @@ def test_four_threads_on_one_model_say_what_each_says_alone(llama, technique, le
                 assert all(map(torch.equal, in_threads(tasks), alone))
     finally:
         sys.setswitchinterval(before)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("kind", ["plain", "padded", "TopBlocks"])
+def test_four_threads_on_the_real_model(real_model, kind):
+    """HF_LONGTRUNC_GENERATIONS=50 gives each thread fifty."""
+    model, tokenizer = real_model
+    retrieval = TopBlocks(blocks=2, block_size=8, voting_rows=4, rows=8) if kind == "TopBlocks" else None
+    words = [
+        "The keeper climbed the stairs. ",
+        "A whale rose beside the boat. ",
+        "Rain fell on the town. ",
+        "We sang. ",
+    ]
+    texts = [tokenizer(word * 12, return_tensors="pt")["input_ids"][:, : 50 + 5 * i] for i, word in enumerate(words)]
+    with LMInfinite(num_sink_tokens=4, window_length=24, retrieval=retrieval)(model):
+
+        def task(text):
+            ids, mask = padded(text, 9 if kind == "padded" else 0)
+            return lambda: model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+
+        tasks = [task(text) for text in texts]
+        alone = [task() for task in tasks]
+        for _ in range(int(os.environ.get("HF_LONGTRUNC_GENERATIONS", "1"))):
+            assert all(map(torch.equal, in_threads(tasks), alone))
 
 
 # -- wrappers and ranks ----------------------------------------------------------------------------------------------

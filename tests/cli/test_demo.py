@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from hf_longtrunc import load_pretrained
-from hf_longtrunc.cli.demo_parts import bat_part, past_the_window
+from hf_longtrunc.cli.demo_parts import bat_part, past_the_window, sampling_part
 from hf_longtrunc.evaluation import PerplexityRecord, read_records
 from tests.command_line import invoke
 
@@ -85,3 +85,26 @@ def test_the_demo_as_json(model_folder, tmp_path):
     assert list(shown) == ["sampling", "packing", "cream"]
     assert [run["sampler"] for run in shown["sampling"]] == ["plain", "top-p 0.9", "eta 0.002"]
     assert shown["packing"]["difference from alone"] < 1e-3
+
+
+class Bracketing:
+    """A tokenizer whose every token reads like the end of a style that rich knows nothing of."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __call__(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+    def decode(self, ids, **kwargs):
+        return "[/b]" * len(ids)
+
+
+@pytest.mark.parametrize("part", [sampling_part, bat_part])
+def test_texts_with_square_brackets_are_shown_as_they_are(model_folder, tmp_path, part):
+    model, tokenizer = load_pretrained(model_folder)
+    console = Console(record=True, width=200, file=io.StringIO())
+    part(model, Bracketing(tokenizer), tmp_path / "[/i]", prompt="[/u] a", max_new_tokens=3, console=console)
+    output = console.export_text()
+    assert "[/b][/b][/b]" in output
+    assert ("[/u] a" in output) == (part is sampling_part)

@@ -584,6 +584,17 @@ def test_an_index_is_built_once_a_text_and_not_once_a_step(monkeypatch):
         assert built == ["HNSW8"] * 3
 
 
+def test_offloaded_weights():
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = tiny_seq2seq(), random_ids(1, 50)
+    with Unlimiformer(top_k=4, window=WINDOW)(model):
+        expected = model.generate(ids, max_new_tokens=5)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert cross_attentions(model)[0].k_proj.weight.is_meta
+    with Unlimiformer(top_k=4, window=WINDOW)(model):
+        assert torch.equal(model.generate(ids, max_new_tokens=5), expected)
+
+
 def test_a_store_of_ones_own():
     model, ids = tiny_seq2seq(), random_ids(1, 60)
 

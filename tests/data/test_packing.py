@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from hf_longtrunc import PackedDataset, pack_in_order
 from hf_longtrunc.data import packing as packing_module
 from hf_longtrunc.data.packing import best_fit_decreasing, plan_rows
 
@@ -244,3 +245,37 @@ def test_lengths_of_any_integer_type(dtype):
 
 def test_shapes_and_dtypes_are_checked_in_this_run():
     assert unwrap(packing_module.plan_rows) is not packing_module.plan_rows
+
+
+def next_fit(lengths, seq_length):
+    """The definition, piece by piece: (document, start, length) of the pieces of every row."""
+    rows = []
+    for document, length in enumerate(lengths):
+        for start in range(0, length, seq_length):
+            piece = document, start, min(seq_length, length - start)
+            if not rows or sum(size for *_, size in rows[-1]) + piece[2] > seq_length:
+                rows.append([])
+            rows[-1].append(piece)
+    return rows
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any), st.integers(1, 17))
+def test_packing_in_order_is_next_fit(lengths, seq_length):
+    packing = pack_in_order(lengths, seq_length, min_piece=1)
+    rows = [
+        [(int(packing.document[p]), int(packing.start[p]), int(packing.length[p])) for p in packing.row(row)]
+        for row in range(len(packing))
+    ]
+    assert rows == next_fit(lengths, seq_length)
+    assert packing.stats()["tokens"] == sum(lengths)
+
+
+def test_rows_in_order_hold_the_documents_in_order():
+    documents = [{"input_ids": [n] * (1 + n % 7)} for n in range(40)]
+    plan = pack_in_order([len(document["input_ids"]) for document in documents], 8, min_piece=1)
+    rows = PackedDataset(documents, plan, seed=None)
+    assert np.concatenate([row["input_ids"] for row in rows]).tolist() == [
+        token for document in documents for token in document["input_ids"]
+    ]
+    with pytest.raises(ValueError, match="document 1 has 9 tokens"):
+        pack_in_order([3, 9], 8, long="error")

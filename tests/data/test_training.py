@@ -110,4 +110,7 @@ def test_two_ranks_make_the_same_steps_and_see_every_token_once(tmp_path):
     assert ranks[0]["parameters"] == ranks[1]["parameters"]
     streamed = [tuple(document) for rank in ranks for document in rank["streamed"]]
     assert set(streamed) <= set(seen)
+    flat = [tuple(document) for rank in ranks for document in rank["flat"]]
+    assert len(flat) == len(set(flat)) > 30
+    assert set(flat) <= set(seen)
     assert len(streamed) == len(set(streamed)) > 30  # four steps of the stream: no document on both ranks

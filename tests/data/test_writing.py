@@ -43,6 +43,13 @@ def test_labels_and_masks_are_written(tmp_path):
         packed.materialize(tmp_path, columns=["input_ids", "seq_lengths"])
 
 
+def test_labels_that_only_later_rows_have_are_not_lost(tmp_path):
+    packed = pack([{"input_ids": [5, 6]}, {"input_ids": [7, 8], "labels": [IGNORE, IGNORE]}], 4)
+    assert rows_of(packed.materialize(tmp_path)) == rows_of(packed)
+    with pytest.raises(ValueError, match="labels cannot be left out: some documents have labels or masks"):
+        packed.materialize(tmp_path, columns=["input_ids", "seq_lengths"])
+
+
 def test_an_empty_document_and_a_negative_token(tmp_path):
     dataset = datasets.Dataset.from_dict({"input_ids": [[], [5, 6], None, [7]]})
     packed = pack(dataset, 4, Tokenizer(), min_piece=1)

@@ -20,18 +20,19 @@ class Recorder(Trainer):
 
     def training_step(self, model, inputs, *args):
         for row in range(len(inputs["input_ids"])):
-            self.documents += segments({name: tensor[row] for name, tensor in inputs.items()})
+            self.documents += segments({name: inputs[name][row] for name in ("input_ids", "position_ids", "labels")})
         return super().training_step(model, inputs, *args)
 
 
-def train(folder: Path, dataset, **length) -> tuple[Recorder, LlamaForCausalLM]:
+def train(folder: Path, dataset, layout="rows", **options) -> tuple[Recorder, LlamaForCausalLM]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config())
     arguments = TrainingArguments(
         str(folder), use_cpu=True, report_to="none", save_strategy="no", per_device_train_batch_size=3,
-        disable_tqdm=True, dataloader_pin_memory=False, ddp_backend="gloo", learning_rate=1e-2, **length,
+        disable_tqdm=True, dataloader_pin_memory=False, ddp_backend="gloo", learning_rate=1e-2, **options,
     )  # fmt: skip
-    trainer = Recorder(model, arguments, train_dataset=dataset, data_collator=BestFitPackingCollator(SEQ_LENGTH))
+    collator = BestFitPackingCollator(SEQ_LENGTH, layout=layout)
+    trainer = Recorder(model, arguments, train_dataset=dataset, data_collator=collator)
     trainer.documents = []
     trainer.train()
     return trainer, model
@@ -43,7 +44,12 @@ def main(folder: Path) -> None:
     check_packed(LlamaForCausalLM(tiny_config()), probe | {"use_cache": False})
     trainer, model = train(folder, packed, num_train_epochs=1)
     streamed, _ = train(folder, pack(Examples(raw_examples(LENGTHS)), SEQ_LENGTH, pool_size=40), max_steps=4)
+    flat, _ = train(
+        folder, pack(Examples(raw_examples(LENGTHS)), SEQ_LENGTH, pool_size=40), "flat", max_steps=4,
+        accelerator_config={"dispatch_batches": False},
+    )  # fmt: skip
     report = {
+        "flat": flat.documents,
         "world": trainer.args.world_size,
         "steps": trainer.state.global_step,
         "documents": trainer.documents,

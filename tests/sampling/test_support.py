@@ -301,6 +301,20 @@ def test_tokens_that_are_out_already_are_cut_and_change_nothing_else():
     assert torch.equal(kept[rest], SupportChecker(smaller).kept(scores[rest], 0.02, floor=0.0))
 
 
+@pytest.mark.parametrize("rank", [5, 20])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_official_variant_decides_with_more_columns(rank, temperature):
+    """On 512 columns some tokens stayed undecided in flat rows, and counted as cut."""
+    generator = torch.Generator().manual_seed(rank)
+    weight, hidden = torch.randn(2000, 64, generator=generator), torch.randn(64, generator=generator)
+    scores = (weight @ hidden) / 2 / temperature
+    probs = scores.softmax(-1)
+    tokens = torch.tensor([token for token in probs.argsort(descending=True).tolist() if probs[token] < 0.02][:40])
+    checker = SupportChecker(SoftmaxBasis.from_weight(weight, rank), variant="official")
+    checker.check(scores, 0.02, tokens)
+    assert checker.undecided == 0
+
+
 @pytest.mark.parametrize("variant", ["paper", "official"])
 def test_critical_threshold_parts_kept_from_cut(variant):
     basis, scores = random_basis(300, 6, 4), random_scores(300, 4, 2.5)

@@ -1,0 +1,113 @@
+"""Megatron-LM's indexed datasets, which NeMo reads too: `<prefix>.bin` holds tokens, `<prefix>.idx` where they are.
+
+The index, little-endian: the magic bytes, version 1 (u64), a code of the tokens' type (u8), the number of sequences and
+of document bounds (u64 each), the tokens of every sequence (i32), where it begins in the .bin in bytes (i64), and the
+first sequence of every document, ending with the number of sequences (i64).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_longtrunc.data.writing import import_datasets
+
+if TYPE_CHECKING:
+    import datasets
+
+    from hf_longtrunc.data.dataset import PackedDataset
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+_TOKENS = 2**21  # written at once
+
+
+def read_megatron(prefix: str | os.PathLike[str]) -> datasets.Dataset:
+    """Return the documents of `<prefix>.bin` and `<prefix>.idx` as `input_ids`, mapped from the file and not copied.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: the index is none, is damaged, or speaks of sequences that do not lie one after another.
+    """
+    import pyarrow as pa
+
+    library = import_datasets("read_megatron")
+    tokens, sizes, begins, firsts = _read(Path(f"{prefix}.idx"), Path(f"{prefix}.bin"))
+    ends = np.append(0, np.cumsum(sizes, dtype=np.int64))
+    if not np.array_equal(begins, ends[:-1] * tokens.itemsize) or ends[-1] > len(tokens):
+        raise ValueError(f"{prefix}.idx speaks of sequences that do not lie one after another in {prefix}.bin")
+    values = pa.Array.from_buffers(pa.from_numpy_dtype(tokens.dtype), len(tokens), [None, pa.py_buffer(tokens)])
+    lists = pa.LargeListArray.from_arrays(pa.array(ends[firsts]), values)
+    table = library.table.InMemoryTable(pa.table({"input_ids": lists}))
+    documents: datasets.Dataset = library.Dataset(table)
+    return documents
+
+
+def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str]) -> None:
+    """Write packed rows as `<prefix>.bin` and `<prefix>.idx`: a row is a document, its pieces are the sequences in it.
+
+    Tokens are uint16 if all are below 65,500, as Megatron does for small vocabularies, else int32. Labels cannot be
+    written. The index, without which the tokens are nothing, takes the place of an older one last.
+
+    Raises:
+        ValueError: the documents have labels or masks, or a token is more than int32 holds.
+    """
+    if rows.teaching:
+        raise ValueError(
+            f"Megatron's format holds tokens only, and the documents have {', '.join(rows.teaching)}: every token "
+            "would be learned"
+        )
+    highest = max((int(part.input_ids.max(initial=0)) for part in _parts(rows)), default=0)
+    if highest >= 2**31:
+        raise ValueError(f"token {highest} is more than int32 holds")
+    code = 8 if highest < 65_500 else 4
+    bin_at, idx_at = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    bin_at.parent.mkdir(parents=True, exist_ok=True)
+    sizes, pieces = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    with _beside(bin_at).open("wb") as file:
+        for part in _parts(rows):
+            file.write(part.input_ids.astype(_TYPES[code]).tobytes())
+            sizes.append(part.piece_lengths)
+            pieces.append(part.pieces)
+    lengths, firsts = np.concatenate(sizes), np.append(0, np.cumsum(np.concatenate(pieces)))
+    begins = (np.cumsum(lengths) - lengths) * np.dtype(_TYPES[code]).itemsize
+    with _beside(idx_at).open("wb") as file:
+        file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(firsts)))
+        file.write(lengths.astype("<i4").tobytes() + begins.astype("<i8").tobytes() + firsts.astype("<i8").tobytes())
+    for path in (bin_at, idx_at):
+        os.replace(_beside(path), path)
+
+
+def _read(idx: Path, bin_: Path) -> tuple[Any, Any, Any, Any]:
+    for path in (idx, bin_):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: Megatron's datasets are a .bin and an .idx beside it")
+    data = idx.read_bytes()
+    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
+        raise ValueError(f"{idx} is no index of Megatron's (it does not begin with {_MAGIC!r})")
+    _, version, code, sequences, bounds = _HEADER.unpack_from(data)
+    if version != 1 or code not in _TYPES:
+        raise ValueError(f"{idx} has version {version} and type {code}, expected version 1 and integer tokens")
+    if len(data) < _HEADER.size + 12 * sequences + 8 * bounds:
+        raise ValueError(f"{idx} is damaged: it is too short for {sequences} sequences and {bounds} documents")
+    sizes = np.frombuffer(data, "<i4", sequences, _HEADER.size)
+    begins = np.frombuffer(data, "<i8", sequences, _HEADER.size + 4 * sequences)
+    firsts = np.frombuffer(data, "<i8", bounds, _HEADER.size + 12 * sequences)
+    if not bounds or firsts[0] != 0 or firsts[-1] != sequences or (np.diff(firsts) < 0).any():
+        raise ValueError(f"{idx} is damaged: its documents do not cover its {sequences} sequences")
+    size = bin_.stat().st_size
+    tokens = np.memmap(bin_, _TYPES[code], "r") if size else np.empty(0, _TYPES[code])
+    return tokens, sizes, begins, firsts
+
+
+def _parts(rows: PackedDataset) -> Any:
+    return (rows.gather(first, last, with_labels=False) for first, last in rows.blocks(0, len(rows), _TOKENS))
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,0 +1,1 @@
+"""The truncation samplers in the types of other engines: vLLM and SGLang. Nothing here imports transformers."""

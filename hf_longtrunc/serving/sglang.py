@@ -1,0 +1,46 @@
+"""Truncation samplers as SGLang's custom logit processor."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import TYPE_CHECKING, Any
+
+from hf_longtrunc.serving.rows import truncate, wanted
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+
+class TruncationLogitProcessor:
+    """Eta, epsilon, top-n-sigma and p-less sampling by request, as a `CustomLogitProcessor` of SGLang.
+
+    Start the server with `--enable-custom-logit-processor`, and send with a request
+
+        {"custom_logit_processor": TruncationLogitProcessor.to_str(),
+         "sampling_params": {"custom_params": {"eta": 2e-3}, "top_k": -1}}
+
+    `hf_longtrunc.serving.rows` lists the names. The class meets the interface without importing SGLang: the server
+    reads it by name from its own environment, where hf_longtrunc must be installed. SGLang runs custom processors in
+    front of its temperature, top-k, top-p and min-p, on the model's distribution at temperature 1.
+    """
+
+    def __call__(self, logits: Tensor, custom_param_list: Sequence[Mapping[str, Any] | None] | None = None) -> Tensor:
+        """Return a copy of `logits` [rows, V], cut by each row's own parameters.
+
+        Raises:
+            TypeError, ValueError: a parameter of the wrong type or outside its range, or not one entry a row.
+        """
+        parameters = [None] * len(logits) if custom_param_list is None else list(custom_param_list)
+        if len(parameters) != len(logits):
+            raise ValueError(
+                f"custom_param_list must have one entry for each of {len(logits)} rows, got {len(parameters)}"
+            )
+        return truncate(logits, [wanted(each) for each in parameters])
+
+    @classmethod
+    def to_str(cls) -> str:
+        """Return the string that a request carries: the class by its module and name."""
+        return json.dumps({"callable": pickle.dumps(cls).hex()})

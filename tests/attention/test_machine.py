@@ -1,0 +1,12 @@
+"""Random histories, a few for each family; `python -m tests.attention.machine 10000` runs more."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import machine
+
+
+@pytest.mark.parametrize("family", machine.FAMILIES)
+def test_any_history_is_each_row_alone(family):
+    machine.run(family, examples=3, length=10, derandomize=True)

@@ -1,0 +1,45 @@
+"""What is said where a package is missing, and that nobody sends users to an index that does not have this one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tomllib
+
+from hf_longtrunc.extras import missing
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+SAID = [
+    *(ROOT / "hf_longtrunc").rglob("*.py"),
+    *(ROOT / "recipes").rglob("*.py"),
+    *(path for kind in ("*.md", "*.ipynb") for path in (ROOT / "docs").rglob(kind)),
+    *ROOT.glob("*.md"),
+]
+
+
+def test_the_error_names_package_extra_and_a_way_that_works():
+    error = missing("a table", "rich.table", "eval")
+    assert isinstance(error, ModuleNotFoundError)
+    assert error.name == "rich"
+    assert str(error) == 'a table needs rich: in a checkout of hf_longtrunc, run pip install -e ".[eval]"'
+
+
+@pytest.mark.parametrize("path", SAID, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_is_told_to_install_from_an_index(path):
+    text = path.read_text(encoding="utf-8")
+    assert "hf_longtrunc[" not in text
+    assert "pip install hf_longtrunc" not in text
+    assert "pip install hf-longtrunc" not in text
+
+
+def test_every_extra_that_is_named_exists():
+    named = {
+        line.rsplit('"', 2)[1]
+        for path in (ROOT / "hf_longtrunc").rglob("*.py")
+        for line in path.read_text().splitlines()
+        if "raise missing(" in line
+    }
+    assert named
+    assert named <= set(EXTRAS)

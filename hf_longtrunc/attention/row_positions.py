@@ -16,7 +16,8 @@ class Rows(NamedTuple):
             its last columns, so column c holds position c - padding, and a negative position holds nothing.
         max_padding: the largest of them.
         holes: how many of them lie behind the row's first token [batch]; None where none do.
-        trailing: how many of them lie behind the row's last token [batch]; None where none do.
+        trailing: how many of them lay behind the row's last token [batch] when `ended` columns were seen; None: none.
+        ended: the columns seen when masked ones last came; all since hold tokens.
         floor: the tokens that a cache must keep: what was moved up to there cannot be moved back.
     """
 
@@ -24,6 +25,7 @@ class Rows(NamedTuple):
     max_padding: int = 0
     holes: Tensor | None = None
     trailing: Tensor | None = None
+    ended: int = 0
     floor: int = 0
 
     def map(self, change: Any) -> Rows:
@@ -89,13 +91,15 @@ def joined(rows: Rows, real: Tensor | None, past: int, new: int) -> tuple[Rows, 
         ValueError: the mask of the past is not what it was, other than that rows now end earlier.
     """
     if real is None or _goes_on(rows, real, past):
-        return rows._replace(trailing=None), None
+        return rows, None
     before, now = real[:, :past], real[:, past:]
     zero = torch.zeros(len(real), dtype=torch.long, device=real.device)
     padding = zero if rows.padding is None else rows.padding.to(real.device)
     holes = zero if rows.holes is None else rows.holes.to(real.device)
     trailing = zero if rows.trailing is None else rows.trailing.to(real.device)
-    taken_back = torch.where(before.any(-1), left_padding(before.flip(-1)) - trailing, past - padding)
+    masked, since = left_padding(before.flip(-1)), past - rows.ended
+    taken_back = torch.where(masked < since, masked, masked - trailing)
+    taken_back = torch.where(before.any(-1), taken_back, past - padding)
     is_as_it_was = (taken_back >= 0) & (before.sum(-1) == past - padding - taken_back)
     is_as_it_was &= (left_padding(before) == padding - holes) | ~before.any(-1)
     if not bool(is_as_it_was.all()):
@@ -104,7 +108,7 @@ def joined(rows: Rows, real: Tensor | None, past: int, new: int) -> tuple[Rows, 
             "its answer, may turn to 0 between turns. Start anew with the whole text"
         )
     missing, leading = new - now.sum(-1), left_padding(now)
-    behind = torch.where(now.any(-1), left_padding(now.flip(-1)), taken_back + trailing + new)
+    behind = torch.where(now.any(-1), left_padding(now.flip(-1)), masked + new)
     is_sorted = bool((missing == leading).all())
     shift = taken_back + missing
     has_begun = padding + taken_back < past
@@ -115,6 +119,7 @@ def joined(rows: Rows, real: Tensor | None, past: int, new: int) -> tuple[Rows, 
         int(after.max()),
         holes if bool(holes.any()) else None,
         behind if bool((behind * (after < past + new)).any()) else None,
+        past + new,
         rows.floor,
     )
     shift = torch.where(has_begun, shift, 0)

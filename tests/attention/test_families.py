@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,21 @@ def test_the_table_names_forty_families_or_more():
 @pytest.mark.parametrize("family", sorted(set(documented()) & set(family_names())))
 def test_a_documented_family_works(family):
     assert outcome(family) == (WORKS, "")
+
+
+def rows() -> list[tuple[str, str, str]]:
+    return re.findall(r"^\| `([^`]+)` \| ([^|]+) \| ([^|]*) \|$", TABLE.read_text(), re.MULTILINE)
+
+
+def test_the_table_names_every_family_of_the_release_that_it_was_written_under():
+    if f"under transformers {version('transformers')}." in TABLE.read_text():
+        assert {*documented(), *(family for family, _, _ in rows())} == set(family_names())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("family", "what", "reason"), rows())
+def test_a_row_says_what_happens(family, what, reason):
+    if f"under transformers {version('transformers')}." not in TABLE.read_text():
+        pytest.skip("written under another release")
+    found, why = outcome(family)
+    assert (found, why.replace("|", "/")) == (what, reason)

@@ -132,6 +132,25 @@ def test_a_batched_chat_whose_answers_differ_in_length(llama, technique, new_cac
             assert (torch.cat([got[row], step[row]]) - alone).abs().max() < 3e-5
 
 
+def test_a_row_that_answers_nothing_to_a_turn_padded_on_the_right(llama):
+    """What its mask turns to 0 lies right behind padding that was known."""
+    parts = [prompt(n, batch=2) for n in (20, 6, 3, 8)]
+    mask = torch.ones(2, 37, dtype=torch.long)
+    mask[1, 23:26] = 0
+    with SETTINGS(llama):
+        cache = ring_cache(llama)
+        logits(llama, parts[0], **{CACHE: cache})
+        logits(llama, parts[1], attention_mask=mask[:, :26], **{CACHE: cache})
+        for t in range(3):
+            logits(llama, parts[2][:, t : t + 1], attention_mask=mask[:, : 27 + t], **{CACHE: cache})
+        mask[1, 26:29] = 0
+        got = logits(llama, parts[3], attention_mask=mask, **{CACHE: cache})
+        text = torch.cat(parts, dim=1)
+        for row in range(2):
+            alone = logits(llama, text[row][mask[row] == 1][None], use_cache=False)[0, -8:]
+            assert (got[row] - alone).abs().max() < 3e-5
+
+
 def test_more_padding_than_the_cache_can_take_back_is_refused(llama):
     with SETTINGS(llama):
         cache = ring_cache(llama)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import re
 import subprocess
@@ -178,6 +179,19 @@ def test_what_could_be_imported_from_an_earlier_version_still_can():
 def test_every_public_name_is_on_the_page_of_all_names():
     page = (ROOT / "docs" / "all-of-hf-longtrunc.md").read_text(encoding="utf-8")
     assert sorted(set(re.findall(r"^::: hf_longtrunc\.(\w+)$", page, re.MULTILINE)) ^ set(hf_longtrunc.__all__)) == []
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_no_public_function_returns_any(module):
+    for name in module.__all__:
+        thing = getattr(module, name)
+        parts = {name: thing}
+        if inspect.isclass(thing):
+            parts = {f"{name}.{k}": v for k, v in vars(thing).items() if k == "__call__" or not k.startswith("_")}
+        for called, part in parts.items():
+            function = getattr(part, "fget", getattr(part, "__func__", part))
+            if inspect.isfunction(function):
+                assert str(function.__annotations__.get("return")) not in ("Any", "typing.Any"), called
 
 
 def test_an_unknown_name_says_what_there_is():

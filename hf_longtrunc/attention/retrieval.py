@@ -136,7 +136,7 @@ class Retrieval(ABC):
         """Whether `run` does more than to run the forward once."""
         return False
 
-    def run(self, forward: Forward) -> Any:
+    def run(self, forward: Forward) -> object:
         """Run a forward and return the decoder's output."""
         return forward.run()
 
@@ -273,7 +273,7 @@ class TopBlocks(Retrieval):
         archives = forward.archives()
         return forward.new >= self.voting_rows or (archives[0].chosen is None and forward.new > 1)
 
-    def run(self, forward: Forward) -> Any:
+    def run(self, forward: Forward) -> object:
         """Run the forward, let its last rows vote, take the last rows back, and run these with what was chosen."""
         ballot: list[Tensor] = []
         first = forward.run(ballot=ballot)

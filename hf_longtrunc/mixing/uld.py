@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import ModuleType
 
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 _KIND = "uld_assistant"
@@ -31,7 +32,7 @@ _SETTINGS = ("model_type", "hidden_size", "vocab_size")
 
 def uld_assistant(
     model: Any, num_layers: int | None = None, *, rank: int = 32, lora_alpha: int | None = None, train_norm: bool = True
-) -> Any:
+) -> PeftModel:
     """Build the assistant of a target: its first layers, final norm and head, frozen and shared, with LoRA to train.
 
     Before training it is the truncated target, to the bit. Its weights are the target's own memory (no copy; moving
@@ -68,7 +69,8 @@ def uld_assistant(
         modules_to_save=[_final_norm(short)] if train_norm else None,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in short.modules()),
     )
-    return peft.get_peft_model(short, config).eval()
+    assistant: PeftModel = peft.get_peft_model(short, config).eval()
+    return assistant
 
 
 def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
@@ -82,7 +84,7 @@ def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
     save_folder(folder, _KIND, trained, {**_settings(assistant.get_base_model()), "adapter": adapter})
 
 
-def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> Any:
+def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> PeftModel:
     """Build the assistant that `save_uld_assistant` wrote, on the weights of `model`, its target, in eval mode.
 
     Raises:
@@ -96,7 +98,7 @@ def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainab
     if (made_for := {name: settings[name] for name in _SETTINGS}) != {name: target[name] for name in _SETTINGS}:
         raise ValueError(f"the assistant in {folder} was made for {made_for}, got the target {target}")
     config = peft.PeftConfig.from_peft_type(**settings["adapter"] | {"inference_mode": not is_trainable})
-    assistant = peft.get_peft_model(_first_layers(model, settings["num_layers"]), config)
+    assistant: PeftModel = peft.get_peft_model(_first_layers(model, settings["num_layers"]), config)
     expected = set(peft.get_peft_model_state_dict(assistant, save_embedding_layers=False))
     if expected != set(tensors):
         raise ValueError(
@@ -104,7 +106,8 @@ def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainab
             "it again"
         )
     peft.set_peft_model_state_dict(assistant, tensors)
-    return assistant.eval()
+    assistant.eval()
+    return assistant
 
 
 @dataclass(frozen=True)

@@ -84,14 +84,14 @@ class CreamCollator(TrainerCallback):
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
-    def __call__(self, examples: Sequence[Any]) -> Any:
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Any]:
         """Return the inner collator's batch with `rope_position_ids` added."""
         if not self._is_attached:
             raise ValueError(
                 "CreamCollator is attached to no model, which would ignore its ids without a word: call "
                 "attach(model) before training, or collate with the inner collator (`collator.inner`)"
             )
-        batch = self.inner(examples)
+        batch: dict[str, Any] = self.inner(examples)
         batch[ROPE_IDS] = self.rope_ids(batch)
         return batch
 

@@ -614,6 +614,8 @@ def test_a_long_encode_shows_its_progress(monkeypatch, capsys):
         model.generate(random_ids(1, 50), max_new_tokens=2)
         assert "encoding" not in capsys.readouterr().err
         monkeypatch.setattr(long_encoder, "_SECONDS_BEFORE_PROGRESS", 0)
+        # A command whose output is piped, run by an earlier test, switches transformers' bars off for the process.
+        monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
         model.generate(random_ids(1, 50), max_new_tokens=2)
         assert "encoding" in capsys.readouterr().err
 

@@ -118,8 +118,11 @@ class LambdaPatch(AttentionPatch):
         is_short = isinstance(mask, Tensor) and mask.shape[-1] <= _PREFILL_CHUNK
         has_ids_alone = tensors <= {"attention_mask", "position_ids", "token_type_ids"}
         layers = model_kwargs[CACHE].layers
+        # Before 5.21 transformers, reading in chunks, feeds what a cache holds already a second time; 5.24 was tried.
+        goes_on_right = CACHE == "cache"
         if (
-            generation_config.prefill_chunk_size is None
+            goes_on_right
+            and generation_config.prefill_chunk_size is None
             and self.settings.retrieval is None
             and has_ids_alone
             and not is_short

@@ -11,12 +11,13 @@ import torch
 from hf_longtrunc.arguments import whole
 from hf_longtrunc.attention.dual_chunk import dual_chunk_attention
 from hf_longtrunc.attention.families import own_forward
+from hf_longtrunc.attention.forward import check_implementation
 from hf_longtrunc.attention.lm_infinite import trained_length
 from hf_longtrunc.attention.patch import AttentionPatch
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward
 from hf_longtrunc.attention.row_positions import check_positions, checked_mask, taken
 from hf_longtrunc.attention.step import Native, Step, carry, text_step
-from hf_longtrunc.models import CACHE, attachable, bound
+from hf_longtrunc.models import CACHE, attachable, bound, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,8 +39,7 @@ class DualChunkAttention:
     The text is cut into chunks of `chunk_length` tokens. Keys of a query's own chunk stand at their true distance,
     those of the chunk before at the true one as long as it is trained, and all earlier ones in their order at the end
     of what is trained. Nothing is left out: memory and time are those of full attention, with the cache that the model
-    has anyway. A text of at most `chunk_length` tokens is the unmodified model, to the bit (Falcon: to
-    rounding).
+    has anyway. A text of at most `chunk_length` tokens is the unmodified model, to the bit (Falcon: to rounding).
 
     Args:
         chunk_length: s; None takes three quarters of the trained length, as the authors do.
@@ -170,6 +170,8 @@ class ChunkPatch(AttentionPatch):
         }
 
     def _forward(self) -> Callable[..., Any]:
+        if "position_ids" not in parameters_of(self._decoder):
+            raise CannotPatchError("its decoder takes no position_ids, so its keys cannot start again at every chunk")
         return partial(ChunkedForward(self._decoder, self._decoder.forward, self._name, self.chunk).run, 0)
 
 
@@ -192,11 +194,7 @@ class ChunkedForward:
     def run(self, untouched: int, /, *args: Any, **inputs: Any) -> Any:
         """Run the decoder; a text of at most `untouched` tokens is left to the model's own attention."""
         inputs = bound(self.decoder, args, inputs)
-        if self.decoder.config._attn_implementation != self.name:
-            raise ValueError(
-                "set_attn_implementation was called on a model patched by DualChunkAttention, whose attention would no "
-                "longer run: detach first"
-            )
+        check_implementation(self.decoder, self.name, "DualChunkAttention")
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         new, cache = tokens.shape[1], inputs.get(CACHE)
         past = 0 if cache is None else int(cache.get_seq_length())

@@ -94,11 +94,7 @@ class PatchedForward:
         Raises:
             ValueError: the message says what to do.
         """
-        if self.decoder.config._attn_implementation != self.name:
-            raise ValueError(
-                "set_attn_implementation was called on a model patched by LMInfinite, whose attention would no longer "
-                "run: detach first"
-            )
+        check_implementation(self.decoder, self.name, "LMInfinite")
         ours, seen = (self.settings.num_sink_tokens, self.settings.window_length), None
         for layer in layers:
             if not isinstance(layer, LambdaCacheLayer):
@@ -120,6 +116,15 @@ class PatchedForward:
                     "while they were stored. Start anew with a new cache"
                 )
             seen = layer.seen
+
+
+def check_implementation(decoder: Any, name: str, technique: str) -> None:
+    """Raise ValueError if a patched decoder's attention is no longer the one that was registered as `name`."""
+    if decoder.config._attn_implementation != name:
+        raise ValueError(
+            f"set_attn_implementation was called on a model patched by {technique}, whose attention would no longer "
+            "run: detach first"
+        )
 
 
 @dataclass

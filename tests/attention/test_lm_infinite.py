@@ -448,19 +448,6 @@ def test_gradients_are_the_references(checkpointing):
         assert (weight.grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max(), name
 
 
-def test_two_forwards_before_their_backwards_under_checkpointing():
-    model = model_of("llama").double().requires_grad_(True).train()
-    short, long = prompt(12), prompt(30)
-    with SETTINGS(model):
-        (model(short, labels=short).loss + model(long, labels=long).loss).backward()
-        expected = [weight.grad.clone() for weight in model.parameters()]
-        model.zero_grad()
-        enable_checkpointing(model)
-        (model(short, labels=short, use_cache=False).loss + model(long, labels=long, use_cache=False).loss).backward()
-    for weight, gradient in zip(model.parameters(), expected, strict=True):
-        assert (weight.grad - gradient).abs().max() < 1e-9
-
-
 # -- 7: far away -----------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""Models that attend in some layers and carry a state in others: limited attention is the definition, states are states.
+"""Models that attend in some layers and carry a state in others: attention is the definition, states are states.
 
 Eleven architectures: linear attention, Mamba, short convolutions; in layers of their own, or in one with attention.
 """
@@ -213,7 +213,10 @@ def test_absolute_positions_among_states_are_refused():
     def add_positions(module, args, kwargs):
         positions = kwargs.get("position_ids")
         positions = torch.arange(kwargs["input_ids"].shape[1]) if positions is None else positions
-        return args, kwargs | {"inputs_embeds": module.embed_tokens(kwargs["input_ids"]) + table[positions], "input_ids": None}
+        return args, kwargs | {
+            "inputs_embeds": module.embed_tokens(kwargs["input_ids"]) + table[positions],
+            "input_ids": None,
+        }
 
     model.model.register_forward_pre_hook(add_positions, with_kwargs=True)
     with pytest.raises(ValueError, match="no rotation of planes"):

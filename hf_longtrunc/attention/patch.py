@@ -239,7 +239,8 @@ def _refuse_at_sight(model: Any, decoder: Any, technique: str) -> None:
     if reason is not None:
         raise CannotPatchError(reason)
     layers = DynamicCache(config=decoder.config).layers
-    if CACHE not in parameters_of(decoder) or not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+    attends = any(isinstance(layer, CacheLayerMixin) for layer in layers)
+    if not attends or (model._is_stateful and CACHE not in parameters_of(decoder)):
         raise CannotPatchError(
             "it has no attention layers: its states are of constant size already, and there is no distance to limit"
         )

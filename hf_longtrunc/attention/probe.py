@@ -59,10 +59,13 @@ class Probe(Carried):
         """
         unrotated, rotated = self._states(0.0, 0), self._states(1.0, 5 if self.has_states else 0)
         if not unrotated:
+            if self.has_windows:
+                raise CannotPatchError(
+                    "each of its attention layers was trained with a sliding window of its own: there is no distance "
+                    "to limit"
+                )
             raise CannotPatchError(
-                "each of its attention layers was trained with a sliding window of its own: there is no distance to limit"
-                if self.has_windows
-                else "none of its layers takes both its attention and its mask from transformers' interfaces"
+                "none of its layers takes both its attention and its mask from transformers' interfaces"
             )
         for states in unrotated.values():
             is_still = torch.allclose(states, states[:, :, :1].expand_as(states), rtol=1e-2, atol=1e-4)

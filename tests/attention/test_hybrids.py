@@ -223,22 +223,6 @@ def test_absolute_positions_among_states_are_refused():
         SETTINGS.attach(model)
 
 
-@pytest.mark.parametrize(
-    ("family", "reason"),
-    [
-        ("minimax", "a class of its own"),
-        ("mamba", "no attention layers"),
-        ("recurrent_gemma", "each of its attention layers was trained with a sliding window"),
-    ],
-)
-def test_what_has_nothing_to_limit_or_no_place_for_a_ring_is_refused(family, reason):
-    model, ids = tiny_model(family).requires_grad_(False), prompt(20)
-    before = logits(model, ids)
-    with pytest.raises(ValueError, match=reason):
-        SETTINGS.attach(model)
-    assert torch.equal(logits(model, ids), before)
-
-
 def test_dual_chunk_attention_needs_rotary_positions_in_hybrids_too():
     with pytest.raises(ValueError, match="no rotary positions"):
         DualChunkAttention(chunk_length=5, trained_length=9).attach(model_of("jamba"))

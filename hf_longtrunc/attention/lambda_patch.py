@@ -96,16 +96,20 @@ class LambdaPatch(AttentionPatch):
         if cache is None:
             return result
         if given is None:
-            for layer in self.layers.values():
-                is_held = 0 <= layer.index < len(cache.layers)
-                if is_held and type(cache.layers[layer.index]) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
-                    cache.layers[layer.index] = self._cache_layer(cache.layers[layer.index], layer)
-            states = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
-            for ring in cache.layers:
-                if isinstance(ring, LambdaCacheLayer):
-                    ring.states = [state for state in states if state is not ring]
+            self._place_rings(cache.layers)
         self._read_in_chunks(generation_config, model_kwargs)
         return result
+
+    def _place_rings(self, cached: list[Any]) -> None:
+        """Put a ring in the place of every layer that would grow, and tell each which layers carry a state beside."""
+        for layer in self.layers.values():
+            is_held = 0 <= layer.index < len(cached)
+            if is_held and type(cached[layer.index]) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+                cached[layer.index] = self._cache_layer(cached[layer.index], layer)
+        rings = [each for each in cached if isinstance(each, LambdaCacheLayer)]
+        others = [each for each in cached if not isinstance(each, LambdaCacheLayer)]
+        for ring in rings:
+            ring.states = [each for each in others if isinstance(each, LinearAttentionLayer)]
 
     def _cache_layer(self, ordinary: Any, layer: Layer) -> Any:
         """Return the cache of one layer. It stays an ordinary one where keys are searched that it does not hold."""
@@ -113,13 +117,13 @@ class LambdaPatch(AttentionPatch):
         state = (ordinary.number_of_states,) if isinstance(ordinary, LinearAttentionLayer) else ()
         if settings.retrieval is None:
             turned = layer.rotation if layer.caches_keys else None
-            kind = LambdaStateCacheLayer if state else LambdaCacheLayer
+            kind: Any = LambdaStateCacheLayer if state else LambdaCacheLayer
             return kind(*state, settings.num_sink_tokens, settings.window_length, turned)
         are_keys_shared = bool(getattr(self._decoder.config, "num_kv_shared_layers", 0))
         if are_keys_shared or not layer.caches_keys:
             return ordinary
         store = settings.retrieval.store
-        keeping = ArchiveStateCacheLayer if state else ArchiveCacheLayer
+        keeping: Any = ArchiveStateCacheLayer if state else ArchiveCacheLayer
         return keeping(*state, settings.num_sink_tokens, settings.window_length, layer.rotation, store)
 
     def _read_in_chunks(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:

@@ -122,9 +122,11 @@ class _NotingCache(DynamicCache):
 
     latest = -1
 
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         self.latest = layer_idx
-        return super().update(keys, values, layer_idx, *args, **kwargs)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 def _is_cached(key: Tensor, layers: list[Any], index: int) -> bool:

@@ -86,14 +86,17 @@ def _cache(decoder: Any) -> DynamicCache:
     return DynamicCache(config=decoder.config)
 
 
-class _WithState(LinearAttentionLayer):
+_State: Any = LinearAttentionLayer  # whose methods have no types
+
+
+class _WithState(_State):  # type: ignore[misc]
     """A state in one cache layer with a ring, the class that stands behind this one in the order of inheritance."""
 
     is_compileable = False
     device: Any = None  # of the state; the ring's own is a property
 
     def __init__(self, number_of_states: int, *ring: Any):
-        LinearAttentionLayer.__init__(self, number_of_states)  # type: ignore[no-untyped-call]
+        _State.__init__(self, number_of_states)
         self._ring.__init__(*ring)
 
     @property
@@ -102,7 +105,7 @@ class _WithState(LinearAttentionLayer):
 
     def lazy_initialization(self, *states: Any, **named: Any) -> None:
         """Allocate the ring for keys and values, or the state for what is named."""
-        owner = self._ring if states else super()
+        owner: Any = self._ring if states else super()
         owner.lazy_initialization(*states, **named)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -110,7 +113,7 @@ class _WithState(LinearAttentionLayer):
         if tokens_to_remove:
             refuse_states([self])
         self._ring.crop(tokens_to_remove)
-        super().crop(tokens_to_remove)  # type: ignore[no-untyped-call]
+        super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget every token and keep the memory."""
@@ -119,12 +122,12 @@ class _WithState(LinearAttentionLayer):
 
     def offload(self) -> None:
         """Move ring and state to the CPU."""
-        super().offload()  # type: ignore[no-untyped-call]
+        super().offload()
         self._ring.offload()
 
     def prefetch(self) -> None:
         """Move them back."""
-        super().prefetch()  # type: ignore[no-untyped-call]
+        super().prefetch()
         self._ring.prefetch()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -137,9 +140,9 @@ class _WithState(LinearAttentionLayer):
             states.update({index: change(state) for index, state in states.items() if state is not None})
 
 
-class LambdaStateCacheLayer(_WithState, LambdaCacheLayer):
+class LambdaStateCacheLayer(_WithState, LambdaCacheLayer):  # type: ignore[no-untyped-call]
     """`LambdaCacheLayer` and a state, where one layer attends and recurs (Falcon-H1, Zamba)."""
 
 
-class ArchiveStateCacheLayer(_WithState, ArchiveCacheLayer):
+class ArchiveStateCacheLayer(_WithState, ArchiveCacheLayer):  # type: ignore[no-untyped-call]
     """`ArchiveCacheLayer` and a state."""

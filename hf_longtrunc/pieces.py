@@ -18,17 +18,16 @@ def pieces(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
     tokens at a time, so `ids` may be without end.
     """
     before = _before(tokenizer)
-    window: list[int] = []
-    shown = _decoded(tokenizer, before)
+    start = len(_decoded(tokenizer, before))
+    waiting: list[int] = []
     for token in ids:
-        window.append(int(token))
-        text = _decoded(tokenizer, before + window)
-        if text.endswith(_UNFINISHED) and len(window) < _LONGEST:
+        waiting.append(int(token))
+        text = _decoded(tokenizer, before + waiting)[start:]
+        if text.endswith(_UNFINISHED) and len(waiting) < _LONGEST:
             yield ""
-            continue
-        yield text[len(shown) :]
-        window = window[-1:]
-        shown = _decoded(tokenizer, before + window)
+        else:
+            yield text
+            waiting = []
 
 
 def piece_by_token(tokenizer: Any, tokens: Iterable[int]) -> dict[int, str]:

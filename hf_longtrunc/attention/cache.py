@@ -70,12 +70,12 @@ class LambdaCacheLayer(CacheLayerMixin):
     the ring is full, all that they hold is seen, and no mask is needed. For several it returns [sinks | window before |
     new tokens], the sinks at their own positions, once per call. For the first tokens of all it returns these alone.
 
-    `get_seq_length` counts the tokens seen; those that a forward brings are counted by `settle` once it has ended. Where
-    one token comes, `update` reads no number that changes with the tokens seen, all of that lies in the announcement's
-    tensors: so a compiled step is one graph for every token. What a token overwrites is kept in a rollback buffer of `ROLLBACK` columns,
-    so `crop` takes back up to `ROLLBACK` + 1 tokens exactly, any number before the ring has come round, and refuses
-    more. Bytes are constant from the first token on: those of 2 (S + L + ROLLBACK) + S keys a head, row and layer, and
-    S more in fp32.
+    `get_seq_length` counts the tokens seen; `settle` counts those of a forward that has ended. For one token `update`
+    reads no number that changes with the tokens seen: all that does lies in the announcement's tensors, so that a
+    compiled step is one graph for every token. What a token overwrites is kept in a rollback buffer of `ROLLBACK`
+    columns, so `crop` takes back up to `ROLLBACK` + 1 tokens exactly, any number before the ring has come round, and
+    refuses more. Bytes are constant from the first token on: those of 2 (S + L + ROLLBACK) + S keys a head, row and
+    layer, and S more in fp32.
 
     Args:
         num_sink_tokens: S.

@@ -67,7 +67,7 @@ class LambdaPatch(AttentionPatch):
         step, and reaches it as tensors: one graph serves all tokens once the cache is full.
 
         Args:
-            options: of `torch.compile`; none: `dynamic=False`.
+            options: of `torch.compile`, where `dynamic` is False unless it is given.
 
         Raises:
             ValueError: a strategy reads the middle, which grows.
@@ -77,7 +77,7 @@ class LambdaPatch(AttentionPatch):
                 "compile() needs steps of one shape, and retrieval reads a middle that grows: leave it out"
             )
         run = self._run.original
-        self._run.compiled = torch.compile(lambda **inputs: run(**inputs), **options or {"dynamic": False})
+        self._run.compiled = torch.compile(lambda **inputs: run(**inputs), **{"dynamic": False, **options})
 
     def _forward(self) -> Callable[..., Any]:
         rotations = {layer.rotation for layer in self.layers.values() if layer.rotation is not None}

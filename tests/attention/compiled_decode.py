@@ -6,14 +6,16 @@ A test runs it in a process of its own, since the shape checks of the test-suite
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from hf_longtrunc import LMInfinite
 
 from .tiny_models import tiny_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 S, L = 3, 10
 GREEDY: dict[str, Any] = {"do_sample": False, "suppress_tokens": [0]}

@@ -93,6 +93,12 @@ STEPS = [
         f"{COMMAND} ppl TEXT --tokens 65536 --output-dir OUT",
     ),
     Step(
+        "dual-chunk",
+        "Dual chunk attention past the trained window: perplexity by position, beside LM-Infinite",
+        None,
+        'dual_chunk.py --text TEXT --only "LM-Infinite, a quarter;dual chunk" --out OUT',
+    ),
+    Step(
         "memory",
         "LM-Infinite over a long stream: memory and time",
         "constant_memory.py --tokens 200000 --out OUT",

@@ -318,7 +318,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         """Return (new tokens, 0): transformers' own mask is made for these and then not used."""
         return query_length, 0
 
-    def get_seq_length(self) -> Any:
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
         """Return the number of tokens seen, padding included; to a graph that runs a step, as a tensor."""
         if torch.compiler.is_compiling() and self._announced is not None:
             return self._announced.past

@@ -29,12 +29,12 @@ import sysconfig
 import textwrap
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from tokenizers import ByteLevelBPETokenizer
@@ -42,6 +42,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from hf_longtrunc import BestFitPackingCollator, pack
 from hf_longtrunc.evaluation import append_records, read_records
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 ARMS = ("cut", "best-fit", "padding")
 KINDS = ("code", "prose")
@@ -125,6 +128,7 @@ class Counting(BestFitPackingCollator):
     tokens = learned = 0
 
     def __call__(self, examples: Any) -> dict[str, Any]:
+        """Collate examples."""
         batch = super().__call__(examples)
         self.tokens += sum(len(example["input_ids"]) for example in examples)
         self.learned += int((batch["labels"] != -100).sum())
@@ -139,7 +143,7 @@ def losses(model: Any, documents: list[Document]) -> list[list[float]]:
         ids = torch.tensor([document["input_ids"][: BOUNDS[-1]]])
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         loss = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
-        parts = [loss[first - 1 : last - 1] for first, last in zip(BOUNDS, BOUNDS[1:], strict=False)]
+        parts = [loss[first - 1 : last - 1] for first, last in pairwise(BOUNDS)]
         sums.append([round(float(part.sum()), 3) for part in parts])
     return sums
 
@@ -226,11 +230,11 @@ def tables(runs: list[Run], training: list[Document], held_out: dict[str, list[D
 def counted(documents: list[Document]) -> NDArray[np.float64]:
     """Count the scored tokens of every document between the `BOUNDS`."""
     lengths = np.array([len(document["input_ids"]) for document in documents])
-    ends = np.minimum(lengths[:, None], np.array(BOUNDS)[None])
-    return np.diff(ends, axis=1).clip(0).astype(float)
+    ends = np.minimum(lengths[:, None], np.array(BOUNDS)[None]).astype(np.float64)
+    return ends[:, 1:] - ends[:, :-1]
 
 
-def by_position(runs: list[Run], kind: Literal["code", "prose"] | str, counts: NDArray[np.float64]) -> Table:
+def by_position(runs: list[Run], kind: str, counts: NDArray[np.float64]) -> Table:
     table = Table(title=f"loss on {len(counts)} held-out documents, {kind}; differences to cut", title_justify="left")
     for heading in ("tokens", "n", "cut", "best-fit", "padding", "best-fit - cut", "padding - cut"):
         table.add_column(heading, justify="left" if heading == "tokens" else "right")
@@ -239,7 +243,7 @@ def by_position(runs: list[Run], kind: Literal["code", "prose"] | str, counts: N
         arm: np.array([getattr(run, kind) for seed in seeds for run in runs if (run.arm, run.seed) == (arm, seed)])
         for arm in ARMS
     }
-    names = [*(f"{first} to {last - 1}" for first, last in zip(BOUNDS, BOUNDS[1:], strict=False)), "all"]
+    names = [*(f"{first} to {last - 1}" for first, last in pairwise(BOUNDS)), "all"]
     for index, name in enumerate(names):
         part = slice(None) if name == "all" else slice(index, index + 1)
         shown = counts[:, part].sum(-1)

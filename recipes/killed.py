@@ -160,7 +160,8 @@ def writers(place: Path, documents: int) -> Iterator[Writer]:
     yield Writer("materialize (2 processes)", lambda v, at: rows[v].materialize(at, num_proc=2, **forms[v]), rows_in)
     yield Writer("write_megatron", lambda v, at: write_megatron(rows[v], at / "rows"), megatron_in, overwrites=False)
     for kind, two in saved([packed.packing for packed in rows]).items():
-        yield Writer(f"{kind.__name__}.save_pretrained", lambda v, at, two=two: two[v].save_pretrained(at), partial(saved_in, kind))
+        name = f"{kind.__name__}.save_pretrained"
+        yield Writer(name, partial(save, two), partial(saved_in, kind))
     record = ModelRecord(model="tiny", dtype="float32", device="cpu")
     yield Writer(
         "append_records",
@@ -193,6 +194,10 @@ def saved(plans: list[Packing]) -> dict[type[Any], list[Any]]:
         PEMAAdapter: [PEMAAdapter(64, 32, 2000) for _ in parts],
         SoftmaxBasis: [SoftmaxBasis(part.double(), part[0].double(), "0" * 64, False, None) for part in parts],
     }
+
+
+def save(two: list[Any], version: int, folder: Path) -> None:
+    two[version].save_pretrained(folder)
 
 
 def saved_in(kind: Any, folder: Path) -> Any:

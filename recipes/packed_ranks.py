@@ -67,7 +67,7 @@ def losses(way: str, packed: PackedDataset, steps: int) -> list[float]:
         targets = int((collate(rows)["labels"] != -100).sum())
         mine = summed_loss(model, collate(rows[rank::world])) / targets
         optimizer.zero_grad()
-        (mine * world).backward()  # both ways take the mean of the processes' gradients
+        torch.autograd.backward(mine * world)  # both ways take the mean of the processes' gradients
         optimizer.step()
         total = mine.detach().clone()
         if world > 1:

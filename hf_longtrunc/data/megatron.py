@@ -111,4 +111,3 @@ def _read(idx: Path, bin_: Path) -> tuple[Any, Any, Any, Any]:
 
 def _parts(rows: PackedDataset) -> Any:
     return (rows.gather(first, last, with_labels=False) for first, last in rows.blocks(0, len(rows), _TOKENS))
-

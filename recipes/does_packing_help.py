@@ -229,8 +229,8 @@ def tables(runs: list[Run], training: list[Document], held_out: dict[str, list[D
 
 def counted(documents: list[Document]) -> NDArray[np.float64]:
     """Count the scored tokens of every document between the `BOUNDS`."""
-    lengths = np.array([len(document["input_ids"]) for document in documents])
-    ends = np.minimum(lengths[:, None], np.array(BOUNDS)[None]).astype(np.float64)
+    lengths = np.array([[len(document["input_ids"])] for document in documents], np.float64)
+    ends: NDArray[np.float64] = np.minimum(lengths, BOUNDS)
     return ends[:, 1:] - ends[:, :-1]
 
 

@@ -210,6 +210,14 @@ STEPS = [
         "benchmarks/processors.py",
     ),
     Step("packing-cost", "What a packing plan costs", None, "benchmarks/packing.py --large"),
+    Step("packed-ranks", "Packed rows in one process, under DDP and under FSDP2", None, "packed_ranks.py"),
+    Step("killed", "kill -9 of whatever writes", None, "killed.py"),
+    Step(
+        "packing-helps",
+        "Best-fit rows, concatenate-and-cut and padding at equal tokens, very small",
+        None,
+        "does_packing_help.py --novels bleak_house.txt moby_dick.txt great_expectations.txt TEXT --out OUT",
+    ),
     Step(
         "bat-cost",
         "What a basis-aware check costs beside the linear program",

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_longtrunc.models import cache_of
+from hf_longtrunc.models import CACHE, cache_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import Cache
 
 
@@ -42,6 +44,23 @@ def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
     if cache is None or cache.get_seq_length() != input_ids.shape[1]:
         raise ValueError(f"{type(model).__name__} keeps no cache, so it cannot be read in chunks")
     return cache, output.logits[0][:, None]
+
+
+@torch.no_grad()
+def stream_logits(model: Any, input_ids: Tensor, chunk: int) -> Iterator[Tensor]:
+    """Yield the fp32 logits that predict the tokens of `input_ids` [n] after the first, at most `chunk` [.., V] a time.
+
+    Holds one chunk of logits, and the model's cache.
+
+    Raises:
+        ValueError: the model keeps no cache.
+    """
+    ids = input_ids.to(model.device)
+    cache, first = start_stream(model, ids[None, :1])
+    yield first[0].float()
+    for start in range(1, len(ids) - 1, chunk):
+        piece = ids[start : min(start + chunk, len(ids) - 1)]
+        yield model(input_ids=piece[None], use_cache=True, **{CACHE: cache}).logits[0].float()
 
 
 def cache_bytes(cache: Any) -> int:

@@ -113,7 +113,7 @@ def _eta_kept(rows: Ranked, epsilon: float) -> Interval:
 
 
 def _deviation(rows: Ranked) -> Tensor:
-    """Standard deviation of the scores that are not -inf."""
+    """Return the standard deviation of the scores that are not -inf."""
     alive = rows.surprisal.isfinite()
     values = torch.where(alive, rows.surprisal, 0)
     count = alive.sum(-1, keepdim=True)
@@ -161,7 +161,7 @@ def _typical_critical(rows: Ranked, rank: Tensor) -> Tensor:
 
 
 def _typical_kept(rows: Ranked, mass: float) -> Interval:
-    """The smallest interval about the entropy that holds so much, found by bisecting its half-width."""
+    """Find the smallest interval about the entropy that holds so much, by bisecting its half-width."""
     low, high = torch.zeros(len(rows.surprisal), dtype=torch.float64), _furthest(rows)
     for _ in range(60):
         middle = (low + high) / 2
@@ -203,7 +203,7 @@ def _top_h_kept(rows: Ranked, top_h: float) -> Interval:
 
 
 def _above(values: Tensor) -> Tensor:
-    """The next number: these samplers keep what stands strictly below their parameter."""
+    """Return the next number: these samplers keep what stands strictly below their parameter."""
     return values.nextafter(torch.tensor(torch.inf, dtype=values.dtype))
 
 

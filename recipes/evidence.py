@@ -204,6 +204,14 @@ STEPS = [
         "benchmarks/processors.py",
     ),
     Step("packing-cost", "What a packing plan costs", None, "benchmarks/packing.py --large"),
+    Step("packed-ranks", "Packed rows in one process, under DDP and under FSDP2", None, "packed_ranks.py"),
+    Step("killed", "kill -9 of whatever writes", None, "killed.py"),
+    Step(
+        "packing-helps",
+        "Best-fit rows, concatenate-and-cut and padding at equal tokens, very small",
+        None,
+        "does_packing_help.py --novels bleak_house.txt moby_dick.txt great_expectations.txt TEXT --out OUT",
+    ),
     Step(
         "bat-cost",
         "What a basis-aware check costs beside the linear program",
@@ -227,6 +235,12 @@ STEPS = [
         "Random histories under LM-Infinite: rows, padding, holes, turns, crops, patches",
         None,
         "-m tests.attention.machine 10000",
+    ),
+    Step(
+        "compiled-decoding",
+        "The graphs of compiled decoding under LM-Infinite",
+        None,
+        "-m tests.attention.compiled_decode 1000",
     ),
     Step("retrieval-cost", "A decoding step under Unlimiformer", None, "benchmarks/unlimiformer.py --out OUT"),
     Step(

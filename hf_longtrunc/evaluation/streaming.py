@@ -49,6 +49,23 @@ def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
 
 
 @torch.no_grad()
+def stream_logits(model: Any, input_ids: Tensor, chunk: int) -> Iterator[Tensor]:
+    """Yield the fp32 logits that predict the tokens of `input_ids` [n] after the first, at most `chunk` [.., V] a time.
+
+    Holds one chunk of logits, and the model's cache.
+
+    Raises:
+        ValueError: the model keeps no cache.
+    """
+    ids = input_ids.to(model.device)
+    cache, first = start_stream(model, ids[None, :1])
+    yield first[0].float()
+    for start in range(1, len(ids) - 1, chunk):
+        piece = ids[start : min(start + chunk, len(ids) - 1)]
+        yield model(input_ids=piece[None], use_cache=True, **{CACHE: cache}).logits[0].float()
+
+
+@torch.no_grad()
 def read_ahead(model: Any, input_ids: Tensor, *, chunk: int = 1024, progress: bool = False) -> Cache:
     """Read a text before anything is asked about it, `chunk` tokens a forward.
 

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from hf_longtrunc.models import cache_of
+from hf_longtrunc.arguments import whole
+from hf_longtrunc.models import CACHE, cache_of, decoder_of, unwrapped
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import Cache
 
 
@@ -44,7 +48,62 @@ def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
     return cache, output.logits[0][:, None]
 
 
+@torch.no_grad()
+def stream_logits(model: Any, input_ids: Tensor, chunk: int) -> Iterator[Tensor]:
+    """Yield the fp32 logits that predict the tokens of `input_ids` [n] after the first, at most `chunk` [.., V] a time.
+
+    Holds one chunk of logits, and the model's cache.
+
+    Raises:
+        ValueError: the model keeps no cache.
+    """
+    ids = input_ids.to(model.device)
+    cache, first = start_stream(model, ids[None, :1])
+    yield first[0].float()
+    for start in range(1, len(ids) - 1, chunk):
+        piece = ids[start : min(start + chunk, len(ids) - 1)]
+        yield model(input_ids=piece[None], use_cache=True, **{CACHE: cache}).logits[0].float()
+
+
+@torch.no_grad()
+def read_ahead(model: Any, input_ids: Tensor, *, chunk: int = 1024, progress: bool = False) -> Cache:
+    """Read a text before anything is asked about it, `chunk` tokens a forward.
+
+    Args:
+        model: a causal LM that generates.
+        input_ids: [texts, n >= 1], no padding.
+        chunk: tokens a forward.
+        progress: show a bar.
+
+    Returns:
+        The cache, which has seen n tokens. Give `generate` a copy of it, or crop it afterwards, and several questions
+        about the text cost one reading.
+
+    Raises:
+        TypeError, ValueError: `chunk` is no whole number of at least 1; the model keeps no cache.
+    """
+    chunk = whole("chunk", chunk, least=1)
+    decoder = decoder_of(unwrapped(model))
+    with tqdm(total=input_ids.shape[1], desc="reading", unit="tok", disable=not progress) as bar:
+        cache, _ = start_stream(model, input_ids[:, :chunk])
+        bar.update(min(chunk, input_ids.shape[1]))
+        for start in range(chunk, input_ids.shape[1], chunk):
+            part = input_ids[:, start : start + chunk]
+            decoder(input_ids=part, use_cache=True, **{CACHE: cache})
+            bar.update(part.shape[1])
+    return cache
+
+
 def cache_bytes(cache: Any) -> int:
     """Return the bytes of all tensors that the layers of a transformers cache hold, each storage once."""
-    held = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor))
+    held = (tensor for layer in cache.layers for tensor in _tensors(list(vars(layer).values())))
     return sum({storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, held)}.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value, inside tuples, lists and the values of dicts too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)

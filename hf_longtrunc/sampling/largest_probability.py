@@ -46,6 +46,16 @@ _JOINING = 32
 _VERIFIED_TOGETHER = 16
 
 
+class Proof(NamedTuple):
+    """The distribution p [vocab] with p_i >= level, or the multipliers l [width] with l . b_j >= 0 everywhere.
+
+    For these the margin says by what part level (l . b_i) exceeds sum_j p-hat_j (l . b_j).
+    """
+
+    vector: Tensor
+    margin: float | None = None
+
+
 class _Raised(NamedTuple):
     """Multipliers over all columns, raised along d until nowhere negative: f = y . a_j / height_j + shift."""
 
@@ -81,12 +91,11 @@ class Polytope:
         self._join(torch.cat([axes, likely[probs[likely] > 0]]))
 
     def decide(
-        self, tokens: Int[Tensor, " n"], levels: Float[Tensor, " n"], proofs: dict[int, Tensor] | None = None
+        self, tokens: Int[Tensor, " n"], levels: Float[Tensor, " n"], proofs: dict[int, Proof] | None = None
     ) -> Tensor:
         """Return [n], int8: -1 where a token's probability can reach its level, 1 where it cannot, 0 for not known.
 
-        With `proofs`, that dictionary gets for each place n the distribution p [vocab] with p_i >= level, or the
-        multipliers l [width] with l . b_j >= 0 and sum_j p-hat_j (l . b_j) < level (l . b_i).
+        With `proofs`, that dictionary gets the proof of each place n that is known.
         """
         status = torch.zeros_like(tokens, dtype=torch.int8)
         for _ in range(_MAX_ROUNDS):
@@ -117,7 +126,7 @@ class Polytope:
         return torch.mm(self._entries[tokens] / self._heights[tokens, None], self._whitener)
 
     def _pass(
-        self, tokens: Tensor, bars: Tensor, status: Tensor, proofs: dict[int, Tensor] | None
+        self, tokens: Tensor, bars: Tensor, status: Tensor, proofs: dict[int, Proof] | None
     ) -> Float[Tensor, "n vocab"]:
         """Ask every token without an answer once; return the f of the multipliers that prove nothing."""
         refused = [bars.new_zeros(0, len(self._probs))]
@@ -134,7 +143,8 @@ class Polytope:
             status[batch[reached]] = -1
             if proofs is not None:
                 for n in reached.tolist():
-                    proofs[int(batch[n])] = self._distribution(int(tokens[batch[n]]), bars[batch[n]], outcome.u[n])
+                    reached = self._distribution(int(tokens[batch[n]]), bars[batch[n]], outcome.u[n])
+                    proofs[int(batch[n])] = Proof(reached)
             for places, y in split(_VERIFIED_TOGETHER, batch[under], outcome.multipliers[under] @ self._whitener.T):
                 refused.append(self._verify(places, y, tokens, bars, status, proofs))
         return torch.cat(refused)
@@ -146,7 +156,7 @@ class Polytope:
         tokens: Tensor,
         bars: Tensor,
         status: Tensor,
-        proofs: dict[int, Tensor] | None,
+        proofs: dict[int, Proof] | None,
     ) -> Float[Tensor, "m vocab"]:
         """Write down each token that one of the multipliers keeps under its level; return the f of those that failed.
 
@@ -159,7 +169,9 @@ class Polytope:
         if proofs is not None:
             for n in new.tolist():
                 first = under[:, n].nonzero()[0, 0]
-                proofs[n] = self._inverse @ ((y[first] + raised.shift[first] * self._centre) / self._sizes)
+                multipliers = self._inverse @ ((y[first] + raised.shift[first] * self._centre) / self._sizes)
+                margin = float(bars[n] * raised.f[first, tokens[n]] / raised.total[first]) - 1
+                proofs[n] = Proof(multipliers, margin)
         return raised.f[status[places] == 0]
 
     def _raised(self, y: Float[Tensor, "n width"]) -> _Raised:

@@ -39,7 +39,7 @@ from torch import Tensor
 from hf_longtrunc.arguments import number, one_of, whole
 from hf_longtrunc.sampling.basis import SoftmaxBasis
 from hf_longtrunc.sampling.interior_point import MARGIN, Box, InteriorPoint, bound_of, split
-from hf_longtrunc.sampling.largest_probability import Polytope
+from hf_longtrunc.sampling.largest_probability import Polytope, Proof
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -83,8 +83,10 @@ class Certificate:
         multipliers: of a kept token below tau: l [rank + 1], the constant's first, with
             sum_j p-hat_j (s max(f_j, 0) + max(-f_j, 0)) < sigma p-hat_i f_i, f_j = l . (1, W_j).
         distribution: of a cut token: p [vocabulary] with p_i = 0, 0 <= p <= sigma p-hat, and p-hat's sum and W^T p-hat.
+        margin: of a kept token below tau: by what part of the sum sigma p-hat_i f_i exceeds it; the search stops at the
+            first proof, so another one may have a larger margin.
 
-    Both are None where p-hat_i >= tau (kept), where p-hat_i = 0 (cut), and where nothing is proved. Of the official form
+    All are None where p-hat_i >= tau (kept), where p-hat_i = 0 (cut), and where nothing is proved. Of the official form
     l says so in exact arithmetic: in these coordinates float64 cannot show it for tokens of less than some 1e-12.
     """
 
@@ -92,6 +94,7 @@ class Certificate:
     decision: Decision
     multipliers: Tensor | None = None
     distribution: Tensor | None = None
+    margin: float | None = None
 
 
 class _Row(NamedTuple):
@@ -350,7 +353,7 @@ class _OfficialWork(_Work):
         self.checker.checked += len(pending)
         if not len(pending):
             return
-        proofs: dict[int, Tensor] | None = {} if self.prove else None
+        proofs: dict[int, Proof] | None = {} if self.prove else None
         levels = self.probs[pending] * (1 + 1 / self.ceiling)
         self.decisions[pending] = self._polytope().decide(self.tokens[pending], levels, proofs)
         self.checker.undecided += int((self.decisions[pending] == 0).sum())
@@ -370,13 +373,13 @@ class _OfficialWork(_Work):
         polytope: Polytope = self.prepared
         return polytope
 
-    def _certificate(self, n: int, level: float, proof: Tensor) -> Certificate:
+    def _certificate(self, n: int, level: float, proof: Proof) -> Certificate:
         token = int(self.tokens[n])
         if self.decisions[n] == Decision.KEPT:
-            return Certificate(token, Decision.KEPT, multipliers=proof)
+            return Certificate(token, Decision.KEPT, proof.vector, margin=proof.margin)
         # Mixed with p-hat until p_i is p-hat_i / tau, it leaves nothing of token i in sigma p-hat - s p.
-        part = (level - self.probs[n]) / (proof[token] - self.probs[n])
-        reached = torch.lerp(self.row.probs, proof, part)
+        part = (level - self.probs[n]) / (proof.vector[token] - self.probs[n])
+        reached = torch.lerp(self.row.probs, proof.vector, part)
         distribution = self.row.probs + self.ceiling * (self.row.probs - reached)
         distribution[token] = 0
         return Certificate(token, Decision.CUT, distribution=distribution)
@@ -482,13 +485,17 @@ class _PaperWork(_Work):
         s = self.ceiling
         rounding = 64 * _EPSILON * (1 + s) * (multipliers.abs() @ self.checker.largest)
         limit = (s * bound.positive + bound.negative) * (1 + MARGIN) + rounding
-        kept = (1 + s) * self.probs * f[:, self.tokens] > limit[:, None]
+        gain = (1 + s) * self.probs * f[:, self.tokens]
+        kept = gain > limit[:, None]
         new = (kept.any(0) & (self.decisions == 0)).nonzero()[:, 0]
         self.decisions[new] = 1
         if self.prove:
             for n in new.tolist():
                 first = kept[:, n].nonzero()[0, 0]
-                self.proofs[n] = Certificate(int(self.tokens[n]), Decision.KEPT, multipliers=multipliers[first].clone())
+                margin = float(gain[first, n] / (s * bound.positive[first] + bound.negative[first])) - 1
+                self.proofs[n] = Certificate(
+                    int(self.tokens[n]), Decision.KEPT, multipliers[first].clone(), margin=margin
+                )
 
     def _widened(self, program: _Program, refused: Float[Tensor, "n width"]) -> _Program:
         """Add the columns that the refused multipliers pay most for, and bundle the rest by the signs of their f.

@@ -1,13 +1,16 @@
 """Perplexity by position of a very long text at constant memory: LM-Infinite's cache, read chunk by chunk.
 
     python recipes/constant_memory.py --tokens 200000 --out constant_memory
+    python recipes/constant_memory.py --prompts 20000,80000
     python recipes/constant_memory.py --model HuggingFaceTB/SmolLM2-135M-Instruct --text some_novel.txt --window 2048
 
 Left out, the model is a Llama of two layers with random weights and the text is random tokens: what is shown then is
 memory and time, not quality. Every EVERY tokens a record says how many tokens were read, the perplexity of the last
-ones, the peak memory of the process so far and the processor time of the last ones.
+ones, the peak memory of the process so far and the processor time of the last ones. With `--prompts` no text is read:
+each number of tokens is given to `generate` as one prompt, first as it reads them by itself, in chunks, then whole.
 
-Expect: after the first lines the peak stays where it is, and so does the time.
+Expect: after the first lines the peak stays where it is, and so does the time. Prompts read in chunks let the peak grow
+by the same, whatever their length.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hf_longtrunc import LMInfinite, load_pretrained
 from hf_longtrunc.evaluation import append_records, stream_losses
 
+Named = tuple[str, int, int]  # model, window, sinks
+
 
 @dataclass(frozen=True)
 class MemoryRecord:
@@ -37,6 +42,23 @@ class MemoryRecord:
     perplexity: float
     peak_mib: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """By how much the peak has grown since a short prompt, once one of so many tokens was given to `generate`."""
+
+    model: str
+    window: int
+    sinks: int
+    tokens: int
+    read: str
+    grown_mib: float
+
+
+def peak_mib() -> float:
+    """Return the peak memory of this process so far."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
 def tiny_model() -> Any:
@@ -61,28 +83,50 @@ def main(
     chunk: Annotated[int, typer.Option(help="Tokens per forward.")] = 500,
     model: Annotated[str | None, typer.Option(help="Hub id or folder; a tiny random model if left out.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text; random tokens if left out. Needs a model.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for memory.jsonl.")] = Path("constant_memory"),
+    prompts: Annotated[
+        str | None, typer.Option(help="Lengths of prompts for generate, separated by commas, instead of reading.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for memory.jsonl or prompts.jsonl.")] = Path("constant_memory"),
 ) -> None:
     language_model, tokenizer = (tiny_model(), None) if model is None else load_pretrained(model)
-    ids = tokens_of(text, tokenizer, tokens, language_model.config.vocab_size)
+    lengths = sorted(int(length) for length in prompts.split(",")) if prompts else []
+    ids = tokens_of(text, tokenizer, lengths[-1] if lengths else tokens, language_model.config.vocab_size)
+    named = model or "tiny random Llama", window, sinks
+    with LMInfinite(num_sink_tokens=sinks, window_length=window)(language_model):
+        if lengths:
+            give_prompts(language_model, ids, lengths, named, out)
+        else:
+            read_stream(language_model, ids, chunk, every, named, out)
+
+
+def read_stream(model: Any, ids: torch.Tensor, chunk: int, every: int, named: Named, out: Path) -> None:
+    """Read the text in chunks, and report every so many tokens."""
     losses: list[torch.Tensor] = []
     since = time.process_time()
-    with LMInfinite(num_sink_tokens=sinks, window_length=window)(language_model):
-        for index, piece in enumerate(stream_losses(language_model, torch.split(ids[None], chunk, dim=1)), 1):
-            losses.append(piece)
-            if index * chunk % every == 0 or index * chunk >= tokens:
-                perplexity = torch.cat(losses, dim=1).mean().exp().item()
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-                seconds = round(time.process_time() - since, 2)
-                read = min(index * chunk, tokens)
-                name = model or "tiny random Llama"
-                record = MemoryRecord(name, window, sinks, read, round(perplexity, 3), round(peak, 1), seconds)
-                append_records(out / "memory.jsonl", [record])
-                print(
-                    f"{read:>9,} tokens  perplexity {perplexity:9.2f}  peak {peak:8.1f} MiB  {seconds:6.2f} s",
-                    flush=True,
-                )
-                losses, since = [], time.process_time()
+    for index, piece in enumerate(stream_losses(model, torch.split(ids[None], chunk, dim=1)), 1):
+        losses.append(piece)
+        if index * chunk % every == 0 or index * chunk >= len(ids):
+            perplexity = torch.cat(losses, dim=1).mean().exp().item()
+            seconds = round(time.process_time() - since, 2)
+            read, peak = min(index * chunk, len(ids)), peak_mib()
+            append_records(out / "memory.jsonl", [MemoryRecord(*named, read, round(perplexity, 3), peak, seconds)])
+            line = f"{read:>9,} tokens  perplexity {perplexity:9.2f}  peak {peak:8.1f} MiB  {seconds:6.2f} s"
+            print(line, flush=True)
+            losses, since = [], time.process_time()
+
+
+def give_prompts(model: Any, ids: torch.Tensor, lengths: list[int], named: Named, out: Path) -> None:
+    """Generate two tokens after each prompt, short ones first, since a peak never falls."""
+    settings: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
+    model.generate(ids[None, : named[1]], **settings)
+    before = peak_mib()
+    for read in ("in chunks", "whole"):
+        for length in lengths:
+            whole = {"prefill_chunk_size": length} if read == "whole" else {}
+            model.generate(ids[None, :length], **settings, **whole)
+            grown = round(peak_mib() - before, 1)
+            append_records(out / "prompts.jsonl", [PromptRecord(*named, length, read, grown)])
+            print(f"{length:>9,} tokens read {read:9}  peak grown by {grown:6.1f} MiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def main(
     start: Annotated[int, typer.Option(help="Where in the text's tokens the stretch begins.")] = 2000,
     tokens: Annotated[int, typer.Option(help="Tokens that are read.")] = 16_384,
     chunk: Annotated[int, typer.Option(help="Tokens per forward.")] = 1024,
+    only: Annotated[str | None, typer.Option(help="Which arms, separated by semicolons; all if left out.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for records and picture.")] = Path("dual_chunk"),
 ) -> None:
     console = Console()
@@ -44,6 +45,8 @@ def main(
         "dual chunk, trained on half": DualChunkAttention(trained_length=trained // 2),
         "dual chunk": DualChunkAttention(),
     }
+    if only is not None:
+        arms = {name: arms[name] for name in only.split(";")}
     losses = compare_losses(language_model, ids, arms, chunk=chunk, progress=True)
     edges = [edge for edge in (0, 1, 2, 3, 4) if edge * (trained // 2) <= len(ids)]
     records = perplexity_records(language_model, losses, arms, [edge * (trained // 2) for edge in edges])

@@ -38,6 +38,7 @@ COMMAND = "hf-longtrunc"
 class Step:
     """One claim: its folder, what is shown, the command at either size; TEXT and OUT stand for paths.
 
+    A command is a script of this folder, `hf-longtrunc`, or `-m` and a module of the repository that one stands in.
     A step without a quick form takes two CPU cores longer than `--quick` may, and runs if it is named.
     """
 
@@ -92,10 +93,22 @@ STEPS = [
         f"{COMMAND} ppl TEXT --tokens 65536 --output-dir OUT",
     ),
     Step(
+        "dual-chunk",
+        "Dual chunk attention past the trained window: perplexity by position, beside LM-Infinite",
+        None,
+        'dual_chunk.py --text TEXT --only "LM-Infinite, a quarter;dual chunk" --out OUT',
+    ),
+    Step(
         "memory",
         "LM-Infinite over a long stream: memory and time",
         "constant_memory.py --tokens 200000 --out OUT",
         "constant_memory.py --tokens 1000000 --every 100000 --out OUT",
+    ),
+    Step(
+        "prompt-memory",
+        "Memory of a long prompt given to generate, read in chunks by itself and left whole",
+        "constant_memory.py --prompts 20000,80000 --out OUT",
+        "constant_memory.py --prompts 20000,80000 --out OUT",
     ),
     Step(
         "streaming",
@@ -209,6 +222,12 @@ STEPS = [
         "benchmarks/lm_infinite.py --device cpu --largest 32768 --repeats 3 --out OUT",
         "benchmarks/lm_infinite.py --out OUT",
     ),
+    Step(
+        "histories",
+        "Random histories under LM-Infinite: rows, padding, holes, turns, crops, patches",
+        None,
+        "-m tests.attention.machine 10000",
+    ),
     Step("retrieval-cost", "A decoding step under Unlimiformer", None, "benchmarks/unlimiformer.py --out OUT"),
     Step(
         "index-cost",
@@ -247,7 +266,9 @@ def runs_in(out: Path) -> list[Run]:
 def written(command: str, text: Path | None) -> str:
     """Return a step's command as a user would type it."""
     command = command if text is None else command.replace("TEXT", text.name)
-    return command if command.startswith(COMMAND) else f"python recipes/{command}"
+    if command.startswith(COMMAND):
+        return command
+    return f"python {command}" if command.startswith("-m ") else f"python recipes/{command}"
 
 
 def run(name: str, command: str, out: Path, text: Path | None) -> None:
@@ -259,7 +280,10 @@ def run(name: str, command: str, out: Path, text: Path | None) -> None:
     if text is None:
         source.write_text(python_reference(), encoding="utf-8")
     words = [word.replace("TEXT", str(source)).replace("OUT", str(folder)) for word in shlex.split(command)]
-    program = ["-m", "hf_longtrunc", *words[1:]] if words[0] == COMMAND else [str(RECIPES / words[0]), *words[1:]]
+    if words[0] == COMMAND:
+        program = ["-m", "hf_longtrunc", *words[1:]]
+    else:
+        program = words if words[0] == "-m" else [str(RECIPES / words[0]), *words[1:]]
     for picture in folder.glob("*.png"):  # of a run that was cut off: commands overwrite nothing
         picture.unlink()
     started = time.perf_counter()

@@ -113,6 +113,7 @@ PUBLIC = {
         "plot_retrieval",
         "plot_truncation",
         "python_reference",
+        "read_ahead",
         "read_records",
         "repetition_table",
         "retrieval_table",

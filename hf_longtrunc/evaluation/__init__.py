@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     )
     from hf_longtrunc.evaluation.streaming import (
         cache_bytes as cache_bytes,
+        read_ahead as read_ahead,
         start_stream as start_stream,
     )
     from hf_longtrunc.evaluation.texts import (
@@ -115,6 +116,7 @@ _HOME = {
     "plot_retrieval": "hf_longtrunc.evaluation.retrieval",
     "plot_truncation": "hf_longtrunc.evaluation.truncation",
     "python_reference": "hf_longtrunc.evaluation.texts",
+    "read_ahead": "hf_longtrunc.evaluation.streaming",
     "read_records": "hf_longtrunc.evaluation.records",
     "recall_records": "hf_longtrunc.evaluation.recall",
     "repetition_table": "hf_longtrunc.evaluation.truncation",

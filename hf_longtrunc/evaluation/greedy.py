@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_longtrunc.models import CACHE
 
-def greedy_answer(model: Any, ids: list[int], max_new_tokens: int) -> torch.Tensor:
+if TYPE_CHECKING:
+    from transformers import Cache
+    from transformers.generation.streamers import BaseStreamer
+
+
+def greedy_answer(
+    model: Any,
+    ids: list[int],
+    max_new_tokens: int,
+    *,
+    cache: Cache | None = None,
+    streamer: BaseStreamer | None = None,
+) -> torch.Tensor:
     """Return the token ids [n] that `model` generates greedily after a prompt, whatever its generation config samples.
 
-    Of an encoder-decoder that is all that its decoder says, its start token included.
+    Of an encoder-decoder that is all that its decoder says, its start token included. A `cache` holds the beginning of
+    the prompt already, and afterwards prompt and answer.
     """
     prompt = torch.tensor([ids], device=model.device)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, **greedy)
+    greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if cache is not None:
+        greedy[CACHE] = cache
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, streamer=streamer, **greedy
+    )
     answer: torch.Tensor = output[0] if model.config.is_encoder_decoder else output[0, len(ids) :]
     return answer

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from hf_longtrunc.models import cache_of
+from hf_longtrunc.arguments import whole
+from hf_longtrunc.models import CACHE, cache_of, decoder_of, unwrapped
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -42,6 +44,35 @@ def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
     if cache is None or cache.get_seq_length() != input_ids.shape[1]:
         raise ValueError(f"{type(model).__name__} keeps no cache, so it cannot be read in chunks")
     return cache, output.logits[0][:, None]
+
+
+@torch.no_grad()
+def read_ahead(model: Any, input_ids: Tensor, *, chunk: int = 1024, progress: bool = False) -> Cache:
+    """Read a text before anything is asked about it, `chunk` tokens a forward.
+
+    Args:
+        model: a causal LM that generates.
+        input_ids: [texts, n >= 1], no padding.
+        chunk: tokens a forward.
+        progress: show a bar.
+
+    Returns:
+        The cache, which has seen n tokens. Give `generate` a copy of it, or crop it afterwards, and several questions
+        about the text cost one reading.
+
+    Raises:
+        TypeError, ValueError: `chunk` is no whole number of at least 1; the model keeps no cache.
+    """
+    chunk = whole("chunk", chunk, least=1)
+    decoder = decoder_of(unwrapped(model))
+    with tqdm(total=input_ids.shape[1], desc="reading", unit="tok", disable=not progress) as bar:
+        cache, _ = start_stream(model, input_ids[:, :chunk])
+        bar.update(min(chunk, input_ids.shape[1]))
+        for start in range(chunk, input_ids.shape[1], chunk):
+            part = input_ids[:, start : start + chunk]
+            decoder(input_ids=part, use_cache=True, **{CACHE: cache})
+            bar.update(part.shape[1])
+    return cache
 
 
 def cache_bytes(cache: Any) -> int:

@@ -36,6 +36,11 @@ def test_a_step_is_run_once_and_shown(recipe, tmp_path):
     assert "`hf-longtrunc --help`" in page
 
 
+def test_a_command_is_written_as_a_user_types_it(recipe):
+    commands = {"pema.py": "python recipes/pema.py", "-m tests.x 10": "python -m tests.x 10"}
+    assert [recipe["written"](command, None) for command in commands] == list(commands.values())
+
+
 def test_no_path_of_this_machine_is_shown(recipe, tmp_path):
     text = f"{tmp_path}/records.jsonl {Path.home()}/.cache/model"
     assert recipe["without_paths"](text, tmp_path) == "OUT/records.jsonl ~/.cache/model"

@@ -149,6 +149,12 @@ def test_recipe_constant_memory(tmp_path, capsys):
     assert last.perplexity > 500
     assert last.peak_mib < 1.5 * first.peak_mib
     assert "2,000 tokens" in capsys.readouterr().out
+    recipe["main"](window=64, sinks=4, prompts="3000,100", out=tmp_path / "memory")
+    prompts = read_records(tmp_path / "memory" / "prompts.jsonl", recipe["PromptRecord"])
+    assert [(record.tokens, record.read) for record in prompts] == [
+        *((100, "in chunks"), (3000, "in chunks")),
+        *((100, "whole"), (3000, "whole")),
+    ]
 
 
 def test_recipe_eta_flag(tiny_folder, tmp_path, capsys):

@@ -5,7 +5,8 @@ import torch
 from transformers import DynamicCache
 
 from hf_longtrunc import LMInfinite
-from hf_longtrunc.evaluation import cache_bytes, start_stream, token_losses
+from hf_longtrunc.evaluation import cache_bytes, read_ahead, start_stream, token_losses
+from hf_longtrunc.evaluation.greedy import greedy_answer
 
 
 def test_a_stream_starts_with_the_cache_and_logits_of_a_forward(tiny_model):
@@ -13,6 +14,18 @@ def test_a_stream_starts_with_the_cache_and_logits_of_a_forward(tiny_model):
     cache, logits = start_stream(tiny_model, ids)
     assert cache.get_seq_length() == 9
     torch.testing.assert_close(logits[:, 0], tiny_model(ids).logits[:, -1])
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 90, 100])
+def test_a_text_that_was_read_ahead_is_asked_about_as_if_it_were_read_with_the_question(tiny_model, chunk):
+    ids = torch.randint(97, (1, 90))
+    question = [5, 17, 4]
+    with LMInfinite(num_sink_tokens=2, window_length=16)(tiny_model):
+        expected = greedy_answer(tiny_model, [*ids[0].tolist(), *question], 6)
+        cache = read_ahead(tiny_model, ids, chunk=chunk)
+        assert cache.get_seq_length() == 90
+        answer = greedy_answer(tiny_model, [*ids[0].tolist(), *question], 6, cache=cache)
+    assert answer.tolist() == expected.tolist()
 
 
 def test_bytes_of_a_cache_are_those_of_its_tensors():

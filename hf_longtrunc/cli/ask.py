@@ -1,0 +1,142 @@
+"""`hf-longtrunc ask`: questions about a text of any length, which is read once."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from hf_longtrunc.cli.common import AsJson, Model, Sinks, check_file, is_watched, load, notes, print_json, read_text
+
+if TYPE_CHECKING:
+    from hf_longtrunc.evaluation.records import Arm
+
+_OPENING = "Here is a text. A question about it follows at its end.\n\n"
+
+
+def ask(
+    file: Annotated[str, typer.Argument(help="A text, or - for standard input.")],
+    questions: Annotated[list[str], typer.Argument(help="One question or several, each on its own.")],
+    model: Model = None,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="LM-Infinite and the blocks that the question points at: codes, names.")
+    ] = False,
+    lm_infinite: Annotated[
+        bool, typer.Option("--lm-infinite", help="The text's beginning and end alone, in little memory.")
+    ] = False,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Of those two; a quarter of the trained one, or all of it.")
+    ] = None,
+    sinks: Sinks = 16,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Only the text's first so many tokens.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Ask about a text of any length: it is read once, whole (dual chunk attention), and every question answered."""
+    if blocks and lm_infinite:
+        raise typer.BadParameter("takes one way of reading, got both --blocks and --lm-infinite")
+    if window is not None and not (blocks or lm_infinite):
+        raise typer.BadParameter("goes with --blocks or --lm-infinite", param_hint="--window")
+    for question in questions:
+        if not question.strip():
+            raise typer.BadParameter("a question is empty", param_hint="QUESTIONS")
+    check_file(file)
+    text = read_text(file)
+    if not text.strip():
+        raise typer.BadParameter("the text is empty", param_hint="FILE")
+    from hf_longtrunc import trained_length
+
+    loaded, tokenizer = load(model, needs="a causal LM")
+    before, behind = around(tokenizer, questions)
+    found = tokens_of(tokenizer, text)
+    ids = before + found[:max_tokens]
+    try:
+        way, arm = reading(blocks, lm_infinite, window, sinks, trained_length(loaded.config))
+        handle: Any = arm(loaded)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
+    read = {"tokens": len(ids) - len(before), "of": len(found), "reading": way}
+    notes().print(f"reading {read['tokens']:,} of {len(found):,} tokens of {escape(file)}: {way}")
+    with handle:
+        answers = answered(loaded, tokenizer, ids, list(zip(questions, behind, strict=True)), max_new_tokens, as_json)
+    if as_json:
+        print_json({**read, "answers": answers})
+
+
+def reading(blocks: bool, lm_infinite: bool, window: int | None, sinks: int, trained: int) -> tuple[str, Arm]:
+    """Return the way to read that the options name, in words and as a technique."""
+    from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks
+
+    if not (blocks or lm_infinite):
+        return f"dual chunk attention, {trained:,} positions trained", DualChunkAttention()
+    length = window or (max(1, trained // 4) if blocks else trained)
+    seen = f"LM-Infinite, the first {sinks} and the last {length:,} tokens"
+    if not blocks:
+        return seen, LMInfinite(num_sink_tokens=sinks, window_length=length)
+    retrieval = TopBlocks()
+    seen += f", and {retrieval.blocks} blocks of {retrieval.block_size} that the question chooses"
+    return seen, LMInfinite(num_sink_tokens=sinks, window_length=length, retrieval=retrieval)
+
+
+def around(tokenizer: Any, questions: list[str]) -> tuple[list[int], list[list[int]]]:
+    """Return the tokens before the text, and those behind it for each question, in the chat template if there is one.
+
+    Raises:
+        ValueError: the chat template drops what a user says.
+    """
+    marks = "<<text>>", "<<question>>"
+    turn = f"{_OPENING}{marks[0]}\n\n{marks[1]}"
+    is_chat = bool(getattr(tokenizer, "chat_template", None))
+    if is_chat:
+        messages = [{"role": "user", "content": turn}]
+        turn = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    else:
+        turn += "\nAnswer:"
+    if any(turn.count(mark) != 1 for mark in marks):
+        raise ValueError("the tokenizer's chat template does not repeat what a user says: take another tokenizer")
+    before, rest = turn.split(marks[0])
+    begin: list[int] = tokenizer(before, add_special_tokens=not is_chat, verbose=False).input_ids
+    return begin, [tokens_of(tokenizer, rest.replace(marks[1], question.strip())) for question in questions]
+
+
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a part of a prompt."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def answered(
+    model: Any,
+    tokenizer: Any,
+    ids: list[int],
+    questions: list[tuple[str, list[int]]],
+    max_new_tokens: int,
+    is_quiet: bool,
+) -> list[dict[str, Any]]:
+    """Read `ids` once and answer each question, given with the tokens that end its prompt; print as it is said."""
+    import torch
+    from transformers import TextStreamer
+    from transformers.cache_utils import DynamicLayer
+
+    from hf_longtrunc.evaluation import cache_bytes, read_ahead
+    from hf_longtrunc.evaluation.greedy import greedy_answer
+
+    since, answers = time.perf_counter(), []
+    cache = read_ahead(model, torch.tensor([ids], device=model.device), progress=is_watched())
+    notes().print(f"read in {time.perf_counter() - since:.1f} s, {cache_bytes(cache) / 2**20:,.0f} MiB kept")
+    grows = all(type(layer) is DynamicLayer for layer in cache.layers)
+    for question, ending in questions:
+        since = time.perf_counter()
+        if not is_quiet:
+            notes().print(f"[bold]{escape(question)}[/bold]")
+        held = cache if grows else copy.deepcopy(cache)
+        streamer = None if is_quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        said = greedy_answer(model, ids + ending, max_new_tokens, cache=held, streamer=streamer)
+        if grows:
+            cache.crop(len(ids) - cache.get_seq_length())
+        answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+        answers.append({"question": question, "answer": answer, "seconds": round(time.perf_counter() - since, 3)})
+    return answers

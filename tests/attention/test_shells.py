@@ -9,7 +9,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from hf_longtrunc import LMInfinite, verify_positions
 from hf_longtrunc.attention import lambda_patch
-from hf_longtrunc.models import decoder_of
+from hf_longtrunc.models import CACHE, decoder_of
 
 from .reference import Naive, Rope, install
 from .shells import IMAGE_TOKEN, SHELLS, prompt_with_image, tiny_shell
@@ -134,7 +134,13 @@ def test_token_types_of_a_text_alone_change_nothing(family, name, monkeypatch):
     typed = {**inputs, name: torch.zeros_like(ids)}
     with ARM(model):
         assert torch.equal(model(**typed).logits, model(**inputs).logits)
-        assert torch.equal(generated(model, typed).sequences, generated(model, inputs).sequences)
+        plain, lengths = generated(model, inputs).sequences, []
+        hook = decoder_of(model).register_forward_pre_hook(
+            lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        assert torch.equal(generated(model, typed).sequences, plain)
+        hook.remove()
+    assert max(lengths) == (9 if CACHE == "cache" else 29)  # 5.19 reads a prompt whole
 
 
 def test_gemma4_lets_an_image_see_itself_in_its_windows_alone():

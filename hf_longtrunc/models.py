@@ -84,10 +84,11 @@ def decoder_of(model: Any) -> Any:
 
     Of a multimodal model that is the decoder of its text, also where that lies inside a language model with a head.
     """
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel):
         return model.base_model
-    if decoder.get_output_embeddings() is None:
+    head = decoder.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:
         return decoder
     return next((part for part in decoder.children() if isinstance(part, PreTrainedModel)), decoder)
 

@@ -72,7 +72,8 @@ class AttentionPatch(Handle):
         before = hidden_states(decoder, ids)
         original = decoder.config._attn_implementation
         self._give_own_configs()
-        for registry, function in zip(_REGISTRIES, (_attention, _mask), strict=True):
+        functions: tuple[Any, Any] = _attention, _mask
+        for registry, function in zip(_REGISTRIES, functions, strict=True):
             registry.register(self._name, partial(function, original))
         self.undo(_forget, self._name)
         weakref.finalize(model, _forget, self._name)
@@ -206,7 +207,8 @@ def _attention(
 def _mask(original: str, *, local_size: int | None = None, **kwargs: Any) -> Any:
     """Hand out what the running decoder carries; layers that were trained with a window get their own mask."""
     carried = running()
-    native: Any = partial(AttentionMaskInterface._global_mapping[original], local_size=local_size, **kwargs)
+    own: Any = AttentionMaskInterface._global_mapping[original]
+    native = partial(own, local_size=local_size, **kwargs)
     if local_size is not None or isinstance(carried, Native):
         if isinstance(carried, Probe):
             carried.has_windows = True
@@ -225,9 +227,9 @@ def _is_causal(mask_function: Any, q_length: int, q_offset: int, **kwargs: Any) 
         return True
     kwargs |= {"attention_mask": None, "allow_is_causal_skip": False}
     for start in range(0, q_length, _ROWS):
-        rows = {"q_length": min(_ROWS, q_length - start), "q_offset": q_offset + start}
-        wanted = sdpa_mask(mask_function=mask_function, **rows, **kwargs)
-        if not torch.equal(wanted, sdpa_mask(mask_function=causal_mask_function, **rows, **kwargs)):
+        rows: dict[str, Any] = {**kwargs, "q_length": min(_ROWS, q_length - start), "q_offset": q_offset + start}
+        wanted, causal = (sdpa_mask(mask_function=which, **rows) for which in (mask_function, causal_mask_function))
+        if not torch.equal(wanted, causal):  # type: ignore[arg-type]
             return False
     return True
 

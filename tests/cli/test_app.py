@@ -78,19 +78,6 @@ print(sorted(heavy & set(sys.modules)), file=sys.stderr)
     assert result.stderr.strip() == "[]"
 
 
-def test_help_costs_at_most_four_times_what_typer_and_rich_alone_cost():
-    """2.1 times as measured; processor time, the least of three."""
-
-    def seconds(*command):
-        before = os.times()
-        subprocess.run([sys.executable, *command], check=True, capture_output=True)
-        after = os.times()
-        return after.children_user + after.children_system - before.children_user - before.children_system
-
-    alone = min(seconds("-c", "import typer, rich.console") for _ in range(3))
-    assert min(seconds("-m", "hf_longtrunc", "--help") for _ in range(3)) < 4 * alone
-
-
 def test_the_tasks_that_are_offered_are_the_benchmarks():
     assert [task.value for task in Task] == list(TASKS)
 

@@ -217,6 +217,11 @@ def _mask(original: str, *, local_size: int | None = None, **kwargs: Any) -> Any
     if carried is None:
         return Unmade(kwargs["attention_mask"], is_causal, native)
     if not is_causal():
+        if isinstance(carried, Probe):
+            raise CannotPatchError(
+                "it asks for a mask in which tokens see what is to come, as an encoder's do, and the mask that limits "
+                "distances is causal"
+            )
         raise ValueError(MORE_THAN_CAUSAL)
     return carried
 
@@ -225,7 +230,7 @@ def _is_causal(mask_function: Any, q_length: int, q_offset: int, **kwargs: Any) 
     """Return whether a mask that transformers asks for hides what is to come and nothing else, padding aside."""
     if mask_function is causal_mask_function:
         return True
-    kwargs |= {"attention_mask": None, "allow_is_causal_skip": False}
+    kwargs |= {"attention_mask": None, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     for start in range(0, q_length, _ROWS):
         rows: dict[str, Any] = {**kwargs, "q_length": min(_ROWS, q_length - start), "q_offset": q_offset + start}
         wanted, causal = (sdpa_mask(mask_function=which, **rows) for which in (mask_function, causal_mask_function))

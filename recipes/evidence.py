@@ -228,6 +228,12 @@ STEPS = [
         None,
         "-m tests.attention.machine 10000",
     ),
+    Step(
+        "compiled-decoding",
+        "The graphs of compiled decoding under LM-Infinite",
+        None,
+        "-m tests.attention.compiled_decode 1000",
+    ),
     Step("retrieval-cost", "A decoding step under Unlimiformer", None, "benchmarks/unlimiformer.py --out OUT"),
     Step(
         "index-cost",

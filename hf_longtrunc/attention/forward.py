@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_longtrunc.attention.cache import ArchiveCacheLayer, LambdaCacheLayer
 from hf_longtrunc.attention.row_positions import check_positions, checked_mask
-from hf_longtrunc.attention.step import carry, made, padding_of, planned
+from hf_longtrunc.attention.step import Layout, carry, made, padding_of, planned
 from hf_longtrunc.models import CACHE, bound, parameters_of
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ class PatchedForward:
         name: of the patch's attention in its config.
         has_windows: whether some of its layers were trained with a window of their own.
         mesh: over which tensor parallelism splits its heads; None: it does not.
+
+    Attributes:
+        compiled: the original forward as it was compiled for one token; None: it was not.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class PatchedForward:
     ):
         self.decoder = decoder
         self.original = original
+        self.compiled: Callable[..., Any] | None = None
         self.settings = settings
         self.rotations = rotations
         self.name = name
@@ -55,7 +59,11 @@ class PatchedForward:
         self.takes_positions = "position_ids" in parameters_of(decoder)
 
     def once(self, ballot: list[Tensor] | None, /, *args: Any, **inputs: Any) -> Any:
-        """Run the decoder once; with a ballot, let its last rows vote."""
+        """Run the decoder once; with a ballot, let its last rows vote.
+
+        Where the step of one token is compiled it is planned before it and settled behind it, so that its graph holds
+        no number that changes with the tokens seen.
+        """
         if args:
             inputs = bound(self.decoder, args, inputs)
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -76,11 +84,20 @@ class PatchedForward:
         if self.takes_positions:
             inputs["position_ids"] = positions.clamp_min(0)
         inputs["attention_mask"] = made(inputs.get("attention_mask"), padding, step)
+        run = self.original
+        if self.compiled is not None and step.layout is Layout.RING and not step.has_moved:
+            run = self.compiled
+            if not self.has_windows:  # the mask, which grows, is in the step already
+                inputs["attention_mask"] = None
         before = carry(step)
         try:
-            return self.original(**inputs)
+            output = run(**inputs)
         finally:
             carry(before)
+        for layer in layers:
+            if isinstance(layer, LambdaCacheLayer):
+                layer.settle()
+        return output
 
     def reading(self, *args: Any, **inputs: Any) -> Any:
         """Run the decoder as the strategy that reads the middle wants it."""
@@ -97,7 +114,7 @@ class PatchedForward:
             ValueError: the message says what to do.
         """
         check_implementation(self.decoder, self.name, "LMInfinite")
-        ours, seen = (self.settings.num_sink_tokens, self.settings.window_length), None
+        ours = self.settings.num_sink_tokens, self.settings.window_length
         for layer in layers:
             if not isinstance(layer, LambdaCacheLayer):
                 continue
@@ -112,12 +129,11 @@ class PatchedForward:
                     "this cache was built without retrieval, so the middle of its text is gone: start anew, or patch "
                     "with retrieval=None"
                 )
-            if seen is not None and layer.seen != seen:
+            if layer.is_torn:
                 raise ValueError(
-                    f"the layers of this cache have seen {seen} and {layer.seen} tokens: a forward was interrupted "
-                    "while they were stored. Start anew with a new cache"
+                    "a forward was interrupted while this cache stored its tokens, so its layers no longer hold the "
+                    "same text: start anew with a new cache"
                 )
-            seen = layer.seen
 
 
 def check_implementation(decoder: Any, name: str, technique: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
@@ -59,13 +60,32 @@ class LambdaPatch(AttentionPatch):
             for module, rotation in found.rotations.items()
         }
 
+    def compile(self, **options: Any) -> None:
+        """Compile the decoding step: forwards of one token beside the cache that `generate` builds.
+
+        All else, prompts of any length above all, runs as before. What changes with every token is planned outside the
+        step, and reaches it as tensors: one graph serves all tokens once the cache is full.
+
+        Args:
+            options: of `torch.compile`, where `dynamic` is False unless it is given.
+
+        Raises:
+            ValueError: a strategy reads the middle, which grows.
+        """
+        if self.settings.retrieval is not None:
+            raise ValueError(
+                "compile() needs steps of one shape, and retrieval reads a middle that grows: leave it out"
+            )
+        run = self._run.original
+        self._run.compiled = torch.compile(lambda **inputs: run(**inputs), **{"dynamic": False, **options})
+
     def _forward(self) -> Callable[..., Any]:
         rotations = {layer.rotation for layer in self.layers.values() if layer.rotation is not None}
         mesh = getattr(self._model, "_device_mesh", None)
-        forward = PatchedForward(
+        self._run = PatchedForward(
             self._decoder, self._decoder.forward, self.settings, rotations, self._name, self._has_windows, mesh
         )
-        return partial(forward.once, None) if self.settings.retrieval is None else partial(forward.reading)
+        return partial(self._run.once, None) if self.settings.retrieval is None else partial(self._run.reading)
 
     # -- generate() ----------------------------------------------------------------------------------------------------
 

@@ -313,7 +313,7 @@ def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, fir
     with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
         cache = ring_cache(model)
         got = in_chunks(model, ids, [N, 1, 1, 2, 2], cache)
-    assert sorted(cache.layers[0].chosen[0].tolist()) == sorted(naive.chosen)
+    assert sorted(cache.layers[0].chosen.blocks[0].tolist()) == sorted(naive.chosen)
     assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
     assert (got - without)[:, : N - ROWS].abs().max() < 2e-5
     assert (got - without)[:, N:].abs().max() > 1e-2
@@ -345,7 +345,7 @@ def test_the_later_layers_choose_otherwise():
             )(model):
                 cache = ring_cache(model)
                 logits(model, ids, cache=cache)
-                chosen.append(sorted(cache.layers[0].chosen[0].tolist()))
+                chosen.append(sorted(cache.layers[0].chosen.blocks[0].tolist()))
     assert choices[None] == choices[0] != choices[1]
 
 
@@ -389,9 +389,9 @@ def test_beams_keep_the_choice(llama):
         assert torch.equal(llama.generate(ids[:1], num_beams=3, **options), beams[:1])
         cache = ring_cache(llama)
         logits(llama, prompt(N, batch=2), cache=cache)
-        before = cache.layers[0].chosen.clone()
+        before = cache.layers[0].chosen.blocks.clone()
         cache.batch_repeat_interleave(2)
-        assert torch.equal(cache.layers[1].chosen, before.repeat_interleave(2, 0))
+        assert torch.equal(cache.layers[1].chosen.blocks, before.repeat_interleave(2, 0))
 
 
 def test_a_chat_turn_chooses_anew(llama):
@@ -400,7 +400,7 @@ def test_a_chat_turn_chooses_anew(llama):
         choices = []
         for turn in (prompt(N), prompt(2 * L), prompt(VOTERS - 1)):
             logits(llama, turn, cache=cache)
-            choices.append(cache.layers[0].chosen.tolist())
+            choices.append(cache.layers[0].chosen.blocks.tolist())
         assert cache.get_seq_length() == N + 2 * L + VOTERS - 1
     assert choices[0] != choices[1] == choices[2]
 

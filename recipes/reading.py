@@ -24,9 +24,7 @@ from hf_longtrunc.evaluation import Haystack, questions_table, run_questions
 def main(
     text: Annotated[Path, typer.Option(help="A novel.")],
     lengths: Annotated[str, typer.Option(help="Tokens before a question.")] = "4000,12000",
-    arms: Annotated[
-        str, typer.Option(help="dual-chunk, blocks, chat, window; with commas between.")
-    ] = "dual-chunk,blocks",
+    arms: Annotated[str, typer.Option(help="dual-chunk, blocks, chat, window")] = "dual-chunk,blocks",
     texts: Annotated[int, typer.Option(help="Stretches of the novel a length.")] = 1,
     model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
     seed: int = 0,

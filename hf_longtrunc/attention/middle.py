@@ -140,9 +140,9 @@ def choose_blocks(
 ) -> Choice:
     """Choose each row's `count` best blocks.
 
-    Where there is no background the blocks of most votes are the best, and all get `emphasis`. Elsewhere a block is worth
-    v / (b + mean b): how many times as much attention v it is paid as it is paid anyway, b. Blocks that are worth less
-    than `least` are not read, and the others get as much emphasis as they are worth, `emphasis` at most.
+    Where there is no background the blocks of most votes are the best, and all get `emphasis`. Elsewhere a block is
+    worth v / (b + mean b): how many times as much attention v it is paid as it is paid anyway, b. Blocks that are worth
+    less than `least` are not read, and the others get as much emphasis as they are worth, `emphasis` at most.
 
     Args:
         vote: attention that a voting row pays to each block.

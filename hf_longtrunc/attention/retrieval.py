@@ -50,7 +50,7 @@ class View(NamedTuple):
         num_sink_tokens: S.
         window: L.
         chosen: what was chosen for each row; None: nothing yet.
-        ballot: takes each voting layer's mass and rows [batch, 2, blocks + 1] while blocks are being chosen; None otherwise.
+        ballot: takes each voting layer's mass and rows [batch, 2, blocks + 1] while blocks are being chosen, else None.
     """
 
     middle: Middle

@@ -12,7 +12,7 @@ Cost: with that model and one CPU core a text of 4,000 tokens takes one and a ha
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,7 +32,7 @@ def main(
 ) -> None:
     language_model, tokenizer = load_pretrained(model)
     window = max(1, trained_length(language_model.config) // 4)
-    known = {
+    known: dict[str, Any] = {
         "dual-chunk": DualChunkAttention(),
         "blocks": LMInfinite(window_length=window, retrieval=TopBlocks()),
         "chat": LMInfinite(window_length=window, retrieval=TopBlocks.for_chat(tokenizer)),

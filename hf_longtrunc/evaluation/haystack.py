@@ -75,19 +75,25 @@ class Haystack:
         return [*opened, *self.text(length, needles, draw, beside=len(opened) + len(asked)), *asked]
 
     def text(
-        self, length: int, needles: Sequence[tuple[float, str]], draw: random.Random, *, beside: int = 0
+        self,
+        length: int,
+        needles: Sequence[tuple[float, str]],
+        draw: random.Random,
+        *,
+        beside: int = 0,
+        behind: int = 0,
     ) -> list[int]:
         """Return the tokens of filler with the needles in it, which with `beside` tokens around it has `length`.
 
-        Needles as for `prompt`.
+        Needles as for `prompt`, in the filler before its last `behind` tokens.
         """
         for depth, _ in needles:
             share("depth", depth)
         hidden = self._tokens_of([sentence for _, sentence in needles])
-        room = length - beside - sum(map(len, hidden))
+        room = length - beside - behind - sum(map(len, hidden))
         if room < 1:
             raise ValueError(f"length must be at least {length - room + 1} tokens for this prompt, got {length}")
-        sentences = self._stretch(room, draw.randrange(len(self._sentences)))
+        sentences = self._stretch(room + behind, draw.randrange(len(self._sentences)))
         places = [_nearest_boundary(sentences, depth * room) for depth, _ in needles]
         for index in sorted(range(len(places)), key=lambda index: (places[index], index), reverse=True):
             sentences.insert(places[index], hidden[index])

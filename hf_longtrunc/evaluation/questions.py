@@ -100,9 +100,9 @@ class LongText:
         self._haystack = haystack
         self.questions = _questions(draw)
         opened, _ = haystack.conversation(_OPENING, "?")
-        inside, kept = [q for q in self.questions if q.depth < 1], length / (length + _CONTINUED)
-        needles = [(kept * (q.depth + (i % 4 - 1.5) / 16), q.fact) for i, q in enumerate(inside)]
-        text = haystack.text(length + _CONTINUED, needles, draw, beside=len(opened))
+        inside = [question for question in self.questions if question.depth < 1]
+        needles = [(question.depth + (i % 4 - 1.5) / 16, question.fact) for i, question in enumerate(inside)]
+        text = haystack.text(length + _CONTINUED, needles, draw, beside=len(opened), behind=_CONTINUED)
         self.ids, self.more = opened + text[:-_CONTINUED], text[-_CONTINUED:]
 
     def ending(self, question: Question) -> list[int]:
@@ -231,13 +231,13 @@ def _questions(draw: random.Random) -> list[Question]:
         sentence, asks = _OWN_WORDS[quarter]
         magic = f"One of the special magic numbers for {word} is: {one}."
         pair = f"The lockers of {door} are number {two} and number {three}."
-        facts = [
+        facts: list[tuple[str, str, str, list[str]]] = [
             ("magic number", magic, f"What is the special magic number for {word} mentioned in the text?", [one]),
             ("two values", pair, f"Which two lockers belong to {door}?", [two, three]),
             ("ship", f"The ship {ship} carries the number {four} on her bow.", _SHIP.format(ship), [four]),
             ("own words", sentence.format(five), asks, [five]),
         ]
-        found += [Question(kind, (quarter + 0.5) / 4, *rest) for kind, *rest in facts]
+        found += [Question(kind, (quarter + 0.5) / 4, fact, text, right) for kind, fact, text, right in facts]
     one, two = str(next(numbers)), str(next(numbers))
     magic = "One of the special magic numbers for merry-kettle is: {}."
     asks = "What is the special magic number for merry-kettle mentioned in the text?"

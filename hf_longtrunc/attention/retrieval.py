@@ -247,14 +247,14 @@ class TopBlocks(Retrieval):
     def for_chat(cls, tokenizer: Any, **options: Any) -> TopBlocks:
         """Return the settings for questions that end in a tokenizer's chat template, changed by `options`.
 
-        What the template puts behind a question has no say, the 64 rows before it are divided out, four blocks are read
-        with a margin of 16 keys, and the last 48 rows read.
+        What the template puts behind a question has no say. The four rows before that choose four blocks, in contrast
+        to 64 rows before them; these are read with a margin of 16 keys, by the last 48 rows.
 
         Raises:
             TypeError: `options` holds what TopBlocks does not take.
         """
         chat = {"ending_rows": rows_behind_question(tokenizer), "contrast_rows": 64, "margin": 16}
-        return cls(**{**chat, "blocks": 4, "rows": 48, **options})
+        return cls(**{**chat, "voting_rows": 4, "blocks": 4, "rows": 48, **options})
 
     def seen_at(self, window: int) -> int:
         """Return D_k under a window of that length."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_longtrunc.attention.cache import Announcement, ArchiveCacheLayer, LambdaCacheLayer
+from hf_longtrunc.attention.cache import ArchiveCacheLayer, LambdaCacheLayer
 from hf_longtrunc.attention.lambda_attention import distance, visible
 from hf_longtrunc.attention.row_positions import from_first_token, joined, text_order
 
@@ -155,9 +155,9 @@ def planned(
         for turn in {*rotations, *(ring.rotation for ring in rings)}:  # a ring filled under an earlier patch has that's
             if turn is not None:
                 turns[id(turn)] = turn.weights(steps, like.dtype)
-    to_ring, to_rollback = ring.slots(new, like.device)
+    announcement = ring.announcement(new, like.device, rows, moves)
     for each in rings:
-        each.expect(Announcement(to_ring, to_rollback, rows, moves, turns.get(id(each.rotation))))
+        each.expect(announcement._replace(turn=turns.get(id(each.rotation))))
     last, is_padded = from_first_token(columns[-1:], rows.padding), rows.padding is not None
     layout = Layout.TEXT if past == 0 else Layout.SINKS_FIRST if new > 1 else Layout.RING
     slots = None

@@ -33,7 +33,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hf_longtrunc import LMInfinite, load_pretrained
-from hf_longtrunc.attention.cache import Announcement, LambdaCacheLayer
+from hf_longtrunc.attention.cache import LambdaCacheLayer
 from hf_longtrunc.attention.lambda_attention import (
     Scoring,
     distance,
@@ -189,11 +189,12 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
     assert cache.rotation is not None
     assert cache.sees_every_slot(cache.rows)
     turn = cache.rotation.weights((i - layer.window - j[:, : layer.sinks]).clamp_min(0), layer.dtype)
-    announcement = Announcement(*cache.slots(1, device), Rows(), None, turn)
+    announcement = cache.announcement(1, device, Rows())._replace(turn=turn)
 
     def lm_infinite() -> Tensor:
         cache.expect(announcement)
         keys, values = cache.update(key, value)
+        cache.settle()
         return single_query_attention(query, keys, values, distances, None, layer.scoring)
 
     return {
@@ -206,8 +207,9 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
 def filled_cache(layer: Layer, key: Tensor, value: Tensor) -> LambdaCacheLayer:
     """Return the ring after these tokens."""
     cache = LambdaCacheLayer(layer.sinks, layer.window, layer.rotation)
-    cache.expect(Announcement(*cache.slots(key.shape[2], key.device), Rows(), None, None))
+    cache.expect(cache.announcement(key.shape[2], key.device, Rows()))
     cache.update(key, value)
+    cache.settle()
     return cache
 
 

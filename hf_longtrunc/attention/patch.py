@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicIndexedLayer
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hf_longtrunc.attention.families import REFUSED, own_forward
@@ -267,6 +267,11 @@ def _refuse_at_sight(model: Any, decoder: Any, technique: str) -> None:
     if reason is not None:
         raise CannotPatchError(reason)
     layers = DynamicCache(config=config).layers
+    if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
+        raise CannotPatchError(
+            "an indexer of its own chooses from the whole text which keys each token sees: a window would hide what it "
+            "chooses from, and its cache would grow all the same"
+        )
     attends = any(isinstance(layer, CacheLayerMixin) for layer in layers)
     if not attends or (model._is_stateful and CACHE not in parameters_of(decoder)):
         raise CannotPatchError(

@@ -37,6 +37,9 @@ LINEAR = 2 * ["linear_attention", "full_attention"]
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
 DELTA = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 
+# Latent attention whose keys an indexer chooses.
+INDEXED = {"num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 8}
+
 # Two of six layers attend with the keys of the layers before.
 SHARED: dict[str, Any] = {
     "num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": 3 * MIXED,
@@ -76,6 +79,10 @@ EXTRA: dict[str, dict[str, Any]] = {
         "linear_head_dim": 8,
         "linear_num_heads": 4,
     },
+    "axk2": INDEXED,
+    "deepseek_v32": {**INDEXED, "mlp_layer_types": ["dense", "sparse"]},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "glm_moe_dsa": INDEXED,
     "lfm2": {"num_hidden_layers": 4, "layer_types": 2 * ["conv", "full_attention"]},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": 2 * ["conv", "full_attention"], "num_dense_layers": 1},
     "nemotron_h": {

@@ -49,6 +49,9 @@ SHARED: dict[str, Any] = {
 # What some families need beside it: sizes that must agree, or a full-attention layer among windowed ones.
 EXTRA: dict[str, dict[str, Any]] = {
     "falcon": {"alibi": False},
+    "gpt_neo": {"attention_types": [[["global"], 2]]},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "zaya": {"num_experts_per_tok": 1},
     "mistral": {"sliding_window": None},
     "ministral": {"layer_types": MIXED},
     "gemma3_text": {"layer_types": MIXED},

@@ -77,5 +77,7 @@ def read_ahead(model: Any, input_ids: Tensor, *, chunk: int = 1024, progress: bo
 
 def cache_bytes(cache: Any) -> int:
     """Return the bytes of all tensors that the layers of a transformers cache hold, each storage once."""
-    held = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor))
-    return sum({storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, held)}.values())
+    kept = [value for layer in cache.layers for value in vars(layer).values()]
+    kept += [part for value in kept if isinstance(value, tuple) for part in value]
+    held = (value.untyped_storage() for value in kept if isinstance(value, Tensor))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())

@@ -5,9 +5,10 @@
 
 Prefill of n tokens: full causal attention (the fastest kernel that `scaled_dot_product_attention` finds for it), a
 plain sliding window (FlexAttention; on a CPU one masked call of `scaled_dot_product_attention` a block of 512 queries),
-LM-Infinite as such calls too (`path="sdpa"`), and LM-Infinite as it is run, its rotations included. Decode of one token:
-full attention over the n keys, plain attention over S + L keys, and LM-Infinite's cache update and attention. The sides
-take turns; medians, of processor time where one thread computes; every ratio is against a side of the same run.
+LM-Infinite as such calls too (`path="sdpa"`), and LM-Infinite as it is run, its rotations included. Decode of one
+token: full attention over the n keys, plain attention over S + L keys, and LM-Infinite's cache update and attention.
+The sides take turns; medians, of processor time where one thread computes; every ratio is against a side of the same
+run.
 
 CUDA: 32 query heads, 8 key-value heads, d = 128, L = 4096, S = 16, bf16, n = 8k..131k, then n = 1M for its memory.
 CPU: 8 and 2 heads, d = 64, L = 1024, S = 16, fp32, n = 4k..32k; microseconds per token show that time is linear in n.

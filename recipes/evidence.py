@@ -248,7 +248,8 @@ STEPS = [
         "model-cost",
         "A long prompt and a decoded token, unmodified and under LM-Infinite",
         None,
-        "benchmarks/lm_infinite.py --device cpu --parts model --prompts 32768 --layers 1 --model-windows 4096 --repeats 1 --out OUT",
+        "benchmarks/lm_infinite.py --device cpu --parts model --prompts 32768 --layers 1 --model-windows 4096 "
+        "--repeats 1 --out OUT",
     ),
     Step("retrieval-cost", "A decoding step under Unlimiformer", None, "benchmarks/unlimiformer.py --out OUT"),
     Step(

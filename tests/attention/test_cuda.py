@@ -1,4 +1,4 @@
-"""LM-Infinite on a GPU: every path against the definition, and decoding as a CUDA graph. Skipped where there is none."""
+"""LM-Infinite on a GPU: every path against the definition, and decoding as a CUDA graph. Skipped without one."""
 
 from __future__ import annotations
 

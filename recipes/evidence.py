@@ -120,6 +120,12 @@ STEPS = [
         "lm_infinite.py --text TEXT --parts streaming --windows 512 --stops 10000,30000,100000 --chunk 1024 --out OUT",
     ),
     Step(
+        "hybrid",
+        "A tiny hybrid trained at 256 bytes, read to 8,192: perplexity by position, and its cache",
+        None,
+        "hybrid_tiny.py --texts TEXT --held-out moby_dick.txt,sherlock_holmes.txt --out OUT",
+    ),
+    Step(
         "passkey",
         "Reading what the window lost: passkeys by depth",
         "passkey.py --lengths 2000 --depths 0.1,0.5,0.9 --keys 1 --window 512 --out OUT",
@@ -207,6 +213,14 @@ STEPS = [
         "benchmarks/processors.py",
     ),
     Step("packing-cost", "What a packing plan costs", None, "benchmarks/packing.py --large"),
+    Step("packed-ranks", "Packed rows in one process, under DDP and under FSDP2", None, "packed_ranks.py"),
+    Step("killed", "kill -9 of whatever writes", None, "killed.py"),
+    Step(
+        "packing-helps",
+        "Best-fit rows, concatenate-and-cut and padding at equal tokens, very small",
+        None,
+        "does_packing_help.py --novels bleak_house.txt moby_dick.txt great_expectations.txt TEXT --out OUT",
+    ),
     Step(
         "bat-cost",
         "What a basis-aware check costs beside the linear program",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.lambda_attention import Scoring
     from hf_longtrunc.attention.patch import Learnt
     from hf_longtrunc.attention.rotary import Rotation
+    from hf_longtrunc.attention.states import States
 
 # rope_types whose frequencies depend on the running length: they are frozen at the trained one.
 _RUNNING = {"dynamic", "longrope"}
@@ -172,7 +173,8 @@ class ChunkPatch(AttentionPatch):
     def _forward(self) -> Callable[..., Any]:
         if "position_ids" not in parameters_of(self._decoder):
             raise CannotPatchError("its decoder takes no position_ids, so its keys cannot start again at every chunk")
-        return partial(ChunkedForward(self._decoder, self._decoder.forward, self._name, self.chunk).run, 0)
+        forward = ChunkedForward(self._decoder, self._decoder.forward, self._name, self.chunk, self._states)
+        return partial(forward.run, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,12 +186,14 @@ class ChunkedForward:
         original: its forward before it was patched.
         name: of the patch's attention in its config.
         chunk: s.
+        states: what its recurrent and convolutional layers carry; None where there are none.
     """
 
     decoder: Any
     original: Callable[..., Any]
     name: str
     chunk: int
+    states: States | None
 
     def run(self, untouched: int, /, *args: Any, **inputs: Any) -> Any:
         """Run the decoder; a text of at most `untouched` tokens is left to the model's own attention."""
@@ -200,6 +204,8 @@ class ChunkedForward:
         past = 0 if cache is None else int(cache.get_seq_length())
         real = checked_mask(inputs.get("attention_mask"), past + new)
         check_positions(inputs.get("position_ids"), real, new)
+        if self.states is not None:
+            self.states.check(real, past, new)
         step, positions = text_step(real, past, new, tokens.device)
         is_short = past + new <= untouched and step.key_order is None
         if not is_short or (step.is_padded and inputs.get("position_ids") is None):

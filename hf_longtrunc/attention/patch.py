@@ -10,16 +10,17 @@ from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from transformers.masking_utils import causal_mask_function
 
-from hf_longtrunc.attention.families import own_forward
+from hf_longtrunc.attention.families import REFUSED, own_forward
 from hf_longtrunc.attention.lambda_attention import Scoring
 from hf_longtrunc.attention.probe import Probe, hidden_states
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward, rotary_modules
+from hf_longtrunc.attention.states import States, states_of
 from hf_longtrunc.attention.step import Native, Step, running
 from hf_longtrunc.handles import Handle
-from hf_longtrunc.models import decoder_of, disagreement, few_tokens
+from hf_longtrunc.models import CACHE, decoder_of, disagreement, few_tokens, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +50,7 @@ class AttentionPatch(Handle):
         self._name = f"hf_longtrunc_{next(_serial)}"
         self._model = model
         self._decoder: Any = decoder_of(model)
+        self._states: States | None = None  # what recurrent and convolutional layers carry
 
     def _install(self, window: int) -> None:
         """Put everything in place; a model that gives other results on a few tokens than before is refused.
@@ -66,6 +68,7 @@ class AttentionPatch(Handle):
     def _change(self, window: int) -> None:
         decoder, model = self._decoder, self._model
         _refuse_at_sight(model, decoder, type(self.technique).__name__)
+        self._states = states_of(decoder)
         ids = few_tokens(decoder, window)
         before = hidden_states(decoder, ids)
         original = model.config._attn_implementation
@@ -93,11 +96,12 @@ class AttentionPatch(Handle):
             exact = dict(rotary_modules(self._decoder, window))
             for module, rotaries in exact.items():
                 probing.set(module, "forward", exact_forward(rotaries))
-            probe = Probe(self._decoder, [source for rotaries in exact.values() for source in rotaries.values()])
+            sources = [source for rotaries in exact.values() for source in rotaries.values()]
+            probe = Probe(self._decoder, sources, has_states=self._states is not None)
             own = {module: build for module in self._decoder.modules() if (build := own_forward(module)) is not None}
             for module, build in own.items():
                 probing.set(module, "forward", build(module, partial(probe.attend, module)))
-            found = Learnt(probe.rotations(), probe.cached_otherwise(), probe.has_windows, exact)
+            found = Learnt(probe.rotations(), probe.indices, probe.cached_otherwise(), probe.has_windows, exact)
         self.layers = self._layers(found)
         for module, layer in self.layers.items():
             self.set(module, "_hf_longtrunc_layer", layer)
@@ -150,12 +154,14 @@ class Learnt(NamedTuple):
 
     Attributes:
         rotations: of each attention module; None where it rotates nothing.
+        indices: its place among the decoder's layers; -1 where that could not be told.
         cached_otherwise: the modules that cache what their keys are made from (multi-head latent attention).
         has_windows: whether some other layers were trained with a window of their own.
         exact: the rotary modules, and what answers in their place with exact angles.
     """
 
     rotations: dict[nn.Module, Rotation | None]
+    indices: dict[nn.Module, int]
     cached_otherwise: set[nn.Module]
     has_windows: bool
     exact: dict[nn.Module, dict[str | None, ExactRotary]]
@@ -215,12 +221,6 @@ def _mask(original: str, *args: Any, local_size: int | None = None, mask_functio
     return carried
 
 
-def layer_index(module: nn.Module) -> int:
-    """Return a layer's place in the decoder, -1 where it does not say."""
-    index = getattr(module, "layer_idx", None)
-    return -1 if index is None else int(index)
-
-
 def _refuse_at_sight(model: Any, decoder: Any, technique: str) -> None:
     earlier = decoder.__dict__.get("_hf_longtrunc_patch")
     if earlier is not None:
@@ -235,9 +235,15 @@ def _refuse_at_sight(model: Any, decoder: Any, technique: str) -> None:
         )
     if model.config.is_encoder_decoder:
         raise CannotPatchError("it is an encoder-decoder, not a causal language model")
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    if model._is_stateful or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
-        raise CannotPatchError("it has recurrent or convolutional layers, whose state has no distance to limit")
+    reason = REFUSED.get(type(decoder).__name__)
+    if reason is not None:
+        raise CannotPatchError(reason)
+    layers = DynamicCache(config=decoder.config).layers
+    attends = any(isinstance(layer, CacheLayerMixin) for layer in layers)
+    if not attends or (model._is_stateful and CACHE not in parameters_of(decoder)):
+        raise CannotPatchError(
+            "it has no attention layers: its states are of constant size already, and there is no distance to limit"
+        )
 
 
 def _collect(config: PreTrainedConfig, found: dict[int, PreTrainedConfig]) -> None:

@@ -120,8 +120,13 @@ class Retrieval(ABC):
         """Return the settings for a model of so many layers, with defaults that depend on it."""
         return self
 
-    def check(self, layers: Sequence[int], caches_keys: bool) -> None:
-        """Refuse a model with these layers of full attention, which cache their keys or what keys are made from.
+    def check(self, layers: Sequence[int], caches_keys: bool, takes_back: bool) -> None:
+        """Refuse a model that this strategy cannot read.
+
+        Args:
+            layers: which ones have full attention.
+            caches_keys: whether they cache their keys, or what keys are made from.
+            takes_back: whether every layer can take tokens back, or some carry a state.
 
         Raises:
             ValueError: the message says why.
@@ -252,9 +257,14 @@ class TopBlocks(Retrieval):
         """Whether that layer votes, or reads."""
         return layer >= ((self.first_voting_layer or 0) if is_vote else self.first_layer)
 
-    def check(self, layers: Sequence[int], caches_keys: bool) -> None:
-        """Refuse a model without a layer that reads or votes, and one whose keys are not cached."""
-        super().check(layers, caches_keys)
+    def check(self, layers: Sequence[int], caches_keys: bool, takes_back: bool) -> None:
+        """Refuse a model without a layer that reads or votes, one whose keys are not cached, and one with states."""
+        super().check(layers, caches_keys, takes_back)
+        if not takes_back:
+            raise ValueError(
+                "TopBlocks runs the end of a question twice, and the recurrent or convolutional layers of this model "
+                "carry a state that cannot go back to before it: take TopK"
+            )
         if not caches_keys:
             raise ValueError(
                 "its cache holds what keys are made from (multi-head latent attention), and TopBlocks searches "

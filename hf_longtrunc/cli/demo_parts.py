@@ -6,7 +6,6 @@ Each prints to `console` and returns its figures as plain values, which `--json`
 from __future__ import annotations
 
 import inspect
-import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLING, BAT, PACKING, CREAM = "sampling.png", "bat.png", "packing.png", "cream.png"
+SAMPLING_PAGE, BAT_PAGE = "sampling.html", "bat.html"
 PROMPT = "The lighthouse keeper had not spoken to anyone for eleven days when"
 
 
@@ -98,6 +98,7 @@ def sampling_part(
     console.print(_steps_table(runs, tokenizer, steps_shown))
     console.print(_summary_table(runs, epsilon))
     _picture(runs, epsilon, folder / SAMPLING)
+    _page(runs, tokenizer, epsilon, prompt, folder / SAMPLING_PAGE)
     return [_summary(run, epsilon) for run in runs]
 
 
@@ -128,6 +129,7 @@ def bat_part(
     checker = processor.checker
     console.print(f"{checker.checked:,} tokens decided by proof, {checker.undecided} undecided")
     _picture([run], epsilon, folder / BAT)
+    _page([run], tokenizer, epsilon, prompt, folder / BAT_PAGE)
     decided = {"decided by proof": checker.checked, "undecided": checker.undecided}
     return {**_summary(run, epsilon), "rescued": sum(record.kept_below or 0 for record in run.records), **decided}
 
@@ -197,7 +199,7 @@ def _summary(run: SampledText, epsilon: float) -> dict[str, object]:
         "tokens": len(records),
         "kept (median)": median(record.kept for record in records),
         "cut (mean)": fmean(1 - record.kept_mass for record in records),
-        f"refused by eta {epsilon:g}": sum(_refused(record, epsilon) for record in records),
+        f"refused by eta {epsilon:g}": sum(record.is_refused_by_eta(epsilon) for record in records),
         "tokens/s": len(records) / run.seconds,
     }
 
@@ -214,8 +216,8 @@ def _picture(runs: list[SampledText], epsilon: float, path: Path) -> None:
         run.trace.plot(axes=list(panels[:, column]))
         # What eta would have asked of this text: the dots under the dashed line are the tokens that it refuses.
         steps = range(1, len(run.records) + 1)
-        panels[1, column].plot(steps, [_eta(record, epsilon) for record in run.records], "k--", linewidth=0.8)
-        refused = [(n, r.probability) for n, r in zip(steps, run.records, strict=True) if _refused(r, epsilon)]
+        panels[1, column].plot(steps, [record.eta_threshold(epsilon) for record in run.records], "k--", linewidth=0.8)
+        refused = [(n, r.probability) for n, r in zip(steps, run.records, strict=True) if r.is_refused_by_eta(epsilon)]
         panels[1, column].plot(*zip(*refused, strict=True) if refused else ([], []), "rx", markersize=5)
         panels[0, column].set_title(run.name, loc="left")
         panels[2, column].set_xlabel("generated token")
@@ -227,13 +229,12 @@ def _picture(runs: list[SampledText], epsilon: float, path: Path) -> None:
     save_picture(figure, path)
 
 
-def _refused(record: TruncationRecord, epsilon: float) -> bool:
-    # The recorded entropy is rounded to fp32: a token on the bar itself is not called refused.
-    return record.probability is not None and record.probability < _eta(record, epsilon) * (1 - 1e-5)
-
-
-def _eta(record: TruncationRecord, epsilon: float) -> float:
-    return min(epsilon, math.sqrt(epsilon) * math.exp(-record.entropy))
+def _page(runs: list[SampledText], tokenizer: Any, epsilon: float, prompt: str, path: Path) -> None:
+    """Write the page that shows every token's step."""
+    first, *others = runs
+    beside = {run.name: run.trace for run in others}
+    first.trace.to_html(tokenizer, path, name=first.name, beside=beside, epsilon=epsilon, prompt=prompt)
+    notes().print(f"page: [bold]{escape(str(path))}[/bold] shows every token's step: open it in a browser")
 
 
 def packing_part(

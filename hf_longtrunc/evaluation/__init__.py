@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from hf_longtrunc.evaluation.card import update_model_card as update_model_card
     from hf_longtrunc.evaluation.heat_maps import wilson_interval as wilson_interval
     from hf_longtrunc.evaluation.matching import (
-        critical_epsilons as critical_epsilons,
+        critical_parameters as critical_parameters,
         match_table as match_table,
-        matched_epsilon as matched_epsilon,
-        matched_epsilons as matched_epsilons,
+        matched_parameter as matched_parameter,
+        matched_parameters as matched_parameters,
         plot_match as plot_match,
     )
     from hf_longtrunc.evaluation.passkey import (
@@ -98,12 +98,12 @@ _HOME = {
     "append_records": "hf_longtrunc.evaluation.records",
     "cache_bytes": "hf_longtrunc.evaluation.streaming",
     "compare_losses": "hf_longtrunc.evaluation.perplexity",
-    "critical_epsilons": "hf_longtrunc.evaluation.matching",
+    "critical_parameters": "hf_longtrunc.evaluation.matching",
     "default_edges": "hf_longtrunc.evaluation.perplexity",
     "fact_recall": "hf_longtrunc.evaluation.recall",
     "match_table": "hf_longtrunc.evaluation.matching",
-    "matched_epsilon": "hf_longtrunc.evaluation.matching",
-    "matched_epsilons": "hf_longtrunc.evaluation.matching",
+    "matched_parameter": "hf_longtrunc.evaluation.matching",
+    "matched_parameters": "hf_longtrunc.evaluation.matching",
     "passkey_table": "hf_longtrunc.evaluation.passkey",
     "passkey_tasks": "hf_longtrunc.evaluation.passkey",
     "perplexity_by_position": "hf_longtrunc.evaluation.perplexity",

@@ -19,8 +19,7 @@ from hf_longtrunc.arguments import whole
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.perplexity import token_losses
 from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings
-from hf_longtrunc.evaluation.streaming import start_stream
-from hf_longtrunc.models import CACHE
+from hf_longtrunc.evaluation.streaming import stream_logits
 
 if TYPE_CHECKING:
     import os
@@ -244,7 +243,7 @@ def _means(
         return {}
     ids = input_ids.to(model.device)
     sums = {name: torch.zeros(5, dtype=torch.float64) for name in samplers}
-    steps = tqdm(_logits(model, ids, chunk), total=len(ids) - 1, unit="tok", disable=not progress)
+    steps = tqdm(_rows(model, ids, chunk), total=len(ids) - 1, unit="tok", disable=not progress)
     for position, scores in enumerate(steps, 1):
         log_p = scores.double().log_softmax(-1)
         entropy = _entropy(log_p[~log_p.isneginf()])
@@ -256,14 +255,10 @@ def _means(
     return {name: {**values, "total_variation": 1 - values["kept_mass"]} for name, values in means.items()}
 
 
-def _logits(model: Any, ids: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Yield the fp32 logits [1, V] that predict each token of ids [n] after the first, holding a chunk at a time."""
-    cache, first = start_stream(model, ids[None, :1])
-    yield first[0].float()
-    for start in range(1, len(ids) - 1, chunk):
-        piece = ids[start : min(start + chunk, len(ids) - 1)]
-        logits = model(input_ids=piece[None], use_cache=True, **{CACHE: cache}).logits[0]
-        yield from torch.split(logits.float(), 1)
+def _rows(model: Any, ids: Tensor, chunk: int) -> Iterator[Tensor]:
+    """Yield the logits [1, V] that predict each token of ids [n] after the first."""
+    for logits in stream_logits(model, ids, chunk):
+        yield from torch.split(logits, 1)
 
 
 def _processed(

@@ -84,14 +84,17 @@ class Certificate:
         multipliers: of a kept token below tau: l [rank + 1], the constant's first, with
             sum_j p-hat_j (s max(f_j, 0) + max(-f_j, 0)) < sigma p-hat_i f_i, f_j = l . (1, W_j).
         distribution: of a cut token: p [vocabulary] with p_i = 0, 0 <= p <= sigma p-hat, and p-hat's sum and W^T p-hat.
+        margin: of a kept token below tau: by what part of the sum sigma p-hat_i f_i exceeds it; the search stops at the
+            first proof, so another one may have a larger margin.
 
-    Both are None where p-hat_i >= tau (kept), where p-hat_i = 0 (cut), and where nothing is proved.
+    All are None where p-hat_i >= tau (kept), where p-hat_i = 0 (cut), and where nothing is proved.
     """
 
     token: int
     decision: Decision
     multipliers: Tensor | None = None
     distribution: Tensor | None = None
+    margin: float | None = None
 
 
 class _Row(NamedTuple):
@@ -416,7 +419,8 @@ class _RowWork:
         s = self.box.ceiling
         rounding = 64 * _EPSILON * (1 + s) * (multipliers.abs() @ self.checker.largest + bound.shift)
         limit = (s * bound.positive + bound.negative) * (1 + MARGIN) + rounding
-        kept = (1 + s) * self.probs * (f[:, self.tokens] + bound.shift[:, None]) > limit[:, None]
+        gain = (1 + s) * self.probs * (f[:, self.tokens] + bound.shift[:, None])
+        kept = gain > limit[:, None]
         new = (kept.any(0) & (self.decisions == 0)).nonzero()[:, 0]
         self.decisions[new] = 1
         if self.prove:
@@ -424,7 +428,9 @@ class _RowWork:
                 first = kept[:, n].nonzero()[0, 0]
                 proof = multipliers[first].clone()
                 proof[0] += bound.shift[first]
-                self.proofs[n] = Certificate(int(self.tokens[n]), Decision.KEPT, multipliers=proof)
+                paid = s * bound.positive[first] + bound.negative[first]
+                margin = float(gain[first, n] / paid) - 1
+                self.proofs[n] = Certificate(int(self.tokens[n]), Decision.KEPT, multipliers=proof, margin=margin)
 
     def _widened(self, head: _Head, refused: Float[Tensor, "n width"]) -> _Head:
         """Add the columns that the refused multipliers pay most for, and bundle the rest by the signs of their f.

@@ -47,6 +47,14 @@ def test_an_unmodified_cache_grows_and_a_patched_one_does_not(tiny_model):
     assert patched[0] == patched[1] < cache_bytes(start_stream(tiny_model, short)[0])
 
 
+def test_bytes_of_a_ring_are_those_of_all_that_it_keeps(tiny_model):
+    with LMInfinite(num_sink_tokens=2, window_length=8)(tiny_model):
+        cache, _ = start_stream(tiny_model, torch.randint(97, (1, 100)))
+    heads, dim = cache.layers[0].keys.shape[1::2]
+    kept = 2 * (2 + 8 + cache.layers[0].ROLLBACK) + 2 * 2  # slots and rollback buffer; sinks and their quarter turns
+    assert cache_bytes(cache) == len(cache.layers) * heads * dim * kept * 4
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 32, 300])
 def test_losses_under_lm_infinite_do_not_depend_on_the_chunks(tiny_model, chunk):
     ids = torch.randint(97, (2, 150))

@@ -92,7 +92,7 @@ STEPS = [
         "lm-infinite",
         "LM-Infinite: perplexity by position, tokens a second, prompts of 131k and a million tokens",
         "lm_infinite.py --text TEXT --starts 2000 --stops 10000,30000,60000 --out OUT",
-        "lm_infinite.py --text TEXT --parts streaming --windows 64 --stops 64 --chunk 64 --out OUT",
+        "lm_infinite.py --text TEXT --parts prompt --prompts 300 --out OUT",
         5,
     ),
     Step(
@@ -127,7 +127,7 @@ STEPS = [
         "battery",
         "Needles, variables and dictionaries, by length and depth",
         "retrieval.py --text TEXT --lengths 2000,7000,16000 --prompts 4 --window 2048 --chat --out OUT",
-        "retrieval.py --lengths 200 --depths 0.5 --prompts 1 --window 64 --out OUT",
+        None,
         5,
     ),
     Step(

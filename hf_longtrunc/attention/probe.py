@@ -44,7 +44,8 @@ class Probe(Carried):
         Layers whose mask is another one, for they have a window of their own, are not kept.
         """
         if isinstance(mask, Probe):
-            if module in self._captured:
+            seen = self._captured.get(module, (query, key))
+            if seen[0] is not query or seen[1] is not key:  # with other values, as differential attention does, it may
                 raise CannotPatchError("a layer runs several times in a forward")
             self._captured[module] = query, key
             index = getattr(module, "layer_idx", None)

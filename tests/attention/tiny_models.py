@@ -37,6 +37,9 @@ LINEAR = 2 * ["linear_attention", "full_attention"]
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
 DELTA = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 
+# Latent attention whose keys an indexer chooses.
+INDEXED = {"num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 8}
+
 # Two of six layers attend with the keys of the layers before.
 SHARED: dict[str, Any] = {
     "num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": 3 * MIXED,
@@ -76,6 +79,10 @@ EXTRA: dict[str, dict[str, Any]] = {
         "linear_head_dim": 8,
         "linear_num_heads": 4,
     },
+    "axk2": INDEXED,
+    "deepseek_v32": {**INDEXED, "mlp_layer_types": ["dense", "sparse"]},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "glm_moe_dsa": INDEXED,
     "lfm2": {"num_hidden_layers": 4, "layer_types": 2 * ["conv", "full_attention"]},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": 2 * ["conv", "full_attention"], "num_dense_layers": 1},
     "nemotron_h": {
@@ -113,12 +120,17 @@ def family_names() -> list[str]:
     return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)
 
 
-def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
-    config_class = CONFIG_MAPPING[family]
+def settings_for(config_class: type[PreTrainedConfig], values: dict[str, Any] = SMALL) -> dict[str, Any]:
+    """Those of the values that a configuration knows."""
     known = set(inspect.signature(config_class.__init__).parameters)
     known |= {name for cls in config_class.__mro__ for name in getattr(cls, "__annotations__", {})}
-    renamed = set(getattr(config_class, "attribute_map", {}).values())
-    settings = {name: value for name, value in SMALL.items() if name in known | renamed}
+    known |= set(getattr(config_class, "attribute_map", {}).values())
+    return {name: value for name, value in values.items() if name in known}
+
+
+def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
+    config_class = CONFIG_MAPPING[family]
+    settings = settings_for(config_class)
     if getattr(config_class(), "sliding_window", None) is None:
         settings.pop("sliding_window", None)
     return config_class(**{**settings, **EXTRA.get(family, {}), **changes})

@@ -47,7 +47,7 @@ ASKED: list[dict[str, Any]] = [
     {"eta": 1.5e-3, "top_n_sigma": 3.0},
     {},
 ]
-WRONG = [{"eta": 2.0}, {"epsilon": "x"}, {"top_n_sigma": 0}, {"p_less": 2}]
+WRONG: list[dict[str, Any]] = [{"eta": 2.0}, {"epsilon": "x"}, {"top_n_sigma": 0}, {"p_less": 2}]
 
 
 class Recorder(TruncationLogitsProcessor):
@@ -218,7 +218,7 @@ def check_model_runner_v1() -> None:
     built = build_logitsprocs(vllm_config(), torch.device("cpu"), False, False, [name])
     (processor,) = (each for each in built.all if isinstance(each, TruncationLogitsProcessor))
     logits, asked = random_rows()
-    added = [(row, SamplingParams(extra_args=each), None, []) for row, each in enumerate(asked)]
+    added: list[Any] = [(row, SamplingParams(extra_args=each), None, []) for row, each in enumerate(asked)]
     processor.update_state(BatchUpdate(len(asked), [], added, [(0, 3, MoveDirectionality.SWAP)]))
     asked[0], asked[3] = asked[3], asked[0]
     same = torch.equal(processor.apply(logits), truncate(logits, [wanted(each) for each in asked]))

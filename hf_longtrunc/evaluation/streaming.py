@@ -96,5 +96,14 @@ def read_ahead(model: Any, input_ids: Tensor, *, chunk: int = 1024, progress: bo
 
 def cache_bytes(cache: Any) -> int:
     """Return the bytes of all tensors that the layers of a transformers cache hold, each storage once."""
-    held = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor))
+    held = (tensor for layer in cache.layers for tensor in _tensors(list(vars(layer).values())))
     return sum({storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, held)}.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value, inside tuples, lists and the values of dicts too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)

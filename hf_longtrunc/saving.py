@@ -2,6 +2,10 @@
 
 `<kind>.json` holds the kind, the number of the format, the settings, and a SHA-256 over settings and tensors, so that
 a flipped bit in either file is found when they are read.
+
+Two files cannot be replaced at once. The json file decides: new tensors lie whole under a hidden name made of their
+checksum before it is replaced, and get their own name after it. Who is killed in between leaves them under the hidden
+name, where they are found.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
 FORMAT = 1
 # Bytes of a file that are read at a time for its checksum.
 _PART = 2**24
+# Of the checksum, in a hidden name.
+_DIGITS = 16
 
 
 def save_folder(
@@ -30,16 +37,40 @@ def save_folder(
 ) -> None:
     """Write tensors and settings (plain json values) into a folder, which is made where it is missing.
 
-    Each file takes the place of an older one only when it is whole.
+    What was saved there before stays until the new is whole, and is then replaced at once.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     data_at, described_at = Path(folder, f"{kind}.safetensors"), Path(folder, f"{kind}.json")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, _beside(data_at))
-    checksum = _checksum(_beside(data_at), settings)
-    described = {"kind": kind, "format": FORMAT, "settings": dict(settings), "sha256": checksum}
-    _beside(described_at).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    for path in (data_at, described_at):
-        os.replace(_beside(path), path)
+    with _beside(data_at) as beside:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+        checksum = _checksum(beside, settings)
+        described = {"kind": kind, "format": FORMAT, "settings": dict(settings), "sha256": checksum}
+        with replacing(described_at) as new:
+            new.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            os.replace(beside, _hidden(data_at, checksum))
+        os.replace(_hidden(data_at, checksum), data_at)
+    for left in Path(folder).glob(_hidden(data_at, "?" * _DIGITS).name):  # by one who was killed
+        left.unlink()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a hidden path to write a file to, which takes the place of `path` at once and when it is whole.
+
+    An exception leaves the old. The hidden path has the suffix of `path`.
+    """
+    with _beside(path) as beside:
+        yield beside
+        os.replace(beside, path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load_folder(
@@ -63,11 +94,12 @@ def load_folder(
             number of dimensions, or not finite.
     """
     described_at, data_at = Path(folder, f"{kind}.json"), Path(folder, f"{kind}.safetensors")
-    for path in (described_at, data_at):
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no saved {kind}: {path.name} is missing")
+    _check_there(described_at, kind)
     described = _described(described_at, kind)
     found = described["settings"]
+    if (hidden := _hidden(data_at, str(described["sha256"]))).is_file():
+        data_at = hidden
+    _check_there(data_at, kind)
     if _checksum(data_at, found) != described["sha256"]:
         raise ValueError(
             f"{folder} is damaged: settings and tensors of the saved {kind} do not have the checksum that was written "
@@ -83,6 +115,11 @@ def load_folder(
     for name, tensor in loaded.items():
         _check_tensor(f"{data_at}: {name}", tensor, tensors.get(name))
     return loaded, found
+
+
+def _check_there(path: Path, kind: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no saved {kind}: {path.name} is missing")
 
 
 def _described(path: Path, kind: str) -> dict[str, Any]:
@@ -118,5 +155,5 @@ def _checksum(data_at: Path, settings: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
+def _hidden(data_at: Path, checksum: str) -> Path:
+    return data_at.with_name(f".{checksum[:_DIGITS]}.{data_at.name}")

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_longtrunc.attention.middle import Middle
+from hf_longtrunc.attention.middle import Choice, Middle
 from hf_longtrunc.attention.row_positions import Moves, Rows, from_first_token, taken
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from hf_longtrunc.attention.rotary import Rotation
 
@@ -25,6 +25,9 @@ class Announcement(NamedTuple):
         rollback: their slots of the rollback buffer [n].
         rows: the batch's rows once they are there.
         moves: what moves before; None: nothing.
+        sinks: each sink's column among the new ones [rows, S], where it is one of them; None where none can be.
+        is_first: whether no token came before.
+        past: how many did, without dimensions: for a graph, which would be made anew for each number.
         turn: cosines and sines [rows, 1, S, 2f] that turn the sinks on to where one new token sees them; None where
             several come or nothing turns.
     """
@@ -33,7 +36,10 @@ class Announcement(NamedTuple):
     rollback: Tensor
     rows: Rows
     moves: Moves | None
-    turn: tuple[Tensor, Tensor] | None
+    sinks: Tensor | None
+    is_first: bool
+    past: Tensor
+    turn: tuple[Tensor, Tensor] | None = None
 
 
 class Beside(NamedTuple):
@@ -64,10 +70,12 @@ class LambdaCacheLayer(CacheLayerMixin):
     the ring is full, all that they hold is seen, and no mask is needed. For several it returns [sinks | window before |
     new tokens], the sinks at their own positions, once per call. For the first tokens of all it returns these alone.
 
-    `get_seq_length` counts the tokens seen. What a token overwrites is kept in a rollback buffer of `ROLLBACK` columns,
-    so `crop` takes back up to `ROLLBACK` + 1 tokens exactly, any number before the ring has come round, and refuses
-    more. Bytes are constant from the first token on: those of 2 (S + L + ROLLBACK) + S keys a head, row and layer, and
-    S more in fp32.
+    `get_seq_length` counts the tokens seen; `settle` counts those of a forward that has ended. For one token `update`
+    reads no number that changes with the tokens seen: all that does lies in the announcement's tensors, so that a
+    compiled step is one graph for every token. What a token overwrites is kept in a rollback buffer of `ROLLBACK`
+    columns, so `crop` takes back up to `ROLLBACK` + 1 tokens exactly, any number before the ring has come round, and
+    refuses more, and any where other layers of the cache carry a state that cannot go back. Bytes are constant from the
+    first token on: those of 2 (S + L + ROLLBACK) + S keys a head, row and layer, and S more in fp32.
 
     Args:
         num_sink_tokens: S.
@@ -90,11 +98,39 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.keys: Any = None  # [batch, heads, S + L, dim]
         self.values: Any = None
         self.beside: Any = None
+        self.states: Sequence[Any] = ()  # the layers of the same cache that carry a state instead
         self._announced: Announcement | None = None
+        self._stored = 0  # by a forward that has not ended
+
+    def announcement(self, new: int, device: torch.device, rows: Rows, moves: Moves | None = None) -> Announcement:
+        """Return where the next n tokens go, for this layer and for all that have seen as many."""
+        new_columns = torch.arange(self.seen, self.seen + new, device=device)
+        ring, rollback = self._slots_of(new_columns)
+        sinks = None
+        if self.seen < rows.max_padding + self.num_sink_tokens:
+            columns = torch.arange(self.num_sink_tokens, device=device)[None]
+            sinks = (columns if rows.padding is None else columns + rows.padding.to(device)[:, None]) - self.seen
+        return Announcement(ring, rollback, rows, moves, sinks, self.seen == 0, new_columns[0])
 
     def expect(self, announcement: Announcement) -> None:
         """Prepare the next `update`, which is refused without: only a patched model calls this."""
         self._announced = announcement
+
+    def settle(self) -> None:
+        """Count what `update` stored since: the forward has ended."""
+        self.seen += self._stored
+        self.written = max(self.written, self.seen)
+        self._stored = 0
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether a forward that never ended stored tokens here."""
+        return self._stored > 0
+
+    @property
+    def held(self) -> int:
+        """How many tokens are stored, those of the running forward included."""
+        return self.seen + self._stored
 
     def keys_returned(self, new_tokens: int) -> int:
         """Return how many keys the next `update` will return, of several tokens or of one that is not the first."""
@@ -105,10 +141,6 @@ class LambdaCacheLayer(CacheLayerMixin):
         sinks, slots = (torch.arange(n, device=device) for n in (self.num_sink_tokens, self.window_length))
         positions = from_first_token(self.seen - (self.seen - slots) % self.window_length, rows.padding)
         return torch.cat([sinks.expand(positions.shape[0], -1), positions], dim=-1)
-
-    def slots(self, new_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the slots [n] of the buffers and of the rollback buffer in which the next n tokens are to lie."""
-        return self._slots_of(torch.arange(self.seen, self.seen + new_tokens, device=device))
 
     def _slots_of(self, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Return where columns lie in the buffers, and where what they overwrote lies in the rollback buffer."""
@@ -141,6 +173,9 @@ class LambdaCacheLayer(CacheLayerMixin):
         sinks = self.keys[:, :, : self.num_sink_tokens].clone()
         turns = None if self.rotation is None else self.rotation.quarter_turn(sinks)
         self.beside = Beside(lost_keys, lost_values, sinks, turns)
+        if self.keys.is_cuda and not torch.compiler.is_compiling():  # a CUDA graph writes them where they lie
+            for buffer in (self.keys, self.values, lost_keys, lost_values):
+                torch._dynamo.mark_static_address(buffer)
         self.is_initialized = True
 
     def update(
@@ -159,20 +194,21 @@ class LambdaCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         key_states, value_states = self._fitted(key_states, value_states)
         self.rows = announced.rows
-        first, handed_out = self.seen == 0, (key_states, value_states)
+        handed_out = key_states, value_states
         if announced.moves is not None:
             key_states, value_states = self._moved(key_states, value_states, announced)
-        if self.seen < self.rows.max_padding + self.num_sink_tokens:
-            self._store_sinks(key_states, value_states, announced.moves)
-        if not first and new > 1:
+        if announced.sinks is not None:
+            self._store_sinks(key_states, value_states, announced.sinks, announced.moves)
+        if not announced.is_first and new > 1:
             sink_values = self.values[:, :, : self.num_sink_tokens]
             handed_out = (
                 self._leading(self.keys, self.beside.sink_keys, key_states),
                 self._leading(self.values, sink_values, value_states),
             )
-        elif not first:
+        elif not announced.is_first:
             handed_out = self.keys, self.values
         self._store(key_states, value_states, announced)
+        self._stored = new
         if announced.turn is not None and self.rotation is not None and self.num_sink_tokens:
             self._turn_sinks(*announced.turn, self.rotation.planes)
         return handed_out
@@ -248,8 +284,6 @@ class LambdaCacheLayer(CacheLayerMixin):
             for start in range(recorded, new, step):
                 part = slice(start, start + step)
                 self._write(key_states[:, :, part], value_states[:, :, part], ring[part], rollback[part])
-        self.seen += new
-        self.written = max(self.written, self.seen)
 
     def _write(self, key_states: Tensor, value_states: Tensor, ring: Tensor, rollback: Tensor) -> None:
         """Write a few tokens into the ring, and what they overwrite into the rollback buffer."""
@@ -258,12 +292,9 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.keys.index_copy_(2, ring, key_states)
         self.values.index_copy_(2, ring, value_states)
 
-    def _store_sinks(self, key_states: Tensor, value_states: Tensor, moves: Moves | None) -> None:
-        """Keep the new tokens that are among their row's first S real ones."""
-        sinks = torch.arange(self.num_sink_tokens, device=key_states.device)
-        padding = self.rows.padding
-        columns = sinks[None] if padding is None else sinks + padding.to(key_states.device)[:, None]
-        index = columns - self.seen  # [rows, S], into the new tokens
+    def _store_sinks(self, key_states: Tensor, value_states: Tensor, index: Tensor, moves: Moves | None) -> None:
+        """Keep the new tokens that are among their row's first S real ones, by their columns [rows, S]."""
+        index = index.to(key_states.device)
         first = 0 if moves is None else moves.leading.to(index.device)[:, None]
         is_new = ((index >= first) & (index < key_states.shape[2]))[:, None, :, None]
         index = index.clamp(0, key_states.shape[2] - 1)[:, None, :, None]
@@ -284,11 +315,13 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.keys[:, :, : self.num_sink_tokens, planes].copy_(turned)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (tokens seen and coming, 0): transformers' own mask is made for these and then not used."""
-        return self.seen + query_length, 0
+        """Return (new tokens, 0): transformers' own mask is made for these and then not used."""
+        return query_length, 0
 
-    def get_seq_length(self) -> int:
-        """Return the number of tokens seen, padding included."""
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
+        """Return the number of tokens seen, padding included; to a graph that runs a step, as a tensor."""
+        if torch.compiler.is_compiling() and self._announced is not None:
+            return self._announced.past
         return self.seen
 
     def get_max_length(self) -> int:
@@ -315,6 +348,8 @@ class LambdaCacheLayer(CacheLayerMixin):
                 f"to {oldest}, and no further; draft fewer tokens at a time, or pass "
                 "cache=DynamicCache(), which keeps everything"
             )
+        if remove:
+            refuse_states(self.states)
         if self.is_initialized and self.written > self.window_length:
             # Where columns that go share a slot, the first of them overwrote what is to come back.
             last = min(remaining + self.window_length, self.seen)
@@ -329,7 +364,7 @@ class LambdaCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget every token and keep the memory."""
         super().reset()
-        self.seen = self.written = 0
+        self.seen = self.written = self._stored = 0
         self.rows = Rows()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -353,6 +388,17 @@ class LambdaCacheLayer(CacheLayerMixin):
             self.beside = Beside(change(lost_keys), change(lost_values), change(sinks), turns)
 
 
+def refuse_states(states: Iterable[Any]) -> None:
+    """Raise ValueError if one of these cache layers, of a state each, cannot take tokens back."""
+    for state in states:
+        if any(state.is_recurrent_states_initialized.values()) or not state.record_past:
+            raise ValueError(
+                "cannot take tokens back: recurrent layers of this model carry a state of all that they have seen (of "
+                "convolutions alone they can, after cache.activate_past_recording()). Start anew with the shorter "
+                "text, or keep a copy.deepcopy of the cache from before"
+            )
+
+
 class Archive(NamedTuple):
     """Keys and values of a whole text, and what was chosen of it.
 
@@ -361,17 +407,18 @@ class Archive(NamedTuple):
         keys: turned back to position 0, [batch, heads, capacity, dim], in the order of the text.
         values: [batch, heads, capacity, value_dim].
         chosen: blocks that `TopBlocks` reads [batch, blocks]; None: none were chosen yet.
+        emphasis: of these [batch, blocks].
     """
 
     store: str
     keys: Tensor | None = None
     values: Tensor | None = None
     chosen: Tensor | None = None
+    emphasis: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Archive:
         """Repeat, choose or reorder the rows."""
-        keys, values, chosen = (None if kept is None else change(kept) for kept in self[1:])
-        return Archive(self.store, keys, values, chosen)
+        return Archive(self.store, *(None if kept is None else change(kept) for kept in self[1:]))
 
 
 class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
@@ -392,13 +439,14 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
         self.archive = Archive(store)
 
     @property
-    def chosen(self) -> Tensor | None:
-        """Blocks that `TopBlocks` reads [batch, blocks], None before any choice."""
-        return self.archive.chosen
+    def chosen(self) -> Choice | None:
+        """What `TopBlocks` reads, None before any choice."""
+        _, _, _, blocks, emphasis = self.archive
+        return None if blocks is None or emphasis is None else Choice(blocks, emphasis)
 
-    def choose(self, blocks: Tensor) -> None:
-        """Let what follows read these blocks [batch, blocks]."""
-        self.archive = self.archive._replace(chosen=blocks)
+    def choose(self, choice: Choice) -> None:
+        """Let what follows read this."""
+        self.archive = self.archive._replace(chosen=choice.blocks, emphasis=choice.emphasis)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -434,16 +482,16 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
         )
         for archive in (keys, values):
             if archive is not None:
-                columns = torch.arange(self.seen, device=archive.device) - moves.shift.to(archive.device)[:, None]
-                archive[:, :, : self.seen] = taken(archive, columns.clamp_min(0))
+                columns = torch.arange(self.held, device=archive.device) - moves.shift.to(archive.device)[:, None]
+                archive[:, :, : self.held] = taken(archive, columns.clamp_min(0))
         self.archive = self.archive._replace(keys=keys, values=values)
 
     def _grown(self, archive: Tensor | None, states: Tensor) -> Tensor:
         """Return an archive with room for all tokens seen: this one, or a larger one with its contents."""
-        if archive is not None and archive.shape[2] >= self.seen:
+        if archive is not None and archive.shape[2] >= self.held:
             return archive
         like = states if archive is None else archive
-        shape = *like.shape[:2], self.seen if archive is None else self.seen * 3 // 2, like.shape[3]
+        shape = *like.shape[:2], self.held if archive is None else self.held * 3 // 2, like.shape[3]
         on_cpu, pinned = self.archive.store == "cpu", states.is_cuda if archive is None else archive.is_pinned()
         larger = torch.zeros(
             shape, dtype=like.dtype, device="cpu" if on_cpu else like.device, pin_memory=on_cpu and pinned
@@ -454,11 +502,11 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
 
     def middle(self) -> Middle:
         """Return all that was seen, un-rotated, where it is stored."""
-        _, keys, values, _ = self.archive
+        _, keys, values, *_ = self.archive
         assert keys is not None
         assert values is not None
-        positions = from_first_token(torch.arange(self.seen, device=keys.device), self.rows.padding)
-        return Middle(keys[:, :, : self.seen], values[:, :, : self.seen], positions)
+        positions = from_first_token(torch.arange(self.held, device=keys.device), self.rows.padding)
+        return Middle(keys[:, :, : self.held], values[:, :, : self.held], positions)
 
     def reset(self) -> None:
         """Forget every token."""

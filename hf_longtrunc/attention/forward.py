@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_longtrunc.attention.cache import ArchiveCacheLayer, LambdaCacheLayer
 from hf_longtrunc.attention.row_positions import check_positions, checked_mask
-from hf_longtrunc.attention.step import carry, planned
+from hf_longtrunc.attention.step import Layout, carry, made, padding_of, planned
 from hf_longtrunc.models import CACHE, bound, parameters_of
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from hf_longtrunc.attention.layer import Settings
     from hf_longtrunc.attention.rotary import Rotation
+    from hf_longtrunc.attention.states import States
 
 _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "per_layer_inputs")
 
@@ -32,7 +33,11 @@ class PatchedForward:
         rotations: of its layers.
         name: of the patch's attention in its config.
         has_windows: whether some of its layers were trained with a window of their own.
+        states: what its recurrent and convolutional layers carry; None where there are none.
         mesh: over which tensor parallelism splits its heads; None: it does not.
+
+    Attributes:
+        compiled: the original forward as it was compiled for one token; None: it was not.
     """
 
     def __init__(
@@ -43,19 +48,26 @@ class PatchedForward:
         rotations: set[Rotation],
         name: str,
         has_windows: bool,
+        states: States | None,
         mesh: Any = None,
     ):
         self.decoder = decoder
         self.original = original
+        self.compiled: Callable[..., Any] | None = None
         self.settings = settings
         self.rotations = rotations
         self.name = name
         self.has_windows = has_windows
+        self.states = states
         self.mesh = mesh
         self.takes_positions = "position_ids" in parameters_of(decoder)
 
     def once(self, ballot: list[Tensor] | None, /, *args: Any, **inputs: Any) -> Any:
-        """Run the decoder once; with a ballot, let its last rows vote."""
+        """Run the decoder once; with a ballot, let its last rows vote.
+
+        Where the step of one token is compiled it is planned before it and settled behind it, so that its graph holds
+        no number that changes with the tokens seen.
+        """
         if args:
             inputs = bound(self.decoder, args, inputs)
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -63,8 +75,11 @@ class PatchedForward:
         layers = [] if cache is None else cache.layers
         self.check(layers)
         past = 0 if cache is None else int(cache.get_seq_length())
-        real = checked_mask(inputs.get("attention_mask"), past + new)
+        padding = padding_of(inputs.get("attention_mask"))
+        real = checked_mask(padding, past + new)
         check_positions(inputs.get("position_ids"), real, new)
+        if self.states is not None:
+            self.states.check(real, past, new)
         like = tokens.new_empty(0, dtype=self.decoder.dtype)
         step, positions = planned(self.settings, self.rotations, layers, real, past, new, like, ballot)
         if self.has_windows and (step.query_order is not None or step.has_moved):
@@ -74,11 +89,21 @@ class PatchedForward:
             )
         if self.takes_positions:
             inputs["position_ids"] = positions.clamp_min(0)
+        inputs["attention_mask"] = made(inputs.get("attention_mask"), padding, step)
+        run = self.original
+        if self.compiled is not None and step.layout is Layout.RING and not step.has_moved:
+            run = self.compiled
+            if not self.has_windows:  # the mask, which grows, is in the step already
+                inputs["attention_mask"] = None
         before = carry(step)
         try:
-            return self.original(**inputs)
+            output = run(**inputs)
         finally:
             carry(before)
+        for layer in layers:
+            if isinstance(layer, LambdaCacheLayer):
+                layer.settle()
+        return output
 
     def reading(self, *args: Any, **inputs: Any) -> Any:
         """Run the decoder as the strategy that reads the middle wants it."""
@@ -95,7 +120,7 @@ class PatchedForward:
             ValueError: the message says what to do.
         """
         check_implementation(self.decoder, self.name, "LMInfinite")
-        ours, seen = (self.settings.num_sink_tokens, self.settings.window_length), None
+        ours = self.settings.num_sink_tokens, self.settings.window_length
         for layer in layers:
             if not isinstance(layer, LambdaCacheLayer):
                 continue
@@ -110,12 +135,11 @@ class PatchedForward:
                     "this cache was built without retrieval, so the middle of its text is gone: start anew, or patch "
                     "with retrieval=None"
                 )
-            if seen is not None and layer.seen != seen:
+            if layer.is_torn:
                 raise ValueError(
-                    f"the layers of this cache have seen {seen} and {layer.seen} tokens: a forward was interrupted "
-                    "while they were stored. Start anew with a new cache"
+                    "a forward was interrupted while this cache stored its tokens, so its layers no longer hold the "
+                    "same text: start anew with a new cache"
                 )
-            seen = layer.seen
 
 
 def check_implementation(decoder: Any, name: str, technique: str) -> None:

@@ -136,7 +136,7 @@ class Layer:
         if retrieval is None or not retrieval.reads(self.index, step.ballot is not None):
             return None
         sinks, window, archive = settings.num_sink_tokens, settings.window_length, step.archives.get(self.index)
-        if (key.shape[2] if archive is None else archive.seen) <= window + sinks:
+        if (key.shape[2] if archive is None else archive.held) <= window + sinks:
             return None
         rotate: Any = None if self.rotation is None else self.rotation.rotate
         if archive is not None:

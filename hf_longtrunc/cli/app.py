@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 
 from hf_longtrunc import __version__
 from hf_longtrunc.cli.ask import ask
+from hf_longtrunc.cli.chat import chat
 from hf_longtrunc.cli.demo import demo
 from hf_longtrunc.cli.lm_eval import lm_eval
 from hf_longtrunc.cli.match import match
@@ -78,6 +79,7 @@ def main(
 
 app.command()(demo)
 app.command()(ask)
+app.command()(chat)
 app.command()(ppl)
 app.command()(scrolls)
 app.command("lm-eval")(lm_eval)

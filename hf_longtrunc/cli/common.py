@@ -183,8 +183,11 @@ def save_picture(figure: Figure, path: Path) -> None:
     """Write a figure, close it and say where it lies."""
     import matplotlib.pyplot as plt
 
+    from hf_longtrunc.saving import replacing
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=130)
     plt.close(figure)
     notes().print(f"picture: [bold]{escape(str(path))}[/bold]")
 

@@ -46,7 +46,7 @@ def demo(
     top_p: Annotated[float, typer.Option(help="sampling: top-p's parameter, in (0, 1].")] = 0.9,
     seed: Annotated[int, typer.Option(help="sampling: of every sampler.")] = 0,
     text: Annotated[str | None, typer.Option(help="past-window: file of a text to read.")] = None,
-    output_dir: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("longtrunc_demo"),
+    output_dir: Annotated[Path, typer.Option(help="Where the pictures and pages go.")] = Path("longtrunc_demo"),
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -66,7 +66,8 @@ def demo(
     if prompt is not None and not prompt.strip():
         raise typer.BadParameter("is empty", param_hint="--prompt")
     pictures = {part: f"{part.value}.png" for part in Part} | {Part.past_window: "perplexity.png"}
-    check_outputs(output_dir, *(pictures[part] for part in chosen), force=force)
+    pages = [f"{part.value}.html" for part in (Part.sampling, Part.bat) if part in chosen]
+    check_outputs(output_dir, *(pictures[part] for part in chosen), *pages, force=force)
     source = None if text is None else read_text(text)
     from hf_longtrunc.cli import demo_parts
 

@@ -6,7 +6,6 @@ Each prints to `console` and returns its figures as plain values, which `--json`
 from __future__ import annotations
 
 import inspect
-import math
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,12 +43,19 @@ from hf_longtrunc.cli.ppl import compare, read_tokens
 from hf_longtrunc.evaluation import python_reference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLING, BAT, PACKING, CREAM = "sampling.png", "bat.png", "packing.png", "cream.png"
+# One meaning a colour and a shape, as on the pages: a cross was refused, a diamond was rescued.
+MARKS: dict[str, dict[str, Any]] = {
+    "refused": {"color": "#b23a00", "marker": "x", "linestyle": "", "markersize": 5},
+    "rescued": {"color": "#006b4d", "marker": "D", "linestyle": "", "markersize": 4},
+}
+SAMPLING_PAGE, BAT_PAGE = "sampling.html", "bat.html"
 PROMPT = "The lighthouse keeper had not spoken to anyone for eleven days when"
 
 
@@ -98,6 +104,7 @@ def sampling_part(
     console.print(_steps_table(runs, tokenizer, steps_shown))
     console.print(_summary_table(runs, epsilon))
     _picture(runs, epsilon, folder / SAMPLING)
+    _page(runs, tokenizer, epsilon, prompt, folder / SAMPLING_PAGE)
     return [_summary(run, epsilon) for run in runs]
 
 
@@ -128,6 +135,7 @@ def bat_part(
     checker = processor.checker
     console.print(f"{checker.checked:,} tokens decided by proof, {checker.undecided} undecided")
     _picture([run], epsilon, folder / BAT)
+    _page([run], tokenizer, epsilon, prompt, folder / BAT_PAGE)
     decided = {"decided by proof": checker.checked, "undecided": checker.undecided}
     return {**_summary(run, epsilon), "rescued": sum(record.kept_below or 0 for record in run.records), **decided}
 
@@ -197,7 +205,7 @@ def _summary(run: SampledText, epsilon: float) -> dict[str, object]:
         "tokens": len(records),
         "kept (median)": median(record.kept for record in records),
         "cut (mean)": fmean(1 - record.kept_mass for record in records),
-        f"refused by eta {epsilon:g}": sum(_refused(record, epsilon) for record in records),
+        f"refused by eta {epsilon:g}": sum(record.is_refused_by_eta(epsilon) for record in records),
         "tokens/s": len(records) / run.seconds,
     }
 
@@ -210,16 +218,23 @@ def _picture(runs: list[SampledText], epsilon: float, path: Path) -> None:
     figure, panels = plt.subplots(
         3, len(runs), sharex=True, sharey="row", figsize=(4 * len(runs), 6), layout="constrained", squeeze=False
     )
+    marks: dict[str, Callable[[TruncationRecord], bool]] = {
+        "rescued": lambda record: record.is_rescued,
+        "refused": lambda record: record.is_refused_by_eta(epsilon) and not record.is_rescued,
+    }
     for column, run in enumerate(runs):
         run.trace.plot(axes=list(panels[:, column]))
         # What eta would have asked of this text: the dots under the dashed line are the tokens that it refuses.
         steps = range(1, len(run.records) + 1)
-        panels[1, column].plot(steps, [_eta(record, epsilon) for record in run.records], "k--", linewidth=0.8)
-        refused = [(n, r.probability) for n, r in zip(steps, run.records, strict=True) if _refused(r, epsilon)]
-        panels[1, column].plot(*zip(*refused, strict=True) if refused else ([], []), "rx", markersize=5)
+        panels[1, column].plot(steps, [record.eta_threshold(epsilon) for record in run.records], "k--", linewidth=0.8)
+        for mark, is_marked in marks.items():
+            marked = [(n, r.probability) for n, r in zip(steps, run.records, strict=True) if is_marked(r)]
+            panels[1, column].plot(*zip(*marked, strict=True) if marked else ([], []), **MARKS[mark])
         panels[0, column].set_title(run.name, loc="left")
         panels[2, column].set_xlabel("generated token")
-    names = ("entropy (nats)", f"drawn (dots), cut (line),\nrefused by eta {epsilon:g} (x)", "kept mass")
+    told = {"rescued": "rescued by a proof (diamonds)", "refused": f"refused by eta {epsilon:g} (x)"}
+    seen = [words for mark, words in told.items() if any(marks[mark](record) for run in runs for record in run.records)]
+    names = ("entropy (nats)", "\n".join(["drawn (dots), cut (line)", *seen]), "kept mass")
     for panel, name in zip(panels[:, 0], names, strict=True):
         panel.set_ylabel(name)
     lowest = min(record.kept_mass for run in runs for record in run.records)
@@ -227,13 +242,12 @@ def _picture(runs: list[SampledText], epsilon: float, path: Path) -> None:
     save_picture(figure, path)
 
 
-def _refused(record: TruncationRecord, epsilon: float) -> bool:
-    # The recorded entropy is rounded to fp32: a token on the bar itself is not called refused.
-    return record.probability is not None and record.probability < _eta(record, epsilon) * (1 - 1e-5)
-
-
-def _eta(record: TruncationRecord, epsilon: float) -> float:
-    return min(epsilon, math.sqrt(epsilon) * math.exp(-record.entropy))
+def _page(runs: list[SampledText], tokenizer: Any, epsilon: float, prompt: str, path: Path) -> None:
+    """Write the page that shows every token's step."""
+    first, *others = runs
+    beside = {run.name: run.trace for run in others}
+    first.trace.to_html(tokenizer, path, name=first.name, beside=beside, epsilon=epsilon, prompt=prompt)
+    notes().print(f"page: [bold]{escape(str(path))}[/bold] shows every token's step: open it in a browser")
 
 
 def packing_part(

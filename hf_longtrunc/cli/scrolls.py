@@ -73,6 +73,7 @@ def scrolls(
     check_outputs(output_dir, *written.values(), f"{name}.png", force=force)
     from hf_longtrunc import Unlimiformer
     from hf_longtrunc.evaluation.scrolls import Rows, evaluate, plot_scrolls, predictions, run, scrolls_table
+    from hf_longtrunc.saving import replacing
 
     rows = Rows(name, data, split=split, limit=limit)
     examples = sum(1 for _ in rows)  # a broken line is found before the work
@@ -87,7 +88,8 @@ def scrolls(
     scores = {arm: evaluate(name, predictions(records, arm), rows) for arm in (*arms, *whole)}
     for (arm, what), file in written.items():
         content = scores[arm] if what == "metrics" else predictions(records, arm)
-        (output_dir / file).write_text(json.dumps(content, indent=4), encoding="utf-8")
+        with replacing(output_dir / file) as beside:
+            beside.write_text(json.dumps(content, indent=4), encoding="utf-8")
     draw_without_a_screen()
     figure: Any = plot_scrolls(scores).figure
     save_picture(figure, output_dir / f"{name}.png")

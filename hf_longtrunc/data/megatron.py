@@ -7,7 +7,6 @@ first sequence of every document, ending with the number of sequences (i64).
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_longtrunc.data.writing import import_datasets
+from hf_longtrunc.saving import replacing
 
 if TYPE_CHECKING:
+    import os
+
     import datasets
 
     from hf_longtrunc.data.dataset import PackedDataset
@@ -52,11 +54,16 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str]) -> None:
     """Write packed rows as `<prefix>.bin` and `<prefix>.idx`: a row is a document, its pieces are the sequences in it.
 
     Tokens are uint16 if all are below 65,500, as Megatron does for small vocabularies, else int32. Labels cannot be
-    written. The index, without which the tokens are nothing, takes the place of an older one last.
+    written. The index, without which the tokens are nothing, comes last. Nothing is overwritten: no two files can be
+    replaced at once, and new tokens under an old index would be read as they come.
 
     Raises:
+        FileExistsError: there is an index.
         ValueError: the documents have labels or masks, or a token is more than int32 holds.
     """
+    bin_at, idx_at = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    if idx_at.exists():
+        raise FileExistsError(f"{idx_at} exists: write to another prefix, or delete it first")
     if rows.teaching:
         raise ValueError(
             f"Megatron's format holds tokens only, and the documents have {', '.join(rows.teaching)}: every token "
@@ -66,21 +73,18 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str]) -> None:
     if highest >= 2**31:
         raise ValueError(f"token {highest} is more than int32 holds")
     code = 8 if highest < 65_500 else 4
-    bin_at, idx_at = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     bin_at.parent.mkdir(parents=True, exist_ok=True)
     sizes, pieces = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    with _beside(bin_at).open("wb") as file:
+    with replacing(bin_at) as beside, beside.open("wb") as file:
         for part in _parts(rows):
             file.write(part.input_ids.astype(_TYPES[code]).tobytes())
             sizes.append(part.piece_lengths)
             pieces.append(part.pieces)
     lengths, firsts = np.concatenate(sizes), np.append(0, np.cumsum(np.concatenate(pieces)))
     begins = (np.cumsum(lengths) - lengths) * np.dtype(_TYPES[code]).itemsize
-    with _beside(idx_at).open("wb") as file:
+    with replacing(idx_at) as beside, beside.open("wb") as file:
         file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(firsts)))
         file.write(lengths.astype("<i4").tobytes() + begins.astype("<i8").tobytes() + firsts.astype("<i8").tobytes())
-    for path in (bin_at, idx_at):
-        os.replace(_beside(path), path)
 
 
 def _read(idx: Path, bin_: Path) -> tuple[Any, Any, Any, Any]:
@@ -107,7 +111,3 @@ def _read(idx: Path, bin_: Path) -> tuple[Any, Any, Any, Any]:
 
 def _parts(rows: PackedDataset) -> Any:
     return (rows.gather(first, last, with_labels=False) for first, last in rows.blocks(0, len(rows), _TOKENS))
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")

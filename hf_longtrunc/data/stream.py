@@ -75,8 +75,8 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         max_rounds: rounds that a piece may wait before its row goes out as it is.
         sharding: who deals the documents out among several DataLoader workers. "documents": each worker takes every
             n-th of them here. "source": the source gives each worker its own, by `get_worker_info()`. "auto" takes
-            "source" for a `datasets.IterableDataset`, "documents" for a plain iterable, and asks for one of the two
-            where it is another torch `IterableDataset`: dealt out twice, most documents would never be read.
+            "source" for a `datasets.IterableDataset`, and under several workers asks for one of the two where it is
+            anything else: dealt out twice, most documents would never be read.
 
     `dropped` counts documents and tokens left out so far.
 
@@ -175,12 +175,11 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
             return iter(self.source)
         if by == "auto" and hasattr(self.source, "num_shards"):  # datasets' streams share themselves out
             return iter(self.source)
-        if by == "auto" and isinstance(self.source, IterableDataset):
+        if by == "auto":
             raise ValueError(
-                f"the source is a torch IterableDataset ({type(self.source).__name__}) and is read by "
-                f"{worker.num_workers} workers: say whether it gives each of them its own documents "
-                '(sharding="source") or all of them the same (sharding="documents"). Dealt out twice, most of the '
-                "documents would never be read"
+                f"the source ({type(self.source).__name__}) is read by {worker.num_workers} workers: say whether it "
+                'gives each of them its own documents (sharding="source") or all of them the same '
+                '(sharding="documents"). Dealt out twice, most of the documents would never be read'
             )
         return islice(iter(self.source), worker.id, None, worker.num_workers)
 

@@ -54,7 +54,7 @@ def write_rows(
     ]
     try:
         _run(jobs, library)
-        _commit(Path(folder), names, _features(columns, dtype), library)
+        _commit(Path(folder), names, library)
     except BaseException:
         for job in jobs:
             Path(job.path).unlink(missing_ok=True)
@@ -131,7 +131,8 @@ def _features(columns: tuple[str, ...], dtype: str) -> Any:
     return library.Features({name: library.List(library.Value(dtype)) for name in columns})
 
 
-def _commit(folder: Path, names: list[str], features: Any, library: Any) -> None:
+def _commit(folder: Path, names: list[str], library: Any) -> None:
+    """Make the new data files those that count; what their columns are stands in themselves, not in a file beside."""
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": secrets.token_hex(8),
@@ -142,7 +143,7 @@ def _commit(folder: Path, names: list[str], features: Any, library: Any) -> None
         "_split": None,
     }
     with tempfile.TemporaryDirectory(prefix=_BESIDE, dir=folder) as beside:
-        library.DatasetInfo(features=features).write_to_directory(beside)
+        library.DatasetInfo().write_to_directory(beside)
         Path(beside, "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         for name in ("dataset_info.json", "state.json"):
             os.replace(Path(beside, name), folder / name)

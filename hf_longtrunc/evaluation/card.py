@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from hf_longtrunc.handles import Handle
+from hf_longtrunc.saving import replacing
 
 if TYPE_CHECKING:
     import os
@@ -187,7 +188,8 @@ def update_model_card(
         card.text = old.sub(lambda match: section, card.text)
     else:
         card.text = f"{card.text.rstrip()}\n\n{section}\n"
-    path.write_text(f"---\n{card.data.to_yaml()}\n---\n\n{card.text.lstrip()}", encoding="utf-8")
+    with replacing(path) as beside:
+        beside.write_text(f"---\n{card.data.to_yaml()}\n---\n\n{card.text.lstrip()}", encoding="utf-8")
     return path
 
 

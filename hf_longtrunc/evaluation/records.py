@@ -38,10 +38,14 @@ class ArmRecord(ModelRecord):
 
 
 def append_records(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
-    """Append each record, an instance of a dataclass of plain values, as one JSON line; folders are made."""
+    """Append each record, an instance of a dataclass of plain values, as one JSON line; folders are made.
+
+    All of them are handed over to the file at once, so that who is killed leaves all or none.
+    """
+    lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+    with open(path, "ab") as file:
+        file.write(lines.encode())
 
 
 def read_records(path: str | os.PathLike[str], record_type: type[RecordT]) -> list[RecordT]:

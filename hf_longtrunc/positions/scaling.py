@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import warnings
+from math import inf, nextafter
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -169,7 +170,11 @@ def _scaled(parameters: dict[str, Any], config: Any, window: int, factor: int, m
     theta = kept.get("rope_theta") or getattr(config, "rope_theta", None) or config.default_theta
     if method == "ntk":
         dim = _rotary_dim(config, kept)
-        return {**kept, "rope_type": "default", "rope_theta": float(theta) * factor ** (dim / (dim - 2))}
+        if dim < 4:
+            raise ValueError(f'method "ntk" needs 4 rotary dimensions or more: the base changes nothing of {dim}')
+        base = float(theta) * factor ** (dim / (dim - 2))
+        # By a whole number it would not be known as scaled: few dimensions give one.
+        return {**kept, "rope_type": "default", "rope_theta": nextafter(base, inf) if base.is_integer() else base}
     scaled = {**kept, "rope_type": method, "rope_theta": theta, "factor": float(factor)}
     # Left out, transformers takes the new window for the original one.
     return {**scaled, "original_max_position_embeddings": window} if method == "yarn" else scaled

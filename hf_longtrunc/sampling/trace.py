@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_longtrunc.arguments import whole
 from hf_longtrunc.extras import missing
 from hf_longtrunc.models import unwrapped
+from hf_longtrunc.pieces import piece_by_token
 from hf_longtrunc.sampling.attach import rebuild_processor_list
 from hf_longtrunc.sampling.calls import WARPERS, neighbours
 from hf_longtrunc.sampling.cutoffs import softmax_rows
+from hf_longtrunc.sampling.page import write_page
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    import os
+    from collections.abc import Callable, Mapping, Sequence
 
     import pandas as pd
     from matplotlib.axes import Axes
@@ -27,8 +33,15 @@ if TYPE_CHECKING:
 
     from hf_longtrunc.handles import Handle
 
+    _Candidates = np.ndarray[Any, np.dtype[np.void]]
+    # (row, its tokens) -> margins of their proofs
+    _Prove = Callable[[int, np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+
 # Speculative decoding asks about several positions ahead and may take them back; it runs at batch size 1 only.
 _OPEN_STEPS_OF_ONE_ROW = 64
+# A token on the bar to fp32 rounding is neither above nor below it.
+_ON_THE_BAR = 1e-5
+_CANDIDATE = np.dtype([("token", np.int32), ("probability", np.float32), ("kept", np.bool_), ("margin", np.float32)])
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,8 @@ class TruncationRecord:
             (basis-aware truncation in sample mode) leaves one token and cuts every other in this count.
         token, probability, rank: the token that was drawn (1 = the most probable), None while it is unknown.
         critical_threshold: that token's basis-aware probability, where the trace was asked for it.
+        candidates: some tokens of the step, the most probable first, as a NumPy array of records with the fields
+            `token`, `probability`, `kept` and `margin`; see `TruncationTrace(candidates=...)`.
     """
 
     run: int
@@ -65,6 +80,27 @@ class TruncationRecord:
     probability: float | None = None
     rank: int | None = None
     critical_threshold: float | None = None
+    candidates: _Candidates | None = field(default=None, compare=False, repr=False)
+
+    def eta_threshold(self, epsilon: float) -> float:
+        """Return the bar of eta-sampling at this step: min(epsilon, sqrt(epsilon) exp(-entropy))."""
+        return min(epsilon, math.sqrt(epsilon) * math.exp(-self.entropy))
+
+    def is_refused_by_eta(self, epsilon: float) -> bool:
+        """Return whether eta-sampling would have refused the token that was drawn; False where it is not known.
+
+        The most probable token is never refused.
+        """
+        if self.probability is None or self.rank == 1:
+            return False
+        return self.probability < self.eta_threshold(epsilon) * (1 - _ON_THE_BAR)
+
+    @property
+    def is_rescued(self) -> bool:
+        """Whether the drawn token lies below the threshold: basis-aware truncation kept it by a proof."""
+        if self.probability is None or self.threshold is None or self.rank == 1:
+            return False
+        return self.probability < self.threshold * (1 - _ON_THE_BAR)
 
 
 class _OpenStep(NamedTuple):
@@ -109,9 +145,13 @@ class TruncationTrace(LogitsProcessor):
             milliseconds a token; None leaves that column empty.
         eos_token_id: a row is not recorded past this token (`observe` takes the model's own).
         max_records: the oldest records beyond so many are dropped, and counted in `dropped`.
+        candidates: of every step so many of the most probable tokens are kept in the record, and where something was
+            cut, half as many of the least probable tokens that were kept and of the most probable that were cut, each
+            kept one below basis-aware truncation's threshold with its proof's margin; 0 keeps none.
 
-    Cost: a softmax and a host synchronisation a step. Memory: 150 bytes or so a record, the last step's
-    log-probabilities [rows, vocab], and those of up to 64 steps at batch size 1. Not for continuous batching, whose
+    Cost: a softmax, three partial sorts and a host synchronisation a step; some 3 ms for each margin. Memory: 150 bytes
+    a record and 13 for each candidate, the last step's log-probabilities [rows, vocab], and those of up to 64 steps at
+    batch size 1. Not for continuous batching, whose
     calls do not say which request a row belongs to: it raises ValueError there.
     """
 
@@ -125,10 +165,12 @@ class TruncationTrace(LogitsProcessor):
         critical_threshold: Callable[[Tensor, Tensor], Tensor] | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         max_records: int = 1_000_000,
+        candidates: int = 20,
     ):
         self.processors = list(processors or [])
         self.critical_threshold = critical_threshold
         self.max_records = whole("max_records", max_records, least=1)
+        self.candidates = whole("candidates", candidates, least=0)
         self._eos = _as_set(eos_token_id)
         self.clear()
 
@@ -182,15 +224,63 @@ class TruncationTrace(LogitsProcessor):
                 ended.add(key[:2])
         return kept
 
-    def to_frame(self) -> pd.DataFrame:
-        """Return the records as a pandas frame, a column per field of `TruncationRecord`."""
+    def to_frame(self, tokenizer: Any = None) -> pd.DataFrame:
+        """Return the records as a pandas frame, a column per field of `TruncationRecord` but its candidates.
+
+        With a tokenizer there is a column `text` behind `token`, a leading space included.
+        """
         try:
             import pandas as pd
         except ModuleNotFoundError as error:
             raise missing("to_frame()", "pandas", "eval") from error
-        columns = list(TruncationRecord.__dataclass_fields__)
-        frame: pd.DataFrame = pd.DataFrame([asdict(record) for record in self.records], columns=columns)
+        columns = [name for name in TruncationRecord.__dataclass_fields__ if name != "candidates"]
+        rows = [[getattr(record, name) for name in columns] for record in self.records]
+        frame: pd.DataFrame = pd.DataFrame(rows, columns=columns)
+        if tokenizer is not None:
+            tokens = [record.token for record in self.records]
+            texts = piece_by_token(tokenizer, {token for token in tokens if token is not None})
+            column = [None if token is None else texts[token] for token in tokens]
+            frame.insert(columns.index("token") + 1, "text", column)
         return frame
+
+    def to_html(
+        self,
+        tokenizer: Any,
+        path: str | os.PathLike[str],
+        *,
+        name: str = "sampled",
+        beside: Mapping[str, TruncationTrace] | None = None,
+        epsilon: float = 2e-3,
+        prompt: str = "",
+    ) -> Path:
+        """Write one page that shows the drawn texts token by token, and for each token what was cut; return its path.
+
+        The page holds everything that it needs and asks nothing of a network. A token's colour is its probability;
+        what eta-sampling would have refused and what basis-aware truncation rescued are marked. Pointing at a token,
+        tapping it or reaching it with the arrow keys shows its step: probability, bar, kept and cut tokens, and the
+        margins of the proofs behind the rescued ones.
+
+        Args:
+            tokenizer: of the model that drew.
+            path: a file, written anew.
+            name: what this trace's texts are called.
+            beside: further traces by name, shown in columns beside this one.
+            epsilon: of the eta-sampling that marks what it would have refused.
+            prompt: shown above the texts.
+
+        Raises:
+            ValueError: nothing was recorded, or epsilon is outside (0, 1).
+            OSError: the file cannot be written.
+        """
+        traces = {name: self, **(beside or {})}
+        if self is not traces[name]:
+            raise ValueError(f"beside must not hold {name!r}, which is this trace's own name: pass name=...")
+        return write_page(Path(path), traces, tokenizer, epsilon=epsilon, prompt=prompt)
+
+    def __repr__(self) -> str:
+        steps = len(self._records)
+        watched = ", ".join(map(repr, self.processors)) or "no processors of its own"
+        return f"<TruncationTrace of {watched}: {steps:,} records of {self._runs:,} runs>"
 
     def plot(self, *, row: int = 0, run: int = 0, axes: Sequence[Axes] | None = None, label: str = "") -> list[Axes]:
         """Draw one row along its text: entropy; threshold and the drawn tokens' probabilities; kept mass.
@@ -223,22 +313,30 @@ class TruncationTrace(LogitsProcessor):
                 "TruncationTrace cannot follow continuous batching (generate_batch() and serving), whose calls do not "
                 "say which request a row belongs to: use generate()"
             )
-        before, threshold = scores, None
+        before, threshold, prove = scores, None, None
         for processor in processors:
             bar = getattr(processor, "threshold", None)
-            threshold = bar(scores) if callable(bar) else threshold
+            if callable(bar):
+                threshold, margins = bar(scores), getattr(processor, "margins", None)
+                prove = None if margins is None else partial(_row_margins, margins, scores)
             scores = processor(input_ids, scores)
         drawable = scores
         warpers: list[Any] = [each for each in behind if isinstance(each, WARPERS)]
         for warper in warpers:
             drawable = warper(input_ids, drawable)
-        self._record(input_ids.detach().cpu(), before, drawable, threshold)
+        self._record(input_ids.detach().cpu(), before, drawable, threshold, prove)
         return scores
 
-    def _record(self, ids: Tensor, before: Tensor, after: Tensor, threshold: Tensor | None) -> None:
+    def _record(
+        self, ids: Tensor, before: Tensor, after: Tensor, threshold: Tensor | None, prove: _Prove | None
+    ) -> None:
         rows = softmax_rows(before)
         log_probs = rows.z - rows.log_total
-        columns = _columns(log_probs, rows.entropy, after, threshold)
+        # A token can still be drawn if the sampler's fp32 softmax gives it any probability, whatever the filter value.
+        kept = (after.float() - after.amax(-1, keepdim=True).float()).exp() > 0
+        probs = log_probs.exp()
+        columns = _columns(probs, rows.entropy, kept, threshold)
+        candidates = _candidates(probs, kept, threshold, self.candidates, prove)
         with _WRITING:
             reading = self._reading
             if not self._continues(ids):
@@ -247,8 +345,8 @@ class TruncationTrace(LogitsProcessor):
             self._read_tokens(ids)
             self._take_back(ids.shape[1])
             keys = [(reading.run, row, ids.shape[1]) for row in range(ids.shape[0])]
-            for key, values in zip(keys, zip(*columns, strict=True), strict=True):
-                self._records[key] = TruncationRecord(*key, *values)
+            for key, values, near in zip(keys, zip(*columns, strict=True), candidates, strict=True):
+                self._records[key] = replace(TruncationRecord(*key, *values), candidates=near)
             reading.open.append(_OpenStep(ids, log_probs, keys))
             if len(reading.open) > (_OPEN_STEPS_OF_ONE_ROW if ids.shape[0] == 1 else 1):
                 reading.open.popleft()
@@ -314,21 +412,54 @@ class _Watched(LogitsProcessor):
         return self.trace._watched(self.processors, input_ids, scores)
 
 
-def _columns(log_probs: Tensor, entropy: Tensor, after: Tensor, threshold: Tensor | None) -> list[list[Any]]:
+def _columns(probs: Tensor, entropy: Tensor, kept: Tensor, threshold: Tensor | None) -> list[list[Any]]:
     """Entropy, threshold, lowest kept, number and mass kept, number kept below and cut above: lists over rows."""
-    # A token can still be drawn if the sampler's fp32 softmax gives it any probability, whatever the filter value was.
-    kept = (after.float() - after.amax(-1, keepdim=True).float()).exp() > 0
-    probs = log_probs.exp()
     lowest = probs.masked_fill(~kept, torch.inf).amin(-1)
     mass = probs.masked_fill(~kept, 0).sum(-1).clamp_max(1)
     columns = [entropy[:, 0].tolist(), lowest.tolist(), kept.sum(-1).tolist(), mass.tolist()]
     unknown = [None] * len(lowest)
     if threshold is None:
         return [columns[0], unknown, *columns[1:], unknown, unknown]
-    # A token on the bar to fp32 rounding counts as neither.
-    below = (kept & (probs < threshold * (1 - 1e-5))).sum(-1).tolist()
-    above = (~kept & (probs > threshold * (1 + 1e-5))).sum(-1).tolist()
+    below = (kept & (probs < threshold * (1 - _ON_THE_BAR))).sum(-1).tolist()
+    above = (~kept & (probs > threshold * (1 + _ON_THE_BAR))).sum(-1).tolist()
     return [columns[0], threshold[:, 0].tolist(), *columns[1:], below, above]
+
+
+def _candidates(
+    probs: Tensor, kept: Tensor, threshold: Tensor | None, count: int, prove: _Prove | None
+) -> list[_Candidates | None]:
+    """Of each row [V] the most probable tokens and those on both sides of the cut: arrays of `_CANDIDATE`."""
+    if not count:
+        return [None] * len(probs)
+    half = min((count + 1) // 2, probs.shape[-1])
+    most = probs.topk(min(count, probs.shape[-1])).indices
+    last_kept = probs.masked_fill(~kept, torch.inf).topk(half, largest=False).indices
+    first_cut = probs.masked_fill(kept, -1).topk(half).indices
+    # Where a side has fewer tokens, or nothing was cut, the others that a sort brings up are not meant.
+    is_last_kept = kept.gather(-1, last_kept) & ~kept.all(-1, keepdim=True)
+    is_meant = torch.cat([torch.ones_like(most) > 0, is_last_kept, ~kept.gather(-1, first_cut)], dim=-1).cpu().numpy()
+    found = torch.cat([most, last_kept, first_cut], dim=-1)
+    near = np.zeros(found.shape, _CANDIDATE)
+    near["token"], near["probability"] = found.cpu().numpy(), probs.gather(-1, found).cpu().numpy()
+    near["kept"], near["margin"] = kept.gather(-1, found).cpu().numpy(), np.nan
+    candidates = [_in_order(row[meant]) for row, meant in zip(near, is_meant, strict=True)]
+    if threshold is not None and prove is not None:
+        for row, (each, bar) in enumerate(zip(candidates, threshold[:, 0].tolist(), strict=True)):
+            rescued = each["kept"] & (each["probability"] < bar * (1 - _ON_THE_BAR))
+            if rescued.any():
+                each["margin"][rescued] = prove(row, each["token"][rescued])
+    return list(candidates)
+
+
+def _in_order(candidates: _Candidates) -> _Candidates:
+    """Return every token once, the most probable first."""
+    once = candidates[np.unique(candidates["token"], return_index=True)[1]]
+    return once[np.argsort(-once["probability"], kind="stable")]
+
+
+def _row_margins(margins: Callable[[Tensor, Tensor], Tensor], scores: Tensor, row: int, tokens: Any) -> Any:
+    wanted = torch.from_numpy(tokens.astype(np.int64)).to(scores.device)
+    return margins(scores[row : row + 1], wanted[None])[0].numpy()
 
 
 def _same_rows(left: Tensor, right: Tensor) -> Tensor:

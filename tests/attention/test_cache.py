@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from hf_longtrunc.attention.cache import Announcement, LambdaCacheLayer
+from hf_longtrunc.attention.cache import LambdaCacheLayer
 from hf_longtrunc.attention.rotary import Rotation
 from hf_longtrunc.attention.row_positions import Rows
 
@@ -47,7 +47,7 @@ def give(ring: LambdaCacheLayer, tape: Tape, n: int) -> None:
     steps = (positions[:, :1] - tape.window - torch.arange(tape.sinks)).clamp_min(0)
     turn = ROTATION.weights(steps, torch.float64) if n == 1 else None
     rows = Rows(tape.padding, int(tape.padding.max()))
-    ring.expect(Announcement(*ring.slots(n, torch.device("cpu")), rows, None, turn))
+    ring.expect(ring.announcement(n, torch.device("cpu"), rows)._replace(turn=turn))
     j = torch.arange(before + n) - tape.padding[:, None]  # of the keys that are to come
     if before and n == 1:
         j = ring.key_positions(rows, torch.device("cpu")).expand(len(tape.padding), -1)
@@ -56,6 +56,7 @@ def give(ring: LambdaCacheLayer, tape: Tape, n: int) -> None:
         j = torch.cat([sinks, j[:, tape.sinks - ring.keys_returned(n) :]], dim=-1)
     everything_is_seen = ring.sees_every_slot(rows)
     keys, values = ring.update(*tape.append(n))
+    ring.settle()
     assert keys.shape[2] == values.shape[2] == j.shape[1]
     for row in range(len(tape.padding)):
         padding, last = int(tape.padding[row]), before + n - 1

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from hf_longtrunc import LambdaCacheLayer, LMInfinite
+from hf_longtrunc import LambdaCacheLayer, LMInfinite, TopK
 from hf_longtrunc.attention.lm_infinite import trained_length
 from hf_longtrunc.models import CACHE, cache_of
 
@@ -421,10 +421,19 @@ def test_rows_of_a_cache_can_be_repeated_and_chosen(llama):
         assert (got - expected).abs().max() < 3e-5
 
 
-def test_the_decode_step_compiles_whole_and_stays_compiled():
-    command = [sys.executable, "-m", "tests.attention.compiled_decode"]
+def test_compiled_decoding_is_two_graphs_without_a_number_that_changes():
+    """One until the ring is full, one from then on; `generate` adds none for other prompts."""
+    command = [sys.executable, "-m", "tests.attention.compiled_decode", "40"]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert result.stdout.strip() == "compiled", result.stderr
+    steps, generations = result.stdout.splitlines() or [result.stderr, ""]
+    assert steps == "40 tokens: 2 graphs, numbers that they take: 0", steps
+    assert generations == "generate: 2 graphs, 0 later, numbers: 0"
+
+
+def test_reading_the_middle_does_not_compile(llama):
+    settings = LMInfinite(window_length=L, retrieval=TopK(first_layer=0))
+    with settings(llama) as handle, pytest.raises(ValueError, match="leave it out"):
+        handle.compile()
 
 
 def enable_checkpointing(model):
@@ -640,9 +649,9 @@ def test_bad_calls(llama):
     [
         ("gpt2", "absolute positions"),
         ("opt", "absolute positions"),
-        ("mamba", "recurrent"),
-        ("minimax", "recurrent"),
-        ("lfm2", "recurrent"),
+        ("mamba", "no attention layers"),
+        ("minimax", "a class of its own"),
+        ("recurrent_gemma", "each of its attention layers was trained with a sliding window"),
     ],
 )
 def test_models_without_a_distance_to_limit_are_refused(family, reason):

@@ -31,6 +31,9 @@ def test_demo_prints_three_texts_two_tables_and_writes_the_picture(model_folder,
         assert part in result.output
     for picture in ("sampling.png", "packing.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    for page in ("sampling.html", "bat.html"):
+        assert str(tmp_path / page) in result.stderr
+        assert "eta 0.002" in (tmp_path / "sampling.html").read_text(encoding="utf-8")
 
 
 def test_demo_of_one_step(model_folder, tmp_path):

@@ -113,6 +113,18 @@ def test_damaged_indices(tmp_path, damage, message):
         read_megatron(tmp_path / "corpus")
 
 
+def test_nothing_is_overwritten(tmp_path):
+    """Two files cannot be replaced at once; tokens without an index, of one who was killed, are no data set."""
+    write_megatron(pack(arrow([5, 9]), SEQ_LENGTH), tmp_path / "rows")
+    kept = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    with pytest.raises(FileExistsError, match=r"rows\.idx exists: write to another prefix, or delete it first"):
+        write_megatron(pack(arrow([7]), SEQ_LENGTH), tmp_path / "rows")
+    assert [path.read_bytes() for path in sorted(tmp_path.iterdir())] == kept
+    (tmp_path / "rows.idx").unlink()
+    write_megatron(pack(arrow([7]), SEQ_LENGTH), tmp_path / "rows")
+    assert len(read_megatron(tmp_path / "rows")) == 1
+
+
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"corpus.idx is missing"):
         read_megatron(tmp_path / "corpus")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -31,3 +32,13 @@ def test_benchmark(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "3,000 documents" in printed
     assert "bytes a document" in printed
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes that it forks")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_killed_before_any_step_it_leaves_the_old_or_the_new(monkeypatch, capsys):
+    """Random moments, and all that writes: `python recipes/killed.py`."""
+    names = "materialize,write_megatron,Packing.save_pretrained,append_records"
+    run(monkeypatch, "killed.py", "--moments", "1", "--documents", "60", "--writers", names)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names.split(","))

@@ -88,12 +88,12 @@ def test_a_worker_resumes_exactly_too(monkeypatch, worker, workers):
     """Each worker keeps a state of its own, as torchdata's StatefulDataLoader does: here one of them."""
     info = type("Worker", (), {"id": worker, "num_workers": workers})
     monkeypatch.setattr("hf_longtrunc.data.stream.get_worker_info", lambda: info)
-    whole = lists(stream())
+    whole = lists(stream(sharding="documents"))
     assert sum(map(len, whole)) == sum(LENGTHS[worker::workers])
     for taken in (0, 1, 40, len(whole)):
-        interrupted = stream()
+        interrupted = stream(sharding="documents")
         head = lists(islice(interrupted, taken))
-        resumed = stream()
+        resumed = stream(sharding="documents")
         resumed.load_state_dict(pickle.loads(pickle.dumps(interrupted.state_dict())))
         assert resumed.state_dict() == interrupted.state_dict()
         assert head + lists(resumed) == whole
@@ -148,7 +148,8 @@ def test_long_documents():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_share_the_documents(workers):
-    loader = DataLoader(stream(), 4, collate_fn=BestFitPackingCollator(SEQ_LENGTH), num_workers=workers)
+    rows = stream(sharding="documents")
+    loader = DataLoader(rows, 4, collate_fn=BestFitPackingCollator(SEQ_LENGTH), num_workers=workers)
     found = Counter()
     for batch in loader:
         for row in range(len(batch["input_ids"])):

@@ -101,6 +101,7 @@ class Examples:
         return iter(self.examples)
 
 
+@pytest.mark.xdist_group("two_ranks")
 def test_two_ranks_make_the_same_steps_and_see_every_token_once(tmp_path):
     ranks = two_ranks(WORKER, tmp_path)
     assert ranks[0]["world"] == ranks[1]["world"] == 2
@@ -114,3 +115,6 @@ def test_two_ranks_make_the_same_steps_and_see_every_token_once(tmp_path):
     assert len(flat) == len(set(flat)) > 30
     assert set(flat) <= set(seen)
     assert len(streamed) == len(set(streamed)) > 30  # four steps of the stream: no document on both ranks
+    alone, ddp, fsdp = (np.array(ranks[1]["losses"][way]) for way in ("alone", "DDP", "FSDP2"))
+    assert len(alone) == len(set(alone)) == 3
+    np.testing.assert_allclose([ddp, fsdp], [alone, alone], rtol=1e-13)

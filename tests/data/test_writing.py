@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import datasets
 import numpy as np
@@ -98,54 +94,6 @@ def test_half_the_bytes_and_a_sixth(tmp_path):
 def test_bad_arguments(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         pack(arrow(), SEQ_LENGTH).materialize(tmp_path, **options)
-
-
-def test_written_rows_are_much_faster_than_rows_one_by_one(tmp_path):
-    packed = pack(arrow([400] * 2000), 2048)
-    begun = time.process_time()
-    packed.materialize(tmp_path)
-    whole = time.process_time() - begun
-    begun = time.process_time()
-    for row in packed:
-        row["input_ids"].tolist(), row["labels"].tolist(), row["position_ids"].tolist()
-    assert whole < time.process_time() - begun
-
-
-KILLED = """
-import sys, datasets
-from pathlib import Path
-from hf_longtrunc import pack
-datasets.disable_progress_bars()
-documents = datasets.load_from_disk(sys.argv[1])
-packed = pack(documents, 64)
-print("ready", flush=True)
-while True:
-    packed.materialize(sys.argv[2])
-"""
-
-
-def test_killed_at_any_moment_it_leaves_whole_rows(tmp_path):
-    arrow([40] * 3000).save_to_disk(tmp_path / "documents")
-    documents, folder = datasets.load_from_disk(tmp_path / "documents"), tmp_path / "rows"
-    rows = pack(documents, 64)
-    rows.materialize(folder)
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "documents"), str(folder)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-    process.stdout.readline()
-    process.kill()
-    process.communicate()
-    rng = np.random.default_rng(0)
-    for _ in range(3):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, 0.2))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        found = datasets.load_from_disk(folder)
-        assert len(found) == len(rows)
-        assert np.array_equal(found.with_format("numpy")[-1]["input_ids"], rows[-1]["input_ids"])
-    rows.materialize(folder)
-    assert len(list(folder.glob("data-*.arrow"))) == 1
 
 
 def test_interrupted_before_any_of_its_last_steps_the_old_rows_stay(tmp_path, monkeypatch):

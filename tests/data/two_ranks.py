@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def main(folder: Path) -> None:
         folder, pack(Examples(raw_examples(LENGTHS)), SEQ_LENGTH, pool_size=40), "flat", max_steps=4,
         accelerator_config={"dispatch_batches": False},
     )  # fmt: skip
+    recipe = runpy.run_path(str(Path(__file__).parents[2] / "recipes/packed_ranks.py"))
     report = {
+        "losses": {way: recipe["losses"](way, packed, 3) for way in recipe["WAYS"]},
         "flat": flat.documents,
         "world": trainer.args.world_size,
         "steps": trainer.state.global_step,

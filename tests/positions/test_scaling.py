@@ -222,6 +222,20 @@ def test_ntk_twice_is_refused(method, is_reloaded, tmp_path):
         extend_context(model, FACTOR, method)
 
 
+@pytest.mark.parametrize("head_dim", [4, 6])
+def test_ntk_twice_is_refused_of_few_dimensions_too(head_dim):
+    """4 ** (4 / 2) and 4 ** (6 / 4) are whole numbers, and so would the base be."""
+    config = tiny_config(head_dim=head_dim)
+    extend_context(config, 4, "ntk")
+    assert config.rope_parameters["rope_theta"] == pytest.approx(10_000 * 4 ** (head_dim / (head_dim - 2)), rel=1e-15)
+    with pytest.raises(ValueError, match="scaled already"):
+        extend_context(config, 4, "ntk")
+    config = tiny_config(head_dim=2)
+    with pytest.raises(ValueError, match='method "ntk" needs 4 rotary dimensions or more'):
+        extend_context(config, 4, "ntk")
+    assert config.rope_parameters["rope_theta"] == 10_000
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # what peft asks a model for
 def test_an_adapter_is_warned_of_and_read_back_as_the_warning_says(tmp_path):
     lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)

@@ -176,6 +176,7 @@ def test_without_the_callback_it_is_said_that_every_epoch_draws_the_same(tmp_pat
         trained(tmp_path, steps=9, is_told=False)
 
 
+@pytest.mark.xdist_group("two_ranks")
 def test_two_ranks_see_different_documents_with_different_ids(tmp_path):
     ranks = two_ranks(WORKER, tmp_path)
     assert [rank["world"] for rank in ranks] == [2, 2]

@@ -224,6 +224,7 @@ def test_frame_and_plot(tiny_model):
     frame = trace.finish(sequences).to_frame()
     assert frame.shape == (8, 14)
     assert frame["token"].tolist() == sequences[0, 6:].tolist()
+    assert repr(trace) == "<TruncationTrace of EtaLogitsProcessor(epsilon=0.2): 8 records of 1 runs>"
     axes = trace.plot(label="eta")
     assert axes[0].lines[0].get_ydata().tolist() == frame["entropy"].tolist()
     assert axes[1].lines[0].get_ydata().tolist() == frame["threshold"].tolist()

@@ -1,0 +1,332 @@
+"""`hf-longtrunc chat`: a conversation without end, at constant memory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Event, current_thread, main_thread
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from hf_longtrunc.cli.common import Model, Sinks, Window, load, notes, read_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+HELP = """/file PATH         put a text before your next message
+/sampler NAME [X]  eta 0.002, epsilon 0.0009, top-n-sigma 1, p-less, bat 0.002, top-p 0.9, min-p 0.05, plain, greedy
+/save PATH         write the conversation as JSON lines
+/reset             forget the conversation
+/status            tokens seen, cache, speed
+/quit              or Ctrl-D; Ctrl-C ends a reply, and the conversation goes on"""
+_CHUNK = 256  # tokens a forward while reading
+_MARK = "longtrunc-reply"
+
+
+def chat(
+    model: Model = None,
+    window: Window = None,
+    sinks: Sinks = 16,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Keep all of it and read its best blocks: finds what is far back; grows.")
+    ] = False,
+    sampler: Annotated[str, typer.Option(help="As /sampler takes it.")] = "eta 0.002",
+    system: Annotated[str | None, typer.Option(help="What the model is told first, in its chat template.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a reply; until the model ends it if left out.")
+    ] = None,
+    status_every: Annotated[int | None, typer.Option(min=1, help="A line on stderr every so many tokens.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Talk with a model without end: LM-Infinite keeps the memory constant. Lines of standard input are messages.
+
+    What the model says goes to stdout, everything else to stderr. /help lists the commands. Without --blocks the model
+    sees the first tokens and the last window of the conversation.
+    """
+    processors_of(sampler, None)  # a wrong name is told before the model is loaded
+    import torch
+
+    from hf_longtrunc import LMInfinite, TopBlocks, trained_length
+
+    loaded: Any
+    loaded, tokenizer = load(model, needs="a causal LM")
+    torch.manual_seed(seed)
+    retrieval = TopBlocks() if blocks else None
+    if blocks and window is None:
+        window = max(1, trained_length(loaded.config) // 4)
+    with LMInfinite(num_sink_tokens=sinks, window_length=window, retrieval=retrieval)(loaded):
+        talk = Talk(Conversation(loaded, tokenizer, system), sampler, max_new_tokens, status_every)
+        if sys.stdin.isatty():
+            notes().print("[dim]/help lists the commands; Ctrl-C ends a reply, Ctrl-D the conversation[/dim]")
+        for line in lines():
+            if not talk.take(line):
+                break
+
+
+def lines() -> Iterator[str]:
+    """Yield what a user types, with the terminal's line editing and history, or the lines of a pipe."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  input() uses it where it is loaded
+    while True:
+        try:
+            yield input("> ")
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except EOFError:
+            print(file=sys.stderr)
+            return
+
+
+def processors_of(text: str, model: Any) -> list[Any] | None:
+    """Return the processors of a sampler as the user names it, None for greedy decoding.
+
+    Args:
+        text: a name and, for most, a number.
+        model: the one that speaks; None checks the text only.
+
+    Raises:
+        ValueError: no such sampler, or a value that it does not take.
+    """
+    import transformers
+
+    import hf_longtrunc as ours
+
+    name, _, value = text.strip().partition(" ")
+    makers: dict[str, tuple[float | None, Callable[[float], list[Any] | None]]] = {
+        "eta": (2e-3, lambda epsilon: [ours.EtaLogitsProcessor(epsilon)]),
+        "epsilon": (9e-4, lambda epsilon: [ours.EpsilonLogitsProcessor(epsilon)]),
+        "top-n-sigma": (1.0, lambda n: [ours.TopNSigmaLogitsProcessor(n)]),
+        "p-less": (None, lambda _: [ours.PLessLogitsProcessor()]),
+        "bat": (2e-3, lambda epsilon: [_basis_aware(epsilon, model)]),
+        "top-p": (0.9, lambda p: [transformers.TopPLogitsWarper(p)]),
+        "min-p": (0.05, lambda p: [transformers.MinPLogitsWarper(p)]),
+        "plain": (None, lambda _: []),
+        "greedy": (None, lambda _: None),
+    }
+    if name not in makers:
+        raise ValueError(f"no such sampler: {name or 'none is named'}; there are {', '.join(makers)}")
+    default, make = makers[name]
+    if value and default is None:
+        raise ValueError(f"{name} takes no value, got {value}")
+    try:
+        number = float(value) if value else default
+    except ValueError:
+        raise ValueError(f"{name} takes a number, got {value}") from None
+    return make(number or 0.0)
+
+
+def _basis_aware(epsilon: float, model: Any) -> Any:
+    from hf_longtrunc import BasisAwareLogitsProcessor, EtaLogitsProcessor, SoftmaxBasis
+
+    plain = EtaLogitsProcessor(epsilon)  # takes the same numbers
+    return plain if model is None else BasisAwareLogitsProcessor(SoftmaxBasis.from_model(model), epsilon)
+
+
+class Conversation:
+    """What a model has read and written so far, in its cache; every token is fed to it once.
+
+    A reply that is ended early stays in the cache as far as it was written.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, system: str | None = None):
+        self.model, self.tokenizer, self.system = model, tokenizer, system
+        stops = [model.generation_config.eos_token_id, tokenizer.eos_token_id]
+        self._stops = {each for stop in stops for each in (stop if isinstance(stop, list) else [stop])} - {None}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.messages: list[dict[str, str]] = []
+        self._cache: Any = None
+        self._logits: Any = None
+
+    @property
+    def seen(self) -> int:
+        """How many tokens the model has read and written."""
+        return 0 if self._cache is None else int(self._cache.get_seq_length())
+
+    @property
+    def mebibytes(self) -> float:
+        """What the cache holds."""
+        from hf_longtrunc.evaluation import cache_bytes
+
+        return 0.0 if self._cache is None else cache_bytes(self._cache) / 2**20
+
+    def say(self, text: str, should_stop: Event) -> bool:
+        """Let the model read a user's message; return whether it came to its end."""
+        import torch
+
+        prompt = self._turn(text)
+        self.messages.append({"role": "user", "content": text})
+        begins = self._cache is None and not self._has_template
+        ids = self.tokenizer(prompt, add_special_tokens=begins, return_tensors="pt", verbose=False).input_ids
+        # The last piece is a whole one: what it ends with is what retrieval chooses by.
+        for part in torch.split(ids.to(self.model.device), _sizes(ids.shape[1]), dim=1):
+            if should_stop.is_set():
+                return False
+            self._feed(part)
+        return True
+
+    def reply(self, processors: list[Any] | None, should_stop: Event, most: int | None = None) -> Iterator[str]:
+        """Yield what the model answers, a token's text at a time, until it ends, `most` tokens or `should_stop`."""
+        from hf_longtrunc.pieces import pieces
+
+        self.messages.append({"role": "assistant", "content": ""})
+        for piece in pieces(self.tokenizer, self._tokens(processors, should_stop, most)):
+            self.messages[-1]["content"] += piece
+            yield piece
+
+    def _tokens(self, processors: list[Any] | None, should_stop: Event, most: int | None) -> Iterator[int]:
+        import torch
+
+        count = 0
+        while not should_stop.is_set() and (most is None or count < most):
+            scores = self._logits[:, -1].float()
+            if processors is None:
+                token = scores.argmax(-1, keepdim=True)
+            else:
+                for processor in processors:
+                    scores = processor(None, scores)
+                token = torch.multinomial(scores.softmax(-1), 1)
+            if int(token) in self._stops:
+                return
+            self._feed(token)
+            count += 1
+            yield int(token)
+
+    def _feed(self, ids: Tensor) -> None:
+        import torch
+
+        from hf_longtrunc.evaluation import start_stream
+        from hf_longtrunc.models import CACHE, parameters_of
+
+        if self._cache is None:
+            self._cache, self._logits = start_stream(self.model, ids)
+            return
+        last = {"logits_to_keep": 1} if "logits_to_keep" in parameters_of(self.model) else {}
+        with torch.no_grad():
+            output = self.model(input_ids=ids, use_cache=True, **{CACHE: self._cache}, **last)
+        self._logits = output.logits
+
+    @property
+    def _has_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def _turn(self, text: str) -> str:
+        """Return what stands between the last token that was fed and the reply to `text`."""
+        if not self._has_template:
+            return text
+        user = {"role": "user", "content": text}
+        if self._cache is None:
+            first = [] if self.system is None else [{"role": "system", "content": self.system}]
+            return str(self._rendered([*first, user]))
+        # What the template puts behind a reply and before the next one is the same whatever was said.
+        marked = [{"role": role, "content": _MARK} for role in ("user", "assistant")]
+        return self._rendered([*marked, user]).split(_MARK, 2)[2]
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+class Talk:
+    """The commands and messages of one user, with what was set for them."""
+
+    def __init__(self, conversation: Conversation, sampler: str, most: int | None, every: int | None):
+        self.conversation, self.most, self.every = conversation, most, every
+        self.processors = processors_of(sampler, conversation.model)
+        self._file = ""
+        self._speed = 0.0
+
+    def take(self, line: str) -> bool:
+        """Do what a line says; False where it ends the conversation."""
+        line = line.strip()
+        command, _, rest = line.partition(" ")
+        commands: dict[str, Callable[[str], None]] = {
+            "/file": self._read, "/sampler": self._choose, "/save": self._save, "/reset": self._reset,
+            "/status": lambda rest: self._status(), "/help": lambda rest: notes().print(HELP, markup=False),
+        }  # fmt: skip
+        if command == "/quit":
+            return False
+        try:
+            if command in commands:
+                commands[command](rest.strip())
+            elif command.startswith("/"):
+                raise ValueError(f"no such command: {command}; /help lists them")
+            elif line:
+                self._answer(line)
+        except (OSError, TypeError, ValueError, typer.BadParameter) as error:
+            notes().print(f"{command}: {error}" if command.startswith("/") else str(error), markup=False)
+        return True
+
+    def _answer(self, line: str) -> None:
+        message = f"{self._file}\n\n{line}" if self._file else line
+        self._file = ""
+        with _interrupts() as interrupted:
+            is_read = self.conversation.say(message, interrupted)
+            since = time.perf_counter()
+            reply = self.conversation.reply(self.processors, interrupted, self.most) if is_read else ()
+            for count, piece in enumerate(reply, 1):
+                print(piece, end="", flush=True)
+                self._speed = count / (time.perf_counter() - since)
+                if self.every and count % self.every == 0:
+                    if sys.stdout.isatty():
+                        print(file=sys.stderr)
+                    self._status()
+        print(flush=True)
+        self._status(" (interrupted)" if interrupted.is_set() else "")
+
+    def _read(self, path: str) -> None:
+        if not path:
+            raise ValueError("name a file: /file PATH")
+        self._file = read_text(path)
+        notes().print(f"{escape(path)}: {len(self._file):,} characters, read with your next message")
+
+    def _choose(self, name: str) -> None:
+        self.processors = processors_of(name, self.conversation.model)
+        notes().print(f"sampling by {escape(name)}")
+
+    def _save(self, path: str) -> None:
+        if not path:
+            raise ValueError("name a file that does not exist: /save PATH")
+        with Path(path).open("x", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(message, ensure_ascii=False)}\n" for message in self.conversation.messages)
+        notes().print(f"{len(self.conversation.messages)} messages: {escape(path)}")
+
+    def _reset(self, rest: str) -> None:
+        self.conversation.reset()
+        self._file = ""
+        notes().print("forgotten")
+
+    def _status(self, note: str = "") -> None:
+        seen, held = self.conversation.seen, self.conversation.mebibytes
+        notes().print(f"[dim]{seen:,} tokens seen, cache {held:,.2f} MiB, {self._speed:.1f} tokens/s{note}[/dim]")
+
+
+@contextmanager
+def _interrupts() -> Iterator[Event]:
+    """Let Ctrl-C set an event instead of raising: a forward that was begun is finished, and the cache stays whole."""
+    interrupted = Event()
+    if current_thread() is not main_thread():
+        yield interrupted
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _sizes(length: int) -> list[int]:
+    whole, rest = divmod(length, _CHUNK)
+    return [*([rest] if rest else []), *[_CHUNK] * whole]

@@ -1,0 +1,81 @@
+"""What samplers cut, as one page for a browser: the data of `trace.html`, which holds the markup, styles and script."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from importlib import resources
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from hf_longtrunc.arguments import number
+from hf_longtrunc.pieces import piece_by_token, pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from hf_longtrunc.sampling.trace import TruncationRecord, TruncationTrace
+
+_FIELDS = ("token", "probability", "rank", "entropy", "threshold", "kept", "kept_mass", "kept_below", "cut_above")
+_DIGITS = 4
+
+
+def write_page(
+    path: Path, traces: Mapping[str, TruncationTrace], tokenizer: Any, *, epsilon: float, prompt: str
+) -> Path:
+    """Write the page of several samplers' traces, by their names; see `TruncationTrace.to_html`."""
+    epsilon = number("epsilon", epsilon, above=0, below=1)
+    texts: list[dict[str, Any]] = [
+        {"name": title, "most": trace.candidates, "steps": _steps(drawn, tokenizer, epsilon)}
+        for name, trace in traces.items()
+        for title, drawn in _by_text(name, trace.records)
+    ]
+    if not texts:
+        raise ValueError("nothing recorded: generate with this trace and call trace.finish(sequences) first")
+    steps = [step for text in texts for step in text["steps"]]
+    shown = {step["token"] for step in steps} | {near[0] for step in steps for near in step["candidates"]}
+    data = {"epsilon": epsilon, "prompt": prompt, "words": piece_by_token(tokenizer, sorted(shown)), "texts": texts}
+    template = resources.files("hf_longtrunc.sampling").joinpath("trace.html").read_text(encoding="utf-8")
+    page = template.replace("<!--prompt-->", html.escape(prompt)).replace("/*data*/null", _in_a_script(data))
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _by_text(name: str, records: Sequence[TruncationRecord]) -> list[tuple[str, list[TruncationRecord]]]:
+    """Return each run's rows with their drawn tokens, by a name that tells them apart."""
+    drawn = [record for record in records if record.token is not None]
+    found = [(key, list(each)) for key, each in groupby(drawn, key=lambda record: (record.run, record.row))]
+    if len(found) == 1:
+        return [(name, found[0][1])]
+    return [(f"{name}, run {run}, row {row}", each) for (run, row), each in found]
+
+
+def _steps(records: Sequence[TruncationRecord], tokenizer: Any, epsilon: float) -> list[dict[str, Any]]:
+    texts = pieces(tokenizer, [record.token for record in records if record.token is not None])
+    return [
+        {"text": text}
+        | {name: _rounded(getattr(record, name)) for name in _FIELDS}
+        | {"eta": _rounded(record.eta_threshold(epsilon)), "refused": record.is_refused_by_eta(epsilon)}
+        | {"rescued": record.is_rescued, "candidates": _near(record)}
+        for record, text in zip(records, texts, strict=True)
+    ]
+
+
+def _near(record: TruncationRecord) -> list[list[Any]]:
+    """Token, probability, whether it was kept, margin of its proof."""
+    if record.candidates is None:
+        return []
+    return [[token, _rounded(p), int(kept), _rounded(margin)] for token, p, kept, margin in record.candidates.tolist()]
+
+
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+
+
+def _in_a_script(data: object) -> str:
+    """JSON that no text in it can end: the letters that begin a tag are escaped."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,0 +1,248 @@
+"""`hf-longtrunc chat`: through a pseudo-terminal and through a pipe, on a tiny model that never ends by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from threading import Event
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from hf_longtrunc import EtaLogitsProcessor, LMInfinite
+from hf_longtrunc.cli.chat import Conversation, processors_of
+from tests.command_line import invoke, letter_tokenizer
+from tests.conftest import tiny_config
+
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}s{% endif %}{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}."
+    "{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    return letter_tokenizer(["<pad>", "<s>", "</s>", "<unk>"], "abcdefghijklmnopqrstuvwxyz .-")
+
+
+@pytest.fixture
+def model(tokenizer):
+    return LlamaForCausalLM(tiny_config(vocab_size=len(tokenizer))).eval()
+
+
+def ids(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def only_letters(input_ids, scores):
+    return scores.index_fill(1, torch.tensor([0, 1, 2, 3, 30, 31, 32]), -1e9)
+
+
+class Fed:
+    """Notes every token that a model is fed."""
+
+    def __init__(self, model):
+        self.tokens = []
+        model.register_forward_pre_hook(lambda module, args, kwargs: self.note(kwargs), with_kwargs=True)
+
+    def note(self, kwargs):
+        self.tokens += kwargs["input_ids"][0].tolist()
+
+
+def test_every_token_is_fed_once_as_the_whole_template_has_it(model, tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    talk, fed, messages = Conversation(model, tokenizer), Fed(model), []
+    for text in ("one", "two", "longtrunc-reply"):
+        assert talk.say(text, Event())
+        replies = list(talk.reply([only_letters], Event(), 5))
+        assert len(replies) == 5
+        messages += [{"role": "user", "content": text}]
+        # The letter tokenizer's decoder sets blanks between tokens.
+        messages += [{"role": "assistant", "content": "".join(replies).replace(" ", "")}]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        assert fed.tokens == ids(tokenizer, whole)[:-1]  # the dot that ends the reply comes with the next turn
+    assert talk.seen == len(fed.tokens)
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"] * 3
+
+
+def test_system_comes_first_and_reset_forgets(model, tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    talk, fed = Conversation(model, tokenizer, "q"), Fed(model)
+    talk.say("one", Event())
+    assert fed.tokens == ids(tokenizer, "sq.uone.a")
+    talk.reset()
+    assert (talk.seen, talk.mebibytes, talk.messages) == (0, 0, [])
+    talk.say("one", Event())
+    assert fed.tokens == 2 * ids(tokenizer, "sq.uone.a")
+
+
+def test_a_reply_is_that_of_generate_whatever_the_pieces(model, tokenizer, monkeypatch):
+    monkeypatch.setattr("hf_longtrunc.cli.chat._CHUNK", 16)
+    text = "the road to the sea was long and nobody had walked on it for years"
+    with LMInfinite(window_length=24, num_sink_tokens=4)(model):
+        talk = Conversation(model, tokenizer)
+        talk.say(text, Event())
+        written = "".join(talk.reply(None, Event(), 20))
+        expected = model.generate(torch.tensor([ids(tokenizer, text)]), max_new_tokens=20, do_sample=False)
+    assert written.strip() == tokenizer.decode(expected[0, len(text) :])
+
+
+def test_the_model_ends_its_reply_and_the_end_is_not_shown(model, tokenizer):
+    model.generation_config.eos_token_id = list(range(4, len(tokenizer)))
+    talk = Conversation(model, tokenizer)
+    talk.say("one", Event())
+    assert list(talk.reply([lambda ids, scores: scores.index_fill(1, torch.tensor([0, 1, 2, 3]), -1e9)], Event())) == []
+    assert talk.seen == 3
+
+
+def test_the_memory_is_constant(model, tokenizer):
+    with LMInfinite(window_length=32, num_sink_tokens=4)(model):
+        talk = Conversation(model, tokenizer)
+        talk.say("one", Event())
+        held = []
+        for _ in talk.reply([EtaLogitsProcessor(0.01)], Event(), 300):
+            held.append(talk.mebibytes)
+    assert talk.seen == 303
+    assert len(set(held[50:])) == 1
+
+
+def test_an_interrupted_reply_stays_and_the_conversation_goes_on(model, tokenizer):
+    talk, stop = Conversation(model, tokenizer), Event()
+    talk.say("one", Event())
+    for count, _ in enumerate(talk.reply([], stop), 1):
+        if count == 7:
+            stop.set()
+    assert talk.seen == 3 + 7
+    assert not talk.say("two", stop)
+    assert talk.seen == 10
+    assert talk.say("two", Event())
+    assert talk.seen == 13
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no such sampler: none is named; there are eta, epsilon"),
+        ("etta 1", "no such sampler: etta"),
+        ("eta much", "eta takes a number, got much"),
+        ("eta 0", "epsilon must be a number above 0 and below 1"),
+        ("bat 2", "epsilon must be a number above 0 and below 1"),
+        ("plain 3", "plain takes no value, got 3"),
+        ("top-p 7", "top_p"),
+    ],
+)
+def test_samplers_that_are_none(text, said):
+    with pytest.raises(ValueError, match=said):
+        processors_of(text, None)
+
+
+@pytest.mark.parametrize("name", ["eta", "epsilon", "top-n-sigma", "p-less", "bat 0.01", "top-p", "min-p", "plain"])
+def test_every_sampler_speaks(model, tokenizer, name):
+    talk = Conversation(model, tokenizer)
+    talk.say("one", Event())
+    assert len(list(talk.reply(processors_of(name, model), Event(), 3))) == 3
+
+
+def test_through_a_pipe(model_folder, tmp_path):
+    (tmp_path / "a text").write_text("the keeper had not spoken", encoding="utf-8")
+    taken, saved = tmp_path / "taken", tmp_path / "saved.jsonl"
+    taken.touch()
+    said = f"""hello
+        /sampler greedy
+        /file {tmp_path / "a text"}
+        what was it
+
+        /save {saved}
+        /save {taken}
+        /sampler etta
+        /file {tmp_path / "missing"}
+        /colour
+        /reset
+        /status
+        /quit
+        never read"""
+    result = invoke(
+        "chat", "--model", model_folder, "--max-new-tokens", "6", "--window", "32", input=said, columns=None
+    )
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 2
+    notes = result.stderr.splitlines()
+    assert re.fullmatch(r"11 tokens seen, cache 0\.\d\d MiB, [\d,.]+ tokens/s", notes[0])
+    assert notes[1] == "sampling by greedy"
+    assert notes[2].endswith("a text: 25 characters, read with your next message")
+    assert notes[3].startswith("55 tokens seen")  # 11, a text of 25, two newlines, a message of 11, a reply of 6
+    assert notes[4] == f"4 messages: {saved}"
+    assert "File exists" in notes[5]
+    assert notes[6].startswith("/sampler: no such sampler: etta")
+    assert "no such file" in notes[7]
+    assert notes[8] == "/colour: no such command: /colour; /help lists them"
+    assert notes[9:] == ["forgotten", notes[10]]
+    assert notes[10].startswith("0 tokens seen, cache 0.00 MiB")
+    messages = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert messages[2]["content"] == "the keeper had not spoken\n\nwhat was it"
+
+
+class Terminal:
+    """`hf-longtrunc chat` on a pseudo-terminal."""
+
+    def __init__(self, *options):
+        self.screen, theirs = pty.openpty()
+        command = [sys.executable, "-m", "hf_longtrunc", "chat", *options]
+        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        self.process = subprocess.Popen(command, **streams, start_new_session=True)
+        os.close(theirs)
+        self.shown = ""
+
+    def wait_for(self, pattern, seconds=60):
+        """Read on until the pattern is shown; return its match and forget what was shown up to its end."""
+        end = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.shown)):
+            assert time.monotonic() < end, self.shown[-2000:]
+            if select.select([self.screen], [], [], 1)[0]:
+                self.shown += os.read(self.screen, 1 << 16).decode("utf-8", errors="replace")
+        self.shown = self.shown[match.end() :]
+        return match
+
+    def type(self, text):
+        os.write(self.screen, text.encode())
+
+
+def test_through_a_terminal(model_folder):
+    """No reply ends by itself here: Ctrl-C ends it, and the conversation goes on; at the prompt it ends nothing."""
+    chat = Terminal("--model", model_folder, "--window", "64", "--status-every", "100")
+    try:
+        chat.wait_for("> ")
+        chat.type("hello\n")
+        held = {chat.wait_for(r"tokens seen, cache ([\d.]+) MiB")[1] for _ in range(4)}
+        assert len(held) == 1
+        chat.process.send_signal(signal.SIGINT)
+        first = chat.wait_for(r"([\d,]+) tokens seen[^\n]*\(interrupted\)")[1]
+        chat.wait_for("> ")
+        chat.process.send_signal(signal.SIGINT)
+        chat.wait_for("> ")
+        chat.type("again\n")
+        second = chat.wait_for(r"([\d,]+) tokens seen")[1]
+        assert int(second.replace(",", "")) > int(first.replace(",", "")) >= 400
+        chat.process.send_signal(signal.SIGINT)
+        chat.wait_for("interrupted")
+        chat.type("\x04")
+        assert chat.process.wait(60) == 0
+    finally:
+        chat.process.kill()
+        chat.process.wait()
+        os.close(chat.screen)
+
+
+def test_mistakes_are_told_before_the_model_is_loaded():
+    result = invoke("chat", "--sampler", "etta", "--model", "no/such/model")
+    assert result.exit_code == 2
+    assert "no such sampler: etta" in result.stderr

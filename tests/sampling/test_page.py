@@ -1,0 +1,261 @@
+"""The page of what samplers cut: its numbers, and every interaction in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from hf_longtrunc import BasisAwareLogitsProcessor, EtaLogitsProcessor, SoftmaxBasis, SupportChecker, TruncationTrace
+from hf_longtrunc.pieces import piece_by_token, pieces
+from tests.browser import browser  # noqa: F401
+from tests.command_line import letter_tokenizer
+
+PROMPT = torch.tensor([[5, 9, 13, 5, 9]])
+EPSILON = 0.05
+LETTERS = "".join(map(chr, range(0x400, 0x400 + 93)))  # with the special tokens, a vocabulary of 97
+
+
+@pytest.fixture
+def tokenizer():
+    return letter_tokenizer(["<pad>", "<s>", "</s>", "<unk>"], LETTERS)
+
+
+def drawn(model, processors=(), tokens=12, rows=1, **options):
+    trace = TruncationTrace(list(processors), **options)
+    torch.manual_seed(1)
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens}
+    sequences = model.generate(PROMPT.repeat(rows, 1), logits_processor=[trace], **settings)
+    return trace.finish(sequences), sequences
+
+
+def data_of(path):
+    (text,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL
+    )
+    return json.loads(text)
+
+
+def bat(model):
+    return BasisAwareLogitsProcessor(SoftmaxBasis.from_model(model, 3), EPSILON, mode="mask")
+
+
+def test_candidates_are_the_most_probable_tokens_and_both_sides_of_the_cut(tiny_model):
+    processor = EtaLogitsProcessor(0.002)
+    trace, sequences = drawn(tiny_model, [processor], candidates=6)
+    logits = tiny_model(sequences).logits.detach()
+    for record in trace.records:
+        scores = logits[0, record.position - 1]
+        probs = scores.softmax(-1)
+        order = probs.argsort(descending=True).tolist()
+        kept = [token for token in order if processor(None, scores[None])[0, token] > -torch.inf]
+        cut = [token for token in order if token not in kept]
+        expected = set(order[:6]) | (set(kept[-3:]) | set(cut[:3]) if cut else set())
+        near = record.candidates
+        assert near["token"].tolist() == [token for token in order if token in expected]
+        assert near["kept"].tolist() == [token in kept for token in near["token"]]
+        assert near["probability"] == pytest.approx(probs[near["token"].tolist()].numpy(), rel=1e-4)
+        assert np.isnan(near["margin"]).all()
+
+
+def test_a_rescued_token_has_the_margin_of_its_proof(tiny_model):
+    processor = bat(tiny_model)
+    trace, sequences = drawn(tiny_model, [processor])
+    logits, rescued = tiny_model(sequences).logits.double(), 0
+    for record in trace.records:
+        p = logits[0, record.position - 1].softmax(-1)
+        for token, probability, kept, margin in record.candidates.tolist():
+            if kept and probability < record.threshold * (1 - 1e-5):
+                rescued += 1
+                assert margin > 0
+                # T(l) <= sigma p_i f_i / (1 + margin): the token stays where tau is a little larger, too.
+                tau = record.threshold * (1 + min(margin, 0.5) * 1e-3 * (1 - record.threshold))
+                checker = SupportChecker(processor.checker.basis)
+                assert checker.check(p.log().float()[None], tau, torch.tensor([[token]])).item() == 1
+            else:
+                assert np.isnan(margin)
+    assert rescued > 10
+
+
+def test_the_margin_is_that_of_the_certificate(tiny_model):
+    basis = SoftmaxBasis.from_model(tiny_model, 3)
+    scores = tiny_model(PROMPT).logits[0, -1:].detach()
+    p, tau = scores.double().softmax(-1)[0], 0.2
+    proofs = SupportChecker(basis).certify(scores, tau, torch.arange(97)[None])
+    kept = [proof for proof in proofs if proof.multipliers is not None]
+    assert kept
+    for proof in kept:
+        f = proof.multipliers[0] + basis.factors.double() @ proof.multipliers[1:]
+        s = tau / (1 - tau)
+        total = sum(float(p[j]) * (s * max(float(f[j]), 0) + max(-float(f[j]), 0)) for j in range(97))
+        assert proof.margin == pytest.approx((1 + s) * float(p[proof.token] * f[proof.token]) / total - 1, rel=1e-6)
+    assert all(proof.margin is None for proof in proofs if proof.multipliers is None)
+
+
+def test_without_candidates_the_page_still_shows_the_text(tiny_model, tokenizer, tmp_path):
+    trace, sequences = drawn(tiny_model, [EtaLogitsProcessor(EPSILON)], candidates=0)
+    assert trace.records[0].candidates is None
+    (text,) = data_of(trace.to_html(tokenizer, tmp_path / "page.html"))["texts"]
+    assert "".join(step["text"] for step in text["steps"]).strip() == tokenizer.decode(sequences[0, 5:])
+
+
+def test_the_page_holds_what_the_records_hold(tiny_model, tokenizer, tmp_path):
+    trace, _ = drawn(tiny_model, [EtaLogitsProcessor(EPSILON)], rows=2)
+    plain, _ = drawn(tiny_model)
+    path = trace.to_html(
+        tokenizer, tmp_path / "page.html", name="eta", beside={"plain": plain}, prompt="<b>&", epsilon=EPSILON
+    )
+    data = data_of(path)
+    assert [text["name"] for text in data["texts"]] == ["eta, run 0, row 0", "eta, run 0, row 1", "plain"]
+    steps = [step for text in data["texts"] for step in text["steps"]]
+    for step, record in zip(steps, [*trace.records, *plain.records], strict=True):
+        assert step["token"] == record.token
+        assert step["kept_mass"] == pytest.approx(record.kept_mass, rel=1e-3)
+        bar = min(EPSILON, EPSILON**0.5 * np.exp(-record.entropy))
+        assert step["refused"] == (record.probability < bar and record.rank > 1)
+        assert data["words"][str(record.token)] == " " + tokenizer.decode([record.token])
+    assert any(step["refused"] for step in steps)
+    assert "&lt;b&gt;&amp;" in path.read_text("utf-8")
+
+
+def test_no_text_ends_the_script(tiny_model, tmp_path):
+    class Hostile:
+        def __call__(self, text, **options):
+            return {"input_ids": [1]}
+
+        def decode(self, ids, **options):
+            return "</script><b>" * len(ids)
+
+    trace, _ = drawn(tiny_model)
+    page = trace.to_html(Hostile(), tmp_path / "page.html", prompt="</script>").read_text("utf-8")
+    assert page.count("</script>") == 2
+
+
+def test_bad_calls_are_named(tiny_model, tokenizer, tmp_path):
+    path = tmp_path / "page.html"
+    with pytest.raises(ValueError, match="nothing recorded"):
+        TruncationTrace().to_html(tokenizer, path)
+    trace, _ = drawn(tiny_model)
+    with pytest.raises(ValueError, match="beside must not hold 'sampled'"):
+        trace.to_html(tokenizer, path, beside={"sampled": TruncationTrace()})
+    with pytest.raises(ValueError, match="epsilon must be"):
+        trace.to_html(tokenizer, path, epsilon=1)
+    with pytest.raises(ValueError, match="candidates must be"):
+        TruncationTrace(candidates=-1)
+    assert not path.exists()
+
+
+def test_pieces_join_to_the_text(tokenizer):
+    class Bytes:
+        """A token a byte of UTF-8; a token before 256 stands alone without its leading space, as in SentencePiece."""
+
+        def decode(self, ids, **options):
+            return bytes(ids).decode("utf-8", errors="replace").lstrip(" ")
+
+        def __call__(self, text, **options):
+            return {"input_ids": list(text.encode())}
+
+    text = "a b\N{GRINNING FACE}  \N{EURO SIGN}c"
+    shown = list(pieces(Bytes(), text.encode()))
+    assert "".join(shown) == text
+    assert shown[2:8] == ["b", "", "", "", "\N{GRINNING FACE}", " "]
+    assert len(list(pieces(Bytes(), b"\xf0" * 30))) == 30
+    assert piece_by_token(Bytes(), [32, 98]) == {32: " ", 98: "b"}
+
+
+# In the browser
+
+
+@pytest.fixture
+def page(tiny_model, tokenizer, tmp_path):
+    trace, _ = drawn(tiny_model, [bat(tiny_model)], tokens=30)
+    plain, _ = drawn(tiny_model, tokens=30)
+    return trace.to_html(
+        tokenizer, tmp_path / "page.html", name="BAT", beside={"plain": plain}, epsilon=EPSILON, prompt="abc"
+    )
+
+
+def chosen(browser):  # noqa: F811
+    """Return place and label of the current token, and what the panel says of it."""
+    return (
+        browser.ask("document.querySelector('.token[aria-current]').place"),
+        browser.ask("document.getElementById('step').innerText"),
+    )
+
+
+def token(column, row):
+    return f"section:nth-of-type({column + 1}) .token:nth-child({row + 1})"
+
+
+def test_every_interaction_in_a_browser(browser, page):  # noqa: F811
+    browser.resize(1280)
+    browser.open(page)
+    data = data_of(page)
+    assert browser.ask("document.querySelectorAll('.token').length") == 60
+    rescued = [step["rescued"] for step in data["texts"][0]["steps"]]
+    marked = browser.ask("[...document.querySelector('.text').children].map(token => token.matches('.rescued'))")
+    assert marked == rescued
+    assert True in rescued
+    place, told = chosen(browser)
+    assert place == [0, rescued.index(True)]
+    assert "below the bar, rescued" in told
+    assert "+" in browser.ask("document.querySelector('#step tr.drawn.rescued .what').textContent")
+
+    browser.point(token(1, 4))
+    assert chosen(browser)[0] == [1, 4]
+    browser.point(token(1, 5), click=True)
+    browser.point(token(0, 2))
+    assert chosen(browser)[0] == [1, 5]  # held by the click
+    browser.press("Escape")
+    browser.point(token(0, 3))
+    assert chosen(browser)[0] == [0, 3]
+
+    browser.press("ArrowRight")  # the focus is where the click put it
+    assert chosen(browser)[0] == [1, 6]
+    for key, place in (("ArrowLeft", [1, 5]), ("ArrowUp", [0, 5]), ("End", [0, 29]), ("ArrowRight", [0, 29])):
+        browser.press(key)
+        assert chosen(browser)[0] == place
+    browser.press("ArrowDown")
+    browser.press("Home")
+    assert chosen(browser)[0] == [1, 0]
+    assert browser.ask("document.querySelectorAll('.token[tabindex=\"0\"]').length") == 2  # one stop of Tab a text
+
+    step, told = data["texts"][1]["steps"][0], chosen(browser)[1]
+    assert f"rank {step['rank']}" in told
+    assert f"{step['kept']} tokens" in told
+    assert browser.requests() == [page.resolve().as_uri()]
+    assert not browser.complaints()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_and_can_be_read(browser, page, width, dark):  # noqa: F811
+    browser.resize(width, 844, dark=dark)
+    browser.open(page)
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+    color = "getComputedStyle(document.querySelector('%s')).%s"
+    ink, ground = (browser.ask(color % ("body", name)) for name in ("color", "backgroundColor"))
+    assert (luminance(ink) > luminance(ground)) == dark
+    for marked in (".refused", ".rescued"):
+        line = browser.ask(color % (f".token{marked}", "textDecorationColor"))
+        assert contrast(line, ground) >= 3
+    if width == 390:
+        browser.tap(token(0, 7))
+        assert chosen(browser)[0] == [0, 7]
+        tops = browser.ask("[document.querySelector('[aria-current]'), document.getElementById('step')]"
+                           ".map(e => e.getBoundingClientRect().top)")  # fmt: skip
+        assert tops[0] < tops[1]
+
+
+def luminance(color):
+    parts = [float(part) / 255 for part in re.findall(r"[\d.]+", color)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)

@@ -128,18 +128,27 @@ def losses_of(
 
 
 def table_of(means: list[ByteLoss]) -> Table:
-    """Lay out perplexities, each with its 95 % interval over stretches: a row an arm, a column a bin."""
+    """Lay out perplexities, each above its 95 % interval over stretches: a row an arm, a column a bin.
+
+    The last row is the unmodified model's over LM-Infinite's, stretch by stretch.
+    """
     bins = sorted({(mean.start, mean.end) for mean in means})
     table = Table("arm", *(f"{start:,}-{end:,}" for start, end in bins), title="perplexity a byte")
+    nll = {
+        (arm, *place): torch.tensor([mean.nll for mean in means if (mean.arm, mean.start, mean.end) == (arm, *place)])
+        for arm in ARMS
+        for place in bins
+    }
     for arm in ARMS:
-        cells = []
-        for start, end in bins:
-            nll = torch.tensor([mean.nll for mean in means if (mean.arm, mean.start, mean.end) == (arm, start, end)])
-            margin = 1.96 * float(nll.std()) / len(nll) ** 0.5
-            middle = float(nll.mean())
-            cells.append(f"{exp(middle):.2f}\n{exp(middle - margin):.2f}-{exp(middle + margin):.2f}")
-        table.add_row(arm, *cells)
+        table.add_row(arm, *(cell(nll[(arm, *place)]) for place in bins))
+    ratios = (cell(nll[("unmodified", *place)] - nll[("LM-Infinite", *place)]) for place in bins)
+    table.add_row("unmodified\n/ LM-Infinite", *ratios)
     return table
+
+
+def cell(nll: Tensor) -> str:
+    middle, margin = float(nll.mean()), 1.96 * float(nll.std()) / len(nll) ** 0.5
+    return f"{exp(middle):.2f}\n{exp(middle - margin):.2f}-{exp(middle + margin):.2f}"
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_longtrunc.attention.middle import Middle
+from hf_longtrunc.attention.middle import Choice, Middle
 from hf_longtrunc.attention.row_positions import Moves, Rows, from_first_token, taken
 
 if TYPE_CHECKING:
@@ -407,17 +407,18 @@ class Archive(NamedTuple):
         keys: turned back to position 0, [batch, heads, capacity, dim], in the order of the text.
         values: [batch, heads, capacity, value_dim].
         chosen: blocks that `TopBlocks` reads [batch, blocks]; None: none were chosen yet.
+        emphasis: of these [batch, blocks].
     """
 
     store: str
     keys: Tensor | None = None
     values: Tensor | None = None
     chosen: Tensor | None = None
+    emphasis: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Archive:
         """Repeat, choose or reorder the rows."""
-        keys, values, chosen = (None if kept is None else change(kept) for kept in self[1:])
-        return Archive(self.store, keys, values, chosen)
+        return Archive(self.store, *(None if kept is None else change(kept) for kept in self[1:]))
 
 
 class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
@@ -438,13 +439,14 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
         self.archive = Archive(store)
 
     @property
-    def chosen(self) -> Tensor | None:
-        """Blocks that `TopBlocks` reads [batch, blocks], None before any choice."""
-        return self.archive.chosen
+    def chosen(self) -> Choice | None:
+        """What `TopBlocks` reads, None before any choice."""
+        _, _, _, blocks, emphasis = self.archive
+        return None if blocks is None or emphasis is None else Choice(blocks, emphasis)
 
-    def choose(self, blocks: Tensor) -> None:
-        """Let what follows read these blocks [batch, blocks]."""
-        self.archive = self.archive._replace(chosen=blocks)
+    def choose(self, choice: Choice) -> None:
+        """Let what follows read this."""
+        self.archive = self.archive._replace(chosen=choice.blocks, emphasis=choice.emphasis)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -500,7 +502,7 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
 
     def middle(self) -> Middle:
         """Return all that was seen, un-rotated, where it is stored."""
-        _, keys, values, _ = self.archive
+        _, keys, values, *_ = self.archive
         assert keys is not None
         assert values is not None
         positions = from_first_token(torch.arange(self.held, device=keys.device), self.rows.padding)

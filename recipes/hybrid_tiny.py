@@ -135,14 +135,14 @@ def table_of(means: list[ByteLoss]) -> Table:
     bins = sorted({(mean.start, mean.end) for mean in means})
     table = Table("arm", *(f"{start:,}-{end:,}" for start, end in bins), title="perplexity a byte")
     nll = {
-        (arm, *place): torch.tensor([mean.nll for mean in means if (mean.arm, mean.start, mean.end) == (arm, *place)])
+        (arm, start): torch.tensor([mean.nll for mean in means if (mean.arm, mean.start) == (arm, start)])
         for arm in ARMS
-        for place in bins
+        for start, _ in bins
     }
     for arm in ARMS:
-        table.add_row(arm, *(cell(nll[(arm, *place)]) for place in bins))
-    ratios = (cell(nll[("unmodified", *place)] - nll[("LM-Infinite", *place)]) for place in bins)
-    table.add_row("unmodified\n/ LM-Infinite", *ratios)
+        table.add_row(arm, *(cell(nll[arm, start]) for start, _ in bins))
+    differences = (nll["unmodified", start] - nll["LM-Infinite", start] for start, _ in bins)
+    table.add_row("unmodified\n/ LM-Infinite", *map(cell, differences))
     return table
 
 
@@ -191,7 +191,7 @@ def main(
     losses, means = losses_of(model, held, tokens, stretches)
     append_records(out / "perplexity.jsonl", means)
     console.print(table_of(means))
-    console.print(f"{stretches} stretches of each of {held_out}; below each value its 95 % interval over all of them")
+    console.print(f"{stretches} stretches of each of {held_out}; below each value 1.96 standard errors either way")
     sizes = cache_sizes(model, next(iter(held.values())))
     append_records(out / "cache.jsonl", sizes)
     for size in sizes:

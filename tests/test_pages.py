@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,14 +50,6 @@ def test_the_first_page_can_be_read_on_a_phone(browser, site):  # noqa: F811
     browser.open(site / "index.html")
     assert browser.ask("document.documentElement.scrollWidth") <= 390
     assert browser.ask("document.querySelector('picture img').currentSrc").endswith("sampling-phone.png")
-
-
-def test_home_names_every_page_of_the_menu():
-    menu = set(
-        re.findall(r": ([\w/-]+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
-    )
-    home = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert menu - {"index.md"} <= set(re.findall(r"\]\(([\w/-]+\.(?:md|ipynb))", home))
 
 
 def test_search_finds(site):

@@ -338,12 +338,17 @@ def page(out: Path) -> str:
         "Where a command names no model it ran on SmolLM2-135M-Instruct as `load_pretrained()` loads it: 4-bit weights "
         "(Q4_1) unpacked to fp32. The hub's own weights give figures near these, not the same digits.",
     ]
+    shown: dict[bytes, str] = {}
     for step in STEPS:
         ran = [run for run in runs if run.step == step.name]
         if ran:
             parts += [f"## {step.name}", f"{step.shows}.", *(said for run in ran for said in said_by(run))]
         pictures = sorted((out / step.name).glob("*.png")) if ran else []
-        parts += [f"![{step.shows}]({step.name}/{picture.name})" for picture in pictures]
+        for picture in pictures:
+            first = shown.setdefault(picture.read_bytes(), step.name)
+            is_new = first == step.name
+            drawn = f"![{step.shows}]({step.name}/{picture.name})"
+            parts.append(drawn if is_new else f"The picture is that of [{first}](#{first}).")
     return "\n\n".join(parts) + "\n"
 
 

@@ -16,7 +16,7 @@ from hf_longtrunc.attention.lm_infinite import trained_length
 from hf_longtrunc.attention.patch import AttentionPatch
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward
 from hf_longtrunc.attention.row_positions import check_positions, checked_mask, taken
-from hf_longtrunc.attention.step import Native, Step, carry, text_step
+from hf_longtrunc.attention.step import Native, Step, carry, made, padding_of, text_step
 from hf_longtrunc.models import CACHE, attachable, bound, parameters_of
 
 if TYPE_CHECKING:
@@ -202,7 +202,8 @@ class ChunkedForward:
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         new, cache = tokens.shape[1], inputs.get(CACHE)
         past = 0 if cache is None else int(cache.get_seq_length())
-        real = checked_mask(inputs.get("attention_mask"), past + new)
+        padding = padding_of(inputs.get("attention_mask"))
+        real = checked_mask(padding, past + new)
         check_positions(inputs.get("position_ids"), real, new)
         if self.states is not None:
             self.states.check(real, past, new)
@@ -210,9 +211,11 @@ class ChunkedForward:
         is_short = past + new <= untouched and step.key_order is None
         if not is_short or (step.is_padded and inputs.get("position_ids") is None):
             inputs["position_ids"] = positions.clamp_min(0) % self.chunk
-            if inputs.get("attention_mask") is None:  # without one, transformers takes a new chunk for a new document
-                inputs["attention_mask"] = tokens.new_ones(len(tokens), past + new, dtype=torch.long)
-        before = carry(Native() if is_short else step)
+            if padding is None:  # without one, transformers takes a new chunk for a new document
+                padding = tokens.new_ones(len(tokens), past + new, dtype=torch.long)
+        carried = Native() if is_short else step
+        inputs["attention_mask"] = made(inputs.get("attention_mask"), padding, carried)
+        before = carry(carried)
         try:
             return self.original(**inputs)
         finally:

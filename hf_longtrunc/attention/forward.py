@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_longtrunc.attention.cache import ArchiveCacheLayer, LambdaCacheLayer
 from hf_longtrunc.attention.row_positions import check_positions, checked_mask
-from hf_longtrunc.attention.step import Layout, carry, planned
+from hf_longtrunc.attention.step import Layout, carry, made, padding_of, planned
 from hf_longtrunc.models import CACHE, bound, parameters_of
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ class PatchedForward:
         layers = [] if cache is None else cache.layers
         self.check(layers)
         past = 0 if cache is None else int(cache.get_seq_length())
-        real = checked_mask(inputs.get("attention_mask"), past + new)
+        padding = padding_of(inputs.get("attention_mask"))
+        real = checked_mask(padding, past + new)
         check_positions(inputs.get("position_ids"), real, new)
         if self.states is not None:
             self.states.check(real, past, new)
@@ -88,6 +89,7 @@ class PatchedForward:
             )
         if self.takes_positions:
             inputs["position_ids"] = positions.clamp_min(0)
+        inputs["attention_mask"] = made(inputs.get("attention_mask"), padding, step)
         run = self.original
         if self.compiled is not None and step.layout is Layout.RING and not step.has_moved:
             run = self.compiled

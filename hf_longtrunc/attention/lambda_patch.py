@@ -155,7 +155,8 @@ class LambdaPatch(AttentionPatch):
         tensors = {name for name, value in model_kwargs.items() if isinstance(value, Tensor)}
         mask = model_kwargs.get("attention_mask")
         is_short = isinstance(mask, Tensor) and mask.shape[-1] <= _PREFILL_CHUNK
-        has_ids_alone = tensors <= {"attention_mask", "position_ids", "token_type_ids"}
+        has_ids_alone = tensors <= {"attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"}
+        has_ids_alone &= not model_kwargs.get("mm_encoder_outputs")  # of images, which transformers encodes beforehand
         layers = model_kwargs[CACHE].layers
         # Before 5.21 transformers, reading in chunks, feeds what a cache holds already a second time; 5.24 was tried.
         goes_on_right = CACHE == "cache"

@@ -9,16 +9,17 @@ import weakref
 from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicIndexedLayer
-from transformers.masking_utils import causal_mask_function
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hf_longtrunc.attention.families import REFUSED, own_forward
 from hf_longtrunc.attention.lambda_attention import Scoring
 from hf_longtrunc.attention.probe import Probe, hidden_states
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward, rotary_modules
 from hf_longtrunc.attention.states import States, states_of
-from hf_longtrunc.attention.step import Native, Step, running
+from hf_longtrunc.attention.step import MORE_THAN_CAUSAL, Native, Step, Unmade, running
 from hf_longtrunc.handles import Handle
 from hf_longtrunc.models import CACHE, decoder_of, disagreement, few_tokens, parameters_of
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.rotary import ExactRotary, Rotation
 
 _serial = itertools.count()
+_ROWS = 256  # of a mask that are looked at at once
 _REGISTRIES = (AttentionInterface, AttentionMaskInterface)
 
 
@@ -71,9 +73,10 @@ class AttentionPatch(Handle):
         self._states = states_of(decoder)
         ids = few_tokens(decoder, window)
         before = hidden_states(decoder, ids)
-        original = model.config._attn_implementation
+        original = decoder.config._attn_implementation
         self._give_own_configs()
-        for registry, function in zip(_REGISTRIES, (_attention, _mask), strict=True):
+        functions: tuple[Any, Any] = _attention, _mask
+        for registry, function in zip(_REGISTRIES, functions, strict=True):
             registry.register(self._name, partial(function, original))
         self.undo(_forget, self._name)
         weakref.finalize(model, _forget, self._name)
@@ -117,21 +120,23 @@ class AttentionPatch(Handle):
         raise NotImplementedError
 
     def _give_own_configs(self) -> None:
-        """Let every module of the model hold a copy of its config that names this patch's attention.
+        """Let every module of the model hold a copy of its config; the decoder's names this patch's attention.
 
         A config object may be shared with other models, and is saved with this one: neither must see the name. What
         is edited in the copy while it is in place is carried back.
         """
         memo: dict[int, Any] = {}
         originals: dict[int, PreTrainedConfig] = {}
+        mine = {id(config) for part in self._decoder.modules() for config in _configs(part).values()}
+        mine.add(id(self._model.config.get_text_config(decoder=True)))  # by which a multimodal model asks for masks
         for module in self._model.modules():
-            for name, config in list(module.__dict__.items()):
-                if isinstance(config, PreTrainedConfig):
-                    self.set(module, name, copy.deepcopy(config, memo))
-                    _collect(config, originals)
+            for name, config in _configs(module).items():
+                self.set(module, name, copy.deepcopy(config, memo))
+                _collect(config, originals)
         for key, original in originals.items():
             own = memo[key]
-            own._attn_implementation_internal = self._name
+            if key in mine:
+                own._attn_implementation_internal = self._name
             self.undo(_carry_back, original, own, copy.deepcopy(_fields(own)))
 
     def _stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,6 +187,11 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """Compute attention as the step says that came as the mask; other layers get what they had."""
+    if isinstance(attention_mask, Unmade):
+        raise ValueError(
+            "layers of a patched model were run outside its decoder's forward, in which positions are "
+            "found: detach first"
+        )
     if isinstance(attention_mask, Step):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         scoring = Scoring(scale, kwargs.get("softcap"), None, kwargs.get("s_aux"), dropout)
@@ -200,25 +210,39 @@ def _attention(
     return result
 
 
-def _mask(original: str, *args: Any, local_size: int | None = None, mask_function: Any = None, **kwargs: Any) -> Any:
+def _mask(original: str, *, local_size: int | None = None, **kwargs: Any) -> Any:
     """Hand out what the running decoder carries; layers that were trained with a window get their own mask."""
     carried = running()
+    own: Any = AttentionMaskInterface._global_mapping[original]
+    native = partial(own, local_size=local_size, **kwargs)
     if local_size is not None or isinstance(carried, Native):
         if isinstance(carried, Probe):
             carried.has_windows = True
-        native: Any = AttentionMaskInterface._global_mapping[original]
-        return native(*args, local_size=local_size, mask_function=mask_function, **kwargs)
-    if mask_function is not causal_mask_function:
-        raise ValueError(
-            "this call wants a mask that is more than causal (packed rows, or tokens that see ahead): a "
-            "patched model makes its own and cannot add to it"
-        )
+        return native()
+    is_causal = partial(_is_causal, **kwargs)
     if carried is None:
-        raise ValueError(
-            "layers of a patched model were run outside its decoder's forward, in which positions are "
-            "found: detach first"
-        )
+        return Unmade(kwargs["attention_mask"], is_causal, native)
+    if not is_causal():
+        if isinstance(carried, Probe):
+            raise CannotPatchError(
+                "it asks for a mask in which tokens see what is to come, as an encoder's do, and the mask that limits "
+                "distances is causal"
+            )
+        raise ValueError(MORE_THAN_CAUSAL)
     return carried
+
+
+def _is_causal(mask_function: Any, q_length: int, q_offset: int, **kwargs: Any) -> bool:
+    """Return whether a mask that transformers asks for hides what is to come and nothing else, padding aside."""
+    if mask_function is causal_mask_function:
+        return True
+    kwargs |= {"attention_mask": None, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    for start in range(0, q_length, _ROWS):
+        rows: dict[str, Any] = {**kwargs, "q_length": min(_ROWS, q_length - start), "q_offset": q_offset + start}
+        wanted, causal = (sdpa_mask(mask_function=which, **rows) for which in (mask_function, causal_mask_function))
+        if not torch.equal(wanted, causal):  # type: ignore[arg-type]
+            return False
+    return True
 
 
 def _refuse_at_sight(model: Any, decoder: Any, technique: str) -> None:
@@ -235,10 +259,14 @@ def _refuse_at_sight(model: Any, decoder: Any, technique: str) -> None:
         )
     if model.config.is_encoder_decoder:
         raise CannotPatchError("it is an encoder-decoder, not a causal language model")
+    config = decoder.config
+    sees_ahead = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    if sees_ahead or not getattr(config, "is_causal", True):
+        raise CannotPatchError("its prompts are read in both directions, and the mask that limits distances is causal")
     reason = REFUSED.get(type(decoder).__name__)
     if reason is not None:
         raise CannotPatchError(reason)
-    layers = DynamicCache(config=decoder.config).layers
+    layers = DynamicCache(config=config).layers
     if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
         raise CannotPatchError(
             "an indexer of its own chooses from the whole text which keys each token sees: a window would hide what it "
@@ -249,6 +277,11 @@ def _refuse_at_sight(model: Any, decoder: Any, technique: str) -> None:
         raise CannotPatchError(
             "it has no attention layers: its states are of constant size already, and there is no distance to limit"
         )
+
+
+def _configs(module: nn.Module) -> dict[str, PreTrainedConfig]:
+    """Return the configs that a module holds itself, by their names."""
+    return {name: value for name, value in module.__dict__.items() if isinstance(value, PreTrainedConfig)}
 
 
 def _collect(config: PreTrainedConfig, found: dict[int, PreTrainedConfig]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -202,21 +203,22 @@ def repetition_table(records: Sequence[RepetitionRecord]) -> Table:
 
 
 def plot_truncation(scores: Sequence[TruncationScore], axes: Axes | None = None) -> Axes:
-    """Draw entropy left over total variation; samplers whose names share their first word are joined by a line."""
+    """Draw entropy left over total variation; samplers whose names share their first word are joined by a line.
+
+    The legend names their parameters from left to right. Of two points the one higher and farther left is better.
+    """
     axes = axes or new_axes(7, 4.5)
     families: dict[str, list[TruncationScore]] = {}
     for score in scores:
         families.setdefault(score.sampler.split()[0], []).append(score)
-    for family, members in families.items():
+    for (family, members), marker in zip(families.items(), cycle("os^Dvp*")):
         members.sort(key=lambda score: score.total_variation)
         points = [[score.total_variation for score in members], [score.kept_entropy for score in members]]
-        axes.plot(*points, marker="o", markersize=4, linewidth=1.2, label=family)
-        for score in members:
-            parameter = score.sampler.removeprefix(family).strip()
-            where = (score.total_variation, score.kept_entropy)
-            axes.annotate(parameter, where, textcoords="offset points", xytext=(5, 4), fontsize=8)
+        parameters = ", ".join(score.sampler.removeprefix(family).strip() for score in members)
+        axes.plot(*points, marker=marker, markersize=5, linewidth=1.2, label=f"{family} {parameters}")
     axes.axhline(scores[0].entropy, color="grey", linestyle=":", linewidth=1, label="untruncated")
-    axes.set(xlabel="total variation from the model's distribution", ylabel="entropy left (nats)")
+    axes.set(xlabel="total variation from the model's distribution (less is better)")
+    axes.set_ylabel("entropy left, nats (more is better)")
     axes.legend(frameon=False)
     return axes
 

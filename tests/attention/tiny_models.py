@@ -120,12 +120,17 @@ def family_names() -> list[str]:
     return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)
 
 
-def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
-    config_class = CONFIG_MAPPING[family]
+def settings_for(config_class: type[PreTrainedConfig], values: dict[str, Any] = SMALL) -> dict[str, Any]:
+    """Those of the values that a configuration knows."""
     known = set(inspect.signature(config_class.__init__).parameters)
     known |= {name for cls in config_class.__mro__ for name in getattr(cls, "__annotations__", {})}
-    renamed = set(getattr(config_class, "attribute_map", {}).values())
-    settings = {name: value for name, value in SMALL.items() if name in known | renamed}
+    known |= set(getattr(config_class, "attribute_map", {}).values())
+    return {name: value for name, value in values.items() if name in known}
+
+
+def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
+    config_class = CONFIG_MAPPING[family]
+    settings = settings_for(config_class)
     if getattr(config_class(), "sliding_window", None) is None:
         settings.pop("sliding_window", None)
     return config_class(**{**settings, **EXTRA.get(family, {}), **changes})

@@ -23,12 +23,15 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 
 from hf_longtrunc.evaluation import append_records, python_reference, read_records
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 RECIPES = Path(__file__).parent
 COMMAND = "hf-longtrunc"
@@ -74,6 +77,13 @@ STEPS = [
         None,
         "samplers.py --text TEXT --tokens 300 --new-tokens 48 --out OUT",
     ),
+    Step(
+        "sampler-battery",
+        "Every truncation sampler at one share of refused human tokens",
+        None,
+        "sampler_battery.py --texts TEXT --windows 100 --continuations 300 --out OUT",
+    ),
+    Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
     Step(
         "eta-flag",
         "Eta on the full distribution and as transformers' flag behind top-k",
@@ -240,13 +250,27 @@ STEPS = [
         "histories",
         "Random histories under LM-Infinite: rows, padding, holes, turns, crops, patches",
         None,
-        "-m tests.attention.machine 10000",
+        "-m tests.attention.machine 4000",
     ),
     Step(
         "compiled-decoding",
         "The graphs of compiled decoding under LM-Infinite",
         None,
         "-m tests.attention.compiled_decode 1000",
+    ),
+    Step(
+        "prefill-cost",
+        "A prompt through one layer: LM-Infinite beside masked calls and a plain window",
+        None,
+        "benchmarks/lm_infinite.py --device cpu --parts prefill --sizes 8192,32768 --windows 1024,4096 "
+        '--dtypes float32,bfloat16 --sides "window only,masked,LM-Infinite" --repeats 2 --out OUT',
+    ),
+    Step(
+        "model-cost",
+        "A long prompt and a decoded token, unmodified and under LM-Infinite",
+        None,
+        "benchmarks/lm_infinite.py --device cpu --parts model --prompts 32768 --layers 1 --model-windows 4096 "
+        "--repeats 1 --out OUT",
     ),
     Step("retrieval-cost", "A decoding step under Unlimiformer", None, "benchmarks/unlimiformer.py --out OUT"),
     Step(
@@ -327,8 +351,13 @@ def without_paths(text: str, folder: Path) -> str:
     return text.replace(str(folder), "OUT").replace(str(Path.home()), "~")
 
 
-def page(out: Path) -> str:
-    """Return the page: a section a step, with its commands, what they printed, and its pictures."""
+def page(out: Path, steps: Sequence[Any] = STEPS) -> str:
+    """Return the page: a section a step with its commands, what they printed, and its pictures.
+
+    Args:
+        out: folder of the records.
+        steps: each with a name and a word on what it shows.
+    """
     runs = runs_in(out)
     parts = [
         "# Evidence",
@@ -339,7 +368,7 @@ def page(out: Path) -> str:
         "(Q4_1) unpacked to fp32. The hub's own weights give figures near these, not the same digits.",
     ]
     shown: dict[bytes, str] = {}
-    for step in STEPS:
+    for step in steps:
         ran = [run for run in runs if run.step == step.name]
         if ran:
             parts += [f"## {step.name}", f"{step.shows}.", *(said for run in ran for said in said_by(run))]

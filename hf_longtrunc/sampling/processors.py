@@ -313,12 +313,12 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         """Return tau for each row of `scores` [..., V]: the bar below which a token needs a proof, [..., 1]."""
         return self._log_threshold(softmax_rows(_checked_scores(scores))).exp()
 
-    def margins(self, scores: Tensor, tokens: Tensor) -> Tensor:
-        """Return the margins of the proofs that keep `tokens` [rows, n] of `scores` [rows, V] below the bar, [rows, n].
+    def margins(self, scores: Tensor, tau: Tensor, tokens: Tensor) -> Tensor:
+        """Return the margins of the proofs that keep `tokens` [rows, n] of `scores` [rows, V] below tau [rows, 1].
 
         See `Certificate.margin`; NaN where a token has no such proof. Cost: some 3 ms a token, as for a check.
         """
-        proofs = self.checker.certify(scores, self.threshold(scores).double(), tokens)
+        proofs = self.checker.certify(scores, tau.double(), tokens)
         margins = [math.nan if proof.margin is None else proof.margin for proof in proofs]
         return torch.tensor(margins, dtype=torch.float64).reshape(tokens.shape)
 

@@ -35,7 +35,7 @@ ON_THE_BAR = 4e-6
 
 
 def eta(p: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-    return (EPSILON**0.5 * (p.xlogy(p).sum(-1, keepdim=True)).exp()).clamp_max(EPSILON)
+    return p.xlogy(p).sum(-1, keepdim=True).exp().mul(EPSILON**0.5).clamp_max(EPSILON)
 
 
 def epsilon(p: torch.Tensor, _: torch.Tensor) -> torch.Tensor:

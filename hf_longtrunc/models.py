@@ -80,9 +80,17 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def decoder_of(model: Any) -> Any:
-    """Return the decoder of a causal language model: the part without its head, which makes the hidden states."""
-    decoder = model.get_decoder()
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    """Return the decoder of a causal language model: the part without its head, which makes the hidden states.
+
+    Of a multimodal model that is the decoder of its text, also where that lies inside a language model with a head.
+    """
+    decoder: Any = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        return model.base_model
+    head = decoder.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is None:
+        return decoder
+    return next((part for part in decoder.children() if isinstance(part, PreTrainedModel)), decoder)
 
 
 def rotary_modules(decoder: nn.Module) -> list[nn.Module]:

@@ -57,7 +57,9 @@ class PromptRecord:
 
 
 def peak_mib() -> float:
-    """Return the peak memory of this process so far."""
+    """Return the peak memory of this process so far, on CUDA that of the device."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
 
 
@@ -65,7 +67,7 @@ def tiny_model() -> Any:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
-    return model.eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def tokens_of(text: Path | None, tokenizer: Any, count: int, vocab_size: int) -> torch.Tensor:
@@ -91,6 +93,7 @@ def main(
     language_model, tokenizer = (tiny_model(), None) if model is None else load_pretrained(model)
     lengths = sorted(int(length) for length in prompts.split(",")) if prompts else []
     ids = tokens_of(text, tokenizer, lengths[-1] if lengths else tokens, language_model.config.vocab_size)
+    ids = ids.to(language_model.device)
     named = model or "tiny random Llama", window, sinks
     with LMInfinite(num_sink_tokens=sinks, window_length=window)(language_model):
         if lengths:

@@ -23,12 +23,15 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
 
 from hf_longtrunc.evaluation import append_records, python_reference, read_records
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 RECIPES = Path(__file__).parent
 COMMAND = "hf-longtrunc"
@@ -115,6 +118,12 @@ STEPS = [
         "Tokens a second, read one at a time, along a stream",
         None,
         "lm_infinite.py --text TEXT --parts streaming --windows 512 --stops 10000,30000,100000 --chunk 1024 --out OUT",
+    ),
+    Step(
+        "hybrid",
+        "A tiny hybrid trained at 256 bytes, read to 8,192: perplexity by position, and its cache",
+        None,
+        "hybrid_tiny.py --texts TEXT --held-out moby_dick.txt,sherlock_holmes.txt --out OUT",
     ),
     Step(
         "passkey",
@@ -242,13 +251,27 @@ STEPS = [
         "histories",
         "Random histories under LM-Infinite: rows, padding, holes, turns, crops, patches",
         None,
-        "-m tests.attention.machine 10000",
+        "-m tests.attention.machine 4000",
     ),
     Step(
         "compiled-decoding",
         "The graphs of compiled decoding under LM-Infinite",
         None,
         "-m tests.attention.compiled_decode 1000",
+    ),
+    Step(
+        "prefill-cost",
+        "A prompt through one layer: LM-Infinite beside masked calls and a plain window",
+        None,
+        "benchmarks/lm_infinite.py --device cpu --parts prefill --sizes 8192,32768 --windows 1024,4096 "
+        '--dtypes float32,bfloat16 --sides "window only,masked,LM-Infinite" --repeats 2 --out OUT',
+    ),
+    Step(
+        "model-cost",
+        "A long prompt and a decoded token, unmodified and under LM-Infinite",
+        None,
+        "benchmarks/lm_infinite.py --device cpu --parts model --prompts 32768 --layers 1 --model-windows 4096 "
+        "--repeats 1 --out OUT",
     ),
     Step("retrieval-cost", "A decoding step under Unlimiformer", None, "benchmarks/unlimiformer.py --out OUT"),
     Step(
@@ -329,8 +352,13 @@ def without_paths(text: str, folder: Path) -> str:
     return text.replace(str(folder), "OUT").replace(str(Path.home()), "~")
 
 
-def page(out: Path) -> str:
-    """Return the page: a section a step, with its commands, what they printed, and its pictures."""
+def page(out: Path, steps: Sequence[Any] = STEPS) -> str:
+    """Return the page: a section a step with its commands, what they printed, and its pictures.
+
+    Args:
+        out: folder of the records.
+        steps: each with a name and a word on what it shows.
+    """
     runs = runs_in(out)
     parts = [
         "# Evidence",
@@ -340,12 +368,17 @@ def page(out: Path) -> str:
         "Where a command names no model it ran on SmolLM2-135M-Instruct as `load_pretrained()` loads it: 4-bit weights "
         "(Q4_1) unpacked to fp32. The hub's own weights give figures near these, not the same digits.",
     ]
-    for step in STEPS:
+    shown: dict[bytes, str] = {}
+    for step in steps:
         ran = [run for run in runs if run.step == step.name]
         if ran:
             parts += [f"## {step.name}", f"{step.shows}.", *(said for run in ran for said in said_by(run))]
         pictures = sorted((out / step.name).glob("*.png")) if ran else []
-        parts += [f"![{step.shows}]({step.name}/{picture.name})" for picture in pictures]
+        for picture in pictures:
+            first = shown.setdefault(picture.read_bytes(), step.name)
+            is_new = first == step.name
+            drawn = f"![{step.shows}]({step.name}/{picture.name})"
+            parts.append(drawn if is_new else f"The picture is that of [{first}](#{first}).")
     return "\n\n".join(parts) + "\n"
 
 

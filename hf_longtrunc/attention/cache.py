@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_longtrunc.attention.middle import Middle
+from hf_longtrunc.attention.middle import Choice, Middle
 from hf_longtrunc.attention.row_positions import Moves, Rows, from_first_token, taken
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from hf_longtrunc.attention.rotary import Rotation
 
@@ -74,8 +74,8 @@ class LambdaCacheLayer(CacheLayerMixin):
     reads no number that changes with the tokens seen: all that does lies in the announcement's tensors, so that a
     compiled step is one graph for every token. What a token overwrites is kept in a rollback buffer of `ROLLBACK`
     columns, so `crop` takes back up to `ROLLBACK` + 1 tokens exactly, any number before the ring has come round, and
-    refuses more. Bytes are constant from the first token on: those of 2 (S + L + ROLLBACK) + S keys a head, row and
-    layer, and S more in fp32.
+    refuses more, and any where other layers of the cache carry a state that cannot go back. Bytes are constant from the
+    first token on: those of 2 (S + L + ROLLBACK) + S keys a head, row and layer, and S more in fp32.
 
     Args:
         num_sink_tokens: S.
@@ -98,6 +98,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         self.keys: Any = None  # [batch, heads, S + L, dim]
         self.values: Any = None
         self.beside: Any = None
+        self.states: Sequence[Any] = ()  # the layers of the same cache that carry a state instead
         self._announced: Announcement | None = None
         self._stored = 0  # by a forward that has not ended
 
@@ -317,7 +318,7 @@ class LambdaCacheLayer(CacheLayerMixin):
         """Return (new tokens, 0): transformers' own mask is made for these and then not used."""
         return query_length, 0
 
-    def get_seq_length(self) -> Any:
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]
         """Return the number of tokens seen, padding included; to a graph that runs a step, as a tensor."""
         if torch.compiler.is_compiling() and self._announced is not None:
             return self._announced.past
@@ -347,6 +348,8 @@ class LambdaCacheLayer(CacheLayerMixin):
                 f"to {oldest}, and no further; draft fewer tokens at a time, or pass "
                 "cache=DynamicCache(), which keeps everything"
             )
+        if remove:
+            refuse_states(self.states)
         if self.is_initialized and self.written > self.window_length:
             # Where columns that go share a slot, the first of them overwrote what is to come back.
             last = min(remaining + self.window_length, self.seen)
@@ -385,6 +388,17 @@ class LambdaCacheLayer(CacheLayerMixin):
             self.beside = Beside(change(lost_keys), change(lost_values), change(sinks), turns)
 
 
+def refuse_states(states: Iterable[Any]) -> None:
+    """Raise ValueError if one of these cache layers, of a state each, cannot take tokens back."""
+    for state in states:
+        if any(state.is_recurrent_states_initialized.values()) or not state.record_past:
+            raise ValueError(
+                "cannot take tokens back: recurrent layers of this model carry a state of all that they have seen (of "
+                "convolutions alone they can, after cache.activate_past_recording()). Start anew with the shorter "
+                "text, or keep a copy.deepcopy of the cache from before"
+            )
+
+
 class Archive(NamedTuple):
     """Keys and values of a whole text, and what was chosen of it.
 
@@ -393,17 +407,18 @@ class Archive(NamedTuple):
         keys: turned back to position 0, [batch, heads, capacity, dim], in the order of the text.
         values: [batch, heads, capacity, value_dim].
         chosen: blocks that `TopBlocks` reads [batch, blocks]; None: none were chosen yet.
+        emphasis: of these [batch, blocks].
     """
 
     store: str
     keys: Tensor | None = None
     values: Tensor | None = None
     chosen: Tensor | None = None
+    emphasis: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Archive:
         """Repeat, choose or reorder the rows."""
-        keys, values, chosen = (None if kept is None else change(kept) for kept in self[1:])
-        return Archive(self.store, keys, values, chosen)
+        return Archive(self.store, *(None if kept is None else change(kept) for kept in self[1:]))
 
 
 class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
@@ -424,13 +439,14 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
         self.archive = Archive(store)
 
     @property
-    def chosen(self) -> Tensor | None:
-        """Blocks that `TopBlocks` reads [batch, blocks], None before any choice."""
-        return self.archive.chosen
+    def chosen(self) -> Choice | None:
+        """What `TopBlocks` reads, None before any choice."""
+        _, _, _, blocks, emphasis = self.archive
+        return None if blocks is None or emphasis is None else Choice(blocks, emphasis)
 
-    def choose(self, blocks: Tensor) -> None:
-        """Let what follows read these blocks [batch, blocks]."""
-        self.archive = self.archive._replace(chosen=blocks)
+    def choose(self, choice: Choice) -> None:
+        """Let what follows read this."""
+        self.archive = self.archive._replace(chosen=choice.blocks, emphasis=choice.emphasis)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -486,7 +502,7 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
 
     def middle(self) -> Middle:
         """Return all that was seen, un-rotated, where it is stored."""
-        _, keys, values, _ = self.archive
+        _, keys, values, *_ = self.archive
         assert keys is not None
         assert values is not None
         positions = from_first_token(torch.arange(self.held, device=keys.device), self.rows.padding)

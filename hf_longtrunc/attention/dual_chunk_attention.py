@@ -16,7 +16,7 @@ from hf_longtrunc.attention.lm_infinite import trained_length
 from hf_longtrunc.attention.patch import AttentionPatch
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward
 from hf_longtrunc.attention.row_positions import check_positions, checked_mask, taken
-from hf_longtrunc.attention.step import Native, Step, carry, text_step
+from hf_longtrunc.attention.step import Native, Step, carry, made, padding_of, text_step
 from hf_longtrunc.models import CACHE, attachable, bound, parameters_of
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.lambda_attention import Scoring
     from hf_longtrunc.attention.patch import Learnt
     from hf_longtrunc.attention.rotary import Rotation
+    from hf_longtrunc.attention.states import States
 
 # rope_types whose frequencies depend on the running length: they are frozen at the trained one.
 _RUNNING = {"dynamic", "longrope"}
@@ -172,7 +173,8 @@ class ChunkPatch(AttentionPatch):
     def _forward(self) -> Callable[..., Any]:
         if "position_ids" not in parameters_of(self._decoder):
             raise CannotPatchError("its decoder takes no position_ids, so its keys cannot start again at every chunk")
-        return partial(ChunkedForward(self._decoder, self._decoder.forward, self._name, self.chunk).run, 0)
+        forward = ChunkedForward(self._decoder, self._decoder.forward, self._name, self.chunk, self._states)
+        return partial(forward.run, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,12 +186,14 @@ class ChunkedForward:
         original: its forward before it was patched.
         name: of the patch's attention in its config.
         chunk: s.
+        states: what its recurrent and convolutional layers carry; None where there are none.
     """
 
     decoder: Any
     original: Callable[..., Any]
     name: str
     chunk: int
+    states: States | None
 
     def run(self, untouched: int, /, *args: Any, **inputs: Any) -> Any:
         """Run the decoder; a text of at most `untouched` tokens is left to the model's own attention."""
@@ -198,15 +202,20 @@ class ChunkedForward:
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         new, cache = tokens.shape[1], inputs.get(CACHE)
         past = 0 if cache is None else int(cache.get_seq_length())
-        real = checked_mask(inputs.get("attention_mask"), past + new)
+        padding = padding_of(inputs.get("attention_mask"))
+        real = checked_mask(padding, past + new)
         check_positions(inputs.get("position_ids"), real, new)
+        if self.states is not None:
+            self.states.check(real, past, new)
         step, positions = text_step(real, past, new, tokens.device)
         is_short = past + new <= untouched and step.key_order is None
         if not is_short or (step.is_padded and inputs.get("position_ids") is None):
             inputs["position_ids"] = positions.clamp_min(0) % self.chunk
-            if inputs.get("attention_mask") is None:  # without one, transformers takes a new chunk for a new document
-                inputs["attention_mask"] = tokens.new_ones(len(tokens), past + new, dtype=torch.long)
-        before = carry(Native() if is_short else step)
+            if padding is None:  # without one, transformers takes a new chunk for a new document
+                padding = tokens.new_ones(len(tokens), past + new, dtype=torch.long)
+        carried = Native() if is_short else step
+        inputs["attention_mask"] = made(inputs.get("attention_mask"), padding, carried)
+        before = carry(carried)
         try:
             return self.original(**inputs)
         finally:

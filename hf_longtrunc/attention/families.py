@@ -49,6 +49,33 @@ def falcon_forward(module: Any, attend: Attend) -> Callable[..., Any]:
     return forward
 
 
+def gpt_neox_japanese_forward(module: Any, attend: Attend) -> Callable[..., Any]:
+    """Build the forward of a `GPTNeoXJapaneseAttention`, which hands its bias out beside its output."""
+    rotate = sys.modules["transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese"].apply_rotary_pos_emb
+    turned, scaling = module.rotary_ndims, 1 / module.norm_factor
+
+    def forward(
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        layer_past: Any = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None, Any]:
+        query, key, value = _heads(module.query_key_value(hidden_states), module.num_attention_heads).chunk(3, dim=-1)
+        rotated = rotate(query[..., :turned], key[..., :turned], *position_embeddings)
+        query, key = (
+            torch.cat([part, states[..., turned:]], dim=-1) for part, states in zip(rotated, (query, key), strict=True)
+        )
+        if layer_past is not None:
+            key, value = layer_past.update(key, value, module.layer_idx)
+        dropout = module.attention_dropout.p if module.training else 0.0
+        output = attend(query, key, value, attention_mask, Scoring(scaling, dropout=dropout))
+        return module.dense(_merged(output)), None, module.dense_bias
+
+    return forward
+
+
 def bloom_forward(module: Any, attend: Attend) -> Callable[..., Any]:
     """Build the forward of a `BloomAttention`."""
     slopes = _slopes(module, "build_alibi_tensor")
@@ -98,8 +125,22 @@ def mpt_forward(module: Any, attend: Attend) -> Callable[..., Any]:
 # By the name of the attention class, so that no model file is imported for it.
 FORWARDS: dict[str, Callable[[Any, Attend], Callable[..., Any]]] = {
     "FalconAttention": falcon_forward,
+    "GPTNeoXJapaneseAttention": gpt_neox_japanese_forward,
     "BloomAttention": bloom_forward,
     "MptAttention": mpt_forward,
+}
+
+
+# What no probe can tell, by the name of the decoder's class.
+REFUSED: dict[str, str] = {
+    "DogeModel": (
+        "it adds to every score a bias that it makes from that key's value, and drops keys by it: what a token sees is "
+        "no matter of distance"
+    ),
+    "MiniMaxModel": (
+        "its cache is a class of its own that its forward makes: it has no place for a ring, and it counts tokens in "
+        "the first layer, which in the released models is a linear one and counts none"
+    ),
 }
 
 

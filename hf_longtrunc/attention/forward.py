@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_longtrunc.attention.cache import ArchiveCacheLayer, LambdaCacheLayer
 from hf_longtrunc.attention.row_positions import check_positions, checked_mask
-from hf_longtrunc.attention.step import Layout, carry, planned
+from hf_longtrunc.attention.step import Layout, carry, made, padding_of, planned
 from hf_longtrunc.models import CACHE, bound, parameters_of
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from hf_longtrunc.attention.layer import Settings
     from hf_longtrunc.attention.rotary import Rotation
+    from hf_longtrunc.attention.states import States
 
 _PER_TOKEN = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "per_layer_inputs")
 
@@ -32,6 +33,7 @@ class PatchedForward:
         rotations: of its layers.
         name: of the patch's attention in its config.
         has_windows: whether some of its layers were trained with a window of their own.
+        states: what its recurrent and convolutional layers carry; None where there are none.
         mesh: over which tensor parallelism splits its heads; None: it does not.
 
     Attributes:
@@ -46,6 +48,7 @@ class PatchedForward:
         rotations: set[Rotation],
         name: str,
         has_windows: bool,
+        states: States | None,
         mesh: Any = None,
     ):
         self.decoder = decoder
@@ -55,6 +58,7 @@ class PatchedForward:
         self.rotations = rotations
         self.name = name
         self.has_windows = has_windows
+        self.states = states
         self.mesh = mesh
         self.takes_positions = "position_ids" in parameters_of(decoder)
 
@@ -71,8 +75,11 @@ class PatchedForward:
         layers = [] if cache is None else cache.layers
         self.check(layers)
         past = 0 if cache is None else int(cache.get_seq_length())
-        real = checked_mask(inputs.get("attention_mask"), past + new)
+        padding = padding_of(inputs.get("attention_mask"))
+        real = checked_mask(padding, past + new)
         check_positions(inputs.get("position_ids"), real, new)
+        if self.states is not None:
+            self.states.check(real, past, new)
         like = tokens.new_empty(0, dtype=self.decoder.dtype)
         step, positions = planned(self.settings, self.rotations, layers, real, past, new, like, ballot)
         if self.has_windows and (step.query_order is not None or step.has_moved):
@@ -82,6 +89,7 @@ class PatchedForward:
             )
         if self.takes_positions:
             inputs["position_ids"] = positions.clamp_min(0)
+        inputs["attention_mask"] = made(inputs.get("attention_mask"), padding, step)
         run = self.original
         if self.compiled is not None and step.layout is Layout.RING and not step.has_moved:
             run = self.compiled

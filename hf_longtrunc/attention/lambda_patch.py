@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from hf_longtrunc.attention.cache import ArchiveCacheLayer, LambdaCacheLayer
 from hf_longtrunc.attention.forward import PatchedForward
 from hf_longtrunc.attention.layer import Layer, Settings
-from hf_longtrunc.attention.patch import AttentionPatch, Learnt, layer_index
+from hf_longtrunc.attention.patch import AttentionPatch, Learnt
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward
 from hf_longtrunc.attention.row_positions import check_end
+from hf_longtrunc.attention.states import ArchiveStateCacheLayer, LambdaStateCacheLayer
 from hf_longtrunc.models import CACHE
 
 if TYPE_CHECKING:
@@ -44,15 +45,14 @@ class LambdaPatch(AttentionPatch):
         """Return the layers; a strategy that reads the middle learns how many there are."""
         for module, rotaries in found.exact.items():
             self.set(module, "forward", exact_forward(rotaries))
-        self._has_windows = found.has_windows
-        indices = {module: layer_index(module) for module in found.rotations}
+        self._has_windows, indices = found.has_windows, found.indices
         retrieval = self.settings.retrieval
         if retrieval is not None:
             if -1 in indices.values():
                 raise CannotPatchError(
-                    "its attention modules have no layer_idx, by which layers that read are told apart"
+                    "its attention modules do not say which layer they are, by which layers that read are told apart"
                 )
-            retrieval.check(list(indices.values()), not found.cached_otherwise)
+            retrieval.check(list(indices.values()), not found.cached_otherwise, self._states is None)
             retrieval = retrieval.for_layers(max(indices.values()) + 1)
             self.settings = replace(self.settings, retrieval=retrieval)
         return {
@@ -83,7 +83,14 @@ class LambdaPatch(AttentionPatch):
         rotations = {layer.rotation for layer in self.layers.values() if layer.rotation is not None}
         mesh = getattr(self._model, "_device_mesh", None)
         self._run = PatchedForward(
-            self._decoder, self._decoder.forward, self.settings, rotations, self._name, self._has_windows, mesh
+            self._decoder,
+            self._decoder.forward,
+            self.settings,
+            rotations,
+            self._name,
+            self._has_windows,
+            self._states,
+            mesh,
         )
         return partial(self._run.once, None) if self.settings.retrieval is None else partial(self._run.reading)
 
@@ -109,34 +116,47 @@ class LambdaPatch(AttentionPatch):
         if cache is None:
             return result
         if given is None:
-            for layer in self.layers.values():
-                is_held = 0 <= layer.index < len(cache.layers)
-                if is_held and type(cache.layers[layer.index]) is DynamicLayer:
-                    cache.layers[layer.index] = self._cache_layer(cache.layers[layer.index], layer)
+            self._place_rings(cache.layers)
         self._read_in_chunks(generation_config, model_kwargs)
         return result
 
-    def _cache_layer(self, ordinary: DynamicLayer, layer: Layer) -> Any:
+    def _place_rings(self, cached: list[Any]) -> None:
+        """Put a ring in the place of every layer that would grow, and tell each which layers carry a state beside."""
+        for layer in self.layers.values():
+            is_held = 0 <= layer.index < len(cached)
+            if is_held and type(cached[layer.index]) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+                cached[layer.index] = self._cache_layer(cached[layer.index], layer)
+        rings = [each for each in cached if isinstance(each, LambdaCacheLayer)]
+        others = [each for each in cached if not isinstance(each, LambdaCacheLayer)]
+        for ring in rings:
+            ring.states = [each for each in others if isinstance(each, LinearAttentionLayer)]
+
+    def _cache_layer(self, ordinary: Any, layer: Layer) -> Any:
         """Return the cache of one layer. It stays an ordinary one where keys are searched that it does not hold."""
         settings = self.settings
+        state = (ordinary.number_of_states,) if isinstance(ordinary, LinearAttentionLayer) else ()
         if settings.retrieval is None:
             turned = layer.rotation if layer.caches_keys else None
-            return LambdaCacheLayer(settings.num_sink_tokens, settings.window_length, turned)
+            kind: Any = LambdaStateCacheLayer if state else LambdaCacheLayer
+            return kind(*state, settings.num_sink_tokens, settings.window_length, turned)
         are_keys_shared = bool(getattr(self._decoder.config, "num_kv_shared_layers", 0))
         if are_keys_shared or not layer.caches_keys:
             return ordinary
         store = settings.retrieval.store
-        return ArchiveCacheLayer(settings.num_sink_tokens, settings.window_length, layer.rotation, store)
+        keeping: Any = ArchiveStateCacheLayer if state else ArchiveCacheLayer
+        return keeping(*state, settings.num_sink_tokens, settings.window_length, layer.rotation, store)
 
     def _read_in_chunks(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Let a long prompt of ids be read in chunks, so that its activations too take constant memory.
 
-        A strategy that reads the middle counts the rows of a forward, so there the prompt is left whole.
+        A strategy that reads the middle counts the rows of a forward, and some recurrent layers do not go on from a
+        chunk to the next: there the prompt is left whole.
         """
         tensors = {name for name, value in model_kwargs.items() if isinstance(value, Tensor)}
         mask = model_kwargs.get("attention_mask")
         is_short = isinstance(mask, Tensor) and mask.shape[-1] <= _PREFILL_CHUNK
-        has_ids_alone = tensors <= {"attention_mask", "position_ids", "token_type_ids"}
+        has_ids_alone = tensors <= {"attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"}
+        has_ids_alone &= not model_kwargs.get("mm_encoder_outputs")  # of images, which transformers encodes beforehand
         layers = model_kwargs[CACHE].layers
         # Before 5.21 transformers, reading in chunks, feeds what a cache holds already a second time; 5.24 was tried.
         goes_on_right = CACHE == "cache"
@@ -146,6 +166,7 @@ class LambdaPatch(AttentionPatch):
             and self.settings.retrieval is None
             and has_ids_alone
             and not is_short
+            and (self._states is None or self._states.go_on)
             and any(isinstance(layer, LambdaCacheLayer) for layer in layers)
         ):
             generation_config.prefill_chunk_size = _PREFILL_CHUNK

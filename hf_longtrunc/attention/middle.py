@@ -6,7 +6,6 @@ its place in the text says nothing. `retrieval.py` says what this is for.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -51,7 +50,6 @@ class Sight(NamedTuple):
         window: keys that are nearer than this are left out.
         scoring: of the layer.
         first_query: queries before this position see none of it.
-        emphasis: how many keys each chosen key counts for.
     """
 
     distance: int
@@ -59,7 +57,6 @@ class Sight(NamedTuple):
     window: int
     scoring: Scoring
     first_query: int = 0
-    emphasis: float = 1.0
 
 
 def top_k(
@@ -96,8 +93,9 @@ def block_mass(
     normalizer: Float[Tensor, "batch heads n"],
     block_size: int,
     sight: Sight,
-) -> Float[Tensor, "batch blocks"]:
-    """Return the attention that all heads and rows together would pay to each block of the middle.
+    groups: Bool[Tensor, "groups rows n"],
+) -> Float[Tensor, "batch groups blocks"]:
+    """Return the attention that all heads together and a group's rows would pay to each block of the middle.
 
     Args:
         query: turned to the distance at which it is to see the middle.
@@ -106,44 +104,99 @@ def block_mass(
         normalizer: log-sum-exp of each query's logits with window and sinks.
         block_size: tokens a block; block b begins at position S + b * block_size.
         sight: distance, sinks, window and scoring.
+        groups: which queries belong to each group.
+
+    Returns:
+        [batch, groups, blocks]: the sum over a group's queries.
     """
     scores = _middle_scores(query, query_positions, middle, sight)
     normalizer = normalizer.to(scores.device, scores.dtype)[..., None]
     total = torch.logaddexp(normalizer, scores.logsumexp(-1, keepdim=True))
-    is_real = (query_positions >= 0).to(scores.device)[:, None, :, None]
-    mass = ((scores - total).exp() * is_real).sum((1, 2))  # [batch, m]
-    block = ((middle.positions - sight.num_sink_tokens) // block_size).clamp_min(0).expand(mass.shape[0], -1)
+    counted = (groups & (query_positions >= 0)).to(scores.device, scores.dtype).transpose(0, 1)
+    mass = counted.expand(scores.shape[0], -1, -1) @ (scores - total).exp().sum(1)  # [batch, groups, m]
+    block = ((middle.positions - sight.num_sink_tokens) // block_size).clamp_min(0)[:, None].expand(mass.shape)
     count = -(-middle.key.shape[2] // block_size)
-    return mass.new_zeros(mass.shape[0], count).scatter_add(1, block, mass)
+    return mass.new_zeros(*mass.shape[:2], count).scatter_add(2, block, mass)
 
 
-def choose_blocks(mass: Float[Tensor, "batch blocks"], count: int) -> Int[Tensor, "batch chosen"]:
-    """Return each row's `count` blocks of most mass; -1, which is never seen, where there are fewer with any."""
-    best, index = mass.topk(min(count, mass.shape[1]), dim=-1)
-    return torch.where(best > 0, index, -1)
+class Choice(NamedTuple):
+    """What each row of a batch reads.
+
+    Attributes:
+        blocks: of the middle [batch, blocks], the best first; -1, which is never seen, where there are fewer.
+        emphasis: how many keys each key of a block counts for [batch, blocks].
+    """
+
+    blocks: Tensor
+    emphasis: Tensor
+
+
+def choose_blocks(
+    vote: Float[Tensor, "batch blocks"],
+    background: Float[Tensor, "batch blocks"],
+    count: int,
+    emphasis: float,
+    least: float,
+) -> Choice:
+    """Choose each row's `count` best blocks.
+
+    Where there is no background the blocks of most votes are the best, and all get `emphasis`. Elsewhere a block is
+    worth v / (b + mean b): how many times as much attention v it is paid as it is paid anyway, b. Blocks that are worth
+    less than `least` are not read, and the others get as much emphasis as they are worth, `emphasis` at most.
+
+    Args:
+        vote: attention that a voting row pays to each block.
+        background: attention that a row before them pays to each; 0 everywhere where there are no such rows.
+        count: how many blocks.
+        emphasis: the most keys that a key counts for.
+        least: worth of a block that is read.
+    """
+    usual = background.sum(-1, keepdim=True) / (background > 0).sum(-1, keepdim=True).clamp_min(1)
+    has_background = usual > 0
+    worth = torch.where(has_background, vote / (background + usual).clamp_min(torch.finfo(vote.dtype).tiny), vote)
+    best, index = worth.topk(min(count, vote.shape[1]), dim=-1)
+    is_read = (best > 0) & (~has_background | (best >= least))
+    given = torch.where(has_background, best.clamp_max(emphasis), emphasis)
+    return Choice(torch.where(is_read, index, -1), given)
 
 
 def read_blocks(
     query: Float[Tensor, "batch heads n dim"],
     query_positions: Int[Tensor, "rows n"],
     middle: Middle,
-    chosen: Int[Tensor, "batch blocks"],
+    choice: Choice,
     block_size: int,
+    margin: int,
     sight: Sight,
 ) -> Retrieved:
-    """Return the keys of each row's `chosen` blocks, for every head and query; arguments as for `block_mass`.
+    """Return the keys of each row's chosen blocks, for every head and query; arguments as for `block_mass`.
 
-    Each counts for `sight.emphasis` keys: log(emphasis) joins its logit.
+    `margin` keys on either side of a block come with it. Each key is there once, and counts for as many as the best of
+    its blocks has emphasis: the emphasis' logarithm joins its logit.
     """
     device, heads = middle.key.device, query.shape[1]
-    first = sight.num_sink_tokens + chosen.to(device) * block_size
-    positions = (first[..., None] + torch.arange(block_size, device=device)).flatten(1)  # [batch, k]
+    positions, emphasis = _keys_of(choice, block_size, margin, sight.num_sink_tokens)
+    positions, emphasis = positions.to(device), emphasis.to(query.device)
     columns = (positions - middle.positions[:, :1]).clamp(0, middle.key.shape[2] - 1)[:, None, :, None]
     key, value = (x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])).to(query.device) for x in middle[:2])
     part = Middle(key, value, positions.to(query.device))
     group = heads // value.shape[1]
-    scores = _middle_scores(query, query_positions, part, sight) + math.log(sight.emphasis)
+    scores = _middle_scores(query, query_positions, part, sight)
+    scores = scores + emphasis.to(scores.dtype).log()[:, None, None]
     return Retrieved(scores, value.repeat_interleave(group, dim=1)[:, :, None])
+
+
+def _keys_of(choice: Choice, block_size: int, margin: int, num_sink_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return the positions of a choice's keys [batch, k], -1 for none, and their emphasis [batch, k]."""
+    inside = torch.arange(-margin, block_size + margin, device=choice.blocks.device)
+    positions = num_sink_tokens + choice.blocks[..., None] * block_size + inside
+    positions = positions.masked_fill(choice.blocks[..., None] < 0, -1).flatten(1)
+    emphasis = choice.emphasis.repeat_interleave(len(inside), dim=1)
+    if margin:  # the blocks come best first, so a stable sort puts the largest emphasis of a position first
+        positions, order = positions.sort(dim=-1, stable=True)
+        again = torch.nn.functional.pad(positions[:, 1:] == positions[:, :-1], (1, 0))
+        positions, emphasis = positions.masked_fill(again, -1), emphasis.gather(1, order)
+    return positions, emphasis
 
 
 def _middle_scores(query: Tensor, query_positions: Tensor, middle: Middle, sight: Sight) -> Tensor:

@@ -9,17 +9,19 @@ import weakref
 from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
-from transformers.masking_utils import causal_mask_function
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicIndexedLayer
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from hf_longtrunc.attention.families import own_forward
+from hf_longtrunc.attention.families import REFUSED, own_forward
 from hf_longtrunc.attention.lambda_attention import Scoring
 from hf_longtrunc.attention.probe import Probe, hidden_states
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward, rotary_modules
-from hf_longtrunc.attention.step import Native, Step, running
+from hf_longtrunc.attention.states import States, states_of
+from hf_longtrunc.attention.step import MORE_THAN_CAUSAL, Native, Step, Unmade, running
 from hf_longtrunc.handles import Handle
-from hf_longtrunc.models import decoder_of, disagreement, few_tokens
+from hf_longtrunc.models import CACHE, decoder_of, disagreement, few_tokens, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.rotary import ExactRotary, Rotation
 
 _serial = itertools.count()
+_ROWS = 256  # of a mask that are looked at at once
 _REGISTRIES = (AttentionInterface, AttentionMaskInterface)
 
 
@@ -49,6 +52,7 @@ class AttentionPatch(Handle):
         self._name = f"hf_longtrunc_{next(_serial)}"
         self._model = model
         self._decoder: Any = decoder_of(model)
+        self._states: States | None = None  # what recurrent and convolutional layers carry
 
     def _install(self, window: int) -> None:
         """Put everything in place; a model that gives other results on a few tokens than before is refused.
@@ -66,11 +70,13 @@ class AttentionPatch(Handle):
     def _change(self, window: int) -> None:
         decoder, model = self._decoder, self._model
         _refuse_at_sight(model, decoder, type(self.technique).__name__)
+        self._states = states_of(decoder)
         ids = few_tokens(decoder, window)
         before = hidden_states(decoder, ids)
-        original = model.config._attn_implementation
+        original = decoder.config._attn_implementation
         self._give_own_configs()
-        for registry, function in zip(_REGISTRIES, (_attention, _mask), strict=True):
+        functions: tuple[Any, Any] = _attention, _mask
+        for registry, function in zip(_REGISTRIES, functions, strict=True):
             registry.register(self._name, partial(function, original))
         self.undo(_forget, self._name)
         weakref.finalize(model, _forget, self._name)
@@ -93,11 +99,12 @@ class AttentionPatch(Handle):
             exact = dict(rotary_modules(self._decoder, window))
             for module, rotaries in exact.items():
                 probing.set(module, "forward", exact_forward(rotaries))
-            probe = Probe(self._decoder, [source for rotaries in exact.values() for source in rotaries.values()])
+            sources = [source for rotaries in exact.values() for source in rotaries.values()]
+            probe = Probe(self._decoder, sources, has_states=self._states is not None)
             own = {module: build for module in self._decoder.modules() if (build := own_forward(module)) is not None}
             for module, build in own.items():
                 probing.set(module, "forward", build(module, partial(probe.attend, module)))
-            found = Learnt(probe.rotations(), probe.cached_otherwise(), probe.has_windows, exact)
+            found = Learnt(probe.rotations(), probe.indices, probe.cached_otherwise(), probe.has_windows, exact)
         self.layers = self._layers(found)
         for module, layer in self.layers.items():
             self.set(module, "_hf_longtrunc_layer", layer)
@@ -113,21 +120,23 @@ class AttentionPatch(Handle):
         raise NotImplementedError
 
     def _give_own_configs(self) -> None:
-        """Let every module of the model hold a copy of its config that names this patch's attention.
+        """Let every module of the model hold a copy of its config; the decoder's names this patch's attention.
 
         A config object may be shared with other models, and is saved with this one: neither must see the name. What
         is edited in the copy while it is in place is carried back.
         """
         memo: dict[int, Any] = {}
         originals: dict[int, PreTrainedConfig] = {}
+        mine = {id(config) for part in self._decoder.modules() for config in _configs(part).values()}
+        mine.add(id(self._model.config.get_text_config(decoder=True)))  # by which a multimodal model asks for masks
         for module in self._model.modules():
-            for name, config in list(module.__dict__.items()):
-                if isinstance(config, PreTrainedConfig):
-                    self.set(module, name, copy.deepcopy(config, memo))
-                    _collect(config, originals)
+            for name, config in _configs(module).items():
+                self.set(module, name, copy.deepcopy(config, memo))
+                _collect(config, originals)
         for key, original in originals.items():
             own = memo[key]
-            own._attn_implementation_internal = self._name
+            if key in mine:
+                own._attn_implementation_internal = self._name
             self.undo(_carry_back, original, own, copy.deepcopy(_fields(own)))
 
     def _stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,12 +159,14 @@ class Learnt(NamedTuple):
 
     Attributes:
         rotations: of each attention module; None where it rotates nothing.
+        indices: its place among the decoder's layers; -1 where that could not be told.
         cached_otherwise: the modules that cache what their keys are made from (multi-head latent attention).
         has_windows: whether some other layers were trained with a window of their own.
         exact: the rotary modules, and what answers in their place with exact angles.
     """
 
     rotations: dict[nn.Module, Rotation | None]
+    indices: dict[nn.Module, int]
     cached_otherwise: set[nn.Module]
     has_windows: bool
     exact: dict[nn.Module, dict[str | None, ExactRotary]]
@@ -176,6 +187,11 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """Compute attention as the step says that came as the mask; other layers get what they had."""
+    if isinstance(attention_mask, Unmade):
+        raise ValueError(
+            "layers of a patched model were run outside its decoder's forward, in which positions are "
+            "found: detach first"
+        )
     if isinstance(attention_mask, Step):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         scoring = Scoring(scale, kwargs.get("softcap"), None, kwargs.get("s_aux"), dropout)
@@ -194,31 +210,39 @@ def _attention(
     return result
 
 
-def _mask(original: str, *args: Any, local_size: int | None = None, mask_function: Any = None, **kwargs: Any) -> Any:
+def _mask(original: str, *, local_size: int | None = None, **kwargs: Any) -> Any:
     """Hand out what the running decoder carries; layers that were trained with a window get their own mask."""
     carried = running()
+    own: Any = AttentionMaskInterface._global_mapping[original]
+    native = partial(own, local_size=local_size, **kwargs)
     if local_size is not None or isinstance(carried, Native):
         if isinstance(carried, Probe):
             carried.has_windows = True
-        native: Any = AttentionMaskInterface._global_mapping[original]
-        return native(*args, local_size=local_size, mask_function=mask_function, **kwargs)
-    if mask_function is not causal_mask_function:
-        raise ValueError(
-            "this call wants a mask that is more than causal (packed rows, or tokens that see ahead): a "
-            "patched model makes its own and cannot add to it"
-        )
+        return native()
+    is_causal = partial(_is_causal, **kwargs)
     if carried is None:
-        raise ValueError(
-            "layers of a patched model were run outside its decoder's forward, in which positions are "
-            "found: detach first"
-        )
+        return Unmade(kwargs["attention_mask"], is_causal, native)
+    if not is_causal():
+        if isinstance(carried, Probe):
+            raise CannotPatchError(
+                "it asks for a mask in which tokens see what is to come, as an encoder's do, and the mask that limits "
+                "distances is causal"
+            )
+        raise ValueError(MORE_THAN_CAUSAL)
     return carried
 
 
-def layer_index(module: nn.Module) -> int:
-    """Return a layer's place in the decoder, -1 where it does not say."""
-    index = getattr(module, "layer_idx", None)
-    return -1 if index is None else int(index)
+def _is_causal(mask_function: Any, q_length: int, q_offset: int, **kwargs: Any) -> bool:
+    """Return whether a mask that transformers asks for hides what is to come and nothing else, padding aside."""
+    if mask_function is causal_mask_function:
+        return True
+    kwargs |= {"attention_mask": None, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    for start in range(0, q_length, _ROWS):
+        rows: dict[str, Any] = {**kwargs, "q_length": min(_ROWS, q_length - start), "q_offset": q_offset + start}
+        wanted, causal = (sdpa_mask(mask_function=which, **rows) for which in (mask_function, causal_mask_function))
+        if not torch.equal(wanted, causal):  # type: ignore[arg-type]
+            return False
+    return True
 
 
 def _refuse_at_sight(model: Any, decoder: Any, technique: str) -> None:
@@ -235,9 +259,29 @@ def _refuse_at_sight(model: Any, decoder: Any, technique: str) -> None:
         )
     if model.config.is_encoder_decoder:
         raise CannotPatchError("it is an encoder-decoder, not a causal language model")
-    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    if model._is_stateful or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
-        raise CannotPatchError("it has recurrent or convolutional layers, whose state has no distance to limit")
+    config = decoder.config
+    sees_ahead = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    if sees_ahead or not getattr(config, "is_causal", True):
+        raise CannotPatchError("its prompts are read in both directions, and the mask that limits distances is causal")
+    reason = REFUSED.get(type(decoder).__name__)
+    if reason is not None:
+        raise CannotPatchError(reason)
+    layers = DynamicCache(config=config).layers
+    if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
+        raise CannotPatchError(
+            "an indexer of its own chooses from the whole text which keys each token sees: a window would hide what it "
+            "chooses from, and its cache would grow all the same"
+        )
+    attends = any(isinstance(layer, CacheLayerMixin) for layer in layers)
+    if not attends or (model._is_stateful and CACHE not in parameters_of(decoder)):
+        raise CannotPatchError(
+            "it has no attention layers: its states are of constant size already, and there is no distance to limit"
+        )
+
+
+def _configs(module: nn.Module) -> dict[str, PreTrainedConfig]:
+    """Return the configs that a module holds itself, by their names."""
+    return {name: value for name, value in module.__dict__.items() if isinstance(value, PreTrainedConfig)}
 
 
 def _collect(config: PreTrainedConfig, found: dict[int, PreTrainedConfig]) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 
 from hf_longtrunc.arguments import number, one_of, whole
-from hf_longtrunc.attention.middle import Sight, block_mass, choose_blocks, read_blocks, top_k
+from hf_longtrunc.attention.middle import Choice, Sight, block_mass, choose_blocks, read_blocks, top_k
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,8 +49,8 @@ class View(NamedTuple):
         scoring: of the layer.
         num_sink_tokens: S.
         window: L.
-        chosen: blocks that were chosen for each row [batch, blocks]; None: none yet.
-        ballot: takes each voting layer's mass [batch, blocks] while blocks are being chosen; None otherwise.
+        chosen: what was chosen for each row; None: nothing yet.
+        ballot: takes each voting layer's mass and rows [batch, 2, blocks + 1] while blocks are being chosen, else None.
     """
 
     middle: Middle
@@ -58,7 +58,7 @@ class View(NamedTuple):
     scoring: Scoring
     num_sink_tokens: int
     window: int
-    chosen: Tensor | None = None
+    chosen: Choice | None = None
     ballot: list[Tensor] | None = None
 
 
@@ -120,8 +120,13 @@ class Retrieval(ABC):
         """Return the settings for a model of so many layers, with defaults that depend on it."""
         return self
 
-    def check(self, layers: Sequence[int], caches_keys: bool) -> None:
-        """Refuse a model with these layers of full attention, which cache their keys or what keys are made from.
+    def check(self, layers: Sequence[int], caches_keys: bool, takes_back: bool) -> None:
+        """Refuse a model that this strategy cannot read.
+
+        Args:
+            layers: which ones have full attention.
+            caches_keys: whether they cache their keys, or what keys are made from.
+            takes_back: whether every layer can take tokens back, or some carry a state.
 
         Raises:
             ValueError: the message says why.
@@ -203,6 +208,14 @@ class TopBlocks(Retrieval):
         voting_rows: how many of a forward's last rows choose. In our runs recall fell when more rows voted.
         rows: how many of a forward's last rows read: `voting_rows` to 64, as many as the ring can take back. The whole
             question should be among them.
+        ending_rows: how many of the last rows come behind the question and do not vote: a chat template's
+            `<|im_end|> <|im_start|> assistant`. `for_chat` counts them.
+        contrast_rows: how many rows before those that vote say what is attended to anyway. Blocks are then chosen by
+            how many times as much attention they get from the rows that vote, and emphasised by that much, `emphasis`
+            at most; those that get less than `least_contrast` times as much are not read: where nothing is asked,
+            nothing is. 0 chooses by the vote alone.
+        least_contrast: see `contrast_rows`.
+        margin: keys on either side of a block that are read with it, lest a number be cut in two.
         store: as for `TopK`.
 
     Cost: O(n) memory; `rows` rows more and O(n) time a choice; a decoded token costs blocks * block_size keys more.
@@ -216,12 +229,17 @@ class TopBlocks(Retrieval):
     first_voting_layer: int | None = None
     voting_rows: int = 8
     rows: int = 16
+    ending_rows: int = 0
+    contrast_rows: int = 0
+    least_contrast: float = 1.5
+    margin: int = 0
     store: str = "device"
 
     def __post_init__(self) -> None:
         least = {"blocks": 1, "block_size": 1, "distance": 1, "first_layer": 0, "first_voting_layer": 0}
-        _check_counts(self, **least, voting_rows=1)
-        object.__setattr__(self, "emphasis", number("TopBlocks: emphasis", self.emphasis, above=0))
+        _check_counts(self, **least, voting_rows=1, ending_rows=0, contrast_rows=0, margin=0)
+        for name in ("emphasis", "least_contrast"):
+            object.__setattr__(self, name, number(f"TopBlocks: {name}", getattr(self, name), above=0))
         rows = whole("TopBlocks: rows", self.rows, least=1)
         if not self.voting_rows <= rows <= 64:
             raise ValueError(
@@ -229,6 +247,19 @@ class TopBlocks(Retrieval):
                 f"rows={rows}, voting_rows={self.voting_rows}"
             )
         object.__setattr__(self, "rows", rows)
+
+    @classmethod
+    def for_chat(cls, tokenizer: Any, **options: Any) -> TopBlocks:
+        """Return the settings for questions that end in a tokenizer's chat template, changed by `options`.
+
+        What the template puts behind a question has no say. The four rows before that choose four blocks, in contrast
+        to 64 rows before them; these are read with a margin of 16 keys, by the last 48 rows.
+
+        Raises:
+            TypeError: `options` holds what TopBlocks does not take.
+        """
+        chat = {"ending_rows": rows_behind_question(tokenizer), "contrast_rows": 64, "margin": 16}
+        return cls(**{**chat, "voting_rows": 4, "blocks": 4, "rows": 48, **options})
 
     def seen_at(self, window: int) -> int:
         """Return D_k under a window of that length."""
@@ -242,7 +273,7 @@ class TopBlocks(Retrieval):
 
     def reading_rows(self, new: int, is_vote: bool) -> int:
         """Return how many of the last rows look at the middle: those that vote, or those that read."""
-        return self.voting_rows if is_vote else self.rows
+        return self.ending_rows + self.voting_rows + self.contrast_rows if is_vote else self.rows
 
     def for_layers(self, count: int) -> TopBlocks:
         """Return the settings with the first layer that votes."""
@@ -252,9 +283,14 @@ class TopBlocks(Retrieval):
         """Whether that layer votes, or reads."""
         return layer >= ((self.first_voting_layer or 0) if is_vote else self.first_layer)
 
-    def check(self, layers: Sequence[int], caches_keys: bool) -> None:
-        """Refuse a model without a layer that reads or votes, and one whose keys are not cached."""
-        super().check(layers, caches_keys)
+    def check(self, layers: Sequence[int], caches_keys: bool, takes_back: bool) -> None:
+        """Refuse a model without a layer that reads or votes, one whose keys are not cached, and one with states."""
+        super().check(layers, caches_keys, takes_back)
+        if not takes_back:
+            raise ValueError(
+                "TopBlocks runs the end of a question twice, and the recurrent or convolutional layers of this model "
+                "carry a state that cannot go back to before it: take TopK"
+            )
         if not caches_keys:
             raise ValueError(
                 "its cache holds what keys are made from (multi-head latent attention), and TopBlocks searches "
@@ -271,17 +307,19 @@ class TopBlocks(Retrieval):
         if not forward.has_middle:
             return False
         archives = forward.archives()
-        return forward.new >= self.voting_rows or (archives[0].chosen is None and forward.new > 1)
+        return forward.new >= self.voting_rows + self.ending_rows or (archives[0].chosen is None and forward.new > 1)
 
     def run(self, forward: Forward) -> object:
         """Run the forward, let its last rows vote, take the last rows back, and run these with what was chosen."""
         ballot: list[Tensor] = []
         first = forward.run(ballot=ballot)
-        chosen = choose_blocks(forward.total(torch.stack(ballot).sum(0)), self.blocks)
+        total = forward.total(torch.stack(ballot).sum(0))
+        vote, background = (total[..., :-1] / total[..., -1:].clamp_min(1)).unbind(1)
+        chosen = choose_blocks(vote, background, self.blocks, self.emphasis, self.least_contrast)
         rows = min(self.rows, forward.new)
         forward.take_back(rows)
         for archive in forward.archives():
-            archive.choose(chosen.to(first[0].device))
+            archive.choose(Choice(*(part.to(first[0].device) for part in chosen)))
         return forward.with_first(first, forward.run(last=rows))
 
     def read(self, view: View, query: Tensor, positions: Tensor, logits: Tensor) -> Retrieved | None:
@@ -290,13 +328,36 @@ class TopBlocks(Retrieval):
         if view.ballot is None and view.chosen is None:
             return None
         turned = query if view.rotate is None else view.rotate(query, away - positions)
-        sight = Sight(away, sinks, min(away, view.window), view.scoring, view.window + sinks, self.emphasis)
+        sight = Sight(away, sinks, min(away, view.window), view.scoring, view.window + sinks)
         if view.ballot is not None:
-            mass = block_mass(turned, positions, view.middle, logits.logsumexp(-1), self.block_size, sight)
+            mass = self._mass(turned, positions, view, logits.logsumexp(-1), sight)
             view.ballot.append(mass.cpu())
             return None
         assert view.chosen is not None
-        return read_blocks(turned, positions, view.middle, view.chosen, self.block_size, sight)
+        return read_blocks(turned, positions, view.middle, view.chosen, self.block_size, self.margin, sight)
+
+    def _mass(self, query: Tensor, positions: Tensor, view: View, normalizer: Tensor, sight: Sight) -> Tensor:
+        """Return the attention that voting rows, and those before, pay to each block, and how many [batch, 2, b + 1].
+
+        Sums over layers, blocks of rows and ranks keep the mean over a group's rows up to one factor for both groups.
+        """
+        last = view.middle.positions[..., -1:].to(positions.device)
+        voting = (last - self.ending_rows - self.voting_rows < positions) & (positions <= last - self.ending_rows)
+        before = ~voting & (positions <= last - self.ending_rows)
+        groups = torch.stack([voting, before])
+        mass = block_mass(query, positions, view.middle, normalizer, self.block_size, sight, groups)
+        counted = (groups & (positions >= 0)).sum(-1).T.expand(len(mass), -1)
+        return torch.cat([mass, counted[..., None].to(mass)], dim=-1)
+
+
+def rows_behind_question(tokenizer: Any) -> int:
+    """Return how many tokens a tokenizer's chat template puts behind a user's words up to the answer; 0 without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return 0
+    mark = "<<question>>"
+    messages = [{"role": "user", "content": mark}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return len(tokenizer(text.split(mark)[-1], add_special_tokens=False).input_ids)
 
 
 def _check_counts(strategy: Any, **least: int) -> None:

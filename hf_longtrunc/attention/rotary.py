@@ -227,9 +227,13 @@ def candidate_rotations(
 
 
 def exact_forward(sources: dict[str | None, ExactRotary]) -> Callable[..., Any]:
-    """Return a `forward` that takes the place of a rotary module's own."""
+    """Return a `forward` that takes the place of a rotary module's own.
+
+    Of positions in time, height and width [3, rows, n] the first are taken: `check_positions` has seen them agree.
+    """
 
     def forward(x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+        position_ids = position_ids[0] if position_ids.ndim == 3 else position_ids
         return sources[layer_type](x, position_ids.to(x.device))
 
     return forward

@@ -166,17 +166,23 @@ def check_end(mask: Any) -> None:
 
 
 def check_positions(position_ids: Any, real: Tensor | None, new: int) -> None:
-    """Refuse position_ids [..., new] that do not count up by one over real tokens."""
+    """Refuse position_ids [..., new] that do not count up by one over real tokens.
+
+    In three or four rows [rows, batch, new], as multimodal models count in time, height and width, they must agree.
+    """
     if position_ids is None or new == 1:
         return
     is_step = (position_ids[..., 1:] - position_ids[..., :-1]) == 1
+    if position_ids.ndim == 3:
+        is_step = is_step & (position_ids == position_ids[:1])[..., 1:]
     if real is not None:
         now = real[:, -new:]
         is_step = is_step | ~(now[:, 1:] & now[:, :-1])
     if not bool(is_step.all()):
         raise ValueError(
             "position_ids must count up by one within a row on a patched model, which counts distances in "
-            "tokens: packed rows and position_ids that jump (CREAM) cannot be combined with it"
+            "tokens: packed rows, position_ids that jump (CREAM), and an image's or a video's that count in time, "
+            "height and width (M-RoPE) cannot be combined with it"
         )
 
 

@@ -19,7 +19,7 @@ from hf_longtrunc.attention.lambda_attention import distance, visible
 from hf_longtrunc.attention.row_positions import from_first_token, joined, text_order
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from typing_extensions import Self
 
@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.row_positions import Moves
 
 _running = threading.local()
+_FULL = "full_attention"  # what transformers calls these layers, where a decoder has several kinds
+
+MORE_THAN_CAUSAL = (
+    "this call wants a mask that is more than causal (packed rows, or tokens that see ahead, as those of an image in "
+    "some models): a patched model makes its own and cannot add to it"
+)
 
 
 class Layout(Enum):
@@ -58,6 +64,46 @@ class Carried:
 
 class Native(Carried):
     """Carried where a forward is to run as if the model were not patched."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unmade(Carried):
+    """A mask that a multimodal model asks for before its decoder runs, which alone knows the step.
+
+    Attributes:
+        padding: where there are tokens [batch, tokens]; None: everywhere.
+        is_causal: tells whether it hides the future and nothing else.
+        native: makes it as if the model were not patched.
+    """
+
+    padding: Tensor | None
+    is_causal: Callable[[], bool]
+    native: Callable[[], Any]
+
+
+def padding_of(mask: Any) -> Any:
+    """Return the padding mask in what a decoder is handed as `attention_mask`: that, an `Unmade`, or one for each kind.
+
+    Raises:
+        ValueError: its layers with full attention are to see more than what came before.
+    """
+    full = mask.get(_FULL) if isinstance(mask, dict) else mask
+    if not isinstance(full, Unmade):
+        return full
+    if not full.is_causal():
+        raise ValueError(MORE_THAN_CAUSAL)
+    return full.padding
+
+
+def made(mask: Any, padding: Any, carried: Carried) -> Any:
+    """Return what the decoder is handed in place of `mask`, of which `padding_of` was read."""
+    if not isinstance(mask, dict):
+        return padding  # of which the decoder makes its own
+    is_ours = not isinstance(carried, Native)
+    return {
+        kind: carried if is_ours and kind == _FULL else each.native() if isinstance(each, Unmade) else each
+        for kind, each in mask.items()
+    }
 
 
 @dataclass(frozen=True, eq=False)

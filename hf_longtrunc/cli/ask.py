@@ -14,6 +14,7 @@ from hf_longtrunc.cli.common import AsJson, Model, Sinks, check_file, is_watched
 if TYPE_CHECKING:
     from hf_longtrunc.evaluation.records import Arm
 
+_WITH_QUESTION = 96  # of the text's tokens are read with each question, against which the rows of the question stand
 _OPENING = "Here is a text. A question about it follows at its end.\n\n"
 
 
@@ -54,7 +55,7 @@ def ask(
     found = tokens_of(tokenizer, text)
     ids = before + found[:max_tokens]
     try:
-        way, arm = reading(blocks, lm_infinite, window, sinks, trained_length(loaded.config))
+        way, arm = reading(tokenizer, blocks, lm_infinite, window, sinks, trained_length(loaded.config))
         handle: Any = arm(loaded)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
@@ -66,7 +67,9 @@ def ask(
         print_json({**read, "answers": answers})
 
 
-def reading(blocks: bool, lm_infinite: bool, window: int | None, sinks: int, trained: int) -> tuple[str, Arm]:
+def reading(
+    tokenizer: Any, blocks: bool, lm_infinite: bool, window: int | None, sinks: int, trained: int
+) -> tuple[str, Arm]:
     """Return the way to read that the options name, in words and as a technique."""
     from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks
 
@@ -76,8 +79,8 @@ def reading(blocks: bool, lm_infinite: bool, window: int | None, sinks: int, tra
     seen = f"LM-Infinite, the first {sinks} and the last {length:,} tokens"
     if not blocks:
         return seen, LMInfinite(num_sink_tokens=sinks, window_length=length)
-    retrieval = TopBlocks()
-    seen += f", and {retrieval.blocks} blocks of {retrieval.block_size} that the question chooses"
+    retrieval = TopBlocks.for_chat(tokenizer)
+    seen += f", and up to {retrieval.blocks} blocks of {retrieval.block_size} that the question chooses"
     return seen, LMInfinite(num_sink_tokens=sinks, window_length=length, retrieval=retrieval)
 
 
@@ -125,7 +128,9 @@ def answered(
     from hf_longtrunc.evaluation.greedy import greedy_answer
 
     since, answers = time.perf_counter(), []
-    cache = read_ahead(model, torch.tensor([ids], device=model.device), progress=is_watched())
+    held_back = min(_WITH_QUESTION, len(ids) - 1)
+    ahead = torch.tensor([ids[: len(ids) - held_back]], device=model.device)
+    cache = read_ahead(model, ahead, progress=is_watched())
     notes().print(f"read in {time.perf_counter() - since:.1f} s, {cache_bytes(cache) / 2**20:,.0f} MiB kept")
     grows = all(type(layer) is DynamicLayer for layer in cache.layers)
     for question, ending in questions:
@@ -136,7 +141,7 @@ def answered(
         streamer = None if is_quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         said = greedy_answer(model, ids + ending, max_new_tokens, cache=held, streamer=streamer)
         if grows:
-            cache.crop(len(ids) - cache.get_seq_length())
+            cache.crop(ahead.shape[1] - cache.get_seq_length())
         answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
         answers.append({"question": question, "answer": answer, "seconds": round(time.perf_counter() - since, 3)})
     return answers

@@ -280,6 +280,8 @@ class Talk:
                 print(piece, end="", flush=True)
                 self._speed = count / (time.perf_counter() - since)
                 if self.every and count % self.every == 0:
+                    if sys.stdout.isatty():
+                        print(file=sys.stderr)
                     self._status()
         print(flush=True)
         self._status(" (interrupted)" if interrupted.is_set() else "")
@@ -308,7 +310,7 @@ class Talk:
 
     def _status(self, note: str = "") -> None:
         seen, held = self.conversation.seen, self.conversation.mebibytes
-        notes().print(f"[dim]{seen:,} tokens seen, cache {held:,.1f} MiB, {self._speed:.1f} tokens/s{note}[/dim]")
+        notes().print(f"[dim]{seen:,} tokens seen, cache {held:,.2f} MiB, {self._speed:.1f} tokens/s{note}[/dim]")
 
 
 @contextmanager

@@ -43,12 +43,18 @@ from hf_longtrunc.cli.ppl import compare, read_tokens
 from hf_longtrunc.evaluation import python_reference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SAMPLING, BAT, PACKING, CREAM = "sampling.png", "bat.png", "packing.png", "cream.png"
+# One meaning a colour and a shape, as on the pages: a cross was refused, a diamond was rescued.
+MARKS: dict[str, dict[str, Any]] = {
+    "refused": {"color": "#b23a00", "marker": "x", "linestyle": "", "markersize": 5},
+    "rescued": {"color": "#006b4d", "marker": "D", "linestyle": "", "markersize": 4},
+}
 SAMPLING_PAGE, BAT_PAGE = "sampling.html", "bat.html"
 PROMPT = "The lighthouse keeper had not spoken to anyone for eleven days when"
 
@@ -212,16 +218,23 @@ def _picture(runs: list[SampledText], epsilon: float, path: Path) -> None:
     figure, panels = plt.subplots(
         3, len(runs), sharex=True, sharey="row", figsize=(4 * len(runs), 6), layout="constrained", squeeze=False
     )
+    marks: dict[str, Callable[[TruncationRecord], bool]] = {
+        "rescued": lambda record: record.is_rescued,
+        "refused": lambda record: record.is_refused_by_eta(epsilon) and not record.is_rescued,
+    }
     for column, run in enumerate(runs):
         run.trace.plot(axes=list(panels[:, column]))
         # What eta would have asked of this text: the dots under the dashed line are the tokens that it refuses.
         steps = range(1, len(run.records) + 1)
         panels[1, column].plot(steps, [record.eta_threshold(epsilon) for record in run.records], "k--", linewidth=0.8)
-        refused = [(n, r.probability) for n, r in zip(steps, run.records, strict=True) if r.is_refused_by_eta(epsilon)]
-        panels[1, column].plot(*zip(*refused, strict=True) if refused else ([], []), "rx", markersize=5)
+        for mark, is_marked in marks.items():
+            marked = [(n, r.probability) for n, r in zip(steps, run.records, strict=True) if is_marked(r)]
+            panels[1, column].plot(*zip(*marked, strict=True) if marked else ([], []), **MARKS[mark])
         panels[0, column].set_title(run.name, loc="left")
         panels[2, column].set_xlabel("generated token")
-    names = ("entropy (nats)", f"drawn (dots), cut (line),\nrefused by eta {epsilon:g} (x)", "kept mass")
+    told = {"rescued": "rescued by a proof (diamonds)", "refused": f"refused by eta {epsilon:g} (x)"}
+    seen = [words for mark, words in told.items() if any(marks[mark](record) for run in runs for record in run.records)]
+    names = ("entropy (nats)", "\n".join(["drawn (dots), cut (line)", *seen]), "kept mass")
     for panel, name in zip(panels[:, 0], names, strict=True):
         panel.set_ylabel(name)
     lowest = min(record.kept_mass for run in runs for record in run.records)

@@ -11,12 +11,13 @@ from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_longtrunc.evaluation.card import update_model_card as update_model_card
+    from hf_longtrunc.evaluation.haystack import Haystack as Haystack
     from hf_longtrunc.evaluation.heat_maps import wilson_interval as wilson_interval
     from hf_longtrunc.evaluation.matching import (
-        critical_epsilons as critical_epsilons,
+        critical_parameters as critical_parameters,
         match_table as match_table,
-        matched_epsilon as matched_epsilon,
-        matched_epsilons as matched_epsilons,
+        matched_parameter as matched_parameter,
+        matched_parameters as matched_parameters,
         plot_match as plot_match,
     )
     from hf_longtrunc.evaluation.passkey import (
@@ -39,6 +40,11 @@ if TYPE_CHECKING:
         plot_perplexity as plot_perplexity,
         stream_losses as stream_losses,
         token_losses as token_losses,
+    )
+    from hf_longtrunc.evaluation.questions import (
+        LongText as LongText,
+        questions_table as questions_table,
+        run_questions as run_questions,
     )
     from hf_longtrunc.evaluation.recall import (
         Fact as Fact,
@@ -82,7 +88,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Fact": "hf_longtrunc.evaluation.recall",
+    "Haystack": "hf_longtrunc.evaluation.haystack",
     "KeyValuePrompts": "hf_longtrunc.evaluation.retrieval",
+    "LongText": "hf_longtrunc.evaluation.questions",
     "NeedlePrompts": "hf_longtrunc.evaluation.retrieval",
     "PasskeyPrompts": "hf_longtrunc.evaluation.passkey",
     "PasskeyRecord": "hf_longtrunc.evaluation.passkey",
@@ -98,12 +106,12 @@ _HOME = {
     "append_records": "hf_longtrunc.evaluation.records",
     "cache_bytes": "hf_longtrunc.evaluation.streaming",
     "compare_losses": "hf_longtrunc.evaluation.perplexity",
-    "critical_epsilons": "hf_longtrunc.evaluation.matching",
+    "critical_parameters": "hf_longtrunc.evaluation.matching",
     "default_edges": "hf_longtrunc.evaluation.perplexity",
     "fact_recall": "hf_longtrunc.evaluation.recall",
     "match_table": "hf_longtrunc.evaluation.matching",
-    "matched_epsilon": "hf_longtrunc.evaluation.matching",
-    "matched_epsilons": "hf_longtrunc.evaluation.matching",
+    "matched_parameter": "hf_longtrunc.evaluation.matching",
+    "matched_parameters": "hf_longtrunc.evaluation.matching",
     "passkey_table": "hf_longtrunc.evaluation.passkey",
     "passkey_tasks": "hf_longtrunc.evaluation.passkey",
     "perplexity_by_position": "hf_longtrunc.evaluation.perplexity",
@@ -116,6 +124,7 @@ _HOME = {
     "plot_retrieval": "hf_longtrunc.evaluation.retrieval",
     "plot_truncation": "hf_longtrunc.evaluation.truncation",
     "python_reference": "hf_longtrunc.evaluation.texts",
+    "questions_table": "hf_longtrunc.evaluation.questions",
     "read_ahead": "hf_longtrunc.evaluation.streaming",
     "read_records": "hf_longtrunc.evaluation.records",
     "recall_records": "hf_longtrunc.evaluation.recall",
@@ -124,6 +133,7 @@ _HOME = {
     "retrieval_tasks": "hf_longtrunc.evaluation.retrieval",
     "run_passkey": "hf_longtrunc.evaluation.passkey",
     "run_repetition": "hf_longtrunc.evaluation.truncation",
+    "run_questions": "hf_longtrunc.evaluation.questions",
     "run_retrieval": "hf_longtrunc.evaluation.retrieval",
     "start_stream": "hf_longtrunc.evaluation.streaming",
     "stream_losses": "hf_longtrunc.evaluation.perplexity",

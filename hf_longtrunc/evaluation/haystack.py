@@ -67,24 +67,39 @@ class Haystack:
             ValueError: the length leaves no room for filler, a depth lies outside [0, 1], or there is no chat
                 template.
         """
-        for depth, _ in needles:
-            share("depth", depth)
-        hidden = self._tokens_of([sentence for _, sentence in needles])
         if turns is None:
             opened: list[int] = self.tokenizer(opening).input_ids
             (asked,) = self._tokens_of([question])
         else:
-            opened, asked = self._conversation(opening, question, turns)
-        room = length - len(opened) - sum(map(len, hidden)) - len(asked)
+            opened, asked = self.conversation(opening, question, turns)
+        return [*opened, *self.text(length, needles, draw, beside=len(opened) + len(asked)), *asked]
+
+    def text(
+        self,
+        length: int,
+        needles: Sequence[tuple[float, str]],
+        draw: random.Random,
+        *,
+        beside: int = 0,
+        behind: int = 0,
+    ) -> list[int]:
+        """Return the tokens of filler with the needles in it, which with `beside` tokens around it has `length`.
+
+        Needles as for `prompt`, in the filler before its last `behind` tokens.
+        """
+        for depth, _ in needles:
+            share("depth", depth)
+        hidden = self._tokens_of([sentence for _, sentence in needles])
+        room = length - beside - behind - sum(map(len, hidden))
         if room < 1:
             raise ValueError(f"length must be at least {length - room + 1} tokens for this prompt, got {length}")
-        sentences = self._stretch(room, draw.randrange(len(self._sentences)))
+        sentences = self._stretch(room + behind, draw.randrange(len(self._sentences)))
         places = [_nearest_boundary(sentences, depth * room) for depth, _ in needles]
         for index in sorted(range(len(places)), key=lambda index: (places[index], index), reverse=True):
             sentences.insert(places[index], hidden[index])
-        return [*opened, *(token for sentence in sentences for token in sentence), *asked]
+        return [token for sentence in sentences for token in sentence]
 
-    def _conversation(self, opening: str, question: str, turns: Sequence[str]) -> tuple[list[int], list[int]]:
+    def conversation(self, opening: str, question: str, turns: Sequence[str] = ()) -> tuple[list[int], list[int]]:
         """Return the tokens before and behind the filler of a conversation in the tokenizer's chat template."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("chat needs a tokenizer with a chat template, this one has none")

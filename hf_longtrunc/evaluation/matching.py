@@ -1,15 +1,14 @@
-"""Parameter matching: the epsilon at which every truncation sampler refuses the same share of a human text.
+"""The parameters at which each truncation sampler refuses the same share of a human text.
 
-A token of the text has, for each sampler, one critical epsilon: the sampler keeps it at every smaller one. With p its
-probability, H the entropy of the distribution it came from and tau* its basis-aware probability:
+A token of the text has, for each sampler with a parameter, one critical value at which the sampler begins to keep it
+(`hf_longtrunc.evaluation.ranked`). With p its probability, H the entropy of the distribution that it came from and
+tau* its basis-aware probability, for example:
 
-    epsilon-sampling: p        eta-sampling: max(p, p^2 exp(2H))
+    epsilon-sampling: p        eta-sampling: max(p, p^2 exp(2H))       top-k: 1 + how many tokens are more probable
     BAT on epsilon: tau*       BAT on eta: max(tau*, tau*^2 exp(2H))
 
-and 1 for the most probable token, which all of them keep. Top-n-sigma is matched by 1 / n, at which it grows stricter
-as the others do by epsilon: sigma / (largest score - score), and infinity for the most probable token. The share
-refused at epsilon is the share of critical epsilons below it; matching is reading off a quantile (Finlayson et al.
-2023, arXiv 2310.01693, section 6).
+The share refused at a parameter is the share of critical values on its far side; matching is reading off a quantile
+(Finlayson et al. 2023, arXiv 2310.01693, section 6). P-less has no parameter: it refuses the share that it refuses.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm.auto import tqdm
 
 from hf_longtrunc import SoftmaxBasis, SupportChecker
-from hf_longtrunc.arguments import number
+from hf_longtrunc.arguments import number, one_of, whole
 from hf_longtrunc.evaluation.display import new_axes, new_table
+from hf_longtrunc.evaluation.ranked import METHODS as RANKED, rank_of, ranked
+from hf_longtrunc.evaluation.streaming import stream_logits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,69 +31,107 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-METHODS = ("epsilon", "eta", "BAT on epsilon", "BAT on eta", "top-n-sigma (1/n)")
+BASIS_AWARE = ("BAT on epsilon", "BAT on eta")
+PARAMETERS = {name: method.parameter for name, method in RANKED.items()} | dict.fromkeys(BASIS_AWARE, "epsilon")
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1)
 
 
-def critical_epsilons(
-    model: Any, input_ids: Tensor, basis: SoftmaxBasis, *, progress: bool = False
+def critical_parameters(
+    model: Any,
+    input_ids: Tensor,
+    basis: SoftmaxBasis | None = None,
+    *,
+    bat_tokens: int = 256,
+    chunk: int = 128,
+    progress: bool = False,
 ) -> dict[str, list[float]]:
-    """Return every method's critical epsilon of every token of `input_ids` [length] after the first.
+    """Return, for every method, the critical parameter of every token of `input_ids` [length] after the first.
+
+    The methods are eta, epsilon, top-n-sigma, p-less, its normalised form (1 where it refuses the token), transformers'
+    top-p, top-k, min-p, typical and top-h (infinity where it never keeps the token), and BAT on eta and on epsilon.
 
     Args:
         model: a causal LM in eval mode.
         input_ids: one row of at least 2 token ids.
-        basis: the softmax basis of the same model.
+        basis: the softmax basis of the same model; None leaves BAT out.
+        bat_tokens: of how many tokens, evenly spread over the text, BAT's values are found. Its columns are as long.
+        chunk: tokens a forward.
         progress: show a bar.
 
     Raises:
-        ValueError: `input_ids` is no row of at least 2 tokens.
+        TypeError, ValueError: `input_ids` is no row of at least 2 tokens, or a number that is none.
 
-    Cost: one forward pass, and some 5 to 10 basis-aware checks a token, at tens of milliseconds a token on a CPU.
+    Cost: one reading of the text and some 4 ms a token on one CPU thread; for BAT 5 to 10 basis-aware checks a token.
     """
     if input_ids.ndim != 1 or len(input_ids) < 2:
         raise ValueError(f"input_ids must be one row of at least 2 tokens, got shape {tuple(input_ids.shape)}")
-    with torch.no_grad():
-        logits = model(input_ids[None].to(model.device)).logits[0, :-1].float().cpu()
-    checker = SupportChecker(basis)
-    columns: dict[str, list[float]] = {method: [] for method in METHODS}
-    steps = list(zip(logits, input_ids[1:].cpu(), strict=True))
-    for scores, token in tqdm(steps, desc="basis-aware probabilities", unit="tok", disable=not progress):
-        for method, value in zip(METHODS, _of_token(checker, scores, token), strict=True):
-            columns[method].append(value)
+    tokens, checker = len(input_ids) - 1, None if basis is None else SupportChecker(basis)
+    wanted = min(tokens, whole("bat_tokens", bat_tokens, least=1)) if checker else 0
+    chosen = {place * tokens // wanted for place in range(wanted)}
+    columns: dict[str, list[float]] = {name: [] for name in (PARAMETERS if checker else RANKED)}
+    place = 0
+    with tqdm(total=tokens, desc="critical parameters", unit="tok", disable=not progress) as bar:
+        for logits in stream_logits(model, input_ids, whole("chunk", chunk, least=1)):
+            scores, targets = logits.cpu(), input_ids[place + 1 : place + 1 + len(logits)].cpu()
+            rows, rank = ranked(scores), rank_of(scores, targets)
+            for name, method in RANKED.items():
+                columns[name] += method.critical(rows, rank).tolist()
+            for row in (row for row in range(len(scores)) if place + row in chosen):
+                found = _basis_aware(checker, scores[row], targets[row], float(rows.entropy[row, -1]))
+                for name, value in zip(BASIS_AWARE, found, strict=True):
+                    columns[name].append(value)
+            place += len(logits)
+            bar.update(len(logits))
     return columns
 
 
-def matched_epsilon(critical: Sequence[float], share: float) -> float:
-    """Return the largest epsilon that refuses at most `share` of the tokens.
+def matched_parameter(method: str, critical: Sequence[float], share: float) -> float:
+    """Return the strictest parameter of a method that refuses at most `share` of the tokens; infinity if there is none.
 
     Args:
-        critical: the critical epsilons of the text's tokens.
+        method: its name, a key of what `critical_parameters` returned. Not p-less, which has no parameter.
+        critical: its critical values of the text's tokens.
         share: at least 1 / tokens and below 1: n tokens tell no smaller share from none.
 
     Raises:
-        ValueError: another share.
+        ValueError: another share, another method.
     """
+    one_of("method", method, tuple(name for name, parameter in PARAMETERS.items() if parameter))
     share = number("share", share, least=1 / len(critical), below=1)
-    return sorted(critical)[math.floor(share * len(critical))]
+    return sorted(critical, reverse=keeps_more(method))[math.floor(share * len(critical))]
 
 
-def matched_epsilons(
+def keeps_more(method: str) -> bool:
+    """Return whether a larger parameter of the method keeps more tokens."""
+    return method in RANKED and RANKED[method].keeps_more
+
+
+def matched_parameters(
     columns: Mapping[str, Sequence[float]], shares: Sequence[float] = SHARES
 ) -> list[dict[str, float]]:
-    """Return a row for each share of refused tokens, `{"refused": share, method: epsilon, ...}`.
+    """Return a row for each share of refused tokens, `{"refused": share, method: parameter, ...}`, without p-less.
 
     Args:
-        columns: what `critical_epsilons` returned.
-        shares: those below 1 / tokens are left out.
+        columns: what `critical_parameters` returned.
+        shares: those below 1 / tokens are left out, and for BAT those below 1 / its tokens are missing in their rows.
 
     Raises:
         ValueError: the text is too short for every share.
     """
     return [
-        {"refused": share} | {method: matched_epsilon(values, share) for method, values in columns.items()}
-        for share in known_shares(min(map(len, columns.values())), shares)
+        {"refused": share}
+        | {
+            name: matched_parameter(name, values, share)
+            for name, values in columns.items()
+            if PARAMETERS[name] and share * len(values) >= 1
+        }
+        for share in known_shares(max(map(len, columns.values())), shares)
     ]
+
+
+def refused_shares(columns: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the share of the tokens that each method without a parameter refuses."""
+    return {name: sum(values) / len(values) for name, values in columns.items() if not PARAMETERS[name]}
 
 
 def known_shares(tokens: int, shares: Sequence[float] = SHARES) -> list[float]:
@@ -110,39 +148,41 @@ def known_shares(tokens: int, shares: Sequence[float] = SHARES) -> list[float]:
 
 
 def match_table(columns: Mapping[str, Sequence[float]], shares: Sequence[float] = SHARES) -> Table:
-    """Lay `matched_epsilons` out as a rich table: a row per share of refused tokens, a column per method."""
-    table = new_table(title="epsilon that refuses the same share of the text")
-    rows = matched_epsilons(columns, shares)
-    for heading in rows[0]:
+    """Lay `matched_parameters` out as a rich table: a row a method, a column per share of refused tokens."""
+    rows = matched_parameters(columns, shares)
+    refused = [f"{row['refused']:.1%}" for row in rows]
+    table = new_table("method", "parameter", "tokens", title="parameter at which a share of the text is refused")
+    for heading in refused:
         table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(f"{row['refused']:.1%}", *(f"{row[method]:.3g}" for method in columns))
+    for name, values in columns.items():
+        if PARAMETERS[name]:
+            table.add_row(name, PARAMETERS[name], f"{len(values):,}", *(_shown(row.get(name)) for row in rows))
+    if fixed := refused_shares(columns):
+        table.caption = "; ".join(f"{name} refuses {share:.1%}" for name, share in fixed.items())
     return table
 
 
 def plot_match(columns: Mapping[str, Sequence[float]], axes: Axes | None = None) -> Axes:
-    """Draw the share of refused tokens over epsilon, a line a method."""
+    """Draw the share of refused tokens over the parameter, a line for each method whose parameter is a probability."""
     axes = axes or new_axes(7, 4.5)
-    for method, values in columns.items():
-        ordered = sorted(values)
-        axes.step(ordered, [n / len(ordered) for n in range(len(ordered))], where="pre", label=method, linewidth=1.2)
-    axes.set(xscale="log", yscale="log", xlabel="epsilon", ylabel="share of the text's tokens refused")
+    for name, values in columns.items():
+        if PARAMETERS[name] and not keeps_more(name):
+            ordered = sorted(values)
+            places = [n / len(ordered) for n in range(len(ordered))]
+            axes.step(ordered, places, where="pre", label=name, linewidth=1.2)
+    axes.set(xscale="log", yscale="log", xlabel="epsilon or min_p", ylabel="share of the text's tokens refused")
     axes.legend(frameon=False)
     return axes
 
 
-def _of_token(checker: SupportChecker, scores: Tensor, token: Tensor) -> tuple[float, ...]:
-    if int(scores.argmax()) == int(token):
-        return 1.0, 1.0, 1.0, 1.0, math.inf
-    log_probs = scores.double().log_softmax(-1)
-    p, entropy = float(log_probs[token].exp()), float(-(log_probs.exp() * log_probs).nan_to_num(0).sum())
+def _basis_aware(checker: SupportChecker | None, scores: Tensor, token: Tensor, entropy: float) -> tuple[float, float]:
+    if checker is None or int(scores.argmax()) == int(token):
+        return 1.0, 1.0
     critical = float(checker.critical_threshold(scores, token[None]))
-    finite = scores[scores > -math.inf].double()
-    distance = float(finite.max() - scores[token])
-    inverse = float(finite.std(correction=0)) / distance if distance else math.inf
-    return p, _eta_critical(p, entropy), critical, _eta_critical(critical, entropy), inverse
+    return critical, min(1.0, max(critical, critical**2 * math.exp(2 * entropy)))
 
 
-def _eta_critical(p: float, entropy: float) -> float:
-    """Largest epsilon with p >= min(epsilon, sqrt(epsilon) exp(-H))."""
-    return min(1.0, max(p, p * p * math.exp(2 * entropy)))
+def _shown(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "none" if math.isinf(value) else f"{value:.4g}"

@@ -12,6 +12,8 @@ from hf_longtrunc.arguments import whole
 from hf_longtrunc.models import CACHE, cache_of, decoder_of, unwrapped
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import Cache
 
 
@@ -47,6 +49,23 @@ def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
 
 
 @torch.no_grad()
+def stream_logits(model: Any, input_ids: Tensor, chunk: int) -> Iterator[Tensor]:
+    """Yield the fp32 logits that predict the tokens of `input_ids` [n] after the first, at most `chunk` [.., V] a time.
+
+    Holds one chunk of logits, and the model's cache.
+
+    Raises:
+        ValueError: the model keeps no cache.
+    """
+    ids = input_ids.to(model.device)
+    cache, first = start_stream(model, ids[None, :1])
+    yield first[0].float()
+    for start in range(1, len(ids) - 1, chunk):
+        piece = ids[start : min(start + chunk, len(ids) - 1)]
+        yield model(input_ids=piece[None], use_cache=True, **{CACHE: cache}).logits[0].float()
+
+
+@torch.no_grad()
 def read_ahead(model: Any, input_ids: Tensor, *, chunk: int = 1024, progress: bool = False) -> Cache:
     """Read a text before anything is asked about it, `chunk` tokens a forward.
 
@@ -77,5 +96,14 @@ def read_ahead(model: Any, input_ids: Tensor, *, chunk: int = 1024, progress: bo
 
 def cache_bytes(cache: Any) -> int:
     """Return the bytes of all tensors that the layers of a transformers cache hold, each storage once."""
-    held = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, Tensor))
+    held = (tensor for layer in cache.layers for tensor in _tensors(list(vars(layer).values())))
     return sum({storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, held)}.values())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value, inside tuples, lists and the values of dicts too."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)

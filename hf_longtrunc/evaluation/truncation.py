@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,7 @@ from hf_longtrunc.arguments import whole
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.perplexity import token_losses
 from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings
-from hf_longtrunc.evaluation.streaming import start_stream
-from hf_longtrunc.models import CACHE
+from hf_longtrunc.evaluation.streaming import stream_logits
 
 if TYPE_CHECKING:
     import os
@@ -203,21 +203,22 @@ def repetition_table(records: Sequence[RepetitionRecord]) -> Table:
 
 
 def plot_truncation(scores: Sequence[TruncationScore], axes: Axes | None = None) -> Axes:
-    """Draw entropy left over total variation; samplers whose names share their first word are joined by a line."""
+    """Draw entropy left over total variation; samplers whose names share their first word are joined by a line.
+
+    The legend names their parameters from left to right. Of two points the one higher and farther left is better.
+    """
     axes = axes or new_axes(7, 4.5)
     families: dict[str, list[TruncationScore]] = {}
     for score in scores:
         families.setdefault(score.sampler.split()[0], []).append(score)
-    for family, members in families.items():
+    for (family, members), marker in zip(families.items(), cycle("os^Dvp*")):
         members.sort(key=lambda score: score.total_variation)
         points = [[score.total_variation for score in members], [score.kept_entropy for score in members]]
-        axes.plot(*points, marker="o", markersize=4, linewidth=1.2, label=family)
-        for score in members:
-            parameter = score.sampler.removeprefix(family).strip()
-            where = (score.total_variation, score.kept_entropy)
-            axes.annotate(parameter, where, textcoords="offset points", xytext=(5, 4), fontsize=8)
+        parameters = ", ".join(score.sampler.removeprefix(family).strip() for score in members)
+        axes.plot(*points, marker=marker, markersize=5, linewidth=1.2, label=f"{family} {parameters}")
     axes.axhline(scores[0].entropy, color="grey", linestyle=":", linewidth=1, label="untruncated")
-    axes.set(xlabel="total variation from the model's distribution", ylabel="entropy left (nats)")
+    axes.set(xlabel="total variation from the model's distribution (less is better)")
+    axes.set_ylabel("entropy left, nats (more is better)")
     axes.legend(frameon=False)
     return axes
 
@@ -244,7 +245,7 @@ def _means(
         return {}
     ids = input_ids.to(model.device)
     sums = {name: torch.zeros(5, dtype=torch.float64) for name in samplers}
-    steps = tqdm(_logits(model, ids, chunk), total=len(ids) - 1, unit="tok", disable=not progress)
+    steps = tqdm(_rows(model, ids, chunk), total=len(ids) - 1, unit="tok", disable=not progress)
     for position, scores in enumerate(steps, 1):
         log_p = scores.double().log_softmax(-1)
         entropy = _entropy(log_p[~log_p.isneginf()])
@@ -256,14 +257,10 @@ def _means(
     return {name: {**values, "total_variation": 1 - values["kept_mass"]} for name, values in means.items()}
 
 
-def _logits(model: Any, ids: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Yield the fp32 logits [1, V] that predict each token of ids [n] after the first, holding a chunk at a time."""
-    cache, first = start_stream(model, ids[None, :1])
-    yield first[0].float()
-    for start in range(1, len(ids) - 1, chunk):
-        piece = ids[start : min(start + chunk, len(ids) - 1)]
-        logits = model(input_ids=piece[None], use_cache=True, **{CACHE: cache}).logits[0]
-        yield from torch.split(logits.float(), 1)
+def _rows(model: Any, ids: Tensor, chunk: int) -> Iterator[Tensor]:
+    """Yield the logits [1, V] that predict each token of ids [n] after the first."""
+    for logits in stream_logits(model, ids, chunk):
+        yield from torch.split(logits, 1)
 
 
 def _processed(

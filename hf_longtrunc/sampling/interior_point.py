@@ -50,11 +50,10 @@ class Outcome(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """T(l) = ceiling * positive + negative, with f raised by `shift` where the box has no floor."""
+    """T(l) = ceiling * positive + negative, in a box with a floor."""
 
     positive: Float[Tensor, " n"]
     negative: Float[Tensor, " n"]
-    shift: Float[Tensor, " n"]
 
 
 class _Iterate(NamedTuple):
@@ -217,11 +216,11 @@ class InteriorPoint:
         return rows[~proved]
 
     def _per_unit(self, f: Float[Tensor, "n 1 k"]) -> Float[Tensor, "n 1 1"]:
-        """T(l), for f of an l with l . a = 1."""
+        """T(l), for f of an l with l . a = 1; without a floor f is first raised until it is nowhere negative."""
         if self.box.floored:
             return torch.maximum(self.box.ceiling * f, f.neg()) @ self.weights[:, None]
-        bound = bound_of(f[:, 0], self.weights, self.box)
-        return (self.box.ceiling * bound.positive / (1 + bound.shift))[:, None, None]
+        shift = f.amin(2, True).clamp_max(0).neg_()
+        return self.box.ceiling * (f @ self.weights[:, None] + shift * self.weights.sum()) / (1 + shift)
 
     def _feasible(self, iterate: _Iterate, predictor: _Predictor) -> tuple[Float[Tensor, "n k"], Tensor]:
         """Return u at a point of the ray just past the bar, its equalities corrected, and whether it is a proof."""
@@ -272,13 +271,10 @@ class InteriorPoint:
         return (dual.flatten(1) @ self.cost.flatten())[:, None, None]
 
 
-def bound_of(f: Float[Tensor, "n k"], weights: Float[Tensor, " k"], box: Box) -> Bound:
-    """Return the parts of T for rows of f; without a floor f is first raised until it is nowhere negative."""
-    if box.floored:
-        positive = f.clamp_min(0) @ weights
-        return Bound(positive, positive - f @ weights, torch.zeros_like(positive))
-    shift = -f.amin(1).clamp_max(0)
-    return Bound(f @ weights + shift * weights.sum(), torch.zeros_like(shift), shift)
+def bound_of(f: Float[Tensor, "n k"], weights: Float[Tensor, " k"]) -> Bound:
+    """Return the parts of T for rows of f."""
+    positive = f.clamp_min(0) @ weights
+    return Bound(positive, positive - f @ weights)
 
 
 def split(size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:

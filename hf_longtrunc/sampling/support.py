@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from torch import Tensor
 from hf_longtrunc.arguments import number, one_of, whole
 from hf_longtrunc.sampling.basis import SoftmaxBasis
 from hf_longtrunc.sampling.interior_point import MARGIN, Box, InteriorPoint, bound_of, split
+from hf_longtrunc.sampling.largest_probability import Polytope, Proof
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -53,13 +54,11 @@ _VERIFIED_TOGETHER = 16
 _SIFTING_COLUMNS = 128
 _SIFTING_ITERATIONS = 8
 _SIFTING_PAYS = 4
-# Columns that join the head for each multiplier that the whole vocabulary refuses, and of how many multipliers.
+# Columns that join a program for each multiplier that the whole vocabulary refuses, and of how many multipliers.
 _JOINING = 32
 _JOINED = 8
 # The other tokens are bundled by the signs of f under so many of those multipliers.
 _BITS = 4
-# Columns for what stays undecided without a floor.
-_WIDE_COLUMNS = 8192
 # Columns of less probability than this have nothing to give.
 _NEGLIGIBLE = 1e-30
 # tau above this is "every threshold": s stays representable.
@@ -87,7 +86,8 @@ class Certificate:
         margin: of a kept token below tau: by what part of the sum sigma p-hat_i f_i exceeds it; the search stops at the
             first proof, so another one may have a larger margin.
 
-    All are None where p-hat_i >= tau (kept), where p-hat_i = 0 (cut), and where nothing is proved.
+    All are None where p-hat_i >= tau (kept), where p-hat_i = 0 (cut), and where nothing is proved. Of the official form
+    l says so in exact arithmetic: in these coordinates float64 cannot show it for tokens of less than some 1e-12.
     """
 
     token: int
@@ -104,8 +104,8 @@ class _Row(NamedTuple):
     basis: Float[Tensor, "vocab width"]
 
 
-class _Head(NamedTuple):
-    """Columns of a row: single tokens first, then bundles of tokens that share one u.
+class _Program(NamedTuple):
+    """The linear program on some columns of a row: single tokens first, then bundles of tokens that share one u.
 
     A u on these columns is a u on the vocabulary, zero for tokens in no column: what is feasible here is feasible
     there. Coordinates are those in which sum_j p-hat_j b_j b_j^T over the columns is the identity.
@@ -115,7 +115,7 @@ class _Head(NamedTuple):
     member: Int[Tensor, " vocab"]  # the column that each token belongs to, -1 for none
     probs: Float[Tensor, " k"]
     basis: Float[Tensor, "k width"]
-    whitener: Float[Tensor, "width width"]  # head coordinates = b @ whitener; l = whitener @ (head's l)
+    whitener: Float[Tensor, "width width"]  # its coordinates = b @ whitener; l = whitener @ (its l)
 
     def solver(self, box: Box, rays: int) -> InteriorPoint:
         return InteriorPoint(self.basis, self.probs, box, rays)
@@ -127,7 +127,7 @@ class SupportChecker:
     Args:
         basis: of the output embedding of the model that made the scores; moved to the scores' device on first use.
         variant: "paper" asks 0 <= p; "official" leaves that out, as the authors' generation code does (fewer tokens
-            are kept, never others).
+            are kept, never others), and is solved in its closed form (`largest_probability`).
         columns: how many of the most probable tokens the linear programs start with.
 
     Attributes:
@@ -205,7 +205,7 @@ class SupportChecker:
         wanted = self._tokens(scores, tokens).reshape(len(rows), -1)
         decisions = []
         for row, bar, ids in zip(rows, taus, wanted, strict=True):
-            work = _RowWork(self, self._row(row), float(bar), ids, proofs is not None)
+            work = self._work(self._row(row), float(bar), ids, proofs is not None)
             work.decide()
             decisions.append(work.decisions)
             if proofs is not None:
@@ -216,7 +216,7 @@ class SupportChecker:
     def _kept(self, scores: Tensor, tau: float, floor: float) -> Tensor:
         row = self._row(scores)
         tokens = ((row.probs >= floor) & (row.probs < tau)).nonzero()[:, 0]
-        work = _RowWork(self, row, tau, tokens[row.probs[tokens].argsort(descending=True)], False)
+        work = self._work(row, tau, tokens[row.probs[tokens].argsort(descending=True)])
         work.sift()
         work.decide()
         mask = row.probs >= tau
@@ -234,7 +234,7 @@ class SupportChecker:
         if not 0 < p < _TAU_MAX:
             return min(p, _TAU_MAX)
         low, s_max = p / (1 - p), _TAU_MAX / (1 - _TAU_MAX)
-        work = _RowWork(self, row, p, row.probs.new_tensor([token]).long(), False)
+        work = self._work(row, p, row.probs.new_tensor([token]).long())
         for _ in range(_MAX_ITERATIONS):
             s = low * (1 + tolerance)
             if s >= s_max:
@@ -244,6 +244,9 @@ class SupportChecker:
                 break
             low = reach
         return low / (1 + low)
+
+    def _work(self, row: _Row, tau: float, tokens: Tensor, prove: bool = False) -> _Work:
+        return (_PaperWork if self.variant == "paper" else _OfficialWork)(self, row, tau, tokens, prove)
 
     def _row(self, scores: Tensor) -> _Row:
         probs, basis, softcap = scores.double().softmax(-1), self._basis, self.basis.softcap
@@ -298,44 +301,105 @@ class SupportRow:
 
     def __init__(self, checker: SupportChecker, row: _Row, tau: float):
         self._checker, self._row, self._tau = checker, row, tau
-        self._head: _Head | None = None
+        self._prepared: Any = None
 
     @torch.inference_mode()
     def decide(self, token: int) -> Decision:
         """Decide one token."""
-        tokens = torch.tensor([token], device=self._row.probs.device)
-        work = _RowWork(self._checker, self._row, self._tau, tokens, False)
-        work.head = self._head
+        work = self._checker._work(self._row, self._tau, torch.tensor([token], device=self._row.probs.device))
+        work.prepared = self._prepared
         work.decide()
-        self._head = work.head
+        self._prepared = work.prepared
         return Decision(int(work.decisions[0]))
 
 
-class _RowWork:
+class _Work:
     """The decisions about some tokens of one row at one tau."""
 
-    def __init__(self, checker: SupportChecker, row: _Row, tau: float, tokens: Tensor, prove: bool):
+    def __init__(self, checker: SupportChecker, row: _Row, tau: float, tokens: Tensor, prove: bool = False):
         self.checker, self.row, self.tokens, self.prove = checker, row, tokens, prove
-        self.box = _box(tau / (1 - tau), checker)
+        self.ceiling = tau / (1 - tau)  # s
         self.probs = row.probs[tokens]
         self.decisions = (self.probs >= tau).to(torch.int8) - (self.probs <= 0).to(torch.int8)
         self.proofs: dict[int, Certificate] = {}
-        self.head: _Head | None = None
+        self.prepared: Any = None  # what the row's next tokens can use again
 
-    def the_head(self) -> _Head:
-        """Return the columns to start with, made on first use."""
-        if self.head is None:
-            self.head = _make_head(self.row, _most_probable(self.row.probs, self.checker.columns))
-        return self.head
+    def sift(self) -> None:
+        """Cut what is cheap to cut."""
+
+    def decide(self) -> None:
+        """Decide what is pending."""
+        raise NotImplementedError
+
+    def largest_ceiling(self, ceiling: float) -> float:
+        """Largest s at which the best multipliers at `ceiling` still keep the one token; `ceiling` where it is cut."""
+        raise NotImplementedError
+
+    def certificates(self) -> list[Certificate]:
+        """One a token, in order."""
+        pairs = zip(self.tokens.tolist(), self.decisions.tolist(), strict=True)
+        return [self.proofs.get(n, Certificate(token, Decision(d))) for n, (token, d) in enumerate(pairs)]
+
+    def _pending(self) -> Tensor:
+        return ((self.decisions == 0) & (self.probs > 0)).nonzero()[:, 0]
+
+
+class _OfficialWork(_Work):
+    """Without p >= 0: token i is kept iff p-hat_i > tau times the largest probability that it can have."""
+
+    def decide(self) -> None:
+        """Decide what is pending: whether its probability can reach p-hat_i / tau."""
+        pending = self._pending()
+        self.checker.checked += len(pending)
+        if not len(pending):
+            return
+        proofs: dict[int, Proof] | None = {} if self.prove else None
+        levels = self.probs[pending] * (1 + 1 / self.ceiling)
+        self.decisions[pending] = self._polytope().decide(self.tokens[pending], levels, proofs)
+        self.checker.undecided += int((self.decisions[pending] == 0).sum())
+        for n, proof in (proofs or {}).items():
+            self.proofs[int(pending[n])] = self._certificate(int(pending[n]), float(levels[n]), proof)
+
+    def largest_ceiling(self, ceiling: float) -> float:
+        """Read it off the bound of the token's probability that was proved."""
+        p = float(self.probs[0])
+        bound = self._polytope().bound(int(self.tokens[0]), p * (1 + 1 / ceiling))
+        # A bound of p-hat_i itself is every threshold.
+        return p / max(bound - p, 1e-300) if bound < torch.inf else ceiling
+
+    def _polytope(self) -> Polytope:
+        if self.prepared is None:
+            self.prepared = Polytope(self.row.probs, self.row.basis, self.checker.columns)
+        polytope: Polytope = self.prepared
+        return polytope
+
+    def _certificate(self, n: int, level: float, proof: Proof) -> Certificate:
+        token = int(self.tokens[n])
+        if self.decisions[n] == Decision.KEPT:
+            return Certificate(token, Decision.KEPT, proof.vector, margin=proof.margin)
+        # Mixed with p-hat until p_i is p-hat_i / tau, it leaves nothing of token i in sigma p-hat - s p.
+        part = (level - self.probs[n]) / (proof.vector[token] - self.probs[n])
+        reached = torch.lerp(self.row.probs, proof.vector, part)
+        distribution = self.row.probs + self.ceiling * (self.row.probs - reached)
+        distribution[token] = 0
+        return Certificate(token, Decision.CUT, distribution=distribution)
+
+
+class _PaperWork(_Work):
+    """With p >= 0: programs on some columns, whose proofs hold for all."""
+
+    @property
+    def box(self) -> Box:
+        return Box(self.ceiling, 1.0)
 
     def sift(self) -> None:
         """Cut what a few columns cut in a few steps: most tokens, at a fraction of the cost."""
         pending = self._pending()
         if len(pending) < _SIFTING_PAYS:
             return
-        head = _make_head(self.row, self.row.probs.topk(min(_SIFTING_COLUMNS, len(self.row.probs))).indices)
-        solver = head.solver(self.box, len(pending))
-        rays, bar = self._rays(head, pending)
+        program = _program_on(self.row, self.row.probs.topk(min(_SIFTING_COLUMNS, len(self.row.probs))).indices)
+        solver = program.solver(self.box, len(pending))
+        rays, bar = self._rays(program, pending)
         cut = solver.screen(rays, bar)
         for part in torch.split((~cut).nonzero()[:, 0], solver.batch):
             cut[part] = solver.solve(rays[part], bar[part], iterations=_SIFTING_ITERATIONS).status == -1
@@ -347,122 +411,114 @@ class _RowWork:
         pending = self._pending()
         self.checker.checked += len(pending)
         if len(pending):
-            solver = self.the_head().solver(self.box, len(pending))
+            solver = self._program().solver(self.box, len(pending))
         while len(pending):
             batch, pending = pending[: solver.batch], pending[solver.batch :]
-            self._decide_batch(self.the_head(), solver, batch)
-            left = batch[self.decisions[batch] == 0]
-            if len(left) and not self.box.floored:
-                # Without a floor a rare column can carry any weight: bundles do not help, more columns do.
-                wide = _make_head(self.row, _most_probable(self.row.probs, _WIDE_COLUMNS))
-                self._decide_batch(wide, wide.solver(self.box, len(left)), left)
+            refused, left = self._pass(self._program(), solver, batch)
+            # Few enough at a time that the bundles are those of their own multipliers.
+            for some, _ in split(_BITS, left, refused):
+                self._decide_widened(some, refused)
             self.checker.undecided += int((self.decisions[batch] == 0).sum())
             pending = pending[self.decisions[pending] == 0]
 
     def largest_ceiling(self, ceiling: float) -> float:
-        """Largest s at which the best multipliers at `ceiling` still keep the one token; `ceiling` where it is cut."""
-        self.box = box = _box(ceiling, self.checker)
+        """Read it off the multipliers that are best at `ceiling`, once the whole vocabulary agrees."""
+        self.ceiling = ceiling
         refused = self.row.basis.new_zeros(0, self.row.basis.shape[1])
         for _ in range(_MAX_ROUNDS):
-            head = self.the_head()
-            outcome = head.solver(box, 1).solve(*self._rays(head, torch.arange(1)), settle=1.0)
+            program = self._program()
+            outcome = program.solver(self.box, 1).solve(*self._rays(program, torch.arange(1)), settle=1.0)
             if int(outcome.status[0]) != 1:
                 return ceiling
-            multipliers = outcome.multipliers @ head.whitener.T
+            multipliers = outcome.multipliers @ program.whitener.T
             f = multipliers @ self.row.basis.T
-            bound = bound_of(f, self.row.probs, box)
-            own = self.probs * (f[:, self.tokens][0] + bound.shift)
+            bound = bound_of(f, self.row.probs)
+            own = self.probs * f[:, self.tokens][0]
             room = float(own - bound.negative) / max(float(bound.positive - own), 1e-300)
             if room > ceiling:
                 return room
             refused = torch.cat([refused, multipliers])
-            self.head = self._widened(head, refused)
+            self.prepared = self._widened(program, refused)
         return ceiling
 
-    def certificates(self) -> list[Certificate]:
-        """One a token, in order."""
-        pairs = zip(self.tokens.tolist(), self.decisions.tolist(), strict=True)
-        return [self.proofs.get(n, Certificate(token, Decision(d))) for n, (token, d) in enumerate(pairs)]
+    def _program(self) -> _Program:
+        """Return the program to start with, made on first use."""
+        if self.prepared is None:
+            self.prepared = _program_on(self.row, _most_probable(self.row.probs, self.checker.columns))
+        program: _Program = self.prepared
+        return program
 
-    def _pending(self) -> Tensor:
-        return ((self.decisions == 0) & (self.probs > 0)).nonzero()[:, 0]
-
-    def _rays(self, head: _Head, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Rays in head coordinates and bars: outside the head a token's own column is at its ceiling for free."""
+    def _rays(self, program: _Program, which: Tensor) -> tuple[Tensor, Tensor]:
+        """Rays in the program's coordinates and bars: a token outside it has its own column at its ceiling for free."""
         tokens, probs = self.tokens[which], self.probs[which]
-        bar = probs + self.box.ceiling * (probs * (head.member[tokens] >= 0))
-        return self.row.basis[tokens] @ head.whitener, bar
+        bar = probs + self.ceiling * (probs * (program.member[tokens] >= 0))
+        return self.row.basis[tokens] @ program.whitener, bar
 
-    def _decide_batch(self, head: _Head, solver: InteriorPoint, batch: Tensor) -> None:
-        refused = self.row.basis.new_zeros(0, self.row.basis.shape[1])
+    def _decide_widened(self, batch: Tensor, refused: Float[Tensor, "n width"]) -> None:
+        program = self._program()
         for _ in range(_MAX_ROUNDS):
-            outcome = solver.solve(*self._rays(head, batch))
-            cut, keep = (outcome.status == -1).nonzero()[:, 0], (outcome.status == 1).nonzero()[:, 0]
-            self.decisions[batch[cut]] = -1
-            if self.prove:
-                for n in cut.tolist():
-                    self._prove_cut(int(batch[n]), head, outcome.u[n])
-            batch, multipliers = batch[keep], outcome.multipliers[keep] @ head.whitener.T
-            for which, part in split(_VERIFIED_TOGETHER, batch, multipliers):
-                self._verify(part[self.decisions[which] == 0])
-                refused = torch.cat([refused, part[self.decisions[which] == 0]])
             batch = batch[self.decisions[batch] == 0]
             if not len(batch):
                 return
-            head = self._widened(head, refused)
-            solver = head.solver(self.box, len(batch))
+            program = self._widened(program, refused)
+            more, batch = self._pass(program, program.solver(self.box, len(batch)), batch)
+            refused = torch.cat([refused, more])
+
+    def _pass(self, program: _Program, solver: InteriorPoint, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask every token of the batch once; return the multipliers that the vocabulary refused, and their tokens."""
+        outcome = solver.solve(*self._rays(program, batch))
+        cut, keep = (outcome.status == -1).nonzero()[:, 0], (outcome.status == 1).nonzero()[:, 0]
+        self.decisions[batch[cut]] = -1
+        if self.prove:
+            for n in cut.tolist():
+                self._prove_cut(int(batch[n]), program, outcome.u[n])
+        batch, multipliers = batch[keep], outcome.multipliers[keep] @ program.whitener.T
+        for which, part in split(_VERIFIED_TOGETHER, batch, multipliers):
+            self._verify(part[self.decisions[which] == 0])
+        left = self.decisions[batch] == 0
+        return multipliers[left], batch[left]
 
     def _verify(self, multipliers: Float[Tensor, "n width"]) -> None:
         """Keep every pending token that one of the multipliers keeps over the whole vocabulary."""
         f = multipliers @ self.row.basis.T
-        bound = bound_of(f, self.row.probs, self.box)
-        s = self.box.ceiling
-        rounding = 64 * _EPSILON * (1 + s) * (multipliers.abs() @ self.checker.largest + bound.shift)
+        bound = bound_of(f, self.row.probs)
+        s = self.ceiling
+        rounding = 64 * _EPSILON * (1 + s) * (multipliers.abs() @ self.checker.largest)
         limit = (s * bound.positive + bound.negative) * (1 + MARGIN) + rounding
-        gain = (1 + s) * self.probs * (f[:, self.tokens] + bound.shift[:, None])
+        gain = (1 + s) * self.probs * f[:, self.tokens]
         kept = gain > limit[:, None]
         new = (kept.any(0) & (self.decisions == 0)).nonzero()[:, 0]
         self.decisions[new] = 1
         if self.prove:
             for n in new.tolist():
                 first = kept[:, n].nonzero()[0, 0]
-                proof = multipliers[first].clone()
-                proof[0] += bound.shift[first]
-                paid = s * bound.positive[first] + bound.negative[first]
-                margin = float(gain[first, n] / paid) - 1
-                self.proofs[n] = Certificate(int(self.tokens[n]), Decision.KEPT, multipliers=proof, margin=margin)
+                margin = float(gain[first, n] / (s * bound.positive[first] + bound.negative[first])) - 1
+                self.proofs[n] = Certificate(
+                    int(self.tokens[n]), Decision.KEPT, multipliers[first].clone(), margin=margin
+                )
 
-    def _widened(self, head: _Head, refused: Float[Tensor, "n width"]) -> _Head:
+    def _widened(self, program: _Program, refused: Float[Tensor, "n width"]) -> _Program:
         """Add the columns that the refused multipliers pay most for, and bundle the rest by the signs of their f.
 
-        In bundles on which f has one sign T is exact: the same l is not taken for a proof again. Without a floor only
-        single columns can help.
+        In bundles on which f has one sign T is exact: the same l is not taken for a proof again.
         """
         f = refused[-_JOINED:] @ self.row.basis.T
-        if self.box.floored:
-            cost = torch.maximum(self.box.ceiling * f, -f).mul_(self.row.probs)
-        else:
-            cost = (-f).masked_fill_(self.row.probs <= 0, -torch.inf)
-        cost[:, head.singles] = -torch.inf
+        cost = torch.maximum(self.ceiling * f, -f).mul_(self.row.probs)
+        cost[:, program.singles] = -torch.inf
         joining = cost.topk(min(_JOINING, cost.shape[1]), dim=1).indices.flatten()
         chosen = torch.zeros_like(self.row.probs, dtype=torch.bool)
-        chosen[head.singles] = chosen[joining] = True
-        return _make_head(self.row, chosen.nonzero()[:, 0], f[-_BITS:] > 0 if self.box.floored else None)
+        chosen[program.singles] = chosen[joining] = True
+        return _program_on(self.row, chosen.nonzero()[:, 0], f[-_BITS:] > 0)
 
-    def _prove_cut(self, n: int, head: _Head, u: Float[Tensor, " k"]) -> None:
+    def _prove_cut(self, n: int, program: _Program, u: Float[Tensor, " k"]) -> None:
         """From sum p-hat u b = bar b_i to a distribution without token i: mix with p-hat until p_i = 0."""
         token = int(self.tokens[n])
-        inside = head.member >= 0
-        full = torch.where(inside, u[head.member.clamp_min(0)], 0)
-        full[token] -= 1 + self.box.ceiling * float(inside[token])
+        inside = program.member >= 0
+        full = torch.where(inside, u[program.member.clamp_min(0)], 0)
+        full[token] -= 1 + self.ceiling * float(inside[token])
         probs = self.row.probs * (1 + full / -full[token])
         probs[token] = 0
         self.proofs[n] = Certificate(token, Decision.CUT, distribution=probs)
-
-
-def _box(ceiling: float, checker: SupportChecker) -> Box:
-    """Without a floor the official code's form, which lets p go below zero."""
-    return Box(ceiling, float(checker.variant == "paper"))
 
 
 def _cloned(tensor: Tensor | None) -> Tensor | None:
@@ -489,8 +545,8 @@ def _most_probable(probs: Float[Tensor, " vocab"], count: int) -> Int[Tensor, " 
     return probs.topk(min(count, len(probs))).indices
 
 
-def _make_head(row: _Row, singles: Int[Tensor, " singles"], signs: Tensor | None = None) -> _Head:
-    """Columns of single tokens; with `signs` [n, vocab] the other tokens in bundles of equal signs."""
+def _program_on(row: _Row, singles: Int[Tensor, " singles"], signs: Tensor | None = None) -> _Program:
+    """Make the program on single tokens; with `signs` [n, vocab] also on the others in bundles of equal signs."""
     singles = singles[row.probs[singles] > _NEGLIGIBLE]
     member = torch.full_like(row.probs, -1, dtype=torch.long)
     member[singles] = torch.arange(len(singles), device=member.device)
@@ -504,7 +560,7 @@ def _make_head(row: _Row, singles: Int[Tensor, " singles"], signs: Tensor | None
     gram.diagonal().mul_(1 + 1e-9).add_(1e-300)
     unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), unit, upper=False).T
-    return _Head(singles, member, probs, basis @ whitener, whitener.contiguous())
+    return _Program(singles, member, probs, basis @ whitener, whitener.contiguous())
 
 
 def _bundles(row: _Row, free: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

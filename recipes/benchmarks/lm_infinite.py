@@ -4,14 +4,17 @@
     python recipes/benchmarks/lm_infinite.py --device cpu
 
 Prefill of n tokens: full causal attention (the fastest kernel that `scaled_dot_product_attention` finds for it), a
-plain sliding window (FlexAttention; on a CPU the blockwise path without sinks), and LM-Infinite, its rotations
-included. Decode of one token: full attention over the n keys, plain attention over S + L keys, and LM-Infinite's
-cache update and attention. Medians; every ratio is against a side measured in the same run.
+plain sliding window (FlexAttention; on a CPU one masked call of `scaled_dot_product_attention` a block of 512 queries),
+LM-Infinite as such calls too (`path="sdpa"`), and LM-Infinite as it is run, its rotations included. Decode of one
+token: full attention over the n keys, plain attention over S + L keys, and LM-Infinite's cache update and attention.
+The sides take turns; medians, of processor time where one thread computes; every ratio is against a side of the same
+run.
 
 CUDA: 32 query heads, 8 key-value heads, d = 128, L = 4096, S = 16, bf16, n = 8k..131k, then n = 1M for its memory.
 CPU: 8 and 2 heads, d = 64, L = 1024, S = 16, fp32, n = 4k..32k; microseconds per token show that time is linear in n.
-Last, a token decoded by a whole model (SmolLM2-135M-Instruct unless named) as it is and patched, once S + L tokens lie
-behind it: with as many keys to see on either side.
+Last, a whole model (SmolLM2-135M-Instruct unless named) as it is and patched: a token decoded once S + L tokens lie
+behind it, with as many keys to see on either side, and with --prompts whole prompts. There the first layers stand for
+all (--layers), and on CUDA the decoding step is also compiled. --windows and --dtypes repeat the prefill.
 
 Cost: a few minutes on an H100, most of them for compiling FlexAttention; about five on a CPU core.
 """
@@ -91,24 +94,24 @@ class Timing:
     median_ms: float
     peak_mib: float
     device: str
+    window: int
+    dtype: str
 
 
-def measured(run: Callable[[], object], device: str, repeats: int) -> tuple[float, float]:
-    """Return the median milliseconds of a call, two to warm up left out, and the peak MiB that it adds on CUDA."""
-    on_cuda = device == "cuda"
-    times, before = [], 0
-    for _ in range(repeats + 2):
-        if on_cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        since = time.perf_counter()
+def measured(run: Callable[[], object], device: str) -> tuple[float, float]:
+    """Return the milliseconds of a call and the peak MiB that it adds on CUDA."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, since = torch.cuda.memory_allocated(), time.perf_counter()
         run()
-        if on_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - since)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_cuda else 0.0
-    return statistics.median(times[2:]) * 1e3, peak
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - since
+        return seconds * 1e3, (torch.cuda.max_memory_allocated() - before) / 2**20
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
+    run()
+    return (clock() - started) * 1e3, 0.0
 
 
 def window_blocks(n: int, window: int, device: str) -> BlockMask:
@@ -163,7 +166,8 @@ def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
         blocks = window_blocks(n, layer.window, layer.device)
         sides["window only"] = lambda: flex(query, key, value, block_mask=blocks, enable_gqa=True)
     else:
-        sides["window only"] = lambda: windowed("auto", None)
+        sides["window only"] = lambda: windowed("sdpa", None)
+    sides["masked"] = lambda: windowed("sdpa", sinks)
     sides["LM-Infinite"] = lambda: windowed("auto", sinks)
     return sides
 
@@ -213,12 +217,36 @@ def filled_cache(layer: Layer, key: Tensor, value: Tensor) -> LambdaCacheLayer:
     return cache
 
 
-def model_sides(name: str | None, sinks: int, window: int, device: str) -> dict[str, Callable[[], object]]:
-    """Return what the token after S + L random ones is run through, by a whole model and by its patched copy."""
+def models(name: str | None, layers: int | None, sinks: int, window: int, device: str) -> dict[str, Any]:
+    """Return a model, or the first of its layers, as it is, patched, and on CUDA patched with its step compiled."""
     plain, _ = load_pretrained(name, device=device)
-    patched = copy.deepcopy(plain)
-    LMInfinite(num_sink_tokens=sinks, window_length=window).attach(patched)
-    tokens = torch.randint(plain.config.vocab_size, (1, sinks + window), device=device)
+    plain.model.layers = plain.model.layers[:layers]
+    plain.config.num_hidden_layers = len(plain.model.layers)
+    sides = {"unmodified": plain}
+    for compiled in (True, False) if device == "cuda" else (False,):
+        patched = copy.deepcopy(plain)
+        handle = LMInfinite(num_sink_tokens=sinks, window_length=window).attach(patched)
+        if compiled:
+            handle.compile(mode="reduce-overhead")
+        sides["compiled" if compiled else "LM-Infinite"] = patched
+    return sides
+
+
+def prompt_sides(sides: dict[str, Any], n: int) -> dict[str, Callable[[], object]]:
+    """Return what a prompt of n random tokens is run through by `generate`, which writes one token after it."""
+    some = sides["unmodified"]
+    tokens = torch.randint(some.config.vocab_size, (1, n), device=some.device)
+
+    def reading(model: Any) -> Callable[[], object]:
+        return lambda: model.generate(tokens, max_new_tokens=1, do_sample=False)
+
+    return {side: reading(model) for side, model in sides.items() if side != "compiled"}
+
+
+def model_sides(sides: dict[str, Any], n: int) -> dict[str, Callable[[], object]]:
+    """Return what the token after n random ones is run through by each model."""
+    some = sides["unmodified"]
+    tokens = torch.randint(some.config.vocab_size, (1, n), device=some.device)
 
     def decoding(model: Any) -> Callable[[], object]:
         inputs: dict[str, Any] = {}
@@ -226,21 +254,32 @@ def model_sides(name: str | None, sinks: int, window: int, device: str) -> dict[
         model(tokens, logits_to_keep=1, **inputs)
         return lambda: model(tokens[:, :1], **inputs)
 
-    return {"unmodified": decoding(plain), "LM-Infinite": decoding(patched)}
+    return {side: decoding(model) for side, model in sides.items()}
 
 
 def cache_mib(layer: Layer, n: int) -> tuple[float, float]:
     """Return the MiB of one layer's LM-Infinite cache and of an ordinary one, after n tokens at batch 1."""
     _, key, value = layer.tokens(n)
     cache = filled_cache(layer, key, value)
-    held = sum(tensor.nbytes for tensor in vars(cache).values() if isinstance(tensor, Tensor))
+    held = sum(tensor.nbytes for tensor in (cache.keys, cache.values, *cache.beside))
     return held / 2**20, (key.nbytes + value.nbytes) / 2**20
 
 
 def timings(
-    task: str, n: int, batch: int, sides: dict[str, Callable[[], object]], device: str, repeats: int
+    task: str, n: int, batch: int, sides: dict[str, Callable[[], object]], layer: Layer, repeats: int
 ) -> list[Timing]:
-    return [Timing(task, side, n, batch, *measured(run, device, repeats), device) for side, run in sides.items()]
+    """Let the sides take turns, the first turn (on CUDA two) left out."""
+    turns: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    warm_up = 2 if layer.device == "cuda" else 1
+    for _ in range(repeats + warm_up):
+        for side, run in sides.items():
+            turns[side].append(measured(run, layer.device))
+    rows = []
+    for side, taken in turns.items():
+        median = statistics.median(milliseconds for milliseconds, _ in taken[warm_up:])
+        peak, dtype = taken[-1][1], str(layer.dtype).removeprefix("torch.")
+        rows.append(Timing(task, side, n, batch, median, peak, layer.device, layer.window, dtype))
+    return rows
 
 
 def timing_table(rows: list[Timing], title: str) -> Table:
@@ -254,7 +293,7 @@ def timing_table(rows: list[Timing], title: str) -> Table:
         at = {row.side: row for row in rows if row.n == n}
         times = [f"{at[side].median_ms:.3f}" for side in sides]
         ratios = [f"{at[ours].median_ms / at[side].median_ms:.2f}" for side in sides[:-1]]
-        new_tokens = n if at[ours].task == "prefill" else at[ours].batch
+        new_tokens = n if at[ours].task in ("prefill", "prompt") else at[ours].batch
         per_token = f"{at[ours].median_ms * 1e3 / new_tokens:.2f}"
         table.add_row(f"{n:,}", *times, *ratios, per_token, f"{at[ours].peak_mib:,.0f}")
     return table
@@ -263,16 +302,25 @@ def timing_table(rows: list[Timing], title: str) -> Table:
 @torch.inference_mode()
 def main(
     device: Annotated[str | None, typer.Option(help="cuda or cpu; left out: CUDA when there is one.")] = None,
+    sizes: Annotated[str, typer.Option(help="Values of n; left out: the device's.")] = "",
     largest: Annotated[int | None, typer.Option(help="Leave out larger n than this.")] = None,
+    windows: Annotated[str, typer.Option(help="Windows of the layer; left out: the device's one.")] = "",
+    dtypes: Annotated[
+        str, typer.Option(help="Of the layer, such as float32,bfloat16; left out: the device's one.")
+    ] = "",
     repeats: Annotated[int, typer.Option(help="Timed calls of which the median is taken.")] = 10,
+    parts: Annotated[str, typer.Option(help="What to measure.")] = "prefill,decode,model,million",
+    sides: Annotated[str, typer.Option(help="Of the prefill; left out: all.")] = "",
     model: Annotated[str | None, typer.Option(help="Folder or hub id of the whole model.")] = None,
     model_windows: Annotated[
         str, typer.Option(help="Its windows, separated by commas; empty: leave it out.")
     ] = "1024,4096",
+    prompts: Annotated[str, typer.Option(help="Lengths of prompts for the whole model.")] = "",
+    layers: Annotated[int | None, typer.Option(help="Keep so many layers of the whole model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for lm_infinite.jsonl.")] = None,
 ) -> None:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    console, on_cuda = Console(), device == "cuda"
+    console, on_cuda = Console(width=120), device == "cuda"
     layer = (
         Layer(32, 8, 128, 4096, 16, torch.bfloat16, device)
         if on_cuda
@@ -280,35 +328,59 @@ def main(
     )
     name = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
     console.print(f"{name}, torch {torch.__version__}, {layer}")
-    sizes = [2**13, 2**14, 2**15, 2**16, 2**17] if on_cuda else [2**12, 2**13, 2**14, 2**15]
-    sizes = [n for n in sizes if n <= (largest or n)]
-    prefill = [row for n in sizes for row in timings("prefill", n, 1, prefill_sides(layer, n), device, repeats)]
-    console.print(timing_table(prefill, "prefill, batch 1"))
-    batch = 8 if on_cuda else 1
-    decode = [
-        row for n in sizes for row in timings("decode", n, batch, decode_sides(layer, n, batch), device, 10 * repeats)
-    ]
-    console.print(timing_table(decode, f"decode of one token after n, batch {batch}"))
-    for n in sizes:
-        ours, ordinary = cache_mib(layer, n)
-        console.print(f"cache of one layer after {n:,} tokens: {ours:.2f} MiB, ordinary {ordinary:.2f} MiB")
-    windows = [int(window) for window in model_windows.split(",") if window]
-    whole = [
-        row
-        for window in windows
-        for row in timings(
-            "model", layer.sinks + window, 1, model_sides(model, layer.sinks, window, device), device, 10 * repeats
+    usual = [2**13, 2**14, 2**15, 2**16, 2**17] if on_cuda else [2**12, 2**13, 2**14, 2**15]
+    lengths = [n for n in numbers(sizes) or usual if n <= (largest or n)]
+
+    def shown(rows: list[Timing], title: str) -> None:
+        console.print(timing_table(rows, title))
+        if out is not None:
+            append_records(out / "lm_infinite.jsonl", rows)
+
+    wanted = parts.split(",")
+    if "prefill" in wanted:
+        for dtype in dtypes.split(",") if dtypes else [str(layer.dtype).removeprefix("torch.")]:
+            for window in numbers(windows) or [layer.window]:
+                each = layer._replace(window=window, dtype=getattr(torch, dtype))
+                shown(prefill(each, lengths, repeats, sides), f"prefill, batch 1, L = {window}, {dtype}")
+    if "decode" in wanted:
+        for batch in (1, 8) if on_cuda else (1,):
+            rows = [
+                row
+                for n in lengths
+                for row in timings("decode", n, batch, decode_sides(layer, n, batch), layer, 10 * repeats)
+            ]
+            shown(rows, f"decode of one token after n, batch {batch}")
+        for n in lengths:
+            ours, ordinary = cache_mib(layer, n)
+            console.print(f"cache of one layer after {n:,} tokens: {ours:.2f} MiB, ordinary {ordinary:.2f} MiB")
+    for window in numbers(model_windows) if "model" in wanted else []:
+        whole = models(model, layers, layer.sinks, window, device)
+        every = layer._replace(window=window, dtype=next(whole["unmodified"].parameters()).dtype)
+        n, depth = layer.sinks + window, f"L = {window}, {whole['unmodified'].config.num_hidden_layers} layers"
+        shown(
+            timings("model", n, 1, model_sides(whole, n), every, 10 * repeats),
+            f"decode of one token by a whole model after n = S + L, {depth}",
         )
-    ]
-    if whole:
-        console.print(timing_table(whole, "decode of one token by a whole model after n = S + L"))
-    rows = [*prefill, *decode, *whole]
-    if on_cuda and largest is None:
-        million = timings("prefill", 2**20, 1, {"LM-Infinite": prefill_sides(layer, 2**20)["LM-Infinite"]}, device, 1)
-        console.print(timing_table(million, "prefill of a million tokens"))
-        rows += million
-    if out is not None:
-        append_records(out / "lm_infinite.jsonl", rows)
+        rows = [
+            row for n in numbers(prompts) for row in timings("prompt", n, 1, prompt_sides(whole, n), every, repeats)
+        ]
+        if rows:
+            shown(rows, f"a prompt of n tokens given to generate, {depth}")
+    if "million" in wanted and on_cuda and largest is None:
+        shown(prefill(layer, [2**20], 1, "LM-Infinite"), "prefill of a million tokens")
+
+
+def numbers(written: str) -> list[int]:
+    return [int(number) for number in written.split(",") if number]
+
+
+def prefill(layer: Layer, lengths: list[int], repeats: int, sides: str) -> list[Timing]:
+    """Time the named sides of the prefill, all if none is named."""
+    rows = []
+    for n in lengths:
+        chosen = {side: run for side, run in prefill_sides(layer, n).items() if not sides or side in sides.split(",")}
+        rows += timings("prefill", n, 1, chosen, layer, repeats)
+    return rows
 
 
 if __name__ == "__main__":

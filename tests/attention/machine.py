@@ -25,10 +25,12 @@ from .test_lm_infinite import model_of, naive_bloom_logits, ring_cache
 S, L, ROLLBACK = 3, 7, 6
 # What their attention is made of: rotations in halves and pairs, ALiBi, soft-capping, learned sink logits, latent
 # attention, keys shared between layers.
-FAMILIES = ["llama", "cohere", "gptj", "bloom", "gemma2", "gpt_oss", "deepseek_v2", "gemma3n_text"]
+FAMILIES = ["llama", "cohere", "gptj", "bloom", "gemma2", "gpt_oss", "deepseek_v2", "gemma3n_text", "lfm2", "falcon_h1"]
 ROPES = {"llama": Rope(8), "cohere": Rope(8, pairs=True, base=5e5)}
 WINDOWED = ("gemma2", "gpt_oss", "gemma3n_text")
-IN_FP32 = ("gemma2", "gpt_oss", "deepseek_v2")
+STATES = ("lfm2", "falcon_h1")  # of convolutions in other layers, and of Mamba in those that attend
+LEFT_ALONE = (*WINDOWED, *STATES)  # padding stands on the left alone, and tokens are not taken back
+IN_FP32 = ("gemma2", "gpt_oss", "deepseek_v2", "falcon_h1")
 MODELS: dict[str, Any] = {}
 NAIVE: dict[tuple[str, bool], Any] = {}
 worst: dict[str, float] = {}
@@ -135,7 +137,7 @@ class Histories(RuleBasedStateMachine):
             self.forward(part, torch.ones(1, part, dtype=torch.bool))
             n -= part
 
-    @precondition(lambda self: self.family not in WINDOWED)
+    @precondition(lambda self: self.family not in LEFT_ALONE)
     @rule(n=integers(2, 2 * L), draw=data())
     def turn_with_holes(self, n, draw):
         """A turn padded on the left, on the right or in between."""
@@ -144,7 +146,7 @@ class Histories(RuleBasedStateMachine):
         self.forward(n, real)
         self.floor = self.mask.shape[1]
 
-    @precondition(lambda self: self.family not in WINDOWED)
+    @precondition(lambda self: self.family not in LEFT_ALONE)
     @rule(n=integers(2, ROLLBACK), then=integers(1, L), draw=data())
     def answers_of_different_lengths(self, n, then, draw):
         """Rows that have ended are fed tokens like others; the next turn's mask says that these are none."""
@@ -158,7 +160,7 @@ class Histories(RuleBasedStateMachine):
         self.forward(then, torch.ones(1, then, dtype=torch.bool))
         self.floor = self.mask.shape[1]
 
-    @precondition(lambda self: self.family not in WINDOWED)  # their own layers take nothing back
+    @precondition(lambda self: self.family not in LEFT_ALONE)
     @rule(n=integers(1, ROLLBACK))
     def crop(self, n):
         if self.mask.shape[1] - n <= self.floor or any(len(text) <= n for text in self.texts):
@@ -175,13 +177,14 @@ class Histories(RuleBasedStateMachine):
         for text in self.texts:
             del text[-n:]
 
+    @precondition(lambda self: self.family not in STATES)
     @rule(draw=data())
     def select(self, draw):
         chosen = draw.draw(sampled_from([[0], [len(self.texts) - 1], list(range(len(self.texts)))]))
         self.cache.batch_select_indices(torch.tensor(chosen))
         self.follow(chosen)
 
-    @precondition(lambda self: len(self.texts) < 3)
+    @precondition(lambda self: len(self.texts) < 3 and self.family not in STATES)
     @rule()
     def repeat(self):
         self.cache.batch_repeat_interleave(2)
@@ -209,7 +212,7 @@ class Histories(RuleBasedStateMachine):
         if (
             not all(layer.is_croppable for layer in self.cache.layers)
             or self.mask.shape[1] < 2
-            or self.family in WINDOWED
+            or self.family in LEFT_ALONE
         ):
             return
         self.handle.detach()

@@ -112,33 +112,45 @@ class NaiveTopK(Naive):
 class NaiveBlocks(Naive):
     """The last `rows` rows see the `chosen` blocks; while there are none, they note what they would pay to each.
 
-    A row that has lost a key may choose among all that are `away` or farther. What it still holds, it sees twice.
+    A row that has lost a key may choose among all that are `away` or farther. What it still holds, it sees twice. The
+    rows are those before the last `behind`. `margin` keys on either side belong to a chosen block; `emphases` are the
+    blocks' own.
     """
 
     size: int = 1
     away: int = 1
     emphasis: float = 1.0
     rows: int = 1
+    behind: int = 0
+    margin: int = 0
     chosen: list[int] | None = None
+    emphases: dict[int, float] = field(default_factory=dict)
     paid: dict[int, float] = field(default_factory=dict)
 
     def reading(self, query: Tensor, key: Tensor, scores: Tensor, scaling: float, softcap: float | None) -> Tensor:
         n = query.shape[1]
         scores = scores.clone()
-        for i in range(max(0, n - self.rows), n):
+        for i in range(max(0, n - self.behind - self.rows), n - self.behind):
             candidates = range(self.sinks, i - self.away + 1) if i >= self.sinks + self.window else range(0)
             q = query[:, i] if self.rope is None else self.rope.turn(query[:, i], torch.tensor(self.away))
             found = {j: (q * key[:, j]).sum(-1) * scaling for j in candidates}
             if self.chosen is not None:
                 for j in candidates:
-                    if (j - self.sinks) // self.size in self.chosen:
-                        scores[:, i, j] = torch.logaddexp(scores[:, i, j], found[j] + math.log(self.emphasis))
+                    if emphasis := max(
+                        (self.emphases.get(b, self.emphasis) for b in self.chosen if self.holds(b, j)), default=0
+                    ):
+                        scores[:, i, j] = torch.logaddexp(scores[:, i, j], found[j] + math.log(emphasis))
             elif candidates:
                 weights = torch.cat([scores[:, i], torch.stack(list(found.values()), -1)], dim=-1).softmax(-1)
                 for index, j in enumerate(candidates):
                     block = (j - self.sinks) // self.size
                     self.paid[block] = self.paid.get(block, 0.0) + float(weights[:, n + index].sum())
         return scores
+
+    def holds(self, block: int, j: int) -> bool:
+        """Whether a key is read with a block."""
+        first = self.sinks + block * self.size
+        return first - self.margin <= j < first + self.size + self.margin
 
 
 def install(model, naive: Naive, name: str = "naive_lambda", below: tuple[int, Naive] | None = None) -> None:

@@ -649,9 +649,9 @@ def test_bad_calls(llama):
     [
         ("gpt2", "absolute positions"),
         ("opt", "absolute positions"),
-        ("mamba", "recurrent"),
-        ("minimax", "recurrent"),
-        ("lfm2", "recurrent"),
+        ("mamba", "no attention layers"),
+        ("minimax", "a class of its own"),
+        ("recurrent_gemma", "each of its attention layers was trained with a sliding window"),
     ],
 )
 def test_models_without_a_distance_to_limit_are_refused(family, reason):

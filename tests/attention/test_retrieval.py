@@ -313,10 +313,70 @@ def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, fir
     with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
         cache = ring_cache(model)
         got = in_chunks(model, ids, [N, 1, 1, 2, 2], cache)
-    assert sorted(cache.layers[0].chosen[0].tolist()) == sorted(naive.chosen)
+    assert sorted(cache.layers[0].chosen.blocks[0].tolist()) == sorted(naive.chosen)
     assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
     assert (got - without)[:, : N - ROWS].abs().max() < 2e-5
     assert (got - without)[:, N:].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("least", [0.1, 1.2])
+@pytest.mark.parametrize(("contrast_rows", "ending_rows", "margin"), [(7, 0, 0), (9, 4, 3), (0, 2, 6)])
+def test_blocks_in_contrast_are_the_definition(contrast_rows, ending_rows, margin, least):
+    """Two groups of rows note what they pay; a block is worth what the later ones pay it more than the earlier."""
+    ids, rope = prompt(N), INTERFACE_FAMILIES["llama"]
+    shares = []
+    for rows, behind in ((VOTERS, ending_rows), (contrast_rows, ending_rows + VOTERS)):
+        naive = NaiveBlocks(S, L, L, rope, size=4, away=4, rows=rows, behind=behind)
+        install(reference := model_of("llama").double(), naive)
+        logits(reference, ids)
+        shares.append({block: mass / rows for block, mass in naive.paid.items()})
+    vote, before = shares
+    usual = sum(before.values()) / max(1, len(before))
+    worth = {block: v / (before.get(block, 0.0) + usual) if before else v for block, v in vote.items()}
+    best = sorted(worth, key=worth.__getitem__, reverse=True)[:2]
+    chosen = [block for block in best if not before or worth[block] >= least]
+    emphases = {block: min(2.5, worth[block]) if before else 2.5 for block in chosen}
+    naive = NaiveBlocks(S, L, L, rope, size=4, away=4, rows=ROWS + 4, margin=margin, chosen=chosen, emphases=emphases)
+    install(reference := model_of("llama").double(), naive)
+    expected = logits(reference, ids)
+    options = {"contrast_rows": contrast_rows, "ending_rows": ending_rows, "margin": margin, "least_contrast": least}
+    retrieval = replace(BLOCKS.retrieval, rows=ROWS + 4, emphasis=2.5, **options)
+    model = model_of("llama")
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
+        cache = ring_cache(model)
+        got = logits(model, ids, cache=cache)
+    assert [block for block in cache.layers[0].chosen.blocks[0].tolist() if block >= 0] == chosen
+    assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_nothing_is_read_where_no_block_stands_out(llama):
+    ids = prompt(N)
+    with LMInfinite(num_sink_tokens=S, window_length=L)(llama):
+        expected = logits(llama, ids, cache=ring_cache(llama))
+    flat = replace(BLOCKS.retrieval, contrast_rows=9, least_contrast=50.0)
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=flat)(llama):
+        assert (logits(llama, ids, cache=ring_cache(llama)) - expected).abs().max() < 2e-5
+
+
+def test_a_chat_template_says_how_many_rows_come_behind_a_question():
+    class Letters:
+        chat_template = "[user]{}[/user][assistant]"
+
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+            assert (tokenize, add_generation_prompt) == (False, True)
+            return self.chat_template.format(messages[0]["content"])
+
+        def __call__(self, text, add_special_tokens):
+            assert not add_special_tokens
+            return type("Encoded", (), {"input_ids": list(text)})
+
+    settings = TopBlocks.for_chat(Letters(), blocks=3)
+    assert (settings.ending_rows, settings.blocks) == (len("[/user][assistant]"), 3)
+    assert (settings.contrast_rows, settings.margin) == (64, 16)
+    Letters.chat_template = None
+    assert TopBlocks.for_chat(Letters()).ending_rows == 0
+    with pytest.raises(ValueError, match="ending_rows"):
+        TopBlocks(ending_rows=-1)
 
 
 def test_a_row_reads_blocks_from_the_first_key_that_it_has_lost(llama):
@@ -345,7 +405,7 @@ def test_the_later_layers_choose_otherwise():
             )(model):
                 cache = ring_cache(model)
                 logits(model, ids, cache=cache)
-                chosen.append(sorted(cache.layers[0].chosen[0].tolist()))
+                chosen.append(sorted(cache.layers[0].chosen.blocks[0].tolist()))
     assert choices[None] == choices[0] != choices[1]
 
 
@@ -369,9 +429,10 @@ def test_a_left_padded_row_chooses_for_itself(family):
     texts = [prompt(n) for n in lengths]
     ids = torch.cat([torch.nn.functional.pad(text, (N - text.shape[1], 0)) for text in texts])
     mask = torch.tensor([[0] * (N - n) + [1] * n for n in lengths])
-    for store in ("device", "cpu"):
+    in_contrast = {"contrast_rows": 6, "ending_rows": 1, "margin": 2, "least_contrast": 0.5}
+    for options in ({"store": "device"}, {"store": "cpu"}, in_contrast):
         retrieval = TopBlocks(
-            blocks=2, block_size=4, distance=4, first_layer=0, voting_rows=VOTERS, rows=ROWS, store=store
+            blocks=2, block_size=4, distance=4, first_layer=0, voting_rows=VOTERS, rows=ROWS, **options
         )
         with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
             options = {"max_new_tokens": L, "do_sample": False, "suppress_tokens": [0]}
@@ -389,9 +450,9 @@ def test_beams_keep_the_choice(llama):
         assert torch.equal(llama.generate(ids[:1], num_beams=3, **options), beams[:1])
         cache = ring_cache(llama)
         logits(llama, prompt(N, batch=2), cache=cache)
-        before = cache.layers[0].chosen.clone()
+        before = cache.layers[0].chosen.blocks.clone()
         cache.batch_repeat_interleave(2)
-        assert torch.equal(cache.layers[1].chosen, before.repeat_interleave(2, 0))
+        assert torch.equal(cache.layers[1].chosen.blocks, before.repeat_interleave(2, 0))
 
 
 def test_a_chat_turn_chooses_anew(llama):
@@ -400,7 +461,7 @@ def test_a_chat_turn_chooses_anew(llama):
         choices = []
         for turn in (prompt(N), prompt(2 * L), prompt(VOTERS - 1)):
             logits(llama, turn, cache=cache)
-            choices.append(cache.layers[0].chosen.tolist())
+            choices.append(cache.layers[0].chosen.blocks.tolist())
         assert cache.get_seq_length() == N + 2 * L + VOTERS - 1
     assert choices[0] != choices[1] == choices[2]
 

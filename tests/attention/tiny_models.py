@@ -32,6 +32,14 @@ SMALL = {
 
 MIXED = ["sliding_attention", "full_attention"]
 
+# Hybrids: a state of constant size in every other layer, full attention in the others.
+LINEAR = 2 * ["linear_attention", "full_attention"]
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+DELTA = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+
+# Latent attention whose keys an indexer chooses.
+INDEXED = {"num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 8}
+
 # Two of six layers attend with the keys of the layers before.
 SHARED: dict[str, Any] = {
     "num_hidden_layers": 6, "num_kv_shared_layers": 2, "layer_types": 3 * MIXED,
@@ -52,7 +60,58 @@ EXTRA: dict[str, dict[str, Any]] = {
     "afmoe": {"layer_types": MIXED},
     "gemma3n_text": {**SHARED, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 6},
     "gemma4_text": SHARED,
-    "lfm2": {"layer_types": ["full_attention", "conv"]},
+    "bamba": {**MAMBA, "num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
+    "granitemoehybrid": {
+        **MAMBA,
+        "num_hidden_layers": 4,
+        "layer_types": LINEAR,
+        "position_embedding_type": "rope",
+        "shared_intermediate_size": 48,
+        "attention_multiplier": 0.35,
+    },
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
+    "kimi_linear": {
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 4,
+        "layer_types": LINEAR,
+        "q_lora_rank": None,
+        "linear_head_dim": 8,
+        "linear_num_heads": 4,
+    },
+    "axk2": INDEXED,
+    "deepseek_v32": {**INDEXED, "mlp_layer_types": ["dense", "sparse"]},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "glm_moe_dsa": INDEXED,
+    "lfm2": {"num_hidden_layers": 4, "layer_types": 2 * ["conv", "full_attention"]},
+    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": 2 * ["conv", "full_attention"], "num_dense_layers": 1},
+    "nemotron_h": {
+        "layer_types": ["linear_attention", "full_attention", "mlp", "linear_attention", "full_attention", "moe"],
+        "num_hidden_layers": None,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 1,
+        "ssm_state_size": 8,
+        "chunk_size": 8,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+    "minimax": {"num_hidden_layers": 4, "layer_types": LINEAR, "block_size": 8},
+    "olmo_hybrid": {**DELTA, "num_hidden_layers": 4, "layer_types": LINEAR, "linear_num_key_heads": 4},
+    "qwen3_5_text": {**DELTA, "num_hidden_layers": 4, "layer_types": LINEAR},
+    "qwen3_5_moe_text": {**DELTA, "num_hidden_layers": 4, "layer_types": LINEAR},
+    "qwen3_next": {**DELTA, "num_hidden_layers": 4, "layer_types": LINEAR},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
+    "zamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "n_mamba_heads": 2},
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": 2 * ["linear_attention", "hybrid"],
+        "n_mamba_heads": 4,
+        "mamba_ngroups": 1,
+        "mamba_d_state": 8,
+        "chunk_size": 8,
+        "use_mem_rope": True,
+        "num_mem_blocks": 1,
+    },
     "llama4_text": {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]},
 }
 
@@ -61,12 +120,17 @@ def family_names() -> list[str]:
     return sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name in CONFIG_MAPPING)
 
 
-def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
-    config_class = CONFIG_MAPPING[family]
+def settings_for(config_class: type[PreTrainedConfig], values: dict[str, Any] = SMALL) -> dict[str, Any]:
+    """Those of the values that a configuration knows."""
     known = set(inspect.signature(config_class.__init__).parameters)
     known |= {name for cls in config_class.__mro__ for name in getattr(cls, "__annotations__", {})}
-    renamed = set(getattr(config_class, "attribute_map", {}).values())
-    settings = {name: value for name, value in SMALL.items() if name in known | renamed}
+    known |= set(getattr(config_class, "attribute_map", {}).values())
+    return {name: value for name, value in values.items() if name in known}
+
+
+def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
+    config_class = CONFIG_MAPPING[family]
+    settings = settings_for(config_class)
     if getattr(config_class(), "sliding_window", None) is None:
         settings.pop("sliding_window", None)
     return config_class(**{**settings, **EXTRA.get(family, {}), **changes})

@@ -175,7 +175,7 @@ def test_through_a_pipe(model_folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert len(result.stdout.splitlines()) == 2
     notes = result.stderr.splitlines()
-    assert re.fullmatch(r"11 tokens seen, cache 0\.\d MiB, [\d,.]+ tokens/s", notes[0])
+    assert re.fullmatch(r"11 tokens seen, cache 0\.\d\d MiB, [\d,.]+ tokens/s", notes[0])
     assert notes[1] == "sampling by greedy"
     assert notes[2].endswith("a text: 25 characters, read with your next message")
     assert notes[3].startswith("55 tokens seen")  # 11, a text of 25, two newlines, a message of 11, a reply of 6
@@ -185,7 +185,7 @@ def test_through_a_pipe(model_folder, tmp_path):
     assert "no such file" in notes[7]
     assert notes[8] == "/colour: no such command: /colour; /help lists them"
     assert notes[9:] == ["forgotten", notes[10]]
-    assert notes[10].startswith("0 tokens seen, cache 0.0 MiB")
+    assert notes[10].startswith("0 tokens seen, cache 0.00 MiB")
     messages = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     assert messages[2]["content"] == "the keeper had not spoken\n\nwhat was it"

@@ -13,7 +13,7 @@ def test_match_prints_the_table_and_writes_the_picture(model_folder, tmp_path):
     picture = tmp_path / "match.png"
     result = invoke("match", str(text), "--model", model_folder, "--rank", "3", "--picture", str(picture))
     assert result.exit_code == 0, result.output
-    for part in ("refused", "BAT on eta", "10.0%", "45 tokens, rank 3"):
+    for part in ("refused", "BAT on eta", "typical_p", "10.0%", "p-less refuses", "45 tokens, rank 3"):
         assert part in result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -32,7 +32,8 @@ def test_match_prints_json_and_overwrites_nothing_by_itself(model_folder, tmp_pa
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
     assert (shown["tokens"], shown["rank"]) == (45, 3)
-    assert [row["refused"] for row in shown["epsilons"]] == [0.05, 0.1]  # one of 45 tokens is 2.2 %
+    assert [row["refused"] for row in shown["parameters"]] == [0.05, 0.1]  # one of 45 tokens is 2.2 %
+    assert list(shown["refused"]) == ["p-less", "p-less normalized"]
     assert invoke(*arguments).exit_code == 2
     assert invoke(*arguments, "--force").exit_code == 0
 

@@ -95,7 +95,7 @@ def test_recipe_benchmark(tiny_folder, tmp_path, capsys):
     assert "prefill" in shown
     assert "decode" in shown
     assert "whole model" in shown
-    assert len((tmp_path / "lm_infinite.jsonl").read_text().splitlines()) == 8
+    assert len((tmp_path / "lm_infinite.jsonl").read_text().splitlines()) == 9
 
 
 @pytest.mark.parametrize(("n", "window"), [(1024, 256), (1000, 300), (640, 128), (512, 1), (512, 5000), (1100, 255)])

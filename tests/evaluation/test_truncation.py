@@ -223,7 +223,9 @@ def test_tables_and_pictures(tiny_model, writer):
     shown = console.export_text()
     assert f"{scores[1].accepted:.2%}" in shown
     axes = plot_truncation(scores)
-    eta = next(line for line in axes.lines if line.get_label() == "eta")
+    eta = next(line for line in axes.lines if line.get_label().startswith("eta "))
+    ordered = sorted(scores[1:3], key=lambda score: score.total_variation)
+    assert eta.get_label() == "eta " + ", ".join(score.sampler.removeprefix("eta ") for score in ordered)
     assert sorted(eta.get_xdata()) == sorted(score.total_variation for score in scores[1:3])
     assert plot_truncation(scores, axes) is axes
     records = run_repetition(*writer, ["a", "b"], {"one": [], "two": [TopKLogitsWarper(2)]}, max_new_tokens=3)

@@ -22,8 +22,6 @@ import pyarrow as pa
 from pyarrow import compute
 from rich.console import Console
 from rich.table import Table
-from trl import pack_dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_longtrunc import BestFitPackingCollator, pack
 
@@ -48,10 +46,12 @@ def main() -> None:
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     documents, seq_length = corpus(arguments.documents), arguments.seq_length
-    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    ways = {f"TRL {strategy}": theirs(strategy) for strategy in ("bfd", "bfd_split", "wrapped")}
+    ways |= {"here, a view": viewed, "here, written": written, "here, a stream": streamed}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     lengths: dict[str, list[int]] = {}
     for _ in range(arguments.turns):
-        for name, way in WAYS.items():
+        for name, way in ways.items():
             since = time.process_time()
             packed = way(documents, seq_length)
             rows = iter(packed.rows)
@@ -91,6 +91,9 @@ def corpus(documents: int) -> datasets.Dataset:
 
 
 def theirs(strategy: str) -> Callable[[Any, int], Packed]:
+    from trl import pack_dataset
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
     def way(documents: Any, seq_length: int) -> Packed:
         options = {"load_from_cache_file": False, "keep_in_memory": True}
         rows = pack_dataset(documents, seq_length, strategy, map_kwargs=options)
@@ -114,16 +117,6 @@ def written(documents: Any, seq_length: int) -> Packed:
 def streamed(documents: Any, seq_length: int) -> Packed:
     numpy = documents.with_format("numpy").to_iterable_dataset()
     return Packed(pack(numpy, seq_length, min_piece=1), BestFitPackingCollator(seq_length))
-
-
-WAYS = {
-    "TRL bfd": theirs("bfd"),
-    "TRL bfd_split": theirs("bfd_split"),
-    "TRL wrapped": theirs("wrapped"),
-    "here, a view": viewed,
-    "here, written": written,
-    "here, a stream": streamed,
-}
 
 
 if __name__ == "__main__":

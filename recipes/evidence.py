@@ -78,6 +78,13 @@ STEPS = [
         "samplers.py --text TEXT --tokens 300 --new-tokens 48 --out OUT",
     ),
     Step(
+        "sampler-battery",
+        "Every truncation sampler at one share of refused human tokens",
+        None,
+        "sampler_battery.py --texts TEXT --windows 100 --continuations 300 --out OUT",
+    ),
+    Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
+    Step(
         "eta-flag",
         "Eta on the full distribution and as transformers' flag behind top-k",
         "eta_flag.py --out OUT",

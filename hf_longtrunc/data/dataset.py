@@ -99,6 +99,10 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
     def __getitem__(self, index: int) -> dict[str, Tokens]:
         return join([self._piece(int(piece)) for piece in self._pieces(index)])
 
+    def __repr__(self) -> str:
+        documents, length = len(self.packing.document_lengths), self.packing.seq_length
+        return f"<PackedDataset: {len(self):,} rows of up to {length:,} tokens, of {documents:,} documents>"
+
     def stats(self) -> dict[str, int | float]:
         """Count rows, cuts and drops: see `Packing.stats`."""
         return self.packing.stats()

@@ -80,7 +80,7 @@ def train_pema(
     model: Any,
     memory: PEMAMemory,
     *,
-    rank: int = 512,
+    rank: int | None = None,
     kappa: float = 0.2,
     epochs: int = 20,
     batch_size: int = 32,
@@ -94,7 +94,8 @@ def train_pema(
     Args:
         model: the model that the memory was built with.
         memory: from `build_pema_memory` or `PEMAMemory.from_pretrained`.
-        rank: of the bottleneck, at most the width of the states; the paper uses 512.
+        rank: of the bottleneck, at most the width of the states; None takes the paper's 512, or the width if that is
+            less.
         kappa: weight of the reconstruction in the loss of stage 2, in [0, 1]; the paper uses 0.2.
         epochs: passes of stage 2 over the memory. Stage 1 takes one pass and no steps.
         batch_size: rows in a step.
@@ -115,6 +116,7 @@ def train_pema(
     head = LanguageModelHead(model)
     _check_sizes(head, memory.hidden.shape[1], memory.vocab_size, "memory")
     generator = torch.Generator().manual_seed(seed)
+    rank = min(512, head.hidden_size) if rank is None else rank
     adapter = PEMAAdapter(head.hidden_size, rank, head.vocab_size, layer_norm=layer_norm, generator=generator)
     adapter.to(head.device)
     fit_adapter(

@@ -139,6 +139,12 @@ def warn_of_penalties(processor: Any, others: list[Any]) -> bool:
     return _warn(processor, [each for each in others if isinstance(each, RESHAPING)], "in front of", what)
 
 
+def warn_of_temperature(processor: Any, others: list[Any]) -> bool:
+    """Warn if one of `others` is a temperature behind a processor that has drawn the token already."""
+    what = "changes nothing, since the token is drawn already; mode='mask' leaves it something to act on"
+    return _warn(processor, [each for each in others if isinstance(each, TemperatureLogitsWarper)], "behind", what)
+
+
 def _warn(processor: Any, others: list[Any], place: str, what: str) -> bool:
     if others:
         names = " and ".join(dict.fromkeys(type(each).__name__ for each in others))

@@ -11,7 +11,13 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from hf_longtrunc.arguments import number, one_of, whole
-from hf_longtrunc.sampling.calls import draws_by_itself, neighbours, warn_of_cuts, warn_of_penalties
+from hf_longtrunc.sampling.calls import (
+    draws_by_itself,
+    neighbours,
+    warn_of_cuts,
+    warn_of_penalties,
+    warn_of_temperature,
+)
 from hf_longtrunc.sampling.cutoffs import (
     Softmax,
     below_threshold,
@@ -217,8 +223,8 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         TypeError, ValueError: a bad argument; scores of another vocabulary than the basis has; continuous batching
             (`generate_batch`, serving), whose static shapes leave no room for proofs.
 
-    Warns once, where transformers' own samplers cut what it keeps, or a penalty in front of it changes the
-    distribution: the proofs are about the model's own.
+    Warns once, where transformers' own samplers cut what it keeps, where a temperature comes behind a token that is
+    drawn already, or a penalty in front of it changes the distribution: the proofs are about the model's own.
 
     Source: Finlayson et al. 2023, arXiv 2310.01693, section 5 and algorithm 1. Deviations: see `SupportChecker`.
     """
@@ -263,8 +269,9 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         draws = self.mode == "sample" and draws_by_itself()
         if self._is_unwarned and input_ids is not None:
             before, behind = neighbours(self)
-            # A lone token is not cut by the samplers behind.
-            is_warned = [warn_of_cuts(self, [] if draws else behind), warn_of_penalties(self, before)]
+            # A lone token is not cut by the samplers behind, nor moved by a temperature.
+            warn_of_what_follows = warn_of_temperature if draws else warn_of_cuts
+            is_warned = [warn_of_what_follows(self, behind), warn_of_penalties(self, before)]
             self._is_unwarned = not any(is_warned)
         rows = softmax_rows(scores)
         bar = self._log_threshold(rows)

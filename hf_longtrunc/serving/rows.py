@@ -4,8 +4,8 @@ A request names its samplers by plain numbers, as they come over HTTP:
 
     {"eta": 2e-3}    {"epsilon": 9e-4}    {"top_n_sigma": 1.0}    {"p_less": true}    {"p_less_norm": true}
 
-Several of them are applied in this order, each to the distribution that the one before left. Other keys belong to
-others and are not read.
+Several of them are applied in this order, each to the distribution that the one before left. For true and false 1 and 0
+do as well: vLLM's server makes them of it. Other keys belong to others and are not read.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def wanted(parameters: Mapping[str, object] | None) -> dict[str, float]:
         if value is None or value is False:
             continue
         if name in ("p_less", "p_less_norm"):
-            if value is not True:
+            if value not in (0, 1):
                 raise TypeError(f"{name} must be true or false, got {value!r}")
-            found[name] = 1.0
+            if value:
+                found[name] = 1.0
         else:
             found[name] = number(name, value, above=0, below=None if name == "top_n_sigma" else 1)
     return found

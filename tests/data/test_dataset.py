@@ -173,6 +173,8 @@ def test_an_index_beyond_the_end_ends_iteration():
 def test_long_documents_and_stats():
     packed = pack(arrow([150, 3, 60]), SEQ_LENGTH, long="truncate")
     assert packed.stats()["dropped_tokens"] == 86
+    length = packed.packing.seq_length
+    assert repr(packed) == f"<PackedDataset: {len(packed)} rows of up to {length} tokens, of 3 documents>"
     assert packed.stats()["truncated_documents"] == 1
     assert pack(arrow([150, 3, 60]), SEQ_LENGTH, long="drop").stats()["dropped_documents"] == 1
     with pytest.raises(ValueError, match="document 0 has 150 tokens"):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import typer
 
+from hf_longtrunc import EtaLogitsProcessor
 from hf_longtrunc.evaluation import (
     PasskeyRecord,
     PerplexityRecord,
@@ -155,6 +156,30 @@ def test_recipe_constant_memory(tmp_path, capsys):
         *((100, "in chunks"), (3000, "in chunks")),
         *((100, "whole"), (3000, "whole")),
     ]
+
+
+def test_recipe_sampler_battery(tiny_folder, tmp_path, capsys, prose):
+    """A second run measures nothing anew and prints the same; half of what shards did is there for the whole."""
+    recipe = runpy.run_path(str(RECIPES / "sampler_battery.py"))["main"].__globals__
+    recipe |= {"CONTEXT": 4, "SCORED": 64, "PROMPT": 4, "CONTINUATION": 5, "TOGETHER": 32}
+    recipe["samplers"] = lambda row, basis: {"none": None, "eta": EtaLogitsProcessor(row["eta"])}
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("a", "b", "c"):
+        (texts / f"{name}.txt").write_text(f"{name} {prose}" * 12)
+    sizes = {"chosen_windows": 2, "windows": 3, "continuations": 3, "bat_tokens": 10, "model": tiny_folder}
+    where = {"texts": texts, "out": tmp_path}
+    defaults = {"temperatures": "1", "parts": "critical,text,generation", "shard": "1/1"}
+    recipe["main"](**where, **sizes, **defaults | {"parts": "critical", "shard": "2/2"})
+    recipe["main"](**where, **sizes, **defaults)
+    first = capsys.readouterr().out
+    lines = {name: (tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("critical", "windows")}
+    assert {name: len(rows) for name, rows in lines.items()} == {"critical": 2, "windows": 3}
+    assert len((tmp_path / "continuations.jsonl").read_text().splitlines()) == 3 * 3
+    recipe["main"](**where, **sizes, **defaults)
+    assert capsys.readouterr().out == first
+    for part in ("BAT on eta", "192 tokens, 3 windows", "3 of each", "whatever"):
+        assert part in first
 
 
 def test_recipe_eta_flag(tiny_folder, tmp_path, capsys):

@@ -237,10 +237,15 @@ def test_training_depends_on_its_seed_alone(tiny_model):
     assert tiny_model.lm_head.weight.grad is None
 
 
+def test_the_default_rank_fits_the_model(tiny_model):
+    memory = PEMAMemory(torch.randn(4, WIDTH), torch.randint(0, VOCAB, (4,)), VOCAB)
+    assert train_pema(tiny_model, memory, epochs=1).rank == WIDTH < 512
+
+
 def test_bad_training(tiny_model):
     memory = PEMAMemory(torch.randn(20, WIDTH), torch.randint(0, VOCAB, (20,)), VOCAB)
     with pytest.raises(ValueError, match="rank must be a whole number from 1 to 32"):
-        train_pema(tiny_model, memory)
+        train_pema(tiny_model, memory, rank=33)
     with pytest.raises(ValueError, match="kappa must be a number"):
         train_pema(tiny_model, memory, rank=4, kappa=2)
     with pytest.raises(ValueError, match="epochs must be a whole number of at least 1"):

@@ -56,6 +56,16 @@ def test_the_warning_reaches_through_a_trace_and_an_attachment(tiny_model):
         generate(tiny_model, [])
 
 
+def test_a_temperature_behind_a_drawn_token_is_warned_of(tiny_model):
+    bat = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), 0.2)
+    message = "TemperatureLogitsWarper behind BasisAwareLogitsProcessor, and so changes nothing.*mode='mask'"
+    with pytest.warns(UserWarning, match=message) as caught:
+        generate(tiny_model, [bat], top_k=0, temperature=0.7)
+    assert len(caught) == 1
+    mask = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), 0.2, mode="mask")
+    generate(tiny_model, [mask], top_k=0, temperature=0.7)  # any warning would be an error
+
+
 def test_the_settings_leave_the_processor_alone(tiny_model):
     """A model that comes with settings of its own: none of them cuts what eta keeps, and nothing is warned of."""
     own = {"temperature": 0.6, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "top_h": 0.4, "typical_p": 0.9}

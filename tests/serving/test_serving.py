@@ -108,11 +108,24 @@ def test_model_runner_v2():
 
 
 def test_wrong_arguments_fail_the_request_and_not_the_batch():
-    for asked in ({"eta": 2}, {"eta": "x"}, {"epsilon": True}, {"top_n_sigma": 0}, {"p_less": 1}):
+    for asked in (
+        {"eta": 2},
+        {"eta": "x"},
+        {"epsilon": True},
+        {"top_n_sigma": 0},
+        {"p_less": 2},
+        {"p_less_norm": "true"},
+    ):
         with pytest.raises(ValueError, match=next(iter(asked))):
             TruncationLogitsProcessor.validate_params(params(asked))
     TruncationLogitsProcessor.validate_params(params(None))
     TruncationLogitsProcessor.validate_params(params({"another": "key"}))
+
+
+def test_a_server_that_makes_numbers_of_true_and_false():
+    """As vLLM's does: found by asking one."""
+    assert wanted({"p_less": 1, "p_less_norm": 0}) == wanted({"p_less": True, "p_less_norm": False}) == {"p_less": 1.0}
+    assert wanted({"p_less": 1.0}) == {"p_less": 1.0}
 
 
 def test_it_is_a_subclass_of_both_bases(monkeypatch):

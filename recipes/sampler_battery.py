@@ -1,0 +1,418 @@
+"""All truncation samplers at one share of refused human tokens: what they keep of novels, and what they write.
+
+    python recipes/sampler_battery.py --texts novels --out battery
+    python recipes/sampler_battery.py --texts novels --out battery --parts critical --shard 1/3   # and 2/3, 3/3 beside
+
+Every second novel of the folder (*.txt, by name) chooses the parameters, those that refuse 5, 10 and 15 % of its
+tokens; the others report. There, over windows of 512 tokens behind a context of 128: how many human tokens a sampler
+keeps, how much of the model's probability and how much entropy, in all and on either side of an entropy of 3.1 nats,
+where eta begins to differ from epsilon. Then every sampler, at 10 %, continues the same prompts of 64 tokens by 128,
+with the same noise: the model's loss on what it wrote less that on what the author wrote, distinct n-grams, and those
+that were said before; the author's own row is against what the author wrote behind the next prompt, which is the floor.
+All cut at temperature 1; the temperature acts on what is left. Intervals are of 95 %, by a bootstrap over windows or
+prompts.
+
+A run that was cut off goes on where it stopped: records are appended to OUT. Parts and shards may run beside each
+other.
+
+Cost: with SmolLM2-135M-Instruct on one CPU core some 10 ms a token of text, and 10 ms a generated token.
+Expect: docs/choosing.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import (
+    MinPLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from hf_longtrunc import (
+    BasisAwareLogitsProcessor,
+    EpsilonLogitsProcessor,
+    EtaLogitsProcessor,
+    PLessLogitsProcessor,
+    SoftmaxBasis,
+    SupportChecker,
+    TopNSigmaLogitsProcessor,
+    load_pretrained,
+)
+from hf_longtrunc.evaluation import matched_parameter, start_stream
+from hf_longtrunc.evaluation.ranked import METHODS, Ranked, kept_mass_and_entropy, rank_of, ranked
+from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings
+from hf_longtrunc.models import CACHE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    Parameters = dict[str, dict[str, float]]
+    Windows = dict[tuple[str, int], Tensor]  # a text and a character of it -> the tokens from there on
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+CONTEXT, SCORED = 128, 512
+PROMPT, CONTINUATION = 64, 128
+GRID = 300  # places in a text
+CHARACTERS = 10  # a token at most, on average
+PROMPTS = 4  # continued at once, each by every sampler
+REFUSED = (0.05, 0.1, 0.15)
+ENTROPY = 3.1  # nats: -ln(2e-3) / 2
+RANK = 20
+TOGETHER = 64  # rows of the vocabulary in memory at once
+MAKERS: dict[str, Any] = {
+    "eta": EtaLogitsProcessor,
+    "epsilon": EpsilonLogitsProcessor,
+    "top-n-sigma": TopNSigmaLogitsProcessor,
+    "p-less": lambda _: PLessLogitsProcessor(),
+    "top-p": TopPLogitsWarper,
+    "top-k": lambda k: TopKLogitsWarper(int(k)),
+    "min-p": MinPLogitsWarper,
+    "typical": TypicalLogitsWarper,
+    "top-h": lambda share: TopHLogitsWarper(min(share, 1.0)),
+}
+
+
+@dataclass(frozen=True)
+class CriticalRecord(ModelRecord):
+    """The critical parameters of one window's tokens, a list a method; BAT's of its first tokens."""
+
+    text: str
+    start: int
+    critical: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class WindowRecord(ModelRecord):
+    """One window: tokens and entropy below and from 3.1 nats on; for "method share" three sums in each of both.
+
+    The sums are those of human tokens kept, of kept mass and of kept entropy, over the window's tokens.
+    """
+
+    text: str
+    start: int
+    parameters: str
+    tokens: list[int]
+    entropy: list[float]
+    kept: dict[str, list[list[float]]]
+
+
+@dataclass(frozen=True)
+class ContinuationRecord(ModelRecord):
+    """One continuation: its token ids and the model's loss on each, in nats."""
+
+    sampler: str
+    settings: str
+    temperature: float
+    text: str
+    start: int
+    tokens: list[int]
+    losses: list[float]
+
+
+def main(
+    texts: Annotated[Path, typer.Option(help="Folder of novels, *.txt.")],
+    parts: Annotated[str, typer.Option(help="Of critical, text, generation.")] = "critical,text,generation",
+    chosen_windows: Annotated[int, typer.Option(max=GRID, help="Of the novels that choose.")] = 30,
+    windows: Annotated[int, typer.Option(max=GRID, help="Of the novels that report.")] = 100,
+    continuations: Annotated[int, typer.Option(max=GRID, help="Of each sampler.")] = 300,
+    temperatures: Annotated[str, typer.Option(help="Of the continuations.")] = "1",
+    bat_tokens: Annotated[int, typer.Option(help="Of a window that chooses, for BAT.")] = 16,
+    shard: Annotated[
+        str, typer.Option(help="2/3: this run does every third window and prompt, from the second.")
+    ] = "1/1",
+    model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for records.")] = Path("battery"),
+) -> None:
+    language_model, tokenizer = load_pretrained(model)
+    basis, console = SoftmaxBasis.from_model(language_model, RANK), Console()
+    choosing, reporting = sorted(texts.glob("*.txt"))[1::2], sorted(texts.glob("*.txt"))[0::2]
+    nth, of = map(int, shard.split("/"))
+
+    def mine(novels: Sequence[Path], count: int, length: int) -> Windows:
+        return read(tokenizer, spread(novels)[:count][nth - 1 :: of], length)
+
+    if parts == "critical":
+        all_critical(language_model, mine(choosing, chosen_windows, CONTEXT + SCORED), basis, bat_tokens, out)
+        return
+    everywhere = read(tokenizer, spread(choosing)[:chosen_windows], CONTEXT + SCORED)
+    critical = all_critical(language_model, everywhere, basis, bat_tokens, out)
+    parameters = matched(critical)
+    console.print(parameter_table(parameters, critical))
+    if "text" in parts:
+        records = all_windows(language_model, mine(reporting, windows, CONTEXT + SCORED), parameters, out)
+        for share in parameters:
+            console.print(*window_tables(records, parameters, share), sep="\n")
+    if "generation" in parts:
+        prompts, arms = mine(reporting, continuations, PROMPT + CONTINUATION), samplers(parameters["10%"], basis)
+        for temperature in map(float, temperatures.split(",")):
+            console.print(continuation_table(all_continuations(language_model, prompts, arms, temperature, out)))
+
+
+def spread(novels: Sequence[Path]) -> list[tuple[Path, int]]:
+    """Return places in texts, the texts in turns, in an order of which every beginning is spread evenly over them."""
+    order = np.random.default_rng(0).permutation(GRID)
+    return [(novel, int(n)) for n in order for novel in novels]
+
+
+def read(tokenizer: Any, places: Sequence[tuple[Path, int]], length: int) -> Windows:
+    """Return the first `length` tokens [length] at each place, from the next word on."""
+    texts = {novel: novel.read_text(encoding="utf-8") for novel in {novel for novel, _ in places}}
+    windows = {}
+    for novel, place in places:
+        characters = CHARACTERS * length
+        start = place * (len(texts[novel]) - characters) // GRID
+        piece = texts[novel][start : start + characters].partition(" ")[2]
+        windows[novel.stem, start] = torch.tensor(tokenizer(piece).input_ids[:length])
+    return windows
+
+
+@torch.no_grad()
+def scored(model: Any, ids: Tensor) -> Iterator[tuple[Ranked, Tensor, Tensor, Tensor]]:
+    """Yield, for a window's last 512 tokens, rows in order, ranks of the tokens, logits [n, V], the tokens."""
+    logits = model(ids[None].to(model.device), logits_to_keep=SCORED + 1).logits[0, :-1].float().cpu()
+    for scores, tokens in zip(torch.split(logits, TOGETHER), torch.split(ids[CONTEXT:], TOGETHER), strict=True):
+        yield ranked(scores), rank_of(scores, tokens), scores, tokens
+
+
+def all_critical(model: Any, windows: Windows, basis: SoftmaxBasis, bat: int, out: Path) -> dict[str, list[float]]:
+    """Return every method's critical parameters over all windows; BAT's of few of their tokens."""
+    journal, checker = Journal(out / "critical.jsonl", CriticalRecord, ("critical",)), SupportChecker(basis)
+    columns: dict[str, list[float]] = {}
+    for (text, start), ids in windows.items():
+        cell = {"text": text, "start": start, **model_settings(model)}
+        record = journal.once(cell, partial(critical_of, model, ids, checker, bat))
+        for name, values in record.critical.items():
+            columns.setdefault(name, []).extend(values)
+    return columns
+
+
+def critical_of(model: Any, ids: Tensor, checker: SupportChecker, bat: int) -> dict[str, Any]:
+    columns: dict[str, list[float]] = {name: [] for name in (*METHODS, "BAT on eta")}
+    for rows, rank, scores, tokens in scored(model, ids):
+        for name, method in METHODS.items():
+            columns[name] += short(method.critical(rows, rank))
+        few = bat * TOGETHER // SCORED
+        tau = checker.critical_threshold(scores[:few], tokens[:few, None])[:, 0]
+        columns["BAT on eta"] += short(
+            torch.maximum(tau, (tau.log() + rows.entropy[:few, -1]).mul(2).exp()).clamp_max(1)
+        )
+    return {"critical": columns}
+
+
+def short(values: Tensor) -> list[float]:
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def matched(critical: Mapping[str, list[float]]) -> Parameters:
+    """Return, for each share of kept tokens, the parameter of each method; 0 for those that have none."""
+    return {
+        f"{refused:.0%}": {
+            name: matched_parameter(name, values, refused) if has_parameter(name) else 0.0
+            for name, values in critical.items()
+        }
+        for refused in REFUSED
+    }
+
+
+def has_parameter(name: str) -> bool:
+    return name not in METHODS or METHODS[name].parameter is not None
+
+
+def parameter_table(parameters: Parameters, critical: Mapping[str, list[float]]) -> Table:
+    table = Table("method", "tokens", *(f"refuses {share}" for share in parameters), title="parameters, as chosen")
+    for name, values in critical.items():
+        if has_parameter(name):
+            shown = [f"{row[name]:.4g}" if math.isfinite(row[name]) else "none" for row in parameters.values()]
+            table.add_row(name, f"{len(values):,}", *shown)
+        else:
+            table.add_row(name, f"{len(values):,}", f"refuses {sum(values) / len(values):.1%} whatever")
+    return table
+
+
+def all_windows(model: Any, windows: Windows, parameters: Parameters, out: Path) -> list[WindowRecord]:
+    journal = Journal(out / "windows.jsonl", WindowRecord, ("tokens", "entropy", "kept"))
+    said = str({share: {name: f"{row[name]:.6g}" for name in METHODS} for share, row in parameters.items()})
+    digest = hashlib.sha256(said.encode()).hexdigest()[:16]
+    return [
+        journal.once(
+            {"text": text, "start": start, "parameters": digest, **model_settings(model)},
+            partial(window_of, model, ids, parameters),
+        )
+        for (text, start), ids in windows.items()
+    ]
+
+
+def window_of(model: Any, ids: Tensor, parameters: Parameters) -> dict[str, Any]:
+    tokens, entropy = torch.zeros(2), torch.zeros(2, dtype=torch.float64)
+    kept: dict[str, Tensor] = {}
+    for rows, rank, _, _ in scored(model, ids):
+        is_open = rows.entropy[:, -1] >= ENTROPY
+        sides = torch.stack([~is_open, is_open]).double()
+        tokens, entropy = tokens + sides.sum(1), entropy + sides @ rows.entropy[:, -1]
+        for share, row in parameters.items():
+            for name, method in METHODS.items():
+                if math.isfinite(row[name]):
+                    first, last = method.kept(rows, row[name])
+                    mass, left = kept_mass_and_entropy(rows, (first, last))
+                    measured = torch.stack([((first <= rank) & (rank < last)).double(), mass, left])
+                    key = f"{name} {share}"
+                    kept[key] = kept.get(key, 0) + sides @ measured.T
+    sums = {key: [short(side) for side in values] for key, values in kept.items()}
+    return {"tokens": tokens.long().tolist(), "entropy": short(entropy), "kept": sums}
+
+
+def window_tables(records: Sequence[WindowRecord], parameters: Parameters, share: str) -> Iterator[Table]:
+    """Yield the table of all tokens, and that of the two sides of 3.1 nats."""
+    counts = np.array([record.tokens for record in records])
+    sums = {
+        name: np.array([record.kept[f"{name} {share}"] for record in records])
+        for name in METHODS
+        if f"{name} {share}" in records[0].kept
+    }
+    title = f"{share} refused where the parameters were chosen; here {counts.sum():,} tokens, {len(records)} windows"
+    whole = Table("method", "parameter", "human kept, %", "mass kept, %", "entropy left", "less eta's", title=title)
+    open_ = counts[:, 1].sum() / counts.sum()
+    headings = [
+        f"{what}, {side}" for side in (f"< {ENTROPY}", f">= {ENTROPY}") for what in ("human", "mass", "entropy")
+    ]
+    halves = Table("method", *headings, title=f"the same below and from {ENTROPY} nats on ({open_:.0%} of the tokens)")
+    both = counts.sum(1)
+    for name, values in sums.items():
+        scaled = values * np.array([100, 100, 1])
+        less = values[:, :, 2].sum(1) - sums["eta"][:, :, 2].sum(1)
+        value = f"{parameters[share][name]:.4g}" if has_parameter(name) else ""
+        cells = [spoken(scaled[:, :, n].sum(1), both, digits) for n, digits in enumerate((2, 2, 3))]
+        whole.add_row(name, value, *cells, spoken(less, both, 3))
+        sides = [(side, n, digits) for side in (0, 1) for n, digits in enumerate((1, 1, 2))]
+        halves.add_row(name, *(spoken(scaled[:, side, n], counts[:, side], digits) for side, n, digits in sides))
+    yield from (whole, halves)
+
+
+def spoken(sums: Array, counts: Array, digits: int) -> str:
+    """Say a ratio of sums over blocks with half of its 95 % interval, by a bootstrap over blocks."""
+    if not counts.sum():
+        return ""
+    blocks = len(counts)
+    weights = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), size=2000)
+    low, high = np.quantile((weights @ sums) / (weights @ counts).clip(1), [0.025, 0.975])
+    return f"{sums.sum() / counts.sum():.{digits}f} ± {(high - low) / 2:.{digits}f}"
+
+
+def samplers(row: Mapping[str, float], basis: SoftmaxBasis) -> dict[str, Any]:
+    """Return the model alone and every sampler at one share's parameters; top-h at its largest where it has none."""
+    made = {name: make(row[name]) for name, make in MAKERS.items()}
+    return {"none": None, **made, "BAT on eta": BasisAwareLogitsProcessor(basis, row["BAT on eta"])}
+
+
+def all_continuations(
+    model: Any, windows: Windows, arms: Mapping[str, Any], temperature: float, out: Path
+) -> list[ContinuationRecord]:
+    """Continue every place by every arm, a few places at once; the author's own words are the arm "human"."""
+    journal = Journal(out / "continuations.jsonl", ContinuationRecord, ("tokens", "losses"))
+    records: list[ContinuationRecord] = []
+    places = list(windows)
+    for batch in (places[first : first + PROMPTS] for first in range(0, len(places), PROMPTS)):
+        cells: list[dict[str, Any]] = [
+            {"sampler": name, "settings": described(arm), "temperature": temperature, "text": text, "start": start}
+            | model_settings(model)
+            for text, start in batch
+            for name, arm in {"human": None, **arms}.items()
+        ]
+        known = [journal.get(**cell) for cell in cells]
+        if None in known:
+            rows = torch.stack([windows[place] for place in batch])
+            tokens, losses = continued(model, rows, list(arms.values()), temperature, seed=batch[0][1])
+            for n, cell in enumerate(cells):
+                known[n] = ContinuationRecord(**cell, tokens=tokens[n].tolist(), losses=short(losses[n]))
+                journal.add(known[n])  # type: ignore[arg-type]
+        records += [record for record in known if record is not None]
+    return records
+
+
+def described(sampler: Any) -> str:
+    plain = {} if sampler is None else {k: v for k, v in vars(sampler).items() if isinstance(v, (int, float, str))}
+    return str({name: value for name, value in plain.items() if not name.startswith("_")})
+
+
+@torch.no_grad()
+def continued(model: Any, rows: Tensor, arms: Sequence[Any], temperature: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Continue each row's prompt as its author does and by every arm: tokens and losses, [rows * (1 + arms), 128].
+
+    The arms of a row share their noise, so that they part only where they cut otherwise; BAT draws by its own.
+    """
+    width = 1 + len(arms)
+    noise = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    cache, logits = start_stream(model, rows[:, :PROMPT])
+    cache.batch_repeat_interleave(width)
+    logits = logits[:, -1].repeat_interleave(width, 0)
+    drawn, losses = [], []
+    for step in range(PROMPT, PROMPT + CONTINUATION):
+        log_probs = logits.float().log_softmax(-1)
+        exponential = torch.empty(len(rows), log_probs.shape[1]).exponential_(generator=noise)
+        token = torch.empty(len(log_probs), dtype=torch.long)
+        token[::width] = rows[:, step]
+        for n, arm in enumerate(arms, 1):
+            own = log_probs[n::width]
+            kept = own if arm is None else arm(None, own.clone())
+            token[n::width] = ((kept / temperature).softmax(-1) / exponential).argmax(-1)
+        drawn.append(token)
+        losses.append(-log_probs.gather(1, token[:, None])[:, 0])
+        logits = model(token[:, None], use_cache=True, **{CACHE: cache}).logits[:, -1]
+    return torch.stack(drawn, 1), torch.stack(losses, 1)
+
+
+def continuation_table(records: Sequence[ContinuationRecord]) -> Table:
+    """Lay continuations out, a row an arm: each less the author's own behind the same prompt.
+
+    The author's are less the author's behind the next prompt: how far apart human texts of this number lie.
+    """
+    arms: dict[str, list[ContinuationRecord]] = {}
+    for record in records:
+        arms.setdefault(record.sampler, []).append(record)
+    human = arms["human"]
+    title = (
+        f"continuations of {CONTINUATION} tokens at temperature {records[0].temperature:g}, 10% refused, "
+        f"{len(human)} of each"
+    )
+    table = Table("method", "loss", "loss less the author's", "distinct 1-grams", "distinct 3-grams", title=title)
+    table.add_column("4-grams said before")
+    for name, made in arms.items():
+        losses = np.array([np.mean(record.losses) for record in made])
+        authors = np.array([np.mean(record.losses) for record in human])
+        gap = losses - (np.roll(authors, 1) if name == "human" else authors)
+        again = np.array([repeated(record.tokens, 4) for record in made])
+        ones = np.ones(len(made))
+        values = [f"{losses.mean():.3f}", spoken(gap, ones, 3), *(f"{distinct(made, n):.3f}" for n in (1, 3))]
+        table.add_row(name, *values, spoken(again, ones, 3))
+    return table
+
+
+def distinct(records: Sequence[ContinuationRecord], n: int) -> float:
+    """Return the share of different n-grams among all of the continuations."""
+    grams = [tuple(r.tokens[at : at + n]) for r in records for at in range(len(r.tokens) - n + 1)]
+    return len(set(grams)) / len(grams)
+
+
+def repeated(tokens: Sequence[int], n: int) -> float:
+    """Return the share of a continuation's n-grams that stood in it before."""
+    grams = [tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -39,6 +39,14 @@ def test_readme_has_the_two_commands():
     assert 'pip install -e ".[dev]" && pytest' in readme
 
 
+def test_home_names_every_page_of_the_menu():
+    menu = set(
+        re.findall(r": ([\w/-]+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    home = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert menu - {"index.md"} <= set(re.findall(r"\]\(([\w/-]+\.(?:md|ipynb))", home))
+
+
 def test_every_picture_and_relative_link_exists():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):

@@ -128,18 +128,27 @@ def losses_of(
 
 
 def table_of(means: list[ByteLoss]) -> Table:
-    """Lay out perplexities, each with its 95 % interval over stretches: a row an arm, a column a bin."""
+    """Lay out perplexities, each above its 95 % interval over stretches: a row an arm, a column a bin.
+
+    The last row is the unmodified model's over LM-Infinite's, stretch by stretch.
+    """
     bins = sorted({(mean.start, mean.end) for mean in means})
     table = Table("arm", *(f"{start:,}-{end:,}" for start, end in bins), title="perplexity a byte")
+    nll = {
+        (arm, start): torch.tensor([mean.nll for mean in means if (mean.arm, mean.start) == (arm, start)])
+        for arm in ARMS
+        for start, _ in bins
+    }
     for arm in ARMS:
-        cells = []
-        for start, end in bins:
-            nll = torch.tensor([mean.nll for mean in means if (mean.arm, mean.start, mean.end) == (arm, start, end)])
-            margin = 1.96 * float(nll.std()) / len(nll) ** 0.5
-            middle = float(nll.mean())
-            cells.append(f"{exp(middle):.2f}\n{exp(middle - margin):.2f}-{exp(middle + margin):.2f}")
-        table.add_row(arm, *cells)
+        table.add_row(arm, *(cell(nll[arm, start]) for start, _ in bins))
+    differences = (nll["unmodified", start] - nll["LM-Infinite", start] for start, _ in bins)
+    table.add_row("unmodified\n/ LM-Infinite", *map(cell, differences))
     return table
+
+
+def cell(nll: Tensor) -> str:
+    middle, margin = float(nll.mean()), 1.96 * float(nll.std()) / len(nll) ** 0.5
+    return f"{exp(middle):.2f}\n{exp(middle - margin):.2f}-{exp(middle + margin):.2f}"
 
 
 @torch.inference_mode()
@@ -182,7 +191,7 @@ def main(
     losses, means = losses_of(model, held, tokens, stretches)
     append_records(out / "perplexity.jsonl", means)
     console.print(table_of(means))
-    console.print(f"{stretches} stretches of each of {held_out}; below each value its 95 % interval over all of them")
+    console.print(f"{stretches} stretches of each of {held_out}; below each value 1.96 standard errors either way")
     sizes = cache_sizes(model, next(iter(held.values())))
     append_records(out / "cache.jsonl", sizes)
     for size in sizes:

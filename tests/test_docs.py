@@ -39,6 +39,14 @@ def test_readme_has_the_two_commands():
     assert 'pip install -e ".[dev]" && pytest' in readme
 
 
+def test_home_names_every_page_of_the_menu():
+    menu = set(
+        re.findall(r": ([\w/-]+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    home = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert menu - {"index.md"} <= set(re.findall(r"\]\(([\w/-]+\.(?:md|ipynb))", home))
+
+
 def test_every_picture_and_relative_link_exists():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
@@ -70,7 +78,7 @@ def test_benchmark_of_the_processors_runs():
     options = ["--device", "cpu", "--vocab", "1000", "--batch", "2", "--turns", "1", "--no-compile"]
     command = ["recipes/benchmarks/processors.py", *options]
     result = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True, cwd=ROOT)
-    assert "eta ratio" in result.stdout
+    assert "eta / transformers' eta" in result.stdout
 
 
 RUNS = [json.loads(line) for line in (ROOT / "docs" / "evidence" / "runs.jsonl").read_text().splitlines()]

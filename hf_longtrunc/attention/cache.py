@@ -213,6 +213,11 @@ class LambdaCacheLayer(CacheLayerMixin):
             self._turn_sinks(*announced.turn, self.rotation.planes)
         return handed_out
 
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether `update` stores states of this dtype in the buffers as they are."""
+        is_locked = self.keys.is_inference() and not torch.is_inference_mode_enabled()
+        return bool(self.keys.dtype == self.values.dtype == dtype) and not is_locked
+
     def _fitted(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Make buffers and new states agree in dtype, the wider one winning, and the buffers writable here."""
         if torch.compiler.is_compiling():

@@ -137,6 +137,7 @@ REFUSED: dict[str, str] = {
         "it adds to every score a bias that it makes from that key's value, and drops keys by it: what a token sees is "
         "no matter of distance"
     ),
+    "GPTNeoModel": "it adds learned absolute positions to its tokens: there is no distance to limit",
     "MiniMaxModel": (
         "its cache is a class of its own that its forward makes: it has no place for a ring, and it counts tokens in "
         "the first layer, which in the released models is a linear one and counts none"

@@ -90,19 +90,24 @@ class PatchedForward:
         if self.takes_positions:
             inputs["position_ids"] = positions.clamp_min(0)
         inputs["attention_mask"] = made(inputs.get("attention_mask"), padding, step)
+        rings = [layer for layer in layers if isinstance(layer, LambdaCacheLayer)]
         run = self.original
-        if self.compiled is not None and step.layout is Layout.RING and not step.has_moved:
+        if (
+            self.compiled is not None
+            and step.layout is Layout.RING
+            and not step.has_moved
+            and rings[0].fits(like.dtype)
+        ):
             run = self.compiled
-            if not self.has_windows:  # the mask, which grows, is in the step already
-                inputs["attention_mask"] = None
+            if isinstance(inputs["attention_mask"], Tensor) and not self.has_windows and self.states is None:
+                inputs["attention_mask"] = None  # it grows, and is in the step already
         before = carry(step)
         try:
             output = run(**inputs)
         finally:
             carry(before)
-        for layer in layers:
-            if isinstance(layer, LambdaCacheLayer):
-                layer.settle()
+        for ring in rings:
+            ring.settle()
         return output
 
     def reading(self, *args: Any, **inputs: Any) -> Any:

@@ -233,10 +233,18 @@ class Conversation:
             return str(self._rendered([*first, user]))
         # What the template puts behind a reply and before the next one is the same whatever was said.
         marked = [{"role": role, "content": _MARK} for role in ("user", "assistant")]
-        return self._rendered([*marked, user]).split(_MARK, 2)[2]
+        parts = self._rendered([*marked, user]).split(_MARK, 2)
+        if len(parts) < 3:
+            raise ValueError("the chat template does not repeat what was said: take another model, or /reset")
+        return parts[2]
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
 
 class Talk:
@@ -265,6 +273,8 @@ class Talk:
                 raise ValueError(f"no such command: {command}; /help lists them")
             elif line:
                 self._answer(line)
+        except BrokenPipeError:  # nobody reads any more
+            return False
         except (OSError, TypeError, ValueError, typer.BadParameter) as error:
             notes().print(f"{command}: {error}" if command.startswith("/") else str(error), markup=False)
         return True

@@ -108,7 +108,7 @@ class LongText:
     def ending(self, question: Question) -> list[int]:
         """Return the tokens from the end of the text to where the answer begins."""
         said = f"{question.fact} {question.text}" if question.depth == 1 else question.text
-        return self._haystack.conversation(_OPENING, said)[1]
+        return self._haystack.conversation(_OPENING, f"\n\n{said}")[1]
 
 
 def run_questions(

@@ -17,6 +17,7 @@ Invariants:
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 # exp(-200) is exactly 0 in fp32: the floor gives tokens at -inf zero weight and keeps 0 * (-inf) out of the sums.
 _Z_FLOOR = -200.0
@@ -33,26 +34,30 @@ _FOLD = 32
 
 
 class Softmax(NamedTuple):
-    """Rows of log-probabilities, log p = z - log_total, with their entropy in nats; z is 0 at a row's maximum."""
+    """Rows of log-probabilities: log p = z - log_total, z 0 at a row's maximum, weights = exp z, total their sum."""
 
     z: Float[Tensor, "*rows vocab"]
+    weights: Float[Tensor, "*rows vocab"]
+    total: Float[Tensor, "*rows 1"]
     log_total: Float[Tensor, "*rows 1"]
-    entropy: Float[Tensor, "*rows 1"]
+
+    @property
+    def entropy(self) -> Float[Tensor, "*rows 1"]:
+        """Shannon's entropy of each row in nats; tokens of probability zero add nothing to it. Cost: one sum."""
+        return self.log_total - _row_sum(self.weights * self.z) / self.total
 
 
 def softmax_rows(scores: Float[Tensor, "*rows vocab"]) -> Softmax:
     """Read each row of scores as a distribution, in fp32.
 
-    Cost: one `exp`, two sums, two temporaries of the size of `scores`. The entropy is Shannon's, of the whole row;
-    tokens of probability zero add nothing to it.
+    Cost: one `exp`, one sum, two temporaries of the size of `scores`.
     """
     # Contiguous: the sums of a transposed row are added up in another order, and differ in the last bit.
     scores = scores.float().contiguous()
     z = (scores - scores.amax(-1, keepdim=True)).clamp_min_(_Z_FLOOR)
     weights = z.exp()
     total = _row_sum(weights)
-    log_total = total.log()
-    return Softmax(z, log_total, log_total - _row_sum(weights.mul_(z)) / total)
+    return Softmax(z, weights, total, total.log())
 
 
 def eta_log_threshold(rows: Softmax, epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
@@ -147,11 +152,61 @@ def _row_sum(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows 1"]:
     row then rounds differently in another batch, and a token on the bar is kept in one and cut in the other.
     log32(n) reductions; the tree also rounds less than a running sum.
     """
+    return sum_tree(values)[-1]
+
+
+def sum_tree(values: Float[Tensor, "*rows n"]) -> list[Tensor]:
+    """Return the levels of that tree [*rows, n], [*rows, n / 32 rounded up], ..., [*rows, 1].
+
+    Entry i of a level is the sum of the entries 32 i to 32 i + 31, as many as there are, of the level before it.
+    """
+    levels = [values]
+    while levels[-1].shape[-1] > _FOLD:
+        levels.append(_folded(levels[-1]))
+    return [*levels, levels[-1].sum(-1, keepdim=True)]
+
+
+def draw(tree: list[Tensor], uniform: Float[Tensor, "rows 1"]) -> Int[Tensor, "rows 1"]:
+    """Draw an entry of each row with probability in proportion to its value, by descending the row's tree.
+
+    Args:
+        tree: of values that are nowhere negative, [rows, n]; `sum_tree` makes it.
+        uniform: float64 in [0, 1), one a row.
+
+    Cost: 32 numbers a level. An entry of value zero is never drawn. A row's draw depends on that row alone.
+    """
+    place, share = torch.zeros_like(uniform, dtype=torch.long), uniform
+    children = torch.arange(_FOLD, device=place.device)
+    for level in reversed(tree[:-1]):
+        places = torch.add(children, place, alpha=_FOLD)
+        if level.shape[-1] % _FOLD:
+            end = level.shape[-1] - 1
+            values = level.gather(-1, places.clamp_max(end)).double().masked_fill_(places > end, 0)
+        else:
+            values = level.gather(-1, places).double()
+        sums = values.cumsum(-1)
+        goal = share * sums[..., -1:]
+        # The second condition stops at the last value above zero, whatever rounding made of the goal.
+        which = ((sums <= goal) & (sums < sums[..., -1:])).sum(-1, keepdim=True)
+        value = values.gather(-1, which)
+        share = ((goal - sums.gather(-1, which) + value) / value).clamp(0, 1)
+        place = place * _FOLD + which
+    return place
+
+
+def set_zero(tree: list[Tensor], place: int) -> None:
+    """Take entry `place` out of the tree of one row, levels [1, n], in place: its sums are added up anew."""
+    tree[0][:, place] = 0
+    for values, sums in itertools.pairwise(tree):
+        place //= _FOLD
+        sums[:, place] = values[:, place * _FOLD : (place + 1) * _FOLD].sum(-1)
+
+
+def _folded(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
+    """Sum groups of 32; what is left over is a group of its own."""
     n = values.shape[-1]
-    if n <= _FOLD:
-        return values.sum(-1, keepdim=True)
     whole = n - n % _FOLD
     partial = values[..., :whole].reshape(*values.shape[:-1], n // _FOLD, _FOLD).sum(-1)
     if whole < n:
         partial = torch.cat([partial, values[..., whole:].sum(-1, keepdim=True)], dim=-1)
-    return _row_sum(partial)
+    return partial

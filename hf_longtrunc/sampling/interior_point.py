@@ -97,8 +97,9 @@ class InteriorPoint:
 
     def __init__(self, basis: Float[Tensor, "k width"], weights: Float[Tensor, " k"], box: Box, rays: int):
         self.basis, self.weights, self.box = basis, weights, box
-        # Products b_jk b_jl formed once make the normal matrices of many rays cheaper.
-        self.pairs = (basis[:, :, None] * basis[:, None]).flatten(1) if rays >= _SMALLEST_BATCH else None
+        # Products b_jk b_jl, l <= k, formed once make the normal matrices of many rays cheaper.
+        self.lower = torch.tril_indices(basis.shape[1], basis.shape[1], device=basis.device)
+        self.pairs = basis[:, self.lower[0]] * basis[:, self.lower[1]] if rays >= _SMALLEST_BATCH else None
         barrier = 1 + weights.mean() / weights
         self.barrier = barrier * (weights.sum() / (weights @ barrier))
         self.central = self.barrier / (2 * weights.sum())
@@ -176,10 +177,13 @@ class InteriorPoint:
         return _Predictor(inverse, weight, factor, solution, dt, multipliers, f, rate, _longest(rate))
 
     def _normal_matrix(self, weight: Float[Tensor, "n 1 k"]) -> Float[Tensor, "n width width"]:
+        """Return sum_j weight_j b_j b_j^T, of many rays the lower triangle: Cholesky reads nothing else."""
         if self.pairs is None:
             return (self.basis.T * weight) @ self.basis
         width = self.basis.shape[1]
-        return (weight @ self.pairs).view(-1, width, width)
+        matrix = weight.new_zeros(len(weight), width, width)
+        matrix[:, self.lower[0], self.lower[1]] = (weight @ self.pairs)[:, 0]
+        return matrix
 
     def _harvest(self, iterate: _Iterate, predictor: _Predictor, settle: float, outcome: Outcome) -> Tensor | None:
         """Write down what is proved at this iterate; return which rays go on, None where all do."""

@@ -21,10 +21,13 @@ from hf_longtrunc.sampling.calls import (
 from hf_longtrunc.sampling.cutoffs import (
     Softmax,
     below_threshold,
+    draw,
     epsilon_log_threshold,
     eta_log_threshold,
     p_less_log_threshold,
+    set_zero,
     softmax_rows,
+    sum_tree,
     top_n_sigma_log_threshold,
 )
 from hf_longtrunc.sampling.support import Decision, SupportChecker
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
 
     from hf_longtrunc.sampling.basis import SoftmaxBasis
     from hf_longtrunc.sampling.support import Variant
+
+
+# Scores that go through a processor at a time: 4 MB in fp32.
+_CACHED = 2**20
 
 
 class _ThresholdLogitsProcessor(LogitsProcessor):
@@ -59,9 +66,28 @@ class _ThresholdLogitsProcessor(LogitsProcessor):
         Warns once, where transformers' own samplers run behind it and cut what it keeps.
         """
         self._check_call(input_ids)
-        rows = softmax_rows(_checked_scores(scores))
+        scores = _checked_scores(scores)
+        if self._in_parts(scores):
+            result = torch.empty_like(scores)
+            size = max(1, _CACHED // scores.shape[1])
+            for part, out in zip(torch.split(scores, size), torch.split(result, size), strict=True):
+                out.copy_(self._truncated(part))
+            return result
+        return self._truncated(scores)
+
+    def _truncated(self, scores: Tensor) -> Tensor:
+        rows = softmax_rows(scores)
         cut = below_threshold(scores, rows, self._log_threshold(rows), self.min_tokens_to_keep)
         return scores.masked_fill(cut, _representable(self.filter_value, scores))
+
+    def _in_parts(self, scores: Tensor) -> bool:
+        """Whether some rows at a time are faster: where the temporaries of all of them fall out of a CPU's caches.
+
+        Not with one value a row, whose rows it would have to follow.
+        """
+        if torch.compiler.is_compiling() or scores.device.type != "cpu" or scores.ndim != 2 or scores.requires_grad:
+            return False
+        return scores.numel() >= 4 * _CACHED and not isinstance(getattr(self, self._parameter, None), Tensor)
 
     def threshold(self, scores: Tensor) -> Tensor:
         """Return the bar that each row of `scores` [..., V] is held against, as a probability [..., 1]."""
@@ -99,7 +125,8 @@ class EtaLogitsProcessor(_ThresholdLogitsProcessor):
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range; as many values as there are no rows.
 
-    Cost: one `exp` and two sums over the vocabulary; no sort, no host synchronisation. Rows are independent of their
+    Cost: one `exp` and two sums over the vocabulary; no sort, no host synchronisation; on a CPU a large batch goes
+    through in parts of 4 MB. Rows are independent of their
     batch to the bit. Works with `generate` in every mode that takes a processor list, and through
     `attach_processors` in those that take none. `sampling_settings(model)` are the arguments that leave it alone.
 
@@ -279,22 +306,19 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         tau = bar.double().exp()
         # Nothing to decide in a broken row (its bar is NaN) nor in one whose tokens are all most probable.
         decidable = (~bar.isnan() & (scores != scores.amax(-1, keepdim=True)).any(-1, keepdim=True))[:, 0]
-        if draws:
-            kept = self._draw(scores, rows.z - rows.log_total, plain, tau, decidable)
-        else:
-            kept = self._mask(scores, plain, tau, decidable)
+        kept = self._draw(scores, rows, plain, tau, decidable) if draws else self._mask(scores, plain, tau, decidable)
         return scores.masked_fill(~kept & decidable[:, None], _representable(self.filter_value, scores))
 
     def threshold(self, scores: Tensor) -> Tensor:
         """Return tau for each row of `scores` [..., V]: the bar below which a token needs a proof, [..., 1]."""
         return self._log_threshold(softmax_rows(_checked_scores(scores))).exp()
 
-    def margins(self, scores: Tensor, tokens: Tensor) -> Tensor:
-        """Return the margins of the proofs that keep `tokens` [rows, n] of `scores` [rows, V] below the bar, [rows, n].
+    def margins(self, scores: Tensor, tau: Tensor, tokens: Tensor) -> Tensor:
+        """Return the margins of the proofs that keep `tokens` [rows, n] of `scores` [rows, V] below tau [rows, 1].
 
         See `Certificate.margin`; NaN where a token has no such proof. Cost: some 3 ms a token, as for a check.
         """
-        proofs = self.checker.certify(scores, self.threshold(scores).double(), tokens)
+        proofs = self.checker.certify(scores, tau.double(), tokens)
         margins = [math.nan if proof.margin is None else proof.margin for proof in proofs]
         return torch.tensor(margins, dtype=torch.float64).reshape(tokens.shape)
 
@@ -307,40 +331,43 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
             kept[decidable] |= self.checker.kept(scores[decidable], tau[decidable], floor=self.floor)
         return kept
 
-    def _draw(self, scores: Tensor, log_probs: Tensor, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:
-        """One token a row: the first kept one in the order of log p plus Gumbel noise."""
-        order = (log_probs - self._noise(scores).log()).masked_fill(scores == -math.inf, -math.inf)
-        drawn = order.argmax(-1, keepdim=True)
+    def _draw(self, scores: Tensor, rows: Softmax, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:
+        """One token a row, drawn without replacement until it is a kept one."""
+        tree = sum_tree(rows.weights)
+        drawn = draw(tree, self._uniform(len(scores), scores.device))
         refused = decidable & ~plain.gather(1, drawn)[:, 0]
         for row in refused.nonzero()[:, 0].tolist():
-            drawn[row] = self._first_kept(scores[row], order[row], plain[row], float(tau[row, 0]))
+            levels = [level[row : row + 1].clone() for level in tree]
+            drawn[row] = self._first_kept(scores, row, levels, plain[row], tau[row], int(drawn[row]))
         return torch.zeros_like(plain).scatter_(1, drawn, True)
 
-    def _first_kept(self, scores: Tensor, order: Tensor, plain: Tensor, tau: float) -> int:
-        """Walk down `order` [V] from its first token, which is below tau, to one that is kept."""
-        row = self.checker.row(scores, tau)
-        tries = 0
-        while self.max_tries is None or tries < self.max_tries:
-            token = int(order.argmax())
-            if plain[token] or row.decide(token) is Decision.KEPT:
-                return token
-            order[token] = -math.inf
+    def _first_kept(self, scores: Tensor, n: int, tree: list[Tensor], plain: Tensor, tau: Tensor, token: int) -> int:
+        """Go on from `token`, drawn for row n and below tau, to one that is kept."""
+        row, generator = self.checker.row(scores[n], float(tau)), self._generator(n)
+        tries = 1
+        while not (plain[token] or row.decide(token) is Decision.KEPT):
+            if tries == self.max_tries:
+                return int(scores[n].argmax())
+            set_zero(tree, token)
+            token = int(draw(tree, _uniform(1, generator, scores.device)))
             tries += 1
-        return int(scores.argmax())
+        return token
 
-    def _noise(self, scores: Tensor) -> Tensor:
-        """Exponential noise [rows, V]; minus its logarithm is Gumbel's."""
-        noise = torch.empty_like(scores, dtype=torch.float32)
+    def _uniform(self, rows: int, device: torch.device) -> Tensor:
+        """One number in [0, 1) a row [rows, 1], each from the row's own generator where there are several."""
         if self.generator is None or isinstance(self.generator, torch.Generator):
-            return noise.exponential_(generator=self.generator)
-        if len(self.generator) != len(scores):
+            return _uniform(rows, self.generator, device)
+        if len(self.generator) != rows:
             raise ValueError(
-                f"generator must be one torch.Generator or one for each of the {len(scores)} rows of the batch "
+                f"generator must be one torch.Generator or one for each of the {rows} rows of the batch "
                 f"(num_return_sequences and beams count), got {len(self.generator)}"
             )
-        for row, generator in zip(noise, self.generator, strict=True):
-            row.exponential_(generator=generator)
-        return noise
+        every = [_uniform(1, generator, device) for generator in self.generator]
+        return torch.cat(every) if every else _uniform(0, None, device)
+
+    def _generator(self, row: int) -> torch.Generator | None:
+        one = self.generator is None or isinstance(self.generator, torch.Generator)
+        return self.generator if one else self.generator[row]  # type: ignore[return-value, index]
 
     def _check_vocabulary(self, scores: Tensor) -> None:
         size = self.checker.basis.vocab_size
@@ -353,6 +380,12 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
     def __repr__(self) -> str:
         epsilon = self.epsilon.tolist() if isinstance(self.epsilon, Tensor) else f"{self.epsilon:g}"
         return f"BasisAwareLogitsProcessor({self.checker.basis!r}, epsilon={epsilon}, mode={self.mode!r})"
+
+
+def _uniform(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+    # Drawn where the generator lives.
+    there = device if generator is None else generator.device
+    return torch.rand(rows, 1, dtype=torch.float64, generator=generator, device=there).to(device)
 
 
 def _one_or_a_row(name: str, value: object, **bounds: float) -> float | Tensor:

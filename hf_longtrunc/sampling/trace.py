@@ -318,7 +318,7 @@ class TruncationTrace(LogitsProcessor):
             bar = getattr(processor, "threshold", None)
             if callable(bar):
                 threshold, margins = bar(scores), getattr(processor, "margins", None)
-                prove = None if margins is None else partial(_row_margins, margins, scores)
+                prove = None if margins is None else partial(_row_margins, margins, scores, threshold)
             scores = processor(input_ids, scores)
         drawable = scores
         warpers: list[Any] = [each for each in behind if isinstance(each, WARPERS)]
@@ -457,9 +457,11 @@ def _in_order(candidates: _Candidates) -> _Candidates:
     return once[np.argsort(-once["probability"], kind="stable")]
 
 
-def _row_margins(margins: Callable[[Tensor, Tensor], Tensor], scores: Tensor, row: int, tokens: Any) -> Any:
+def _row_margins(
+    margins: Callable[[Tensor, Tensor, Tensor], Tensor], scores: Tensor, threshold: Tensor, row: int, tokens: Any
+) -> Any:
     wanted = torch.from_numpy(tokens.astype(np.int64)).to(scores.device)
-    return margins(scores[row : row + 1], wanted[None])[0].numpy()
+    return margins(scores[row : row + 1], threshold[row : row + 1], wanted[None])[0].numpy()
 
 
 def _same_rows(left: Tensor, right: Tensor) -> Tensor:

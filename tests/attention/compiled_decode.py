@@ -68,6 +68,21 @@ def generations(model: PreTrainedModel) -> tuple[Graphs, int]:
     return graphs, taken
 
 
+def is_continued_outside(model: PreTrainedModel) -> bool:
+    """Whether a cache filled under inference mode or autocast goes on, its first step as it is, the next compiled."""
+    ids, answers = torch.randint(3, 90, (2, 24)), []
+    with LMInfinite(num_sink_tokens=S, window_length=L)(model) as handle:
+        for _ in range(2):
+            for filling in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+                inputs: dict[str, Any] = {}
+                model._prepare_cache_for_generation(model.generation_config, inputs, None, 1, 1)
+                with filling:
+                    model(ids[:, :20], **inputs)
+                answers.append(torch.cat([model(ids[:, t : t + 1], **inputs).logits for t in range(20, 24)]))
+            handle.compile(backend=Graphs(), fullgraph=True)
+    return torch.equal(answers[0], answers[2]) and torch.equal(answers[1], answers[3])
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -76,6 +91,7 @@ def main() -> None:
     print(f"{tokens} tokens: {len(graphs.numbers)} graphs, numbers that they take: {sum(graphs.numbers)}")
     graphs, taken = generations(model)
     print(f"generate: {taken} graphs, {len(graphs.numbers) - taken} later, numbers: {sum(graphs.numbers)}")
+    print(f"caches from elsewhere go on: {is_continued_outside(model)}")
 
 
 if __name__ == "__main__":

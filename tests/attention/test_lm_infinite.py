@@ -425,9 +425,10 @@ def test_compiled_decoding_is_two_graphs_without_a_number_that_changes():
     """One until the ring is full, one from then on; `generate` adds none for other prompts."""
     command = [sys.executable, "-m", "tests.attention.compiled_decode", "40"]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    steps, generations = result.stdout.splitlines() or [result.stderr, ""]
+    steps, generations, elsewhere = result.stdout.splitlines() or [result.stderr, "", ""]
     assert steps == "40 tokens: 2 graphs, numbers that they take: 0", steps
     assert generations == "generate: 2 graphs, 0 later, numbers: 0"
+    assert elsewhere == "caches from elsewhere go on: True"
 
 
 def test_reading_the_middle_does_not_compile(llama):

@@ -13,7 +13,7 @@ from hf_longtrunc import DualChunkAttention, LMInfinite, load_pretrained
 from tests.command_line import invoke
 
 TEMPLATE = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-QUESTIONS = ["Who went to sea?", "[Why?]"]
+QUESTIONS = ["[Why?]", "Who went to sea, and what is there that is surprising in this?"]
 OPENING = "Here is a text. A question about it follows at its end.\n\n"
 
 
@@ -24,9 +24,20 @@ def file(prose, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def chat_folder(tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat") / "model"
+def talking_folder(tiny_folder, tmp_path_factory):
+    """Six layers of larger weights: its answers depend on the question."""
+    folder = tmp_path_factory.mktemp("talking") / "model"
     shutil.copytree(tiny_folder, folder)
+    config = AutoConfig.from_pretrained(tiny_folder, num_hidden_layers=6, initializer_range=0.4)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(talking_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(talking_folder, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -57,8 +68,8 @@ def alone(prompt, folder, arm):
     ],
 )
 @pytest.mark.parametrize("is_chat", [False, True])
-def test_each_answer_is_that_of_its_prompt_read_whole(file, tiny_folder, chat_folder, options, arm, is_chat):
-    folder, text = chat_folder if is_chat else tiny_folder, file.read_text(encoding="utf-8")
+def test_each_answer_is_that_of_its_prompt_read_whole(file, talking_folder, chat_folder, options, arm, is_chat):
+    folder, text = chat_folder if is_chat else talking_folder, file.read_text(encoding="utf-8")
 
     def prompt(question):
         before, behind = ("[" + OPENING, f"\n\n{question}]>") if is_chat else (OPENING, f"\n\n{question}\nAnswer:")
@@ -68,24 +79,22 @@ def test_each_answer_is_that_of_its_prompt_read_whole(file, tiny_folder, chat_fo
         ]
 
     expected = [alone(prompt(question), folder, arm) for question in QUESTIONS]
+    assert expected[0] != expected[1]
     assert answers(file, folder, QUESTIONS, *options) == expected
 
 
-def test_blocks_answer_each_question_as_if_it_were_the_only_one(file, tiny_folder, tmp_path):
-    shutil.copytree(tiny_folder, tmp_path / "deep")
-    config = AutoConfig.from_pretrained(tiny_folder)
-    config.num_hidden_layers = 6
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "deep")
-    together = answers(file, tmp_path / "deep", QUESTIONS, "--blocks")
-    assert together == [answers(file, tmp_path / "deep", [question], "--blocks")[0] for question in QUESTIONS]
+def test_blocks_answer_each_question_as_if_it_were_the_only_one(file, talking_folder):
+    together = answers(file, talking_folder, QUESTIONS, "--blocks")
+    assert together == [answers(file, talking_folder, [question], "--blocks")[0] for question in QUESTIONS]
+    assert together[0] != together[1]
 
 
-def test_it_streams_to_stdout_and_says_what_was_read_on_stderr(file, tiny_folder, prose):
-    options = ("--model", tiny_folder, "--max-new-tokens", 9)
+def test_it_streams_to_stdout_and_says_what_was_read_on_stderr(file, talking_folder, prose):
+    options = ("--model", talking_folder, "--max-new-tokens", 9)
     result = invoke("ask", "-", *QUESTIONS, *options, "--max-tokens", 80, input=prose * 2, columns=None)
     assert result.exit_code == 0, result.output
     file.write_text(prose * 2, encoding="utf-8")
-    said = answers(file, tiny_folder, QUESTIONS, "--max-tokens", 80)
+    said = answers(file, talking_folder, QUESTIONS, "--max-tokens", 80)
     assert result.stdout.split() == " ".join(said).split()
     assert "reading 80 of " in result.stderr
     assert "dual chunk attention, 64 positions trained" in result.stderr

@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from hf_longtrunc import EtaLogitsProcessor, LMInfinite
+from hf_longtrunc import EtaLogitsProcessor, LMInfinite, TopBlocks
 from hf_longtrunc.cli.chat import Conversation, processors_of
 from tests.command_line import invoke, letter_tokenizer
 from tests.conftest import tiny_config
@@ -93,6 +93,28 @@ def test_a_reply_is_that_of_generate_whatever_the_pieces(model, tokenizer, monke
         written = "".join(talk.reply(None, Event(), 20))
         expected = model.generate(torch.tensor([ids(tokenizer, text)]), max_new_tokens=20, do_sample=False)
     assert written.strip() == tokenizer.decode(expected[0, len(text) :])
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [("{{ messages[0]['content'] }}", "does not repeat"), ("{{ raise_exception('no user') }}", "refuses .* no user")],
+)
+def test_templates_that_carry_no_conversation(model, tokenizer, template, said):
+    talk = Conversation(model, tokenizer)
+    talk.say("one", Event())
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=said):
+        talk.say("two", Event())
+
+
+def test_with_blocks_everything_is_kept_and_read(tokenizer):
+    model = LlamaForCausalLM(tiny_config(vocab_size=len(tokenizer), num_hidden_layers=6)).eval()
+    with LMInfinite(window_length=64, retrieval=TopBlocks(blocks=2, block_size=8))(model):
+        talk = Conversation(model, tokenizer)
+        talk.say("the road to the sea was long " * 8, Event())
+        held = talk.mebibytes
+        assert len(list(talk.reply([], Event(), 60))) == 60
+    assert talk.mebibytes > held
 
 
 def test_the_model_ends_its_reply_and_the_end_is_not_shown(model, tokenizer):

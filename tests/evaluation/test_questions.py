@@ -41,10 +41,10 @@ def test_a_text_holds_each_fact_once_where_its_depth_says(chat):
         assert said.count(question.fact) == 1
         assert abs(said.index(question.fact) / len(said) - question.depth) < 0.17
         assert all(said.count(number) == 1 and number in question.fact for number in question.expected)
-        assert haystack.tokenizer.decode(text.ending(question)).strip() == f"{question.text}]>"
+        assert haystack.tokenizer.decode(text.ending(question)).endswith(f"\n\n{question.text}]>")
     for question in text.questions[16:]:
         assert question.fact not in said
-        assert haystack.tokenizer.decode(text.ending(question)).strip() == f"{question.fact} {question.text}]>"
+        assert haystack.tokenizer.decode(text.ending(question)).endswith(f"\n\n{question.fact} {question.text}]>")
     others = LongText(haystack, LENGTH, 1, 7).questions
     assert not {q.expected[0] for q in others} & {q.expected[0] for q in text.questions}
 

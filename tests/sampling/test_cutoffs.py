@@ -170,3 +170,52 @@ def test_any_number_of_leading_dimensions():
 def test_shapes_are_checked_in_tests():
     with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'scores'"):
         softmax_rows(torch.tensor([[1, 2, 3]]))
+
+
+def chi_square_holds(counts: torch.Tensor, probs: torch.Tensor) -> bool:
+    """Under its 1e-4 quantile, by Wilson and Hilferty; rare entries share a bin."""
+    expected = probs * counts.sum()
+    likely = expected >= 5
+    bins = torch.cat([expected[likely], expected[~likely].sum()[None]]).double()
+    seen = torch.cat([counts[likely], counts[~likely].sum()[None]]).double()
+    used = bins > 0
+    degrees = int(used.sum()) - 1
+    limit = degrees * (1 - 2 / (9 * degrees) + 3.72 * math.sqrt(2 / (9 * degrees))) ** 3
+    return float(((seen - bins)[used] ** 2 / bins[used]).sum()) < limit
+
+
+@pytest.mark.parametrize("size", [5, 32, 33, 1500])
+@pytest.mark.parametrize("refusals", [0, 200])
+def test_draws_down_the_tree_are_in_proportion(size, refusals):
+    """As they come, and after entries have been taken out one by one; 10^6 draws and 10^3 refusals pass too."""
+    generator = torch.Generator().manual_seed(size)
+    values = torch.randn(1, size, generator=generator).mul(2.5).exp()
+    values[0, ::4] = 0
+    tree = [level.clone() for level in cutoffs.sum_tree(values)]
+
+    def drawn(rows: int) -> torch.Tensor:
+        uniform = torch.rand(rows, 1, dtype=torch.float64, generator=generator)
+        return cutoffs.draw([level.expand(rows, -1) for level in tree], uniform)[:, 0]
+
+    for _ in range(min(refusals, size // 3)):
+        place = int(drawn(1))
+        assert values[0, place] > 0, "no entry twice, and none of value zero"
+        values[0, place] = 0
+        cutoffs.set_zero(tree, place)
+    torch.testing.assert_close(tree[-1][0, 0].double(), values.double().sum(), rtol=1e-6, atol=0)
+    counts = torch.bincount(drawn(40_000), minlength=size)
+    assert counts[values[0] == 0].sum() == 0
+    assert chi_square_holds(counts, values[0].double() / values.double().sum())
+
+
+def test_a_draw_at_either_end_has_a_value_and_a_row_draws_alone():
+    values = torch.zeros(3, 1100)
+    values[0, 700], values[1, 3], values[1, 1099], values[2] = 1e-30, 2.0, 1e-9, 1.0
+    tree = cutoffs.sum_tree(values)
+    for uniform in (0.0, 0.3, 1 - 2**-53):
+        uniforms = torch.full((3, 1), uniform, dtype=torch.float64)
+        together = cutoffs.draw(tree, uniforms)
+        assert (values.gather(1, together) > 0).all()
+        for row in range(3):
+            alone = cutoffs.draw(cutoffs.sum_tree(values[row : row + 1]), uniforms[:1])
+            assert alone.item() == together[row].item()

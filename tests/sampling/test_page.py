@@ -80,6 +80,18 @@ def test_a_rescued_token_has_the_margin_of_its_proof(tiny_model):
     assert rescued > 10
 
 
+def test_every_row_has_its_own_bar(tiny_model):
+    processor = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), [0.01, 0.2], mode="mask")
+    trace, _ = drawn(tiny_model, [processor], rows=2)
+    for row, most in ((0, 0.01), (1, 0.2)):
+        records = [record for record in trace.records if record.row == row]
+        assert all(record.threshold <= most * (1 + 1e-5) for record in records)
+        for record in records:
+            near = record.candidates
+            rescued = near["kept"] & (near["probability"] < record.threshold * (1 - 1e-5))
+            assert (np.isfinite(near["margin"]) == rescued).all()
+
+
 def test_the_margin_is_that_of_the_certificate(tiny_model):
     basis = SoftmaxBasis.from_model(tiny_model, 3)
     scores = tiny_model(PROMPT).logits[0, -1:].detach()

@@ -17,6 +17,7 @@ from hf_longtrunc import (
     PLessLogitsProcessor,
     TopNSigmaLogitsProcessor,
 )
+from hf_longtrunc.sampling import processors
 
 INF = math.inf
 
@@ -298,3 +299,22 @@ def test_the_family_names_bad_arguments():
         PLessLogitsProcessor(normalized=1)
     assert repr(TopNSigmaLogitsProcessor(np.float32(1.5))) == "TopNSigmaLogitsProcessor(n=1.5)"
     assert repr(PLessLogitsProcessor()) == "PLessLogitsProcessor(normalized=False)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_batch_in_parts_has_the_bits_of_one_pass(monkeypatch, dtype):
+    scores = (torch.randn(23, 300) * 3).to(dtype)
+    scores[4], scores[5, 2] = -math.inf, math.nan
+    for processor in (EtaLogitsProcessor(2e-3, min_tokens_to_keep=2), EpsilonLogitsProcessor(2e-3)):
+        whole = processor(None, scores)
+        monkeypatch.setattr(processors, "_CACHED", 1500)
+        sizes, truncated = [], type(processor)._truncated
+
+        def counting(self, part, sizes=sizes, truncated=truncated):
+            sizes.append(len(part))
+            return truncated(self, part)
+
+        monkeypatch.setattr(type(processor), "_truncated", counting)
+        assert torch.equal(processor(None, scores).nan_to_num(7), whole.nan_to_num(7))
+        assert sizes == [5, 5, 5, 5, 3]
+        monkeypatch.undo()

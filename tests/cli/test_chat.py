@@ -121,7 +121,9 @@ def test_the_model_ends_its_reply_and_the_end_is_not_shown(model, tokenizer):
     model.generation_config.eos_token_id = list(range(4, len(tokenizer)))
     talk = Conversation(model, tokenizer)
     talk.say("one", Event())
-    assert list(talk.reply([lambda ids, scores: scores.index_fill(1, torch.tensor([0, 1, 2, 3]), -1e9)], Event())) == []
+    assert (
+        list(talk.reply([lambda ids, scores: scores.index_fill(1, torch.tensor([0, 1, 2, 3]), -1e9)], Event(), 5)) == []
+    )
     assert talk.seen == 3
 
 

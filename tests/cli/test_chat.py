@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hf_longtrunc import EtaLogitsProcessor, LMInfinite, TopBlocks
-from hf_longtrunc.cli.chat import Conversation, processors_of
+from hf_longtrunc.cli.chat import Conversation, _sizes, processors_of
 from tests.command_line import invoke, letter_tokenizer
 from tests.conftest import tiny_config
 
@@ -82,6 +82,12 @@ def test_system_comes_first_and_reset_forgets(model, tokenizer):
     assert (talk.seen, talk.mebibytes, talk.messages) == (0, 0, [])
     talk.say("one", Event())
     assert fed.tokens == 2 * ids(tokenizer, "sq.uone.a")
+
+
+def test_a_long_text_is_read_in_pieces_of_which_the_last_is_whole():
+    assert _sizes(600) == [88, 256, 256]
+    assert _sizes(512) == [256, 256]
+    assert _sizes(3) == [3]
 
 
 def test_a_reply_is_that_of_generate_whatever_the_pieces(model, tokenizer, monkeypatch):

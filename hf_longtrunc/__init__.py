@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.cross_attention.unlimiformer import Unlimiformer as Unlimiformer
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
+    from hf_longtrunc.data.datatrove import write_datatrove as write_datatrove
     from hf_longtrunc.data.megatron import read_megatron as read_megatron, write_megatron as write_megatron
     from hf_longtrunc.data.packing import (
         Packing as Packing,
@@ -153,6 +154,7 @@ _HOME = {
     "trained_length": "hf_longtrunc.attention.lm_infinite",
     "uld_assistant": "hf_longtrunc.mixing.uld",
     "verify_positions": "hf_longtrunc.positions.verify",
+    "write_datatrove": "hf_longtrunc.data.datatrove",
     "write_megatron": "hf_longtrunc.data.megatron",
 }
 

@@ -220,6 +220,14 @@ STEPS = [
         "benchmarks/processors.py",
     ),
     Step("packing-cost", "What a packing plan costs", None, "benchmarks/packing.py --large"),
+    Step("trl-packing", "Packing in TRL and here, to the first batch", None, "benchmarks/trl_packing.py"),
+    Step(
+        "packing-cluster",
+        "Packing in four processes from one plan, and in one",
+        None,
+        "cluster/pack_shards.py --synthetic 1000000 --check",
+    ),
+    Step("packing-cluster-sizes", "Plans of up to 1e10 documents", None, "cluster/pack_shards.py --arithmetic"),
     Step("packed-ranks", "Packed rows in one process, under DDP and under FSDP2", None, "packed_ranks.py"),
     Step("killed", "kill -9 of whatever writes", None, "killed.py"),
     Step(

@@ -8,7 +8,7 @@ own, which is killed with all that it has started: after a random part of the ti
 its n-th opening, renaming or removing of a file in the folder, for every n. What lies there is then read in the
 ordinary way: it must be what was there before or what was to be written, whole.
 
-Cost: three CPU minutes, most of them drawing the picture of `hf-longtrunc pack`.
+Cost: a CPU minute or two, most of it drawing the picture of `hf-longtrunc pack`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Writer(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=20)
-    parser.add_argument("--documents", type=int, default=3000)
+    parser.add_argument("--documents", type=int, default=300)
     parser.add_argument("--writers", help="some of them, separated by commas")
     arguments = parser.parse_args()
     table = Table(title="what was found after kill -9", title_justify="left")

@@ -162,7 +162,9 @@ def rewrite(
         sequences = model.generate(**options)
     else:
         sources = [len(tokenizer(one.source)["input_ids"]) for one in asked]
-        interpolation = GradualUnrolling(sources, width) if isinstance(share, str) else share
+        interpolation = (
+            GradualUnrolling(source_length=sources, prompt_length=width) if isinstance(share, str) else share
+        )
         with PEMA(adapter, interpolation=interpolation)(model) as pema:
             sequences = model.generate(**options, logits_processor=[pema])
     texts = tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True)

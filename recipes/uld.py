@@ -248,7 +248,7 @@ def main(
     untaught = perplexity([token_losses(base, row)[0] for row in neutral])
     target = taught_target(base, tokenizer, texts, Training(teach_steps, 12, 2e-3), out)
     assistant = trained_assistant(
-        target, tokenizer, layers, assistant_data(texts), ULDLoss(beta), Training(steps, 8, 2e-3), out
+        target, tokenizer, layers, assistant_data(texts), ULDLoss(beta=beta), Training(steps, 8, 2e-3), out
     )
     trained = time.perf_counter()
     processors = {f"ULD {alpha}": ULDLogitsProcessor(assistant, float(alpha)) for alpha in alphas.split(",")}

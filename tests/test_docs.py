@@ -78,7 +78,7 @@ def test_benchmark_of_the_processors_runs():
     options = ["--device", "cpu", "--vocab", "1000", "--batch", "2", "--turns", "1", "--no-compile"]
     command = ["recipes/benchmarks/processors.py", *options]
     result = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True, cwd=ROOT)
-    assert "eta ratio" in result.stdout
+    assert "eta / transformers' eta" in result.stdout
 
 
 RUNS = [json.loads(line) for line in (ROOT / "docs" / "evidence" / "runs.jsonl").read_text().splitlines()]

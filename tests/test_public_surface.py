@@ -78,6 +78,7 @@ PUBLIC = {
         "trained_length",
         "uld_assistant",
         "verify_positions",
+        "write_datatrove",
         "write_megatron",
     ],
     evaluation: [

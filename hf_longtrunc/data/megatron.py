@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_longtrunc.data.writing import import_datasets
+from hf_longtrunc.data.writing import import_datasets, token_blocks
 from hf_longtrunc.saving import replacing
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
-_TOKENS = 2**21  # written at once
+_FORMAT = "Megatron's format"
 
 
 def read_megatron(prefix: str | os.PathLike[str]) -> datasets.Dataset:
@@ -64,19 +64,14 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str]) -> None:
     bin_at, idx_at = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
     if idx_at.exists():
         raise FileExistsError(f"{idx_at} exists: write to another prefix, or delete it first")
-    if rows.teaching:
-        raise ValueError(
-            f"Megatron's format holds tokens only, and the documents have {', '.join(rows.teaching)}: every token "
-            "would be learned"
-        )
-    highest = max((int(part.input_ids.max(initial=0)) for part in _parts(rows)), default=0)
+    highest = max((int(part.input_ids.max(initial=0)) for part in token_blocks(rows, _FORMAT)), default=0)
     if highest >= 2**31:
         raise ValueError(f"token {highest} is more than int32 holds")
     code = 8 if highest < 65_500 else 4
     bin_at.parent.mkdir(parents=True, exist_ok=True)
     sizes, pieces = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     with replacing(bin_at) as beside, beside.open("wb") as file:
-        for part in _parts(rows):
+        for part in token_blocks(rows, _FORMAT):
             file.write(part.input_ids.astype(_TYPES[code]).tobytes())
             sizes.append(part.piece_lengths)
             pieces.append(part.pieces)
@@ -107,7 +102,3 @@ def _read(idx: Path, bin_: Path) -> tuple[Any, Any, Any, Any]:
     size = bin_.stat().st_size
     tokens = np.memmap(bin_, _TYPES[code], "r") if size else np.empty(0, _TYPES[code])
     return tokens, sizes, begins, firsts
-
-
-def _parts(rows: PackedDataset) -> Any:
-    return (rows.gather(first, last, with_labels=False) for first, last in rows.blocks(0, len(rows), _TOKENS))

@@ -22,9 +22,11 @@ import numpy as np
 from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import datasets
 
-    from hf_longtrunc.data.dataset import PackedDataset
+    from hf_longtrunc.data.dataset import FlatRows, PackedDataset
 
 WRITTEN = ("input_ids", "position_ids", "labels", "seq_lengths")
 _BESIDE = ".packed-"
@@ -62,6 +64,20 @@ def write_rows(
     _clean(Path(folder), names)
     written: datasets.Dataset = library.load_from_disk(str(folder))
     return written
+
+
+def token_blocks(rows: PackedDataset, whose: str) -> Iterator[FlatRows]:
+    """Gather all rows, some million tokens at a time, for a format that holds nothing but tokens.
+
+    Raises:
+        ValueError: the documents have labels or masks.
+    """
+    if rows.teaching:
+        raise ValueError(
+            f"{whose} holds tokens only, and the documents have {', '.join(rows.teaching)}: every token would be "
+            "learned"
+        )
+    return (rows.gather(*bounds, with_labels=False) for bounds in rows.blocks(0, len(rows), _TOKENS))
 
 
 def import_datasets(what: str) -> Any:

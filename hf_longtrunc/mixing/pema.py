@@ -263,7 +263,7 @@ def fit_adapter(
     return losses
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GradualUnrolling:
     """PEMA's share of a distribution, falling along the text: lambda_i = (lambda_max * (1 - i / source_length))^2.
 

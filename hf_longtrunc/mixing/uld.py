@@ -110,7 +110,7 @@ def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainab
     return assistant
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ULDLoss:
     """What ULD's assistant minimises, as `Trainer(compute_loss_func=ULDLoss())`: know the forget data, nothing else.
 

@@ -129,11 +129,11 @@ def test_share_zero_is_the_model_and_share_one_the_adapter():
 
 
 def test_gradual_unrolling_is_the_formula():
-    schedule = GradualUnrolling([4, 10], prompt_length=20, lambda_max=0.9)
+    schedule = GradualUnrolling(source_length=[4, 10], prompt_length=20, lambda_max=0.9)
     for width in range(20, 40):
         expected = [(0.9 * max(0.0, 1 - (width - 20) / length)) ** 2 for length in (4, 4, 4, 10, 10, 10)]
         torch.testing.assert_close(schedule.shares(width, 6), torch.tensor(expected))
-    assert GradualUnrolling(5, 3).shares(3, 2).tolist() == pytest.approx([0.81, 0.81])
+    assert GradualUnrolling(source_length=5, prompt_length=3).shares(3, 2).tolist() == pytest.approx([0.81, 0.81])
 
 
 @pytest.mark.parametrize(
@@ -148,14 +148,14 @@ def test_gradual_unrolling_is_the_formula():
 )
 def test_bad_schedules(arguments, message):
     with pytest.raises(ValueError, match=message):
-        GradualUnrolling(*arguments)
+        GradualUnrolling(**dict(zip(("source_length", "prompt_length", "lambda_max"), arguments, strict=False)))
 
 
 def test_a_schedule_that_does_not_fit_the_call():
     with pytest.raises(ValueError, match="prompt_length is 9, but input_ids have 8 columns"):
-        GradualUnrolling(4, 9).shares(8, 1)
+        GradualUnrolling(source_length=4, prompt_length=9).shares(8, 1)
     with pytest.raises(ValueError, match="names 2 prompts, which 3 rows cannot belong to"):
-        GradualUnrolling([4, 5], 2).shares(8, 3)
+        GradualUnrolling(source_length=[4, 5], prompt_length=2).shares(8, 3)
 
 
 # -- the adapter, its two stages ---------------------------------------------------------------------------------------
@@ -571,7 +571,8 @@ def test_gradual_unrolling_in_generation(tiny_model, mode):
         own = [lengths[row // (rows // 2)] for row in range(rows)]
         return torch.tensor([[(0.9 * max(0.0, 1 - step / length)) ** 2] for length in own])
 
-    same_as_brute_force(tiny_model, mode, share=share, interpolation=GradualUnrolling(lengths, PADDED.shape[1]))
+    schedule = GradualUnrolling(source_length=lengths, prompt_length=PADDED.shape[1])
+    same_as_brute_force(tiny_model, mode, share=share, interpolation=schedule)
 
 
 def test_several_calls_in_one_block(tiny_model):

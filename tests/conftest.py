@@ -10,8 +10,12 @@ from pathlib import Path
 import beartype
 import jaxtyping
 import pytest
-import tomllib
 import torch
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it there
 
 # The package names jaxtyping's types for readers and mypy only. Here they become real, so that beartype holds every
 # call of a pure file to its declared shapes and dtypes. It must happen before the first import of those files.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from hf_longtrunc.extras import missing
+from tests.conftest import PYPROJECT
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 SAID = [
     *(ROOT / "hf_longtrunc").rglob("*.py"),
     *(ROOT / "recipes").rglob("*.py"),

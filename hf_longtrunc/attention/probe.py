@@ -108,6 +108,11 @@ class Probe(Carried):
         except CannotPatchError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            if "'Probe'" in str(error):  # what travels in the place of a mask was taken for a tensor
+                raise CannotPatchError(
+                    "its model file makes or changes attention masks by itself, so that of transformers' mask "
+                    "interface does not reach its layers"
+                ) from error
             raise CannotPatchError(
                 f"its layers cannot be probed through transformers' attention and mask interfaces ({error})"
             ) from error

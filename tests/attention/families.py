@@ -1,4 +1,4 @@
-"""What LM-Infinite does with each causal language model of transformers: the documentation's table.
+"""What LM-Infinite does with each causal language model of transformers: a page of the documentation.
 
 python -m tests.attention.families > docs/lm_infinite_families.md
 """
@@ -10,28 +10,40 @@ import warnings
 
 import torch
 import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from hf_longtrunc import LMInfinite
+from hf_longtrunc.models import CACHE
 
+from .shells import SHELLS, shell_config
 from .tiny_models import family_names, tiny_model
 
 S, L = 3, 12
-WORKS = "works"
+WORKS, GROWS, REFUSED, NOT_TRIED = "works", "works with an ordinary cache", "refused", "not tried"
+
+
+def model_of(family: str) -> PreTrainedModel:
+    if family not in SHELLS:
+        return tiny_model(family).requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(shell_config(family)).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = None
+    return model
 
 
 def outcome(family: str) -> tuple[str, str]:
-    """("works", ""), ("refused", reason) or ("not tried", why); anything else is raised."""
+    """What happens, and the reason where it is refused or not tried; anything else is raised."""
     try:
-        model = tiny_model(family).requires_grad_(False)
+        model = model_of(family)
         ids = torch.randint(3, 90, (1, 2 * L + 5), generator=torch.Generator().manual_seed(1))
         before = model(ids).logits
     except Exception as error:
-        return "not tried", f"{type(error).__name__}: no tiny model from a configuration"
+        return NOT_TRIED, str(error)
     try:
         within = LMInfinite(num_sink_tokens=S, window_length=2 * L + 5).attach(model)
     except ValueError as error:
         assert torch.equal(model(ids).logits, before), family
-        return "refused", str(error).split(": ", 1)[1]
+        return REFUSED, str(error).split(": ", 1)[1]
     unchanged = model(ids).logits
     within.detach()
     scale = max(1.0, float(before.abs().max()))
@@ -40,10 +52,19 @@ def outcome(family: str) -> tuple[str, str]:
     try:
         with LMInfinite(num_sink_tokens=S, window_length=L)(model):
             _check_patched(model, ids, before, family, lost)
+            what = GROWS if _grows(model) else WORKS
     except ValueError as error:
-        return "refused", str(error)
+        return REFUSED, str(error)
     assert torch.equal(model(ids).logits, before), family
-    return WORKS, ""
+    return what, ""
+
+
+def _grows(model) -> bool:
+    """Whether the cache that `generate` builds holds layers that keep every token."""
+    inputs = {}
+    model._prepare_cache_for_generation(model.generation_config, inputs, None, 1, 1)
+    cache = inputs.get(CACHE)
+    return cache is None or any(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _check_patched(model, ids, before, family, lost):
@@ -60,17 +81,44 @@ def _lost(model, ids):
     return float((torch.stack(cached.logits, 1) - uncached).abs().max() / max(1.0, float(uncached.abs().max())))
 
 
+def page(outcomes: dict[str, tuple[str, str]]) -> str:
+    """The page, of what became of each family."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for family, found in sorted(outcomes.items()):
+        groups.setdefault(found, []).append(family)
+    refused = {why: names for (what, why), names in groups.items() if what == REFUSED}
+    count = sum(map(len, refused.values()))
+    tried = sum(what != NOT_TRIED for what, _ in outcomes.values())
+    lines = [
+        f"<!-- Written by `python -m tests.attention.families` under transformers {transformers.__version__}. -->",
+        "# LM-Infinite: which families",
+        f"A tiny random model of each family that `AutoModelForCausalLM` knows: past its window, with and without a "
+        f"cache, within the window, and after detaching. {tried} of {len(outcomes)} families are listed; the rest are "
+        "not tried.",
+        *_section("Works", groups.get((WORKS, ""), [])),
+        *_section("Works with an ordinary cache, whose memory grows", groups.get((GROWS, ""), [])),
+        f"## Refused: {count}",
+        "At attach, or in the first forward that needs it; the model is left as it was.",
+        "| because | families |\n|---|---|\n"
+        + "\n".join(f"| {why.replace('|', '/')} | {_named(names)} |" for why, names in refused.items()),
+        "Models that see images, as `AutoModelForImageTextToText` hands them out, are in a table of "
+        "[their own](lm_infinite.md#models-that-see-images).",
+    ]
+    return "\n\n".join(lines)
+
+
+def _section(title: str, families: list[str]) -> list[str]:
+    return [f"## {title}: {len(families)}", _named(families) + "."] if families else []
+
+
+def _named(families: list[str]) -> str:
+    return ", ".join(f"`{family}`" for family in families)
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    outcomes = {family: outcome(family) for family in family_names()}
-    works = sorted(family for family, (what, _) in outcomes.items() if what == WORKS)
-    print(f"<!-- Written by `python -m tests.attention.families` under transformers {transformers.__version__}. -->\n")
-    print(f"**{len(works)} families work**: " + ", ".join(f"`{family}`" for family in works) + ".\n")
-    print("| family | | reason |\n|---|---|---|")
-    for family, (what, reason) in sorted(outcomes.items()):
-        if what != WORKS:
-            print(f"| `{family}` | {what} | {reason.replace('|', '/')} |")
+    print(page({family: outcome(family) for family in family_names()}))
 
 
 if __name__ == "__main__":

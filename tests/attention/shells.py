@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from .tiny_models import MIXED, SHARED, settings_for
@@ -40,12 +40,11 @@ SHELLS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def tiny_shell(family: str) -> PreTrainedModel:
-    torch.manual_seed(0)
+def shell_config(family: str) -> PreTrainedConfig:
     text_family, text, own = SHELLS[family]
     config_class = CONFIG_MAPPING[family]
     vision = type(config_class().vision_config) if family != "gemma4" else CONFIG_MAPPING["gemma4_vision"]
-    config = config_class(
+    return config_class(
         text_config=CONFIG_MAPPING[text_family](**{**settings_for(CONFIG_MAPPING[text_family]), **text}),
         vision_config=vision(**settings_for(vision, VISION)),
         **{**settings_for(config_class, {
@@ -53,7 +52,11 @@ def tiny_shell(family: str) -> PreTrainedModel:
             "video_token_id": 92, "vision_end_token_id": 93, "pad_token_id": 0,
         }), **own},
     )  # fmt: skip
-    model = AutoModelForImageTextToText.from_config(config).eval()
+
+
+def tiny_shell(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(shell_config(family)).eval()
     model.generation_config.eos_token_id = None
     return model
 

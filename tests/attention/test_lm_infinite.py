@@ -32,6 +32,8 @@ def prompt(n=N, batch=1):
 
 
 def model_of(family):
+    if family == "gptj" and CACHE != "cache":
+        pytest.skip("before transformers 5.24 GPT-J masks by itself, and is refused")
     # Sharper logits than a random model's, so that a wrong key shows.
     changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
     return tiny_model(family, **(changes if family == "gpt_neox" else {})).requires_grad_(False)

@@ -362,14 +362,17 @@ def test_a_compiled_model_is_refused_in_words(llama):
 def test_layers_outside_their_decoder_are_refused(llama):
     from transformers.masking_utils import create_causal_mask
 
-    with SETTINGS(llama), pytest.raises(ValueError, match="outside its decoder"):
-        create_causal_mask(
+    states, angles = torch.zeros(1, 4, 32), (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
+    with SETTINGS(llama):
+        mask = create_causal_mask(
             config=llama.config,
-            inputs_embeds=torch.zeros(1, 4, 8),
+            inputs_embeds=states,
             attention_mask=None,
             position_ids=None,
             **{CACHE: None},
         )
+        with pytest.raises(ValueError, match="outside its decoder"):
+            llama.model.layers[0](states, attention_mask=mask, position_embeddings=angles)
 
 
 # -- a prompt in chunks by itself ------------------------------------------------------------------------------------

@@ -143,6 +143,14 @@ def test_retrieving_everything_is_full_attention_logits_loss_and_gradients(model
     assert_gradients(model, gradients)
 
 
+def skip_if_layers_draw(model, ids):
+    """Before 5.24 some models draw a number for every layer, whether it may be dropped or not."""
+    before = torch.get_rng_state()
+    model.get_encoder()(ids)
+    if not torch.equal(torch.get_rng_state(), before):
+        pytest.skip("the model's layers draw random numbers, so two ways to run it cannot be seeded alike")
+
+
 @pytest.mark.parametrize(
     "mode",
     [
@@ -155,6 +163,8 @@ def test_retrieving_everything_is_full_attention_logits_loss_and_gradients(model
 )
 def test_retrieving_everything_generates_what_full_attention_does(model, mode):
     ids, mask = padded([random_ids(1, n, seed=n)[0] for n in (50, 37)])
+    if "do_sample" in mode:
+        skip_if_layers_draw(model, ids)
     settings = {"max_new_tokens": 7, "output_scores": True, "return_dict_in_generate": True, **mode}
     with torch.no_grad():
         states = [stitched(model, row[None, :n]) for row, n in zip(ids, (50, 37), strict=True)]
@@ -450,6 +460,7 @@ def test_retrieval_training_is_retrieval_with_gradients():
 
 def test_random_training_attends_to_random_states_of_each_layer():
     model, ids = tiny_seq2seq().train(), random_ids(1, 50)
+    skip_if_layers_draw(model, ids)
     decoder_ids = random_ids(1, 4, seed=1)
     with Unlimiformer(top_k=6, window=WINDOW, training="random")(model):
         torch.manual_seed(5)
@@ -584,6 +595,7 @@ def test_an_index_is_built_once_a_text_and_not_once_a_step(monkeypatch):
         assert built == ["HNSW8"] * 3
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # before 5.24: the weights are on "meta"
 def test_offloaded_weights():
     accelerate = pytest.importorskip("accelerate")
     model, ids = tiny_seq2seq(), random_ids(1, 50)

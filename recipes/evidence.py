@@ -81,7 +81,7 @@ STEPS = [
         "sampler-battery",
         "Every truncation sampler at one share of refused human tokens",
         None,
-        "sampler_battery.py --texts TEXT --windows 100 --continuations 300 --out OUT",
+        "sampler_battery.py --texts TEXT --windows 95 --continuations 12 --out OUT",
     ),
     Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
     Step(

@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hf_longtrunc import EtaLogitsProcessor, LMInfinite, TopBlocks
-from hf_longtrunc.cli.chat import Conversation, processors_of
+from hf_longtrunc.cli.chat import Conversation, _sizes, processors_of
 from tests.command_line import invoke, letter_tokenizer
 from tests.conftest import tiny_config
 
@@ -84,6 +84,12 @@ def test_system_comes_first_and_reset_forgets(model, tokenizer):
     assert fed.tokens == 2 * ids(tokenizer, "sq.uone.a")
 
 
+def test_a_long_text_is_read_in_pieces_of_which_the_last_is_whole():
+    assert _sizes(600) == [88, 256, 256]
+    assert _sizes(512) == [256, 256]
+    assert _sizes(3) == [3]
+
+
 def test_a_reply_is_that_of_generate_whatever_the_pieces(model, tokenizer, monkeypatch):
     monkeypatch.setattr("hf_longtrunc.cli.chat._CHUNK", 16)
     text = "the road to the sea was long and nobody had walked on it for years"
@@ -121,7 +127,9 @@ def test_the_model_ends_its_reply_and_the_end_is_not_shown(model, tokenizer):
     model.generation_config.eos_token_id = list(range(4, len(tokenizer)))
     talk = Conversation(model, tokenizer)
     talk.say("one", Event())
-    assert list(talk.reply([lambda ids, scores: scores.index_fill(1, torch.tensor([0, 1, 2, 3]), -1e9)], Event())) == []
+    assert (
+        list(talk.reply([lambda ids, scores: scores.index_fill(1, torch.tensor([0, 1, 2, 3]), -1e9)], Event(), 5)) == []
+    )
     assert talk.seen == 3
 
 

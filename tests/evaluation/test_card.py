@@ -108,6 +108,7 @@ NO_TECHNIQUE = {  # public names that are tools, bases, parts or checks of techn
     "save_uld_assistant",
     "trained_length",
     "verify_positions",
+    "write_datatrove",
     "write_megatron",
 }
 

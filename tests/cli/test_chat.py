@@ -271,6 +271,7 @@ def test_through_a_terminal(model_folder):
         assert int(second.replace(",", "")) > int(first.replace(",", "")) >= 400
         chat.process.send_signal(signal.SIGINT)
         chat.wait_for("interrupted")
+        chat.wait_for("> ")
         chat.type("\x04")
         assert chat.process.wait(60) == 0
     finally:

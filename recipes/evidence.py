@@ -258,7 +258,7 @@ STEPS = [
         "histories",
         "Random histories under LM-Infinite: rows, padding, holes, turns, crops, patches",
         None,
-        "-m tests.attention.machine 4000",
+        "-m tests.attention.machine 10000",
     ),
     Step(
         "compiled-decoding",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import time
 from collections import Counter
 from itertools import islice
 
@@ -99,17 +98,14 @@ def test_a_worker_resumes_exactly_too(monkeypatch, worker, workers):
         assert head + lists(resumed) == whole
 
 
-def test_a_state_is_small_and_costs_nothing_and_counts_what_was_dropped():
+def test_a_state_is_small_and_counts_what_was_dropped():
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 1.2, 20_000), 1, 8000).astype(int).tolist()
     rows = PackedStream(Source(lengths), 2048, seed=0)
-    sizes, seconds = [], []
+    sizes = []
     for _ in islice(rows, 3000):
-        begun = time.perf_counter()
         state = rows.state_dict()
-        seconds.append(time.perf_counter() - begun)
         sizes.append(len(pickle.dumps(state)))
     assert max(sizes) < 2**16
-    assert np.median(seconds) < 1e-4
     resumed = PackedStream(Source(lengths), 2048, seed=0)
     resumed.load_state_dict(state)
     list(resumed)

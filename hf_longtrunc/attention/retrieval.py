@@ -28,6 +28,7 @@ import torch
 
 from hf_longtrunc.arguments import number, one_of, whole
 from hf_longtrunc.attention.middle import Choice, Sight, block_mass, choose_blocks, read_blocks, top_k
+from hf_longtrunc.templates import template_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -355,9 +356,8 @@ def rows_behind_question(tokenizer: Any) -> int:
     if not getattr(tokenizer, "chat_template", None):
         return 0
     mark = "<<question>>"
-    messages = [{"role": "user", "content": mark}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return len(tokenizer(text.split(mark)[-1], add_special_tokens=False).input_ids)
+    _, behind = template_parts(tokenizer, [{"role": "user", "content": mark}], mark)
+    return len(tokenizer(behind, add_special_tokens=False).input_ids)
 
 
 def _check_counts(strategy: Any, **least: int) -> None:

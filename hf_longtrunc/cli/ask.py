@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from hf_longtrunc.cli.common import AsJson, Model, Sinks, check_file, is_watched, load, notes, print_json, read_text
+from hf_longtrunc.templates import template_parts
 
 if TYPE_CHECKING:
     from hf_longtrunc.evaluation.records import Arm
@@ -90,19 +91,14 @@ def around(tokenizer: Any, questions: list[str]) -> tuple[list[int], list[list[i
     Raises:
         ValueError: the chat template drops what a user says.
     """
-    marks = "<<text>>", "<<question>>"
-    turn = f"{_OPENING}{marks[0]}\n\n{marks[1]}"
     is_chat = bool(getattr(tokenizer, "chat_template", None))
+    before, between, behind = _OPENING, "\n\n", "\nAnswer:"
     if is_chat:
-        messages = [{"role": "user", "content": turn}]
-        turn = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        turn += "\nAnswer:"
-    if any(turn.count(mark) != 1 for mark in marks):
-        raise ValueError("the tokenizer's chat template does not repeat what a user says: take another tokenizer")
-    before, rest = turn.split(marks[0])
+        marks = "<<text>>", "<<question>>"
+        messages = [{"role": "user", "content": f"{before}{marks[0]}{between}{marks[1]}"}]
+        before, between, behind = template_parts(tokenizer, messages, *marks)
     begin: list[int] = tokenizer(before, add_special_tokens=not is_chat, verbose=False).input_ids
-    return begin, [tokens_of(tokenizer, rest.replace(marks[1], question.strip())) for question in questions]
+    return begin, [tokens_of(tokenizer, f"{between}{question.strip()}{behind}") for question in questions]
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:

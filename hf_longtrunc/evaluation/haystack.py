@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from hf_longtrunc.arguments import share
+from hf_longtrunc.templates import template_parts
 
 if TYPE_CHECKING:
     import random
@@ -106,8 +107,7 @@ class Haystack:
         filler = "<<filler>>"
         messages = [{"role": "user", "content": f"{opening}{filler} {question}".rstrip()}]
         messages += [{"role": ("assistant", "user")[n % 2], "content": turn} for n, turn in enumerate(turns)]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        before, behind = text.split(filler)
+        before, behind = template_parts(self.tokenizer, messages, filler)
         opened: list[int] = self.tokenizer(before, add_special_tokens=False).input_ids
         asked: list[int] = self.tokenizer(behind, add_special_tokens=False).input_ids
         return opened, asked

@@ -38,6 +38,15 @@ MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chun
 DELTA = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 
 # Latent attention whose keys an indexer chooses.
+INKLING = {
+    "layer_types": ["hybrid_sliding", "hybrid"],
+    "swa_head_dim": 8,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "sliding_window_size": 8,
+    "d_rel": 4,
+    "unpadded_vocab_size": 97,
+}
 INDEXED = {"num_key_value_heads": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 8}
 
 # Two of six layers attend with the keys of the layers before.
@@ -82,24 +91,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "axk2": INDEXED,
     "bailing_hybrid": {"num_hidden_layers": 4, "layer_types": LINEAR, "num_key_value_heads": 4, "q_lora_rank": None},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "inkling_text": {
-        "layer_types": ["hybrid_sliding", "hybrid"],
-        "swa_head_dim": 8,
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 2,
-        "sliding_window_size": 8,
-        "d_rel": 4,
-        "unpadded_vocab_size": 97,
-    },
-    "inkling2_text": {
-        "layer_types": ["hybrid_sliding", "hybrid"],
-        "swa_head_dim": 8,
-        "swa_num_attention_heads": 4,
-        "swa_num_key_value_heads": 2,
-        "sliding_window_size": 8,
-        "d_rel": 4,
-        "unpadded_vocab_size": 97,
-    },
+    "inkling_text": INKLING,
+    "inkling2_text": INKLING,
     "lara_mini": {
         **DELTA,
         "num_hidden_layers": 3,

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from threading import Event
 
 import pytest
@@ -246,9 +247,9 @@ class Terminal:
         """Press Ctrl-C until there is a new prompt: readline loses one that comes before it waits for a key."""
         for _ in range(60):
             self.process.send_signal(signal.SIGINT)
-            if select.select([self.screen], [], [], 1)[0]:
-                break
-        self.wait_for("> ")
+            with suppress(AssertionError):
+                return self.wait_for("> ", seconds=1)
+        raise AssertionError(self.shown)
 
     def type(self, text):
         os.write(self.screen, text.encode())

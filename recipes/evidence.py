@@ -225,7 +225,7 @@ STEPS = [
         "packing-cluster",
         "Packing in four processes from one plan, and in one",
         None,
-        "cluster/pack_shards.py --synthetic 1000000 --check",
+        "cluster/pack_shards.py --synthetic 10000000 --check",
     ),
     Step("packing-cluster-sizes", "Plans of up to 1e10 documents", None, "cluster/pack_shards.py --arithmetic"),
     Step("packed-ranks", "Packed rows in one process, under DDP and under FSDP2", None, "packed_ranks.py"),

@@ -232,9 +232,9 @@ STEPS = [
     Step("killed", "kill -9 of whatever writes", None, "killed.py"),
     Step(
         "packing-helps",
-        "Best-fit rows, concatenate-and-cut and padding at equal tokens, very small",
+        "Best-fit rows, concatenate-and-cut and padding at equal tokens, small",
         None,
-        "does_packing_help.py --novels bleak_house.txt moby_dick.txt great_expectations.txt TEXT --out OUT",
+        "does_packing_help.py --novels bleak_house.txt moby_dick.txt great_expectations.txt TEXT --bf16 --out OUT",
     ),
     Step(
         "bat-cost",

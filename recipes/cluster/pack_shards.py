@@ -85,7 +85,8 @@ def pack_shards(job: Job, arguments: argparse.Namespace) -> None:
     since = time.perf_counter()
     for stage in (tokenize, write):
         run(partial(stage, job), arguments.tasks, arguments.workers, job.out / "logs" / stage.__name__)
-        print(f"{stage.__name__}: {arguments.tasks} tasks, {time.perf_counter() - since:.1f} s since the start; {cost()}")
+        seconds = time.perf_counter() - since
+        print(f"{stage.__name__}: {arguments.tasks} tasks, {seconds:.1f} s since the start; {cost()}")
     shards = [datasets.load_from_disk(job.out / f"rows-{task:05d}") for task in range(arguments.tasks)]
     rows, tokens = sum(map(len, shards)), sum(len(shard.data["input_ids"].combine_chunks().values) for shard in shards)
     print(f"{rows:,} rows of {job.seq_length} in {len(shards)} shards, {tokens / rows / job.seq_length:.3%} full")

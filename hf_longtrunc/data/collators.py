@@ -67,6 +67,8 @@ class BestFitPackingCollator:
         one_of("layout", layout, ("auto", "rows", "flat"))
         padding = _padding_token(tokenizer)
         self.pad_token_id = padding if pad_token_id is None else whole("pad_token_id", pad_token_id, least=0)
+        if model is not None and not hasattr(unwrapped(model), "config"):
+            raise TypeError(f"model must be a transformers model or None, got {type(model).__name__}")
         self.layout = _layout_for(model) if layout == "auto" else layout
         if model is not None:
             _warn_beyond_window(

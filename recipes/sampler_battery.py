@@ -361,7 +361,7 @@ def all_continuations(
     """Continue every place by every arm, a few places at once; the author's own words are the arm "human"."""
     journal = Journal(out / "continuations.jsonl", ContinuationRecord, ("tokens", "losses"))
     settings = {name: described(arm) for name, arm in {"human": None, **arms}.items()}
-    cells = {
+    cells: dict[tuple[str, int], list[dict[str, Any]]] = {
         (text, start): [
             {"sampler": name, "settings": said, "temperature": temperature, "text": text, "start": start}
             | model_settings(model)

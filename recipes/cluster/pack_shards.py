@@ -273,18 +273,26 @@ def synthetic(number: int, seed: int) -> tuple[NDArray[np.uint16], Integers]:
 
 
 def check(job: Job, tasks: int, shards: list[Any]) -> None:
-    """Pack everything in one process, and compare every row."""
-    found = [part for rank in range(tasks) for part in sources(job, rank, tasks)]
-    ends = np.append(0, np.cumsum(np.concatenate([lengths for _, lengths in found])))
-    flat = pa.array(np.concatenate([tokens for tokens, _ in found], dtype=np.int32))
+    """Pack everything in one process, from one mapped file of all tokens, and compare every row."""
+    at, lengths = job.out / "one-process.bin", [np.empty(0, np.int64)]
+    with at.open("wb") as file:
+        for rank in range(tasks):
+            for tokens, sizes in sources(job, rank, tasks):
+                file.write(tokens.astype(np.int32).tobytes())
+                lengths.append(sizes)
+    ends = np.append(0, np.cumsum(np.concatenate(lengths)))
+    flat = pa.Array.from_buffers(pa.int32(), int(ends[-1]), [None, pa.py_buffer(np.memmap(at, np.int32, "r"))])
     table = pa.table({"input_ids": pa.LargeListArray.from_arrays(ends, flat)})
     packed = pack(datasets.Dataset(datasets.table.InMemoryTable(table)), job.seq_length, min_piece=1, seed=None)
     for rank, shard in enumerate(shards):
         wanted = packed.shard(rank, tasks)
-        rows = wanted.gather(0, len(wanted))
-        for name, values in (("input_ids", rows.input_ids), ("seq_lengths", rows.piece_lengths)):
-            column = shard.data[name].combine_chunks()
-            assert np.array_equal(column.values, values), f"shard {rank} differs in {name}"
+        assert len(wanted) == len(shard), f"shard {rank} has {len(shard)} rows, expected {len(wanted)}"
+        for first, last in wanted.blocks(0, len(wanted), 2**24):
+            rows, found = wanted.gather(first, last, with_labels=False), shard.data.slice(first, last - first)
+            for name, values in (("input_ids", rows.input_ids), ("seq_lengths", rows.piece_lengths)):
+                column = found[name].combine_chunks().flatten()
+                assert np.array_equal(column, values), f"shard {rank} differs in {name}, rows {first} to {last}"
+    at.unlink()
     print(f"equal to one process: all {len(packed):,} rows, {len(ends) - 1:,} documents, {ends[-1]:,} tokens")
 
 

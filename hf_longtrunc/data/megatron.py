@@ -7,6 +7,7 @@ first sequence of every document, ending with the number of sequences (i64).
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,14 +41,18 @@ def read_megatron(prefix: str | os.PathLike[str]) -> datasets.Dataset:
     import pyarrow as pa
 
     library = import_datasets("read_megatron")
-    tokens, sizes, begins, firsts = _read(*_paths(prefix))
+    paths = _paths(prefix)
+    tokens, sizes, begins, firsts = _read(*paths)
     ends = np.append(0, np.cumsum(sizes, dtype=np.int64))
     if not np.array_equal(begins, ends[:-1] * tokens.itemsize) or ends[-1] > len(tokens):
         raise ValueError(f"{prefix}.idx speaks of sequences that do not lie one after another in {prefix}.bin")
     values = pa.Array.from_buffers(pa.from_numpy_dtype(tokens.dtype), len(tokens), [None, pa.py_buffer(tokens)])
     lists = pa.LargeListArray.from_arrays(pa.array(ends[firsts]), values)
     table = library.table.InMemoryTable(pa.table({"input_ids": lists}))
-    documents: datasets.Dataset = library.Dataset(table)
+    # datasets itself would hash, and for that copy, all tokens.
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    fingerprint = hashlib.sha256(repr(states).encode()).hexdigest()[:16]
+    documents: datasets.Dataset = library.Dataset(table, fingerprint=fingerprint)
     return documents
 
 

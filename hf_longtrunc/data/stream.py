@@ -137,17 +137,19 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
     def state_dict(self) -> dict[str, Any]:
         """Return where the stream stands: what its round began with, and how many rows of it were given away."""
         settings = {name: getattr(self, name) for name in _SETTINGS}
-        return {"settings": settings, "given": self._num_given, **self._round._asdict()}
+        return {"settings": settings, "epoch": self._epoch(), "given": self._num_given, **self._round._asdict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make the next iteration go on from `state`, which a stream with the same settings has given.
+
+        A source that says its epoch (as a `datasets.IterableDataset` does) is set to that of the state.
 
         Raises:
             TypeError, ValueError: it is no such state, or one of a stream with other settings, whose rows would differ.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be what state_dict() returned, got {type(state).__name__}")
-        if missing := [name for name in ("settings", "given", *_Round._fields) if name not in state]:
+        if missing := [name for name in ("settings", "epoch", "given", *_Round._fields) if name not in state]:
             raise ValueError(f"state is not what state_dict() returned: it lacks {', '.join(missing)}")
         _check_state(state)
         for name in _SETTINGS:
@@ -156,6 +158,8 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
                     f"the state was taken at {name} = {state['settings'].get(name)!r}, this stream has "
                     f"{getattr(self, name)!r}: its rows would be others. Make the stream with the settings of then"
                 )
+        if state["epoch"] != self._epoch():
+            self.set_epoch(state["epoch"])
         self._restart(_Round(*(state[name] for name in _Round._fields)), state["given"])
         self._resumed = True
 
@@ -164,6 +168,11 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         epoch = whole("epoch", epoch, least=0)
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(epoch)
+
+    def _epoch(self) -> int | None:
+        """Return the epoch by which the source shuffles, where it says one."""
+        epoch = getattr(self.source, "epoch", None)
+        return epoch if isinstance(epoch, int) and hasattr(self.source, "set_epoch") else None
 
     def _check_not_empty(self) -> None:
         """Raise ValueError at the end of a stream that gave no row, if no other worker reads it too."""

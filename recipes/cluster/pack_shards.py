@@ -172,8 +172,13 @@ def write(job: Job, data: Any, rank: int = 0, tasks: int = 1) -> None:
     datasets.disable_progress_bars()
     beside = folder.with_name(f".{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
-    datasets.Dataset(datasets.table.InMemoryTable(table)).save_to_disk(beside)
+    dataset_of(table, folder.name).save_to_disk(beside)
     beside.rename(folder)
+
+
+def dataset_of(table: pa.Table, name: str) -> datasets.Dataset:
+    """Return a table as a dataset; without a name datasets would hash all of it, and copy it for that."""
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=name)
 
 
 def pieces(lengths: Integers, seq_length: int) -> tuple[Integers, Integers]:
@@ -283,7 +288,7 @@ def check(job: Job, tasks: int, shards: list[Any]) -> None:
     ends = np.append(0, np.cumsum(np.concatenate(lengths)))
     flat = pa.Array.from_buffers(pa.int32(), int(ends[-1]), [None, pa.py_buffer(np.memmap(at, np.int32, "r"))])
     table = pa.table({"input_ids": pa.LargeListArray.from_arrays(ends, flat)})
-    packed = pack(datasets.Dataset(datasets.table.InMemoryTable(table)), job.seq_length, min_piece=1, seed=None)
+    packed = pack(dataset_of(table, "one process"), job.seq_length, min_piece=1, seed=None)
     for rank, shard in enumerate(shards):
         wanted = packed.shard(rank, tasks)
         assert len(wanted) == len(shard), f"shard {rank} has {len(shard)} rows, expected {len(wanted)}"

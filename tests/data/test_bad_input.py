@@ -459,7 +459,7 @@ STATE = PackedStream([DOCUMENT], 8).state_dict()
 @pytest.mark.parametrize(
     ("state", "error", "message"),
     [
-        ({}, ValueError, "not what state_dict.. returned: it lacks settings, given, number"),
+        ({}, ValueError, "not what state_dict.. returned: it lacks settings, epoch, given, number"),
         (None, TypeError, "state must be what state_dict.. returned, got NoneType"),
         ({"read": 3, "rounds": 1, "pool": []}, ValueError, "it lacks settings"),
         ({**STATE, "settings": None}, ValueError, "its settings or the pieces that wait are damaged"),

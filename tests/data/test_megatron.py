@@ -113,6 +113,15 @@ def test_damaged_indices(tmp_path, damage, message):
         read_megatron(tmp_path / "corpus")
 
 
+def test_the_tokens_are_not_hashed_to_name_the_data_set(tmp_path, monkeypatch):
+    """For datasets' own fingerprint all of them would be copied."""
+    naive_write(tmp_path / "corpus", [[[1, 2]], [[3]]])
+    monkeypatch.setattr("datasets.arrow_dataset.generate_fingerprint", lambda dataset: pytest.fail("hashed"))
+    names = {read_megatron(tmp_path / "corpus")._fingerprint for _ in range(2)}
+    naive_write(tmp_path / "corpus", [[[1, 2]], [[3]], [[4]]])
+    assert len(names | {read_megatron(tmp_path / "corpus")._fingerprint}) == 2
+
+
 def test_half_a_token_behind_the_tokens(tmp_path):
     naive_write(tmp_path / "corpus", [[[1, 2]], [[3]]])
     with (tmp_path / "corpus.bin").open("ab") as file:

@@ -203,3 +203,21 @@ def test_bad_parameters(option, message):
 def test_a_stream_has_no_row_multiple():
     with pytest.raises(ValueError, match="row_multiple needs a dataset of known length"):
         stream(row_multiple=8)
+
+
+def test_a_state_knows_the_epoch_that_its_source_is_shuffled_by():
+    """Resumed in the order of another epoch, some documents would come twice and others never."""
+
+    def stream():
+        documents = datasets.Dataset.from_list(raw_examples([5, 9, 30, 7, 12] * 8)).to_iterable_dataset(num_shards=4)
+        return pack(documents.shuffle(seed=3, buffer_size=20), 32, pool_size=6)
+
+    whole = stream()
+    whole.set_epoch(2)
+    rows = iter(whole)
+    head = [next(rows)["input_ids"].tolist() for _ in range(4)]
+    resumed = stream()
+    resumed.load_state_dict(whole.state_dict())
+    tail = [row["input_ids"].tolist() for row in rows]
+    assert [row["input_ids"].tolist() for row in resumed] == tail
+    assert sum(len(row) for row in head + tail) == (5 + 9 + 30 + 7 + 12) * 8

@@ -81,7 +81,7 @@ STEPS = [
         "sampler-battery",
         "Every truncation sampler at one share of refused human tokens",
         None,
-        "sampler_battery.py --texts TEXT --windows 95 --continuations 12 --out OUT",
+        "sampler_battery.py --texts TEXT --windows 95 --continuations 1:64 --out OUT",
     ),
     Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
     Step(
@@ -217,7 +217,7 @@ STEPS = [
         "processors-cost",
         "What a truncation step costs beside transformers' own",
         None,
-        "benchmarks/processors.py --batch 1 32 --threads 1 2",
+        "benchmarks/processors.py --batch 1 32 --threads 1",
     ),
     Step(
         "closed-forms",

@@ -92,7 +92,7 @@ STEPS = [
     ),
     Step(
         "matching",
-        "The epsilons at which the samplers refuse the same share of a text",
+        "The parameters at which the samplers refuse the same share of a text",
         f"{COMMAND} match TEXT --max-tokens 128 --picture OUT/match.png",
         f"{COMMAND} match TEXT --max-tokens 512 --picture OUT/match.png",
     ),

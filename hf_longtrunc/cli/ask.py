@@ -23,6 +23,7 @@ from hf_longtrunc.cli.common import (
     notes,
     print_json,
     read_text,
+    whole_text,
 )
 from hf_longtrunc.templates import template_parts
 
@@ -70,14 +71,12 @@ def ask(
     text = read_text(file)
     if not text.strip():
         raise typer.BadParameter("the text is empty", param_hint="FILE")
-    from hf_longtrunc import trained_length
-
     loaded, tokenizer = load(model, needs="a causal LM")
     before, behind = around(tokenizer, questions)
     found = tokens_of(tokenizer, text)
     ids = before + found[:max_tokens]
     try:
-        way, arm = reading(tokenizer, blocks, lm_infinite, window, sinks, trained_length(loaded.config))
+        way, arm = reading(loaded, tokenizer, blocks, lm_infinite, window, sinks)
         handle: Any = arm(loaded)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
@@ -91,18 +90,17 @@ def ask(
 
 
 def reading(
-    tokenizer: Any, blocks: bool, lm_infinite: bool, window: int | None, sinks: int, trained: int
+    model: Any, tokenizer: Any, blocks: bool, lm_infinite: bool, window: int | None, sinks: int
 ) -> tuple[str, Arm]:
     """Return the way to read that the options name, in words and as a technique."""
-    from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks
+    from hf_longtrunc import LMInfinite, TopBlocks, trained_length
 
-    retrieval = TopBlocks.for_chat(tokenizer)
+    retrieval, trained = TopBlocks.for_chat(tokenizer), trained_length(model.config)
     chooses = f"up to {retrieval.blocks} blocks of {retrieval.block_size} that the question chooses"
     if not (blocks or lm_infinite):
+        technique = whole_text(model, tokenizer)
         way = f"dual chunk attention, {trained:,} positions trained"
-        if not retrieval.ending_ids:  # nothing tells where a question ends
-            return way, DualChunkAttention()
-        return f"{way}, with an eye on {chooses}", DualChunkAttention(retrieval=retrieval)
+        return way if technique.retrieval is None else f"{way}, and above all {chooses}", technique
     length = window or (max(1, trained // 4) if blocks else trained)
     seen = f"LM-Infinite, the first {sinks} and the last {length:,} tokens"
     if not blocks:

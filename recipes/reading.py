@@ -5,7 +5,7 @@
 Eight facts, each stated once, before the first length of a group; the text is read on to the next length, and asked
 again. See `LongText`. Dual chunk attention is the unmodified model up to 6,144 tokens of SmolLM2-135M-Instruct, so its
 shortest row is the model's own. A run that was cut off goes on where it stopped: records are appended to
-OUT/questions.jsonl.
+OUT/questions.jsonl, and OUT/questions.png shows them.
 
 Cost: with that model and one CPU core a text of 16,000 tokens takes four minutes.
 """
@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks, load_pretrained, trained_length
-from hf_longtrunc.evaluation import Haystack, questions_table, run_questions
+from hf_longtrunc.evaluation import Haystack, plot_questions, questions_table, run_questions
 
 
 def main(
@@ -59,6 +59,7 @@ def main(
             progress=True,
         )
     Console().print(questions_table(records))
+    plot_questions(records)[0].figure.canvas.print_figure(out / "questions.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -167,11 +167,10 @@ def _same_padding(
     blank, begin = _begin(query, key, padding)
     query, key, value = query[:, :, blank:], key[:, :, padding:], value[:, :, padding:]
     outputs = [query.new_zeros(*query.shape[:2], blank, value.shape[-1])] if blank else []
-    if emphasis is not None:
-        emphasis = emphasis._replace(positions=emphasis.positions.masked_fill(emphasis.positions >= begin, -1))
+    chosen = None if emphasis is None else _chosen(key, value, emphasis, begin)
     for start, stop in _blocks(begin, key.shape[2], chunks.chunk):
         block = query[:, :, start - begin : stop - begin]
-        parts = list(_parts(block, key, value, start, stop, chunks, emphasis))
+        parts = list(_parts(block, key, value, start, stop, chunks, chosen))
         outputs.append(joined_attention(parts, chunks.scaling))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
@@ -204,7 +203,7 @@ def _blocks(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 def _parts(
-    query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, chunks: Chunks, emphasis: Emphasis | None
+    query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, chunks: Chunks, chosen: _Chosen | None
 ) -> Iterator[Part]:
     """Yield the kernel calls of queries start..stop, which lie in one chunk, in the order of their keys."""
     chunk, trained, rotate = chunks.chunk, chunks.trained, chunks.rotate
@@ -214,24 +213,43 @@ def _parts(
 
     def parts(first: int, last: int, turned: Tensor) -> Iterator[Part]:
         yield Part(turned, key[:, :, first:last], value[:, :, first:last])
-        if emphasis is not None:
-            yield _emphasised(turned, key, value, first, last, emphasis)
+        yield from _again(turned, chosen, first, last)
 
     if before:
         yield from parts(0, before, rotate(query, trained - 1 - inside))
     if own:
         yield from parts(before, own, rotate(query, (inside + chunk).clamp_max(trained - 1) - inside))
+    if stop - start == 1:  # which sees all of its chunk so far
+        yield from parts(own, stop, query)
+        return
     if own < start:
         yield from parts(own, start, query)
     yield Part(query, key[:, :, start:stop], value[:, :, start:stop], "up_to")
 
 
-def _emphasised(query: Tensor, key: Tensor, value: Tensor, first: int, last: int, emphasis: Emphasis) -> Part:
-    """Return the keys first..last that count for several, as often as they count beyond once."""
+class _Chosen(NamedTuple):
+    """Keys that count for several, of rows of one padding: [rows, kv_heads, k, ..], positions and counts [rows, k]."""
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+    counts: Tensor
+
+
+def _chosen(key: Tensor, value: Tensor, emphasis: Emphasis, begin: int) -> _Chosen:
+    """Take the keys that count for several, where they stand before position `begin`."""
     positions = emphasis.positions.to(key.device)
-    counts = emphasis.counts.to(key.device, torch.promote_types(key.dtype, torch.float32))
-    is_here = (first <= positions) & (positions < last)
     columns = positions.clamp(0, key.shape[2] - 1)[:, None, :, None]
     k, v = (x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])) for x in (key, value))
-    bias = torch.where(is_here, (counts - 1).clamp_min(0).log(), -torch.inf)
-    return Part(query, k, v, bias=bias.clamp_min(torch.finfo(bias.dtype).min / 2))
+    counts = emphasis.counts.to(key.device, torch.promote_types(key.dtype, torch.float32))
+    return _Chosen(k, v, positions.masked_fill(positions >= begin, -1), counts)
+
+
+def _again(query: Tensor, chosen: _Chosen | None, first: int, last: int) -> Iterator[Part]:
+    """Yield the chosen keys first..last as often as they count beyond once; nothing where there are none."""
+    if chosen is None:
+        return
+    is_here = (first <= chosen.positions) & (chosen.positions < last) & (chosen.counts > 1)
+    if bool(is_here.any()):
+        bias = torch.where(is_here, (chosen.counts - 1).clamp_min(0).log(), -torch.inf)
+        yield Part(query, chosen.key, chosen.value, bias=bias.clamp_min(torch.finfo(bias.dtype).min / 2))

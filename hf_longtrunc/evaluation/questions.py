@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from hf_longtrunc.arguments import whole
 from hf_longtrunc.evaluation.display import new_table
 from hf_longtrunc.evaluation.greedy import greedy_answer
-from hf_longtrunc.evaluation.heat_maps import mean_score, wilson_interval
+from hf_longtrunc.evaluation.heat_maps import mean_score, plot_scores, wilson_interval
 from hf_longtrunc.evaluation.records import Journal, arm_fields
 from hf_longtrunc.evaluation.retrieval import RetrievalRecord
 from hf_longtrunc.evaluation.streaming import read_ahead
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+    from matplotlib.axes import Axes
     from rich.table import Table
     from transformers import Cache
 
@@ -56,6 +57,8 @@ _RECENT = (
 )
 SECOND_TURN = "second turn"
 CONTINUATION = "continuation"
+_KINDS = ["magic number", "own words", "two values", "ship", "recent magic number", "recent own words", SECOND_TURN]
+_KINDS.append(CONTINUATION)
 _ANSWER_TOKENS = 12
 _NUMBER_TOKENS = 16
 _CONTINUED = 256
@@ -166,9 +169,8 @@ def run_questions(
     journal = Journal(path, RetrievalRecord, ("tokens", "expected", "answer", "score"))
     places = sorted({whole("lengths", length, least=_WITH_QUESTION + 1) for length in lengths})
     drawn = [LongText(haystack, places, trial, seed) for trial in range(whole("texts", texts, least=1))]
-    known = [*(question.battery for question in drawn[0].questions), CONTINUATION]
-    if unknown := set(batteries or ()) - set(known):
-        raise ValueError(f"batteries are {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    if unknown := set(batteries or ()) - set(_KINDS):
+        raise ValueError(f"batteries are {', '.join(_KINDS)}; got {', '.join(sorted(unknown))}")
     records = []
     for name, arm in arms.items():
         setting = {"seed": seed, "filler": haystack.filler, **arm_fields(name, arm, model)}
@@ -249,25 +251,34 @@ class Asked:
 
 
 def questions_table(records: Sequence[RetrievalRecord]) -> Table:
-    """Lay the scores out: a row per arm and length, a column per kind with its 95 % interval and number of questions.
+    """Lay the scores out: a row per kind and length, a column per arm with its 95 % interval and number of questions.
 
-    The last column is the perplexity of what the texts go on with, over all of their tokens.
+    The rows of "continuation" are the perplexity of what the texts go on with, over all of their tokens, and how many
+    texts there are.
     """
-    kinds = list(dict.fromkeys(record.battery for record in records if record.battery != CONTINUATION))
-    table = new_table("arm", "tokens", title="share of the asked numbers found, 95 % interval, questions")
-    for column in [*kinds, "perplexity, going on"]:
-        table.add_column(column, justify="right", no_wrap=True)
-    for arm, length in dict.fromkeys((record.arm, record.length) for record in records):
-        inside = [record for record in records if (record.arm, record.length) == (arm, length)]
-        cells = [_cell([record for record in inside if record.battery == kind]) for kind in kinds]
-        losses = [record for record in inside if record.battery == CONTINUATION]
-        table.add_row(arm, f"{length:,}", *cells, f"{math.exp(mean_score(losses)):.2f} ({len(losses)})")
+    arms = list(dict.fromkeys(record.arm for record in records))
+    table = new_table("asked", "tokens", title="share of the asked numbers found, 95 % interval, questions")
+    for arm in arms:
+        table.add_column(arm, justify="right", no_wrap=True)
+    for kind in sorted({record.battery for record in records}, key=_KINDS.index):
+        for length in sorted({record.length for record in records if record.battery == kind}):
+            inside = [record for record in records if (record.battery, record.length) == (kind, length)]
+            cells = [_cell(kind, [record for record in inside if record.arm == arm]) for arm in arms]
+            table.add_row(kind, f"{length:,}", *cells)
     return table
 
 
-def _cell(records: Sequence[RetrievalRecord]) -> str:
+def plot_questions(records: Sequence[RetrievalRecord]) -> list[Axes]:
+    """Draw a heat map per arm, of the scores by kind of question and length; a cell says of how many questions."""
+    asked = [record for record in records if record.battery != CONTINUATION]
+    return plot_scores(sorted(asked, key=lambda record: _KINDS.index(record.battery)), "arm", [], inside="battery")
+
+
+def _cell(kind: str, records: Sequence[RetrievalRecord]) -> str:
     if not records:
         return ""
+    if kind == CONTINUATION:
+        return f"{math.exp(mean_score(records)):.2f} ({len(records)})"
     low, high = wilson_interval(mean_score(records), len(records))
     return f"{mean_score(records):.2f} ({low:.2f}-{high:.2f}, {len(records)})"
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from hf_longtrunc import DualChunkAttention, LMInfinite, load_pretrained
-from hf_longtrunc.evaluation import Haystack, LongText, questions_table, run_questions
+from hf_longtrunc.evaluation import Haystack, LongText, plot_questions, questions_table, run_questions
 from hf_longtrunc.evaluation.greedy import greedy_answer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -106,6 +106,14 @@ def test_the_table_shows_shares_intervals_and_perplexity(chat):
     printed = console.export_text()
     assert re.search(r"0\.00 \(0\.00-0\.79, 1\)", printed)
     assert f"{math.exp(records[-1].score):.2f} (1)" in printed
+    lines = [line for line in printed.splitlines() if "continuation" in line or "magic number" in line]
+    assert [line.split("│")[1].strip() for line in lines] == ["magic number", "recent magic number", "continuation"]
+    (axes,) = plot_questions(records)
+    shown = [label.get_text() for label in axes.get_yticklabels()]
+    assert shown[:2] == ["magic number", "own words"]
+    assert "continuation" not in shown
+    assert {text.get_text() for text in axes.texts} <= {"0.00\nn = 1", "0.50\nn = 1", "1.00\nn = 1"}
+    assert len(axes.texts) == 7
 
 
 def test_recipe_reading(tiny_folder, prose, tmp_path, capsys, monkeypatch):

@@ -362,6 +362,13 @@ def test_beams_a_second_turn_and_a_copy_keep_what_was_chosen(llama):
         second = answer(llama, said, attention_mask=seen, **{CACHE: copy.deepcopy(cache_of(first))})
         again = answer(llama, said, attention_mask=seen, **{CACHE: copy.deepcopy(cache_of(first))})
         assert torch.equal(second.sequences, again.sequences)
+        forgotten = copy.deepcopy(cache_of(first))
+        for layer in forgotten.layers:
+            layer.chosen = None
+        again = answer(llama, said, attention_mask=seen, **{CACHE: forgotten})
+        assert torch.equal(second.sequences, again.sequences)  # who votes has not read the last choice
+        theirs, ours = (cache_of(output).layers[0].chosen for output in (again, second))
+        assert torch.equal(theirs.blocks, ours.blocks)
         assert not torch.equal(cache_of(second).layers[0].chosen.blocks, kept)  # it asks anew
         assert torch.equal(cache_of(first).layers[0].chosen.blocks, kept)
         before = cache_of(first).layers[0]

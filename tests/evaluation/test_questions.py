@@ -89,11 +89,13 @@ def test_a_second_turn_goes_on_from_the_first_answer(chat):
     first = text.ids[:LENGTH] + text.ending(text.questions[1])
     with arms["dual"](model):
         said = greedy_answer(model, first, 28).tolist()
-        said = said[:-1] if said[-1] == haystack.tokenizer.eos_token_id else said
         ids = first + said + text.turn(text.questions[-1])
         answer = greedy_answer(model, ids, 28)
     assert record.answer == haystack.tokenizer.decode(answer, skip_special_tokens=True)
     assert record.tokens == len(ids)
+    haystack.tokenizer.eos_token = haystack.tokenizer.convert_ids_to_tokens(said[-1])
+    (record,) = run_questions(model, haystack, [LENGTH], arms, seed=3, batteries=["second turn"])
+    assert record.tokens == len(ids) - 1  # the template ends the answer itself
     with pytest.raises(ValueError, match=r"batteries are magic number, .*continuation; got ships"):
         run_questions(model, haystack, [LENGTH], arms, batteries=["ships"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path  # noqa: TC003 (typer reads the annotations when it runs)
@@ -84,9 +85,9 @@ def ask(
     notes().print(f"reading {read['tokens']:,} of {len(found):,} tokens of {escape(file)}: {way}")
     with handle:
         asked = list(zip(questions, behind, strict=True))
-        answers = answered(loaded, tokenizer, ids, asked, max_new_tokens, as_json, handle, pages)
+        said = answered(loaded, tokenizer, ids, asked, max_new_tokens, as_json, handle, pages)
     if as_json:
-        print_json({**read, "answers": answers})
+        print_json({**read, **said})
 
 
 def reading(
@@ -146,7 +147,7 @@ def answered(
     is_quiet: bool,
     handle: Any,
     pages: list[Path],
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Read `ids` once and answer each question, given with the tokens that end its prompt; print as it is said.
 
     Where each answer read goes to its page, if there are any.
@@ -163,7 +164,8 @@ def answered(
     held_back = min(_WITH_QUESTION, len(ids) - 1)
     ahead = torch.tensor([ids[: len(ids) - held_back]], device=model.device)
     cache = read_ahead(model, ahead, progress=is_watched())
-    notes().print(f"read in {time.perf_counter() - since:.1f} s, {cache_bytes(cache) / 2**20:,.0f} MiB kept")
+    seconds, kept = time.perf_counter() - since, cache_bytes(cache) / 2**20
+    notes().print(f"read in {seconds:.1f} s, {kept:,.0f} MiB kept")
     grows = all(type(layer) is DynamicLayer for layer in cache.layers)
     for number, (question, ending) in enumerate(questions):
         since = time.perf_counter()
@@ -181,4 +183,19 @@ def answered(
             cache.crop(ahead.shape[1] - cache.get_seq_length())
         answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
         answers.append({"question": question, "answer": answer, "seconds": round(time.perf_counter() - since, 3)})
-    return answers
+    peak = peak_mib(model.device)
+    return {"read_seconds": round(seconds, 3), "kept_mib": round(kept, 1), "peak_mib": peak, "answers": answers}
+
+
+def peak_mib(device: Any) -> float | None:
+    """Return the most memory that this process has held, on a GPU if the model is there; None where nothing tells."""
+    import torch
+
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(held / (2**20 if sys.platform == "darwin" else 2**10), 1)

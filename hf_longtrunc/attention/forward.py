@@ -186,13 +186,13 @@ class Call:
         settings = self.forward.settings
         return bool(self.seen > settings.window_length + settings.num_sink_tokens)
 
-    def ends_in(self, ids: Sequence[int]) -> bool:
-        """Whether all rows end in these tokens; where only embeddings came, that is not known, and taken to be so."""
+    def ends_in(self, ids: Sequence[int]) -> Tensor | None:
+        """Return which rows end in these tokens [batch]; None where only embeddings came, and that is not known."""
         tokens = self.inputs.get("input_ids")
-        if tokens is None or not ids:
-            return True
-        end: Tensor = tokens[:, -len(ids) :]
-        return end.shape[1] == len(ids) and bool((end == end.new_tensor(list(ids))).all())
+        if tokens is None:
+            return None
+        end: Tensor = tokens[:, tokens.shape[1] - min(len(ids), tokens.shape[1]) :]
+        return (end == end.new_tensor(list(ids))[-end.shape[1] :]).all(1) & (end.shape[1] == len(ids))
 
     def archives(self) -> list[Any]:
         """Return every layer's archive.

@@ -21,6 +21,7 @@ for the last row of a forward. Deviations: any number of rows may read; blocks a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -75,8 +76,8 @@ class Forward(Protocol):
     def has_middle(self) -> bool:
         """Whether there are tokens that are neither in the window nor sinks."""
 
-    def ends_in(self, ids: Sequence[int]) -> bool:
-        """Whether all rows end in these tokens, as far as they are known."""
+    def ends_in(self, ids: Sequence[int]) -> Tensor | None:
+        """Return which rows end in these tokens [batch]; None where the tokens are not known."""
 
     def archives(self) -> Sequence[Any]:
         """Return every layer's archive; raises ValueError where some layer has none."""
@@ -214,8 +215,9 @@ class TopBlocks(Retrieval):
             question should be among them.
         ending_rows: how many of the last rows come behind the question and do not vote: a chat template's
             `<|im_end|> <|im_start|> assistant`. `for_chat` counts them.
-        ending_ids: the tokens of these rows. A forward that ends otherwise asks nothing, and chooses nothing: part of a
-            text, or a draft of several tokens. Empty: every forward that is long enough asks.
+        ending_ids: the tokens of these rows. A row of the batch that ends otherwise asks nothing, and gets no blocks;
+            a forward of such rows alone, part of a text or a draft of several tokens, leaves the choice as it is.
+            Empty: every forward that is long enough asks.
         contrast_rows: how many rows before those that vote say what is attended to anyway. Blocks are then chosen by
             how many times as much attention they get from the rows that vote, and emphasised by that much, `emphasis`
             at most; those that get less than `least_contrast` times as much are not read: where nothing is asked,
@@ -254,6 +256,8 @@ class TopBlocks(Retrieval):
                 f"rows={rows}, voting_rows={self.voting_rows}"
             )
         object.__setattr__(self, "rows", rows)
+        if not isinstance(self.ending_ids, Iterable):
+            raise TypeError(f"TopBlocks: ending_ids must be token ids, as many as ending_rows, got {self.ending_ids!r}")
         ending = tuple(whole("TopBlocks: ending_ids", token, least=0) for token in self.ending_ids)
         object.__setattr__(self, "ending_ids", ending)
         if ending and len(ending) != self.ending_rows:
@@ -319,7 +323,10 @@ class TopBlocks(Retrieval):
 
     def is_run_twice(self, forward: Forward) -> bool:
         """Whether the forward chooses: a text that has a middle, and a question or no choice yet."""
-        if not forward.has_middle or not forward.ends_in(self.ending_ids):
+        if not forward.has_middle:
+            return False
+        asks = forward.ends_in(self.ending_ids)
+        if asks is not None and not bool(asks.any()):
             return False
         archives = forward.archives()
         return forward.new >= self.voting_rows + self.ending_rows or (archives[0].chosen is None and forward.new > 1)
@@ -331,6 +338,9 @@ class TopBlocks(Retrieval):
         total = forward.total(torch.stack(ballot).sum(0))
         vote, background = (total[..., :-1] / total[..., -1:].clamp_min(1)).unbind(1)
         chosen = choose_blocks(vote, background, self.blocks, self.emphasis, self.least_contrast)
+        asks = forward.ends_in(self.ending_ids)
+        if asks is not None:  # a row that asks nothing reads nothing
+            chosen = chosen._replace(blocks=chosen.blocks.masked_fill(~asks.cpu()[:, None], -1))
         rows = min(self.rows, forward.new)
         forward.take_back(rows)
         for archive in forward.archives():

@@ -393,6 +393,16 @@ def test_a_forward_that_does_not_end_as_a_question_does_asks_nothing(llama):
             got = logits(llama, ids, cache=cache, use_cache=True)
         assert (getattr(cache.layers[0], "chosen", None) is not None) is chooses
         assert torch.allclose(got, expected, atol=1e-5) is not chooses
+    mixed = ids.repeat(2, 1)
+    mixed[1, -1] = 7
+    seen = torch.ones_like(mixed)
+    with ends(llama):
+        both = answer(llama, mixed, attention_mask=seen).sequences
+        assert torch.equal(both[:1], answer(llama, mixed[:1], attention_mask=seen[:1]).sequences)
+    with plain(llama):
+        assert torch.equal(both[1:], answer(llama, mixed[1:], attention_mask=seen[1:]).sequences)
+    with pytest.raises(TypeError, match="ending_ids must be token ids, as many as ending_rows, got 5"):
+        reader(ending_ids=5)
     with pytest.raises(ValueError, match=r"ending_ids are the tokens of ending_rows=2 rows, got 3"):
         reader(ending_ids=(1, 2, 3))
 
@@ -401,7 +411,7 @@ def test_what_blocks_cannot_go_with_is_refused(llama):
     with pytest.raises(TypeError, match=r"retrieval must be TopBlocks\(...\) or None"):
         DualChunkAttention(retrieval=TopK())
     with reader()(llama):
-        with pytest.raises(ValueError, match="and got none"):
+        with pytest.raises(ValueError, match="got none"):
             logits(llama, prompt(48))
         static = StaticCache(config=llama.config, max_cache_len=64)
         with pytest.raises(ValueError, match="StaticLayer"):

@@ -106,7 +106,7 @@ STEPS = [
         "dual-chunk",
         "Dual chunk attention past the trained window: perplexity by position, beside LM-Infinite",
         None,
-        'dual_chunk.py --text TEXT --only "unmodified;LM-Infinite, a quarter;dual chunk" --out OUT',
+        'dual_chunk.py --text TEXT --only "LM-Infinite, a quarter;dual chunk" --out OUT',
     ),
     Step(
         "memory",

@@ -68,6 +68,8 @@ def ask(
     check_file(file)
     pages = [] if page is None else pages_of(page, len(questions))
     if page is not None:
+        if page.is_dir():
+            raise typer.BadParameter(f"{page} is a folder, expected a file", param_hint="--page")
         check_outputs(page.parent, *(each.name for each in pages), force=force, option="--page")
     text = read_text(file)
     if not text.strip():

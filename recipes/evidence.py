@@ -65,6 +65,7 @@ class Run:
 
 
 NOVELS = "great_expectations.txt,pride_and_prejudice.txt"
+FACTS = '"magic number,own words,two values,ship"'
 STEPS = [
     Step(
         "samplers",
@@ -114,22 +115,28 @@ STEPS = [
         "reading",
         "Facts that a novel states once, asked for in a chat: dual chunk attention alone and with blocks",
         None,
-        f'reading.py --texts {NOVELS} --lengths "4000,7500;12000,16000" --each 5 --arms dual-chunk,both '
-        '--batteries "magic number,own words,two values,ship" --out OUT',
+        f"reading.py --texts {NOVELS} --lengths 4000,7500 --each 5 --arms dual-chunk,both "
+        f"--batteries {FACTS} --out OUT",
+    ),
+    Step(
+        "reading-long",
+        "The same past the trained window",
+        None,
+        f"reading.py --texts {NOVELS} --lengths 12000,16000 --each 4 --arms dual-chunk,both "
+        f"--batteries {FACTS} --out OUT",
     ),
     Step(
         "reading-beside",
         "What that reading costs: facts right before their question, a second turn, a text that goes on",
         None,
-        f"reading.py --texts {NOVELS} --lengths 4000,7500 --each 4 --arms dual-chunk,both "
+        f"reading.py --texts {NOVELS} --lengths 4000,7500 --each 2 --arms dual-chunk,both "
         '--batteries "recent magic number,recent own words,second turn,continuation" --out OUT',
     ),
     Step(
         "reading-window",
         "The same facts under LM-Infinite with blocks: TopBlocks(), and for_chat",
         None,
-        f"reading.py --texts {NOVELS} --lengths 7500 --each 3 --arms blocks,chat "
-        '--batteries "magic number,own words,two values,ship" --out OUT',
+        f"reading.py --texts {NOVELS} --lengths 7500 --each 2 --arms blocks,chat --batteries {FACTS} --out OUT",
     ),
     Step(
         "ask",

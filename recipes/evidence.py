@@ -270,14 +270,14 @@ STEPS = [
         "prefill-cost",
         "A prompt through one layer: LM-Infinite beside masked calls and a plain window",
         None,
-        "benchmarks/lm_infinite.py --device cpu --parts prefill --sizes 8192,32768 --windows 1024,4096 "
+        "benchmarks/lm_infinite.py --device cpu --parts prefill --sizes 8192,16384,32768 --windows 1024,2048,4096 "
         '--dtypes float32,bfloat16 --sides "window only,masked,LM-Infinite" --repeats 2 --out OUT',
     ),
     Step(
         "model-cost",
         "A long prompt and a decoded token, unmodified and under LM-Infinite",
         None,
-        "benchmarks/lm_infinite.py --device cpu --parts model --prompts 32768 --layers 1 --model-windows 4096 "
+        "benchmarks/lm_infinite.py --device cpu --parts model --prompts 32768 --layers 4 --model-windows 4096 "
         "--repeats 1 --out OUT",
     ),
     Step("retrieval-cost", "A decoding step under Unlimiformer", None, "benchmarks/unlimiformer.py --out OUT"),

@@ -240,7 +240,7 @@ STEPS = [
         "bat-cost",
         "What a basis-aware check costs beside the linear program",
         None,
-        "benchmarks/bat.py --problems 60 --highs 10 --rows 15 --tokens 40",
+        "benchmarks/bat.py --problems 60 --highs 4 --rows 15 --tokens 128 --masks 200 --text TEXT",
     ),
     Step(
         "bat-published",

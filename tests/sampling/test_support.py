@@ -435,7 +435,7 @@ def test_a_keep_needs_its_margin_over_the_whole_vocabulary(excess, decision):
         middle = (low + high) / 2
         low, high = (middle, high) if ratio(middle) < 1 + excess else (low, middle)
     checker = SupportChecker(basis)
-    work = support._PaperWork(checker, checker._row(scores), tau, token[None], False)
+    work = support._PaperWork(checker, checker._row(scores), tau, token[None], False, None)
     work._verify(torch.tensor([[np.cos(high), np.sin(high)]]))
     assert work.decisions.item() == decision
 

@@ -250,8 +250,8 @@ STEPS = [
     ),
     Step(
         "attention-cost",
-        "One layer under LM-Infinite",
-        "benchmarks/lm_infinite.py --device cpu --largest 32768 --repeats 3 --out OUT",
+        "A decoded token under LM-Infinite, through one layer and through a whole model",
+        "benchmarks/lm_infinite.py --device cpu --parts decode,model --repeats 3 --out OUT",
         "benchmarks/lm_infinite.py --out OUT",
     ),
     Step(
@@ -272,6 +272,13 @@ STEPS = [
         None,
         "benchmarks/lm_infinite.py --device cpu --parts prefill --sizes 8192,16384,32768 --windows 1024,2048,4096 "
         '--dtypes float32,bfloat16 --sides "window only,masked,LM-Infinite" --repeats 2 --out OUT',
+    ),
+    Step(
+        "prefill-cost-cell",
+        "The cell of that where LM-Infinite gained least, in ten turns",
+        None,
+        "benchmarks/lm_infinite.py --device cpu --parts prefill --sizes 16384 --windows 1024 "
+        '--sides "window only,masked,LM-Infinite" --repeats 10 --out OUT',
     ),
     Step(
         "model-cost",

@@ -22,6 +22,7 @@ min(i - j, D) for any D >= L; the paper has D = L.
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.joined import Sees
 
 PATHS = ("auto", "joined", "sdpa", "eager", "flex", "varlen", "triton")
-_WHOLE = ("flex", "varlen", "triton")  # one kernel call for all queries
+_WHOLE = {"flex": "flex", "varlen": "varlen", "triton": "fused"}  # one kernel call for all queries: the module of each
 LONG_PROMPTS = "flex"  # on CUDA; the table of recipes/gpu.py decides which
 _JOINED_BLOCK = 256  # queries that share kernel calls without masks
 _READING_BLOCK = 64  # queries that read the middle together: their scores of every key exist at once
@@ -165,13 +166,10 @@ def lambda_attention(
 
 def _in_one_call(task: _Task, path: str, is_padded: bool) -> Tensor:
     """`lambda_attention` by one kernel for all queries."""
+    kernel = _kernel(path)
     if path == "triton":
-        from hf_longtrunc.attention.fused import fused_lambda_attention
-
-        return fused_lambda_attention(
-            task.query,
-            task.key,
-            task.value,
+        return kernel(
+            *task[:3],
             task.key_positions,
             task.sinks,
             task.window,
@@ -183,14 +181,23 @@ def _in_one_call(task: _Task, path: str, is_padded: bool) -> Tensor:
     if task.sinks is not None:
         sink_positions = torch.arange(task.sinks[0].shape[2], device=task.key.device)[None]
         far = _far_scores(task, task.query, task.query_positions, sink_positions), task.sinks[1]
-    arguments = *task[:5], far, task.window, task.scoring.scaling
-    if path == "flex":
-        from hf_longtrunc.attention.flex import flex_lambda_attention
+    options = {"is_padded": is_padded} if path == "flex" else {}
+    return kernel(*task[:5], far, task.window, task.scoring.scaling, **options)
 
-        return flex_lambda_attention(*arguments, is_padded)
-    from hf_longtrunc.attention.varlen import varlen_lambda_attention
 
-    return varlen_lambda_attention(*arguments)
+def _kernel(path: str) -> Callable[..., Tensor]:
+    """Return the function of a path of one kernel, whose package is asked for here.
+
+    Raises:
+        ImportError: it is not installed, or too old.
+    """
+    name = _WHOLE[path]
+    try:
+        module = import_module(f"hf_longtrunc.attention.{name}")
+    except ImportError as error:
+        raise ImportError(f"path {path!r} cannot be had here ({error}): use 'auto'", name=error.name) from error
+    kernel: Callable[..., Tensor] = getattr(module, f"{name}_lambda_attention")
+    return kernel
 
 
 def _with_reading_rows(task: _Task, first: int, path: str, block_size: int, is_padded: bool) -> Tensor:

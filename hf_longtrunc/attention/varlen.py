@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import AuxRequest, varlen_attn  # newer than the oldest torch that is declared
 
 from hf_longtrunc.attention.joined import per_group
 
@@ -72,8 +73,6 @@ def _window_attention(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the output [batch, heads, n, value_dim] and the log-sum-exp [batch, heads, n] of a plain window."""
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn  # newer than the oldest torch that is declared
-
     batch, heads, n, dim = query.shape
     width = value.shape[-1]
     wide = -(-max(dim, width) // 8) * 8  # the kernel wants one width, in eights

@@ -13,13 +13,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from hf_longtrunc.attention import lambda_attention as paths, varlen as ours
+from hf_longtrunc.attention import lambda_attention as paths
 from hf_longtrunc.attention.lambda_attention import Scoring, lambda_attention
 from hf_longtrunc.attention.rotary import Rotation
 
 from .reference import Naive, Rope
 
-varlen = pytest.importorskip("torch.nn.attention.varlen", reason="this torch is too old for it")
+varlen = pytest.importorskip("hf_longtrunc.attention.varlen", exc_type=ImportError)  # of a newer torch
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 NEEDS_TRITON = pytest.mark.skipif(not IS_INTERPRETED, reason="needs triton, and TRITON_INTERPRET=1")
 KERNELS = ["varlen", pytest.param("triton", marks=NEEDS_TRITON)]
@@ -48,7 +48,7 @@ def documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_au
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
     """Let the paths be taken without a device, and in single precision, which is exact enough to see every fault."""
-    monkeypatch.setattr(ours, "_DTYPES", (torch.float32,))
+    monkeypatch.setattr(varlen, "_DTYPES", (torch.float32,))
     monkeypatch.setattr(varlen, "varlen_attn", documented)
     monkeypatch.setattr(paths, "choose_path", lambda path, *_: path)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from hf_longtrunc.attention import joined
+from hf_longtrunc.attention import joined, lambda_attention as paths
 from hf_longtrunc.attention.lambda_attention import (
     Scoring,
     choose_path,
@@ -260,6 +261,15 @@ def test_paths_are_named():
             choose_path(path, Scoring(1.0, dropout=0.1))
         with pytest.raises(ValueError, match="has no gradients"):
             choose_path(path, Scoring(1.0), torch.zeros(1, 1, 2, 8, requires_grad=True))
+
+
+def test_a_kernel_whose_package_is_missing_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "hf_longtrunc.attention.fused", raising=False)
+    monkeypatch.setattr(paths, "choose_path", lambda path, *_: path)
+    query, key, value = states(5)
+    with pytest.raises(ImportError, match=r"path 'triton' cannot be had here .*triton.*: use 'auto'"):
+        ours(query, key, value, 0, 3, 3, Scoring(0.4), path="triton")
 
 
 def test_rotation_is_exact_at_any_position():

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.dual_chunk_attention import DualChunkAttention as DualChunkAttention
     from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
     from hf_longtrunc.attention.retrieval import TopBlocks as TopBlocks, TopK as TopK
+    from hf_longtrunc.attention.trace import AttentionTrace as AttentionTrace
     from hf_longtrunc.cross_attention.datastore import (
         Datastore as Datastore,
         FaissDatastore as FaissDatastore,
@@ -95,6 +96,7 @@ __version__ = "0.2.0"
 
 _HOME = {
     "ArchiveCacheLayer": "hf_longtrunc.attention.cache",
+    "AttentionTrace": "hf_longtrunc.attention.trace",
     "AuxiliaryModelLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.processors",
     "BestFitPackingCollator": "hf_longtrunc.data.collators",

@@ -40,6 +40,7 @@ from hf_longtrunc import (
     SoftmaxBasis,
     pack,
     read_megatron,
+    write_datatrove,
     write_megatron,
 )
 from hf_longtrunc.evaluation import append_records, read_records, update_model_card
@@ -159,6 +160,12 @@ def writers(place: Path, documents: int) -> Iterator[Writer]:
     yield Writer("materialize", lambda v, at: rows[v].materialize(at, **forms[v]), rows_in)
     yield Writer("materialize (2 processes)", lambda v, at: rows[v].materialize(at, num_proc=2, **forms[v]), rows_in)
     yield Writer("write_megatron", lambda v, at: write_megatron(rows[v], at / "rows"), megatron_in, overwrites=False)
+    yield Writer(
+        "write_datatrove",
+        lambda v, at: write_datatrove(rows[v], at / "rows.ds", pad_token_id=0),
+        datatrove_in,
+        overwrites=False,
+    )
     for kind, two in saved([packed.packing for packed in rows]).items():
         name = f"{kind.__name__}.save_pretrained"
         yield Writer(name, partial(save, two), partial(saved_in, kind))
@@ -213,6 +220,11 @@ def rows_in(folder: Path) -> Any:
 
 def megatron_in(folder: Path) -> Any:
     return read_megatron(folder / "rows").to_dict() if (folder / "rows.idx").exists() else None
+
+
+def datatrove_in(folder: Path) -> Any:
+    tokens = folder / "rows.ds"
+    return (tokens.read_bytes(), Path(f"{tokens}.index").read_bytes()) if tokens.exists() else None
 
 
 def command(place: Path, version: int, folder: Path) -> None:

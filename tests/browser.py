@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ class Browser:
 
     def press(self, key: str) -> None:
         """Press a key of the keyboard where the focus is."""
-        codes = {"Tab": 9, "Enter": 13, "Escape": 27, "End": 35, "Home": 36} | dict(
+        codes = {"Tab": 9, "Enter": 13, "Escape": 27, " ": 32, "End": 35, "Home": 36} | dict(
             zip(("ArrowLeft", "ArrowUp", "ArrowRight", "ArrowDown"), range(37, 41), strict=True)
         )
         for kind in ("rawKeyDown", "keyUp"):
@@ -140,6 +141,27 @@ class Browser:
         first, _, self._unread = self._unread.partition(b"\0")
         message: dict[str, Any] = json.loads(first)
         return message
+
+
+def data_of(path: Path) -> Any:
+    """Return what a page of this package shows."""
+    (text,) = re.findall(
+        r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL
+    )
+    return json.loads(text)
+
+
+def luminance(color: str) -> float:
+    """Return the relative luminance of a CSS colour, as WCAG defines it."""
+    parts = [float(part) / 255 for part in re.findall(r"[\d.]+", color)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast of two CSS colours, from 1 to 21."""
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from hf_longtrunc import evaluation
 PUBLIC = {
     hf_longtrunc: [
         "ArchiveCacheLayer",
+        "AttentionTrace",
         "AuxiliaryModelLogitsProcessor",
         "BasisAwareLogitsProcessor",
         "BestFitPackingCollator",

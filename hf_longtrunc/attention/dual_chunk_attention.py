@@ -149,8 +149,13 @@ class ChunkPatch(AttentionPatch):
         # Until here texts of every length took our attention, so that a layer which it cannot serve was refused.
         # So it stays where attention modules run forwards of ours.
         if not any(own_forward(module) for module in self.layers):
-            run = self._decoder.forward.func
-            self.set(self._decoder, "forward", update_wrapper(partial(run, chunk), self._decoder.forward))
+            run = self.decoder.forward.func
+            self.set(self.decoder, "forward", update_wrapper(partial(run, chunk), self.decoder.forward))
+
+    def traced_forward(self) -> Callable[..., Any]:
+        """Return what runs while an `AttentionTrace` listens: our attention for a text of any length."""
+        forward: Any = super().traced_forward()
+        return partial(forward.func, 0)
 
     def _layers(self, found: Learnt) -> dict[nn.Module, Any]:
         if found.has_windows:
@@ -160,7 +165,7 @@ class ChunkPatch(AttentionPatch):
             )
         if None in found.rotations.values():
             raise CannotPatchError("some of its layers have no rotary positions, so there is no distance to limit")
-        rope = getattr(self._decoder.config, "rope_parameters", None) or {}
+        rope = getattr(self.decoder.config, "rope_parameters", None) or {}
         if {rope.get("rope_type"), *(v.get("rope_type") for v in rope.values() if isinstance(v, dict))} & _RUNNING:
             for module, rotaries in found.exact.items():
                 self.set(module, "forward", exact_forward(rotaries))
@@ -171,9 +176,9 @@ class ChunkPatch(AttentionPatch):
         }
 
     def _forward(self) -> Callable[..., Any]:
-        if "position_ids" not in parameters_of(self._decoder):
+        if "position_ids" not in parameters_of(self.decoder):
             raise CannotPatchError("its decoder takes no position_ids, so its keys cannot start again at every chunk")
-        forward = ChunkedForward(self._decoder, self._decoder.forward, self._name, self.chunk, self._states)
+        forward = ChunkedForward(self.decoder, self.decoder.forward, self._name, self.chunk, self._states)
         return partial(forward.run, 0)
 
 

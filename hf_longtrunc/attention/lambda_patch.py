@@ -81,10 +81,10 @@ class LambdaPatch(AttentionPatch):
 
     def _forward(self) -> Callable[..., Any]:
         rotations = {layer.rotation for layer in self.layers.values() if layer.rotation is not None}
-        mesh = getattr(self._model, "_device_mesh", None)
+        mesh = getattr(self.model, "_device_mesh", None)
         self._run = PatchedForward(
-            self._decoder,
-            self._decoder.forward,
+            self.decoder,
+            self.decoder.forward,
             self.settings,
             rotations,
             self._name,
@@ -93,6 +93,13 @@ class LambdaPatch(AttentionPatch):
             mesh,
         )
         return partial(self._run.once, None) if self.settings.retrieval is None else partial(self._run.reading)
+
+    def traced_forward(self) -> Callable[..., Any]:
+        """Return what runs while an `AttentionTrace` listens: the forward as it is, where no step of it is compiled."""
+        forward = super().traced_forward()
+        if self._run.compiled is not None:
+            raise ValueError("a compiled step cannot be listened to: attach anew, and leave compile() out")
+        return forward
 
     # -- generate() ----------------------------------------------------------------------------------------------------
 
@@ -110,8 +117,8 @@ class LambdaPatch(AttentionPatch):
             )
         check_end(model_kwargs.get("attention_mask"))
         given = model_kwargs.get(CACHE)
-        prepare = type(self._model)._prepare_cache_for_generation
-        result = prepare(self._model, generation_config, model_kwargs, *args, **kwargs)
+        prepare = type(self.model)._prepare_cache_for_generation
+        result = prepare(self.model, generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get(CACHE)
         if cache is None:
             return result
@@ -139,7 +146,7 @@ class LambdaPatch(AttentionPatch):
             turned = layer.rotation if layer.caches_keys else None
             kind: Any = LambdaStateCacheLayer if state else LambdaCacheLayer
             return kind(*state, settings.num_sink_tokens, settings.window_length, turned)
-        are_keys_shared = bool(getattr(self._decoder.config, "num_kv_shared_layers", 0))
+        are_keys_shared = bool(getattr(self.decoder.config, "num_kv_shared_layers", 0))
         if are_keys_shared or not layer.caches_keys:
             return ordinary
         store = settings.retrieval.store
@@ -173,7 +180,7 @@ class LambdaPatch(AttentionPatch):
 
     def _candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
         """Build the drafter of assisted decoding, and refuse drafts that the cache could not take back."""
-        generator = type(self._model)._get_candidate_generator(self._model, *args, **kwargs)
+        generator = type(self.model)._get_candidate_generator(self.model, *args, **kwargs)
         most = LambdaCacheLayer.ROLLBACK + 1
         for name in ("num_assistant_tokens", "num_output_tokens"):
             drafted = getattr(generator, name, None)

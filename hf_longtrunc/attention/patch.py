@@ -44,14 +44,16 @@ class AttentionPatch(Handle):
 
     Attributes:
         layers: the attention modules that are patched.
+        model: the instance that is changed.
+        decoder: its part without a head.
     """
 
     def __init__(self, technique: object, model: Any, changed: str):
         super().__init__(technique, model, changed)
         self.layers: dict[nn.Module, Any] = {}
+        self.model = model
+        self.decoder: Any = decoder_of(model)
         self._name = f"hf_longtrunc_{next(_serial)}"
-        self._model = model
-        self._decoder: Any = decoder_of(model)
         self._states: States | None = None  # what recurrent and convolutional layers carry
 
     def _install(self, window: int) -> None:
@@ -65,10 +67,10 @@ class AttentionPatch(Handle):
             try:
                 self._change(window)
             except CannotPatchError as error:
-                raise ValueError(f"{named} cannot patch {type(self._model).__name__}: {error}") from error
+                raise ValueError(f"{named} cannot patch {type(self.model).__name__}: {error}") from error
 
     def _change(self, window: int) -> None:
-        decoder, model = self._decoder, self._model
+        decoder, model = self.decoder, self.model
         _refuse_at_sight(model, decoder, type(self.technique).__name__)
         self._states = states_of(decoder)
         ids = few_tokens(decoder, window)
@@ -95,13 +97,13 @@ class AttentionPatch(Handle):
 
     def _learn(self, window: int) -> None:
         """Find out how each layer's attention rotates, and give it a layer of ours."""
-        with Handle("a probe", self._decoder, "rotary modules") as probing:
-            exact = dict(rotary_modules(self._decoder, window))
+        with Handle("a probe", self.decoder, "rotary modules") as probing:
+            exact = dict(rotary_modules(self.decoder, window))
             for module, rotaries in exact.items():
                 probing.set(module, "forward", exact_forward(rotaries))
             sources = [source for rotaries in exact.values() for source in rotaries.values()]
-            probe = Probe(self._decoder, sources, has_states=self._states is not None)
-            own = {module: build for module in self._decoder.modules() if (build := own_forward(module)) is not None}
+            probe = Probe(self.decoder, sources, has_states=self._states is not None)
+            own = {module: build for module in self.decoder.modules() if (build := own_forward(module)) is not None}
             for module, build in own.items():
                 probing.set(module, "forward", build(module, partial(probe.attend, module)))
             found = Learnt(probe.rotations(), probe.indices, probe.cached_otherwise(), probe.has_windows, exact)
@@ -119,6 +121,19 @@ class AttentionPatch(Handle):
         """Return what runs in the place of the decoder's forward."""
         raise NotImplementedError
 
+    def traced_forward(self) -> Callable[..., Any]:
+        """Return what runs in the place of the decoder's forward while an `AttentionTrace` listens.
+
+        Raises:
+            ValueError: nothing can listen here; the message says why.
+        """
+        if not self.is_attached:
+            raise ValueError(f"{self!r} reads nothing any more: attach the technique again, and trace that")
+        if getattr(self.model, "_device_mesh", None) is not None:
+            raise ValueError("tensor parallelism gives this process some of the heads alone: trace without it")
+        forward: Callable[..., Any] = self.decoder.forward
+        return forward
+
     def _give_own_configs(self) -> None:
         """Let every module of the model hold a copy of its config; the decoder's names this patch's attention.
 
@@ -127,9 +142,9 @@ class AttentionPatch(Handle):
         """
         memo: dict[int, Any] = {}
         originals: dict[int, PreTrainedConfig] = {}
-        mine = {id(config) for part in self._decoder.modules() for config in _configs(part).values()}
-        mine.add(id(self._model.config.get_text_config(decoder=True)))  # by which a multimodal model asks for masks
-        for module in self._model.modules():
+        mine = {id(config) for part in self.decoder.modules() for config in _configs(part).values()}
+        mine.add(id(self.model.config.get_text_config(decoder=True)))  # by which a multimodal model asks for masks
+        for module in self.model.modules():
             for name, config in _configs(module).items():
                 self.set(module, name, copy.deepcopy(config, memo))
                 _collect(config, originals)
@@ -141,7 +156,7 @@ class AttentionPatch(Handle):
 
     def _stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
         """Build the stopping criteria without the warning that a text exceeds the model's length: here it may."""
-        criteria = type(self._model)._get_stopping_criteria(self._model, *args, **kwargs)
+        criteria = type(self.model)._get_stopping_criteria(self.model, *args, **kwargs)
         for criterion in criteria:
             if hasattr(criterion, "max_position_embeddings"):
                 criterion.max_position_embeddings = None

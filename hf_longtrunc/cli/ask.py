@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import nullcontext
+from pathlib import Path  # noqa: TC003 (typer reads the annotations when it runs)
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from hf_longtrunc.cli.common import AsJson, Model, Sinks, check_file, is_watched, load, notes, print_json, read_text
+from hf_longtrunc.cli.common import (
+    AsJson,
+    Force,
+    Model,
+    Sinks,
+    check_file,
+    check_outputs,
+    is_watched,
+    load,
+    notes,
+    print_json,
+    read_text,
+)
 from hf_longtrunc.templates import template_parts
 
 if TYPE_CHECKING:
@@ -35,6 +49,10 @@ def ask(
     sinks: Sinks = 16,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Only the text's first so many tokens.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
+    page: Annotated[
+        Path | None, typer.Option(help="Write where the answer read, a page for a browser; one for each question.")
+    ] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Ask about a text of any length: it is read once, whole (dual chunk attention), and every question answered."""
@@ -46,6 +64,9 @@ def ask(
         if not question.strip():
             raise typer.BadParameter("a question is empty", param_hint="QUESTIONS")
     check_file(file)
+    pages = [] if page is None else pages_of(page, len(questions))
+    if page is not None:
+        check_outputs(page.parent, *(each.name for each in pages), force=force, option="--page")
     text = read_text(file)
     if not text.strip():
         raise typer.BadParameter("the text is empty", param_hint="FILE")
@@ -63,7 +84,8 @@ def ask(
     read = {"tokens": len(ids) - len(before), "of": len(found), "reading": way}
     notes().print(f"reading {read['tokens']:,} of {len(found):,} tokens of {escape(file)}: {way}")
     with handle:
-        answers = answered(loaded, tokenizer, ids, list(zip(questions, behind, strict=True)), max_new_tokens, as_json)
+        asked = list(zip(questions, behind, strict=True))
+        answers = answered(loaded, tokenizer, ids, asked, max_new_tokens, as_json, handle, pages)
     if as_json:
         print_json({**read, "answers": answers})
 
@@ -83,6 +105,13 @@ def reading(
     retrieval = TopBlocks.for_chat(tokenizer)
     seen += f", and up to {retrieval.blocks} blocks of {retrieval.block_size} that the question chooses"
     return seen, LMInfinite(num_sink_tokens=sinks, window_length=length, retrieval=retrieval)
+
+
+def pages_of(page: Path, count: int) -> list[Path]:
+    """Return where each question's page goes: the path itself, numbered before its suffix where there are several."""
+    if count == 1:
+        return [page]
+    return [page.with_name(f"{page.stem}-{number}{page.suffix}") for number in range(1, count + 1)]
 
 
 def around(tokenizer: Any, questions: list[str]) -> tuple[list[int], list[list[int]]]:
@@ -114,12 +143,18 @@ def answered(
     questions: list[tuple[str, list[int]]],
     max_new_tokens: int,
     is_quiet: bool,
+    handle: Any,
+    pages: list[Path],
 ) -> list[dict[str, Any]]:
-    """Read `ids` once and answer each question, given with the tokens that end its prompt; print as it is said."""
+    """Read `ids` once and answer each question, given with the tokens that end its prompt; print as it is said.
+
+    Where each answer read goes to its page, if there are any.
+    """
     import torch
     from transformers import TextStreamer
     from transformers.cache_utils import DynamicLayer
 
+    from hf_longtrunc import AttentionTrace
     from hf_longtrunc.evaluation import cache_bytes, read_ahead
     from hf_longtrunc.evaluation.greedy import greedy_answer
 
@@ -129,13 +164,18 @@ def answered(
     cache = read_ahead(model, ahead, progress=is_watched())
     notes().print(f"read in {time.perf_counter() - since:.1f} s, {cache_bytes(cache) / 2**20:,.0f} MiB kept")
     grows = all(type(layer) is DynamicLayer for layer in cache.layers)
-    for question, ending in questions:
+    for number, (question, ending) in enumerate(questions):
         since = time.perf_counter()
         if not is_quiet:
             notes().print(f"[bold]{escape(question)}[/bold]")
         held = cache if grows else copy.deepcopy(cache)
         streamer = None if is_quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        said = greedy_answer(model, ids + ending, max_new_tokens, cache=held, streamer=streamer)
+        with AttentionTrace(handle) if pages else nullcontext() as trace:
+            said = greedy_answer(model, ids + ending, max_new_tokens, cache=held, streamer=streamer)
+        if trace is not None:
+            whole, asked = [*ids, *ending, *said.tolist()], len(ids) + len(ending)
+            path = trace.to_html(tokenizer, whole, pages[number], prompt_length=asked, prompt=question)
+            notes().print(f"page: [bold]{escape(str(path))}[/bold]")
         if grows:
             cache.crop(ahead.shape[1] - cache.get_seq_length())
         answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()

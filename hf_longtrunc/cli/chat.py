@@ -1,4 +1,4 @@
-"""`hf-longtrunc chat`: a conversation without end, at constant memory."""
+"""`hf-longtrunc chat`: a conversation without end, at constant memory but for texts that are to be read whole."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-HELP = """/file PATH         put a text before your next message
+HELP = """/file PATH [WAY]   put a text before your next message. One that the window cannot hold is read whole, by dual
+                   chunk attention: memory grows with it, until /reset. --blocks keeps it whole too, and reads what
+                   a message points at; --lm-infinite reads beginning and end alone, at constant memory
 /sampler NAME [X]  eta 0.002, epsilon 0.0009, top-n-sigma 1, p-less, bat 0.002, top-p 0.9, min-p 0.05, plain, greedy
 /save PATH         write the conversation as JSON lines
 /reset             forget the conversation
@@ -29,6 +31,7 @@ HELP = """/file PATH         put a text before your next message
 /quit              or Ctrl-D; Ctrl-C ends a reply, and the conversation goes on"""
 _CHUNK = 256  # tokens a forward while reading
 _MARK = "longtrunc-reply"
+_CONSTANT, _BLOCKS, _WHOLE = "--lm-infinite", "--blocks", "--dual-chunk"
 
 
 def chat(
@@ -49,26 +52,38 @@ def chat(
     """Talk with a model without end: LM-Infinite keeps the memory constant. Lines of standard input are messages.
 
     What the model says goes to stdout, everything else to stderr. /help lists the commands. Without --blocks the model
-    sees the first tokens and the last window of the conversation.
+    sees the first tokens and the last window of the conversation, but for a long text that /file reads whole.
     """
     processors_of(sampler, None)  # a wrong name is told before the model is loaded
     import torch
 
-    from hf_longtrunc import LMInfinite, TopBlocks, trained_length
-
     loaded: Any
     loaded, tokenizer = load(model, needs="a causal LM")
     torch.manual_seed(seed)
-    retrieval = TopBlocks() if blocks else None
-    if blocks and window is None:
-        window = max(1, trained_length(loaded.config) // 4)
-    with LMInfinite(num_sink_tokens=sinks, window_length=window, retrieval=retrieval)(loaded):
-        talk = Talk(Conversation(loaded, tokenizer, system), sampler, max_new_tokens, status_every)
+    conversation = Conversation(
+        loaded, tokenizer, system, ways(loaded, window, sinks), _BLOCKS if blocks else _CONSTANT
+    )
+    try:
+        talk = Talk(conversation, sampler, max_new_tokens, status_every)
         if sys.stdin.isatty():
             notes().print("[dim]/help lists the commands; Ctrl-C ends a reply, Ctrl-D the conversation[/dim]")
         for line in lines():
             if not talk.take(line):
                 break
+    finally:
+        conversation.handle.detach()
+
+
+def ways(model: Any, window: int | None, sinks: int) -> dict[str, Any]:
+    """Return the techniques by which a conversation can be read, by the names that /file takes."""
+    from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks, trained_length
+
+    quarter = window or max(1, trained_length(model.config) // 4)
+    return {
+        _CONSTANT: LMInfinite(num_sink_tokens=sinks, window_length=window),
+        _BLOCKS: LMInfinite(num_sink_tokens=sinks, window_length=quarter, retrieval=TopBlocks()),
+        _WHOLE: DualChunkAttention(),
+    }
 
 
 def lines() -> Iterator[str]:
@@ -137,19 +152,53 @@ class Conversation:
     """What a model has read and written so far, in its cache; every token is fed to it once.
 
     A reply that is ended early stays in the cache as far as it was written.
+
+    Args:
+        model: the one that speaks.
+        tokenizer: of it.
+        system: what it is told first.
+        ways: the techniques by which it can read, by name.
+        way: the one to begin with.
+
+    Attributes:
+        handle: of the technique that is attached: `detach()` it at the end.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, system: str | None = None):
-        self.model, self.tokenizer, self.system = model, tokenizer, system
+    def __init__(self, model: Any, tokenizer: Any, system: str | None, ways: dict[str, Any], way: str):
+        self.model, self.tokenizer, self.system, self.ways = model, tokenizer, system, ways
+        self._first = self.way = way
+        self.handle = ways[way].attach(model)
         stops = [model.generation_config.eos_token_id, tokenizer.eos_token_id]
         self._stops = {each for stop in stops for each in (stop if isinstance(stop, list) else [stop])} - {None}
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything, and read as in the beginning."""
+        self.turn_to(self._first)
         self.messages: list[dict[str, str]] = []
         self._cache: Any = None
         self._logits: Any = None
+
+    def turn_to(self, way: str) -> None:
+        """Read from now on in another way; what was said so far is read anew with the next message.
+
+        Raises:
+            ValueError: the model cannot be read so, and is read as before.
+        """
+        if way == self.way:
+            return
+        self.handle.detach()
+        try:
+            self.handle = self.ways[way].attach(self.model)
+        except ValueError:
+            self.handle = self.ways[self.way].attach(self.model)
+            raise
+        self.way, self._cache = way, None
+
+    def fits(self, text: str) -> bool:
+        """Whether the window holds a text beside what was said so far."""
+        window: int = self.handle.settings.window_length
+        return self.seen + len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) <= window
 
     @property
     def seen(self) -> int:
@@ -225,12 +274,13 @@ class Conversation:
 
     def _turn(self, text: str) -> str:
         """Return what stands between the last token that was fed and the reply to `text`."""
+        before = self.messages if self._cache is None else []
         if not self._has_template:
-            return text
+            return "".join([*(message["content"] for message in before), text])
         user = {"role": "user", "content": text}
         if self._cache is None:
             first = [] if self.system is None else [{"role": "system", "content": self.system}]
-            return str(self._rendered([*first, user]))
+            return str(self._rendered([*first, *before, user]))
         # What the template puts behind a reply and before the next one is the same whatever was said.
         marked = [{"role": role, "content": _MARK} for role in ("user", "assistant")]
         parts = self._rendered([*marked, user]).split(_MARK, 2)
@@ -296,11 +346,28 @@ class Talk:
         print(flush=True)
         self._status(" (interrupted)" if interrupted.is_set() else "")
 
-    def _read(self, path: str) -> None:
+    def _read(self, rest: str) -> None:
+        path, _, way = rest.rpartition(" ")
+        if way not in self.conversation.ways:
+            path, way = rest, ""
         if not path:
             raise ValueError("name a file: /file PATH")
-        self._file = read_text(path)
-        notes().print(f"{escape(path)}: {len(self._file):,} characters, read with your next message")
+        text = read_text(path)
+        if not way and self.conversation.way == _CONSTANT and not self.conversation.fits(text):
+            way = _WHOLE
+        self._turn_to(way or self.conversation.way)
+        self._file = text
+        memory = "constant" if self.conversation.way == _CONSTANT else "growing until /reset"
+        notes().print(f"{escape(path)}: {len(text):,} characters, read with your next message; memory {memory}")
+
+    def _turn_to(self, way: str) -> None:
+        try:
+            self.conversation.turn_to(way)
+        except ValueError as error:
+            if way != _WHOLE:
+                raise
+            notes().print(f"{error}; taking {_BLOCKS}", markup=False)
+            self.conversation.turn_to(_BLOCKS)
 
     def _choose(self, name: str) -> None:
         self.processors = processors_of(name, self.conversation.model)
@@ -320,7 +387,10 @@ class Talk:
 
     def _status(self, note: str = "") -> None:
         seen, held = self.conversation.seen, self.conversation.mebibytes
-        notes().print(f"[dim]{seen:,} tokens seen, cache {held:,.2f} MiB, {self._speed:.1f} tokens/s{note}[/dim]")
+        kind = "constant" if self.conversation.way == _CONSTANT else "growing"
+        notes().print(
+            f"[dim]{seen:,} tokens seen, cache {held:,.2f} MiB ({kind}), {self._speed:.1f} tokens/s{note}[/dim]"
+        )
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,7 +50,8 @@ class BestFitPackingCollator:
 
     Raises:
         TypeError, ValueError: a bad argument; an example that is no document or no packed row (its place in the batch
-            and column named), a packed row longer than `seq_length`, packed and raw examples in one batch, no example.
+            and column named), a packed row longer than `seq_length`, packed and raw examples in one batch, no example;
+            `layout="flat"` under accelerate's dispatcher, which cuts every tensor of a batch by its one row.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class BestFitPackingCollator:
         one_of("layout", layout, ("auto", "rows", "flat"))
         padding = _padding_token(tokenizer)
         self.pad_token_id = padding if pad_token_id is None else whole("pad_token_id", pad_token_id, least=0)
+        if model is not None and not hasattr(unwrapped(model), "config"):
+            raise TypeError(f"model must be a transformers model or None, got {type(model).__name__}")
         self.layout = _layout_for(model) if layout == "auto" else layout
         if model is not None:
             _warn_beyond_window(
@@ -119,6 +123,7 @@ class BestFitPackingCollator:
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def _flat_batch(self, rows: list[Row]) -> dict[str, Any]:
+        _refuse_dispatcher()
         flat = {name: np.concatenate([row[name] for row in rows]) for name in _ROW_COLUMNS}
         if not len(flat["input_ids"]):  # models take no row of no tokens
             alone = {"input_ids": self.pad_token_id, "position_ids": 0, "labels": IGNORE}
@@ -178,6 +183,17 @@ def _layout_for(model: PreTrainedModel | None) -> str:
         return "rows"
     is_flash = "flash" in (unwrapped(model).config._attn_implementation or "")
     return "flat" if is_flash or carries_states(model) else "rows"
+
+
+def _refuse_dispatcher() -> None:
+    """Raise ValueError if a dataloader of accelerate's that cuts batches by their rows is being read."""
+    library = sys.modules.get("accelerate.data_loader")
+    if library is not None and isinstance(library.GradientState().active_dataloader, library.DataLoaderDispatcher):
+        raise ValueError(
+            'layout="flat" makes batches of one row, and accelerate\'s dispatcher (its way with streams) cuts every '
+            "tensor of a batch by the number of its rows: the ends of the documents (cu_seq_lens) would be lost. Let "
+            'every process read for itself: TrainingArguments(accelerator_config={"dispatch_batches": False})'
+        )
 
 
 def _warn_beyond_window(seq_length: int, window: int | None, owner: str) -> None:

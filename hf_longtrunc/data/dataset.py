@@ -17,7 +17,7 @@ from hf_longtrunc.arguments import one_of, whole
 from hf_longtrunc.data.collators import check_tokenizer
 from hf_longtrunc.data.columns import ArrowDocuments
 from hf_longtrunc.data.documents import COLUMNS, IGNORE, LOSS_MASKS, Document, join, read_document
-from hf_longtrunc.data.packing import best_fit_decreasing, checked_options
+from hf_longtrunc.data.packing import Packing, best_fit_decreasing, checked_options
 from hf_longtrunc.data.stream import PackedStream
 from hf_longtrunc.data.writing import WRITTEN, import_datasets, write_rows
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from hf_longtrunc.data.documents import Tokens
-    from hf_longtrunc.data.packing import LongDocuments, Packing
+    from hf_longtrunc.data.packing import LongDocuments
     from hf_longtrunc.data.stream import Sharding
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,9 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         row_multiple: rows of padding only are added until the number of rows is a multiple of this.
 
     Raises:
-        ValueError: the plan was made for other documents.
+        TypeError: no dataset with a length, or no plan.
+        ValueError: the plan was made for other documents; where their lengths are not known without reading them all,
+            when a row with such a document is read.
     """
 
     def __init__(
@@ -80,6 +82,11 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         seed = None if seed is None else whole("seed", seed, least=0)
         row_multiple = whole("row_multiple", row_multiple, least=1)
         eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
+        if not isinstance(packing, Packing) or not _is_indexed(dataset):
+            raise TypeError(
+                "PackedDataset wants a dataset with a length and a plan for it (best_fit_decreasing, "
+                f"Packing.from_pretrained), got {type(dataset).__name__} and {type(packing).__name__}"
+            )
         documents = _documents(dataset)
         _check_plan(documents, packing, eos_token_id)
         self._set(documents, packing, _row_order(len(packing), row_multiple, seed), eos_token_id)
@@ -185,7 +192,8 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         return FlatRows(joined["input_ids"], joined["labels"], tokens, lengths, counts)
 
     def _checked_columns(self, columns: Sequence[str]) -> tuple[str, ...]:
-        names = tuple(one_of("columns", name, WRITTEN) for name in columns)
+        given = (columns,) if isinstance(columns, str) else columns
+        names = tuple(one_of("columns", name, WRITTEN) for name in dict.fromkeys(given))
         if "input_ids" not in names or not {"position_ids", "seq_lengths"} & set(names):
             raise ValueError(
                 f"columns must have input_ids, and position_ids or seq_lengths for where documents begin, got {names}"
@@ -204,13 +212,12 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
     def _piece(self, piece: int) -> Document:
         packing = self.packing
         document = self._documents[int(packing.document[piece])].ending_with(self._eos_token_id)
-        content = document.cut(int(packing.start[piece]), int(packing.length[piece]))
-        if len(content.input_ids) != packing.length[piece]:
+        if len(document.input_ids) != packing.document_lengths[packing.document[piece]]:
             raise ValueError(
                 f"document {int(packing.document[piece])} has {len(document.input_ids)} tokens and the plan counted "
                 f"on {int(packing.document_lengths[packing.document[piece]])}: it was made for another dataset"
             )
-        return content
+        return document.cut(int(packing.start[piece]), int(packing.length[piece]))
 
 
 class FlatRows(NamedTuple):
@@ -318,8 +325,7 @@ def pack(
         return {name: pack(split, seq_length, tokenizer, **options) for name, split in dataset.items()}
     _warn_beyond_window(seq_length, tokenizer)
     eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
-    is_indexed = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
-    if not is_indexed or isinstance(dataset, (str, bytes, IterableDataset)):
+    if not _is_indexed(dataset):
         _check_stream(dataset, row_multiple)
         return PackedStream(
             dataset,
@@ -362,13 +368,24 @@ class _SizedDocuments:
         return read_document(self._example(index), f"row {index}")
 
     def _example(self, index: int) -> Mapping[str, Any]:
-        example = self.dataset[index]
+        try:
+            example = self.dataset[index]
+        except KeyError as error:
+            raise TypeError(
+                f"dataset must give its rows by number, and {type(self.dataset).__name__} knows no row {index}; make a "
+                "datasets.Dataset of it (Dataset.from_pandas, Dataset.from_dict)"
+            ) from error
         if not isinstance(example, Mapping):
             raise TypeError(
                 f"row {index} of the dataset must be a mapping of columns, got {type(example).__name__}; "
                 'give rows as {"input_ids": [...]}'
             )
         return example
+
+
+def _is_indexed(dataset: object) -> bool:
+    has_rows = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
+    return has_rows and not isinstance(dataset, (str, bytes, IterableDataset))
 
 
 def _documents(dataset: Any) -> _Documents:

@@ -43,7 +43,8 @@ def write_datatrove(
 
     Raises:
         FileExistsError: there are tokens.
-        ValueError: a bad argument, documents with labels or masks, a token that takes more bytes.
+        TypeError, ValueError: a bad argument, rows that are no `PackedDataset`, documents with labels or masks, a token
+            that takes more bytes.
     """
     tokens_at, index_at = Path(path), Path(f"{path}.index")
     most = int(np.iinfo(one_of("dtype", dtype, ("uint16", "uint32"))).max)

@@ -24,6 +24,8 @@ MASKS = ("attention_mask", *LOSS_MASKS)
 COLUMNS = ("input_ids", "labels", *MASKS)
 # Of rows that are packed already: positions that restart with every document, and TRL's lengths of the documents.
 BOUNDARIES = ("position_ids", "seq_lengths")
+# What others call them: such rows are no documents either, and are not read here.
+FOREIGN_BOUNDARIES = ("seq_idx", "cu_seq_lens_q", "cu_seqlens", "packed_seq_lengths")
 
 
 class Document(NamedTuple):
@@ -58,17 +60,18 @@ def read_document(columns: Mapping[str, Any], where: str) -> Document:
         raise TypeError(
             f'{where} must be a mapping of columns, such as {{"input_ids": [...]}}, got {type(columns).__name__}'
         )
-    refuse_packed([name for name in BOUNDARIES if columns.get(name) is not None], where)
+    refuse_packed([name for name in columns if columns[name] is not None], where)
     return _document(columns, where)
 
 
 def refuse_packed(columns: Sequence[str], where: str) -> None:
-    """Raise ValueError if there are columns of packed rows: packed again, their documents would be one."""
-    if columns:
+    """Raise ValueError if some are columns of packed rows: packed again, their documents would be one."""
+    packed = [name for name in (*BOUNDARIES, *FOREIGN_BOUNDARIES) if name in columns]
+    if packed:
         raise ValueError(
-            f"{where} is packed already (it has {' and '.join(columns)}): packing it again would join its documents. "
+            f"{where} is packed already (it has {' and '.join(packed)}): packing it again would join its documents. "
             f"Pack the documents it was made of; if these are documents, leave the column out: "
-            f"dataset.remove_columns({list(columns)})"
+            f"dataset.remove_columns({packed})"
         )
 
 

@@ -34,12 +34,13 @@ def read_megatron(prefix: str | os.PathLike[str]) -> datasets.Dataset:
 
     Raises:
         FileNotFoundError: one of the files is missing.
-        ValueError: the index is none, is damaged, or speaks of sequences that do not lie one after another.
+        TypeError, ValueError: the prefix is no path; the index is none, is damaged, or speaks of sequences that do not
+            lie one after another.
     """
     import pyarrow as pa
 
     library = import_datasets("read_megatron")
-    tokens, sizes, begins, firsts = _read(Path(f"{prefix}.idx"), Path(f"{prefix}.bin"))
+    tokens, sizes, begins, firsts = _read(*_paths(prefix))
     ends = np.append(0, np.cumsum(sizes, dtype=np.int64))
     if not np.array_equal(begins, ends[:-1] * tokens.itemsize) or ends[-1] > len(tokens):
         raise ValueError(f"{prefix}.idx speaks of sequences that do not lie one after another in {prefix}.bin")
@@ -59,9 +60,10 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str]) -> None:
 
     Raises:
         FileExistsError: there is an index.
-        ValueError: the documents have labels or masks, or a token is more than int32 holds.
+        TypeError, ValueError: the rows are no `PackedDataset`, the prefix is no path, the documents have labels or
+            masks, or a token is more than int32 holds.
     """
-    bin_at, idx_at = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    idx_at, bin_at = _paths(prefix)
     if idx_at.exists():
         raise FileExistsError(f"{idx_at} exists: write to another prefix, or delete it first")
     highest = max((int(part.input_ids.max(initial=0)) for part in token_blocks(rows, _FORMAT)), default=0)
@@ -82,6 +84,14 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str]) -> None:
         file.write(lengths.astype("<i4").tobytes() + begins.astype("<i8").tobytes() + firsts.astype("<i8").tobytes())
 
 
+def _paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Return where the index and the tokens lie."""
+    path = Path(prefix)  # None is no path
+    if not path.name:
+        raise ValueError(f"prefix must end with the files' name, such as folder/rows, got {str(prefix)!r}")
+    return path.with_name(f"{path.name}.idx"), path.with_name(f"{path.name}.bin")
+
+
 def _read(idx: Path, bin_: Path) -> tuple[Any, Any, Any, Any]:
     for path in (idx, bin_):
         if not path.is_file():
@@ -100,5 +110,7 @@ def _read(idx: Path, bin_: Path) -> tuple[Any, Any, Any, Any]:
     if not bounds or firsts[0] != 0 or firsts[-1] != sequences or (np.diff(firsts) < 0).any():
         raise ValueError(f"{idx} is damaged: its documents do not cover its {sequences} sequences")
     size = bin_.stat().st_size
+    if size % np.dtype(_TYPES[code]).itemsize:
+        raise ValueError(f"{bin_} is damaged: its {size} bytes are no whole number of {_TYPES[code].__name__} tokens")
     tokens = np.memmap(bin_, _TYPES[code], "r") if size else np.empty(0, _TYPES[code])
     return tokens, sizes, begins, firsts

@@ -82,7 +82,7 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
 
     Raises:
         TypeError, ValueError: a bad argument; while iterating, no documents, a document that is none (its number is
-            named), a source that may or may not share itself out among workers.
+            named), no document with a piece to pack, a source that may or may not share itself out among workers.
     """
 
     def __init__(
@@ -121,8 +121,14 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         while True:
             self._fill(pool, documents)
             if not pool:
+                self._check_not_empty()
                 return
             rows, pool = self._packed(pool)
+            if self._num_given > len(rows):
+                raise ValueError(
+                    f"the state speaks of {self._num_given} rows of a round that has {len(rows)}: resume with the "
+                    "source of then"
+                )
             for row in rows[self._num_given :]:
                 self._num_given += 1  # before it is given away: the state then speaks of what comes next
                 yield join([piece.content for piece in row])
@@ -143,6 +149,7 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
             raise TypeError(f"state must be what state_dict() returned, got {type(state).__name__}")
         if missing := [name for name in ("settings", "given", *_Round._fields) if name not in state]:
             raise ValueError(f"state is not what state_dict() returned: it lacks {', '.join(missing)}")
+        _check_state(state)
         for name in _SETTINGS:
             if state["settings"].get(name) != getattr(self, name):
                 raise ValueError(
@@ -157,6 +164,20 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         epoch = whole("epoch", epoch, least=0)
         if hasattr(self.source, "set_epoch"):
             self.source.set_epoch(epoch)
+
+    def _check_not_empty(self) -> None:
+        """Raise ValueError at the end of a stream that gave no row, if no other worker reads it too."""
+        if self._round.number or get_worker_info() is not None:
+            return
+        if not self._num_read:
+            raise ValueError(
+                "the stream is empty: there are no documents to pack; a generator can be run through once, give "
+                "something that can be read again"
+            )
+        raise ValueError(
+            f"nothing is left to pack: of {self._num_read} documents none has a piece of {self.min_piece} to "
+            f"{self.seq_length} tokens (min_piece = {self.min_piece}, long = {self.long!r})"
+        )
 
     def _restart(self, begun: _Round, given: int) -> None:
         self._round, self._num_given = begun, given
@@ -197,6 +218,8 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
                 f"the source ended after {self._num_read} documents, and the state speaks of {begun.read}: resume with "
                 "the source of then, read from its beginning"
             )
+        if wanted - kept.keys():
+            raise ValueError("the state is damaged: a piece waits of a document that had not been read")
         return [
             _Piece(kept[document].cut(part * self.seq_length, self.seq_length), document, part, entered)
             for document, part, entered in waiting.tolist()
@@ -208,8 +231,6 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
             self._num_read += 1
             yield document
         self._ended = True
-        if not self._num_read and get_worker_info() is None:
-            raise ValueError("the stream is empty: there are no documents to pack")
 
     def _document(self, example: Mapping[str, Any], number: int) -> Document:
         return read_document(example, f"document {number} of the stream").ending_with(self.eos_token_id)
@@ -255,3 +276,12 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
             np.random.default_rng((self.seed, number)).shuffle(out)
         stay = [pool[i] for row in np.flatnonzero(~is_out) for i in rows[row]]
         return [[pool[i] for i in rows[row]] for row in out], stay
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError if the entries of a state are not of their kinds."""
+    for name in ("given", "number", "read", "dropped_documents", "dropped_tokens"):
+        whole(f"state[{name!r}]", state[name], least=0)
+    waiting = state["waiting"]
+    if not isinstance(state["settings"], Mapping) or not isinstance(waiting, bytes) or len(waiting) % _WAITING.itemsize:
+        raise ValueError("state is not what state_dict() returned: its settings or the pieces that wait are damaged")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,8 +11,6 @@ from torch import nn
 from hf_longtrunc.models import decoder_of, evaluating, parameters_of, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor
 
 _DOCUMENT = 8  # tokens of each of the two documents in a row of the test
@@ -36,11 +35,17 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
             off by itself: for it, check `{**batch, "use_cache": False}`.
 
     Raises:
+        TypeError: no model, or no batch.
         ValueError: the model takes no `position_ids`, the batch has none, or the second document's logits moved by more
             than rounding: 4 times what they move in a row of their own, and 0.001 % of what the first one's move; the
             message names the probable cause.
     """
     inside = unwrapped(model)
+    if not isinstance(inside, nn.Module) or not isinstance(batch, Mapping):
+        raise TypeError(
+            "check_packed wants a causal language model and the batch that it will be called with, got "
+            f"{type(model).__name__} and {type(batch).__name__}"
+        )
     if "position_ids" not in parameters_of(inside):
         raise ValueError(f"{type(inside).__name__} takes no position_ids: documents packed for it would see each other")
     if batch.get("position_ids") is None:

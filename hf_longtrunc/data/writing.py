@@ -70,8 +70,13 @@ def token_blocks(rows: PackedDataset, whose: str) -> Iterator[FlatRows]:
     """Gather all rows, some million tokens at a time, for a format that holds nothing but tokens.
 
     Raises:
+        TypeError: the rows are no `PackedDataset`.
         ValueError: the documents have labels or masks.
     """
+    if not hasattr(rows, "teaching"):
+        raise TypeError(
+            f"rows must be what pack() makes of a dataset with a length, a PackedDataset, got {type(rows).__name__}"
+        )
     if rows.teaching:
         raise ValueError(
             f"{whose} holds tokens only, and the documents have {', '.join(rows.teaching)}: every token would be "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -58,9 +60,10 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
     any number can be taken back; models with recurrent or other special layers are run afresh on the whole text at
     every call.
 
-    The caches belong to the weights too: one step of training, another dtype or device, another active adapter, and
-    they are made anew. Each thread has caches of its own. What leaves the parameters' version counters alone (writing
-    through `parameter.data`, a patch such as `LMInfinite`) is not seen: call `reset()` after it.
+    The caches belong to the weights too: one step of training, another dtype or device, another active adapter or
+    scale of one, and they are made anew. Each thread has caches of its own. Steps are those of any optimizer of torch
+    in this process: fused ones leave the parameters' version counters alone. What else does so (writing through
+    `parameter.data`, a patch such as `LMInfinite`) is not seen: call `reset()` after it.
     """
 
     # Declared unsupported, it would be left out there with a line in the log; this way it is called, and refuses.
@@ -315,6 +318,23 @@ class _Memory(threading.local):
     weights: tuple[object, ...] = ()
 
 
+class _Optimizers:
+    """Counts the steps that optimizers take: fused ones, Trainer's default, write past the version counters."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        register_optimizer_step_post_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self.steps += 1
+
+
+@functools.cache
+def _optimizers() -> _Optimizers:
+    """Return the one that counts, from the first call on."""
+    return _Optimizers()
+
+
 class _CachedModel:
     """A causal language model with a KV cache in each thread."""
 
@@ -365,12 +385,13 @@ class _CachedModel:
     def _weights(self) -> tuple[object, ...]:
         """Return what keys and values depend on beside the text: where each weight lies, how often it was written to.
 
-        The adapters that are active belong to it. Cost: some microseconds a module, no host synchronisation.
+        The adapters that are active belong to it, and how many steps optimizers took. Cost: some microseconds a module,
+        no host synchronisation.
 
         Raises:
             ValueError: a module is in training mode.
         """
-        found: list[object] = []
+        found: list[object] = [_optimizers().steps]
         for module in self.model.modules():
             if module.training:
                 raise ValueError(
@@ -383,8 +404,8 @@ class _CachedModel:
                     found.append((id(tensor), _pointer(tensor), version, tensor.dtype, tensor.device))
             state = vars(module)
             if "_disable_adapters" in state:
-                adapters = (str(state.get("_active_adapter")), state["_disable_adapters"], str(module.merged_adapters))
-                found.append(adapters)
+                found += [str(state.get("_active_adapter")), state["_disable_adapters"], str(module.merged_adapters)]
+                found.append(str(state.get("scaling")))
         return tuple(found)
 
     def leading_padding_mask(self, input_ids: Tensor) -> Tensor:

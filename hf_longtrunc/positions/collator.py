@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,9 +54,9 @@ class CreamCollator(TrainerCallback):
     the epoch warns when its first document comes back.
 
     Raises:
-        TypeError, ValueError: a bad argument; a batch without `input_ids`, or with a document longer than the window;
-            a sampler whose ids are not increasing integers of [0, factor * window); collating before `attach`, when the
-            ids would go nowhere.
+        TypeError, ValueError: a bad argument; a batch without `input_ids`, with a document longer than the window, or
+            whose documents are told apart by anything but `position_ids`; a sampler whose ids are not increasing
+            integers of [0, factor * window); collating before `attach`, when the ids would go nowhere.
     """
 
     _handle: Handle | None = None
@@ -73,7 +74,7 @@ class CreamCollator(TrainerCallback):
         check_lengths(0, self.window, self.factor)
         if not callable(inner):
             raise TypeError(f"inner must be a collator (a function of a list of examples), got {type(inner).__name__}")
-        if not callable(scheme) and scheme not in SCHEMES:
+        if not callable(scheme) and not (isinstance(scheme, str) and scheme in SCHEMES):
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, or a sampler, got {scheme!r}")
         self.inner, self.scheme, self.seed = inner, scheme, whole("seed", seed, least=0)
         self._is_attached = False
@@ -97,10 +98,12 @@ class CreamCollator(TrainerCallback):
 
     def rope_ids(self, batch: Any) -> Tensor:
         """Return the ids [rows, n] of every document in a batch; padding has id 0."""
-        tokens = batch.get("input_ids")
+        tokens = batch.get("input_ids") if isinstance(batch, Mapping) else None
         if not isinstance(tokens, Tensor) or tokens.ndim != 2:
             raise ValueError("the inner collator's batch must have input_ids [rows, n] as a torch tensor")
-        documents = documents_of(tokens, batch.get("position_ids"), batch.get("attention_mask")).numpy()
+        positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+        _check_boundaries(batch, tokens, positions, mask)
+        documents = documents_of(tokens, positions, mask).numpy()
         values, ids = tokens.numpy(), np.zeros(tokens.shape, np.int64)
         for row, number in enumerate(documents):
             for document in range(1, int(number.max(initial=0)) + 1):
@@ -218,6 +221,26 @@ def documents_of(tokens: Tensor, position_ids: Tensor | None, attention_mask: Te
     if position_ids is not None:
         begins[:, 1:] |= real[:, 1:] & (position_ids.expand_as(tokens).diff(dim=-1) != 1)
     return begins.cumsum(-1) * real
+
+
+def _check_boundaries(batch: Any, tokens: Tensor, positions: Any, mask: Any) -> None:
+    """Raise ValueError if the batch says where documents lie in a way that is not read: they would be drawn as one."""
+    if positions is not None and (positions.ndim != 2 or positions.shape[-1] != tokens.shape[-1]):
+        raise ValueError(
+            f"the batch's position_ids must be [rows, n] as input_ids {list(tokens.shape)}, got {list(positions.shape)}"
+        )
+    if mask is not None and mask.ndim == 2 and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"the batch's attention_mask must hold 0 and 1, got {mask.min()} to {mask.max()}; documents are told apart "
+            "by position_ids that restart"
+        )
+    others = [name for name in ("seq_idx", "cu_seq_lens_q") if batch.get(name) is not None]
+    others += ["a block mask"] if mask is not None and mask.ndim != 2 else []
+    if positions is None and others:
+        raise ValueError(
+            f"the batch has {' and '.join(others)} and no position_ids: CREAM reads where documents begin from "
+            "position_ids that restart, and would take a row for one document"
+        )
 
 
 def _checked_ids(ids: object, length: int, end: int) -> Positions:

@@ -4,6 +4,10 @@ transformers hands a processor ids and scores, and nothing of the call: neither 
 come behind. Both stand in the frames of its callers, in `LogitsProcessorList.__call__` and in the decoding loop, and
 are read there, in this file only. Where they cannot be found (a loop of one's own, a compiled processor) nothing is
 known and nothing is warned of.
+
+There is no simpler way while a plain `logits_processor=[...]` is to be right: no decoding loop passes the list a
+keyword, `generate` tells a processor of no config, and scores alone tell beams (log-probabilities) but neither greedy
+decoding nor what comes behind. A processor that is attached could be told, one in a list could not.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
+    EncoderRepetitionPenaltyLogitsProcessor,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     LogitsProcessorList,
@@ -46,6 +51,7 @@ CUTTING = (
 # Warpers are functions of the scores alone: they can be run twice.
 WARPERS = (*CUTTING, TemperatureLogitsWarper)
 RESHAPING = (
+    EncoderRepetitionPenaltyLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
@@ -64,8 +70,12 @@ _NEUTRAL: dict[str, bool | float | None] = {
     "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
+    "guidance_scale": None,
     "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "sequence_bias": None,
 }
 
 
@@ -75,8 +85,8 @@ def sampling_settings(model: Any) -> dict[str, bool | float | None]:
         model.generate(**inputs, **sampling_settings(model), logits_processor=[EtaLogitsProcessor(2e-3)])
 
     transformers cuts to 50 tokens by default (`top_k`), and a model's own `generation_config` may hold a temperature,
-    a top-p or a repetition penalty: each of them changes what the processor kept, or what it saw. Beams, lengths and
-    special tokens stay as the model has them.
+    a top-p, a repetition penalty, guidance or a bias: each of them changes what the processor kept, or what it saw.
+    Beams, lengths and special tokens stay as the model has them.
 
     Args:
         model: a transformers model that generates, or a wrapper of one.

@@ -1,15 +1,14 @@
-"""What samplers cut, as one page for a browser: the data of `trace.html`, which holds the markup, styles and script."""
+"""What samplers cut, as one page for a browser: the data that `trace.html` shows."""
 
 from __future__ import annotations
 
-import html
-import json
 import math
 from importlib import resources
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from hf_longtrunc.arguments import number
+from hf_longtrunc.page import write
 from hf_longtrunc.pieces import piece_by_token, pieces
 
 if TYPE_CHECKING:
@@ -37,10 +36,8 @@ def write_page(
     steps = [step for text in texts for step in text["steps"]]
     shown = {step["token"] for step in steps} | {near[0] for step in steps for near in step["candidates"]}
     data = {"epsilon": epsilon, "prompt": prompt, "words": piece_by_token(tokenizer, sorted(shown)), "texts": texts}
-    template = resources.files("hf_longtrunc.sampling").joinpath("trace.html").read_text(encoding="utf-8")
-    page = template.replace("<!--prompt-->", html.escape(prompt)).replace("/*data*/null", _in_a_script(data))
-    path.write_text(page, encoding="utf-8")
-    return path
+    content = resources.files("hf_longtrunc.sampling").joinpath("trace.html").read_text(encoding="utf-8")
+    return write(path, content, data, title="What the samplers cut", prompt=prompt)
 
 
 def _by_text(name: str, records: Sequence[TruncationRecord]) -> list[tuple[str, list[TruncationRecord]]]:
@@ -74,8 +71,3 @@ def _rounded(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
-
-
-def _in_a_script(data: object) -> str:
-    """JSON that no text in it can end: the letters that begin a tag are escaped."""
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

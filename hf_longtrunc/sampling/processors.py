@@ -123,12 +123,13 @@ class EtaLogitsProcessor(_ThresholdLogitsProcessor):
         filter_value: the score that a removed token gets; what the scores' dtype cannot hold becomes its lowest value.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or outside its range; as many values as there are no rows.
+        TypeError, ValueError: an argument of the wrong type or outside its range; a number of values that does not fit
+            the rows; scores that are no floating-point tensor or have no token in them.
 
     Cost: one `exp` and two sums over the vocabulary; no sort, no host synchronisation; on a CPU a large batch goes
-    through in parts of 4 MB. Rows are independent of their
-    batch to the bit. Works with `generate` in every mode that takes a processor list, and through
-    `attach_processors` in those that take none. `sampling_settings(model)` are the arguments that leave it alone.
+    through in parts of 4 MB. Rows are independent of their batch to the bit. Works with `generate` in every mode that
+    takes a processor list, and through `attach_processors` in those that take none. `sampling_settings(model)` are the
+    arguments that leave it alone.
 
     Source: Hewitt, Manning, Liang 2022, "Truncation Sampling as Language Model Desmoothing", arXiv 2210.15191,
     section 4.2. Deviations: none.
@@ -202,6 +203,9 @@ class PLessLogitsProcessor(_ThresholdLogitsProcessor):
         normalized: take (V sum p^2 - 1) / (V - 1), a laxer bar: 0 for a flat row, which keeps all of its tokens.
         min_tokens_to_keep: as for `EtaLogitsProcessor`.
         filter_value: as for `EtaLogitsProcessor`.
+
+    Raises:
+        TypeError, ValueError: as for `EtaLogitsProcessor`.
 
     Source: Tan, Wu, Howard 2025, "p-less Sampling", arXiv 2509.23234. Deviations: none.
     """

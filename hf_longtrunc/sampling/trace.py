@@ -151,8 +151,8 @@ class TruncationTrace(LogitsProcessor):
 
     Cost: a softmax, three partial sorts and a host synchronisation a step; some 3 ms for each margin. Memory: 150 bytes
     a record and 13 for each candidate, the last step's log-probabilities [rows, vocab], and those of up to 64 steps at
-    batch size 1. Not for continuous batching, whose
-    calls do not say which request a row belongs to: it raises ValueError there.
+    batch size 1. Not for continuous batching, whose calls do not say which request a row belongs to: it raises
+    ValueError there.
     """
 
     # Declared unsupported, it would be left out there, and what it watches with it; this way it is called, and refuses.

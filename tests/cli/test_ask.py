@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
 from hf_longtrunc import DualChunkAttention, LMInfinite, load_pretrained
+from tests.browser import data_of
 from tests.command_line import invoke
 
 TEMPLATE = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
@@ -116,3 +117,24 @@ def test_a_template_that_says_nothing_of_the_user_is_refused(file, chat_folder, 
     result = invoke("ask", file, "a question", "--model", folder)
     assert result.exit_code == 2
     assert "chat template does not repeat what a user says" in result.stderr
+
+
+def test_a_page_of_where_each_answer_read(file, chat_folder, tmp_path):
+    page = tmp_path / "read.html"
+    for options in ([], ["--blocks", "--window", "64"], ["--lm-infinite", "--window", "64"]):
+        plain = answers(file, chat_folder, QUESTIONS, *options)
+        assert answers(file, chat_folder, QUESTIONS, *options, "--page", page, "--force") == plain
+        for number, question in enumerate(QUESTIONS, 1):
+            data = data_of(tmp_path / f"read-{number}.html")
+            assert data["prompt"] == question
+            assert len(data["answer"]) == 9
+            sums = [sum(max(0, share) for share in step["mass"]) / data["parts"] for step in data["answer"]]
+            assert sums == pytest.approx([1] * 9, abs=0.01)
+    assert not page.exists()
+    taken = tmp_path / "read-1.html"
+    refused = invoke("ask", file, *QUESTIONS, "--page", page, "--model", chat_folder)
+    assert refused.exit_code == 2
+    assert f"{taken}" in refused.stderr
+    single = invoke("ask", file, "Why?", "--page", page, "--model", chat_folder, "--max-new-tokens", 2)
+    assert single.exit_code == 0
+    assert f"page: {page}" in single.stderr

@@ -18,8 +18,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from hf_longtrunc import EtaLogitsProcessor, LMInfinite, TopBlocks
-from hf_longtrunc.cli.chat import Conversation, _sizes, processors_of
+from hf_longtrunc import DualChunkAttention, EtaLogitsProcessor
+from hf_longtrunc.cli.chat import Conversation, _sizes, processors_of, ways
 from tests.command_line import invoke, letter_tokenizer
 from tests.conftest import tiny_config
 
@@ -43,6 +43,10 @@ def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+def conversation(model, tokenizer, system=None, *, window=None, way="--lm-infinite"):
+    return Conversation(model, tokenizer, system, ways(model, window, 4), way)
+
+
 def only_letters(input_ids, scores):
     return scores.index_fill(1, torch.tensor([0, 1, 2, 3, 30, 31, 32]), -1e9)
 
@@ -60,7 +64,7 @@ class Fed:
 
 def test_every_token_is_fed_once_as_the_whole_template_has_it(model, tokenizer):
     tokenizer.chat_template = TEMPLATE
-    talk, fed, messages = Conversation(model, tokenizer), Fed(model), []
+    talk, fed, messages = conversation(model, tokenizer), Fed(model), []
     for text in ("one", "two", "longtrunc-reply"):
         assert talk.say(text, Event())
         replies = list(talk.reply([only_letters], Event(), 5))
@@ -76,7 +80,7 @@ def test_every_token_is_fed_once_as_the_whole_template_has_it(model, tokenizer):
 
 def test_system_comes_first_and_reset_forgets(model, tokenizer):
     tokenizer.chat_template = TEMPLATE
-    talk, fed = Conversation(model, tokenizer, "q"), Fed(model)
+    talk, fed = conversation(model, tokenizer, "q"), Fed(model)
     talk.say("one", Event())
     assert fed.tokens == ids(tokenizer, "sq.uone.a")
     talk.reset()
@@ -94,11 +98,10 @@ def test_a_long_text_is_read_in_pieces_of_which_the_last_is_whole():
 def test_a_reply_is_that_of_generate_whatever_the_pieces(model, tokenizer, monkeypatch):
     monkeypatch.setattr("hf_longtrunc.cli.chat._CHUNK", 16)
     text = "the road to the sea was long and nobody had walked on it for years"
-    with LMInfinite(window_length=24, num_sink_tokens=4)(model):
-        talk = Conversation(model, tokenizer)
-        talk.say(text, Event())
-        written = "".join(talk.reply(None, Event(), 20))
-        expected = model.generate(torch.tensor([ids(tokenizer, text)]), max_new_tokens=20, do_sample=False)
+    talk = conversation(model, tokenizer, window=24)
+    talk.say(text, Event())
+    written = "".join(talk.reply(None, Event(), 20))
+    expected = model.generate(torch.tensor([ids(tokenizer, text)]), max_new_tokens=20, do_sample=False)
     assert written.strip() == tokenizer.decode(expected[0, len(text) :])
 
 
@@ -107,7 +110,7 @@ def test_a_reply_is_that_of_generate_whatever_the_pieces(model, tokenizer, monke
     [("{{ messages[0]['content'] }}", "does not repeat"), ("{{ raise_exception('no user') }}", "refuses .* no user")],
 )
 def test_templates_that_carry_no_conversation(model, tokenizer, template, said):
-    talk = Conversation(model, tokenizer)
+    talk = conversation(model, tokenizer)
     talk.say("one", Event())
     tokenizer.chat_template = template
     with pytest.raises(ValueError, match=said):
@@ -116,17 +119,54 @@ def test_templates_that_carry_no_conversation(model, tokenizer, template, said):
 
 def test_with_blocks_everything_is_kept_and_read(tokenizer):
     model = LlamaForCausalLM(tiny_config(vocab_size=len(tokenizer), num_hidden_layers=6)).eval()
-    with LMInfinite(window_length=64, retrieval=TopBlocks(blocks=2, block_size=8))(model):
-        talk = Conversation(model, tokenizer)
-        talk.say("the road to the sea was long " * 8, Event())
-        held = talk.mebibytes
-        assert len(list(talk.reply([], Event(), 60))) == 60
+    talk = conversation(model, tokenizer, window=64, way="--blocks")
+    talk.say("the road to the sea was long " * 8, Event())
+    held = talk.mebibytes
+    assert len(list(talk.reply([], Event(), 60))) == 60
     assert talk.mebibytes > held
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+@pytest.mark.parametrize("way", ["--dual-chunk", "--blocks"])
+def test_another_way_reads_the_conversation_anew_and_reset_turns_back(tokenizer, template, way):
+    model = LlamaForCausalLM(tiny_config(vocab_size=len(tokenizer), num_hidden_layers=6, max_position_embeddings=64))
+    tokenizer.chat_template = template
+    talk, text = conversation(model.eval(), tokenizer, window=40), "the road to the sea was long and nobody " * 5
+    talk.say("one", Event())
+    said = "".join(talk.reply([only_letters], Event(), 5))
+    assert not talk.fits(text)
+    assert talk.fits("the sea")
+    fed = Fed(model)
+    talk.turn_to(way)
+    assert repr(talk.handle.technique) == repr(talk.ways[way])
+    assert talk.say(text, Event())
+    whole = f"suone.a{said}.u{text}.a" if template else f"one{said}{text}"
+    assert fed.tokens == ids(tokenizer, whole)
+    assert talk.seen == len(fed.tokens)
+    held = talk.mebibytes
+    assert len(list(talk.reply([only_letters], Event(), 60))) == 60
+    assert talk.mebibytes > held
+    talk.reset()
+    assert talk.way == "--lm-infinite"
+    assert repr(talk.handle.technique) == repr(talk.ways["--lm-infinite"])
+    assert talk.messages == []
+    assert talk.seen == 0
+
+
+def test_a_way_that_the_model_refuses_leaves_it_as_it_was(model, tokenizer):
+    talk = conversation(model, tokenizer, window=40)
+    talk.ways["--dual-chunk"] = DualChunkAttention(chunk_length=1000)
+    talk.say("one", Event())
+    with pytest.raises(ValueError, match="chunk_length must be less"):
+        talk.turn_to("--dual-chunk")
+    assert talk.way == "--lm-infinite"
+    assert talk.seen == 3
+    assert len(list(talk.reply([], Event(), 3))) == 3
 
 
 def test_the_model_ends_its_reply_and_the_end_is_not_shown(model, tokenizer):
     model.generation_config.eos_token_id = list(range(4, len(tokenizer)))
-    talk = Conversation(model, tokenizer)
+    talk = conversation(model, tokenizer)
     talk.say("one", Event())
     assert (
         list(talk.reply([lambda ids, scores: scores.index_fill(1, torch.tensor([0, 1, 2, 3]), -1e9)], Event(), 5)) == []
@@ -135,18 +175,17 @@ def test_the_model_ends_its_reply_and_the_end_is_not_shown(model, tokenizer):
 
 
 def test_the_memory_is_constant(model, tokenizer):
-    with LMInfinite(window_length=32, num_sink_tokens=4)(model):
-        talk = Conversation(model, tokenizer)
-        talk.say("one", Event())
-        held = []
-        for _ in talk.reply([EtaLogitsProcessor(0.01)], Event(), 300):
-            held.append(talk.mebibytes)
+    talk = conversation(model, tokenizer, window=32)
+    talk.say("one", Event())
+    held = []
+    for _ in talk.reply([EtaLogitsProcessor(0.01)], Event(), 300):
+        held.append(talk.mebibytes)
     assert talk.seen == 303
     assert len(set(held[50:])) == 1
 
 
 def test_an_interrupted_reply_stays_and_the_conversation_goes_on(model, tokenizer):
-    talk, stop = Conversation(model, tokenizer), Event()
+    talk, stop = conversation(model, tokenizer), Event()
     talk.say("one", Event())
     for count, _ in enumerate(talk.reply([], stop), 1):
         if count == 7:
@@ -177,7 +216,7 @@ def test_samplers_that_are_none(text, said):
 
 @pytest.mark.parametrize("name", ["eta", "epsilon", "top-n-sigma", "p-less", "bat 0.01", "top-p", "min-p", "plain"])
 def test_every_sampler_speaks(model, tokenizer, name):
-    talk = Conversation(model, tokenizer)
+    talk = conversation(model, tokenizer)
     talk.say("one", Event())
     assert len(list(talk.reply(processors_of(name, model), Event(), 3))) == 3
 
@@ -206,17 +245,19 @@ def test_through_a_pipe(model_folder, tmp_path):
     assert result.exit_code == 0, result.output
     assert len(result.stdout.splitlines()) == 2
     notes = result.stderr.splitlines()
-    assert re.fullmatch(r"11 tokens seen, cache 0\.\d\d MiB, [\d,.]+ tokens/s", notes[0])
+    assert re.fullmatch(r"11 tokens seen, cache 0\.\d\d MiB \(constant\), [\d,.]+ tokens/s", notes[0])
     assert notes[1] == "sampling by greedy"
-    assert notes[2].endswith("a text: 25 characters, read with your next message")
-    assert notes[3].startswith("55 tokens seen")  # 11, a text of 25, two newlines, a message of 11, a reply of 6
+    assert notes[2].endswith("a text: 25 characters, read with your next message; memory growing until /reset")
+    assert notes[3].startswith(
+        "61 tokens seen"
+    )  # 11 and 6 blanks, a text of 25, two newlines, a message of 11, a reply of 6
     assert notes[4] == f"4 messages: {saved}"
     assert "File exists" in notes[5]
     assert notes[6].startswith("/sampler: no such sampler: etta")
     assert "no such file" in notes[7]
     assert notes[8] == "/colour: no such command: /colour; /help lists them"
     assert notes[9:] == ["forgotten", notes[10]]
-    assert notes[10].startswith("0 tokens seen, cache 0.00 MiB")
+    assert notes[10].startswith("0 tokens seen, cache 0.00 MiB (constant)")
     messages = [json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines()]
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     assert messages[2]["content"] == "the keeper had not spoken\n\nwhat was it"
@@ -255,8 +296,48 @@ class Terminal:
         os.write(self.screen, text.encode())
 
 
-def test_through_a_terminal(model_folder):
+@pytest.fixture(scope="module")
+def deep_folder(tmp_path_factory):
+    """Six layers: `TopBlocks` reads from the fifth on."""
+    folder = tmp_path_factory.mktemp("deep")
+    tokenizer = letter_tokenizer(["<pad>", "<s>", "</s>", "<unk>"], "abcdefghijklmnopqrstuvwxyz .-")
+    tokenizer.save_pretrained(folder)
+    LlamaForCausalLM(tiny_config(vocab_size=len(tokenizer), num_hidden_layers=6)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_files_are_read_as_they_ask(deep_folder, tmp_path):
+    short, long = tmp_path / "short", tmp_path / "a long one"
+    short.write_text("the sea", encoding="utf-8")
+    long.write_text("the keeper had not spoken " * 4, encoding="utf-8")
+    said = [
+        *(f"/file {short}", f"/file {long} --lm-infinite", "what", "/status"),
+        *(f"/file {long} --blocks", "/reset", f"/file {long}", "what", "/reset", "/status", "/file  --blocks"),
+    ]
+    options = ["--model", deep_folder, "--max-new-tokens", "4", "--window", "64"]
+    result = invoke("chat", *options, input="\n".join(said))
+    assert result.exit_code == 0, result.output
+    *told, last = [note for note in result.stderr.splitlines() if note != "forgotten"]
+    kinds = [re.search("constant|growing", note)[0] for note in told]
+    assert kinds == ["constant"] * 4 + ["growing"] * 3 + ["constant"]
+    assert last == "/file: name a file: /file PATH"
+
+
+def test_a_model_that_dual_chunk_attention_refuses_is_read_by_blocks(deep_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_longtrunc.attention.dual_chunk_attention.trained_length", lambda config: 1)
+    (tmp_path / "long").write_text("the keeper had not spoken " * 4, encoding="utf-8")
+    result = invoke("chat", "--model", deep_folder, "--window", "64", input=f"/file {tmp_path / 'long'}\n")
+    assert result.exit_code == 0, result.output
+    first, second = result.stderr.splitlines()
+    assert "chunk_length must be less than" in first
+    assert first.endswith("taking --blocks")
+    assert second.endswith("memory growing until /reset")
+
+
+def test_through_a_terminal(model_folder, tmp_path):
     """No reply ends by itself here: Ctrl-C ends it, and the conversation goes on; at the prompt it ends nothing."""
+    text = tmp_path / "text"
+    text.write_text("the keeper had not spoken " * 4, encoding="utf-8")
     chat = Terminal("--model", model_folder, "--window", "64", "--status-every", "100")
     try:
         chat.wait_for("> ")
@@ -267,9 +348,22 @@ def test_through_a_terminal(model_folder):
         first = chat.wait_for(r"([\d,]+) tokens seen[^\n]*\(interrupted\)")[1]
         chat.wait_for("> ")
         chat.interrupt_prompt()
+        chat.type(f"/file {text}\n")
+        chat.wait_for("read with your next message; memory growing until /reset")
+        chat.wait_for("> ")
+        chat.type("again\n")
+        grown = [chat.wait_for(r"tokens seen, cache ([\d.]+) MiB \(growing\)")[1] for _ in range(3)]
+        assert float(grown[0]) < float(grown[-1])
+        chat.process.send_signal(signal.SIGINT)
+        chat.wait_for("interrupted")
+        chat.wait_for("> ")
+        chat.type("/reset\n")
+        chat.wait_for("forgotten")
+        chat.wait_for("> ")
         chat.type("again\n")
         second = chat.wait_for(r"([\d,]+) tokens seen")[1]
-        assert int(second.replace(",", "")) > int(first.replace(",", "")) >= 400
+        assert int(first.replace(",", "")) >= 400
+        assert int(second.replace(",", "")) == 105
         chat.process.send_signal(signal.SIGINT)
         chat.wait_for("interrupted")
         chat.wait_for("> ")

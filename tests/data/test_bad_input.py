@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import datasets
 import jaxtyping
 import numpy as np
+import pandas
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import LlamaForCausalLM
 
-from hf_longtrunc import BestFitPackingCollator, PackedDataset, PackedStream, best_fit_decreasing, pack
-from hf_longtrunc.data.documents import IGNORE
+from hf_longtrunc import (
+    BestFitPackingCollator,
+    PackedDataset,
+    PackedStream,
+    best_fit_decreasing,
+    check_packed,
+    pack,
+    read_megatron,
+    write_datatrove,
+    write_megatron,
+)
+from hf_longtrunc.data.documents import FOREIGN_BOUNDARIES, IGNORE
 from tests.conftest import tiny_config
 from tests.data.corpora import raw_examples
 from tests.data.test_dataset import Tokenizer, arrow
 
 DOCUMENT = {"input_ids": [5, 6, 7]}
+PLAN = best_fit_decreasing([5], 8)
 
 
 def arrow_of(**columns):
@@ -190,6 +203,11 @@ def test_masks_of_bools_are_masks():
         ),
         (np.ones((3, 4)), TypeError, "row 0 of the dataset must be a mapping of columns, got ndarray"),
         (b"abc", TypeError, "iterable of them, got bytes"),
+        (
+            pandas.DataFrame({"input_ids": [[1, 2]]}),
+            TypeError,
+            "by number, and DataFrame knows no row 0; make a datasets.Dataset of it .Dataset.from_pandas",
+        ),
     ],
 )
 def test_datasets(dataset, error, message):
@@ -211,11 +229,16 @@ def test_batches():
 # -- rows that are packed already --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["position_ids", "seq_lengths"])
-@pytest.mark.parametrize("kind", ["arrow", "sized", "stream"])
+@pytest.mark.parametrize("name", ["position_ids", "seq_lengths", *FOREIGN_BOUNDARIES])
+@pytest.mark.parametrize("kind", ["arrow", "sized", "stream", "collator"])
 def test_packed_rows_are_not_packed_again(name, kind):
-    boundaries = {"position_ids": [0, 1, 0], "seq_lengths": [2, 1]}[name]
+    boundaries = {"position_ids": [0, 1, 0], "seq_lengths": [2, 1], "seq_idx": [0, 0, 1]}.get(name, [0, 2, 3])
     rows = [{"input_ids": [5, 6, 7], name: boundaries}]
+    if kind == "collator":
+        if name in FOREIGN_BOUNDARIES:  # the others are read
+            with pytest.raises(ValueError, match=rf"example 0 of the batch is packed already \(it has {name}\)"):
+                BestFitPackingCollator(8)(rows)
+        return
     with pytest.raises(ValueError, match=rf"packed already \(it has {name}\).*remove_columns\(\['{name}'\]\)"):
         list(pack({"arrow": datasets.Dataset.from_list(rows), "sized": rows, "stream": iter(rows)}[kind], 8))
 
@@ -315,6 +338,58 @@ def test_one_zero_among_many_masks_does_not_cost_a_reading_of_all():
     assert min(seconds(mixed, 4 * many + 3) for _ in range(3)) < 10 * whole + 0.05
 
 
+# -- plans, and what writes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changed", [[5, 6], [5, 6, 7, 8]])
+def test_a_document_that_is_not_what_the_plan_counted_on(changed):
+    """A longer one would lose what is too much."""
+    documents = [dict(DOCUMENT), dict(DOCUMENT)]
+    packed = pack(documents, 8)
+    documents[1]["input_ids"] = changed
+    with pytest.raises(ValueError, match=f"document 1 has {len(changed)} tokens and the plan counted on 3"):
+        packed[0]
+
+
+@pytest.mark.parametrize("what", [(arrow([5]), {}), (arrow([5]), pack(arrow([5]), 8)), (iter([]), PLAN), ("a", PLAN)])
+def test_a_plan_and_a_dataset_with_a_length(what):
+    with pytest.raises(TypeError, match="PackedDataset wants a dataset with a length and a plan for it"):
+        PackedDataset(*what)
+
+
+def test_columns_are_a_list_of_names_each_once(tmp_path):
+    packed = pack(arrow([5, 3]), 8)
+    written = packed.materialize(tmp_path, columns=["input_ids", "seq_lengths", "input_ids"])
+    assert written.column_names == ["input_ids", "seq_lengths"]
+    with pytest.raises(ValueError, match=r"columns must have input_ids, and .*got \('input_ids',\)"):
+        packed.materialize(tmp_path, columns="input_ids")
+
+
+@pytest.mark.parametrize("rows", [pack(iter([DOCUMENT]), 8), arrow([5]), [DOCUMENT], {"train": pack([DOCUMENT], 8)}])
+def test_what_writes_takes_a_packed_dataset(rows, tmp_path):
+    for write in (write_megatron, partial(write_datatrove, pad_token_id=0)):
+        with pytest.raises(TypeError, match=f"rows must be what pack.. makes .*got {type(rows).__name__}"):
+            write(rows, tmp_path / "rows")
+
+
+@pytest.mark.parametrize(("prefix", "error"), [(None, TypeError), ("", ValueError), ("/", ValueError)])
+def test_a_prefix_is_a_path(prefix, error, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (read_megatron, partial(write_megatron, pack([DOCUMENT], 8))):
+        with pytest.raises(error):
+            use(prefix)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("model", "batch"), [("a", {}), (LlamaForCausalLM, {}), (None, None)])
+def test_a_model_and_a_batch(model, batch):
+    with pytest.raises(TypeError, match="check_packed wants a causal language model and the batch"):
+        check_packed(model, batch)
+    if model != LlamaForCausalLM and model is not None:
+        with pytest.raises(TypeError, match="model must be a transformers model or None, got str"):
+            BestFitPackingCollator(8, model=model)
+
+
 # -- workers -----------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +453,8 @@ def test_sharding_is_one_of_three():
 
 # -- states ------------------------------------------------------------------------------------------------------------
 
+STATE = PackedStream([DOCUMENT], 8).state_dict()
+
 
 @pytest.mark.parametrize(
     ("state", "error", "message"),
@@ -385,11 +462,28 @@ def test_sharding_is_one_of_three():
         ({}, ValueError, "not what state_dict.. returned: it lacks settings, given, number"),
         (None, TypeError, "state must be what state_dict.. returned, got NoneType"),
         ({"read": 3, "rounds": 1, "pool": []}, ValueError, "it lacks settings"),
+        ({**STATE, "settings": None}, ValueError, "its settings or the pieces that wait are damaged"),
+        ({**STATE, "waiting": b"abc"}, ValueError, "its settings or the pieces that wait are damaged"),
+        ({**STATE, "waiting": "abc"}, ValueError, "its settings or the pieces that wait are damaged"),
+        ({**STATE, "given": -1}, ValueError, "'given'. must be a whole number of at least 0, got -1"),
+        ({**STATE, "read": 1.5}, TypeError, "'read'. must be a whole number of at least 0, got 1.5"),
+        ({**STATE, "number": "a"}, TypeError, "'number'. must be a whole number"),
+        ({**STATE, "dropped_tokens": -1}, ValueError, "'dropped_tokens'. must be a whole number"),
+        ({**STATE, "given": 9}, ValueError, "speaks of 9 rows of a round that has 1"),
+        ({**STATE, "waiting": bytes(16)}, ValueError, "a piece waits of a document that had not been read"),
     ],
 )
 def test_states(state, error, message):
+    stream = PackedStream([DOCUMENT], 8)
     with pytest.raises(error, match=message):
-        PackedStream([DOCUMENT], 8).load_state_dict(state)
+        assert [stream.load_state_dict(state), *stream]
+
+
+@pytest.mark.parametrize("source", [[{"input_ids": []}] * 3, [{"input_ids": [5]}] * 3])
+def test_a_stream_of_which_nothing_is_left_is_no_epoch(source):
+    with pytest.raises(ValueError, match="nothing is left to pack: of 3 documents none has a piece of 2 to 8 tokens"):
+        list(PackedStream(source, 8))
+    assert len(list(PackedStream([*source, DOCUMENT], 8))) == 1
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import datasets
 import numpy as np
 import pytest
+import torch
 
 from hf_longtrunc import BestFitPackingCollator, pack, write_datatrove
 from tests.data.corpora import raw_examples
 from tests.data.test_dataset import SEQ_LENGTH, Tokenizer, arrow
 
 LENGTHS = np.random.default_rng(7).integers(2, 90, 300).tolist()
+CUTS = sum(length > SEQ_LENGTH + 1 for length in LENGTHS)  # a lone token behind a cut is left out
+LONE = sum(length == SEQ_LENGTH + 1 for length in LENGTHS)
 
 
 class Source:
@@ -38,6 +41,34 @@ def test_torchdatas_loader_resumes_a_stream(workers):
     resumed = loader()
     resumed.load_state_dict(state)
     assert head + [batch["input_ids"].tolist() for batch in resumed] == whole
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchtitans_loader_takes_rows_and_resumes(workers):
+    """Its batches: inputs with positions that restart, and targets that are next tokens already."""
+    titan = pytest.importorskip("torchtitan.components.dataloader")
+    collator = BestFitPackingCollator(SEQ_LENGTH)
+
+    def collate(rows):
+        batch = collator(rows)
+        labels = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        return {"input": batch["input_ids"], "positions": batch["position_ids"]}, labels
+
+    def loader():
+        rows = pack(Source(), SEQ_LENGTH, pool_size=20, sharding="documents")
+        return titan.ParallelAwareDataloader(rows, 0, 1, batch_size=3, collate_fn=collate, num_workers=workers)
+
+    whole = list(loader())
+    learned = [(batch["input"][:, 1:], labels[:, :-1]) for batch, labels in whole]
+    assert all(torch.equal(inputs[labels != -100], labels[labels != -100]) for inputs, labels in learned)
+    assert sum(int((labels != -100).sum()) for _, labels in learned) == sum(LENGTHS) - len(LENGTHS) - CUTS - LONE
+    interrupted = loader()
+    batches = iter(interrupted)
+    head = [next(batches)[0]["input"].tolist() for _ in range(7)]
+    resumed = loader()
+    resumed.load_state_dict(interrupted.state_dict())
+    assert head + [batch["input"].tolist() for batch, _ in resumed] == [batch["input"].tolist() for batch, _ in whole]
 
 
 def naive_rows(path, seq_length):

@@ -113,6 +113,14 @@ def test_damaged_indices(tmp_path, damage, message):
         read_megatron(tmp_path / "corpus")
 
 
+def test_half_a_token_behind_the_tokens(tmp_path):
+    naive_write(tmp_path / "corpus", [[[1, 2]], [[3]]])
+    with (tmp_path / "corpus.bin").open("ab") as file:
+        file.write(b"1")
+    with pytest.raises(ValueError, match=r"corpus\.bin is damaged: its \d+ bytes are no whole number of \w+ tokens"):
+        read_megatron(tmp_path / "corpus")
+
+
 def test_nothing_is_overwritten(tmp_path):
     """Two files cannot be replaced at once; tokens without an index, of one who was killed, are no data set."""
     write_megatron(pack(arrow([5, 9]), SEQ_LENGTH), tmp_path / "rows")

@@ -38,7 +38,7 @@ def test_benchmark(monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_killed_before_any_step_it_leaves_the_old_or_the_new(monkeypatch, capsys):
     """Random moments, and all that writes: `python recipes/killed.py`."""
-    names = "materialize,write_megatron,Packing.save_pretrained,append_records"
+    names = "materialize,write_megatron,write_datatrove,Packing.save_pretrained,append_records"
     run(monkeypatch, "killed.py", "--moments", "1", "--documents", "60", "--writers", names)
     printed = capsys.readouterr().out
     assert all(name in printed for name in names.split(","))

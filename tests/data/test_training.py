@@ -91,6 +91,25 @@ def test_resumed_in_mid_epoch_it_equals_the_uninterrupted_run(tmp_path, kind):
     assert torch.equal(resumed, whole)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_flat_batches_of_a_stream_are_refused_where_accelerate_would_cut_their_ends(tmp_path, workers):
+    """In one process it cuts the ends down to the first, without a word."""
+    stream, collator = (
+        pack(Examples(raw_examples(LENGTHS)), SEQ_LENGTH),
+        BestFitPackingCollator(SEQ_LENGTH, layout="flat"),
+    )
+    model = LlamaForCausalLM(tiny_config())
+    settings = {"max_steps": 1, "use_cpu": True, "report_to": "none", "dataloader_num_workers": workers}
+    arguments = TrainingArguments(str(tmp_path), **settings)
+    with pytest.raises(ValueError, match=r'accelerator_config=\{"dispatch_batches": False\}'):
+        Trainer(model, arguments, train_dataset=stream, data_collator=collator).train()
+    assert len(collator(raw_examples(LENGTHS))["cu_seq_lens_q"]) == len(LENGTHS) + 1  # by hand, afterwards
+    arguments = TrainingArguments(str(tmp_path), **settings, accelerator_config={"dispatch_batches": False})
+    trainer = Trainer(model, arguments, train_dataset=stream, data_collator=collator)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["cu_seq_lens_q"][-1] == batch["input_ids"].shape[1]
+
+
 class Examples:
     """A stream that can be read again, without a length."""
 

@@ -11,6 +11,7 @@ import matplotlib as mpl
 import pytest
 import torch
 import typer
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from hf_longtrunc import EtaLogitsProcessor
 from hf_longtrunc.evaluation import (
@@ -158,6 +159,17 @@ def test_recipe_constant_memory(tmp_path, capsys):
     ]
 
 
+def tiny_encoder(tokenizer_folder, folder) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, pad_token="<|start|>", model_max_length=32)
+    tokenizer.save_pretrained(folder)
+    BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+        )
+    ).save_pretrained(folder)
+    return str(folder)
+
+
 def test_recipe_sampler_battery(tiny_folder, tmp_path, capsys, prose):
     """A second run measures nothing anew and prints the same; half of what shards did is there for the whole."""
     recipe = runpy.run_path(str(RECIPES / "sampler_battery.py"))["main"].__globals__
@@ -167,15 +179,21 @@ def test_recipe_sampler_battery(tiny_folder, tmp_path, capsys, prose):
     texts.mkdir()
     for name in ("a", "b", "c"):
         (texts / f"{name}.txt").write_text(f"{name} {prose}" * 12)
-    sizes = {"chosen_windows": 2, "windows": 3, "continuations": 3, "bat_tokens": 10, "model": tiny_folder}
-    where = {"texts": texts, "out": tmp_path}
-    defaults = {"temperatures": "1", "parts": "critical,text,generation", "shard": "1/1"}
+    sizes = {"chosen_windows": 2, "windows": 3, "continuations": "1:3,0.5:2", "bat_tokens": 10, "model": tiny_folder}
+    where = {"texts": texts, "out": tmp_path, "encoder": tiny_encoder(tiny_folder, tmp_path / "encoder")}
+    defaults = {"parts": "critical,text,generation", "shard": "1/1"}
     recipe["main"](**where, **sizes, **defaults | {"parts": "critical", "shard": "2/2"})
     recipe["main"](**where, **sizes, **defaults)
     first = capsys.readouterr().out
     lines = {name: (tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("critical", "windows")}
     assert {name: len(rows) for name, rows in lines.items()} == {"critical": 2, "windows": 3}
-    assert len((tmp_path / "continuations.jsonl").read_text().splitlines()) == 3 * 3
+    assert len((tmp_path / "continuations.jsonl").read_text().splitlines()) == 3 * (3 + 2)
+    measured = [json.loads(line) for line in (tmp_path / "measures.jsonl").read_text().splitlines()]
+    assert [(each["sampler"], each["temperature"], each["continuations"]) for each in measured] == [
+        (name, temperature, count) for temperature, count in ((1, 3), (0.5, 2)) for name in ("human", "none", "eta")
+    ]
+    assert all(0 <= each["figures"]["frontier"][0] <= 1 for each in measured)
+    assert (tmp_path / "continuations.png").stat().st_size
     recipe["main"](**where, **sizes, **defaults)
     assert capsys.readouterr().out == first
     for part in ("BAT on eta", "192 tokens, 3 windows", "3 of each", "whatever"):

@@ -459,6 +459,13 @@ class Trained:
         optimizer.step()
 
     @staticmethod
+    def a_fused_step_of_an_optimizer(model):
+        """What Trainer takes: it leaves version counters alone."""
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        model(PLAIN).logits.square().mean().backward()
+        optimizer.step()
+
+    @staticmethod
     def a_write_without_gradients(model):
         with torch.no_grad():
             model.model.layers[0].self_attn.v_proj.weight.mul_(3)
@@ -513,6 +520,11 @@ def test_another_adapter_gets_a_new_cache(llamas):
     brute = BruteForce([assistant], uld_formula)
     results = [uld(PLAIN, scores)]
     assistant.set_adapter("other")
+    results.append(uld(PLAIN, scores))
+    torch.testing.assert_close(results[-1], brute(PLAIN, scores), atol=1e-4, rtol=0)
+    for module in assistant.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("other", 5.0)
     results.append(uld(PLAIN, scores))
     torch.testing.assert_close(results[-1], brute(PLAIN, scores), atol=1e-4, rtol=0)
     with assistant.disable_adapter():

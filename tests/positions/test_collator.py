@@ -466,6 +466,7 @@ def test_another_family(rotary_pct):
             ValueError,
             "scheme must be one of cream, pose, random, contiguous, or a sampler, got 'yarn'",
         ),
+        ({"scheme": ["cream"]}, ValueError, r"scheme must be one of cream.*got \['cream'\]"),
         ({"inner": 3}, TypeError, "inner must be a collator"),
     ],
 )
@@ -511,6 +512,41 @@ def test_bad_batches_are_named():
     collator = attached(cream(), double())
     with pytest.raises(ValueError, match="a document of 49 tokens does not fit the window of 48"):
         collator([{"input_ids": row} for row in tokens(WINDOW + 1)])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (None, r"must have input_ids \[rows, n\] as a torch tensor"),
+        (
+            {"position_ids": torch.arange(7)[None]},
+            r"position_ids must be \[rows, n\] as input_ids \[2, 8\], got \[1, 7\]",
+        ),
+        ({"position_ids": torch.arange(8).expand(3, 2, 8)}, r"position_ids must be .* got \[3, 2, 8\]"),
+        (
+            {"attention_mask": torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]] * 2)},
+            "must hold 0 and 1, got 1 to 2; documents are",
+        ),
+        ({"attention_mask": torch.ones(2, 1, 8, 8)}, "has a block mask and no position_ids.*one document"),
+        ({"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]] * 2)}, "has seq_idx and no position_ids"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 16])}, "has cu_seq_lens_q and no position_ids"),
+    ],
+)
+def test_documents_of_a_row_that_are_told_apart_otherwise_are_not_drawn_as_one(columns, message):
+    batch = {"input_ids": torch.arange(16).view(2, 8)}
+    collator = attached(cream(lambda examples: batch | columns if columns else None), double())
+    with pytest.raises(ValueError, match=message):
+        collator([])
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 8, dtype=torch.bool), torch.ones(2, 1, 8, 8)])
+def test_positions_say_where_documents_begin_whatever_the_mask(mask):
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]] * 2)
+    batch = {"input_ids": torch.arange(16).view(2, 8), "position_ids": positions, "attention_mask": mask}
+    collator = attached(cream(lambda examples: batch), double())
+    ids = collator([])["rope_position_ids"]
+    assert ids[0, :3].tolist() == expected(collator, [0, 1, 2])
+    assert ids[0, 3:].tolist() == expected(collator, [3, 4, 5, 6, 7])
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # what peft asks a model for

@@ -69,6 +69,8 @@ def test_a_temperature_behind_a_drawn_token_is_warned_of(tiny_model):
 def test_the_settings_leave_the_processor_alone(tiny_model):
     """A model that comes with settings of its own: none of them cuts what eta keeps, and nothing is warned of."""
     own = {"temperature": 0.6, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "top_h": 0.4, "typical_p": 0.9}
+    own |= {"guidance_scale": 2.0, "encoder_repetition_penalty": 1.3, "encoder_no_repeat_ngram_size": 2}
+    own |= {"no_repeat_ngram_size": 2, "sequence_bias": [[[5], 3.0]]}
     tiny_model.generation_config.update(do_sample=True, **own)
     settings = sampling_settings(tiny_model)
     eta = EtaLogitsProcessor(0.2)

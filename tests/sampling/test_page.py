@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
-
 import numpy as np
 import pytest
 import torch
 
 from hf_longtrunc import BasisAwareLogitsProcessor, EtaLogitsProcessor, SoftmaxBasis, SupportChecker, TruncationTrace
 from hf_longtrunc.pieces import piece_by_token, pieces
-from tests.browser import browser  # noqa: F401
+from tests.browser import browser, contrast, data_of, luminance  # noqa: F401
 from tests.command_line import letter_tokenizer
 
 PROMPT = torch.tensor([[5, 9, 13, 5, 9]])
@@ -30,13 +27,6 @@ def drawn(model, processors=(), tokens=12, rows=1, **options):
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": tokens}
     sequences = model.generate(PROMPT.repeat(rows, 1), logits_processor=[trace], **settings)
     return trace.finish(sequences), sequences
-
-
-def data_of(path):
-    (text,) = re.findall(
-        r'<script type="application/json" id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL
-    )
-    return json.loads(text)
 
 
 def bat(model):
@@ -143,7 +133,7 @@ def test_no_text_ends_the_script(tiny_model, tmp_path):
 
     trace, _ = drawn(tiny_model)
     page = trace.to_html(Hostile(), tmp_path / "page.html", prompt="</script>").read_text("utf-8")
-    assert page.count("</script>") == 2
+    assert page.count("</script>") == 3
 
 
 def test_bad_calls_are_named(tiny_model, tokenizer, tmp_path):
@@ -225,6 +215,18 @@ def test_every_interaction_in_a_browser(browser, page):  # noqa: F811
     browser.point(token(0, 3))
     assert chosen(browser)[0] == [0, 3]
 
+    for number, key in enumerate(("Enter", " ")):  # they keep what the arrow keys chose, as a click does
+        browser.press("ArrowRight")
+        here = chosen(browser)[0]
+        assert here == [1, 6 + number]
+        browser.press(key)
+        browser.point(token(0, 4 + number))
+        assert chosen(browser)[0] == here
+        browser.press("Escape")
+        browser.point(token(0, 6 + number))
+        assert chosen(browser)[0] == [0, 6 + number]
+    browser.point(token(1, 5), click=True)
+
     browser.press("ArrowRight")  # the focus is where the click put it
     assert chosen(browser)[0] == [1, 6]
     for key, place in (("ArrowLeft", [1, 5]), ("ArrowUp", [0, 5]), ("End", [0, 29]), ("ArrowRight", [0, 29])):
@@ -260,14 +262,3 @@ def test_the_page_fits_and_can_be_read(browser, page, width, dark):  # noqa: F81
         tops = browser.ask("[document.querySelector('[aria-current]'), document.getElementById('step')]"
                            ".map(e => e.getBoundingClientRect().top)")  # fmt: skip
         assert tops[0] < tops[1]
-
-
-def luminance(color):
-    parts = [float(part) / 255 for part in re.findall(r"[\d.]+", color)[:3]]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one, other):
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)

@@ -1,0 +1,296 @@
+"""Where an answer read: for every token of it, how much attention each stretch of the text got."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from functools import partial, update_wrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_longtrunc.arguments import whole
+from hf_longtrunc.attention.families import own_forward
+from hf_longtrunc.attention.mass import by_stretch, mass_of_keys
+from hf_longtrunc.attention.page import write_page
+from hf_longtrunc.attention.patch import AttentionPatch
+from hf_longtrunc.attention.retrieval import TopBlocks
+from hf_longtrunc.attention.row_positions import taken
+from hf_longtrunc.attention.step import Layout
+from hf_longtrunc.handles import Handle
+from hf_longtrunc.models import bound
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Sequence
+
+    from hf_longtrunc.attention.cache import ArchiveCacheLayer
+    from hf_longtrunc.attention.lambda_attention import Scoring
+    from hf_longtrunc.attention.layer import Settings
+    from hf_longtrunc.attention.middle import Choice, Middle
+    from hf_longtrunc.attention.step import Step
+
+
+@dataclass(eq=False)
+class AttentionRecord:
+    """What the last token of one forward read; the next token was made of it.
+
+    Attributes:
+        position: of that token in each row [batch], counted from the row's first real token.
+        token: its id [batch]; None where the model was called with embeddings.
+        mass: the share of attention that each stretch of the text got [batch, stretches], the mean over layers and
+            heads. A row's sum is 1, or what learned sink logits leave of it.
+        blocks: what `TopBlocks` chose, in tokens from start to stop [batch, blocks, 2], 0 to 0 where it chose fewer;
+            None where nothing was chosen.
+    """
+
+    position: Tensor
+    token: Tensor | None
+    mass: Tensor
+    blocks: Tensor | None = None
+
+
+class AttentionTrace(Handle):
+    """A record of what a patched model reads, until `detach()` or the end of a `with` block.
+
+    `with DualChunkAttention()(model) as handle, AttentionTrace(handle) as trace:`, then `model.generate(...)` and
+    `trace.to_html(tokenizer, sequences[0], "read.html", prompt_length=...)`. Afterwards the model is as it was, and
+    the records stay. What the model computes does not change, but that a text within one chunk of dual chunk attention
+    is read by our attention too, the same to rounding.
+
+    Each forward is recorded at its last token: a prompt's, from which the answer's first token is made, and every
+    decoded one's. Cost: of those tokens each layer's attention and its backward pass, with values of one number; the
+    shares of a forward are stored on the CPU, a number for each stretch.
+
+    Args:
+        handle: what `LMInfinite(...).attach(model)` or `DualChunkAttention(...).attach(model)` returned.
+        stretch: tokens of the text that are counted together.
+
+    Attributes:
+        records: one for each forward, in their order.
+
+    Raises:
+        TypeError: `handle` is no such handle.
+        ValueError: it is detached or traced already, its step is compiled, or tensor parallelism splits its heads.
+    """
+
+    def __init__(self, handle: AttentionPatch, *, stretch: int = 64):
+        if not isinstance(handle, AttentionPatch):
+            raise TypeError(
+                "handle must be what LMInfinite(...)(model) or DualChunkAttention(...)(model) returns, got "
+                f"{type(handle).__name__}"
+            )
+        self.stretch = whole("stretch", stretch, least=1)
+        self.records: list[AttentionRecord] = []
+        self._thread = threading.local()
+        run, model = handle.traced_forward(), handle.model
+        super().__init__("AttentionTrace", model, "its attention layers tell what they read")
+        if any(isinstance(module.__dict__["_hf_longtrunc_layer"], TracedLayer) for module in handle.layers):
+            raise ValueError("this model has an AttentionTrace already: detach that first")
+        with self.or_nothing():
+            for module, layer in handle.layers.items():
+                attend = partial(self._attend, layer)
+                self.set(module, "_hf_longtrunc_layer", TracedLayer(attend))
+                build = own_forward(module)
+                if build is not None:
+                    self.set(module, "forward", build(module, attend))
+            decoder = handle.decoder
+            self.set(decoder, "forward", update_wrapper(partial(self._forward, decoder, run), decoder.forward))
+            prepare = model._prepare_cache_for_generation
+            self.set(model, "_prepare_cache_for_generation", partial(_without_beams, prepare))
+
+    def _forward(self, decoder: Any, run: Callable[..., Any], /, *args: Any, **inputs: Any) -> Any:
+        """Run the decoder and record what its last token read."""
+        inputs = bound(decoder, args, inputs)
+        if torch.is_inference_mode_enabled():
+            raise ValueError("AttentionTrace cannot count under torch.inference_mode(): use torch.no_grad()")
+        reading = self._thread.reading = _Reading(self.stretch)
+        try:
+            output = run(**inputs)
+        finally:
+            self._thread.reading = None
+        if reading.heads:
+            self.records.append(reading.record(inputs.get("input_ids")))
+        return output
+
+    def _attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, step: Step, scoring: Scoring) -> Tensor:
+        """Attend as the layer does, and count what the last query of a forward that is no vote reads."""
+        reading = getattr(self._thread, "reading", None)  # None where a layer is run again for its gradients
+        if reading is not None and step.ballot is None:
+            reading.add(layer, query, key, value, step, scoring)
+        output: Tensor = layer.attend(query, key, value, step, scoring)
+        return output
+
+    def to_html(
+        self,
+        tokenizer: Any,
+        ids: Tensor | Sequence[int],
+        path: str | os.PathLike[str],
+        *,
+        prompt_length: int,
+        row: int = 0,
+        prompt: str = "",
+    ) -> Path:
+        """Write one page that shows where each token of an answer read in its text; return the page's path.
+
+        The page holds everything that it needs and asks nothing of a network. The text is a strip of stretches in
+        their order, as dark as the attention that each got; chosen blocks are marked. Pointing at a token of the
+        answer, tapping it or reaching it with the arrow keys shows where it read; pointing at a stretch shows its
+        words.
+
+        Args:
+            tokenizer: of the model.
+            ids: of one row's prompt and answer, without padding.
+            path: a file, written anew.
+            prompt_length: how many of the ids are the prompt.
+            row: of the batch.
+            prompt: shown above the strip: the question, say.
+
+        Raises:
+            ValueError: a token of the answer was not recorded, or other ones were than `ids` holds.
+            OSError: the file cannot be written.
+        """
+        ids = [int(token) for token in ids]
+        first = whole("prompt_length", prompt_length, least=1, most=len(ids) - 1)
+        records = self._of_row(ids, first, whole("row", row, least=0))
+        return write_page(Path(path), tokenizer, ids, first, records, self.stretch, prompt)
+
+    def _of_row(self, ids: list[int], first: int, row: int) -> list[tuple[Tensor, Tensor | None]]:
+        """Return the mass, and the chosen blocks, of which each token from `first` on was made."""
+        by_position = {int(each.position[row]): each for each in self.records if row < len(each.position)}
+        found = []
+        for before in range(first - 1, len(ids) - 1):
+            record = by_position.get(before)
+            if record is None or (record.token is not None and int(record.token[row]) != ids[before]):
+                told = "nothing" if record is None else f"token {int(record.token[row])}"  # type: ignore[index]
+                raise ValueError(
+                    f"{told} was recorded at position {before} of row {row}, where ids hold {ids[before]}: pass the "
+                    "ids of that row's prompt and answer without padding, as this trace saw them last. Of drafts "
+                    "(assisted decoding, prompt lookup) only each forward's last token is recorded"
+                )
+            found.append((record.mass[row], None if record.blocks is None else record.blocks[row]))
+        return found
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}; {len(self.records):,} forwards recorded>"
+
+
+class TracedLayer(NamedTuple):
+    """Stands in the place of an attention module's layer."""
+
+    attend: Callable[..., Tensor]
+
+
+class _Reading:
+    """What the last token of a running forward has read in the layers so far.
+
+    Attributes:
+        heads: how many, of all layers.
+    """
+
+    def __init__(self, stretch: int):
+        self.stretch, self.heads = stretch, 0
+        self.mass: Tensor | None = None
+        self.step: Step | None = None
+        self.blocks: Tensor | None = None
+
+    def add(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, step: Step, scoring: Scoring) -> None:
+        """Count one layer's attention."""
+        archive = step.archives.get(layer.index) if step.archives else None
+        middle = None if archive is None else archive.middle()
+        masses = _masses(layer, query, key, value, step, scoring, archive, middle)
+        if self.mass is None:
+            stretches = int(step.last.max()) // self.stretch + 1
+            self.mass = torch.zeros(len(value), stretches, dtype=torch.float64)
+        for mass, positions in masses:
+            self.mass += by_stretch(mass, positions, self.stretch, self.mass.shape[1]).cpu()
+        self.heads += query.shape[1]
+        self.step = step
+        if archive is not None and archive.chosen is not None:
+            self.blocks = _spans(archive.chosen.blocks, layer.settings)
+
+    def record(self, ids: Tensor | None) -> AttentionRecord:
+        """Return the mean over all heads."""
+        assert self.mass is not None
+        assert self.step is not None
+        batch, order = len(self.mass), self.step.query_order
+        token = None
+        if ids is not None:
+            token = (ids if order is None else ids.gather(1, order.to(ids.device)))[:, -1].cpu()
+        return AttentionRecord(self.step.last[:, 0].expand(batch).cpu(), token, self.mass / self.heads, self.blocks)
+
+
+class _Shown(NamedTuple):
+    """An archive with other values, as a layer reads it."""
+
+    held: int
+    chosen: Choice | None
+    read: Middle
+
+    def middle(self) -> Middle:
+        """Return the text."""
+        return self.read
+
+
+def _masses(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    step: Step,
+    scoring: Scoring,
+    archive: ArchiveCacheLayer | None,
+    middle: Middle | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the attention that the last query pays to keys [batch, m], and their positions [rows, m]."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    query = query if step.query_order is None else taken(query, step.query_order)
+    key = key if step.key_order is None else taken(key, step.key_order)
+    last, scoring = query[:, :, -1:].to(dtype, copy=True), scoring._replace(dropout=0.0)
+    step = replace(step, queries=step.queries[:, -1:], query_order=None, key_order=None)
+
+    def attend(values: Tensor, of_middle: Tensor | None = None) -> Tensor:
+        shown = step
+        if archive is not None and middle is not None and of_middle is not None:
+            archives: Any = {layer.index: _Shown(archive.held, archive.chosen, middle._replace(value=of_middle))}
+            shown = replace(step, archives=archives)
+        output: Tensor = layer.attend(last, key.to(dtype, copy=True), values, shown, scoring)
+        return output
+
+    values = [value] if middle is None else [value, middle.value]
+    first, *rest = mass_of_keys(attend, *values, dtype=dtype)
+    sinks = layer.settings.num_sink_tokens if step.layout is not Layout.TEXT else 0
+    own = first, _positions(step, key.shape[2], sinks)
+    return [own, *((mass, middle.positions) for mass in rest if middle is not None)]
+
+
+def _positions(step: Step, count: int, sinks: int) -> Tensor:
+    """Return the positions [rows, count] of the keys that a cache hands out; those of empty slots mean nothing."""
+    device = step.last.device
+    if step.layout is Layout.RING:
+        assert step.slots is not None
+        others = step.queries - step.slots[1][:, sinks:].to(device)
+    else:
+        others = step.last - torch.arange(count - sinks - 1, -1, -1, device=device)
+    return torch.cat([torch.arange(sinks, device=device).expand(len(others), -1), others], dim=1)
+
+
+def _spans(blocks: Tensor, settings: Settings) -> Tensor | None:
+    """Return where chosen blocks [batch, blocks] start and stop, their margins included [batch, blocks, 2]."""
+    retrieval = settings.retrieval
+    if not isinstance(retrieval, TopBlocks):
+        return None
+    start = settings.num_sink_tokens + blocks.cpu() * retrieval.block_size
+    spans = torch.stack([start - retrieval.margin, start + retrieval.block_size + retrieval.margin], dim=-1)
+    return spans.clamp_min(0).masked_fill(blocks.cpu()[..., None] < 0, 0)
+
+
+def _without_beams(prepare: Callable[..., Any], generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    if (generation_config.num_beams or 1) > 1:
+        raise ValueError(
+            f"num_beams={generation_config.num_beams} lets the rows of a batch change places, and a trace could not "
+            "tell which row read what: generate with num_beams=1, or detach the AttentionTrace"
+        )
+    return prepare(generation_config, *args, **kwargs)

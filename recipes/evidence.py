@@ -240,7 +240,19 @@ STEPS = [
         "bat-cost",
         "What a basis-aware check costs beside the linear program",
         None,
-        "benchmarks/bat.py --problems 60 --highs 4 --rows 15 --tokens 128 --masks 200 --text TEXT",
+        "benchmarks/bat.py --problems 60 --highs 10 --rows 15 --tokens 40",
+    ),
+    Step(
+        "bat-masks",
+        "Basis-aware masks on the rows of a novel, the flattest among them",
+        None,
+        "benchmarks/bat.py --problems 0 --rows 0 --tokens 0 --masks 200 --text TEXT",
+    ),
+    Step(
+        "bat-generation",
+        "Drawing and generating with basis-aware truncation",
+        None,
+        "benchmarks/bat.py --problems 0 --rows 0 --tokens 128",
     ),
     Step(
         "bat-published",

@@ -81,7 +81,7 @@ STEPS = [
         "sampler-battery",
         "Every truncation sampler at one share of refused human tokens",
         None,
-        "sampler_battery.py --texts TEXT --windows 95 --continuations 12 --out OUT",
+        "sampler_battery.py --texts TEXT --windows 95 --continuations 1:64 --out OUT",
     ),
     Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
     Step(
@@ -92,7 +92,7 @@ STEPS = [
     ),
     Step(
         "matching",
-        "The epsilons at which the samplers refuse the same share of a text",
+        "The parameters at which the samplers refuse the same share of a text",
         f"{COMMAND} match TEXT --max-tokens 128 --picture OUT/match.png",
         f"{COMMAND} match TEXT --max-tokens 512 --picture OUT/match.png",
     ),
@@ -217,7 +217,13 @@ STEPS = [
         "processors-cost",
         "What a truncation step costs beside transformers' own",
         None,
-        "benchmarks/processors.py",
+        "benchmarks/processors.py --batch 1 32 --threads 1",
+    ),
+    Step(
+        "closed-forms",
+        "The threshold samplers beside their formulas in double precision, along a novel",
+        None,
+        "closed_forms.py TEXT --rows 10240",
     ),
     Step("packing-cost", "What a packing plan costs", None, "benchmarks/packing.py --large"),
     Step("trl-packing", "Packing in TRL and here, to the first batch", None, "benchmarks/trl_packing.py"),

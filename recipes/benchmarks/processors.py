@@ -1,14 +1,15 @@
 """What a truncation step costs: our samplers beside every one that transformers ships, and the floor in bytes.
 
-    python recipes/benchmarks/processors.py [--device cpu|cuda] [--threads 2]
+    python recipes/benchmarks/processors.py [--device cpu|cuda] [--threads 1 2]
 
 Expected (docs/eta.md has the measured tables): eager eta <= 0.6x transformers' on a CPU at V = 128256, batch 32;
 <= 0.3x on an H100, and under 0.2 ms compiled.
 
 All run in one process on the same scores; a figure is the median of the turns, a ratio that of the turns' ratios. Min-p
-and top-k do less arithmetic than eta and are faster. The floor is the
-time that a copy of the scores takes: one read and one write of every score, which no processor can go under. Run it on
-an idle machine: a busy neighbour on one of two cores stretches every parallel region tenfold.
+and top-k do less arithmetic than eta and are faster. The floor is the time that a copy of the scores takes: one read
+and one write of every score, which no processor can go under. One thread is timed by the processor's clock, which
+leaves neighbours out, more threads by the wall's: run those on an idle machine, a busy neighbour on one of two cores
+stretches every parallel region.
 """
 
 from __future__ import annotations
@@ -48,9 +49,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        _print_table(arguments)
+
+
+def _print_table(arguments: argparse.Namespace) -> None:
     console = Console(width=132)
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     console.print(
@@ -134,12 +140,13 @@ def _goes_ms(
 
 
 def _seconds(call: Callable[[torch.Tensor], object], scores: torch.Tensor, repeats: int) -> float:
+    clock = time.perf_counter if scores.is_cuda or torch.get_num_threads() > 1 else time.process_time
     _synchronize(scores)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         call(scores)
     _synchronize(scores)
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def _synchronize(scores: torch.Tensor) -> None:

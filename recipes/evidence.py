@@ -64,6 +64,7 @@ class Run:
     printed: str
 
 
+NOVELS = "great_expectations.txt,pride_and_prejudice.txt"
 STEPS = [
     Step(
         "samplers",
@@ -107,6 +108,35 @@ STEPS = [
         "Dual chunk attention past the trained window: perplexity by position, beside LM-Infinite",
         None,
         'dual_chunk.py --text TEXT --only "LM-Infinite, a quarter;dual chunk" --out OUT',
+    ),
+    Step("dual-chunk-cost", "One layer under dual chunk attention", None, "benchmarks/dual_chunk.py"),
+    Step(
+        "reading",
+        "Facts that a novel states once, asked for in a chat: dual chunk attention alone and with blocks",
+        None,
+        f'reading.py --texts {NOVELS} --lengths "4000,7500;12000,16000" --each 5 --arms dual-chunk,both '
+        '--batteries "magic number,own words,two values,ship" --out OUT',
+    ),
+    Step(
+        "reading-beside",
+        "What that reading costs: facts right before their question, a second turn, a text that goes on",
+        None,
+        f"reading.py --texts {NOVELS} --lengths 4000,7500 --each 4 --arms dual-chunk,both "
+        '--batteries "recent magic number,recent own words,second turn,continuation" --out OUT',
+    ),
+    Step(
+        "reading-window",
+        "The same facts under LM-Infinite with blocks: TopBlocks(), and for_chat",
+        None,
+        f"reading.py --texts {NOVELS} --lengths 7500 --each 3 --arms blocks,chat "
+        '--batteries "magic number,own words,two values,ship" --out OUT',
+    ),
+    Step(
+        "ask",
+        "A question about the first 32,000 tokens of a novel",
+        None,
+        f'{COMMAND} ask TEXT "Who is the narrator of this story?" "Where does the narrator live as a child?" '
+        "--max-tokens 32000 --max-new-tokens 40 --json",
     ),
     Step(
         "memory",

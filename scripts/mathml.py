@@ -13,5 +13,5 @@ def on_config(config: Any) -> Any:
 
 
 def formula(source: str, *_: Any, **__: Any) -> str:
-    """Return the MathML of one formula on a line of its own."""
-    return str(convert(source, display="block"))
+    """Return the MathML of one formula on a line of its own, which a narrow page scrolls."""
+    return f'<div class="formula">{convert(source, display="block")}</div>'

@@ -117,6 +117,7 @@ PUBLIC = {
         "python_reference",
         "Haystack",
         "LongText",
+        "plot_questions",
         "questions_table",
         "run_questions",
         "read_ahead",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from hf_longtrunc.attention.middle import Choice, Middle
 from hf_longtrunc.attention.row_positions import Moves, Rows, from_first_token, taken
@@ -521,3 +521,48 @@ class ArchiveCacheLayer(LambdaCacheLayer):  # type: ignore[no-untyped-call]
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         super()._map_rows(change)
         self.archive = self.archive.map(change)
+
+
+class ChosenLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A cache that grows, and what was chosen of the text that it holds.
+
+    Attributes:
+        chosen: blocks that count for several, None before any choice.
+    """
+
+    chosen: Choice | None = None
+
+    @classmethod
+    def of(cls, layer: DynamicLayer) -> ChosenLayer:
+        """Return a layer that holds what `layer` does."""
+        new = cls()
+        vars(new).update(vars(layer))
+        return new
+
+    def choose(self, choice: Choice) -> None:
+        """Let what follows read this."""
+        self.chosen = choice
+
+    def reset(self) -> None:
+        """Forget every token."""
+        super().reset()
+        self.chosen = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._map_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` alone."""
+        super().batch_select_indices(indices)
+        self._map_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Put row beam_idx[b] in the place of row b."""
+        super().reorder_cache(beam_idx)
+        self._map_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.chosen is not None:
+            self.chosen = type(self.chosen)(*map(change, self.chosen))

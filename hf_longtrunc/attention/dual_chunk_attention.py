@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from hf_longtrunc.arguments import whole
-from hf_longtrunc.attention.dual_chunk import dual_chunk_attention
+from hf_longtrunc.attention.cache import ChosenLayer
+from hf_longtrunc.attention.dual_chunk import Chunks, Emphasis, block_votes, dual_chunk_attention
 from hf_longtrunc.attention.families import own_forward
-from hf_longtrunc.attention.forward import check_implementation
+from hf_longtrunc.attention.forward import Call, check_implementation
 from hf_longtrunc.attention.lm_infinite import trained_length
+from hf_longtrunc.attention.middle import positions_of
 from hf_longtrunc.attention.patch import AttentionPatch
+from hf_longtrunc.attention.retrieval import TopBlocks
 from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward
 from hf_longtrunc.attention.row_positions import check_positions, checked_mask, taken
 from hf_longtrunc.attention.step import Native, Step, carry, made, padding_of, text_step
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 
 # rope_types whose frequencies depend on the running length: they are frozen at the trained one.
 _RUNNING = {"dynamic", "longrope"}
+_SINKS = 16  # first tokens that every token attends to, whatever is asked: no block holds them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,9 @@ class DualChunkAttention:
     Args:
         chunk_length: s; None takes three quarters of the trained length, as the authors do.
         trained_length: c, more than s; None takes what the config says.
+        retrieval: `TopBlocks(...)` lets the keys of the blocks that a question points at count for several, in all
+            layers that read: what the model overlooks. Texts of any length are emphasised so, and it needs a cache
+            that grows (`DynamicCache`). None: every key counts for one.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.
@@ -58,6 +66,7 @@ class DualChunkAttention:
 
     chunk_length: int | None = None
     trained_length: int | None = None
+    retrieval: TopBlocks | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("chunk_length", 1), ("trained_length", 2)):
@@ -66,6 +75,8 @@ class DualChunkAttention:
                 object.__setattr__(self, name, whole(name, value, least=least))
         if self.chunk_length is not None and self.trained_length is not None:
             whole("chunk_length", self.chunk_length, most=self.trained_length - 1)
+        if self.retrieval is not None and not isinstance(self.retrieval, TopBlocks):
+            raise TypeError(f"retrieval must be TopBlocks(...) or None: all keys are seen; got {self.retrieval!r}")
 
     def attach(self, model: Any) -> ChunkPatch:
         """Patch `model`, a transformers causal language model or a PEFT or DDP wrapper of one, until `detach()`.
@@ -91,11 +102,18 @@ class DualChunkAttention:
 
 @dataclass(frozen=True, eq=False)
 class ChunkLayer:
-    """One attention module: its rotation, and the lengths that were chosen."""
+    """One attention module: its place among the layers, its rotation, and what was chosen for all of them."""
 
+    index: int
     rotation: Rotation
     chunk: int
     trained: int
+    retrieval: TopBlocks | None
+
+    @property
+    def first_in_block(self) -> int:
+        """The position of the first key of the first block that can be chosen."""
+        return _SINKS
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scoring: Scoring) -> Tensor:
         """Return the attention [batch, heads, n, value_dim] of one forward's queries over all keys so far.
@@ -120,17 +138,48 @@ class ChunkLayer:
         if step.key_order is not None:
             key, value = taken(key, step.key_order), taken(value, step.key_order)
         query = query if step.query_order is None else taken(query, step.query_order)
-        output = dual_chunk_attention(
-            query,
-            key,
-            value,
-            (step.keys - 1 - step.last[:, 0]).expand(len(query)) if step.is_padded else None,
-            chunk=self.chunk,
-            trained=self.trained,
-            scaling=scoring.scaling,
-            rotate=self.rotation.rotate,
-        )
+        padding = (step.keys - 1 - step.last[:, 0]).expand(len(query)) if step.is_padded else None
+        chunks = Chunks(self.chunk, self.trained, scoring.scaling, self.rotation.rotate)
+        if self.retrieval is not None and step.ballot is not None and self.retrieval.reads(self.index, is_vote=True):
+            step.ballot.append(self._vote(query, key, padding, chunks, step, self.retrieval))
+        output = self._output(query, key, value, padding, chunks, step)
         return output if step.query_order is None else taken(output, step.query_order.argsort(dim=-1))
+
+    def _output(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, chunks: Chunks, step: Step
+    ) -> Tensor:
+        """Attend; the last rows with what was chosen, unless they are choosing."""
+        emphasis = self._emphasis(step)
+        if emphasis is None or self.retrieval is None:
+            return dual_chunk_attention(query, key, value, padding, chunks)
+        plain = max(0, query.shape[2] - self.retrieval.rows)
+        output = dual_chunk_attention(query[:, :, plain:], key, value, padding, chunks, emphasis)
+        if not plain:
+            return output
+        end = key.shape[2] - self.retrieval.rows
+        first = dual_chunk_attention(query[:, :, :plain], key[:, :, :end], value[:, :, :end], padding, chunks)
+        return torch.cat([first, output], dim=2)
+
+    def _emphasis(self, step: Step) -> Emphasis | None:
+        """Return which keys count for several in this layer."""
+        archive, retrieval = step.archives.get(self.index), self.retrieval
+        chosen = None if archive is None else archive.chosen
+        if chosen is None or retrieval is None or step.ballot is not None:
+            return None
+        if not retrieval.reads(self.index, is_vote=False):
+            return None
+        return Emphasis(*positions_of(chosen, retrieval.block_size, retrieval.margin, _SINKS))
+
+    def _vote(
+        self, query: Tensor, key: Tensor, padding: Tensor | None, chunks: Chunks, step: Step, retrieval: TopBlocks
+    ) -> Tensor:
+        """Return what rows that vote, and those before, pay to each block, and how many they are."""
+        rows = retrieval.reading_rows(query.shape[2], is_vote=True)
+        positions = step.queries[:, -rows:].to(query.device)
+        groups = retrieval.groups(positions, step.last.to(query.device))
+        last = retrieval.rows + retrieval.margin  # what reads must stand behind what is read
+        votes = block_votes(query[:, :, -rows:], key, padding, chunks, groups, _SINKS, retrieval.block_size, last)
+        return retrieval.ballot(votes, groups).cpu()
 
 
 class ChunkPatch(AttentionPatch):
@@ -143,19 +192,20 @@ class ChunkPatch(AttentionPatch):
 
     def __init__(self, technique: DualChunkAttention, model: Any, chunk: int, trained: int):
         super().__init__(technique, model, "its attention, masks and positions")
+        self._retrieval = technique.retrieval
         self.chunk = chunk
         self.trained = trained
         self._install(trained)
         # Until here texts of every length took our attention, so that a layer which it cannot serve was refused.
-        # So it stays where attention modules run forwards of ours.
-        if not any(own_forward(module) for module in self.layers):
+        # So it stays where attention modules run forwards of ours, and where blocks are chosen.
+        if technique.retrieval is None and not any(own_forward(module) for module in self.layers):
             run = self.decoder.forward.func
-            self.set(self.decoder, "forward", update_wrapper(partial(run, chunk), self.decoder.forward))
+            self.set(self.decoder, "forward", update_wrapper(partial(run, chunk, None), self.decoder.forward))
 
     def traced_forward(self) -> Callable[..., Any]:
         """Return what runs while an `AttentionTrace` listens: our attention for a text of any length."""
         forward: Any = super().traced_forward()
-        return partial(forward.func, 0)
+        return forward if self._retrieval is not None else partial(forward.func, 0, None)
 
     def _layers(self, found: Learnt) -> dict[nn.Module, Any]:
         if found.has_windows:
@@ -169,8 +219,13 @@ class ChunkPatch(AttentionPatch):
         if {rope.get("rope_type"), *(v.get("rope_type") for v in rope.values() if isinstance(v, dict))} & _RUNNING:
             for module, rotaries in found.exact.items():
                 self.set(module, "forward", exact_forward(rotaries))
+        retrieval = self._retrieval
+        if retrieval is not None:
+            retrieval.check(list(found.indices.values()), not found.cached_otherwise, self._states is None)
+            retrieval = retrieval.for_layers(max(found.indices.values()) + 1)
+        self._retrieval = retrieval
         return {
-            module: ChunkLayer(rotation, self.chunk, self.trained)
+            module: ChunkLayer(found.indices[module], rotation, self.chunk, self.trained, retrieval)
             for module, rotation in found.rotations.items()
             if rotation is not None
         }
@@ -178,8 +233,11 @@ class ChunkPatch(AttentionPatch):
     def _forward(self) -> Callable[..., Any]:
         if "position_ids" not in parameters_of(self.decoder):
             raise CannotPatchError("its decoder takes no position_ids, so its keys cannot start again at every chunk")
-        forward = ChunkedForward(self.decoder, self.decoder.forward, self._name, self.chunk, self._states)
-        return partial(forward.run, 0)
+        mesh = getattr(self.model, "_device_mesh", None)
+        forward = ChunkedForward(
+            self.decoder, self.decoder.forward, self._name, self.chunk, self._states, self._retrieval, mesh
+        )
+        return partial(forward.run, 0, None) if self._retrieval is None else partial(forward.reading)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +250,8 @@ class ChunkedForward:
         name: of the patch's attention in its config.
         chunk: s.
         states: what its recurrent and convolutional layers carry; None where there are none.
+        retrieval: chooses blocks; None where none are.
+        mesh: over which tensor parallelism splits its heads; None: it does not.
     """
 
     decoder: Any
@@ -199,8 +259,21 @@ class ChunkedForward:
     name: str
     chunk: int
     states: States | None
+    retrieval: TopBlocks | None
+    mesh: Any
 
-    def run(self, untouched: int, /, *args: Any, **inputs: Any) -> Any:
+    def reading(self, *args: Any, **inputs: Any) -> Any:
+        """Run the decoder as the choice of blocks wants it."""
+        assert self.retrieval is not None
+        inputs = bound(self.decoder, args, inputs)
+        call = ChunkCall(self, inputs)
+        return self.retrieval.run(call) if self.retrieval.is_run_twice(call) else self.once(None, **inputs)
+
+    def once(self, ballot: list[Tensor] | None, **inputs: Any) -> Any:
+        """Run the decoder once; with a ballot, let its last rows vote."""
+        return self.run(0, ballot, **inputs)
+
+    def run(self, untouched: int, ballot: list[Tensor] | None, /, *args: Any, **inputs: Any) -> Any:
         """Run the decoder; a text of at most `untouched` tokens is left to the model's own attention."""
         inputs = bound(self.decoder, args, inputs)
         check_implementation(self.decoder, self.name, "DualChunkAttention")
@@ -213,6 +286,9 @@ class ChunkedForward:
         if self.states is not None:
             self.states.check(real, past, new)
         step, positions = text_step(real, past, new, tokens.device)
+        layers = enumerate([] if cache is None else cache.layers)
+        archives = {index: layer for index, layer in layers if isinstance(layer, ChosenLayer)}
+        step = replace(step, archives=archives, ballot=ballot)
         is_short = past + new <= untouched and step.key_order is None
         if not is_short or (step.is_padded and inputs.get("position_ids") is None):
             inputs["position_ids"] = positions.clamp_min(0) % self.chunk
@@ -225,3 +301,32 @@ class ChunkedForward:
             return self.original(**inputs)
         finally:
             carry(before)
+
+
+class ChunkCall(Call):
+    """One call of a decoder under dual chunk attention, which may be run twice."""
+
+    @property
+    def has_middle(self) -> bool:
+        """Whether a block can be chosen before the rows that read."""
+        retrieval = self.forward.retrieval
+        least = _SINKS + retrieval.block_size + retrieval.margin + retrieval.rows
+        return bool(self.seen >= least)
+
+    def archives(self) -> list[Any]:
+        """Return every layer of the cache, as one that holds a choice beside its keys.
+
+        Raises:
+            ValueError: the cache is another than transformers' ordinary one.
+        """
+        cache = self.inputs.get(CACHE)
+        layers = [] if cache is None else cache.layers
+        kinds = {type(layer) for layer in layers}
+        if not layers or not kinds <= {DynamicLayer, ChosenLayer}:
+            got = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+            raise ValueError(
+                "DualChunkAttention(retrieval=TopBlocks(...)) keeps what it chose beside an ordinary cache that grows, "
+                f"DynamicCache(config=model.config), got {got}: leave the cache to generate(), or leave retrieval out"
+            )
+        layers[:] = [layer if isinstance(layer, ChosenLayer) else ChosenLayer.of(layer) for layer in layers]
+        return list(layers)

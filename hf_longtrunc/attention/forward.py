@@ -165,7 +165,7 @@ class Call:
         inputs: by their names.
     """
 
-    forward: PatchedForward
+    forward: Any
     inputs: dict[str, Any]
 
     @property
@@ -175,13 +175,26 @@ class Call:
         return int((self.inputs["inputs_embeds"] if tokens is None else tokens).shape[1])
 
     @property
+    def seen(self) -> int:
+        """How many tokens there are with them."""
+        cache = self.inputs.get(CACHE)
+        return self.new + (0 if cache is None else int(cache.get_seq_length()))
+
+    @property
     def has_middle(self) -> bool:
         """Whether there are tokens that are neither in the window nor sinks."""
-        cache, settings = self.inputs.get(CACHE), self.forward.settings
-        seen = self.new + (0 if cache is None else int(cache.get_seq_length()))
-        return seen > settings.window_length + settings.num_sink_tokens
+        settings = self.forward.settings
+        return bool(self.seen > settings.window_length + settings.num_sink_tokens)
 
-    def archives(self) -> list[ArchiveCacheLayer]:
+    def ends_in(self, ids: Sequence[int]) -> Tensor | None:
+        """Return which rows end in these tokens [batch]; None where only embeddings came, and that is not known."""
+        tokens = self.inputs.get("input_ids")
+        if tokens is None:
+            return None
+        end: Tensor = tokens[:, tokens.shape[1] - min(len(ids), tokens.shape[1]) :]
+        return (end == end.new_tensor(list(ids))[-end.shape[1] :]).all(1) & (end.shape[1] == len(ids))
+
+    def archives(self) -> list[Any]:
         """Return every layer's archive.
 
         Raises:

@@ -27,7 +27,7 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # In torch 2.7 this kernel reads past grouped keys without an error, and gives NaN for some shapes; 2.13 is held to the
 # definition by the tests, and no release between them was tried.
 _KERNEL_IS_TRIED = torch.__version__ >= "2.13"
-_BLOCK = 256  # queries of a part that are scored together where no kernel returns the log-sum-exp
+SCORED_AT_ONCE = 256  # queries of a part that are scored together where no kernel returns the log-sum-exp
 
 
 Sees = Literal["all", "up_to", "from"]
@@ -37,13 +37,15 @@ class Part(NamedTuple):
     """Queries [batch, heads, n, dim], and keys [batch, kv_heads, m, dim] with values [batch, kv_heads, m, value_dim].
 
     Query i sees "all" keys, those at j <= i ("up_to"), or those at j >= i - (n - m), "up_to" from the other end
-    ("from"). Each must see one at least.
+    ("from"). Each must see one at least. `bias` [batch, m] joins the logits of all queries: the log of how many keys a
+    key counts for. It is for few keys: they are scored without a kernel.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     sees: Sees = "all"
+    bias: Tensor | None = None
 
 
 def joined_attention(parts: Sequence[Part], scaling: float) -> Float[Tensor, "batch heads n value_dim"]:
@@ -57,7 +59,7 @@ def joined_attention(parts: Sequence[Part], scaling: float) -> Float[Tensor, "ba
     elsewhere 256 queries are scored at a time.
     """
     tensors = [tensor for part in parts for tensor in part[:3]]
-    output: Tensor = _Joined.apply(scaling, tuple(part.sees for part in parts), *tensors)  # type: ignore[no-untyped-call]
+    output: Tensor = _Joined.apply(scaling, [part[3:] for part in parts], *tensors)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -65,8 +67,8 @@ class _Joined(torch.autograd.Function):
     """Forward and backward of `joined_attention`; tensors come as query, key, value of one part after another."""
 
     @staticmethod
-    def forward(ctx: Any, scaling: float, sees: tuple[Sees, ...], *tensors: Tensor) -> Tensor:
-        answers = [_attended(part, scaling) for part in _parts(tensors, sees)]
+    def forward(ctx: Any, scaling: float, how: Sequence[tuple[Sees, Tensor | None]], *tensors: Tensor) -> Tensor:
+        answers = [_attended(part, scaling) for part in _parts(tensors, how)]
         if len(answers) == 1:
             output, total = answers[0]
         else:
@@ -74,25 +76,25 @@ class _Joined(torch.autograd.Function):
             weighted = [out.to(total.dtype) * (lse - total).exp()[..., None] for out, lse in answers]
             output = torch.stack(weighted).sum(0).to(tensors[0].dtype)
         ctx.save_for_backward(*tensors, output, total)
-        ctx.scaling, ctx.sees = scaling, sees
+        ctx.scaling, ctx.how = scaling, how
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         *tensors, output, total = ctx.saved_tensors
         gradients: list[Tensor] = []
-        for part in _parts(tensors, ctx.sees):
+        for part in _parts(tensors, ctx.how):
             gradients.extend(_gradients(part, ctx.scaling, grads[0], output, total))
         return None, None, *gradients
 
 
-def _parts(tensors: Sequence[Tensor], sees: Sequence[Sees]) -> list[Part]:
-    return [Part(*part) for part in zip(tensors[::3], tensors[1::3], tensors[2::3], sees, strict=True)]
+def _parts(tensors: Sequence[Tensor], how: Sequence[tuple[Sees, Tensor | None]]) -> list[Part]:
+    return [Part(*part[:3], *part[3]) for part in zip(tensors[::3], tensors[1::3], tensors[2::3], how, strict=True)]
 
 
 def _has_kernel(part: Part) -> bool:
     has_one_width = part.query.shape[-1] == part.value.shape[-1]
-    return _KERNEL_IS_TRIED and part.query.device.type == "cpu" and has_one_width
+    return _KERNEL_IS_TRIED and part.query.device.type == "cpu" and has_one_width and part.bias is None
 
 
 def _attended(part: Part, scaling: float) -> tuple[Tensor, Tensor]:
@@ -101,8 +103,8 @@ def _attended(part: Part, scaling: float) -> tuple[Tensor, Tensor]:
         output, lse = _FLASH(*_in_order(part), 0.0, part.sees != "all", scale=scaling)
         return (output.flip(2), lse.flip(2)) if part.sees == "from" else (output, lse)
     outputs, sums = [], []
-    for start in range(0, part.query.shape[2], _BLOCK):
-        scores = _scores(part, start, scaling)
+    for start in range(0, part.query.shape[2], SCORED_AT_ONCE):
+        scores = scored(part, start, scaling)
         value = part.value.to(scores.dtype)
         lse = scores.logsumexp(-1)
         outputs.append(per_group((scores - lse[..., None]).exp(), value).to(part.query.dtype))
@@ -126,9 +128,9 @@ def _gradients(
     delta = (grad.to(wide) * output.to(wide)).sum(-1, keepdim=True)
     key, value = part.key.to(wide), part.value.to(wide)
     to_query, to_key, to_value = [], torch.zeros_like(key), torch.zeros_like(value)
-    for start in range(0, part.query.shape[2], _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        weights = (_scores(part, start, scaling) - total[:, :, rows, None]).exp()
+    for start in range(0, part.query.shape[2], SCORED_AT_ONCE):
+        rows = slice(start, start + SCORED_AT_ONCE)
+        weights = (scored(part, start, scaling) - total[:, :, rows, None]).exp()
         upstream = grad[:, :, rows].to(wide)
         inner = weights * (per_group(upstream, value.transpose(-1, -2)) - delta[:, :, rows]) * scaling
         to_query.append(per_group(inner, key))
@@ -142,11 +144,18 @@ def _in_order(part: Part) -> tuple[Tensor, ...]:
     return tuple(x.flip(2) for x in part[:3]) if part.sees == "from" else tuple(part[:3])
 
 
-def _scores(part: Part, start: int, scaling: float) -> Tensor:
-    """Logits [batch, heads, up to 256, m] of the queries from `start` on, in fp32 or better."""
+def scored(part: Part, start: int, scaling: float) -> Float[Tensor, "batch heads n m"]:
+    """Return the logits of up to 256 queries of a part from `start` on, in fp32 or better."""
     wide = torch.promote_types(part.query.dtype, torch.float32)
+<<<<<<< HEAD
     query = part.query[:, :, start : start + _BLOCK].to(wide)
     scores = per_group(query, part.key.to(wide).transpose(-1, -2)) * scaling
+=======
+    query = part.query[:, :, start : start + SCORED_AT_ONCE].to(wide)
+    scores = _per_group(query, part.key.to(wide).transpose(-1, -2)) * scaling
+    if part.bias is not None:
+        scores = scores + part.bias[:, None, None]
+>>>>>>> main
     if part.sees != "all":
         ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         ahead = start + part.key.shape[2] - part.query.shape[2]

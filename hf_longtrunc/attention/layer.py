@@ -60,6 +60,16 @@ class Layer:
     caches_keys: bool
     settings: Settings
 
+    @property
+    def retrieval(self) -> Retrieval | None:
+        """How the middle is read."""
+        return self.settings.retrieval
+
+    @property
+    def first_in_block(self) -> int:
+        """The position of the first key of the first block that can be chosen."""
+        return self.settings.num_sink_tokens
+
     def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scoring: Scoring) -> Tensor:
         """Return the Λ-attention [batch, heads, n, value_dim] of one forward's queries over what its cache hands out.
 

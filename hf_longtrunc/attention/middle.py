@@ -142,7 +142,7 @@ def choose_blocks(
 
     Where there is no background the blocks of most votes are the best, and all get `emphasis`. Elsewhere a block is
     worth v / (b + mean b): how many times as much attention v it is paid as it is paid anyway, b. Blocks that are worth
-    less than `least` are not read, and the others get as much emphasis as they are worth, `emphasis` at most.
+    less than `least` are not read, and the others get the square of what they are worth, 1 to `emphasis`.
 
     Args:
         vote: attention that a voting row pays to each block.
@@ -156,7 +156,7 @@ def choose_blocks(
     worth = torch.where(has_background, vote / (background + usual).clamp_min(torch.finfo(vote.dtype).tiny), vote)
     best, index = worth.topk(min(count, vote.shape[1]), dim=-1)
     is_read = (best > 0) & (~has_background | (best >= least))
-    given = torch.where(has_background, best.clamp_max(emphasis), emphasis)
+    given = torch.where(has_background, best.square().clamp_min(1).clamp_max(emphasis), emphasis)
     return Choice(torch.where(is_read, index, -1), given)
 
 
@@ -175,7 +175,7 @@ def read_blocks(
     its blocks has emphasis: the emphasis' logarithm joins its logit.
     """
     device, heads = middle.key.device, query.shape[1]
-    positions, emphasis = _keys_of(choice, block_size, margin, sight.num_sink_tokens)
+    positions, emphasis = positions_of(choice, block_size, margin, sight.num_sink_tokens)
     positions, emphasis = positions.to(device), emphasis.to(query.device)
     columns = (positions - middle.positions[:, :1]).clamp(0, middle.key.shape[2] - 1)[:, None, :, None]
     key, value = (x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])).to(query.device) for x in middle[:2])
@@ -186,8 +186,8 @@ def read_blocks(
     return Retrieved(scores, value.repeat_interleave(group, dim=1)[:, :, None])
 
 
-def _keys_of(choice: Choice, block_size: int, margin: int, num_sink_tokens: int) -> tuple[Tensor, Tensor]:
-    """Return the positions of a choice's keys [batch, k], -1 for none, and their emphasis [batch, k]."""
+def positions_of(choice: Choice, block_size: int, margin: int, num_sink_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return the positions of a choice's keys [batch, k], each once and -1 for none, and their emphasis [batch, k]."""
     inside = torch.arange(-margin, block_size + margin, device=choice.blocks.device)
     positions = num_sink_tokens + choice.blocks[..., None] * block_size + inside
     positions = positions.masked_fill(choice.blocks[..., None] < 0, -1).flatten(1)

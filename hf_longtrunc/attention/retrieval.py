@@ -21,6 +21,7 @@ for the last row of a forward. Deviations: any number of rows may read; blocks a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -74,6 +75,9 @@ class Forward(Protocol):
     @property
     def has_middle(self) -> bool:
         """Whether there are tokens that are neither in the window nor sinks."""
+
+    def ends_in(self, ids: Sequence[int]) -> Tensor | None:
+        """Return which rows end in these tokens [batch]; None where the tokens are not known."""
 
     def archives(self) -> Sequence[Any]:
         """Return every layer's archive; raises ValueError where some layer has none."""
@@ -211,6 +215,9 @@ class TopBlocks(Retrieval):
             question should be among them.
         ending_rows: how many of the last rows come behind the question and do not vote: a chat template's
             `<|im_end|> <|im_start|> assistant`. `for_chat` counts them.
+        ending_ids: the tokens of these rows. A row of the batch that ends otherwise asks nothing, and gets no blocks;
+            a forward of such rows alone, part of a text or a draft of several tokens, leaves the choice as it is.
+            Empty: every forward that is long enough asks.
         contrast_rows: how many rows before those that vote say what is attended to anyway. Blocks are then chosen by
             how many times as much attention they get from the rows that vote, and emphasised by that much, `emphasis`
             at most; those that get less than `least_contrast` times as much are not read: where nothing is asked,
@@ -231,6 +238,7 @@ class TopBlocks(Retrieval):
     voting_rows: int = 8
     rows: int = 16
     ending_rows: int = 0
+    ending_ids: tuple[int, ...] = ()
     contrast_rows: int = 0
     least_contrast: float = 1.5
     margin: int = 0
@@ -248,19 +256,29 @@ class TopBlocks(Retrieval):
                 f"rows={rows}, voting_rows={self.voting_rows}"
             )
         object.__setattr__(self, "rows", rows)
+        if not isinstance(self.ending_ids, Iterable):
+            raise TypeError(f"TopBlocks: ending_ids must be token ids, as many as ending_rows, got {self.ending_ids!r}")
+        ending = tuple(whole("TopBlocks: ending_ids", token, least=0) for token in self.ending_ids)
+        object.__setattr__(self, "ending_ids", ending)
+        if ending and len(ending) != self.ending_rows:
+            raise ValueError(
+                f"TopBlocks: ending_ids are the tokens of ending_rows={self.ending_rows} rows, got {len(ending)}"
+            )
 
     @classmethod
     def for_chat(cls, tokenizer: Any, **options: Any) -> TopBlocks:
         """Return the settings for questions that end in a tokenizer's chat template, changed by `options`.
 
-        What the template puts behind a question has no say. The four rows before that choose four blocks, in contrast
-        to 64 rows before them; these are read with a margin of 16 keys, by the last 48 rows.
+        What the template puts behind a question has no say, and a forward that does not end in it asks nothing. The
+        twelve rows before it choose four blocks, in contrast to 64 rows before them; these are read with a margin of
+        16 keys by the last 48 rows, each key counting for up to eight.
 
         Raises:
             TypeError: `options` holds what TopBlocks does not take.
         """
-        chat = {"ending_rows": rows_behind_question(tokenizer), "contrast_rows": 64, "margin": 16}
-        return cls(**{**chat, "voting_rows": 4, "blocks": 4, "rows": 48, **options})
+        ending = ids_behind_question(tokenizer)
+        chat = {"ending_rows": len(ending), "ending_ids": ending, "contrast_rows": 64, "margin": 16}
+        return cls(**{**chat, "voting_rows": 12, "blocks": 4, "emphasis": 8.0, "rows": 48, **options})
 
     def seen_at(self, window: int) -> int:
         """Return D_k under a window of that length."""
@@ -307,6 +325,9 @@ class TopBlocks(Retrieval):
         """Whether the forward chooses: a text that has a middle, and a question or no choice yet."""
         if not forward.has_middle:
             return False
+        asks = forward.ends_in(self.ending_ids)
+        if asks is not None and not bool(asks.any()):
+            return False
         archives = forward.archives()
         return forward.new >= self.voting_rows + self.ending_rows or (archives[0].chosen is None and forward.new > 1)
 
@@ -317,6 +338,9 @@ class TopBlocks(Retrieval):
         total = forward.total(torch.stack(ballot).sum(0))
         vote, background = (total[..., :-1] / total[..., -1:].clamp_min(1)).unbind(1)
         chosen = choose_blocks(vote, background, self.blocks, self.emphasis, self.least_contrast)
+        asks = forward.ends_in(self.ending_ids)
+        if asks is not None:  # a row that asks nothing reads nothing
+            chosen = chosen._replace(blocks=chosen.blocks.masked_fill(~asks.cpu()[:, None], -1))
         rows = min(self.rows, forward.new)
         forward.take_back(rows)
         for archive in forward.archives():
@@ -343,21 +367,34 @@ class TopBlocks(Retrieval):
         Sums over layers, blocks of rows and ranks keep the mean over a group's rows up to one factor for both groups.
         """
         last = view.middle.positions[..., -1:].to(positions.device)
+        groups = self.groups(positions, last)
+        mass = block_mass(query, positions, view.middle, normalizer, self.block_size, sight, groups)
+        return self.ballot(mass, groups)
+
+    def groups(self, positions: Tensor, last: Tensor) -> Tensor:
+        """Return which of the last rows vote, and which stand before them [2, rows, n]; padding is neither.
+
+        Args:
+            positions: of the rows that look at the text [rows, n].
+            last: position of the last token [rows, 1].
+        """
         voting = (last - self.ending_rows - self.voting_rows < positions) & (positions <= last - self.ending_rows)
         before = ~voting & (positions <= last - self.ending_rows)
-        groups = torch.stack([voting, before])
-        mass = block_mass(query, positions, view.middle, normalizer, self.block_size, sight, groups)
-        counted = (groups & (positions >= 0)).sum(-1).T.expand(len(mass), -1)
+        return torch.stack([voting, before]) & (positions >= 0)
+
+    def ballot(self, mass: Tensor, groups: Tensor) -> Tensor:
+        """Return a layer's votes [batch, 2, blocks] with how many rows cast them beside [batch, 2, blocks + 1]."""
+        counted = groups.sum(-1).T.expand(len(mass), -1)
         return torch.cat([mass, counted[..., None].to(mass)], dim=-1)
 
 
-def rows_behind_question(tokenizer: Any) -> int:
-    """Return how many tokens a tokenizer's chat template puts behind a user's words up to the answer; 0 without one."""
+def ids_behind_question(tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that a chat template puts behind a user's words up to the answer; none without one."""
     if not getattr(tokenizer, "chat_template", None):
-        return 0
+        return ()
     mark = "<<question>>"
     _, behind = template_parts(tokenizer, [{"role": "user", "content": mark}], mark)
-    return len(tokenizer(behind, add_special_tokens=False).input_ids)
+    return tuple(tokenizer(behind, add_special_tokens=False).input_ids)
 
 
 def _check_counts(strategy: Any, **least: int) -> None:

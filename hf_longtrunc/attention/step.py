@@ -121,7 +121,7 @@ class Step(Carried):
         key_order: likewise of the keys [batch, m], where the cache hands out masked columns as they came.
         turns: for one token, the cosines and sines that turn the sinks to where it sees them, by the rotation's id.
         slots: for one token, which slots it sees [rows, S + L], None for all, and their distances [rows, S + L].
-        archives: of the layers that keep the whole text, by their index.
+        archives: the caches of the layers in which a choice of blocks is kept, by their index.
         ballot: takes each layer's vote while `TopBlocks` lets rows choose; None otherwise.
     """
 
@@ -135,7 +135,7 @@ class Step(Carried):
     has_moved: bool = False
     turns: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     slots: tuple[Tensor | None, Tensor] | None = None
-    archives: Mapping[int, ArchiveCacheLayer] = field(default_factory=dict)
+    archives: Mapping[int, Any] = field(default_factory=dict)
     ballot: list[Tensor] | None = None
 
     def __getitem__(self, cut: tuple[Any, ...]) -> Step:

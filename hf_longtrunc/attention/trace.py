@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_longtrunc.arguments import whole
+from hf_longtrunc.attention.cache import ArchiveCacheLayer
 from hf_longtrunc.attention.families import own_forward
 from hf_longtrunc.attention.mass import by_stretch, mass_of_keys
 from hf_longtrunc.attention.page import write_page
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
-    from hf_longtrunc.attention.cache import ArchiveCacheLayer
     from hf_longtrunc.attention.lambda_attention import Scoring
-    from hf_longtrunc.attention.layer import Settings
     from hf_longtrunc.attention.middle import Choice, Middle
     from hf_longtrunc.attention.step import Step
 
@@ -199,7 +198,7 @@ class _Reading:
     def add(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, step: Step, scoring: Scoring) -> None:
         """Count one layer's attention."""
         archive = step.archives.get(layer.index) if step.archives else None
-        middle = None if archive is None else archive.middle()
+        middle = archive.middle() if isinstance(archive, ArchiveCacheLayer) else None
         masses = _masses(layer, query, key, value, step, scoring, archive, middle)
         if self.mass is None:
             stretches = int(step.last.max()) // self.stretch + 1
@@ -208,8 +207,8 @@ class _Reading:
             self.mass += by_stretch(mass, positions, self.stretch, self.mass.shape[1]).cpu()
         self.heads += query.shape[1]
         self.step = step
-        if archive is not None and archive.chosen is not None:
-            self.blocks = _spans(archive.chosen.blocks, layer.settings)
+        if archive is not None and archive.chosen is not None and isinstance(layer.retrieval, TopBlocks):
+            self.blocks = _spans(archive.chosen.blocks, layer.retrieval, layer.first_in_block)
 
     def record(self, ids: Tensor | None) -> AttentionRecord:
         """Return the mean over all heads."""
@@ -277,12 +276,9 @@ def _positions(step: Step, count: int, sinks: int) -> Tensor:
     return torch.cat([torch.arange(sinks, device=device).expand(len(others), -1), others], dim=1)
 
 
-def _spans(blocks: Tensor, settings: Settings) -> Tensor | None:
+def _spans(blocks: Tensor, retrieval: TopBlocks, first: int) -> Tensor:
     """Return where chosen blocks [batch, blocks] start and stop, their margins included [batch, blocks, 2]."""
-    retrieval = settings.retrieval
-    if not isinstance(retrieval, TopBlocks):
-        return None
-    start = settings.num_sink_tokens + blocks.cpu() * retrieval.block_size
+    start = first + blocks.cpu() * retrieval.block_size
     spans = torch.stack([start - retrieval.margin, start + retrieval.block_size + retrieval.margin], dim=-1)
     return spans.clamp_min(0).masked_fill(blocks.cpu()[..., None] < 0, 0)
 

@@ -20,7 +20,7 @@ from hf_longtrunc.cli.scrolls import scrolls
 from hf_longtrunc.cli.summarize import summarize
 
 NAME = "hf-longtrunc"
-MISTAKES = (ImportError, OSError, TypeError, ValueError)  # what this package raises at a user's mistake
+MISTAKES = (ImportError, OSError, OverflowError, TypeError, ValueError)  # what a user's mistake raises
 
 
 class Commands(TyperGroup):
@@ -45,7 +45,8 @@ class Commands(TyperGroup):
         except MISTAKES as error:
             if ctx.params["traceback"]:
                 raise
-            _say(f"{ctx.command_path} {ctx.invoked_subcommand or ''}".strip(), str(error) or repr(error))
+            said = "a number is too large: " * isinstance(error, OverflowError) + (str(error) or repr(error))
+            _say(f"{ctx.command_path} {ctx.invoked_subcommand or ''}".strip(), said)
             raise typer.Exit(2) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path  # noqa: TC003 (typer reads the annotations when it runs)
@@ -23,6 +24,7 @@ from hf_longtrunc.cli.common import (
     notes,
     print_json,
     read_text,
+    whole_text,
 )
 from hf_longtrunc.templates import template_parts
 
@@ -66,18 +68,18 @@ def ask(
     check_file(file)
     pages = [] if page is None else pages_of(page, len(questions))
     if page is not None:
+        if page.is_dir():
+            raise typer.BadParameter(f"{page} is a folder, expected a file", param_hint="--page")
         check_outputs(page.parent, *(each.name for each in pages), force=force, option="--page")
     text = read_text(file)
     if not text.strip():
         raise typer.BadParameter("the text is empty", param_hint="FILE")
-    from hf_longtrunc import trained_length
-
     loaded, tokenizer = load(model, needs="a causal LM")
     before, behind = around(tokenizer, questions)
     found = tokens_of(tokenizer, text)
     ids = before + found[:max_tokens]
     try:
-        way, arm = reading(tokenizer, blocks, lm_infinite, window, sinks, trained_length(loaded.config))
+        way, arm = reading(loaded, tokenizer, blocks, lm_infinite, window, sinks)
         handle: Any = arm(loaded)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
@@ -85,26 +87,28 @@ def ask(
     notes().print(f"reading {read['tokens']:,} of {len(found):,} tokens of {escape(file)}: {way}")
     with handle:
         asked = list(zip(questions, behind, strict=True))
-        answers = answered(loaded, tokenizer, ids, asked, max_new_tokens, as_json, handle, pages)
+        said = answered(loaded, tokenizer, ids, asked, max_new_tokens, as_json, handle, pages)
     if as_json:
-        print_json({**read, "answers": answers})
+        print_json({**read, **said})
 
 
 def reading(
-    tokenizer: Any, blocks: bool, lm_infinite: bool, window: int | None, sinks: int, trained: int
+    model: Any, tokenizer: Any, blocks: bool, lm_infinite: bool, window: int | None, sinks: int
 ) -> tuple[str, Arm]:
     """Return the way to read that the options name, in words and as a technique."""
-    from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks
+    from hf_longtrunc import LMInfinite, TopBlocks, trained_length
 
+    retrieval, trained = TopBlocks.for_chat(tokenizer), trained_length(model.config)
+    chooses = f"up to {retrieval.blocks} blocks of {retrieval.block_size} that the question chooses"
     if not (blocks or lm_infinite):
-        return f"dual chunk attention, {trained:,} positions trained", DualChunkAttention()
+        technique = whole_text(model, tokenizer)
+        way = f"dual chunk attention, {trained:,} positions trained"
+        return way if technique.retrieval is None else f"{way}, and above all {chooses}", technique
     length = window or (max(1, trained // 4) if blocks else trained)
     seen = f"LM-Infinite, the first {sinks} and the last {length:,} tokens"
     if not blocks:
         return seen, LMInfinite(num_sink_tokens=sinks, window_length=length)
-    retrieval = TopBlocks.for_chat(tokenizer)
-    seen += f", and up to {retrieval.blocks} blocks of {retrieval.block_size} that the question chooses"
-    return seen, LMInfinite(num_sink_tokens=sinks, window_length=length, retrieval=retrieval)
+    return f"{seen}, and {chooses}", LMInfinite(num_sink_tokens=sinks, window_length=length, retrieval=retrieval)
 
 
 def pages_of(page: Path, count: int) -> list[Path]:
@@ -145,7 +149,7 @@ def answered(
     is_quiet: bool,
     handle: Any,
     pages: list[Path],
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     """Read `ids` once and answer each question, given with the tokens that end its prompt; print as it is said.
 
     Where each answer read goes to its page, if there are any.
@@ -162,7 +166,8 @@ def answered(
     held_back = min(_WITH_QUESTION, len(ids) - 1)
     ahead = torch.tensor([ids[: len(ids) - held_back]], device=model.device)
     cache = read_ahead(model, ahead, progress=is_watched())
-    notes().print(f"read in {time.perf_counter() - since:.1f} s, {cache_bytes(cache) / 2**20:,.0f} MiB kept")
+    seconds, kept = time.perf_counter() - since, cache_bytes(cache) / 2**20
+    notes().print(f"read in {seconds:.1f} s, {kept:,.0f} MiB kept")
     grows = all(type(layer) is DynamicLayer for layer in cache.layers)
     for number, (question, ending) in enumerate(questions):
         since = time.perf_counter()
@@ -180,4 +185,19 @@ def answered(
             cache.crop(ahead.shape[1] - cache.get_seq_length())
         answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
         answers.append({"question": question, "answer": answer, "seconds": round(time.perf_counter() - since, 3)})
-    return answers
+    peak = peak_mib(model.device)
+    return {"read_seconds": round(seconds, 3), "kept_mib": round(kept, 1), "peak_mib": peak, "answers": answers}
+
+
+def peak_mib(device: Any) -> float | None:
+    """Return the most memory that this process has held, on a GPU if the model is there; None where nothing tells."""
+    import torch
+
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(held / (2**20 if sys.platform == "darwin" else 2**10), 1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from hf_longtrunc.cli.common import Model, Sinks, Window, load, notes, read_text
+from hf_longtrunc.cli.common import Model, Sinks, Window, load, notes, read_text, whole_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ def chat(
     loaded, tokenizer = load(model, needs="a causal LM")
     torch.manual_seed(seed)
     conversation = Conversation(
-        loaded, tokenizer, system, ways(loaded, window, sinks), _BLOCKS if blocks else _CONSTANT
+        loaded, tokenizer, system, ways(loaded, tokenizer, window, sinks), _BLOCKS if blocks else _CONSTANT
     )
     try:
         talk = Talk(conversation, sampler, max_new_tokens, status_every)
@@ -74,15 +74,15 @@ def chat(
         conversation.handle.detach()
 
 
-def ways(model: Any, window: int | None, sinks: int) -> dict[str, Any]:
+def ways(model: Any, tokenizer: Any, window: int | None, sinks: int) -> dict[str, Any]:
     """Return the techniques by which a conversation can be read, by the names that /file takes."""
-    from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks, trained_length
+    from hf_longtrunc import LMInfinite, TopBlocks, trained_length
 
     quarter = window or max(1, trained_length(model.config) // 4)
     return {
         _CONSTANT: LMInfinite(num_sink_tokens=sinks, window_length=window),
-        _BLOCKS: LMInfinite(num_sink_tokens=sinks, window_length=quarter, retrieval=TopBlocks()),
-        _WHOLE: DualChunkAttention(),
+        _BLOCKS: LMInfinite(num_sink_tokens=sinks, window_length=quarter, retrieval=TopBlocks.for_chat(tokenizer)),
+        _WHOLE: whole_text(model, tokenizer),
     }
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
@@ -204,3 +204,16 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):  # a NumPy or torch scalar
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def whole_text(model: Any, tokenizer: Any) -> Any:
+    """Return dual chunk attention, with an eye on what a question points at where model and tokenizer allow that."""
+    from hf_longtrunc import DualChunkAttention, TopBlocks
+
+    retrieval = TopBlocks.for_chat(tokenizer)
+    if retrieval.ending_ids:  # elsewhere nothing tells where a question ends
+        with suppress(ValueError):
+            technique = DualChunkAttention(retrieval=retrieval)
+            technique.attach(model).detach()
+            return technique
+    return DualChunkAttention()

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     )
     from hf_longtrunc.evaluation.questions import (
         LongText as LongText,
+        plot_questions as plot_questions,
         questions_table as questions_table,
         run_questions as run_questions,
     )
@@ -124,6 +125,7 @@ _HOME = {
     "plot_retrieval": "hf_longtrunc.evaluation.retrieval",
     "plot_truncation": "hf_longtrunc.evaluation.truncation",
     "python_reference": "hf_longtrunc.evaluation.texts",
+    "plot_questions": "hf_longtrunc.evaluation.questions",
     "questions_table": "hf_longtrunc.evaluation.questions",
     "read_ahead": "hf_longtrunc.evaluation.streaming",
     "read_records": "hf_longtrunc.evaluation.records",

@@ -112,6 +112,15 @@ class Haystack:
         asked: list[int] = self.tokenizer(behind, add_special_tokens=False).input_ids
         return opened, asked
 
+    def turn(self, question: str) -> list[int]:
+        """Return the tokens of a conversation from the end of an answer to where that to `question` begins."""
+        answer = "<<answer>>"
+        said = [("user", "?"), ("assistant", answer), ("user", question)]
+        messages = [{"role": role, "content": content} for role, content in said]
+        _, behind = template_parts(self.tokenizer, messages, answer)
+        ids: list[int] = self.tokenizer(behind, add_special_tokens=False).input_ids
+        return ids
+
     def _stretch(self, room: int, last: int) -> list[list[int]]:
         """Return sentences of `room` tokens together, ending with sentence `last`; the first loses its start to fit."""
         backwards: list[list[int]] = []

@@ -58,10 +58,11 @@ def wilson_interval(mean: float, count: int, *, z: float = 1.959964) -> tuple[fl
     return (middle - half) / scale if mean > 0 else 0.0, (middle + half) / scale if mean < 1 else 1.0
 
 
-def plot_scores(records: Sequence[Any], across: str, down: Sequence[str]) -> list[Axes]:
+def plot_scores(records: Sequence[Any], across: str, down: Sequence[str], *, inside: str = "depth") -> list[Axes]:
     """Draw heat maps of mean scores over prompt length and depth, row by row; a cell says of how many prompts.
 
-    A column of maps per value of the field `across`, a row of maps per value of the fields `down`.
+    A column of maps per value of the field `across`, a row of maps per value of the fields `down`, and in each map a
+    row per value of the field `inside`, depth unless it is named.
     """
     try:
         import matplotlib.pyplot as plt
@@ -72,16 +73,18 @@ def plot_scores(records: Sequence[Any], across: str, down: Sequence[str]) -> lis
         row = groups.setdefault(tuple(getattr(record, name) for name in down), {})
         row.setdefault(getattr(record, across), []).append(record)
     columns = list(dict.fromkeys(getattr(record, across) for record in records))
-    lengths, depths = (sorted({getattr(record, name) for record in records}) for name in ("length", "depth"))
-    size = (1.5 + len(columns) * max(2.2, 1 + 0.6 * len(lengths)), 0.5 + len(groups) * (1.2 + 0.4 * len(depths)))
+    lengths = sorted({record.length for record in records})
+    rows = list(dict.fromkeys(getattr(record, inside) for record in records))
+    rows = sorted(rows) if inside == "depth" else rows
+    size = (1.5 + len(columns) * max(2.2, 1 + 0.6 * len(lengths)), 0.5 + len(groups) * (1.2 + 0.4 * len(rows)))
     _, grid = plt.subplots(
         len(groups), len(columns), sharex=True, sharey=True, squeeze=False, figsize=size, layout="constrained"
     )
     for row, (names, by_column) in zip(grid, groups.items(), strict=True):
         for axes, column in zip(row, columns, strict=True):
-            _heat_map(axes, by_column.get(column, []), lengths, depths)
+            _heat_map(axes, by_column.get(column, []), lengths, rows, inside)
             axes.set_title("\n".join([str(column), *names]), fontsize=9)
-        row[0].set_ylabel("depth")
+        row[0].set_ylabel(inside)
     for axes in grid[-1]:
         axes.set_xlabel("prompt (tokens)")
     return [axes for row in grid for axes in row]
@@ -92,11 +95,11 @@ def mean_score(records: Sequence[Any]) -> float:
     return sum(record.score for record in records) / len(records) if records else float("nan")
 
 
-def _heat_map(axes: Axes, records: Sequence[Any], lengths: Sequence[int], depths: Sequence[float]) -> None:
-    cells: dict[tuple[int, int], list[Any]] = {(x, y): [] for x in range(len(lengths)) for y in range(len(depths))}
+def _heat_map(axes: Axes, records: Sequence[Any], lengths: Sequence[int], rows: Sequence[Any], field: str) -> None:
+    cells: dict[tuple[int, int], list[Any]] = {(x, y): [] for x in range(len(lengths)) for y in range(len(rows))}
     for record in records:
-        cells[lengths.index(record.length), depths.index(record.depth)].append(record)
-    means = [[mean_score(cells[x, y]) for x in range(len(lengths))] for y in range(len(depths))]
+        cells[lengths.index(record.length), rows.index(getattr(record, field))].append(record)
+    means = [[mean_score(cells[x, y]) for x in range(len(lengths))] for y in range(len(rows))]
     axes.imshow(means, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     for (x, y), inside in cells.items():
         if inside:
@@ -104,4 +107,4 @@ def _heat_map(axes: Axes, records: Sequence[Any], lengths: Sequence[int], depths
             words = f"{means[y][x]:.2f}\nn = {len(inside)}"
             axes.text(x, y, words, ha="center", va="center", color=color, fontsize=8)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
-    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_yticks(range(len(rows)), [f"{row:.0%}" if field == "depth" else str(row) for row in rows])

@@ -66,18 +66,21 @@ def stream_logits(model: Any, input_ids: Tensor, chunk: int) -> Iterator[Tensor]
 
 
 @torch.no_grad()
-def read_ahead(model: Any, input_ids: Tensor, *, chunk: int = 1024, progress: bool = False) -> Cache:
+def read_ahead(
+    model: Any, input_ids: Tensor, *, chunk: int = 1024, cache: Cache | None = None, progress: bool = False
+) -> Cache:
     """Read a text before anything is asked about it, `chunk` tokens a forward.
 
     Args:
         model: a causal LM that generates.
         input_ids: [texts, n >= 1], no padding.
         chunk: tokens a forward.
+        cache: has seen what stands before `input_ids`, from an earlier call; it is changed. None begins a text.
         progress: show a bar.
 
     Returns:
-        The cache, which has seen n tokens. Give `generate` a copy of it, or crop it afterwards, and several questions
-        about the text cost one reading.
+        The cache, which has seen these n tokens too. Give `generate` a copy of it, or crop it afterwards, and several
+        questions about the text cost one reading.
 
     Raises:
         TypeError, ValueError: `chunk` is no whole number of at least 1; the model keeps no cache.
@@ -85,9 +88,12 @@ def read_ahead(model: Any, input_ids: Tensor, *, chunk: int = 1024, progress: bo
     chunk = whole("chunk", chunk, least=1)
     decoder = decoder_of(unwrapped(model))
     with tqdm(total=input_ids.shape[1], desc="reading", unit="tok", disable=not progress) as bar:
-        cache, _ = start_stream(model, input_ids[:, :chunk])
-        bar.update(min(chunk, input_ids.shape[1]))
-        for start in range(chunk, input_ids.shape[1], chunk):
+        begun = 0
+        if cache is None:
+            cache, _ = start_stream(model, input_ids[:, :chunk])
+            begun = min(chunk, input_ids.shape[1])
+            bar.update(begun)
+        for start in range(begun, input_ids.shape[1], chunk):
             part = input_ids[:, start : start + chunk]
             decoder(input_ids=part, use_cache=True, **{CACHE: cache})
             bar.update(part.shape[1])

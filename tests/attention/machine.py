@@ -1,7 +1,7 @@
 """Random histories of a patched model against the definition: what users combine, in any order.
 
 In the suite a few hundred steps run. `python -m tests.attention.machine 10000` runs so many and prints the worst error
-by family.
+by family; `Histories` or `ChunkHistories` behind the number runs LM-Infinite's or dual chunk attention's alone.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from hypothesis.strategies import booleans, data, integers, sampled_from
 from transformers import DynamicCache
 
-from hf_longtrunc import LambdaCacheLayer, LMInfinite, TopK
+from hf_longtrunc import DualChunkAttention, LambdaCacheLayer, LMInfinite, TopK
 from hf_longtrunc.models import CACHE
 
 from .reference import Naive, NaiveTopK, Rope, install
+from .test_dual_chunk_attention import CHUNK, TRAINED, NaiveChunks
 from .test_lm_infinite import model_of, naive_bloom_logits, ring_cache
 
 S, L, ROLLBACK = 3, 7, 6
 # What their attention is made of: rotations in halves and pairs, ALiBi, soft-capping, learned sink logits, latent
 # attention, keys shared between layers.
 FAMILIES = ["llama", "cohere", "gptj", "bloom", "gemma2", "gpt_oss", "deepseek_v2", "gemma3n_text", "lfm2", "falcon_h1"]
-ROPES = {"llama": Rope(8), "cohere": Rope(8, pairs=True, base=5e5)}
+IN_CHUNKS = ["llama", "cohere", "gptj", "gpt_neox", "lfm2"]
+ROPES = {"llama": Rope(8), "cohere": Rope(8, pairs=True, base=5e5), "gpt_neox": Rope(4)}
 WINDOWED = ("gemma2", "gpt_oss", "gemma3n_text")
 STATES = ("lfm2", "falcon_h1")  # of convolutions in other layers, and of Mamba in those that attend
 LEFT_ALONE = (*WINDOWED, *STATES)  # padding stands on the left alone, and tokens are not taken back
 IN_FP32 = ("gemma2", "gpt_oss", "deepseek_v2", "falcon_h1")
 MODELS: dict[str, Any] = {}
-NAIVE: dict[tuple[str, bool], Any] = {}
+NAIVE: dict[Any, Any] = {}
 worst: dict[str, float] = {}
 steps = 0
 
@@ -62,6 +64,7 @@ class Histories(RuleBasedStateMachine):
     """A batch of rows, each with its text so far, beside a cache that has seen the same columns."""
 
     family = "llama"
+    under = ""
 
     @initialize(
         rows=integers(1, 3),
@@ -76,7 +79,7 @@ class Histories(RuleBasedStateMachine):
         self.model = model_for(self.family)
         self.reads = reads
         self.attach()
-        self.cache = DynamicCache(config=self.model.config) if dynamic else ring_cache(self.model)
+        self.cache = self.new_cache(dynamic)
         self.texts = [[] for _ in range(rows)]
         self.mask = torch.zeros(rows, 0, dtype=torch.long)
         self.latest = 0
@@ -87,6 +90,12 @@ class Histories(RuleBasedStateMachine):
     def attach(self):
         retrieval = TopK(k=2, distance=3, first_layer=0, rows=None) if self.reads else None
         self.handle = LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval).attach(self.model)
+
+    def new_cache(self, dynamic):
+        return DynamicCache(config=self.model.config) if dynamic else ring_cache(self.model)
+
+    def definition(self, ids):
+        return defined(self.family, ids, self.reads)
 
     def teardown(self):
         if hasattr(self, "handle"):
@@ -108,14 +117,14 @@ class Histories(RuleBasedStateMachine):
                 answers = [self.model(whole, use_cache=False).logits]
                 if steps % 12 == 0:
                     self.handle.detach()
-                    definition = defined(self.family, whole, self.reads)
+                    definition = self.definition(whole)
                     self.attach()
                     answers += [] if definition is None else [definition]
                 mine = got[row][real.expand(len(self.texts), -1)[row]]
                 for index, answer in enumerate(answers):
                     scale = max(1.0, float(answer.abs().max()))
                     error = float((mine - answer[0, -len(now) :]).abs().max()) / scale
-                    name = self.family if index == 0 else f"{self.family}, definition"
+                    name = f"{self.family}{self.under}" + (", definition" if index else "")
                     worst[name] = max(worst.get(name, 0.0), error)
                     # The definition keeps the model's own cosines, whose fp32 angles are off by 2^-24 of themselves.
                     rounded = max(2e-6, len(text) * 2.0**-24)
@@ -224,10 +233,31 @@ class Histories(RuleBasedStateMachine):
         self.attach()
 
 
-def run(family: str, examples: int, length: int, derandomize: bool) -> None:
+class ChunkHistories(Histories):
+    """The same under dual chunk attention, whose cache is an ordinary one."""
+
+    under = " in chunks"
+
+    def attach(self):
+        self.handle = DualChunkAttention(chunk_length=CHUNK, trained_length=TRAINED).attach(self.model)
+
+    def new_cache(self, dynamic):
+        return DynamicCache(config=self.model.config)
+
+    def definition(self, ids):
+        if self.family not in ROPES:
+            return None
+        name = f"{self.family} in chunks"
+        if name not in NAIVE:
+            NAIVE[name] = model_of(self.family).double()
+            install(NAIVE[name], NaiveChunks(0, 1, 1, ROPES[self.family]), f"naive_chunks_{self.family}")
+        return NAIVE[name](ids, use_cache=False).logits
+
+
+def run(family: str, examples: int, length: int, derandomize: bool, kind: Any = Histories) -> None:
     before = LambdaCacheLayer.ROLLBACK
     LambdaCacheLayer.ROLLBACK = ROLLBACK
-    machine = type(f"Histories of {family}", (Histories,), {"family": family})
+    machine = type(f"{kind.__name__} of {family}", (kind,), {"family": family})
     options = settings(
         max_examples=examples,
         stateful_step_count=length,
@@ -247,12 +277,13 @@ def run(family: str, examples: int, length: int, derandomize: bool) -> None:
 def main() -> None:
     wanted = int(sys.argv[1])
     torch.set_num_threads(1)
-    share = wanted // len(FAMILIES)
-    for family in FAMILIES:
+    machines = [(family, Histories) for family in FAMILIES] + [(family, ChunkHistories) for family in IN_CHUNKS]
+    chosen = [(family, kind) for family, kind in machines if kind.__name__ in sys.argv[2:] or not sys.argv[2:]]
+    for family, kind in chosen:
         first = steps
-        while steps - first < share:
-            run(family, 20, 30, derandomize=False)
-        print(f"{family}: {steps - first} forwards", flush=True)
+        while steps - first < wanted // len(chosen):
+            run(family, 20, 30, derandomize=False, kind=kind)
+        print(f"{family}{kind.under}: {steps - first} forwards", flush=True)
     for name, error in sorted(worst.items()):
         print(f"worst relative error, {name}: {error:.1e}", flush=True)
 

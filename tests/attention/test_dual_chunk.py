@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 import torch
 
-from hf_longtrunc.attention.dual_chunk import dual_chunk_attention, seen_from
+from hf_longtrunc.attention.dual_chunk import Chunks, Emphasis, block_votes, dual_chunk_attention, seen_from
 from hf_longtrunc.attention.joined import Part, joined_attention
 from hf_longtrunc.attention.rotary import Rotation
 
@@ -14,8 +17,11 @@ def rotation(dim):
     return Rotation(10_000.0 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)))
 
 
-def naive(query, key, value, padding, chunk, trained, scaling):
-    """Per pair: un-rotated query and key, turned apart by the distance of the definition."""
+def naive(query, key, value, padding, chunk, trained, scaling, counts=None, weights=None):
+    """Per pair: un-rotated query and key, turned apart by the distance of the definition.
+
+    `counts[row]` says for how many keys one at a position before all queries counts; `weights` takes each attention.
+    """
     turn, group = rotation(query.shape[-1]), query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
     n, m = query.shape[2], key.shape[2]
@@ -30,7 +36,12 @@ def naive(query, key, value, padding, chunk, trained, scaling):
             turned = turn.rotate(query[row : row + 1, :, q : q + 1].expand(-1, -1, i + 1, -1), apart)[0]
             columns = j + padding[row]
             scores = (turned * key[row][:, columns]).sum(-1) * scaling
+            for position, count in ({} if counts is None else counts[row]).items():
+                if position < max(0, m - n - padding[row]):
+                    scores[:, position] += math.log(count)
             output[row, :, q] = (scores.softmax(-1)[..., None] * value[row][:, columns]).sum(1)
+            if weights is not None:
+                weights[row, q, : i + 1] = scores.softmax(-1).sum(0)
     return output
 
 
@@ -52,21 +63,18 @@ def case(seed):
     return tensors, padding, chunk, trained
 
 
-def run(tensors, padding, chunk, trained):
+def placed_as_cached(tensors, padding, chunk, trained):
     query, key, value = tensors
     turn, n, m = rotation(query.shape[-1]), query.shape[2], key.shape[2]
     positions = torch.arange(m)[None] - torch.tensor(padding)[:, None]
     placed = positions.clamp_min(0) % chunk
-    return dual_chunk_attention(
-        turn.rotate(query, placed[:, m - n :]),
-        turn.rotate(key, placed),
-        value,
-        torch.tensor(padding) if any(padding) else None,
-        chunk=chunk,
-        trained=trained,
-        scaling=0.4,
-        rotate=turn.rotate,
-    )
+    turned = turn.rotate(query, placed[:, m - n :]), turn.rotate(key, placed)
+    chunks = Chunks(chunk, trained, 0.4, turn.rotate)
+    return *turned, value, torch.tensor(padding) if any(padding) else None, chunks
+
+
+def run(tensors, padding, chunk, trained, emphasis=None):
+    return dual_chunk_attention(*placed_as_cached(tensors, padding, chunk, trained), emphasis)
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -76,11 +84,53 @@ def test_every_query_meets_every_key_at_its_distance(seed):
     assert torch.allclose(run(tensors, padding, chunk, trained), expected, rtol=0, atol=1e-12)
 
 
+def drawn_emphasis(tensors, seed):
+    """Return a few positions a row with counts, -1 among them, and the same as dicts."""
+    draw = random.Random(seed)
+    batch, m, k = tensors[0].shape[0], tensors[1].shape[2], draw.randint(1, 7)
+    positions = [[p if draw.random() < 0.8 else -1 for p in draw.sample(range(m + 9), k)] for _ in range(batch)]
+    counts = [[draw.choice([1.0, 1.5, 4.0, 16.0]) for _ in range(k)] for _ in range(batch)]
+    as_dicts = [{p: c for p, c in zip(*row, strict=True) if p >= 0} for row in zip(positions, counts, strict=True)]
+    return Emphasis(torch.tensor(positions), torch.tensor(counts, dtype=torch.float64)), as_dicts
+
+
+@pytest.mark.parametrize("seed", range(1000, 1120))
+def test_keys_that_count_for_several_join_the_one_softmax(seed):
+    tensors, padding, chunk, trained = case(seed)
+    emphasis, counts = drawn_emphasis(tensors, seed)
+    expected = naive(*tensors, padding, chunk, trained, 0.4, counts)
+    assert torch.allclose(run(tensors, padding, chunk, trained, emphasis), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(2000, 2060))
+def test_blocks_get_the_attention_that_the_definition_pays_them(seed):
+    tensors, padding, chunk, trained = case(seed)
+    draw = random.Random(seed)
+    sinks, size, last = draw.randint(0, 4), draw.randint(1, 6), draw.randint(0, 5)
+    batch, n, m = tensors[0].shape[0], tensors[0].shape[2], tensors[1].shape[2]
+    groups = torch.rand(2, draw.choice([1, batch]), n, generator=torch.Generator().manual_seed(seed)) < 0.6
+    weights = torch.zeros(batch, n, m, dtype=torch.float64)
+    naive(*tensors, padding, chunk, trained, 0.4, weights=weights)
+    expected = torch.zeros(batch, 2, max(0, m - last - sinks) // size, dtype=torch.float64)
+    for row in range(batch):
+        for block in range(max(0, m - padding[row] - last - sinks) // size):
+            paid = weights[row, :, sinks + block * size :][:, :size].sum(-1)
+            for group in range(2):
+                expected[row, group, block] = paid[groups[group].expand(batch, -1)[row]].sum()
+    query, key, _, pad, chunks = placed_as_cached(tensors, padding, chunk, trained)
+    got = block_votes(query, key, pad, chunks, groups, sinks, size, last)
+    assert torch.allclose(got, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(0, 60, 3))
 def test_gradients_are_those_of_the_definition(seed):
     tensors, padding, chunk, trained = case(seed)
+    emphasis, counts = drawn_emphasis(tensors, seed)
     gradients = []
-    for attend in (lambda *x: run(x, padding, chunk, trained), lambda *x: naive(*x, padding, chunk, trained, 0.4)):
+    for attend in (
+        lambda *x: run(x, padding, chunk, trained, emphasis),
+        lambda *x: naive(*x, padding, chunk, trained, 0.4, counts),
+    ):
         leaves = [tensor.clone().requires_grad_() for tensor in tensors]
         weights = torch.randn(leaves[0].shape[:3], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         (attend(*leaves).sum(-1) * weights).sum().backward()

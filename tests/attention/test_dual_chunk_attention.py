@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from hf_longtrunc import DualChunkAttention, LMInfinite
+from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks, TopK
 from hf_longtrunc.attention.dual_chunk import seen_from
+from hf_longtrunc.models import CACHE, cache_of
 
 from .reference import Naive, Rope, install
 from .test_lm_infinite import enable_checkpointing, in_chunks, logits, model_of, prompt
@@ -236,3 +238,183 @@ def test_bad_arguments_say_what_is_expected(llama):
         with pytest.raises(ValueError, match="set_attn_implementation was called"):
             logits(llama, prompt(5))
     assert DualChunkAttention()(llama).chunk == 3 * llama.config.max_position_embeddings // 4
+
+
+# -- with blocks that a question points at ---------------------------------------------------------------------------
+
+BLOCKS = TopBlocks(
+    blocks=2, block_size=4, first_layer=0, first_voting_layer=1, voting_rows=3, rows=6, ending_rows=2, contrast_rows=5,
+    least_contrast=0.3, margin=1, emphasis=9.0,
+)  # fmt: skip
+READER = DualChunkAttention(chunk_length=CHUNK, trained_length=TRAINED, retrieval=BLOCKS)
+FIRST = 16  # tokens that no block holds
+
+
+def attentions(family, ids):
+    """The definition's weights [layers][heads, n, n]."""
+    seen = []
+
+    class Keeps(NaiveChunks):
+        def __call__(self, query, key, value, scaling, softcap=None, null_logits=None):
+            marks = torch.eye(value.shape[1], dtype=torch.float64)[None].expand(value.shape[0], -1, -1)
+            seen.append(super().__call__(query, key, marks, scaling))
+            return super().__call__(query, key, value, scaling)
+
+    model = model_of(family).double()
+    install(model, Keeps(0, 1, 1, ROPES[family]), "naive_weights")
+    logits(model, ids)
+    return seen
+
+
+def chosen_by_definition(family, ids, in_contrast):
+    """Blocks and their emphasis, out of every attention weight."""
+    n = ids.shape[1]
+    voting, before = range(n - 5, n - 2), range(n - 10, n - 5)
+    paid = sum(weights.sum(0) for weights in attentions(family, ids)[1:])
+    starts = range(FIRST, n - BLOCKS.rows - BLOCKS.margin - BLOCKS.block_size + 1, BLOCKS.block_size)
+    vote = [float(paid[voting, start : start + 4].sum()) / 3 for start in starts]
+    anyway = [float(paid[before, start : start + 4].sum()) / 5 for start in starts]
+    usual = sum(anyway) / len(anyway)
+    worth = [v / (b + usual) for v, b in zip(vote, anyway, strict=True)] if in_contrast else vote
+    best = sorted(range(len(worth)), key=lambda block: -worth[block])[:2]
+    if not in_contrast:
+        return dict.fromkeys(best, 9.0)
+    return {block: min(9.0, max(1.0, worth[block] ** 2)) for block in best if worth[block] >= BLOCKS.least_contrast}
+
+
+def emphasised_logits(family, ids, chosen):
+    """The definition, where the last rows count each key of a chosen block, and one on either side, for several."""
+    n = ids.shape[1]
+    extra = torch.zeros(n, n, dtype=torch.float64)
+    for block, count in sorted(chosen.items(), key=lambda item: item[1]):
+        start = FIRST + 4 * block - 1
+        extra[n - BLOCKS.rows :, start : start + 6] = math.log(max(count, 1.0))
+
+    class Emphasised(NaiveChunks):
+        def __call__(self, query, key, value, scaling, softcap=None, null_logits=None):
+            marks = torch.eye(value.shape[1], dtype=torch.float64)[None].expand(value.shape[0], -1, -1)
+            weights = super().__call__(query, key, marks, scaling) * extra.exp()
+            value = value.double().repeat_interleave(query.shape[0] // value.shape[0], dim=0)
+            return weights / weights.sum(-1, keepdim=True) @ value
+
+    model = model_of(family).double()
+    install(model, Emphasised(0, 1, 1, ROPES[family]), "naive_emphasis")
+    return logits(model, ids)
+
+
+@pytest.mark.parametrize("in_contrast", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gptj"])
+def test_chosen_blocks_count_for_several_as_defined(family, in_contrast):
+    ids, model = prompt(45), model_of(family)
+    cache = DynamicCache(config=model.config)
+    blocks = replace(BLOCKS, contrast_rows=5 if in_contrast else 0)
+    with replace(READER, retrieval=blocks)(model):
+        got = logits(model, ids, cache=cache, use_cache=True)
+    chosen = chosen_by_definition(family, ids, in_contrast)
+    found, emphasis = (part[0].tolist() for part in cache.layers[0].chosen)
+    assert [block for block in found if block >= 0] == sorted(chosen, key=lambda block: -chosen[block])
+    if in_contrast:
+        assert emphasis[: len(chosen)] == pytest.approx(list(chosen.values()), rel=1e-3)
+    expected = emphasised_logits(family, ids, chosen)
+    assert (got - expected).abs().max() < 5e-5 * max(1.0, float(expected.abs().max()))
+
+
+def reader(**options):
+    return replace(READER, retrieval=replace(BLOCKS, contrast_rows=0, **options))
+
+
+def answer(model, ids, new=6, **options):
+    return model.generate(ids, max_new_tokens=new, do_sample=False, return_dict_in_generate=True, **options)
+
+
+def test_what_is_chosen_is_read_on_in_chunks_and_with_padding(llama):
+    """A cache that was read before, one padded row, several tokens an answer: each row as if it stood alone."""
+    ids, mask = prompt(48, 2), torch.ones(2, 48, dtype=torch.long)
+    mask[1, :7] = 0
+    with reader()(llama):
+        together = answer(llama, ids, attention_mask=mask)
+        for row in (0, 1):
+            alone = ids[row : row + 1, 7 * row :]
+            expected = answer(llama, alone, attention_mask=torch.ones_like(alone))
+            assert torch.equal(together.sequences[row, 48:], expected.sequences[0, alone.shape[1] :])
+            theirs, ours = (cache_of(output).layers[1].chosen for output in (expected, together))
+            assert torch.equal(theirs.blocks[0], ours.blocks[row])
+    with DualChunkAttention(chunk_length=CHUNK, trained_length=TRAINED)(llama):
+        read = DynamicCache(config=llama.config)
+        logits(llama, ids[:1, :30], cache=read, use_cache=True)
+    with reader()(llama):
+        begun = answer(llama, ids[:1], attention_mask=torch.ones_like(ids[:1]), **{CACHE: read})
+    assert torch.equal(begun.sequences[0], together.sequences[0])
+
+
+def test_beams_a_second_turn_and_a_copy_keep_what_was_chosen(llama):
+    ids = prompt(48, 2)
+    ones = torch.ones_like(ids)
+    with reader()(llama):
+        beams = answer(llama, ids, attention_mask=ones, num_beams=3)
+        for row in (0, 1):
+            alone = answer(llama, ids[row : row + 1], attention_mask=ones[:1], num_beams=3)
+            assert torch.equal(beams.sequences[row], alone.sequences[0])
+        first = answer(llama, ids[:1], attention_mask=ones[:1])
+        kept = cache_of(first).layers[0].chosen.blocks.clone()
+        said = torch.cat([first.sequences, prompt(20)], dim=1)
+        seen = torch.ones_like(said)
+        second = answer(llama, said, attention_mask=seen, **{CACHE: copy.deepcopy(cache_of(first))})
+        again = answer(llama, said, attention_mask=seen, **{CACHE: copy.deepcopy(cache_of(first))})
+        assert torch.equal(second.sequences, again.sequences)
+        forgotten = copy.deepcopy(cache_of(first))
+        for layer in forgotten.layers:
+            layer.chosen = None
+        again = answer(llama, said, attention_mask=seen, **{CACHE: forgotten})
+        assert torch.equal(second.sequences, again.sequences)  # who votes has not read the last choice
+        theirs, ours = (cache_of(output).layers[0].chosen for output in (again, second))
+        assert torch.equal(theirs.blocks, ours.blocks)
+        assert not torch.equal(cache_of(second).layers[0].chosen.blocks, kept)  # it asks anew
+        assert torch.equal(cache_of(first).layers[0].chosen.blocks, kept)
+        before = cache_of(first).layers[0]
+        before.batch_repeat_interleave(2)
+        assert before.chosen.blocks.shape[0] == 2
+        before.batch_select_indices(torch.tensor([1]))
+        assert before.chosen.blocks.shape[0] == before.keys.shape[0] == 1
+        before.reset()
+        assert before.chosen is None
+
+
+def test_a_forward_that_does_not_end_as_a_question_does_asks_nothing(llama):
+    ids = prompt(48)
+    ids[:, -2:] = torch.tensor([5, 6])
+    ends, other = reader(ending_ids=(5, 6)), reader(ending_ids=(6, 5))
+    plain = replace(READER, retrieval=None)
+    with plain(llama):
+        expected = logits(llama, ids)
+    for settings, chooses in ((ends, True), (other, False)):
+        cache = DynamicCache(config=llama.config)
+        with settings(llama):
+            got = logits(llama, ids, cache=cache, use_cache=True)
+        assert (getattr(cache.layers[0], "chosen", None) is not None) is chooses
+        assert torch.allclose(got, expected, atol=1e-5) is not chooses
+    mixed = ids.repeat(2, 1)
+    mixed[1, -1] = 7
+    seen = torch.ones_like(mixed)
+    with ends(llama):
+        both = answer(llama, mixed, attention_mask=seen).sequences
+        assert torch.equal(both[:1], answer(llama, mixed[:1], attention_mask=seen[:1]).sequences)
+    with plain(llama):
+        assert torch.equal(both[1:], answer(llama, mixed[1:], attention_mask=seen[1:]).sequences)
+    with pytest.raises(TypeError, match="ending_ids must be token ids, as many as ending_rows, got 5"):
+        reader(ending_ids=5)
+    with pytest.raises(ValueError, match=r"ending_ids are the tokens of ending_rows=2 rows, got 3"):
+        reader(ending_ids=(1, 2, 3))
+
+
+def test_what_blocks_cannot_go_with_is_refused(llama):
+    with pytest.raises(TypeError, match=r"retrieval must be TopBlocks\(...\) or None"):
+        DualChunkAttention(retrieval=TopK())
+    with reader()(llama):
+        with pytest.raises(ValueError, match="got none"):
+            logits(llama, prompt(48))
+        static = StaticCache(config=llama.config, max_cache_len=64)
+        with pytest.raises(ValueError, match="StaticLayer"):
+            logits(llama, prompt(48), cache=static, use_cache=True)
+    with pytest.raises(ValueError, match="multi-head latent attention"):
+        reader()(tiny_model("deepseek_v3"))

@@ -10,3 +10,8 @@ from . import machine
 @pytest.mark.parametrize("family", machine.FAMILIES)
 def test_any_history_is_each_row_alone(family):
     machine.run(family, examples=3, length=10, derandomize=True)
+
+
+@pytest.mark.parametrize("family", machine.IN_CHUNKS)
+def test_any_history_in_chunks_is_each_row_alone(family):
+    machine.run(family, examples=3, length=10, derandomize=True, kind=machine.ChunkHistories)

@@ -335,7 +335,7 @@ def test_blocks_in_contrast_are_the_definition(contrast_rows, ending_rows, margi
     worth = {block: v / (before.get(block, 0.0) + usual) if before else v for block, v in vote.items()}
     best = sorted(worth, key=worth.__getitem__, reverse=True)[:2]
     chosen = [block for block in best if not before or worth[block] >= least]
-    emphases = {block: min(2.5, worth[block]) if before else 2.5 for block in chosen}
+    emphases = {block: min(2.5, max(1.0, worth[block] ** 2)) if before else 2.5 for block in chosen}
     naive = NaiveBlocks(S, L, L, rope, size=4, away=4, rows=ROWS + 4, margin=margin, chosen=chosen, emphases=emphases)
     install(reference := model_of("llama").double(), naive)
     expected = logits(reference, ids)
@@ -368,10 +368,12 @@ def test_a_chat_template_says_how_many_rows_come_behind_a_question():
 
         def __call__(self, text, add_special_tokens):
             assert not add_special_tokens
-            return type("Encoded", (), {"input_ids": list(text)})
+            return type("Encoded", (), {"input_ids": [ord(letter) for letter in text]})
 
     settings = TopBlocks.for_chat(Letters(), blocks=3)
-    assert (settings.ending_rows, settings.blocks) == (len("[/user][assistant]"), 3)
+    ending = "[/user][assistant]"
+    assert (settings.ending_rows, settings.blocks) == (len(ending), 3)
+    assert settings.ending_ids == tuple(map(ord, ending))
     assert (settings.contrast_rows, settings.margin) == (64, 16)
     Letters.chat_template = None
     assert TopBlocks.for_chat(Letters()).ending_rows == 0

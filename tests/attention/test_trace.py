@@ -25,7 +25,9 @@ PLAIN = LMInfinite(window_length=WINDOW, num_sink_tokens=SINKS)
 BLOCKS = TopBlocks(block_size=8, blocks=3, margin=2, voting_rows=3, rows=6, first_voting_layer=2)
 WITH_BLOCKS = LMInfinite(window_length=WINDOW, num_sink_tokens=SINKS, retrieval=BLOCKS)
 WITH_KEYS = LMInfinite(window_length=WINDOW, num_sink_tokens=SINKS, retrieval=TopK(k=3, first_layer=2))
-EVERY = pytest.mark.parametrize("technique", [CHUNKS, PLAIN, WITH_BLOCKS, WITH_KEYS], ids=["dca", "λ", "blocks", "k"])
+CHUNKS_AND_BLOCKS = DualChunkAttention(chunk_length=20, trained_length=32, retrieval=BLOCKS)
+TECHNIQUES = {"dca": CHUNKS, "dca-blocks": CHUNKS_AND_BLOCKS, "λ": PLAIN, "blocks": WITH_BLOCKS, "k": WITH_KEYS}
+EVERY = pytest.mark.parametrize("technique", TECHNIQUES.values(), ids=list(TECHNIQUES))
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def naive(technique, projected, row, i, blocks=None):
                 key = torch.stack([keys[j][head * len(keys[j]) // HEADS] for j in js])
                 return list(zip(js, ((turned * key).sum(-1) / math.sqrt(DIM)).tolist(), strict=True))
 
-            if technique is CHUNKS:
+            if isinstance(technique, DualChunkAttention):
                 logits = scores(range(i + 1), seen_from(torch.tensor([i]), torch.arange(i + 1), 20, 32)[0])
             else:
                 seen = [j for j in range(i + 1) if is_visible(i, j, SINKS, WINDOW)]
@@ -81,7 +83,10 @@ def naive(technique, projected, row, i, blocks=None):
             if isinstance(retrieval, TopK) and layer >= 2:
                 middle = scores(range(SINKS, i - WINDOW + 1), WINDOW // 2)
                 logits += sorted(middle, key=lambda pair: -pair[1])[:3]
-            if isinstance(retrieval, TopBlocks) and layer >= retrieval.first_layer:
+            if technique is CHUNKS_AND_BLOCKS and layer >= retrieval.first_layer:
+                chosen = {j for start, stop in blocks for j in range(start, stop)}
+                logits = [(j, logit + math.log(retrieval.emphasis if j in chosen else 1.0)) for j, logit in logits]
+            elif isinstance(retrieval, TopBlocks) and layer >= retrieval.first_layer:
                 far = WINDOW // 4
                 chosen = {j for start, stop in blocks for j in range(start, stop)}
                 more = scores([j for j in chosen if SINKS <= j <= i - far], far)
@@ -104,7 +109,7 @@ def test_every_share_is_that_of_the_one_softmax(model, technique, padding):
     for step, record in enumerate(trace.records):
         assert record.position.tolist() == [69 + step - padding, 69 + step][-len(ids) :]
         assert record.token.tolist() == sequences[:, 69 + step].tolist()
-        assert (record.blocks is not None) == (technique is WITH_BLOCKS)
+        assert (record.blocks is not None) == (technique in (WITH_BLOCKS, CHUNKS_AND_BLOCKS))
         for row, i in enumerate(record.position.tolist()):
             blocks = None if record.blocks is None else record.blocks[row].tolist()
             expected = naive(technique, projected, row, i, blocks)
@@ -115,7 +120,7 @@ def test_every_share_is_that_of_the_one_softmax(model, technique, padding):
 
 @EVERY
 def test_rows_whose_last_column_is_no_token(model, technique):
-    if technique is WITH_BLOCKS:
+    if technique in (WITH_BLOCKS, CHUNKS_AND_BLOCKS):
         pytest.skip("runs the end of a prompt twice, with the cache of generate()")
     ids = prompt(40, rows=2)
     mask = torch.ones_like(ids)

@@ -44,7 +44,7 @@ def ids(tokenizer, text):
 
 
 def conversation(model, tokenizer, system=None, *, window=None, way="--lm-infinite"):
-    return Conversation(model, tokenizer, system, ways(model, window, 4), way)
+    return Conversation(model, tokenizer, system, ways(model, tokenizer, window, 4), way)
 
 
 def only_letters(input_ids, scores):

@@ -78,6 +78,7 @@ def test_what_is_wrong_is_said(tmp_path):
 
 NO_TECHNIQUE = {  # public names that are tools, bases, parts or checks of techniques
     "ArchiveCacheLayer",
+    "AttentionTrace",
     "AuxiliaryModelLogitsProcessor",
     "Datastore",
     "FaissDatastore",

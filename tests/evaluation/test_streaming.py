@@ -28,6 +28,14 @@ def test_a_text_that_was_read_ahead_is_asked_about_as_if_it_were_read_with_the_q
     assert answer.tolist() == expected.tolist()
 
 
+def test_a_text_is_read_on_from_a_cache(tiny_model):
+    ids = torch.randint(97, (1, 50))
+    whole = read_ahead(tiny_model, ids, chunk=50)
+    parts = read_ahead(tiny_model, ids[:, 20:], chunk=7, cache=read_ahead(tiny_model, ids[:, :20], chunk=9))
+    for ours, expected in zip(parts.layers, whole.layers, strict=True):
+        torch.testing.assert_close(ours.keys, expected.keys)
+
+
 def test_bytes_of_a_cache_are_those_of_its_tensors():
     cache = DynamicCache()
     for layer in range(3):

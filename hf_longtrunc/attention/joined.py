@@ -147,15 +147,10 @@ def _in_order(part: Part) -> tuple[Tensor, ...]:
 def scored(part: Part, start: int, scaling: float) -> Float[Tensor, "batch heads n m"]:
     """Return the logits of up to 256 queries of a part from `start` on, in fp32 or better."""
     wide = torch.promote_types(part.query.dtype, torch.float32)
-<<<<<<< HEAD
-    query = part.query[:, :, start : start + _BLOCK].to(wide)
-    scores = per_group(query, part.key.to(wide).transpose(-1, -2)) * scaling
-=======
     query = part.query[:, :, start : start + SCORED_AT_ONCE].to(wide)
-    scores = _per_group(query, part.key.to(wide).transpose(-1, -2)) * scaling
+    scores = per_group(query, part.key.to(wide).transpose(-1, -2)) * scaling
     if part.bias is not None:
         scores = scores + part.bias[:, None, None]
->>>>>>> main
     if part.sees != "all":
         ones = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
         ahead = start + part.key.shape[2] - part.query.shape[2]

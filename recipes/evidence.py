@@ -286,6 +286,18 @@ STEPS = [
         "benchmarks/bat.py --problems 60 --highs 10 --rows 15 --tokens 40",
     ),
     Step(
+        "bat-masks",
+        "Basis-aware masks on the rows of a novel, the flattest among them",
+        None,
+        "benchmarks/bat.py --problems 0 --rows 0 --tokens 0 --masks 200 --text TEXT",
+    ),
+    Step(
+        "bat-generation",
+        "Drawing and generating with basis-aware truncation",
+        None,
+        "benchmarks/bat.py --problems 0 --rows 0 --tokens 128",
+    ),
+    Step(
         "bat-published",
         "A basis-aware check beside the published formulation",
         None,
@@ -293,8 +305,8 @@ STEPS = [
     ),
     Step(
         "attention-cost",
-        "One layer under LM-Infinite",
-        "benchmarks/lm_infinite.py --device cpu --largest 32768 --repeats 3 --out OUT",
+        "A decoded token under LM-Infinite, through one layer and through a whole model",
+        "benchmarks/lm_infinite.py --device cpu --parts decode,model --repeats 3 --out OUT",
         "benchmarks/lm_infinite.py --out OUT",
     ),
     Step(
@@ -313,14 +325,21 @@ STEPS = [
         "prefill-cost",
         "A prompt through one layer: LM-Infinite beside masked calls and a plain window",
         None,
-        "benchmarks/lm_infinite.py --device cpu --parts prefill --sizes 8192,32768 --windows 1024,4096 "
+        "benchmarks/lm_infinite.py --device cpu --parts prefill --sizes 8192,16384,32768 --windows 1024,2048,4096 "
         '--dtypes float32,bfloat16 --sides "window only,masked,LM-Infinite" --repeats 2 --out OUT',
+    ),
+    Step(
+        "prefill-cost-cell",
+        "The cell of that where LM-Infinite gained least, in ten turns",
+        None,
+        "benchmarks/lm_infinite.py --device cpu --parts prefill --sizes 16384 --windows 1024 "
+        '--sides "window only,masked,LM-Infinite" --repeats 10 --out OUT',
     ),
     Step(
         "model-cost",
         "A long prompt and a decoded token, unmodified and under LM-Infinite",
         None,
-        "benchmarks/lm_infinite.py --device cpu --parts model --prompts 32768 --layers 1 --model-windows 4096 "
+        "benchmarks/lm_infinite.py --device cpu --parts model --prompts 32768 --layers 4 --model-windows 4096 "
         "--repeats 1 --out OUT",
     ),
     Step("retrieval-cost", "A decoding step under Unlimiformer", None, "benchmarks/unlimiformer.py --out OUT"),

@@ -107,7 +107,7 @@ def _attended(part: Part, scaling: float) -> tuple[Tensor, Tensor]:
         scores = scored(part, start, scaling)
         value = part.value.to(scores.dtype)
         lse = scores.logsumexp(-1)
-        outputs.append(_per_group((scores - lse[..., None]).exp(), value).to(part.query.dtype))
+        outputs.append(per_group((scores - lse[..., None]).exp(), value).to(part.query.dtype))
         sums.append(lse)
     return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
 
@@ -132,8 +132,8 @@ def _gradients(
         rows = slice(start, start + SCORED_AT_ONCE)
         weights = (scored(part, start, scaling) - total[:, :, rows, None]).exp()
         upstream = grad[:, :, rows].to(wide)
-        inner = weights * (_per_group(upstream, value.transpose(-1, -2)) - delta[:, :, rows]) * scaling
-        to_query.append(_per_group(inner, key))
+        inner = weights * (per_group(upstream, value.transpose(-1, -2)) - delta[:, :, rows]) * scaling
+        to_query.append(per_group(inner, key))
         to_key += _over_group(inner, part.query[:, :, rows].to(wide), key.shape[1])
         to_value += _over_group(weights, upstream, key.shape[1])
     return torch.cat(to_query, dim=2).to(part.query.dtype), to_key.to(part.key.dtype), to_value.to(part.value.dtype)
@@ -148,7 +148,7 @@ def scored(part: Part, start: int, scaling: float) -> Float[Tensor, "batch heads
     """Return the logits of up to 256 queries of a part from `start` on, in fp32 or better."""
     wide = torch.promote_types(part.query.dtype, torch.float32)
     query = part.query[:, :, start : start + SCORED_AT_ONCE].to(wide)
-    scores = _per_group(query, part.key.to(wide).transpose(-1, -2)) * scaling
+    scores = per_group(query, part.key.to(wide).transpose(-1, -2)) * scaling
     if part.bias is not None:
         scores = scores + part.bias[:, None, None]
     if part.sees != "all":
@@ -158,8 +158,8 @@ def scored(part: Part, start: int, scaling: float) -> Float[Tensor, "batch heads
     return scores
 
 
-def _per_group(x: Tensor, y: Tensor) -> Tensor:
-    """X [batch, heads, n, k] times its group's y [batch, kv_heads, k, m]."""
+def per_group(x: Float[Tensor, "batch heads n k"], y: Float[Tensor, "batch kv_heads k m"]) -> Tensor:
+    """Return x times its group's y [batch, heads, n, m]."""
     batch, heads, n, k = x.shape
     return (x.reshape(batch, y.shape[1], -1, k) @ y).view(batch, heads, n, y.shape[-1])
 

@@ -22,6 +22,7 @@ min(i - j, D) for any D >= L; the paper has D = L.
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hf_longtrunc.attention.joined import Part, joined_attention
+from hf_longtrunc.attention.rotary import Rotation  # noqa: TC001  tests check it at run time
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
 
     from hf_longtrunc.attention.joined import Sees
 
-PATHS = ("auto", "joined", "sdpa", "eager", "flex")
+PATHS = ("auto", "joined", "sdpa", "eager", "flex", "varlen", "triton")
+_WHOLE = {"flex": "flex", "varlen": "varlen", "triton": "fused"}  # one kernel call for all queries: the module of each
+LONG_PROMPTS = "flex"  # on CUDA; the table of recipes/gpu.py decides which
 _JOINED_BLOCK = 256  # queries that share kernel calls without masks
 _READING_BLOCK = 64  # queries that read the middle together: their scores of every key exist at once
 
@@ -104,7 +108,7 @@ def lambda_attention(
     window: int,
     max_distance: int,
     scoring: Scoring,
-    rotate: Callable[[Tensor, Tensor], Tensor] | None = None,
+    rotation: Rotation | None = None,
     path: str = "auto",
     block_size: int = 512,
     read: Callable[[Tensor, Tensor, Tensor], Retrieved | None] | None = None,
@@ -124,12 +128,13 @@ def lambda_attention(
         window: L, at least 1.
         max_distance: D, at least L.
         scoring: scale, cap, slopes.
-        rotate: `rotate(x, steps)` turns x [batch, heads, n, dim] on by steps [rows, n] positions; None leaves it, as
-            layers without rotary positions want it.
+        rotation: of queries and keys; None leaves them, as layers without rotary positions want it.
         path: "joined" (CPU; several kernel calls without masks for each block of up to 256 queries), "sdpa" (any
             device; one call with a mask, which "joined" falls back to for padded rows, dropout, a value dimension of
             its own and the few queries that some of the sinks are near to), "eager" (any device and any scoring; the
-            only one for soft-capping, slopes and null logits), "flex" (CUDA; FlexAttention), or "auto".
+            only one for soft-capping, slopes and null logits), "flex" (CUDA; FlexAttention), "varlen" (CUDA, half
+            precision; PyTorch's kernel for rows of unlike length), "triton" (CUDA; a kernel of our own), these two
+            without gradients and never chosen by themselves, or "auto".
         block_size: queries taken together by the blockwise paths.
         read: `read(query, query_positions, logits)`, given the logits of window and sinks [batch, heads, n, S + m],
             returns what else some of the queries see; None: nothing.
@@ -139,19 +144,14 @@ def lambda_attention(
     Returns:
         [batch, heads, n, value_dim] in the dtype of `query`.
     """
-    task = _Task(query, key, value, query_positions, key_positions, sinks, window, max_distance, scoring, rotate, read)
+    task = _Task(
+        query, key, value, query_positions, key_positions, sinks, window, max_distance, scoring, rotation, read
+    )
     path = choose_path(path, scoring, query)
     if read is not None:
         return _with_reading_rows(task, max(0, query.shape[2] - reading_rows), path, block_size, is_padded)
-    if path == "flex":
-        from hf_longtrunc.attention.flex import flex_lambda_attention
-
-        far = None
-        if sinks is not None:
-            sink_positions = torch.arange(sinks[0].shape[2], device=key.device)[None]
-            far = _far_scores(task, query, query_positions, sink_positions), sinks[1]
-        arguments = query, key, value, query_positions, key_positions, far, window, scoring.scaling
-        return flex_lambda_attention(*arguments, is_padded)
+    if path in _WHOLE:
+        return _in_one_call(task, path, is_padded)
     remember = torch.is_grad_enabled() and query.requires_grad and query.shape[2] > block_size
     blocks = []
     for start, stop, is_joined in _spans(task, path, block_size):
@@ -162,6 +162,42 @@ def lambda_attention(
         else:
             blocks.append(_attend_block(task, start, stop, path))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def _in_one_call(task: _Task, path: str, is_padded: bool) -> Tensor:
+    """`lambda_attention` by one kernel for all queries."""
+    kernel = _kernel(path)
+    if path == "triton":
+        return kernel(
+            *task[:3],
+            task.key_positions,
+            task.sinks,
+            task.window,
+            task.max_distance,
+            task.scoring.scaling,
+            task.rotation,
+        )
+    far = None
+    if task.sinks is not None:
+        sink_positions = torch.arange(task.sinks[0].shape[2], device=task.key.device)[None]
+        far = _far_scores(task, task.query, task.query_positions, sink_positions), task.sinks[1]
+    options = {"is_padded": is_padded} if path == "flex" else {}
+    return kernel(*task[:5], far, task.window, task.scoring.scaling, **options)
+
+
+def _kernel(path: str) -> Callable[..., Tensor]:
+    """Return the function of a path of one kernel, whose package is asked for here.
+
+    Raises:
+        ImportError: it is not installed, or too old.
+    """
+    name = _WHOLE[path]
+    try:
+        module = import_module(f"hf_longtrunc.attention.{name}")
+    except ImportError as error:
+        raise ImportError(f"path {path!r} cannot be had here ({error}): use 'auto'", name=error.name) from error
+    kernel: Callable[..., Tensor] = getattr(module, f"{name}_lambda_attention")
+    return kernel
 
 
 def _with_reading_rows(task: _Task, first: int, path: str, block_size: int, is_padded: bool) -> Tensor:
@@ -181,7 +217,7 @@ def _with_reading_rows(task: _Task, first: int, path: str, block_size: int, is_p
             window=task.window,
             max_distance=task.max_distance,
             scoring=task.scoring,
-            rotate=task.rotate,
+            rotation=task.rotation,
             path=path,
             block_size=block_size,
             is_padded=is_padded,
@@ -231,15 +267,20 @@ def choose_path(path: str, scoring: Scoring, query: Tensor | None = None) -> str
         # FlexAttention takes sinks' logits as a constant of its kernel: a good one for inference on long prompts.
         long_prompt = query is not None and query.is_cuda and query.shape[2] >= 1024 and not query.requires_grad
         if scoring.is_plain and long_prompt and not scoring.dropout:
-            return "flex"
+            return LONG_PROMPTS
         on_cpu = query is not None and query.device.type == "cpu"
         return "eager" if not scoring.is_plain else "joined" if on_cpu else "sdpa"
     if path != "eager" and not scoring.is_plain:
         raise ValueError(f"path {path!r} has no soft-capping, ALiBi slopes or null logits: use 'eager' or 'auto'")
     if path == "joined" and query is not None and query.device.type != "cpu":
         raise ValueError(f"path 'joined' is for the CPU, got queries on {query.device}: use 'sdpa' or 'auto'")
-    if path == "flex" and scoring.dropout:
-        raise ValueError("path 'flex' has no attention dropout: use 'sdpa', 'eager' or 'auto'")
+    if path in _WHOLE and scoring.dropout:
+        raise ValueError(f"path {path!r} has no attention dropout: use 'sdpa', 'eager' or 'auto'")
+    if path in ("varlen", "triton") and query is not None:
+        if query.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"path {path!r} has no gradients: train with 'auto'")
+        if not query.is_cuda:
+            raise ValueError(f"path {path!r} is for CUDA, got queries on {query.device}: use 'auto'")
     return path
 
 
@@ -255,7 +296,7 @@ class _Task(NamedTuple):
     window: int
     max_distance: int
     scoring: Scoring
-    rotate: Callable[[Tensor, Tensor], Tensor] | None
+    rotation: Rotation | None
     read: Callable[[Tensor, Tensor, Tensor], Retrieved | None] | None
 
 
@@ -310,9 +351,9 @@ def _attend_joined(task: _Task, start: int, stop: int) -> Tensor:
         parts.append(part(reach, first, "all"))
     if task.sinks is not None and int(task.query_positions[0, start]) >= task.window:
         key, value = task.sinks
-        if task.rotate is not None:
-            query = task.rotate(query, task.max_distance - task.query_positions[:, start:stop])
-            key = task.rotate(key, -torch.arange(key.shape[2], device=key.device)[None])
+        if task.rotation is not None:
+            query = task.rotation.rotate(query, task.max_distance - task.query_positions[:, start:stop])
+            key = task.rotation.rotate(key, -torch.arange(key.shape[2], device=key.device)[None])
         parts.append(Part(query, key, value))
     return joined_attention(parts, task.scoring.scaling)
 
@@ -338,10 +379,10 @@ def _far_scores(task: _Task, query: Tensor, i: Tensor, j: Tensor) -> Tensor:
     """Logits [batch, heads, n, S] of queries at i [rows, n] with the sinks at distance min(i - j, D)."""
     assert task.sinks is not None
     key = task.sinks[0]
-    if task.rotate is None:
+    if task.rotation is None:
         scores = grouped_scores(query, key)
     else:
-        scores = grouped_scores(task.rotate(query, task.max_distance - i), task.rotate(key, -j))
+        scores = grouped_scores(task.rotation.rotate(query, task.max_distance - i), task.rotation.rotate(key, -j))
         if task.max_distance > task.window:
             near = (i[:, :, None] - j[:, None] < task.max_distance)[:, None]
             scores = torch.where(near, grouped_scores(query, key), scores)

@@ -108,7 +108,6 @@ class Layer:
         """Attend over keys in the order of the text, or over the sinks and behind them the end of the text."""
         settings, sinks = self.settings, self.settings.num_sink_tokens
         leading = sinks if step.layout is Layout.SINKS_FIRST else 0
-        rotate = None if self.rotation is None else self.rotation.rotate
         i = step.queries.to(query.device)
         j = step.last.to(query.device) - torch.arange(key.shape[2] - leading - 1, -1, -1, device=query.device)
         read = self._reader(key, value, j, step, scoring)
@@ -128,7 +127,7 @@ class Layer:
             window=settings.window_length,
             max_distance=settings.max_distance,
             scoring=scoring,
-            rotate=rotate,
+            rotation=self.rotation,
             path=settings.path,
             read=read,
             reading_rows=0 if retrieval is None else retrieval.reading_rows(new, step.ballot is not None),

@@ -30,7 +30,8 @@ class LMInfinite:
         window_length: L; None takes the length that the model was trained for, from its config.
         max_distance: D, at least L; None takes L.
         retrieval: `TopK(...)` or `TopBlocks(...)` read the middle too, at the price of keeping it; None does not.
-        path: how a prompt's attention is computed, see `lambda_attention`: "auto", "joined", "sdpa", "eager" or "flex".
+        path: how a prompt's attention is computed, see `lambda_attention`: "auto", "joined", "sdpa", "eager",
+            "flex", "varlen" or "triton".
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.

@@ -245,6 +245,8 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         max_tries: after so many refused draws take the most probable token, as the official code does after 10; None
             goes on until a token is kept.
         floor: in mask mode tokens of less probability are cut without a proof.
+        limit: in mask mode so many of a row's tokens below the bar are decided, the most probable ones, and of the
+            others those kept that the same proofs cover, which bounds the time of a flat row; None decides all.
         filter_value: the score that a removed token gets.
 
     The most probable token always stays, and a row of equal scores comes back unchanged: all its tokens are most
@@ -274,6 +276,7 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         max_tries: int | None = None,
         floor: float = 1e-6,
+        limit: int | None = 512,
         filter_value: float = -math.inf,
     ):
         self.checker = SupportChecker(basis, variant=variant)
@@ -282,6 +285,7 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         self.mode = one_of("mode", mode, ("sample", "mask"))
         self.max_tries = None if max_tries is None else whole("max_tries", max_tries, least=1)
         self.floor = number("floor", floor, least=0, below=1)
+        self.limit = None if limit is None else whole("limit", limit, least=1)
         self.generator = generator
         self.filter_value = _checked_filter_value(filter_value)
         self._is_unwarned = True
@@ -332,7 +336,7 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
     def _mask(self, scores: Tensor, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:
         kept = plain.clone()
         if decidable.any():
-            kept[decidable] |= self.checker.kept(scores[decidable], tau[decidable], floor=self.floor)
+            kept[decidable] |= self.checker.kept(scores[decidable], tau[decidable], floor=self.floor, limit=self.limit)
         return kept
 
     def _draw(self, scores: Tensor, rows: Softmax, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:

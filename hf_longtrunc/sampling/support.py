@@ -59,6 +59,9 @@ _JOINING = 32
 _JOINED = 8
 # The other tokens are bundled by the signs of f under so many of those multipliers.
 _BITS = 4
+# Where many tokens are refused, programs that grow by a few columns of some of their multipliers serve all of them.
+_SPREAD = 32
+_JOINING_TOGETHER = 16
 # Columns of less probability than this have nothing to give.
 _NEGLIGIBLE = 1e-30
 # tau above this is "every threshold": s stays representable.
@@ -166,15 +169,17 @@ class SupportChecker:
         self._over_rows(scores, tau, tokens, proofs)
         return [replace(p, multipliers=_cloned(p.multipliers), distribution=_cloned(p.distribution)) for p in proofs]
 
-    def kept(self, scores: Tensor, tau: float | Tensor, *, floor: float = 1e-6) -> Tensor:
+    def kept(self, scores: Tensor, tau: float | Tensor, *, floor: float = 1e-6, limit: int | None = None) -> Tensor:
         """Return the kept set as a boolean mask of `scores` [*rows, V].
 
-        Tokens with floor <= p-hat < tau are decided one by one; those under `floor` are called cut without a proof, as
-        are the undecided ones.
+        Of the tokens with floor <= p-hat < tau the `limit` most probable ones are decided (None: all), and the others
+        kept where a proof of those covers them; the rest are called cut without a proof, as are undecided ones. Work
+        grows with the tokens that are decided, so `limit` bounds a row's time; docs/bat.md says what it loses.
         """
         floor = number("floor", floor, least=0, below=1)
+        limit = None if limit is None else whole("limit", limit, least=1)
         rows, taus = self._rows(scores, tau)
-        masks = [self._kept(row, float(bar), floor).clone() for row, bar in zip(rows, taus, strict=True)]
+        masks = [self._kept(row, float(bar), floor, limit).clone() for row, bar in zip(rows, taus, strict=True)]
         return torch.stack(masks).reshape(scores.shape)
 
     def critical_threshold(self, scores: Tensor, tokens: Tensor, *, tolerance: float = 1e-4) -> Tensor:
@@ -213,10 +218,10 @@ class SupportChecker:
         return torch.stack(decisions).reshape(tokens.shape)
 
     @torch.inference_mode()
-    def _kept(self, scores: Tensor, tau: float, floor: float) -> Tensor:
+    def _kept(self, scores: Tensor, tau: float, floor: float, limit: int | None) -> Tensor:
         row = self._row(scores)
         tokens = ((row.probs >= floor) & (row.probs < tau)).nonzero()[:, 0]
-        work = self._work(row, tau, tokens[row.probs[tokens].argsort(descending=True)])
+        work = self._work(row, tau, tokens[row.probs[tokens].argsort(descending=True)], limit=limit)
         work.sift()
         work.decide()
         mask = row.probs >= tau
@@ -245,8 +250,8 @@ class SupportChecker:
             low = reach
         return low / (1 + low)
 
-    def _work(self, row: _Row, tau: float, tokens: Tensor, prove: bool = False) -> _Work:
-        return (_PaperWork if self.variant == "paper" else _OfficialWork)(self, row, tau, tokens, prove)
+    def _work(self, row: _Row, tau: float, tokens: Tensor, prove: bool = False, limit: int | None = None) -> _Work:
+        return (_PaperWork if self.variant == "paper" else _OfficialWork)(self, row, tau, tokens, prove, limit)
 
     def _row(self, scores: Tensor) -> _Row:
         probs, basis, softcap = scores.double().softmax(-1), self._basis, self.basis.softcap
@@ -314,10 +319,10 @@ class SupportRow:
 
 
 class _Work:
-    """The decisions about some tokens of one row at one tau."""
+    """The decisions about some tokens of one row at one tau; with a limit, only so many, the first, are asked about."""
 
-    def __init__(self, checker: SupportChecker, row: _Row, tau: float, tokens: Tensor, prove: bool = False):
-        self.checker, self.row, self.tokens, self.prove = checker, row, tokens, prove
+    def __init__(self, checker: SupportChecker, row: _Row, tau: float, tokens: Tensor, prove: bool, limit: int | None):
+        self.checker, self.row, self.tokens, self.prove, self.limit = checker, row, tokens, prove, limit
         self.ceiling = tau / (1 - tau)  # s
         self.probs = row.probs[tokens]
         self.decisions = (self.probs >= tau).to(torch.int8) - (self.probs <= 0).to(torch.int8)
@@ -341,7 +346,7 @@ class _Work:
         return [self.proofs.get(n, Certificate(token, Decision(d))) for n, (token, d) in enumerate(pairs)]
 
     def _pending(self) -> Tensor:
-        return ((self.decisions == 0) & (self.probs > 0)).nonzero()[:, 0]
+        return ((self.decisions == 0) & (self.probs > 0))[: self.limit].nonzero()[:, 0]
 
 
 class _OfficialWork(_Work):
@@ -407,19 +412,23 @@ class _PaperWork(_Work):
         self.checker.checked += int(cut.sum())
 
     def decide(self) -> None:
-        """Decide what is pending, the first tokens first: their multipliers often keep later ones."""
+        """Decide what is pending: together on programs that grow, then the few that are left on their own."""
         pending = self._pending()
         self.checker.checked += len(pending)
-        if len(pending):
-            solver = self._program().solver(self.box, len(pending))
-        while len(pending):
-            batch, pending = pending[: solver.batch], pending[solver.batch :]
-            refused, left = self._pass(self._program(), solver, batch)
-            # Few enough at a time that the bundles are those of their own multipliers.
-            for some, _ in split(_BITS, left, refused):
-                self._decide_widened(some, refused)
-            self.checker.undecided += int((self.decisions[batch] == 0).sum())
-            pending = pending[self.decisions[pending] == 0]
+        if not len(pending):
+            return
+        program = self._program()
+        refused, left = self._ask(program, pending)
+        for _ in range(_MAX_ROUNDS):
+            if len(left) <= _BITS:
+                break
+            spread = torch.linspace(0, len(refused) - 1, min(_SPREAD, len(refused)), device=left.device).long()
+            program = self._widened(program, refused[spread], _JOINING_TOGETHER)
+            refused, left = self._ask(program, left)
+        # Few enough at a time that the bundles are those of their own multipliers.
+        for some, _ in split(_BITS, left, refused):
+            self._decide_widened(some, refused)
+        self.checker.undecided += int((self.decisions[pending] == 0).sum())
 
     def largest_ceiling(self, ceiling: float) -> float:
         """Read it off the multipliers that are best at `ceiling`, once the whole vocabulary agrees."""
@@ -438,7 +447,7 @@ class _PaperWork(_Work):
             if room > ceiling:
                 return room
             refused = torch.cat([refused, multipliers])
-            self.prepared = self._widened(program, refused)
+            self.prepared = self._widened(program, refused[-_JOINED:], _JOINING)
         return ceiling
 
     def _program(self) -> _Program:
@@ -460,9 +469,21 @@ class _PaperWork(_Work):
             batch = batch[self.decisions[batch] == 0]
             if not len(batch):
                 return
-            program = self._widened(program, refused)
+            program = self._widened(program, refused[-_JOINED:], _JOINING)
             more, batch = self._pass(program, program.solver(self.box, len(batch)), batch)
             refused = torch.cat([refused, more])
+
+    def _ask(self, program: _Program, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask a batch at a time, the first tokens first: their multipliers often keep later ones."""
+        solver = program.solver(self.box, len(tokens))
+        answers = []
+        while len(tokens):
+            batch, tokens = tokens[: solver.batch], tokens[solver.batch :]
+            answers.append(self._pass(program, solver, batch))
+            tokens = tokens[self.decisions[tokens] == 0]
+        refused, left = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        is_pending = self.decisions[left] == 0
+        return refused[is_pending], left[is_pending]
 
     def _pass(self, program: _Program, solver: InteriorPoint, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Ask every token of the batch once; return the multipliers that the vocabulary refused, and their tokens."""
@@ -497,17 +518,17 @@ class _PaperWork(_Work):
                     int(self.tokens[n]), Decision.KEPT, multipliers[first].clone(), margin=margin
                 )
 
-    def _widened(self, program: _Program, refused: Float[Tensor, "n width"]) -> _Program:
-        """Add the columns that the refused multipliers pay most for, and bundle the rest by the signs of their f.
+    def _widened(self, program: _Program, refused: Float[Tensor, "n width"], joining: int) -> _Program:
+        """Add the `joining` columns that each refused multiplier pays most for, bundle the rest by the signs of some.
 
         In bundles on which f has one sign T is exact: the same l is not taken for a proof again.
         """
-        f = refused[-_JOINED:] @ self.row.basis.T
+        f = refused @ self.row.basis.T
         cost = torch.maximum(self.ceiling * f, -f).mul_(self.row.probs)
         cost[:, program.singles] = -torch.inf
-        joining = cost.topk(min(_JOINING, cost.shape[1]), dim=1).indices.flatten()
+        dearest = cost.topk(min(joining, cost.shape[1]), dim=1).indices.flatten()
         chosen = torch.zeros_like(self.row.probs, dtype=torch.bool)
-        chosen[program.singles] = chosen[joining] = True
+        chosen[program.singles] = chosen[dearest] = True
         return _program_on(self.row, chosen.nonzero()[:, 0], f[-_BITS:] > 0)
 
     def _prove_cut(self, n: int, program: _Program, u: Float[Tensor, " k"]) -> None:

@@ -5,10 +5,10 @@
 
 Prefill of n tokens: full causal attention (the fastest kernel that `scaled_dot_product_attention` finds for it), a
 plain sliding window (FlexAttention; on a CPU one masked call of `scaled_dot_product_attention` a block of 512 queries),
-LM-Infinite as such calls too (`path="sdpa"`), and LM-Infinite as it is run, its rotations included. Decode of one
-token: full attention over the n keys, plain attention over S + L keys, and LM-Infinite's cache update and attention.
-The sides take turns; medians, of processor time where one thread computes; every ratio is against a side of the same
-run.
+LM-Infinite as such calls too (`path="sdpa"`), on CUDA by the kernels that are off (varlen, triton), and LM-Infinite
+as it is run, its rotations included. Decode of one token: full attention over the n keys, plain attention over S + L
+keys, and LM-Infinite's cache update and attention. The sides take turns; medians, of processor time where one thread
+computes; every ratio is against a side of the same run.
 
 CUDA: 32 query heads, 8 key-value heads, d = 128, L = 4096, S = 16, bf16, n = 8k..131k, then n = 1M for its memory.
 CPU: 8 and 2 heads, d = 64, L = 1024, S = 16, fp32, n = 4k..32k; microseconds per token show that time is linear in n.
@@ -25,6 +25,7 @@ import copy
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path  # noqa: TC003  typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -38,6 +39,7 @@ from torch import Tensor
 from hf_longtrunc import LMInfinite, load_pretrained
 from hf_longtrunc.attention.cache import LambdaCacheLayer
 from hf_longtrunc.attention.lambda_attention import (
+    LONG_PROMPTS,
     Scoring,
     distance,
     lambda_attention,
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 _BLOCK = 128  # FlexAttention's block of queries and of keys
+_KERNELS = ("varlen", "triton")  # for CUDA, off by default
 
 
 class Layer(NamedTuple):
@@ -154,7 +157,7 @@ def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
             window=layer.window,
             max_distance=layer.window,
             scoring=layer.scoring,
-            rotate=rotation.rotate,
+            rotation=rotation,
             path=path,
         )
 
@@ -168,8 +171,31 @@ def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
     else:
         sides["window only"] = lambda: windowed("sdpa", None)
     sides["masked"] = lambda: windowed("sdpa", sinks)
+    sides |= {path: partial(windowed, path, sinks) for path in _KERNELS}
     sides["LM-Infinite"] = lambda: windowed("auto", sinks)
     return sides
+
+
+def offered(layer: Layer, console: Console) -> tuple[str, ...]:
+    """Return the kernels that are off by default and run here, and say of the others why they do not."""
+    found = []
+    for path in _KERNELS if layer.device == "cuda" else ():
+        try:
+            prefill_sides(layer, 4 * _BLOCK)[path]()
+        except Exception as error:  # whatever it is, the other sides are to be measured
+            console.print(f"{path} is left out: {type(error).__name__}: {error}")
+        else:
+            found.append(path)
+    return tuple(found)
+
+
+def quickest(rows: list[Timing]) -> str:
+    """Say which path took least time at each size."""
+    rows = [row for row in rows if row.side in (*_KERNELS, "LM-Infinite")]
+    sizes = dict.fromkeys(row.n for row in rows)
+    best = [min((row for row in rows if row.n == n), key=lambda row: row.median_ms) for n in sizes]
+    named = ", ".join(f"{row.side} at {row.n:,}" for row in best)
+    return f"quickest: {named}; LM-Infinite is {LONG_PROMPTS!r} there, which lambda_attention.py names in one place"
 
 
 def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], object]]:
@@ -341,7 +367,11 @@ def main(
         for dtype in dtypes.split(",") if dtypes else [str(layer.dtype).removeprefix("torch.")]:
             for window in numbers(windows) or [layer.window]:
                 each = layer._replace(window=window, dtype=getattr(torch, dtype))
-                shown(prefill(each, lengths, repeats, sides), f"prefill, batch 1, L = {window}, {dtype}")
+                wanted_sides = sides.split(",") if sides else ["full", "window only", "masked", "LM-Infinite"]
+                rows = prefill(each, lengths, repeats, [*offered(each, console), *wanted_sides])
+                shown(rows, f"prefill, batch 1, L = {window}, {dtype}")
+                if on_cuda:
+                    console.print(quickest(rows))
     if "decode" in wanted:
         for batch in (1, 8) if on_cuda else (1,):
             rows = [
@@ -367,18 +397,18 @@ def main(
         if rows:
             shown(rows, f"a prompt of n tokens given to generate, {depth}")
     if "million" in wanted and on_cuda and largest is None:
-        shown(prefill(layer, [2**20], 1, "LM-Infinite"), "prefill of a million tokens")
+        shown(prefill(layer, [2**20], 1, ["LM-Infinite"]), "prefill of a million tokens")
 
 
 def numbers(written: str) -> list[int]:
     return [int(number) for number in written.split(",") if number]
 
 
-def prefill(layer: Layer, lengths: list[int], repeats: int, sides: str) -> list[Timing]:
-    """Time the named sides of the prefill, all if none is named."""
+def prefill(layer: Layer, lengths: list[int], repeats: int, sides: list[str]) -> list[Timing]:
+    """Time the named sides of the prefill."""
     rows = []
     for n in lengths:
-        chosen = {side: run for side, run in prefill_sides(layer, n).items() if not sides or side in sides.split(",")}
+        chosen = {side: run for side, run in prefill_sides(layer, n).items() if side in sides}
         rows += timings("prefill", n, 1, chosen, layer, repeats)
     return rows
 

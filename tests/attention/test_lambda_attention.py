@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from hf_longtrunc.attention import joined
+from hf_longtrunc.attention import joined, lambda_attention as paths
 from hf_longtrunc.attention.lambda_attention import (
     Scoring,
     choose_path,
@@ -39,7 +40,6 @@ def ours(query, key, value, sinks, window, max_distance, scoring, rotation=ROTAT
     if rotation is not None:
         query, key = rotation.rotate(query, i), rotation.rotate(key, i)
     far = (key[:, :, :sinks], value[:, :, :sinks]) if sinks else None
-    rotate = None if rotation is None else rotation.rotate
     return lambda_attention(
         query,
         key,
@@ -50,7 +50,7 @@ def ours(query, key, value, sinks, window, max_distance, scoring, rotation=ROTAT
         window=window,
         max_distance=max_distance,
         scoring=scoring,
-        rotate=rotate,
+        rotation=rotation,
         **options,
     )
 
@@ -114,7 +114,7 @@ def test_blocks_without_masks_see_what_the_definition_says(has_kernel, block, si
         window=20,
         max_distance=ceiling,
         scoring=settings[-1],
-        rotate=turn,
+        rotation=ROTATION,
         path="joined",
         block_size=block,
     )
@@ -169,7 +169,7 @@ def test_a_left_padded_row_is_the_row_alone():
     far = turned[1].gather(2, columns), value.gather(2, columns)
     for path in ("joined", "sdpa", "eager"):
         got = lambda_attention(
-            *turned, value, i, i, sinks=far, window=5, max_distance=7, scoring=Scoring(0.4), rotate=ROTATION.rotate,
+            *turned, value, i, i, sinks=far, window=5, max_distance=7, scoring=Scoring(0.4), rotation=ROTATION,
             path=path, block_size=8,
         )  # fmt: skip
         alone = Naive(3, 5, 7, ROPE)(query[1, :, 11:], key[1, :, 11:], value[1, :, 11:], 0.4)
@@ -240,7 +240,7 @@ def test_flex_attention_with_padding_and_a_past():
     i = torch.arange(300)[None] - torch.tensor([0, 150])[:, None]
     turned = ROTATION.rotate(query, i)[:, :, 100:], ROTATION.rotate(key, i)
     far = torch.randn(2, 2, 4, DIM), torch.randn(2, 2, 4, DIM)
-    settings = {"sinks": far, "window": 30, "max_distance": 30, "scoring": Scoring(0.4), "rotate": ROTATION.rotate}
+    settings = {"sinks": far, "window": 30, "max_distance": 30, "scoring": Scoring(0.4), "rotation": ROTATION}
     flex, sdpa = (lambda_attention(*turned, value, i[:, 100:], i, path=path, **settings) for path in ("flex", "sdpa"))
     real = (i[:, 100:] >= 0)[:, None, :, None]
     assert ((flex - sdpa) * real).abs().max() < 2e-5
@@ -254,6 +254,22 @@ def test_paths_are_named():
         choose_path("flash", Scoring(1.0))
     with pytest.raises(ValueError, match="use 'eager'"):
         choose_path("sdpa", Scoring(1.0, softcap=2.0))
+    for path in ("varlen", "triton"):
+        with pytest.raises(ValueError, match="is for CUDA"):
+            choose_path(path, Scoring(1.0), torch.zeros(1, 1, 2, 8))
+        with pytest.raises(ValueError, match="has no attention dropout"):
+            choose_path(path, Scoring(1.0, dropout=0.1))
+        with pytest.raises(ValueError, match="has no gradients"):
+            choose_path(path, Scoring(1.0), torch.zeros(1, 1, 2, 8, requires_grad=True))
+
+
+def test_a_kernel_whose_package_is_missing_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "hf_longtrunc.attention.fused", raising=False)
+    monkeypatch.setattr(paths, "choose_path", lambda path, *_: path)
+    query, key, value = states(5)
+    with pytest.raises(ImportError, match=r"path 'triton' cannot be had here .*triton.*: use 'auto'"):
+        ours(query, key, value, 0, 3, 3, Scoring(0.4), path="triton")
 
 
 def test_rotation_is_exact_at_any_position():

@@ -56,7 +56,7 @@ def attended(query, key, value, sinks, window, scoring, k, away, rows):
         window=window,
         max_distance=window,
         scoring=scoring,
-        rotate=ROTATION.rotate,
+        rotation=ROTATION,
         block_size=16,
         read=read,
         reading_rows=rows,

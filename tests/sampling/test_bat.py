@@ -284,12 +284,23 @@ def test_gemma_style_softcap_is_sampled_right_and_refused_under_beams():
         ({"variant": "mine"}, "variant must be"),
         ({"max_tries": 0}, "max_tries must be"),
         ({"floor": 1.0}, "floor must be"),
+        ({"limit": 0}, "limit must be"),
         ({"filter_value": INF}, "filter_value must be"),
     ],
 )
 def test_bad_arguments_are_named(basis, options, message):
     with pytest.raises(ValueError, match=message):
         BasisAwareLogitsProcessor(basis, **{"epsilon": 0.1, **options})
+
+
+def test_mask_decides_no_more_than_its_limit(basis, logits):
+    counts = []
+    for limit in (4, None):
+        processor = BasisAwareLogitsProcessor(basis, EPSILON, mode="mask", floor=0, limit=limit)
+        kept = processor(None, logits) > -INF
+        counts.append((processor.checker.checked, int(kept.sum())))
+    assert counts[0][0] <= 4 * len(logits) < counts[1][0]
+    assert counts[0][1] < counts[1][1]
 
 
 def test_scores_of_another_vocabulary_and_too_few_generators(basis):

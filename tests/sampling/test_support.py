@@ -435,9 +435,47 @@ def test_a_keep_needs_its_margin_over_the_whole_vocabulary(excess, decision):
         middle = (low + high) / 2
         low, high = (middle, high) if ratio(middle) < 1 + excess else (low, middle)
     checker = SupportChecker(basis)
-    work = support._PaperWork(checker, checker._row(scores), tau, token[None], False)
+    work = support._PaperWork(checker, checker._row(scores), tau, token[None], False, None)
     work._verify(torch.tensor([[np.cos(high), np.sin(high)]]))
     assert work.decisions.item() == decision
+
+
+@pytest.fixture(scope="module")
+def flat():
+    """A row whose mass lies in hundreds of tokens: programs on a few columns prove little."""
+    return random_basis(1200, 10, 5), random_scores(1200, 5, spread=0.7), 5e-3
+
+
+def test_a_flat_rows_tokens_are_decided_together_as_each_is_alone(flat, monkeypatch):
+    basis, scores, tau = flat
+    programs = []
+    widened = support._PaperWork._widened
+    monkeypatch.setattr(support._PaperWork, "_widened", lambda *given: programs.append(1) or widened(*given))
+    checker = SupportChecker(basis, columns=64)
+    kept = checker.kept(scores, tau, floor=0)
+    below = (scores.softmax(-1) < tau).nonzero()[:, 0]
+    assert checker.checked == len(below)
+    assert checker.undecided == 0
+    assert 0 < len(programs) < len(below) / 50
+    for token in below[scores[below].argsort(descending=True)][:200:8]:
+        assert bool(kept[token]) == bool(checker.check(scores, tau, token[None]) == Decision.KEPT)
+
+
+def test_a_limit_decides_the_most_probable_tokens_and_keeps_no_others_than_proofs_do(flat):
+    basis, scores, tau = flat
+    checker = SupportChecker(basis, columns=64)
+    whole = checker.kept(scores, tau, floor=0)
+    for variant in ("paper", "official"):
+        bounded = SupportChecker(basis, columns=64, variant=variant)
+        kept = bounded.kept(scores, tau, floor=0, limit=100)
+        assert bounded.checked <= 100
+        assert not (kept & ~whole).any()
+    first = scores.softmax(-1).argsort(descending=True)[: 100 + int((scores.softmax(-1) >= tau).sum())]
+    bounded = checker.kept(scores, tau, floor=0, limit=100)
+    assert torch.equal(bounded[first], whole[first])
+    assert bounded.sum() < whole.sum()
+    with pytest.raises(ValueError, match="limit must be"):
+        checker.kept(scores, tau, limit=0)
 
 
 def test_a_cut_that_leaves_the_box_is_no_cut():

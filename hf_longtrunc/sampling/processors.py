@@ -245,8 +245,8 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         max_tries: after so many refused draws take the most probable token, as the official code does after 10; None
             goes on until a token is kept.
         floor: in mask mode tokens of less probability are cut without a proof.
-        limit: in mask mode so many of a row's tokens below the bar are decided, the most probable ones, and of the
-            others those kept that the same proofs cover, which bounds the time of a flat row; None decides all.
+        limit: in mask mode None decides every token below the bar. A number bounds the time of a flat row: so many of
+            its tokens, the most probable ones, are decided, and of the others those kept that the same proofs cover.
         filter_value: the score that a removed token gets.
 
     The most probable token always stays, and a row of equal scores comes back unchanged: all its tokens are most
@@ -276,7 +276,7 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         max_tries: int | None = None,
         floor: float = 1e-6,
-        limit: int | None = 512,
+        limit: int | None = None,
         filter_value: float = -math.inf,
     ):
         self.checker = SupportChecker(basis, variant=variant)

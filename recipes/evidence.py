@@ -136,7 +136,8 @@ STEPS = [
         "reading-window",
         "The same facts under LM-Infinite with blocks: TopBlocks(), and for_chat",
         None,
-        f"reading.py --texts {NOVELS} --lengths 7500 --each 2 --arms blocks,chat --batteries {FACTS} --out OUT",
+        f"reading.py --texts {NOVELS.split(',')[0]} --lengths 7500 --each 3 --arms blocks,chat --batteries {FACTS} "
+        "--out OUT",
     ),
     Step(
         "ask",

@@ -77,6 +77,11 @@ class DualChunkAttention:
             whole("chunk_length", self.chunk_length, most=self.trained_length - 1)
         if self.retrieval is not None and not isinstance(self.retrieval, TopBlocks):
             raise TypeError(f"retrieval must be TopBlocks(...) or None: all keys are seen; got {self.retrieval!r}")
+        if self.retrieval is not None and (self.retrieval.distance is not None or self.retrieval.store != "device"):
+            raise ValueError(
+                "retrieval: all keys stay in the cache, at the distances of their chunks, so TopBlocks(distance=..., "
+                f"store=...) say nothing here: leave them out, got {self.retrieval.distance}, {self.retrieval.store!r}"
+            )
 
     def attach(self, model: Any) -> ChunkPatch:
         """Patch `model`, a transformers causal language model or a PEFT or DDP wrapper of one, until `detach()`.

@@ -410,6 +410,9 @@ def test_a_forward_that_does_not_end_as_a_question_does_asks_nothing(llama):
 def test_what_blocks_cannot_go_with_is_refused(llama):
     with pytest.raises(TypeError, match=r"retrieval must be TopBlocks\(...\) or None"):
         DualChunkAttention(retrieval=TopK())
+    for option in ({"distance": 3}, {"store": "cpu"}):
+        with pytest.raises(ValueError, match="say nothing here: leave them out"):
+            reader(**option)
     with reader()(llama):
         with pytest.raises(ValueError, match="got none"):
             logits(llama, prompt(48))

@@ -263,12 +263,19 @@ def test_through_a_pipe(model_folder, tmp_path):
     assert messages[2]["content"] == "the keeper had not spoken\n\nwhat was it"
 
 
+# Whoever runs the tests in the background of a shell script has Ctrl-C ignored, and a child inherits that.
+LISTENING = (
+    "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "runpy.run_module('hf_longtrunc', run_name='__main__', alter_sys=True)"
+)
+
+
 class Terminal:
     """`hf-longtrunc chat` on a pseudo-terminal."""
 
     def __init__(self, *options):
         self.screen, theirs = pty.openpty()
-        command = [sys.executable, "-m", "hf_longtrunc", "chat", *options]
+        command = [sys.executable, "-c", LISTENING, "chat", *options]
         streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
         self.process = subprocess.Popen(command, **streams, start_new_session=True)
         os.close(theirs)

@@ -419,7 +419,7 @@ def run(name: str, command: str, out: Path, text: Path | None) -> None:
 
 def without_paths(text: str, folder: Path) -> str:
     """Leave out where on this machine things lie."""
-    return text.replace(str(folder), "OUT").replace(str(Path.home()), "~")
+    return text.replace(str(folder), "OUT").replace(sys.prefix, "ENVIRONMENT").replace(str(Path.home()), "~")
 
 
 def page(out: Path, steps: Sequence[Any] = STEPS) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,8 +44,13 @@ def test_a_command_is_written_as_a_user_types_it(recipe):
 
 
 def test_no_path_of_this_machine_is_shown(recipe, tmp_path):
-    text = f"{tmp_path}/records.jsonl {Path.home()}/.cache/model"
-    assert recipe["without_paths"](text, tmp_path) == "OUT/records.jsonl ~/.cache/model"
+    text = f"{tmp_path}/records.jsonl {Path.home()}/.cache/model {sys.prefix}/lib/model.zip"
+    assert recipe["without_paths"](text, tmp_path) == "OUT/records.jsonl ~/.cache/model ENVIRONMENT/lib/model.zip"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.json*")) + sorted((ROOT / "docs").rglob("*.md")))
+def test_no_page_and_no_record_names_a_path_of_a_machine(path):
+    assert not re.findall(r"(?<![\w.~/-])/(?:tmp|root|home|Users|work|opt|usr)/\S*", path.read_text(encoding="utf-8"))
 
 
 def test_an_unknown_step_is_named(recipe, tmp_path):

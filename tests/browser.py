@@ -171,3 +171,24 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     tab = Browser(tmp_path_factory.mktemp("browser"))
     yield tab
     tab.close()
+
+
+COLOR = "getComputedStyle(document.querySelector('%s')).%s"
+
+
+def check_readable(browser: Browser, page: Path, width: int, dark: bool) -> str:
+    """Open a page and hold that it fits the width and has light ink on dark, or dark on light; return the ground."""
+    browser.resize(width, 844, dark=dark)
+    browser.open(page)
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+    ink, ground = (browser.ask(COLOR % ("body", name)) for name in ("color", "backgroundColor"))
+    assert (luminance(ink) > luminance(ground)) == dark
+    return str(ground)
+
+
+def check_step_is_below(browser: Browser, chosen: str) -> None:
+    """Hold that on a phone the panel of the chosen element stands below it."""
+    tops = browser.ask(
+        f"[document.querySelector('{chosen}'), document.getElementById('step')].map(e => e.getBoundingClientRect().top)"
+    )
+    assert tops[0] < tops[1]

@@ -270,9 +270,7 @@ class ChunkedForward:
     def reading(self, *args: Any, **inputs: Any) -> Any:
         """Run the decoder as the choice of blocks wants it."""
         assert self.retrieval is not None
-        inputs = bound(self.decoder, args, inputs)
-        call = ChunkCall(self, inputs)
-        return self.retrieval.run(call) if self.retrieval.is_run_twice(call) else self.once(None, **inputs)
+        return ChunkCall(self, bound(self.decoder, args, inputs)).read(self.retrieval)
 
     def once(self, ballot: list[Tensor] | None, **inputs: Any) -> Any:
         """Run the decoder once; with a ballot, let its last rows vote."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hf_longtrunc.attention.layer import Settings
+    from hf_longtrunc.attention.retrieval import Retrieval
     from hf_longtrunc.attention.rotary import Rotation
     from hf_longtrunc.attention.states import States
 
@@ -114,9 +115,7 @@ class PatchedForward:
         """Run the decoder as the strategy that reads the middle wants it."""
         retrieval = self.settings.retrieval
         assert retrieval is not None
-        inputs = bound(self.decoder, args, inputs)
-        call = Call(self, inputs)
-        return retrieval.run(call) if retrieval.is_run_twice(call) else self.once(None, **inputs)
+        return Call(self, bound(self.decoder, args, inputs)).read(retrieval)
 
     def check(self, layers: Sequence[Any]) -> None:
         """Refuse a model whose attention is no longer ours, and a cache that is not, or not whole.
@@ -187,12 +186,14 @@ class Call:
         return bool(self.seen > settings.window_length + settings.num_sink_tokens)
 
     def ends_in(self, ids: Sequence[int]) -> Tensor | None:
-        """Return which rows end in these tokens [batch]; None where only embeddings came, and that is not known."""
+        """Return which rows end in these tokens [batch]; None where that is not known or no tokens are named."""
         tokens = self.inputs.get("input_ids")
-        if tokens is None:
+        if tokens is None or not ids:
             return None
-        end: Tensor = tokens[:, tokens.shape[1] - min(len(ids), tokens.shape[1]) :]
-        return (end == end.new_tensor(list(ids))[-end.shape[1] :]).all(1) & (end.shape[1] == len(ids))
+        if tokens.shape[1] < len(ids):  # a decoded token, for which no device is waited
+            return torch.zeros(len(tokens), dtype=torch.bool)
+        end: Tensor = tokens[:, -len(ids) :]
+        return (end == end.new_tensor(list(ids))).all(1)
 
     def archives(self) -> list[Any]:
         """Return every layer's archive.
@@ -210,6 +211,10 @@ class Call:
                 "windowed layers)"
             )
         return list(layers)
+
+    def read(self, retrieval: Retrieval) -> Any:
+        """Run the decoder as often as a strategy wants it."""
+        return retrieval.run(self) if retrieval.is_run_twice(self) else self.forward.once(None, **self.inputs)
 
     def run(self, last: int | None = None, ballot: list[Tensor] | None = None) -> Any:
         """Run the decoder on all new tokens or on the `last` of them."""

@@ -77,7 +77,7 @@ class Forward(Protocol):
         """Whether there are tokens that are neither in the window nor sinks."""
 
     def ends_in(self, ids: Sequence[int]) -> Tensor | None:
-        """Return which rows end in these tokens [batch]; None where the tokens are not known."""
+        """Return which rows end in these tokens [batch]; None where that is not known or no tokens are named."""
 
     def archives(self) -> Sequence[Any]:
         """Return every layer's archive; raises ValueError where some layer has none."""

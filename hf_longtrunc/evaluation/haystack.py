@@ -108,9 +108,7 @@ class Haystack:
         messages = [{"role": "user", "content": f"{opening}{filler} {question}".rstrip()}]
         messages += [{"role": ("assistant", "user")[n % 2], "content": turn} for n, turn in enumerate(turns)]
         before, behind = template_parts(self.tokenizer, messages, filler)
-        opened: list[int] = self.tokenizer(before, add_special_tokens=False).input_ids
-        asked: list[int] = self.tokenizer(behind, add_special_tokens=False).input_ids
-        return opened, asked
+        return self._ids(before), self._ids(behind)
 
     def turn(self, question: str) -> list[int]:
         """Return the tokens of a conversation from the end of an answer to where that to `question` begins."""
@@ -118,7 +116,11 @@ class Haystack:
         said = [("user", "?"), ("assistant", answer), ("user", question)]
         messages = [{"role": role, "content": content} for role, content in said]
         _, behind = template_parts(self.tokenizer, messages, answer)
-        ids: list[int] = self.tokenizer(behind, add_special_tokens=False).input_ids
+        return self._ids(behind)
+
+    def _ids(self, part: str) -> list[int]:
+        """Return the tokens of a part of a conversation."""
+        ids: list[int] = self.tokenizer(part, add_special_tokens=False).input_ids
         return ids
 
     def _stretch(self, room: int, last: int) -> list[list[int]]:

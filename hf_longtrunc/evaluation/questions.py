@@ -57,8 +57,10 @@ _RECENT = (
 )
 SECOND_TURN = "second turn"
 CONTINUATION = "continuation"
-_KINDS = ["magic number", "own words", "two values", "ship", "recent magic number", "recent own words", SECOND_TURN]
-_KINDS.append(CONTINUATION)
+_KINDS = [
+    *("magic number", "own words", "two values", "ship", "recent magic number", "recent own words"),
+    *(SECOND_TURN, CONTINUATION),
+]
 _ANSWER_TOKENS = 12
 _NUMBER_TOKENS = 16
 _CONTINUED = 256

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hf_longtrunc import AttentionTrace, LMInfinite, TopBlocks
-from tests.browser import browser, contrast, data_of, luminance  # noqa: F401
+from tests.browser import COLOR, browser, check_readable, check_step_is_below, contrast, data_of  # noqa: F401
 from tests.conftest import tiny_config
 
 PROMPT, ANSWER, CELL = 150, 6, 8
@@ -161,18 +161,11 @@ def test_every_interaction_in_a_browser(browser, traced):  # noqa: F811
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_and_can_be_read(browser, traced, width, dark):  # noqa: F811
     page = traced[2]
-    browser.resize(width, 844, dark=dark)
-    browser.open(page)
-    assert browser.ask("document.documentElement.scrollWidth") <= width
-    color = "getComputedStyle(document.querySelector('%s')).%s"
-    ink, ground = (browser.ask(color % ("body", name)) for name in ("color", "backgroundColor"))
-    assert (luminance(ink) > luminance(ground)) == dark
-    assert contrast(browser.ask(color % (".chosen", "borderTopColor")), ground) >= 3
+    ground = check_readable(browser, page, width, dark)
+    assert contrast(browser.ask(COLOR % (".chosen", "borderTopColor")), ground) >= 3
     if width == 390:
         browser.tap(cell(6))
         assert told(browser)[1] == 6
         browser.tap(token(2))
         assert told(browser)[:2] == (2, 6)
-        tops = browser.ask("[document.querySelector('.token[aria-current]'), document.getElementById('step')]"
-                           ".map(e => e.getBoundingClientRect().top)")  # fmt: skip
-        assert tops[0] < tops[1]
+        check_step_is_below(browser, ".token[aria-current]")

@@ -8,7 +8,7 @@ import torch
 
 from hf_longtrunc import BasisAwareLogitsProcessor, EtaLogitsProcessor, SoftmaxBasis, SupportChecker, TruncationTrace
 from hf_longtrunc.pieces import piece_by_token, pieces
-from tests.browser import browser, contrast, data_of, luminance  # noqa: F401
+from tests.browser import COLOR, browser, check_readable, check_step_is_below, contrast, data_of  # noqa: F401
 from tests.command_line import letter_tokenizer
 
 PROMPT = torch.tensor([[5, 9, 13, 5, 9]])
@@ -247,18 +247,11 @@ def test_every_interaction_in_a_browser(browser, page):  # noqa: F811
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_and_can_be_read(browser, page, width, dark):  # noqa: F811
-    browser.resize(width, 844, dark=dark)
-    browser.open(page)
-    assert browser.ask("document.documentElement.scrollWidth") <= width
-    color = "getComputedStyle(document.querySelector('%s')).%s"
-    ink, ground = (browser.ask(color % ("body", name)) for name in ("color", "backgroundColor"))
-    assert (luminance(ink) > luminance(ground)) == dark
+    ground = check_readable(browser, page, width, dark)
     for marked in (".refused", ".rescued"):
-        line = browser.ask(color % (f".token{marked}", "textDecorationColor"))
+        line = browser.ask(COLOR % (f".token{marked}", "textDecorationColor"))
         assert contrast(line, ground) >= 3
     if width == 390:
         browser.tap(token(0, 7))
         assert chosen(browser)[0] == [0, 7]
-        tops = browser.ask("[document.querySelector('[aria-current]'), document.getElementById('step')]"
-                           ".map(e => e.getBoundingClientRect().top)")  # fmt: skip
-        assert tops[0] < tops[1]
+        check_step_is_below(browser, "[aria-current]")

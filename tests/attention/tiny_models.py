@@ -133,6 +133,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "ssm_state_size": 8,
         "chunk_size": 8,
         "moe_shared_expert_intermediate_size": 16,
+        "time_step_min": 1e-9,  # transformers limits the step by it in a prompt and not in a single token
     },
     "minimax": {"num_hidden_layers": 4, "layer_types": LINEAR, "block_size": 8},
     "olmo_hybrid": {**DELTA, "num_hidden_layers": 4, "layer_types": LINEAR, "linear_num_key_heads": 4},
@@ -150,6 +151,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "chunk_size": 8,
         "use_mem_rope": True,
         "num_mem_blocks": 1,
+        "time_step_min": 1e-9,  # as above
     },
     "llama4_text": {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]},
 }

@@ -27,7 +27,6 @@ from hf_longtrunc.sampling.cutoffs import (
     p_less_log_threshold,
     set_zero,
     softmax_rows,
-    sum_tree,
     top_n_sigma_log_threshold,
 )
 from hf_longtrunc.sampling.support import Decision, SupportChecker
@@ -341,11 +340,10 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
 
     def _draw(self, scores: Tensor, rows: Softmax, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:
         """One token a row, drawn without replacement until it is a kept one."""
-        tree = sum_tree(rows.weights)
-        drawn = draw(tree, self._uniform(len(scores), scores.device))
+        drawn = draw(rows.tree, self._uniform(len(scores), scores.device))
         refused = decidable & ~plain.gather(1, drawn)[:, 0]
         for row in refused.nonzero()[:, 0].tolist():
-            levels = [level[row : row + 1].clone() for level in tree]
+            levels = [level[row : row + 1].clone() for level in rows.tree]
             drawn[row] = self._first_kept(scores, row, levels, plain[row], tau[row], int(drawn[row]))
         return torch.zeros_like(plain).scatter_(1, drawn, True)
 

@@ -246,7 +246,7 @@ def plan_rows(histogram: Indices, seq_length: int) -> RowPlan:
     waiting: defaultdict[int, deque[tuple[int, int, int]]] = defaultdict(deque)  # runs, by remaining space
     spaces = [seq_length]  # those with a run waiting, ascending
     waiting[seq_length].append((0, int(histogram.sum()) + 1, 0))  # rows to open: more than are ever needed
-    moves: list[int] = []  # flat, as a tuple a move would take as long to convert as to plan
+    moves: list[int] = []  # four numbers a move
     sizes = np.flatnonzero(histogram[1:])[::-1] + 1
     for size, left in zip(sizes.tolist(), histogram[sizes].tolist(), strict=True):
         while left:

@@ -181,30 +181,35 @@ def draw(tree: list[Tensor], uniform: Float[Tensor, "rows 1"]) -> Int[Tensor, "r
     depends on that row alone.
     """
     start = next(n for n, level in enumerate(tree) if level.shape[-1] <= _WHOLE_LEVEL)
-    place, share = _pick(tree[start], uniform)
+    values = tree[start]
+    sums, goal, which = _reached(values, uniform)
+    place = which
     for level in reversed(tree[:start]):
-        which, share = _pick(_summands(level, place), share)
-        place = place * _FOLD + which
+        # What share of the value lies before the goal.
+        share = (goal - sums.gather(-1, which)).div_(values.gather(-1, which)).add_(1).clamp_(0, _BELOW_ONE)
+        values = _summands(level, place)
+        sums, goal, which = _reached(values, share)
+        place = torch.add(which, place, alpha=_FOLD)
     return place
 
 
-def _pick(
+def _reached(
     values: Float[Tensor, "rows n"], share: Float[Tensor, "rows 1"]
-) -> tuple[Int[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
-    """Return which value each row's `share` of their sum falls in, and what share of that value lies before it."""
-    sums = values.double().cumsum(-1)
+) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows 1"], Int[Tensor, "rows 1"]]:
+    """Return the running sums of each row, the `share` of their last, and which of them is the first above that."""
+    sums = values.cumsum(-1, dtype=torch.float64)
     # Below the last sum, as the share is below 1; so the first sum above it ends with a value above zero.
     goal = share * sums[:, -1:]
-    which = (sums <= goal).sum(-1, keepdim=True)
-    share = (goal - sums.gather(-1, which)) / values.gather(-1, which) + 1
-    return which, share.clamp_(0, _BELOW_ONE)
+    return sums, goal, (sums <= goal).sum(-1, keepdim=True)
 
 
 def _summands(level: Float[Tensor, "rows n"], place: Int[Tensor, "rows 1"]) -> Float[Tensor, "rows 32"]:
     """Return the entries of a level that entry `place` of the next is the sum of, zeros where they are fewer."""
-    places, end = place * _FOLD + torch.arange(_FOLD, device=place.device), level.shape[-1] - 1
-    values = level.gather(-1, places.clamp_max(end))
-    return values if level.shape[-1] % _FOLD == 0 else values.masked_fill_(places > end, 0)
+    places = torch.add(torch.arange(_FOLD, device=place.device), place, alpha=_FOLD)
+    if level.shape[-1] % _FOLD == 0:
+        return level.gather(-1, places)
+    end = level.shape[-1] - 1
+    return level.gather(-1, places.clamp_max(end)).masked_fill_(places > end, 0)
 
 
 def set_zero(tree: list[Tensor], place: int) -> None:

@@ -98,7 +98,8 @@ def placing(first: Path, second: Path) -> Iterator[tuple[Path, Path]]:
 
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    remove_left(path.parent, ".", f".{escape(path.name)}")
+    for name in left_by_killed(path.parent, ".", f".{escape(path.name)}"):
+        (path.parent / name).unlink(missing_ok=True)
     beside = path.with_name(f".{writing_name()}.{path.name}")
     try:
         yield beside
@@ -107,19 +108,19 @@ def _beside(path: Path) -> Iterator[Path]:
 
 
 def writing_name() -> str:
-    """Return a part of a file's name by which others see that it is being written, see `remove_left`."""
+    """Return a part of a file's name by which others see that it is being written, see `left_by_killed`."""
     return f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def remove_left(folder: Path, before: str, after: str) -> None:
-    """Remove what killed processes left in a folder under names of `before`, `writing_name()` and the pattern `after`.
+def left_by_killed(folder: Path, before: str, after: str) -> set[str]:
+    """Return names in a folder, made of `before`, `writing_name()` and the pattern `after`, by processes that ended.
 
-    What a process writes that runs is left alone, and so is what another machine or container has begun.
+    What a running process writes is not among them, nor what another machine or container has begun.
     """
-    for path in folder.glob(f"{escape(before)}{_machine()}-*-*{after}"):
-        process = path.name.removeprefix(f"{before}{_machine()}-").split("-")[0]
-        if process.isdecimal() and not _runs(int(process)):
-            path.unlink(missing_ok=True)
+    begin = f"{before}{_machine()}-"
+    names = {path.name for path in folder.glob(f"{escape(begin)}*-*{after}")}
+    processes = {name: name.removeprefix(begin).split("-")[0] for name in names}
+    return {name for name, process in processes.items() if process.isdecimal() and not _runs(int(process))}
 
 
 @cache

@@ -111,13 +111,13 @@ def test_what_a_killed_process_began_is_removed_by_the_next_writing(tmp_path, pr
 def test_a_pair_is_of_one_writer(tmp_path):
     """The other began when nothing was there."""
     pair = tmp_path / "rows.bin", tmp_path / "rows.idx"
-    with pytest.raises(FileExistsError, match=r"rows\.bin exists: another process has written it meanwhile"):
-        with placing(*pair) as slow:
-            slow[0].write_text("slow")
-            with placing(*pair) as fast:
-                for path, beside in zip(pair, fast, strict=True):
-                    beside.write_text(path.name)
-            slow[1].write_text("slow")
+    meanwhile = pytest.raises(FileExistsError, match=r"rows\.bin exists: another process has written it meanwhile")
+    with meanwhile, placing(*pair) as slow:
+        slow[0].write_text("slow")
+        with placing(*pair) as fast:
+            for path, beside in zip(pair, fast, strict=True):
+                beside.write_text(path.name)
+        slow[1].write_text("slow")
     assert {path: path.read_text() for path in tmp_path.iterdir()} == {path: path.name for path in pair}
 
 

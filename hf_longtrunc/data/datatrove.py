@@ -53,10 +53,12 @@ def write_datatrove(
     pad_token_id = whole("pad_token_id", pad_token_id, least=0, most=most)
     blocks = token_blocks(rows, "datatrove's format")
     tokens_at.parent.mkdir(parents=True, exist_ok=True)
-    # The index has its name first: tokens without it are no data set.
-    with placing(index_at, tokens_at) as (index_beside, tokens_beside):
-        with tokens_beside.open("wb") as tokens, index_beside.open("wb") as index:
-            _write(blocks, rows.packing.seq_length, pad_token_id, dtype, tokens, index)
+    with (
+        placing(index_at, tokens_at) as (index_beside, tokens_beside),  # tokens without the index are no data set
+        tokens_beside.open("wb") as tokens,
+        index_beside.open("wb") as index,
+    ):
+        _write(blocks, rows.packing.seq_length, pad_token_id, dtype, tokens, index)
 
 
 def _write(

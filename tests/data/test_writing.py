@@ -142,18 +142,27 @@ def test_two_who_write_at_once_leave_the_rows_of_one(tmp_path, monkeypatch):
     assert rows_of(one.materialize(tmp_path)) == rows_of(one)
     assert len(list(tmp_path.iterdir())) == 3
     monkeypatch.setattr(writing, "_read", meanwhile(read))
-    with pytest.raises(FileExistsError, match="another process has written rows into .* at the same time"):
+    with pytest.raises(FileExistsError, match=r"another process has written rows into .* at the same time"):
         one.materialize(tmp_path)
     assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(other)
 
 
-def test_the_data_files_of_a_killed_process_go_and_those_of_a_running_one_stay(tmp_path, process_that_ended):
+def test_data_files_of_a_killed_process_go_and_those_of_a_running_one_stay(tmp_path, process_that_ended, monkeypatch):
     here, process, token = writing_name().split("-")
     names = [f"data-{here}-{number}-{token}-00000-of-00001.arrow" for number in (process, process_that_ended)]
     for name in names:
         (tmp_path / name).touch()
-    pack(arrow([5]), SEQ_LENGTH).materialize(tmp_path)
+    packed = pack(arrow([5]), SEQ_LENGTH)
+    packed.materialize(tmp_path)
     assert [(tmp_path / name).exists() for name in names] == [True, False]
+    (counts,) = writing._files_that_count(tmp_path)  # written by a process that has ended well
+    (tmp_path / counts).rename(tmp_path / names[1])
+    state = (tmp_path / "state.json").read_text()
+    (tmp_path / "state.json").write_text(state.replace(counts, names[1]))
+    monkeypatch.setattr(writing, "_run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        packed.materialize(tmp_path)
+    assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(packed)
 
 
 @pytest.mark.parametrize("kind", ["documents", "a view", "a transform", "a link"])

@@ -6,6 +6,9 @@ a flipped bit in either file is found when they are read.
 Two files cannot be replaced at once. The json file decides: new tensors lie whole under a hidden name made of their
 checksum before it is replaced, and get their own name after it. Who is killed in between leaves them under the hidden
 name, where they are found.
+
+What is not whole yet has a name that says which process of which machine writes it. The next writing to the same place
+removes what a process of this machine left that runs no more; another machine's is left alone.
 """
 
 from __future__ import annotations
@@ -13,7 +16,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+import secrets
+import socket
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,16 +48,17 @@ def save_folder(
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     data_at, described_at = Path(folder, f"{kind}.safetensors"), Path(folder, f"{kind}.json")
-    with _beside(data_at) as beside:
+    with _beside(data_at) as beside, ExitStack() as stack:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
         checksum = _checksum(beside, settings)
         described = {"kind": kind, "format": FORMAT, "settings": dict(settings), "sha256": checksum}
+        stack.enter_context(_alone(Path(folder)))
         with replacing(described_at) as new:
             new.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             os.replace(beside, _hidden(data_at, checksum))
         os.replace(_hidden(data_at, checksum), data_at)
-    for left in Path(folder).glob(_hidden(data_at, "?" * _DIGITS).name):  # by one who was killed
-        left.unlink()
+        for left in Path(folder).glob(_hidden(data_at, "?" * _DIGITS).name):  # by one who was killed
+            left.unlink()
 
 
 @contextmanager
@@ -65,12 +73,90 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def placing(first: Path, second: Path) -> Iterator[tuple[Path, Path]]:
+    """Give hidden paths to write a pair of new files to, which get their names, in this order, when both are whole.
+
+    Nothing is overwritten, and of two processes that write one pair at once one is refused.
+
+    Raises:
+        FileExistsError: one of the files is there, or is there when the pair is written.
+    """
+    for path in (first, second):
+        if path.exists():
+            raise FileExistsError(f"{path} exists: write to another path, or delete it first")
+    with _beside(first) as first_beside, _beside(second) as second_beside:
+        yield first_beside, second_beside
+        try:
+            first.touch(exist_ok=False)  # only one of several can
+        except FileExistsError:
+            raise FileExistsError(
+                f"{first} exists: another process has written it meanwhile; write to another path, or delete it first"
+            ) from None
+        os.replace(first_beside, first)
+        os.replace(second_beside, second)
+
+
+@contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    for name in left_by_killed(path.parent, ".", f".{escape(path.name)}"):
+        (path.parent / name).unlink(missing_ok=True)
+    beside = path.with_name(f".{writing_name()}.{path.name}")
     try:
         yield beside
     finally:
         beside.unlink(missing_ok=True)
+
+
+def writing_name() -> str:
+    """Return a part of a file's name by which others see that it is being written, see `left_by_killed`."""
+    return f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+def left_by_killed(folder: Path, before: str, after: str) -> set[str]:
+    """Return names in a folder, made of `before`, `writing_name()` and the pattern `after`, by processes that ended.
+
+    What a running process writes is not among them, nor what another machine or container has begun.
+    """
+    begin = f"{before}{_machine()}-"
+    names = {path.name for path in folder.glob(f"{escape(begin)}*-*{after}")}
+    processes = {name: name.removeprefix(begin).split("-")[0] for name in names}
+    return {name for name, process in processes.items() if process.isdecimal() and not _runs(int(process))}
+
+
+@cache
+def _machine() -> str:
+    """Return a name for the machine, or container, in which numbers of processes mean what they mean here."""
+    processes = Path("/proc/self/ns/pid")
+    names = f"{socket.gethostname()} {os.readlink(processes) if processes.is_symlink() else ''}"
+    return hashlib.sha256(names.encode()).hexdigest()[:8]
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":
+        return True  # asking would end it
+    with suppress(PermissionError, OverflowError):  # another user's, or no number of a process
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return False
+    return True
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one at a time do what is inside, where folders can be locked: not on Windows or on every network's disk."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def load_folder(

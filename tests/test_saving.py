@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_longtrunc.saving import load_folder, save_folder
+from hf_longtrunc.saving import load_folder, placing, replacing, save_folder, writing_name
 
 TENSORS = {"factors": torch.arange(6.0).view(2, 3).double(), "ids": torch.tensor([3, 1])}
 SETTINGS = {"rank": 3, "softcap": None, "name": "naïve"}
@@ -90,3 +91,54 @@ def test_tensors_of_another_writer_do_not_pass(folder):
     save_file(TENSORS, Path(folder, "basis.safetensors"), {"written": "by hand"})
     with pytest.raises(ValueError, match="checksum"):
         load_folder(folder, "basis", SHAPES)
+
+
+# -- several who write, and who are killed -----------------------------------------------------------------------------
+
+
+def test_what_a_killed_process_began_is_removed_by_the_next_writing(tmp_path, process_that_ended):
+    here, process, token = writing_name().split("-")
+    left = f".{here}-{process_that_ended}-{token}.basis.json"
+    others = [f".{here}-{process}-{token}.basis.json", f".0{here[1:]}x-{process_that_ended}-{token}.basis.json"]
+    others += [f".{here}-{process_that_ended}-{token}.plan.json", f".{here}--{token}.basis.json", ".basis.json"]
+    for name in (left, *others):
+        (tmp_path / name).touch()
+    with replacing(tmp_path / "basis.json") as beside:
+        beside.write_text("{}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "basis.json"])
+
+
+def test_a_pair_is_of_one_writer(tmp_path):
+    """The other began when nothing was there."""
+    pair = tmp_path / "rows.bin", tmp_path / "rows.idx"
+    meanwhile = pytest.raises(FileExistsError, match=r"rows\.bin exists: another process has written it meanwhile")
+    with meanwhile, placing(*pair) as slow:
+        slow[0].write_text("slow")
+        with placing(*pair) as fast:
+            for path, beside in zip(pair, fast, strict=True):
+                beside.write_text(path.name)
+        slow[1].write_text("slow")
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == {path: path.name for path in pair}
+
+
+def test_of_several_who_save_at_once_one_is_there(tmp_path):
+    """Steps of two that mix would leave one's tensors beside the other's checksum."""
+
+    def save(number):
+        for _ in range(10):
+            save_folder(tmp_path, "basis", {"ids": torch.full((9,), number)}, {"rank": number})
+
+    failed: list[object] = []
+    hook, threading.excepthook = threading.excepthook, failed.append
+    try:
+        threads = [threading.Thread(target=save, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        threading.excepthook = hook
+    assert not failed
+    tensors, settings = load_folder(tmp_path, "basis", {"ids": "n"}, ("rank",))
+    assert tensors["ids"].tolist() == [settings["rank"]] * 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["basis.json", "basis.safetensors"]

@@ -12,10 +12,12 @@ import numpy as np
 
 from hf_longtrunc.arguments import one_of, whole
 from hf_longtrunc.data.writing import token_blocks
-from hf_longtrunc.saving import replacing
+from hf_longtrunc.saving import placing
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator
+    from typing import BinaryIO
 
     from hf_longtrunc.data.dataset import FlatRows, PackedDataset
     from hf_longtrunc.data.documents import Tokens
@@ -42,32 +44,35 @@ def write_datatrove(
         dtype: of the tokens; datatrove and nanotron call it a token size of 2 or 4.
 
     Raises:
-        FileExistsError: there are tokens.
+        FileExistsError: one of the files is there, or another process has written it meanwhile.
         TypeError, ValueError: a bad argument, rows that are no `PackedDataset`, documents with labels or masks, a token
             that takes more bytes.
     """
     tokens_at, index_at = Path(path), Path(f"{path}.index")
     most = int(np.iinfo(one_of("dtype", dtype, ("uint16", "uint32"))).max)
     pad_token_id = whole("pad_token_id", pad_token_id, least=0, most=most)
-    if tokens_at.exists():
-        raise FileExistsError(f"{tokens_at} exists: write to another path, or delete it first")
     blocks = token_blocks(rows, "datatrove's format")
     tokens_at.parent.mkdir(parents=True, exist_ok=True)
-    seq_length, num_rows = rows.packing.seq_length, 0
     with (
-        replacing(tokens_at) as tokens_beside,
-        replacing(index_at) as index_beside,  # replaced first: tokens without it are no data set
+        placing(index_at, tokens_at) as (index_beside, tokens_beside),  # tokens without the index are no data set
         tokens_beside.open("wb") as tokens,
         index_beside.open("wb") as index,
     ):
-        for block in blocks:
-            if block.input_ids.max(initial=0) > most:
-                raise ValueError(f'token {block.input_ids.max()} is more than {dtype} holds; dtype="uint32" is more')
-            laid_out = np.full((len(block.tokens), seq_length), pad_token_id, np.dtype(dtype).newbyteorder("<"))
-            laid_out[np.arange(seq_length) < block.tokens[:, None]] = block.input_ids
-            tokens.write(laid_out.tobytes())
-            index.write((num_rows * seq_length + _ends(block, seq_length)).astype("<u8").tobytes())
-            num_rows += len(block.tokens)
+        _write(blocks, rows.packing.seq_length, pad_token_id, dtype, tokens, index)
+
+
+def _write(
+    blocks: Iterator[FlatRows], seq_length: int, pad_token_id: int, dtype: str, tokens: BinaryIO, index: BinaryIO
+) -> None:
+    num_rows, most = 0, np.iinfo(dtype).max
+    for block in blocks:
+        if block.input_ids.max(initial=0) > most:
+            raise ValueError(f'token {block.input_ids.max()} is more than {dtype} holds; dtype="uint32" is more')
+        laid_out = np.full((len(block.tokens), seq_length), pad_token_id, np.dtype(dtype).newbyteorder("<"))
+        laid_out[np.arange(seq_length) < block.tokens[:, None]] = block.input_ids
+        tokens.write(laid_out.tobytes())
+        index.write((num_rows * seq_length + _ends(block, seq_length)).astype("<u8").tobytes())
+        num_rows += len(block.tokens)
 
 
 def _ends(block: FlatRows, seq_length: int) -> Tokens:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_longtrunc.data.writing import import_datasets, token_blocks
-from hf_longtrunc.saving import replacing
+from hf_longtrunc.saving import placing
 
 if TYPE_CHECKING:
     import os
@@ -64,29 +64,28 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str]) -> None:
     replaced at once, and new tokens under an old index would be read as they come.
 
     Raises:
-        FileExistsError: there is an index.
+        FileExistsError: one of the files is there, or another process has written it meanwhile.
         TypeError, ValueError: the rows are no `PackedDataset`, the prefix is no path, the documents have labels or
             masks, or a token is more than int32 holds.
     """
     idx_at, bin_at = _paths(prefix)
-    if idx_at.exists():
-        raise FileExistsError(f"{idx_at} exists: write to another prefix, or delete it first")
-    highest = max((int(part.input_ids.max(initial=0)) for part in token_blocks(rows, _FORMAT)), default=0)
-    if highest >= 2**31:
-        raise ValueError(f"token {highest} is more than int32 holds")
-    code = 8 if highest < 65_500 else 4
-    bin_at.parent.mkdir(parents=True, exist_ok=True)
-    sizes, pieces = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    with replacing(bin_at) as beside, beside.open("wb") as file:
-        for part in token_blocks(rows, _FORMAT):
-            file.write(part.input_ids.astype(_TYPES[code]).tobytes())
-            sizes.append(part.piece_lengths)
-            pieces.append(part.pieces)
-    lengths, firsts = np.concatenate(sizes), np.append(0, np.cumsum(np.concatenate(pieces)))
-    begins = (np.cumsum(lengths) - lengths) * np.dtype(_TYPES[code]).itemsize
-    with replacing(idx_at) as beside, beside.open("wb") as file:
-        file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(firsts)))
-        file.write(lengths.astype("<i4").tobytes() + begins.astype("<i8").tobytes() + firsts.astype("<i8").tobytes())
+    with placing(bin_at, idx_at) as (tokens, index):
+        highest = max((int(part.input_ids.max(initial=0)) for part in token_blocks(rows, _FORMAT)), default=0)
+        if highest >= 2**31:
+            raise ValueError(f"token {highest} is more than int32 holds")
+        code = 8 if highest < 65_500 else 4
+        bin_at.parent.mkdir(parents=True, exist_ok=True)
+        sizes, pieces = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        with tokens.open("wb") as file:
+            for part in token_blocks(rows, _FORMAT):
+                file.write(part.input_ids.astype(_TYPES[code]).tobytes())
+                sizes.append(part.piece_lengths)
+                pieces.append(part.pieces)
+        lengths, firsts = np.concatenate(sizes), np.append(0, np.cumsum(np.concatenate(pieces)))
+        begins = (np.cumsum(lengths) - lengths) * np.dtype(_TYPES[code]).itemsize
+        header = _HEADER.pack(_MAGIC, 1, code, len(lengths), len(firsts))
+        arrays = lengths.astype("<i4"), begins.astype("<i8"), firsts.astype("<i8")
+        index.write_bytes(header + b"".join(array.tobytes() for array in arrays))
 
 
 def _paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:

@@ -3,25 +3,25 @@
 Rows are gathered some million tokens at a time into flat arrays, which are Arrow's own layout of lists, so that no row
 is ever a Python list. `datasets.load_from_disk` reads the folder. Its data files have new names, and `state.json`,
 which names the files that count, takes the place of an older one last and at once: whoever is interrupted, at
-whatever moment, leaves the old rows or the new ones.
+whatever moment, leaves the old rows or the new ones, and of several who write at once, the rows of one are there.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import shutil
-import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from hf_longtrunc.extras import missing
+from hf_longtrunc.saving import left_by_killed, replacing, writing_name
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterator
 
     import datasets
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from hf_longtrunc.data.dataset import FlatRows, PackedDataset
 
 WRITTEN = ("input_ids", "position_ids", "labels", "seq_lengths")
-_BESIDE = ".packed-"
 _TOKENS = 2**21  # gathered at once
 
 
@@ -46,24 +45,25 @@ def write_rows(
     rows: PackedDataset, folder: str | os.PathLike[str], columns: tuple[str, ...], dtype: str, num_proc: int
 ) -> datasets.Dataset:
     """Write rows into a folder, one data file a process, and return them read from there."""
-    library = import_datasets("writing rows")
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    token, bounds = secrets.token_hex(8), np.linspace(0, len(rows), num_proc + 1).astype(int)
-    names = [f"data-{token}-{index:05d}-of-{num_proc:05d}.arrow" for index in range(num_proc)]
+    library, folder = import_datasets("writing rows"), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    left = left_by_killed(folder, "data-", "-*.arrow")
+    _remove(folder, left - _files_that_count(folder))  # asked last: who has ended makes nothing count any more
+    writing, bounds = writing_name(), np.linspace(0, len(rows), num_proc + 1).astype(int)
+    names = [f"data-{writing}-{index:05d}-of-{num_proc:05d}.arrow" for index in range(num_proc)]
     jobs = [
-        _Job(rows, int(first), int(last), str(Path(folder, name)), columns, dtype)
+        _Job(rows, int(first), int(last), str(folder / name), columns, dtype)
         for name, first, last in zip(names, bounds[:-1], bounds[1:], strict=True)
     ]
     try:
         _run(jobs, library)
-        _commit(Path(folder), names, library)
+        old = _files_that_count(folder)
+        _commit(folder, names, library)
     except BaseException:
-        for job in jobs:
-            Path(job.path).unlink(missing_ok=True)
+        _remove(folder, set(names) - _files_that_count(folder))
         raise
-    _clean(Path(folder), names)
-    written: datasets.Dataset = library.load_from_disk(str(folder))
-    return written
+    _remove(folder, old)
+    return _read(folder, names, library)
 
 
 def token_blocks(rows: PackedDataset, whose: str) -> Iterator[FlatRows]:
@@ -163,17 +163,38 @@ def _commit(folder: Path, names: list[str], library: Any) -> None:
         "_output_all_columns": False,
         "_split": None,
     }
-    with tempfile.TemporaryDirectory(prefix=_BESIDE, dir=folder) as beside:
-        library.DatasetInfo().write_to_directory(beside)
-        Path(beside, "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-        for name in ("dataset_info.json", "state.json"):
-            os.replace(Path(beside, name), folder / name)
+    for name, content in (("dataset_info.json", asdict(library.DatasetInfo())), ("state.json", state)):
+        with replacing(folder / name) as beside:
+            beside.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def _clean(folder: Path, names: list[str]) -> None:
-    """Remove the rows of before, and what an interrupted writing left."""
-    for path in folder.glob("data-*.arrow"):
-        if path.name not in names:
-            path.unlink()
-    for path in folder.glob(f"{_BESIDE}*"):
-        shutil.rmtree(path)
+def _files_that_count(folder: Path) -> set[str]:
+    """Return the names of the data files that `state.json` names; none where there is none, or no such file."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return {Path(file["filename"]).name for file in state["_data_files"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _read(folder: Path, names: list[str], library: Any) -> datasets.Dataset:
+    """Return the rows that lie in a folder, if they are those of the data files.
+
+    Raises:
+        FileExistsError: another process has written others meanwhile.
+    """
+    try:
+        written: datasets.Dataset | None = library.load_from_disk(str(folder))
+    except FileNotFoundError:
+        written = None
+    if written is None or _files_that_count(folder) != set(names):
+        raise FileExistsError(
+            f"another process has written rows into {folder} at the same time, and those are there: give each its own "
+            "folder"
+        )
+    return written

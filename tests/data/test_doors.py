@@ -95,8 +95,11 @@ def test_datatroves_files(tmp_path, monkeypatch):
     write_datatrove(packed, tmp_path / "deep" / "rows.ds", pad_token_id=7)
     tokens, positions = expected_rows(packed, 7)
     assert naive_rows(tmp_path / "deep" / "rows.ds", SEQ_LENGTH) == (tokens, positions)
-    with pytest.raises(FileExistsError, match=r"rows\.ds exists: write to another path, or delete it first"):
-        write_datatrove(packed, tmp_path / "deep" / "rows.ds", pad_token_id=7)
+    for name in ("rows.ds.index", "rows.ds"):
+        with pytest.raises(FileExistsError, match=rf"{name} exists: write to another path, or delete it first"):
+            write_datatrove(packed, tmp_path / "deep" / "rows.ds", pad_token_id=7)
+        (tmp_path / "deep" / name).unlink()
+    assert not list((tmp_path / "deep").iterdir())
 
 
 def test_datatroves_reader_reads_them(tmp_path):

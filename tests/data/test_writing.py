@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 
 from hf_longtrunc import BestFitPackingCollator, PackedDataset, Packing, best_fit_decreasing, pack
+from hf_longtrunc.data import writing
 from hf_longtrunc.data.documents import IGNORE
+from hf_longtrunc.saving import writing_name
 from tests.data.corpora import raw_examples
 from tests.data.test_dataset import KINDS, SEQ_LENGTH, Tokenizer, arrow, documents_of, expected
 
@@ -100,8 +103,8 @@ def test_interrupted_before_any_of_its_last_steps_the_old_rows_stay(tmp_path, mo
     """Every rename, the writing of every small file: the one that fails leaves the rows of before."""
     old, new = pack(arrow([5, 60]), SEQ_LENGTH), pack(arrow([9, 50, 3]), SEQ_LENGTH)
     old.materialize(tmp_path)
-    replace, write = os.replace, datasets.DatasetInfo.write_to_directory
-    for step in range(4):
+    replace, write = os.replace, Path.write_text
+    for step in range(5):
         count = iter(range(100))
 
         def failing(original, *arguments, count=count, step=step, **options):
@@ -111,13 +114,70 @@ def test_interrupted_before_any_of_its_last_steps_the_old_rows_stay(tmp_path, mo
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", lambda *a, **k: failing(replace, *a, **k))
-            patch.setattr(datasets.DatasetInfo, "write_to_directory", lambda *a, **k: failing(write, *a, **k))
-            if step < 3:
+            patch.setattr(Path, "write_text", lambda *a, **k: failing(write, *a, **k))
+            if step < 4:
                 with pytest.raises(OSError, match="the disk is full"):
                     new.materialize(tmp_path)
                 assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(old)
             else:
                 assert rows_of(new.materialize(tmp_path)) == rows_of(new)
+            assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_two_who_write_at_once_leave_the_rows_of_one(tmp_path, monkeypatch):
+    """Another writes while the rows are gathered, and between their taking the place and their being read."""
+    one, other = pack(arrow([5, 60]), SEQ_LENGTH), pack(arrow([9, 50, 3]), SEQ_LENGTH)
+    one.materialize(tmp_path)
+    run, read = writing._run, writing._read
+
+    def meanwhile(step):
+        def stepping(*arguments):
+            monkeypatch.undo()
+            assert rows_of(other.materialize(tmp_path)) == rows_of(other)
+            return step(*arguments)
+
+        return stepping
+
+    monkeypatch.setattr(writing, "_run", meanwhile(run))
+    assert rows_of(one.materialize(tmp_path)) == rows_of(one)
+    assert len(list(tmp_path.iterdir())) == 3
+    monkeypatch.setattr(writing, "_read", meanwhile(read))
+    with pytest.raises(FileExistsError, match=r"another process has written rows into .* at the same time"):
+        one.materialize(tmp_path)
+    assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(other)
+
+
+def test_data_files_of_a_killed_process_go_and_those_of_a_running_one_stay(tmp_path, process_that_ended, monkeypatch):
+    here, process, token = writing_name().split("-")
+    names = [f"data-{here}-{number}-{token}-00000-of-00001.arrow" for number in (process, process_that_ended)]
+    for name in names:
+        (tmp_path / name).touch()
+    packed = pack(arrow([5]), SEQ_LENGTH)
+    packed.materialize(tmp_path)
+    assert [(tmp_path / name).exists() for name in names] == [True, False]
+    (counts,) = writing._files_that_count(tmp_path)  # written by a process that has ended well
+    (tmp_path / counts).rename(tmp_path / names[1])
+    state = (tmp_path / "state.json").read_text()
+    (tmp_path / "state.json").write_text(state.replace(counts, names[1]))
+    monkeypatch.setattr(writing, "_run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        packed.materialize(tmp_path)
+    assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(packed)
+
+
+@pytest.mark.parametrize("kind", ["documents", "a view", "a transform", "a link"])
+def test_rows_do_not_take_the_place_of_their_own_documents(kind, tmp_path):
+    arrow().save_to_disk(tmp_path / "corpus")
+    (tmp_path / "link").symlink_to(tmp_path / "corpus")
+    dataset = datasets.load_from_disk(tmp_path / ("link" if kind == "a link" else "corpus"))
+    dataset = dataset.select([3, 1]) if kind == "a view" else dataset
+    dataset = dataset.with_transform(dict) if kind == "a transform" else dataset
+    packed = pack(dataset, SEQ_LENGTH)
+    for folder in ("corpus", "link"):
+        with pytest.raises(ValueError, match="folder must not be that of the documents"):
+            packed.materialize(tmp_path / folder)
+    assert datasets.load_from_disk(tmp_path / "corpus")["input_ids"] == arrow()["input_ids"]
+    assert rows_of(packed.materialize(tmp_path / "corpus" / "rows")) == rows_of(packed)
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------

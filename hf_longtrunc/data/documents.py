@@ -130,7 +130,7 @@ def _document(columns: Mapping[str, Any], where: str) -> Document:
     if len(input_ids) and input_ids.min() < 0:
         raise ValueError(f"{where}: 'input_ids' holds {input_ids.min()}; a token id is never negative")
     labels = arrays.get("labels", input_ids)
-    wrong = labels[(labels < 0) & (labels != IGNORE)] if "labels" in arrays else ()
+    wrong = labels[(labels < 0) & (labels != IGNORE)] if "labels" in arrays else labels[:0]
     if len(wrong):
         raise ValueError(f"{where}: 'labels' holds {wrong[0]}; a label is a token id, or {IGNORE} for no label")
     for name in MASKS:

@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 Integers = NDArray[np.int64]
 EOS = 0
 PART = 100_000  # synthetic documents of a source
-BLOCK = 2**24  # tokens gathered and written at a time
 SCHEMA = pa.schema({name: pa.list_(pa.int32()) for name in ("input_ids", "seq_lengths")})
 
 
@@ -63,6 +62,7 @@ class Job(NamedTuple):
     synthetic: int
     seq_length: int
     out: Path
+    block: int  # tokens
 
 
 def main() -> None:
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--block", type=int, default=2**24, help="tokens that a task gathers and writes at a time")
     parser.add_argument("--out", type=Path, help="folder of the shards; one that is thrown away if left out")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--arithmetic", action="store_true", help="print what plans of many documents cost, no more")
@@ -81,7 +82,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as thrown_away:
         out = arguments.out or Path(thrown_away)
-        pack_shards(Job(tuple(arguments.files), arguments.synthetic, arguments.seq_length, out), arguments)
+        job = Job(tuple(arguments.files), arguments.synthetic, arguments.seq_length, out, arguments.block)
+        pack_shards(job, arguments)
 
 
 def pack_shards(job: Job, arguments: argparse.Namespace) -> None:
@@ -167,7 +169,7 @@ def write(job: Job, data: Any, rank: int = 0, tasks: int = 1) -> None:
         return
     counts = np.stack([np.load(job.out / f"histogram-{task:05d}.npy") for task in range(tasks)])
     ranks, ends = rows_of(plan_rows(counts.sum(0), job.seq_length), rank, tasks)
-    step = -(-BLOCK // job.seq_length)
+    step = -(-job.block // job.seq_length)
     with replacing(at) as beside, pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as out:
         for first in range(0, len(ends) - 1, step):
             bounds = ends[first : first + step + 1]

@@ -83,7 +83,7 @@ STEPS = [
         "sampler-battery",
         "Every truncation sampler at one share of refused human tokens",
         None,
-        "sampler_battery.py --texts TEXT --windows 95 --continuations 1:64 --out OUT",
+        "sampler_battery.py --texts TEXT --windows 100 --continuations 1:300,0.7:150,1.3:150 --out OUT",
     ),
     Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
     Step(
@@ -110,19 +110,26 @@ STEPS = [
         None,
         'dual_chunk.py --text TEXT --only "LM-Infinite, a quarter;dual chunk" --out OUT',
     ),
+    Step(
+        "dual-chunk-temperature",
+        "The same on another text, with scores that are sharpened past the trained window",
+        None,
+        'dual_chunk.py --text TEXT --only "dual chunk;dual chunk, log;dual chunk, yarn;LM-Infinite, a quarter" '
+        "--out OUT",
+    ),
     Step("dual-chunk-cost", "One layer under dual chunk attention", None, "benchmarks/dual_chunk.py"),
     Step(
         "reading",
         "Facts that a novel states once, asked for in a chat: dual chunk attention alone and with blocks",
         None,
-        f"reading.py --texts {NOVELS} --lengths 4000,7500 --each 5 --arms dual-chunk,both "
+        f"reading.py --texts {NOVELS} --lengths 4000,7500 --each 10 --arms dual-chunk,both "
         f"--batteries {FACTS} --out OUT",
     ),
     Step(
         "reading-long",
         "The same past the trained window",
         None,
-        f"reading.py --texts {NOVELS} --lengths 12000,16000 --each 4 --arms dual-chunk,both "
+        f"reading.py --texts {NOVELS} --lengths 12000,16000 --each 10 --arms dual-chunk,both "
         f"--batteries {FACTS} --out OUT",
     ),
     Step(

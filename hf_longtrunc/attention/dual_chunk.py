@@ -22,6 +22,7 @@ the authors take s = 3c/4.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -63,6 +64,20 @@ class Chunks(NamedTuple):
     trained: int
     scaling: float
     rotate: Rotate
+
+
+def sharpness(positions: Int[Tensor, "rows n"], trained: int, temperature: str) -> Float[Tensor, "rows n"]:
+    """Return by how much the scores of queries past the trained positions are multiplied, 1 up to them.
+
+    The more keys, the flatter a softmax of the same scores. "log" multiplies by log(i + 1) / log c, which keeps the
+    entropy in step (Chiang and Cholak 2022, arXiv 2202.12172, section 5.3); "yarn" by (0.1 log((i + 1) / c) + 1)^2,
+    what was fitted to Llamas on stretched positions (Peng et al. 2023, arXiv 2309.00071, equation 22, whose factor of
+    extension is one number, here each query's own).
+    """
+    keys = (positions + 1).clamp_min(trained).double()
+    if temperature == "log":
+        return keys.log() / math.log(trained)
+    return (0.1 * (keys / trained).log() + 1).square()
 
 
 def seen_from(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import one_of, whole
 from hf_longtrunc.attention.cache import ChosenLayer
-from hf_longtrunc.attention.dual_chunk import Chunks, Emphasis, block_votes, dual_chunk_attention
+from hf_longtrunc.attention.dual_chunk import Chunks, Emphasis, block_votes, dual_chunk_attention, sharpness
 from hf_longtrunc.attention.families import own_forward
 from hf_longtrunc.attention.forward import Call, check_implementation
 from hf_longtrunc.attention.lm_infinite import trained_length
@@ -53,6 +53,8 @@ class DualChunkAttention:
         retrieval: `TopBlocks(...)` lets the keys of the blocks that a question points at count for several, in all
             layers that read: what the model overlooks. Texts of any length are emphasised so, and it needs a cache
             that grows (`DynamicCache`). None: every key counts for one.
+        temperature: sharpens the scores of queries past the trained length, "log" by log(i + 1) / log c, "yarn" by
+            (0.1 log((i + 1) / c) + 1)^2; None leaves them as they are.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.
@@ -67,8 +69,11 @@ class DualChunkAttention:
     chunk_length: int | None = None
     trained_length: int | None = None
     retrieval: TopBlocks | None = None
+    temperature: Literal["log", "yarn"] | None = None
 
     def __post_init__(self) -> None:
+        if self.temperature is not None:
+            one_of("temperature", self.temperature, ("log", "yarn"))
         for name, least in (("chunk_length", 1), ("trained_length", 2)):
             value = getattr(self, name)
             if value is not None:
@@ -114,6 +119,7 @@ class ChunkLayer:
     chunk: int
     trained: int
     retrieval: TopBlocks | None
+    temperature: str | None
 
     @property
     def first_in_block(self) -> int:
@@ -143,6 +149,9 @@ class ChunkLayer:
         if step.key_order is not None:
             key, value = taken(key, step.key_order), taken(value, step.key_order)
         query = query if step.query_order is None else taken(query, step.query_order)
+        if self.temperature is not None:
+            factor = sharpness(step.queries, self.trained, self.temperature)
+            query = query * factor.to(query)[:, None, :, None]
         padding = (step.keys - 1 - step.last[:, 0]).expand(len(query)) if step.is_padded else None
         chunks = Chunks(self.chunk, self.trained, scoring.scaling, self.rotation.rotate)
         if self.retrieval is not None and step.ballot is not None and self.retrieval.reads(self.index, is_vote=True):
@@ -197,7 +206,7 @@ class ChunkPatch(AttentionPatch):
 
     def __init__(self, technique: DualChunkAttention, model: Any, chunk: int, trained: int):
         super().__init__(technique, model, "its attention, masks and positions")
-        self._retrieval = technique.retrieval
+        self._retrieval, self._temperature = technique.retrieval, technique.temperature
         self.chunk = chunk
         self.trained = trained
         self._install(trained)
@@ -230,7 +239,7 @@ class ChunkPatch(AttentionPatch):
             retrieval = retrieval.for_layers(max(found.indices.values()) + 1)
         self._retrieval = retrieval
         return {
-            module: ChunkLayer(found.indices[module], rotation, self.chunk, self.trained, retrieval)
+            module: ChunkLayer(found.indices[module], rotation, self.chunk, self.trained, retrieval, self._temperature)
             for module, rotation in found.rotations.items()
             if rotation is not None
         }

@@ -310,9 +310,9 @@ def test_a_large_batch_in_parts_has_the_bits_of_one_pass(monkeypatch, dtype):
         monkeypatch.setattr(processors, "_CACHED", 1500)
         sizes, truncated = [], type(processor)._truncated
 
-        def counting(self, part, sizes=sizes, truncated=truncated):
+        def counting(self, part, out=None, sizes=sizes, truncated=truncated):
             sizes.append(len(part))
-            return truncated(self, part)
+            return truncated(self, part, out)
 
         monkeypatch.setattr(type(processor), "_truncated", counting)
         assert torch.equal(processor(None, scores).nan_to_num(7), whole.nan_to_num(7))

@@ -52,7 +52,7 @@ def save_folder(
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
         checksum = _checksum(beside, settings)
         described = {"kind": kind, "format": FORMAT, "settings": dict(settings), "sha256": checksum}
-        stack.enter_context(_alone(Path(folder)))
+        stack.enter_context(alone(Path(folder)))
         with replacing(described_at) as new:
             new.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
             os.replace(beside, _hidden(data_at, checksum))
@@ -143,7 +143,7 @@ def _runs(process: int) -> bool:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Let one at a time do what is inside, where folders can be locked: not on Windows or on every network's disk."""
     try:
         import fcntl

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from hf_longtrunc.extras import missing
-from hf_longtrunc.saving import left_by_killed, replacing, writing_name
+from hf_longtrunc.saving import alone, left_by_killed, replacing, writing_name
 
 if TYPE_CHECKING:
     import os
@@ -57,12 +57,13 @@ def write_rows(
     ]
     try:
         _run(jobs, library)
-        old = _files_that_count(folder)
-        _commit(folder, names, library)
+        with alone(folder):
+            old = _files_that_count(folder)
+            _commit(folder, names, library)
+            _remove(folder, old)
     except BaseException:
         _remove(folder, set(names) - _files_that_count(folder))
         raise
-    _remove(folder, old)
     return _read(folder, names, library)
 
 
@@ -192,7 +193,9 @@ def _read(folder: Path, names: list[str], library: Any) -> datasets.Dataset:
         written: datasets.Dataset | None = library.load_from_disk(str(folder))
     except FileNotFoundError:
         written = None
-    if written is None or _files_that_count(folder) != set(names):
+    others = _files_that_count(folder)
+    if written is None or others != set(names):
+        _remove(folder, set(names) - others)
         raise FileExistsError(
             f"another process has written rows into {folder} at the same time, and those are there: give each its own "
             "folder"

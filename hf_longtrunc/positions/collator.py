@@ -16,6 +16,7 @@ from hf_longtrunc.arguments import whole
 from hf_longtrunc.models import decoder_of, unwrapped
 from hf_longtrunc.positions.cream import SCHEMES, check_lengths
 from hf_longtrunc.positions.door import ROPE_IDS, is_attached, open_door
+from hf_longtrunc.positions.scaling import warn_of_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,8 +51,9 @@ class CreamCollator(TrainerCallback):
         seed: of all draws.
 
     It is a `TrainerCallback` too: with `Trainer(..., data_collator=collator, callbacks=[collator])` every epoch draws
-    anew (else call `set_epoch`), and training a model that is not attached stops at once. A collator that nobody tells
-    the epoch warns when its first document comes back.
+    anew (else call `set_epoch`), and training a model that is not attached stops at once. Training a PEFT adapter warns
+    if its base model, loaded anew, reads another window: the checkpoints hold none. A collator that nobody tells the
+    epoch warns when its first document comes back.
 
     Raises:
         TypeError, ValueError: a bad argument; a batch without `input_ids`, with a document longer than the window, or
@@ -196,9 +198,10 @@ class CreamCollator(TrainerCallback):
     # -- Trainer's events ----------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop a training whose model is not the attached one."""
+        """Stop a training whose model is not the attached one; warn if its checkpoints will lack the window."""
         if not is_attached(kwargs["model"]):
             raise ValueError("Trainer's model is not attached to this CreamCollator: call attach(model) before train()")
+        warn_of_adapter(kwargs["model"])
         self._passes = 0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -97,6 +97,25 @@ def extend_context(
     return window * factor
 
 
+def warn_of_adapter(model: Any) -> None:
+    """Warn if a PEFT model's base, loaded anew as its adapter's checkpoint will have it, reads another window."""
+    for adapter in getattr(model, "peft_config", {}).values():
+        name, config = adapter.base_model_name_or_path, unwrapped(model).config
+        try:
+            loaded = type(config).from_pretrained(name or "no name", local_files_only=True)
+        except (OSError, ValueError):  # nothing is known of the base
+            continue
+        then, now = _window(loaded.get_text_config(decoder=True)), _window(config.get_text_config(decoder=True))
+        if then != now:
+            warnings.warn(
+                f"the checkpoints of a PEFT adapter hold neither config nor window: its base model {name!r}, loaded "
+                f"anew, reads {then} tokens, and the model in training {now}. Save the base model after extend_context "
+                "and put the adapter on what from_pretrained makes of that folder; or call extend_context on the base "
+                "model, as for this training, before the adapter is loaded on it; or merge it and save the whole model",
+                stacklevel=2,
+            )
+
+
 def _scalable(model: Any) -> Any:
     if not isinstance(unwrapped(model), PreTrainedModel):
         raise TypeError(

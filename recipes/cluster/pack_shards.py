@@ -7,7 +7,8 @@
     tokenize   task i reads its share of the sources and writes their tokens, where each piece of a document begins,
                pieces ordered by decreasing length, and how many pieces of every length there are
     write      task j adds the histograms up and plans all rows by them, in some hundredths of a second and with no
-               word from another task; it gathers rows j, j + tasks, ... from the mapped tokens and writes them
+               word from another task; it gathers rows j, j + tasks, ... from the mapped tokens, some million tokens
+               at a time, and writes them
 
 A plan places pieces by their length alone, so that the histograms are all that the tasks need to know of each other:
 the n-th piece of length s is in the task where the counts of s, added up, reach n. `--check` packs everything again in
@@ -17,14 +18,15 @@ Both stages are functions of a rank and the number of tasks. datatrove runs them
 SlurmPipelineExecutor takes the same functions), else a pool of processes. A file takes its place when it is whole, and
 a task whose files are there is not run again. docs/cluster.md has the arithmetic for ten thousand million documents.
 
-Cost: `--synthetic 10000000 --check` some ten CPU minutes and 7 GB of disk; a tenth of the documents, a tenth of both.
+Cost: `--synthetic 10000000 --check` some three CPU minutes, 10 GB of disk, and about 1 GB of memory a process, of which
+mapped files are a part; a tenth of the documents, a tenth of time and disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import resource
-import shutil
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 Integers = NDArray[np.int64]
 EOS = 0
 PART = 100_000  # synthetic documents of a source
+SCHEMA = pa.schema({name: pa.list_(pa.int32()) for name in ("input_ids", "seq_lengths")})
 
 
 class Job(NamedTuple):
@@ -59,6 +62,7 @@ class Job(NamedTuple):
     synthetic: int
     seq_length: int
     out: Path
+    block: int  # tokens
 
 
 def main() -> None:
@@ -68,6 +72,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--block", type=int, default=2**24, help="tokens that a task gathers and writes at a time")
     parser.add_argument("--out", type=Path, help="folder of the shards; one that is thrown away if left out")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--arithmetic", action="store_true", help="print what plans of many documents cost, no more")
@@ -77,7 +82,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as thrown_away:
         out = arguments.out or Path(thrown_away)
-        pack_shards(Job(tuple(arguments.files), arguments.synthetic, arguments.seq_length, out), arguments)
+        job = Job(tuple(arguments.files), arguments.synthetic, arguments.seq_length, out, arguments.block)
+        pack_shards(job, arguments)
 
 
 def pack_shards(job: Job, arguments: argparse.Namespace) -> None:
@@ -87,13 +93,15 @@ def pack_shards(job: Job, arguments: argparse.Namespace) -> None:
         run(partial(stage, job), arguments.tasks, arguments.workers, job.out / "logs" / stage.__name__)
         seconds = time.perf_counter() - since
         print(f"{stage.__name__}: {arguments.tasks} tasks, {seconds:.1f} s since the start; {cost()}")
-    shards = [datasets.load_from_disk(job.out / f"rows-{task:05d}") for task in range(arguments.tasks)]
-    rows, tokens = sum(map(len, shards)), sum(len(shard.data["input_ids"].combine_chunks().values) for shard in shards)
-    print(f"{rows:,} rows of {job.seq_length} in {len(shards)} shards, {tokens / rows / job.seq_length:.3%} full")
+    tables = [shard(job, task).data for task in range(arguments.tasks)]
+    rows = sum(map(len, tables))
+    tokens = sum(len(chunk.values) for table in tables for chunk in table["input_ids"].chunks)
+    del tables
+    print(f"{rows:,} rows of {job.seq_length} in {arguments.tasks} shards, {tokens / rows / job.seq_length:.3%} full")
     written = sum(file.stat().st_size for file in job.out.rglob("*") if file.is_file())
     print(f"{written / 1e9:.2f} GB on disk, of them the tokens twice: as read, and in rows")
     if arguments.check:
-        check(job, arguments.tasks, shards)
+        check(job, arguments.tasks)
         print(f"packed again in one process, and compared: {cost()}")
 
 
@@ -144,41 +152,38 @@ def tokenize(job: Job, data: Any, rank: int = 0, tasks: int = 1) -> None:
     at = job.out / f"histogram-{rank:05d}.npy"
     if at.exists():
         return
-    tokens, lengths = [np.empty(0, np.uint16)], [np.empty(0, np.int64)]
-    for flat, sizes in sources(job, rank, tasks):
-        tokens.append(flat)
-        lengths.append(sizes)
+    lengths = [np.empty(0, np.int64)]
+    with replacing(job.out / f"tokens-{rank:05d}.bin") as beside, beside.open("wb") as file:
+        for tokens, sizes in sources(job, rank, tasks):
+            file.write(tokens.tobytes())
+            lengths.append(sizes)
     starts, sizes = pieces(np.concatenate(lengths), job.seq_length)
-    save(job.out / f"tokens-{rank:05d}.npy", np.concatenate(tokens))
     save(job.out / f"pieces-{rank:05d}.npy", starts[np.argsort(-sizes, kind="stable")])
     save(at, np.bincount(sizes, minlength=job.seq_length + 1))  # last: the other files are there
 
 
 def write(job: Job, data: Any, rank: int = 0, tasks: int = 1) -> None:
     """Write every `tasks`-th row of the plan for all."""
-    folder = job.out / f"rows-{rank:05d}"
-    if folder.exists():
+    at = job.out / f"rows-{rank:05d}.arrow"
+    if at.exists():
         return
     counts = np.stack([np.load(job.out / f"histogram-{task:05d}.npy") for task in range(tasks)])
     ranks, ends = rows_of(plan_rows(counts.sum(0), job.seq_length), rank, tasks)
-    tokens, lengths = gathered(job, counts, ranks)
-    piece_ends = np.append(0, np.cumsum(lengths))
-    table = pa.table(
-        {
-            "input_ids": pa.ListArray.from_arrays(piece_ends[ends].astype(np.int32), tokens.astype(np.int32)),
-            "seq_lengths": pa.ListArray.from_arrays(ends.astype(np.int32), lengths.astype(np.int32)),
-        }
-    )
-    datasets.disable_progress_bars()
-    beside = folder.with_name(f".{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
-    dataset_of(table, folder.name).save_to_disk(beside)
-    beside.rename(folder)
+    step = -(-job.block // job.seq_length)
+    with replacing(at) as beside, pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as out:
+        for first in range(0, len(ends) - 1, step):
+            bounds = ends[first : first + step + 1]
+            tokens, lengths = gathered(job, counts, ranks[bounds[0] : bounds[-1]])
+            bounds = bounds - bounds[0]
+            starts = np.append(0, np.cumsum(lengths))[bounds]
+            columns = ((starts, tokens), (bounds, lengths))
+            lists = [pa.ListArray.from_arrays(*(part.astype(np.int32) for part in column)) for column in columns]
+            out.write_batch(pa.RecordBatch.from_arrays(lists, schema=SCHEMA))
 
 
-def dataset_of(table: pa.Table, name: str) -> datasets.Dataset:
-    """Return a table as a dataset; without a name datasets would hash all of it, and copy it for that."""
-    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=name)
+def shard(job: Job, task: int) -> datasets.Dataset:
+    """Return a task's rows, mapped from their file."""
+    return datasets.Dataset.from_file(str(job.out / f"rows-{task:05d}.arrow"))
 
 
 def pieces(lengths: Integers, seq_length: int) -> tuple[Integers, Integers]:
@@ -227,7 +232,7 @@ def gathered(job: Job, counts: Integers, ranks: Integers) -> tuple[NDArray[np.ui
             columns = column[is_here]
             in_task = (np.cumsum(decreasing[task]) - decreasing[task])[columns] + in_length[is_here] - before[columns]
             starts = np.load(job.out / f"pieces-{task:05d}.npy", mmap_mode="r")[in_task]
-            tokens = np.load(job.out / f"tokens-{task:05d}.npy", mmap_mode="r")
+            tokens = np.memmap(job.out / f"tokens-{task:05d}.bin", np.uint16, "r")
             copy(tokens, starts, lengths[is_here], out, out_ends[:-1][is_here])
         before += decreasing[task]
     return out, lengths
@@ -277,8 +282,11 @@ def synthetic(number: int, seed: int) -> tuple[NDArray[np.uint16], Integers]:
 # -- the same in one process -------------------------------------------------------------------------------------------
 
 
-def check(job: Job, tasks: int, shards: list[Any]) -> None:
-    """Pack everything in one process, from one mapped file of all tokens, and compare every row."""
+def check(job: Job, tasks: int) -> None:
+    """Pack everything in one process, from one mapped file of all tokens, and compare every row.
+
+    The plan is in memory, tokens are for a block at a time: what was read is given back.
+    """
     at, lengths = job.out / "one-process.bin", [np.empty(0, np.int64)]
     with at.open("wb") as file:
         for rank in range(tasks):
@@ -286,17 +294,21 @@ def check(job: Job, tasks: int, shards: list[Any]) -> None:
                 file.write(tokens.astype(np.int32).tobytes())
                 lengths.append(sizes)
     ends = np.append(0, np.cumsum(np.concatenate(lengths)))
-    flat = pa.Array.from_buffers(pa.int32(), int(ends[-1]), [None, pa.py_buffer(np.memmap(at, np.int32, "r"))])
-    table = pa.table({"input_ids": pa.LargeListArray.from_arrays(ends, flat)})
-    packed = pack(dataset_of(table, "one process"), job.seq_length, min_piece=1, seed=None)
-    for rank, shard in enumerate(shards):
-        wanted = packed.shard(rank, tasks)
-        assert len(wanted) == len(shard), f"shard {rank} has {len(shard)} rows, expected {len(wanted)}"
-        for first, last in wanted.blocks(0, len(wanted), 2**24):
-            rows, found = wanted.gather(first, last, with_labels=False), shard.data.slice(first, last - first)
+    with at.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    flat = pa.Array.from_buffers(pa.int32(), int(ends[-1]), [None, pa.py_buffer(mapped)])
+    table = datasets.table.InMemoryTable(pa.table({"input_ids": pa.LargeListArray.from_arrays(ends, flat)}))
+    # Without a fingerprint datasets would hash all tokens, and copy them for that.
+    packed = pack(datasets.Dataset(table, fingerprint="one process"), job.seq_length, min_piece=1, seed=None)
+    for rank in range(tasks):
+        wanted, written = packed.shard(rank, tasks), shard(job, rank)
+        assert len(wanted) == len(written), f"shard {rank} has {len(written)} rows, expected {len(wanted)}"
+        for first, last in wanted.blocks(0, len(wanted), 2**20):
+            rows, found = wanted.gather(first, last, with_labels=False), written.data.slice(first, last - first)
             for name, values in (("input_ids", rows.input_ids), ("seq_lengths", rows.piece_lengths)):
                 column = found[name].combine_chunks().flatten()
                 assert np.array_equal(column, values), f"shard {rank} differs in {name}, rows {first} to {last}"
+            mapped.madvise(mmap.MADV_DONTNEED)
     at.unlink()
     print(f"equal to one process: all {len(packed):,} rows, {len(ends) - 1:,} documents, {ends[-1]:,} tokens")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from torch.utils.data import Subset
 
 from hf_longtrunc import BestFitPackingCollator, PackedDataset, Packing, best_fit_decreasing, pack
 from hf_longtrunc.data import writing
@@ -145,6 +146,7 @@ def test_two_who_write_at_once_leave_the_rows_of_one(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match=r"another process has written rows into .* at the same time"):
         one.materialize(tmp_path)
     assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(other)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_data_files_of_a_killed_process_go_and_those_of_a_running_one_stay(tmp_path, process_that_ended, monkeypatch):
@@ -165,19 +167,29 @@ def test_data_files_of_a_killed_process_go_and_those_of_a_running_one_stay(tmp_p
     assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(packed)
 
 
-@pytest.mark.parametrize("kind", ["documents", "a view", "a transform", "a link"])
+@pytest.mark.parametrize("kind", ["documents", "a view", "a transform", "a link", "a subset"])
 def test_rows_do_not_take_the_place_of_their_own_documents(kind, tmp_path):
     arrow().save_to_disk(tmp_path / "corpus")
     (tmp_path / "link").symlink_to(tmp_path / "corpus")
     dataset = datasets.load_from_disk(tmp_path / ("link" if kind == "a link" else "corpus"))
     dataset = dataset.select([3, 1]) if kind == "a view" else dataset
     dataset = dataset.with_transform(dict) if kind == "a transform" else dataset
-    packed = pack(dataset, SEQ_LENGTH)
+    packed = pack(Subset(dataset, [3, 1]) if kind == "a subset" else dataset, SEQ_LENGTH)
     for folder in ("corpus", "link"):
         with pytest.raises(ValueError, match="folder must not be that of the documents"):
             packed.materialize(tmp_path / folder)
     assert datasets.load_from_disk(tmp_path / "corpus")["input_ids"] == arrow()["input_ids"]
     assert rows_of(packed.materialize(tmp_path / "corpus" / "rows")) == rows_of(packed)
+
+
+def test_rows_do_not_hide_splits(tmp_path):
+    datasets.DatasetDict({"train": arrow(), "test": arrow([5])}).save_to_disk(tmp_path)
+    packed = pack(datasets.load_from_disk(tmp_path), SEQ_LENGTH)
+    with pytest.raises(ValueError, match="holds splits, which the rows would hide"):
+        packed["train"].materialize(tmp_path)
+    with pytest.raises(ValueError, match="folder must not be that of the documents"):
+        packed["train"].materialize(tmp_path / "train")
+    assert datasets.load_from_disk(tmp_path).num_rows == {"train": 83, "test": 1}
 
 
 # -- plans -------------------------------------------------------------------------------------------------------------

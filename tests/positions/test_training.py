@@ -8,7 +8,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_longtrunc import BestFitPackingCollator, CreamCollator, extend_context, pack
 from hf_longtrunc.positions.door import ROPE_IDS
@@ -47,11 +48,13 @@ def trained(
     report="",
     dataset=None,
     is_told=True,
+    model=None,
     **arguments,
 ):
     torch.manual_seed(0)
-    model = LlamaForCausalLM(tiny_config(max_position_embeddings=WINDOW))
-    extend_context(model, FACTOR, "ntk")
+    if model is None:
+        model = LlamaForCausalLM(tiny_config(max_position_embeddings=WINDOW))
+        extend_context(model, FACTOR, "ntk")
     collator = CreamCollator(rows, WINDOW, FACTOR, scheme=scheme, seed=5)
     if attach:
         collator.attach(model)
@@ -104,6 +107,45 @@ def test_resumed_in_mid_epoch_it_draws_the_same(tmp_path, workers):
     # A Trainer may have drawn a batch that it did not come to use: what counts is what the steps saw.
     assert first.seen + second.seen + third.seen == whole.seen
     assert torch.equal(parameters(third), parameters(whole))
+
+
+def with_adapter(base):
+    """A LoRA adapter on a base model of which it is stored where it comes from."""
+    torch.manual_seed(1)
+    return get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # what peft asks a model for
+def test_an_adapter_resumes_and_is_loaded_at_the_long_window_or_the_way_there_is_said(tmp_path):
+    """6 steps, cut after 3; the base model is stored as it was, and after extend_context."""
+    LlamaForCausalLM(tiny_config(max_position_embeddings=WINDOW)).save_pretrained(tmp_path / "short")
+
+    def extended(folder):
+        base = AutoModelForCausalLM.from_pretrained(folder)
+        extend_context(base, FACTOR, "ntk")
+        return base
+
+    extended(tmp_path / "short").save_pretrained(tmp_path / "long")
+    said = rf"{tmp_path}/short', loaded anew, reads {WINDOW} tokens, and the model in training {WINDOW * FACTOR}"
+    with pytest.warns(UserWarning, match=said):
+        whole = trained(tmp_path / "whole", model=with_adapter(extended(tmp_path / "short")), callbacks=[StopAfter(6)])
+
+    def of_long(**options):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
+        return trained(tmp_path / "cut", model=with_adapter(base), **options)
+
+    of_long(callbacks=[StopAfter(3)])
+    resumed = of_long(resume=str(tmp_path / "cut" / "checkpoint-3"), callbacks=[StopAfter(6)])
+    assert torch.equal(parameters(resumed), parameters(whole))
+    ids = torch.arange(2 * WINDOW)[None] % 97
+    wanted = whole.model.eval()(ids).logits
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "cut" / "checkpoint-6")
+    assert torch.equal(loaded.eval()(ids).logits, wanted)
+    # Without the stored base model: not at the long window by itself, and as the warning says.
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-6")
+    assert not torch.equal(loaded.eval()(ids).logits, wanted)
+    loaded = PeftModel.from_pretrained(extended(tmp_path / "short"), tmp_path / "whole" / "checkpoint-6")
+    assert torch.equal(loaded.eval()(ids).logits, wanted)
 
 
 def test_every_epoch_draws_anew(tmp_path):

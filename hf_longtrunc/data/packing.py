@@ -71,9 +71,11 @@ class RowPlan(NamedTuple):
         ends = np.cumsum(self.rows)
         visited = np.arange(ends[-1] if len(ends) else 0) + np.repeat(self.first - ends + self.rows, self.rows)
         taken = np.repeat(self.pieces, self.rows)
-        in_rows = np.bincount(visited, weights=taken, minlength=self.num_rows).astype(np.int64)
+        filled = np.repeat(self.held + self.pieces, self.rows)
+        in_rows = np.zeros(self.num_rows, np.int64)
+        in_rows[visited] = filled  # of a row's visits the last stays
         offsets = np.append(0, np.cumsum(in_rows))
-        shift = offsets[visited] + np.repeat(self.held, self.rows) - np.cumsum(taken) + taken
+        shift = offsets[visited] + filled - np.cumsum(taken)
         places = np.repeat(shift.astype(dtype), taken)
         places += np.arange(len(places), dtype=dtype)
         return places, offsets
@@ -199,7 +201,7 @@ def best_fit_decreasing(
         TypeError, ValueError: a length that is no integer or is negative, no documents, nothing left to pack, or a
             parameter out of range; the message names the first offender.
 
-    Cost: about 0.1 s and 60 bytes a document for a million of them; two radix sorts dominate.
+    Cost: about 0.06 s and 60 bytes a document for a million of them: a radix sort, some passes, and `plan_rows`.
     """
     seq_length, min_piece, seed = checked_options(seq_length, long, min_piece, seed)
     lengths = _checked_lengths(lengths)
@@ -242,31 +244,30 @@ def plan_rows(histogram: Indices, seq_length: int) -> RowPlan:
     Cost: proportional to the number of distinct lengths, independent of the number of pieces.
     """
     waiting: defaultdict[int, deque[tuple[int, int, int]]] = defaultdict(deque)  # runs, by remaining space
-    spaces: list[int] = []  # those with a run waiting, ascending
-    moves: list[tuple[int, int, int, int]] = []
-    num_rows = 0
-    for size in (np.flatnonzero(histogram[1:])[::-1] + 1).tolist():
-        left = int(histogram[size])
+    spaces = [seq_length]  # those with a run waiting, ascending
+    waiting[seq_length].append((0, int(histogram.sum()) + 1, 0))  # rows to open: more than are ever needed
+    moves: list[int] = []  # four numbers a move
+    sizes = np.flatnonzero(histogram[1:])[::-1] + 1
+    for size, left in zip(sizes.tolist(), histogram[sizes].tolist(), strict=True):
         while left:
             fitting = bisect_left(spaces, size)
-            is_new = fitting == len(spaces)
-            space = seq_length if is_new else spaces[fitting]
+            space = spaces[fitting]
+            queue = waiting[space]
+            first, rows, held = queue.popleft()
             most = space // size
-            first, rows, held = (num_rows, max(1, left // most), 0) if is_new else waiting[space].popleft()
             taken, each = (min(rows, left // most), most) if left >= most else (1, left)
-            moves.append((first, taken, each, held))
+            moves += first, taken, each, held
             left -= taken * each
-            if is_new:
-                num_rows += taken
-            elif taken < rows:
-                waiting[space].appendleft((first + taken, rows - taken, held))
-            elif not waiting[space]:
+            if taken < rows:
+                queue.appendleft((first + taken, rows - taken, held))
+            elif not queue:
                 del spaces[fitting]
             rest = space - each * size
             if rest:
                 if not waiting[rest]:
                     insort(spaces, rest)
                 waiting[rest].append((first, taken, held + each))
+    num_rows = waiting[seq_length][0][0]
     first_rows, rows_moved, pieces, pieces_held = np.array(moves, dtype=np.int64).reshape(-1, 4).T
     return RowPlan(first_rows, rows_moved, pieces, pieces_held, num_rows)
 
@@ -304,7 +305,8 @@ def _pieces(lengths: Indices, seq_length: int, long: LongDocuments, min_piece: i
             'pass long="split", "truncate" or "drop", or a larger seq_length'
         )
     if long == "split":
-        counts = lengths // seq_length + (lengths % seq_length >= min_piece)
+        counts = lengths // seq_length
+        counts += lengths - counts * seq_length >= min_piece
     else:
         is_packed = (lengths >= min_piece) & ((lengths <= seq_length) | (long == "truncate"))
         counts = is_packed.astype(lengths.dtype)
@@ -318,9 +320,9 @@ def _pieces(lengths: Indices, seq_length: int, long: LongDocuments, min_piece: i
     if len(document) == np.count_nonzero(counts):
         return document, np.zeros(len(document), lengths.dtype), np.minimum(lengths[document], seq_length)
     # Pieces of a document stand in a row: the n-th of them starts at its token n * seq_length.
-    start = np.arange(len(document), dtype=dtype)
-    start -= np.repeat((np.cumsum(counts) - counts).astype(dtype), counts)
-    start = start.astype(lengths.dtype, copy=False) * seq_length
+    start, is_cut = np.zeros(len(document), lengths.dtype), counts > 1
+    cuts = counts[is_cut]
+    start[is_cut[document]] = (np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)) * seq_length
     return document, start, np.minimum(lengths[document] - start, seq_length)
 
 

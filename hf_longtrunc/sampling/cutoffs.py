@@ -31,20 +31,25 @@ if TYPE_CHECKING:
 _Z_FLOOR = -200.0
 # A summation tree of this width is one warp wide on CUDA and never split between threads on a CPU.
 _FOLD = 32
+# A draw reads a level of so many entries whole: on a CPU as quick as 32 of them, and it saves the levels above.
+_WHOLE_LEVEL = 2048
+_BELOW_ONE = 1 - 2**-53
 
 
 class Softmax(NamedTuple):
-    """Rows of log-probabilities: log p = z - log_total, z 0 at a row's maximum, weights = exp z, total their sum."""
+    """Rows of log-probabilities: log p = z - log_total, z 0 at a row's maximum.
+
+    `tree` holds the sums that led from exp z, its first level, to the total, its last (see `sum_tree`).
+    """
 
     z: Float[Tensor, "*rows vocab"]
-    weights: Float[Tensor, "*rows vocab"]
-    total: Float[Tensor, "*rows 1"]
+    tree: list[Tensor]
     log_total: Float[Tensor, "*rows 1"]
 
     @property
     def entropy(self) -> Float[Tensor, "*rows 1"]:
         """Shannon's entropy of each row in nats; tokens of probability zero add nothing to it. Cost: one sum."""
-        return self.log_total - _row_sum(self.weights * self.z) / self.total
+        return self.log_total - _row_sum(self.tree[0] * self.z) / self.tree[-1]
 
 
 def softmax_rows(scores: Float[Tensor, "*rows vocab"]) -> Softmax:
@@ -55,9 +60,8 @@ def softmax_rows(scores: Float[Tensor, "*rows vocab"]) -> Softmax:
     # Contiguous: the sums of a transposed row are added up in another order, and differ in the last bit.
     scores = scores.float().contiguous()
     z = (scores - scores.amax(-1, keepdim=True)).clamp_min_(_Z_FLOOR)
-    weights = z.exp()
-    total = _row_sum(weights)
-    return Softmax(z, weights, total, total.log())
+    tree = sum_tree(z.exp())
+    return Softmax(z, tree, tree[-1].log())
 
 
 def eta_log_threshold(rows: Softmax, epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
@@ -173,25 +177,39 @@ def draw(tree: list[Tensor], uniform: Float[Tensor, "rows 1"]) -> Int[Tensor, "r
         tree: of values that are nowhere negative, [rows, n]; `sum_tree` makes it.
         uniform: float64 in [0, 1), one a row.
 
-    Cost: 32 numbers a level. An entry of value zero is never drawn. A row's draw depends on that row alone.
+    Cost: 2,048 numbers at most, and 32 for each longer level. An entry of value zero is never drawn. A row's draw
+    depends on that row alone.
     """
-    place, share = torch.zeros_like(uniform, dtype=torch.long), uniform
-    children = torch.arange(_FOLD, device=place.device)
-    for level in reversed(tree[:-1]):
-        places = torch.add(children, place, alpha=_FOLD)
-        if level.shape[-1] % _FOLD:
-            end = level.shape[-1] - 1
-            values = level.gather(-1, places.clamp_max(end)).double().masked_fill_(places > end, 0)
-        else:
-            values = level.gather(-1, places).double()
-        sums = values.cumsum(-1)
-        goal = share * sums[..., -1:]
-        # The second condition stops at the last value above zero, whatever rounding made of the goal.
-        which = ((sums <= goal) & (sums < sums[..., -1:])).sum(-1, keepdim=True)
-        value = values.gather(-1, which)
-        share = ((goal - sums.gather(-1, which) + value) / value).clamp(0, 1)
-        place = place * _FOLD + which
+    start = next(n for n, level in enumerate(tree) if level.shape[-1] <= _WHOLE_LEVEL)
+    values = tree[start]
+    sums, goal, which = _reached(values, uniform)
+    place = which
+    for level in reversed(tree[:start]):
+        # What share of the value lies before the goal.
+        share = (goal - sums.gather(-1, which)).div_(values.gather(-1, which)).add_(1).clamp_(0, _BELOW_ONE)
+        values = _summands(level, place)
+        sums, goal, which = _reached(values, share)
+        place = torch.add(which, place, alpha=_FOLD)
     return place
+
+
+def _reached(
+    values: Float[Tensor, "rows n"], share: Float[Tensor, "rows 1"]
+) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows 1"], Int[Tensor, "rows 1"]]:
+    """Return the running sums of each row, the `share` of their last, and which of them is the first above that."""
+    sums = values.cumsum(-1, dtype=torch.float64)
+    # Below the last sum, as the share is below 1; so the first sum above it ends with a value above zero.
+    goal = share * sums[:, -1:]
+    return sums, goal, (sums <= goal).sum(-1, keepdim=True)
+
+
+def _summands(level: Float[Tensor, "rows n"], place: Int[Tensor, "rows 1"]) -> Float[Tensor, "rows 32"]:
+    """Return the entries of a level that entry `place` of the next is the sum of, zeros where they are fewer."""
+    places = torch.add(torch.arange(_FOLD, device=place.device), place, alpha=_FOLD)
+    if level.shape[-1] % _FOLD == 0:
+        return level.gather(-1, places)
+    end = level.shape[-1] - 1
+    return level.gather(-1, places.clamp_max(end)).masked_fill_(places > end, 0)
 
 
 def set_zero(tree: list[Tensor], place: int) -> None:

@@ -137,8 +137,8 @@ class SupportChecker:
         checked, undecided: tokens below tau that were decided by proof or not, since the checker was made. Undecided
             ones are reported as such; whoever needs a set treats them as cut, since keeping asks for a proof.
 
-    Cost on one CPU thread at V = 49152, rank 20 (docs/bat.md): some 3 ms a check of one token, row included. Memory:
-    V * (rank + 1) float64 for the basis, and 16 vectors of V while a batch is verified.
+    Cost on one idle CPU thread at V = 49152, rank 20 (docs/bat.md): 1 to 2 ms a check of one token, row included.
+    Memory: V * (rank + 1) float64 for the basis, and 16 vectors of V while a batch is verified.
 
     Source: Finlayson et al. 2023, arXiv 2310.01693, section 5. Deviations: exact where the published code is at the
     mercy of a solver's tolerance; the restricted program, its proofs and their reuse are not in the paper.

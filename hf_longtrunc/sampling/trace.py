@@ -149,7 +149,7 @@ class TruncationTrace(LogitsProcessor):
             cut, half as many of the least probable tokens that were kept and of the most probable that were cut, each
             kept one below basis-aware truncation's threshold with its proof's margin; 0 keeps none.
 
-    Cost: a softmax, three partial sorts and a host synchronisation a step; some 3 ms for each margin. Memory: 150 bytes
+    Cost: a softmax, three partial sorts and a host synchronisation a step; 1 to 2 ms for each margin. Memory: 150 bytes
     a record and 13 for each candidate, the last step's log-probabilities [rows, vocab], and those of up to 64 steps at
     batch size 1. Not for continuous batching, whose calls do not say which request a row belongs to: it raises
     ValueError there.

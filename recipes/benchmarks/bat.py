@@ -37,7 +37,7 @@ from rich.table import Table
 from scipy.optimize import linprog
 
 from hf_longtrunc import BasisAwareLogitsProcessor, EtaLogitsProcessor, SoftmaxBasis, SupportChecker, load_pretrained
-from hf_longtrunc.sampling.cutoffs import Softmax, draw, softmax_rows, sum_tree
+from hf_longtrunc.sampling.cutoffs import Softmax, draw, softmax_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -168,7 +168,7 @@ def _kept_sets(basis: SoftmaxBasis, logits: torch.Tensor, arguments: argparse.Na
 
 
 def _draws(vocab_size: int) -> Table:
-    """Return the times of sample mode's draw and of Gumbel noise over the vocabulary, in turns."""
+    """Return the times of sample mode's draw and of Gumbel noise over the vocabulary, in turns, behind one softmax."""
     table = Table(title="A draw for each row, median of 30 turns")
     for heading in ("vocabulary", "rows", "noise, ms", "tree, ms", "ratio"):
         table.add_column(heading, justify="right")
@@ -178,7 +178,7 @@ def _draws(vocab_size: int) -> Table:
         return (rows.z - rows.log_total - exponential.log()).masked_fill(rows.z == -math.inf, -math.inf).argmax(-1)
 
     def tree(rows: Softmax) -> torch.Tensor:
-        return draw(sum_tree(rows.weights), torch.rand(len(rows.z), 1, dtype=torch.float64))
+        return draw(rows.tree, torch.rand(len(rows.z), 1, dtype=torch.float64))
 
     for vocabulary, count in ((vocab_size, 1), (vocab_size, 32), (262_144, 1), (262_144, 32)):
         rows = softmax_rows(torch.randn(count, vocabulary) * 3)

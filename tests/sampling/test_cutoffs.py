@@ -184,7 +184,7 @@ def chi_square_holds(counts: torch.Tensor, probs: torch.Tensor) -> bool:
     return float(((seen - bins)[used] ** 2 / bins[used]).sum()) < limit
 
 
-@pytest.mark.parametrize("size", [5, 32, 33, 1500])
+@pytest.mark.parametrize("size", [5, 33, 300, 5001, 70_001])
 @pytest.mark.parametrize("refusals", [0, 200])
 def test_draws_down_the_tree_are_in_proportion(size, refusals):
     """As they come, and after entries have been taken out one by one; 10^6 draws and 10^3 refusals pass too."""
@@ -203,14 +203,14 @@ def test_draws_down_the_tree_are_in_proportion(size, refusals):
         values[0, place] = 0
         cutoffs.set_zero(tree, place)
     torch.testing.assert_close(tree[-1][0, 0].double(), values.double().sum(), rtol=1e-6, atol=0)
-    counts = torch.bincount(drawn(40_000), minlength=size)
+    counts = torch.bincount(torch.cat([drawn(5_000) for _ in range(8)]), minlength=size)
     assert counts[values[0] == 0].sum() == 0
     assert chi_square_holds(counts, values[0].double() / values.double().sum())
 
 
 def test_a_draw_at_either_end_has_a_value_and_a_row_draws_alone():
-    values = torch.zeros(3, 1100)
-    values[0, 700], values[1, 3], values[1, 1099], values[2] = 1e-30, 2.0, 1e-9, 1.0
+    values = torch.zeros(3, 3100)
+    values[0, 700], values[1, 3], values[1, 3099], values[2] = 1e-30, 2.0, 1e-9, 1.0
     tree = cutoffs.sum_tree(values)
     for uniform in (0.0, 0.3, 1 - 2**-53):
         uniforms = torch.full((3, 1), uniform, dtype=torch.float64)

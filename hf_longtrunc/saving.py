@@ -99,7 +99,8 @@ def placing(first: Path, second: Path) -> Iterator[tuple[Path, Path]]:
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     for name in left_by_killed(path.parent, ".", f".{escape(path.name)}"):
-        (path.parent / name).unlink(missing_ok=True)
+        with suppress(OSError):  # another user's
+            (path.parent / name).unlink()
     beside = path.with_name(f".{writing_name()}.{path.name}")
     try:
         yield beside

@@ -106,6 +106,10 @@ def test_what_a_killed_process_began_is_removed_by_the_next_writing(tmp_path, pr
     with replacing(tmp_path / "basis.json") as beside:
         beside.write_text("{}")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "basis.json"])
+    (tmp_path / left).mkdir()  # what cannot be removed is in nobody's way
+    with replacing(tmp_path / "basis.json") as beside:
+        beside.write_text("[]")
+    assert (tmp_path / "basis.json").read_text() == "[]"
 
 
 def test_a_pair_is_of_one_writer(tmp_path):

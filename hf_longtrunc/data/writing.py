@@ -193,9 +193,7 @@ def _read(folder: Path, names: list[str], library: Any) -> datasets.Dataset:
         written: datasets.Dataset | None = library.load_from_disk(str(folder))
     except FileNotFoundError:
         written = None
-    others = _files_that_count(folder)
-    if written is None or others != set(names):
-        _remove(folder, set(names) - others)
+    if written is None or _files_that_count(folder) != set(names):
         raise FileExistsError(
             f"another process has written rows into {folder} at the same time, and those are there: give each its own "
             "folder"

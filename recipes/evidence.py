@@ -83,7 +83,7 @@ STEPS = [
         "sampler-battery",
         "Every truncation sampler at one share of refused human tokens",
         None,
-        "sampler_battery.py --texts TEXT --windows 100 --continuations 1:300,0.7:150,1.3:150 --out OUT",
+        "sampler_battery.py --texts TEXT --windows 100 --continuations 1:300,0.7:100,1.3:100 --out OUT",
     ),
     Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
     Step(

@@ -262,7 +262,7 @@ STEPS = [
         "processors-cost",
         "What a truncation step costs beside transformers' own",
         None,
-        "benchmarks/processors.py --batch 1 32 --threads 1",
+        "benchmarks/processors.py --batch 1 32 --threads 1 2",
     ),
     Step(
         "closed-forms",

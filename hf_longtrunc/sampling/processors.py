@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from hf_longtrunc.sampling.support import Variant
 
 
-# Scores that go through a processor at a time: 1 MB in fp32, what a core's own cache holds.
-_CACHED = 2**18
+# Scores that go through a processor at a time: 2 MB in fp32, which with their temporaries stay in the caches.
+_CACHED = 2**19
 
 
 class _ThresholdLogitsProcessor(LogitsProcessor):
@@ -127,7 +127,7 @@ class EtaLogitsProcessor(_ThresholdLogitsProcessor):
             the rows; scores that are no floating-point tensor or have no token in them.
 
     Cost: one `exp` and two sums over the vocabulary; no sort, no host synchronisation; on a CPU a large batch goes
-    through in parts of 1 MB. Rows are independent of their batch to the bit. Works with `generate` in every mode that
+    through in parts of 2 MB. Rows are independent of their batch to the bit. Works with `generate` in every mode that
     takes a processor list, and through `attach_processors` in those that take none. `sampling_settings(model)` are the
     arguments that leave it alone.
 

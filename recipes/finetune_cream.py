@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def training_arguments(arguments: argparse.Namespace, arm: str) -> TrainingArgum
 def with_lora(model: Any, rank: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    warnings.filterwarnings("ignore", message="the checkpoints of a PEFT adapter")  # merged before it is saved
     layers = ["q_proj", "k_proj", "v_proj", "o_proj"]
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers, task_type="CAUSAL_LM"))
 

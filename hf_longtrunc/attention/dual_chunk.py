@@ -66,7 +66,9 @@ class Chunks(NamedTuple):
     rotate: Rotate
 
 
-def sharpness(positions: Int[Tensor, "rows n"], trained: int, temperature: str) -> Float[Tensor, "rows n"]:
+def sharpness(
+    positions: Int[Tensor, "rows n"], trained: int, temperature: str, dtype: torch.dtype
+) -> Float[Tensor, "rows n"]:
     """Return by how much the scores of queries past the trained positions are multiplied, 1 up to them.
 
     The more keys, the flatter a softmax of the same scores. "log" multiplies by log(i + 1) / log c, which keeps the
@@ -74,7 +76,7 @@ def sharpness(positions: Int[Tensor, "rows n"], trained: int, temperature: str) 
     what was fitted to Llamas on stretched positions (Peng et al. 2023, arXiv 2309.00071, equation 22, whose factor of
     extension is one number, here each query's own).
     """
-    keys = (positions + 1).clamp_min(trained).double()
+    keys = (positions + 1).clamp_min(trained).to(dtype)
     if temperature == "log":
         return keys.log() / math.log(trained)
     return (0.1 * (keys / trained).log() + 1).square()

@@ -150,8 +150,9 @@ class ChunkLayer:
             key, value = taken(key, step.key_order), taken(value, step.key_order)
         query = query if step.query_order is None else taken(query, step.query_order)
         if self.temperature is not None:
-            factor = sharpness(step.queries, self.trained, self.temperature)
-            query = query * factor.to(query)[:, None, :, None]
+            wide = torch.promote_types(query.dtype, torch.float32)
+            factor = sharpness(step.queries.to(query.device), self.trained, self.temperature, wide)
+            query = (query * factor[:, None, :, None]).to(query.dtype)
         padding = (step.keys - 1 - step.last[:, 0]).expand(len(query)) if step.is_padded else None
         chunks = Chunks(self.chunk, self.trained, scoring.scaling, self.rotation.rotate)
         if self.retrieval is not None and step.ballot is not None and self.retrieval.reads(self.index, is_vote=True):
@@ -204,9 +205,11 @@ class ChunkPatch(AttentionPatch):
         trained: c.
     """
 
+    technique: DualChunkAttention
+
     def __init__(self, technique: DualChunkAttention, model: Any, chunk: int, trained: int):
         super().__init__(technique, model, "its attention, masks and positions")
-        self._retrieval, self._temperature = technique.retrieval, technique.temperature
+        self._retrieval = technique.retrieval
         self.chunk = chunk
         self.trained = trained
         self._install(trained)
@@ -237,9 +240,9 @@ class ChunkPatch(AttentionPatch):
         if retrieval is not None:
             retrieval.check(list(found.indices.values()), not found.cached_otherwise, self._states is None)
             retrieval = retrieval.for_layers(max(found.indices.values()) + 1)
-        self._retrieval = retrieval
+        self._retrieval, temperature = retrieval, self.technique.temperature
         return {
-            module: ChunkLayer(found.indices[module], rotation, self.chunk, self.trained, retrieval, self._temperature)
+            module: ChunkLayer(found.indices[module], rotation, self.chunk, self.trained, retrieval, temperature)
             for module, rotation in found.rotations.items()
             if rotation is not None
         }

@@ -130,8 +130,7 @@ def _document(columns: Mapping[str, Any], where: str) -> Document:
     if len(input_ids) and input_ids.min() < 0:
         raise ValueError(f"{where}: 'input_ids' holds {input_ids.min()}; a token id is never negative")
     labels = arrays.get("labels", input_ids)
-    wrong = labels[(labels < 0) & (labels != IGNORE)] if "labels" in arrays else labels[:0]
-    if len(wrong):
+    if "labels" in arrays and len(wrong := labels[(labels < 0) & (labels != IGNORE)]):
         raise ValueError(f"{where}: 'labels' holds {wrong[0]}; a label is a token id, or {IGNORE} for no label")
     for name in MASKS:
         if name in arrays and (arrays[name].max(initial=0) > 1 or arrays[name].min(initial=0) < 0):

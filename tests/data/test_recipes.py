@@ -49,17 +49,7 @@ def test_four_processes_pack_what_one_packs(monkeypatch, tmp_path, capsys):
     for index in range(3):
         (tmp_path / f"{index}.txt").write_text("\n\n".join("word " * (7 * n % 40 + index) for n in range(1, 90)))
     files = map(str, sorted(tmp_path.glob("*.txt")))
-    options = (
-        "--synthetic",
-        "300",
-        "--seq-length",
-        "64",
-        "--tasks",
-        "5",
-        "--block",
-        "1000",
-        "--out",
-        str(tmp_path / "rows"),
-    )
+    sizes = ["--synthetic", "300", "--seq-length", "64", "--tasks", "5", "--block", "1000"]
+    options = (*sizes, "--out", str(tmp_path / "rows"))
     run(monkeypatch, "cluster/pack_shards.py", "--check", *options, "--files", *files)
     assert "equal to one process" in capsys.readouterr().out

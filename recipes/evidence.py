@@ -117,6 +117,18 @@ STEPS = [
         'dual_chunk.py --text TEXT --only "dual chunk;dual chunk, log;dual chunk, yarn;LM-Infinite, a quarter" '
         "--out OUT",
     ),
+    Step(
+        "dual-chunk-window",
+        "What the unmodified model makes of the same tokens when it reads its last window anew at every half of one",
+        None,
+        'dual_chunk.py --text TEXT --only "window re-computed" --out OUT',
+    ),
+    Step(
+        "dual-chunk-window-2",
+        "The same on the other text",
+        None,
+        'dual_chunk.py --text TEXT --only "window re-computed" --out OUT',
+    ),
     Step("dual-chunk-cost", "One layer under dual chunk attention", None, "benchmarks/dual_chunk.py"),
     Step(
         "reading",
@@ -141,10 +153,16 @@ STEPS = [
     ),
     Step(
         "reading-window",
-        "The same facts under LM-Infinite with blocks: TopBlocks(), and for_chat",
+        "Facts all over a text inside the window: the model alone, with blocks, and LM-Infinite with TopBlocks()",
         None,
-        f"reading.py --texts {NOVELS.split(',')[0]} --lengths 7500 --each 3 --arms blocks,chat --batteries {FACTS} "
+        f"reading.py --texts {NOVELS} --lengths 7500 --each 10 --arms dual-chunk,both,blocks --batteries {FACTS} "
         "--out OUT",
+    ),
+    Step(
+        "reading-32k",
+        "Facts in four times the trained window",
+        None,
+        f"reading.py --texts {NOVELS} --lengths 32000 --each 2 --arms both --batteries {FACTS} --out OUT",
     ),
     Step(
         "ask",

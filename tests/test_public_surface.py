@@ -139,6 +139,7 @@ PUBLIC = {
         "RecallRecord",
         "fact_recall",
         "recall_records",
+        "recomputed_losses",
     ],
 }
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         perplexity_records as perplexity_records,
         perplexity_table as perplexity_table,
         plot_perplexity as plot_perplexity,
+        recomputed_losses as recomputed_losses,
         stream_losses as stream_losses,
         token_losses as token_losses,
     )
@@ -130,6 +131,7 @@ _HOME = {
     "read_ahead": "hf_longtrunc.evaluation.streaming",
     "read_records": "hf_longtrunc.evaluation.records",
     "recall_records": "hf_longtrunc.evaluation.recall",
+    "recomputed_losses": "hf_longtrunc.evaluation.perplexity",
     "repetition_table": "hf_longtrunc.evaluation.truncation",
     "retrieval_table": "hf_longtrunc.evaluation.retrieval",
     "retrieval_tasks": "hf_longtrunc.evaluation.retrieval",

@@ -121,6 +121,40 @@ def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: b
     return losses if input_ids.ndim == 2 else losses[0]
 
 
+def recomputed_losses(
+    model: Any, input_ids: Tensor, window: int, *, chunk: int = 512, progress: bool | str = False
+) -> Tensor:
+    """Return the losses of an unmodified model that reads its last window anew at every half of one.
+
+    It is the most that the model can do with its window: every token past the first one has at least the half of a
+    window before it, at true distances. What a technique for longer texts loses beside it, it loses by its own doing;
+    where both lose more than before, the text is harder.
+
+    Args:
+        model: see `stream_losses`.
+        input_ids: see `token_losses`.
+        window: tokens at a time, 2 or more; the trained length.
+        chunk: tokens a forward.
+        progress: see `token_losses`; a bar a window.
+
+    Returns:
+        As `token_losses`; the first `window` tokens' are the same.
+
+    Raises:
+        TypeError, ValueError: see `token_losses`; window < 2.
+
+    Cost: twice that of reading the text in windows, memory of one window. Source: the baseline "sliding window with
+    re-computation" of Xiao et al. 2023, arXiv 2309.17453, figure 1, which reads a window anew for every token.
+    """
+    window = whole("window", window, least=2)
+    half, length = window // 2, input_ids.shape[-1]
+    pieces = [token_losses(model, input_ids[..., :window], chunk=chunk, progress=progress)]
+    for end in range(window + half, length + half, half):
+        losses = token_losses(model, input_ids[..., end - window : end], chunk=chunk, progress=progress)
+        pieces.append(losses[..., window - half - 1 :])
+    return torch.cat(pieces, dim=-1)
+
+
 def compare_losses(
     model: Any, input_ids: Tensor, arms: Mapping[str, Arm], *, chunk: int = 512, progress: bool = False
 ) -> dict[str, Tensor]:

@@ -232,10 +232,15 @@ def _parts(
         yield Part(turned, key[:, :, first:last], value[:, :, first:last])
         yield from _again(turned, chosen, first, last)
 
-    if before:
-        yield from parts(0, before, rotate(query, trained - 1 - inside))
     if own:
-        yield from parts(before, own, rotate(query, (inside + chunk).clamp_max(trained - 1) - inside))
+        steps = (inside + chunk).clamp_max(trained - 1) - inside
+        if before:  # both turns at once: a token has little else to do
+            turned = rotate(torch.cat([query, query], dim=2), torch.cat([trained - 1 - inside, steps], dim=1))
+            earlier, near = turned.chunk(2, dim=2)
+            yield from parts(0, before, earlier)
+        else:
+            near = rotate(query, steps)
+        yield from parts(before, own, near)
     if stop - start == 1:  # which sees all of its chunk so far
         yield from parts(own, stop, query)
         return

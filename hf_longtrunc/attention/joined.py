@@ -59,8 +59,22 @@ def joined_attention(parts: Sequence[Part], scaling: float) -> Float[Tensor, "ba
     elsewhere 256 queries are scored at a time.
     """
     tensors = [tensor for part in parts for tensor in part[:3]]
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return _joined(parts, scaling)[0]
     output: Tensor = _Joined.apply(scaling, [part[3:] for part in parts], *tensors)  # type: ignore[no-untyped-call]
     return output
+
+
+def _joined(parts: Sequence[Part], scaling: float) -> tuple[Tensor, Tensor]:
+    """Return the output over the keys of all parts, and each part's log-sum-exp [parts, batch, heads, n]."""
+    answers = [_attended(part, scaling) for part in parts]
+    sums = torch.stack([lse for _, lse in answers])
+    if len(answers) == 1:
+        return answers[0][0], sums
+    output = torch.zeros_like(answers[0][0], dtype=sums.dtype)
+    for (of_part, _), weight in zip(answers, sums.softmax(0)[..., None], strict=True):
+        output.addcmul_(of_part.to(sums.dtype), weight)
+    return output.to(parts[0].query.dtype), sums
 
 
 class _Joined(torch.autograd.Function):
@@ -68,14 +82,8 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scaling: float, how: Sequence[tuple[Sees, Tensor | None]], *tensors: Tensor) -> Tensor:
-        answers = [_attended(part, scaling) for part in _parts(tensors, how)]
-        if len(answers) == 1:
-            output, total = answers[0]
-        else:
-            total = torch.stack([lse for _, lse in answers]).logsumexp(0)
-            weighted = [out.to(total.dtype) * (lse - total).exp()[..., None] for out, lse in answers]
-            output = torch.stack(weighted).sum(0).to(tensors[0].dtype)
-        ctx.save_for_backward(*tensors, output, total)
+        output, sums = _joined(_parts(tensors, how), scaling)
+        ctx.save_for_backward(*tensors, output, sums.logsumexp(0))
         ctx.scaling, ctx.how = scaling, how
         return output
 

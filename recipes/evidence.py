@@ -162,7 +162,7 @@ STEPS = [
         "reading-32k",
         "Facts in four times the trained window",
         None,
-        f"reading.py --texts {NOVELS} --lengths 32000 --each 2 --arms both --batteries {FACTS} --out OUT",
+        f"reading.py --texts {NOVELS.split(',')[0]} --lengths 32000 --each 2 --arms both --batteries {FACTS} --out OUT",
     ),
     Step(
         "ask",

@@ -133,8 +133,8 @@ def block_votes(
     num_sink_tokens: int,
     block_size: int,
     last: int,
-) -> Float[Tensor, "batch groups blocks"]:
-    """Return the attention that all heads together and a group's queries pay to each block of keys.
+) -> Float[Tensor, "batch heads groups blocks"]:
+    """Return the attention that each head and a group's queries pay to each block of keys.
 
     Args:
         query: of the last n of m tokens, as for `dual_chunk_attention`.
@@ -147,20 +147,20 @@ def block_votes(
         last: queries at the end before which a block must end.
 
     Returns:
-        [batch, groups, blocks]; 0 for blocks that are not whole. Sums over a group's queries.
+        [batch, heads, groups, blocks]; 0 for blocks that are not whole. Sums over a group's queries.
     """
     count = max(0, key.shape[2] - last - num_sink_tokens) // block_size
     wide = torch.promote_types(query.dtype, torch.float32)
-    votes = query.new_zeros(query.shape[0], groups.shape[0], count, dtype=wide)
-    belongs = groups.to(query.device, wide).transpose(0, 1).expand(query.shape[0], -1, -1)
+    votes = query.new_zeros(*query.shape[:2], groups.shape[0], count, dtype=wide)
+    belongs = groups.to(query.device, wide).transpose(0, 1).expand(query.shape[0], -1, -1)[:, None]
     for rows, columns in _by_padding(padding, query):
         q, k, member = (_taken(x, rows) for x in (query, key, belongs))
         whole = max(0, key.shape[2] - columns - last - num_sink_tokens) // block_size
         inside = slice(num_sink_tokens, num_sink_tokens + whole * block_size)
         for start, weights in _weights(q, k, columns, chunks):
-            paid = weights[..., inside].sum(1)  # [rows, queries, whole blocks]
-            part = member[:, :, start : start + paid.shape[1]] @ paid
-            found = torch.nn.functional.pad(part.view(*part.shape[:2], whole, block_size).sum(-1), (0, count - whole))
+            paid = weights[..., inside].reshape(*weights.shape[:3], whole, block_size).sum(-1)
+            part = member[..., start : start + paid.shape[2]] @ paid
+            found = torch.nn.functional.pad(part, (0, count - whole))
             votes = votes + found if rows is None else votes.index_add(0, rows, found)
     return votes
 

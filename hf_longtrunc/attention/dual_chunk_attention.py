@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from hf_longtrunc.attention.lambda_attention import Scoring
     from hf_longtrunc.attention.patch import Learnt
+    from hf_longtrunc.attention.retrieval import Ballot
     from hf_longtrunc.attention.rotary import Rotation
     from hf_longtrunc.attention.states import States
 
@@ -156,7 +157,7 @@ class ChunkLayer:
         padding = (step.keys - 1 - step.last[:, 0]).expand(len(query)) if step.is_padded else None
         chunks = Chunks(self.chunk, self.trained, scoring.scaling, self.rotation.rotate)
         if self.retrieval is not None and step.ballot is not None and self.retrieval.reads(self.index, is_vote=True):
-            step.ballot.append(self._vote(query, key, padding, chunks, step, self.retrieval))
+            self._vote(step.ballot, query, key, padding, chunks, step, self.retrieval)
         output = self._output(query, key, value, padding, chunks, step)
         return output if step.query_order is None else taken(output, step.query_order.argsort(dim=-1))
 
@@ -186,15 +187,22 @@ class ChunkLayer:
         return Emphasis(*positions_of(chosen, retrieval.block_size, retrieval.margin, _SINKS))
 
     def _vote(
-        self, query: Tensor, key: Tensor, padding: Tensor | None, chunks: Chunks, step: Step, retrieval: TopBlocks
-    ) -> Tensor:
-        """Return what rows that vote, and those before, pay to each block, and how many they are."""
+        self,
+        ballot: Ballot,
+        query: Tensor,
+        key: Tensor,
+        padding: Tensor | None,
+        chunks: Chunks,
+        step: Step,
+        retrieval: TopBlocks,
+    ) -> None:
+        """Cast what rows that vote, and those before, pay to each block."""
         rows = retrieval.reading_rows(query.shape[2], is_vote=True)
         positions = step.queries[:, -rows:].to(query.device)
         groups = retrieval.groups(positions, step.last.to(query.device))
         last = retrieval.rows + retrieval.margin  # what reads must stand behind what is read
         votes = block_votes(query[:, :, -rows:], key, padding, chunks, groups, _SINKS, retrieval.block_size, last)
-        return retrieval.ballot(votes, groups).cpu()
+        retrieval.cast(ballot, self.index, votes, groups)
 
 
 class ChunkPatch(AttentionPatch):
@@ -284,11 +292,11 @@ class ChunkedForward:
         assert self.retrieval is not None
         return ChunkCall(self, bound(self.decoder, args, inputs)).read(self.retrieval)
 
-    def once(self, ballot: list[Tensor] | None, **inputs: Any) -> Any:
+    def once(self, ballot: Ballot | None, **inputs: Any) -> Any:
         """Run the decoder once; with a ballot, let its last rows vote."""
         return self.run(0, ballot, **inputs)
 
-    def run(self, untouched: int, ballot: list[Tensor] | None, /, *args: Any, **inputs: Any) -> Any:
+    def run(self, untouched: int, ballot: Ballot | None, /, *args: Any, **inputs: Any) -> Any:
         """Run the decoder; a text of at most `untouched` tokens is left to the model's own attention."""
         inputs = bound(self.decoder, args, inputs)
         check_implementation(self.decoder, self.name, "DualChunkAttention")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from hf_longtrunc.attention.layer import Settings
-    from hf_longtrunc.attention.retrieval import Retrieval
+    from hf_longtrunc.attention.retrieval import Ballot, Retrieval
     from hf_longtrunc.attention.rotary import Rotation
     from hf_longtrunc.attention.states import States
 
@@ -63,7 +63,7 @@ class PatchedForward:
         self.mesh = mesh
         self.takes_positions = "position_ids" in parameters_of(decoder)
 
-    def once(self, ballot: list[Tensor] | None, /, *args: Any, **inputs: Any) -> Any:
+    def once(self, ballot: Ballot | None, /, *args: Any, **inputs: Any) -> Any:
         """Run the decoder once; with a ballot, let its last rows vote.
 
         Where the step of one token is compiled it is planned before it and settled behind it, so that its graph holds
@@ -216,7 +216,7 @@ class Call:
         """Run the decoder as often as a strategy wants it."""
         return retrieval.run(self) if retrieval.is_run_twice(self) else self.forward.once(None, **self.inputs)
 
-    def run(self, last: int | None = None, ballot: list[Tensor] | None = None) -> Any:
+    def run(self, last: int | None = None, ballot: Ballot | None = None) -> Any:
         """Run the decoder on all new tokens or on the `last` of them."""
         if self.inputs.get("output_hidden_states") or self.forward.decoder.config.output_hidden_states:
             raise ValueError("output_hidden_states cannot be had with TopBlocks, which runs the last rows twice")
@@ -232,15 +232,16 @@ class Call:
         """Take the last `rows` tokens out of the cache."""
         self.inputs[CACHE].crop(-rows)
 
-    def total(self, mass: Tensor) -> Tensor:
+    def total(self, x: Tensor) -> Tensor:
         """Return the sum over the ranks that share the model's heads: all of them must choose alike."""
         mesh = self.forward.mesh
         if mesh is not None:
             mesh = mesh["tp"] if mesh.ndim > 1 else mesh
             device = "cpu" if mesh.device_type == "cpu" else torch.device(mesh.device_type)
-            mass = mass.to(device)
-            torch.distributed.all_reduce(mass, group=mesh.get_group())
-        return mass
+            summed = x.to(device)
+            torch.distributed.all_reduce(summed, group=mesh.get_group())
+            x = summed.to(x.device)
+        return x
 
     def with_first(self, first: Any, output: Any) -> Any:
         """Return `output` with the hidden states of the rows before, out of the first output."""

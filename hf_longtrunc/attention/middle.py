@@ -14,6 +14,8 @@ from torch import Tensor
 from hf_longtrunc.attention.lambda_attention import Retrieved, constant_scores
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from jaxtyping import Bool, Float, Int
 
     from hf_longtrunc.attention.lambda_attention import Scoring
@@ -94,8 +96,8 @@ def block_mass(
     block_size: int,
     sight: Sight,
     groups: Bool[Tensor, "groups rows n"],
-) -> Float[Tensor, "batch groups blocks"]:
-    """Return the attention that all heads together and a group's rows would pay to each block of the middle.
+) -> Float[Tensor, "batch heads groups blocks"]:
+    """Return the attention that each head and a group's rows would pay to each block of the middle.
 
     Args:
         query: turned to the distance at which it is to see the middle.
@@ -107,16 +109,16 @@ def block_mass(
         groups: which queries belong to each group.
 
     Returns:
-        [batch, groups, blocks]: the sum over a group's queries.
+        [batch, heads, groups, blocks]: the sum over a group's queries.
     """
     scores = _middle_scores(query, query_positions, middle, sight)
     normalizer = normalizer.to(scores.device, scores.dtype)[..., None]
     total = torch.logaddexp(normalizer, scores.logsumexp(-1, keepdim=True))
     counted = (groups & (query_positions >= 0)).to(scores.device, scores.dtype).transpose(0, 1)
-    mass = counted.expand(scores.shape[0], -1, -1) @ (scores - total).exp().sum(1)  # [batch, groups, m]
-    block = ((middle.positions - sight.num_sink_tokens) // block_size).clamp_min(0)[:, None].expand(mass.shape)
+    mass = counted[:, None] @ (scores - total).exp()  # [batch, heads, groups, m]
+    block = ((middle.positions - sight.num_sink_tokens) // block_size).clamp_min(0)[:, None, None].expand(mass.shape)
     count = -(-middle.key.shape[2] // block_size)
-    return mass.new_zeros(*mass.shape[:2], count).scatter_add(2, block, mass)
+    return mass.new_zeros(*mass.shape[:3], count).scatter_add(3, block, mass)
 
 
 class Choice(NamedTuple):
@@ -132,31 +134,40 @@ class Choice(NamedTuple):
 
 
 def choose_blocks(
-    vote: Float[Tensor, "batch blocks"],
-    background: Float[Tensor, "batch blocks"],
+    vote: Float[Tensor, "batch heads blocks"],
+    background: Float[Tensor, "batch heads blocks"],
     count: int,
     emphasis: float,
     least: float,
+    total: Callable[[Tensor], Tensor],
 ) -> Choice:
     """Choose each row's `count` best blocks.
 
-    Where there is no background the blocks of most votes are the best, and all get `emphasis`. Elsewhere a block is
-    worth v / (b + mean b): how many times as much attention v it is paid as it is paid anyway, b. Blocks that are worth
-    less than `least` are not read, and the others get the square of what they are worth, 1 to `emphasis`.
+    Where there is no background the blocks of most votes are the best, and all get `emphasis`. Elsewhere each head says
+    how many times as much attention v it pays to a block as it pays it anyway, v / (b + mean b + mean of all heads' b),
+    and a block is worth the root of the mean of their squares: few heads look for what is asked, and those count.
+    Blocks that are worth less than `least` are not read. The best gets the square of its worth, 1 to `emphasis`, and
+    the others as much less as the square of theirs is smaller.
 
     Args:
-        vote: attention that a voting row pays to each block.
+        vote: attention that a voting row pays to each block, of all heads of all layers that vote.
         background: attention that a row before them pays to each; 0 everywhere where there are no such rows.
         count: how many blocks.
         emphasis: the most keys that a key counts for.
         least: worth of a block that is read.
+        total: returns the sum over the ranks that share the heads.
     """
+    heads = total(vote.new_full((1,), vote.shape[1]))
     usual = background.sum(-1, keepdim=True) / (background > 0).sum(-1, keepdim=True).clamp_min(1)
-    has_background = usual > 0
-    worth = torch.where(has_background, vote / (background + usual).clamp_min(torch.finfo(vote.dtype).tiny), vote)
-    best, index = worth.topk(min(count, vote.shape[1]), dim=-1)
+    common = total(usual.sum(1)) / heads  # [batch, 1]
+    has_background = common > 0
+    anyway = (background + usual + common[:, None]).clamp_min(torch.finfo(vote.dtype).tiny)
+    contrast = (total((vote / anyway).square().sum(1)) / heads).sqrt()
+    worth = torch.where(has_background, contrast, total(vote.sum(1)))
+    best, index = worth.topk(min(count, worth.shape[1]), dim=-1)
     is_read = (best > 0) & (~has_background | (best >= least))
-    given = torch.where(has_background, best.square().clamp_min(1).clamp_max(emphasis), emphasis)
+    most = best[:, :1].square().clamp(1, emphasis) * (best / best[:, :1]).square()
+    given = torch.where(has_background, most.clamp_min(1), emphasis)
     return Choice(torch.where(is_read, index, -1), given)
 
 

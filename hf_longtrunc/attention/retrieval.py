@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.middle import Middle
 
 STORES = ("device", "cpu")
+# The votes of each layer [batch, heads, 2, blocks + 1]: attention to each block by rows that vote and by rows before
+# them, and how many rows there were.
+Ballot = dict[int, "Tensor"]
 
 
 class View(NamedTuple):
@@ -52,7 +55,8 @@ class View(NamedTuple):
         num_sink_tokens: S.
         window: L.
         chosen: what was chosen for each row; None: nothing yet.
-        ballot: takes each voting layer's mass and rows [batch, 2, blocks + 1] while blocks are being chosen, else None.
+        ballot: takes the layer's votes while blocks are being chosen, else None.
+        layer: of the model.
     """
 
     middle: Middle
@@ -61,7 +65,8 @@ class View(NamedTuple):
     num_sink_tokens: int
     window: int
     chosen: Choice | None = None
-    ballot: list[Tensor] | None = None
+    ballot: Ballot | None = None
+    layer: int = 0
 
 
 @runtime_checkable
@@ -82,13 +87,13 @@ class Forward(Protocol):
     def archives(self) -> Sequence[Any]:
         """Return every layer's archive; raises ValueError where some layer has none."""
 
-    def run(self, last: int | None = None, ballot: list[Tensor] | None = None) -> Any:
+    def run(self, last: int | None = None, ballot: Ballot | None = None) -> Any:
         """Run the decoder on all new tokens or on the `last` of them; `ballot` makes it a vote."""
 
     def take_back(self, rows: int) -> None:
         """Take the last `rows` tokens out of the cache."""
 
-    def total(self, mass: Tensor) -> Tensor:
+    def total(self, x: Tensor) -> Tensor:
         """Return the sum over the ranks that share the model's heads."""
 
     def with_first(self, first: Any, output: Any) -> Any:
@@ -333,11 +338,11 @@ class TopBlocks(Retrieval):
 
     def run(self, forward: Forward) -> object:
         """Run the forward, let its last rows vote, take the last rows back, and run these with what was chosen."""
-        ballot: list[Tensor] = []
+        ballot: Ballot = {}
         first = forward.run(ballot=ballot)
-        total = forward.total(torch.stack(ballot).sum(0))
-        vote, background = (total[..., :-1] / total[..., -1:].clamp_min(1)).unbind(1)
-        chosen = choose_blocks(vote, background, self.blocks, self.emphasis, self.least_contrast)
+        votes = torch.cat(list(ballot.values()), dim=1)  # the heads of all layers
+        vote, background = (votes[..., :-1] / votes[..., -1:].clamp_min(1)).unbind(2)
+        chosen = choose_blocks(vote, background, self.blocks, self.emphasis, self.least_contrast, forward.total)
         asks = forward.ends_in(self.ending_ids)
         if asks is not None:  # a row that asks nothing reads nothing
             chosen = chosen._replace(blocks=chosen.blocks.masked_fill(~asks.cpu()[:, None], -1))
@@ -355,21 +360,13 @@ class TopBlocks(Retrieval):
         turned = query if view.rotate is None else view.rotate(query, away - positions)
         sight = Sight(away, sinks, min(away, view.window), view.scoring, view.window + sinks)
         if view.ballot is not None:
-            mass = self._mass(turned, positions, view, logits.logsumexp(-1), sight)
-            view.ballot.append(mass.cpu())
+            last = view.middle.positions[..., -1:].to(positions.device)
+            groups = self.groups(positions, last)
+            votes = block_mass(turned, positions, view.middle, logits.logsumexp(-1), self.block_size, sight, groups)
+            self.cast(view.ballot, view.layer, votes, groups)
             return None
         assert view.chosen is not None
         return read_blocks(turned, positions, view.middle, view.chosen, self.block_size, self.margin, sight)
-
-    def _mass(self, query: Tensor, positions: Tensor, view: View, normalizer: Tensor, sight: Sight) -> Tensor:
-        """Return the attention that voting rows, and those before, pay to each block, and how many [batch, 2, b + 1].
-
-        Sums over layers, blocks of rows and ranks keep the mean over a group's rows up to one factor for both groups.
-        """
-        last = view.middle.positions[..., -1:].to(positions.device)
-        groups = self.groups(positions, last)
-        mass = block_mass(query, positions, view.middle, normalizer, self.block_size, sight, groups)
-        return self.ballot(mass, groups)
 
     def groups(self, positions: Tensor, last: Tensor) -> Tensor:
         """Return which of the last rows vote, and which stand before them [2, rows, n]; padding is neither.
@@ -382,10 +379,11 @@ class TopBlocks(Retrieval):
         before = ~voting & (positions <= last - self.ending_rows)
         return torch.stack([voting, before]) & (positions >= 0)
 
-    def ballot(self, mass: Tensor, groups: Tensor) -> Tensor:
-        """Return a layer's votes [batch, 2, blocks] with how many rows cast them beside [batch, 2, blocks + 1]."""
-        counted = groups.sum(-1).T.expand(len(mass), -1)
-        return torch.cat([mass, counted[..., None].to(mass)], dim=-1)
+    def cast(self, ballot: Ballot, layer: int, votes: Tensor, groups: Tensor) -> None:
+        """Add a layer's votes [batch, heads, 2, blocks] to those of its rows before, with how many rows these are."""
+        counted = groups.sum(-1).T[:, None, :, None].expand(*votes.shape[:3], 1)
+        cast = torch.cat([votes, counted.to(votes)], dim=-1).cpu()
+        ballot[layer] = ballot[layer] + cast if layer in ballot else cast
 
 
 def ids_behind_question(tokenizer: Any) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from hf_longtrunc.attention.layer import Settings
+    from hf_longtrunc.attention.retrieval import Ballot
     from hf_longtrunc.attention.rotary import Rotation
     from hf_longtrunc.attention.row_positions import Moves
 
@@ -136,7 +137,7 @@ class Step(Carried):
     turns: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     slots: tuple[Tensor | None, Tensor] | None = None
     archives: Mapping[int, Any] = field(default_factory=dict)
-    ballot: list[Tensor] | None = None
+    ballot: Ballot | None = None
 
     def __getitem__(self, cut: tuple[Any, ...]) -> Step:
         """Return the step of some of the queries."""
@@ -163,7 +164,7 @@ def planned(
     past: int,
     new: int,
     like: Tensor,
-    ballot: list[Tensor] | None = None,
+    ballot: Ballot | None = None,
 ) -> tuple[Step, Tensor]:
     """Return the step of a forward, and its queries' positions [rows, new] in the order in which they come.
 

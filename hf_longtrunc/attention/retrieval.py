@@ -224,9 +224,9 @@ class TopBlocks(Retrieval):
             a forward of such rows alone, part of a text or a draft of several tokens, leaves the choice as it is.
             Empty: every forward that is long enough asks.
         contrast_rows: how many rows before those that vote say what is attended to anyway. Blocks are then chosen by
-            how many times as much attention they get from the rows that vote, and emphasised by that much, `emphasis`
-            at most; those that get less than `least_contrast` times as much are not read: where nothing is asked,
-            nothing is. 0 chooses by the vote alone.
+            how many times as much attention each head pays them for the rows that vote (see `choose_blocks`), and
+            emphasised by that much, the best by `emphasis` at most; those that are worth less than `least_contrast`
+            are not read: where nothing is asked, nothing is. 0 chooses by the vote of all heads together.
         least_contrast: see `contrast_rows`.
         margin: keys on either side of a block that are read with it, lest a number be cut in two.
         store: as for `TopK`.

@@ -125,11 +125,20 @@ class NaiveBlocks(Naive):
     margin: int = 0
     chosen: list[int] | None = None
     emphases: dict[int, float] = field(default_factory=dict)
-    paid: dict[int, float] = field(default_factory=dict)
+    paid: dict[tuple[int, int, int], float] = field(default_factory=dict)  # by layer, head and block
+    layer: int = -1
+
+    def best(self, count: int) -> list[int]:
+        """Return the blocks that are paid most, by all layers and heads together."""
+        together: dict[int, float] = {}
+        for (_, _, block), paid in self.paid.items():
+            together[block] = together.get(block, 0.0) + paid
+        return sorted(together, key=together.__getitem__)[-count:]
 
     def reading(self, query: Tensor, key: Tensor, scores: Tensor, scaling: float, softcap: float | None) -> Tensor:
         n = query.shape[1]
         scores = scores.clone()
+        self.layer += 1
         for i in range(max(0, n - self.behind - self.rows), n - self.behind):
             candidates = range(self.sinks, i - self.away + 1) if i >= self.sinks + self.window else range(0)
             q = query[:, i] if self.rope is None else self.rope.turn(query[:, i], torch.tensor(self.away))
@@ -144,7 +153,9 @@ class NaiveBlocks(Naive):
                 weights = torch.cat([scores[:, i], torch.stack(list(found.values()), -1)], dim=-1).softmax(-1)
                 for index, j in enumerate(candidates):
                     block = (j - self.sinks) // self.size
-                    self.paid[block] = self.paid.get(block, 0.0) + float(weights[:, n + index].sum())
+                    for head, paid in enumerate(weights[:, n + index].tolist()):
+                        place = self.layer, head, block
+                        self.paid[place] = self.paid.get(place, 0.0) + paid
         return scores
 
     def holds(self, block: int, j: int) -> bool:

@@ -41,7 +41,7 @@ def naive(query, key, value, padding, chunk, trained, scaling, counts=None, weig
                     scores[:, position] += math.log(count)
             output[row, :, q] = (scores.softmax(-1)[..., None] * value[row][:, columns]).sum(1)
             if weights is not None:
-                weights[row, q, : i + 1] = scores.softmax(-1).sum(0)
+                weights[row, :, q, : i + 1] = scores.softmax(-1)
     return output
 
 
@@ -109,14 +109,15 @@ def test_blocks_get_the_attention_that_the_definition_pays_them(seed):
     sinks, size, last = draw.randint(0, 4), draw.randint(1, 6), draw.randint(0, 5)
     batch, n, m = tensors[0].shape[0], tensors[0].shape[2], tensors[1].shape[2]
     groups = torch.rand(2, draw.choice([1, batch]), n, generator=torch.Generator().manual_seed(seed)) < 0.6
-    weights = torch.zeros(batch, n, m, dtype=torch.float64)
+    heads = tensors[0].shape[1]
+    weights = torch.zeros(batch, heads, n, m, dtype=torch.float64)
     naive(*tensors, padding, chunk, trained, 0.4, weights=weights)
-    expected = torch.zeros(batch, 2, max(0, m - last - sinks) // size, dtype=torch.float64)
+    expected = torch.zeros(batch, heads, 2, max(0, m - last - sinks) // size, dtype=torch.float64)
     for row in range(batch):
         for block in range(max(0, m - padding[row] - last - sinks) // size):
-            paid = weights[row, :, sinks + block * size :][:, :size].sum(-1)
+            paid = weights[row, :, :, sinks + block * size :][..., :size].sum(-1)
             for group in range(2):
-                expected[row, group, block] = paid[groups[group].expand(batch, -1)[row]].sum()
+                expected[row, :, group, block] = paid[:, groups[group].expand(batch, -1)[row]].sum(-1)
     query, key, _, pad, chunks = placed_as_cached(tensors, padding, chunk, trained)
     got = block_votes(query, key, pad, chunks, groups, sinks, size, last)
     assert torch.allclose(got, expected, rtol=0, atol=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -303,7 +304,7 @@ def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, fir
     silent = replace(naive, paid={})  # reads, and has no say
     install(reference, naive, below=(first_voting_layer or 0, silent))
     logits(reference, ids[:, :N])
-    naive.chosen = silent.chosen = sorted(naive.paid, key=naive.paid.__getitem__)[-2:]
+    naive.chosen = silent.chosen = naive.best(2)
     naive.rows = silent.rows = ROWS + 6  # what is decoded reads too
     expected = logits(reference, ids)
     model = model_of(family)
@@ -322,20 +323,31 @@ def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, fir
 @pytest.mark.parametrize("least", [0.1, 1.2])
 @pytest.mark.parametrize(("contrast_rows", "ending_rows", "margin"), [(7, 0, 0), (9, 4, 3), (0, 2, 6)])
 def test_blocks_in_contrast_are_the_definition(contrast_rows, ending_rows, margin, least):
-    """Two groups of rows note what they pay; a block is worth what the later ones pay it more than the earlier."""
+    """Two groups of rows note what each head pays; a block is worth what the later ones pay it beyond the earlier."""
     ids, rope = prompt(N), INTERFACE_FAMILIES["llama"]
     shares = []
     for rows, behind in ((VOTERS, ending_rows), (contrast_rows, ending_rows + VOTERS)):
         naive = NaiveBlocks(S, L, L, rope, size=4, away=4, rows=rows, behind=behind)
         install(reference := model_of("llama").double(), naive)
         logits(reference, ids)
-        shares.append({block: mass / rows for block, mass in naive.paid.items()})
+        shares.append({place: mass / rows for place, mass in naive.paid.items()})
     vote, before = shares
-    usual = sum(before.values()) / max(1, len(before))
-    worth = {block: v / (before.get(block, 0.0) + usual) if before else v for block, v in vote.items()}
+    heads, blocks = {place[:2] for place in vote}, {place[2] for place in vote}
+    of_head = {head: [paid for place, paid in before.items() if place[:2] == head] for head in heads}
+    usual = {head: sum(paid) / max(1, len(paid)) for head, paid in of_head.items()}
+    common = sum(usual.values()) / len(heads)
+    worth = {}
+    for block in blocks:
+        if before:
+            places = [((*head, block), usual[head] + common) for head in heads]
+            squares = [(vote[place] / (before.get(place, 0.0) + anyway)) ** 2 for place, anyway in places]
+            worth[block] = math.sqrt(sum(squares) / len(heads))
+        else:
+            worth[block] = sum(vote[(*head, block)] for head in heads)
     best = sorted(worth, key=worth.__getitem__, reverse=True)[:2]
     chosen = [block for block in best if not before or worth[block] >= least]
-    emphases = {block: min(2.5, max(1.0, worth[block] ** 2)) if before else 2.5 for block in chosen}
+    most, top = min(2.5, max(1.0, worth[best[0]] ** 2)), worth[best[0]]
+    emphases = {block: max(1.0, most * (worth[block] / top) ** 2) if before else 2.5 for block in chosen}
     naive = NaiveBlocks(S, L, L, rope, size=4, away=4, rows=ROWS + 4, margin=margin, chosen=chosen, emphases=emphases)
     install(reference := model_of("llama").double(), naive)
     expected = logits(reference, ids)
@@ -388,7 +400,7 @@ def test_a_row_reads_blocks_from_the_first_key_that_it_has_lost(llama):
     naive = NaiveBlocks(S, L, L, INTERFACE_FAMILIES["llama"], size=4, away=4, rows=VOTERS, emphasis=4.0)
     install(reference, naive)
     logits(reference, ids)
-    naive.chosen, naive.rows = sorted(naive.paid, key=naive.paid.__getitem__)[-2:], ROWS
+    naive.chosen, naive.rows = naive.best(2), ROWS
     expected = logits(reference, ids)
     with BLOCKS(llama):
         got = logits(llama, ids, cache=ring_cache(llama))

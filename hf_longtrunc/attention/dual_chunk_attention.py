@@ -147,6 +147,8 @@ class ChunkLayer:
                 f"the cache hands out {key.shape[2]} keys where {step.keys} were announced: DualChunkAttention needs a "
                 "cache that grows; take DynamicCache or leave it to generate()"
             )
+        if not query.dtype == key.dtype == value.dtype:  # under autocast, which turns queries and keys in fp32
+            query, key = query.to(value.dtype), key.to(value.dtype)
         if step.key_order is not None:
             key, value = taken(key, step.key_order), taken(value, step.key_order)
         query = query if step.query_order is None else taken(query, step.query_order)

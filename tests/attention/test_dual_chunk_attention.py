@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -197,6 +198,31 @@ def test_gradients_are_the_definitions(checkpointing):
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():  # the model's own cosines are fp32
         assert (gradients[1][name] - gradient).abs().max() < 2e-6 * max(1.0, float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_cache_from_autocast_goes_on_outside_and_the_other_way_round(llama, first):
+    ids = prompt(40)
+    with ARM(llama):
+        whole, cache = logits(llama, ids), DynamicCache(config=llama.config)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=first):
+            logits(llama, ids[:, :20], **{CACHE: cache})
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not first):
+            rest = in_chunks(llama, ids[:, 20:], [1, 1, 10, 8], cache)
+    assert (rest - whole[:, 20:]).abs().max() / whole.abs().max() < 0.1
+
+
+def test_it_trains_under_autocast_with_the_error_of_the_unmodified_model():
+    ids, errors = prompt(40), []
+    for arm in (nullcontext, ARM):
+        gradients = []
+        for enabled in (False, True):
+            model = tiny_model("llama")
+            with arm(model), torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                model(ids, labels=ids, use_cache=False).loss.backward()
+            gradients.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+        errors.append((gradients[1] - gradients[0]).norm() / gradients[0].norm())
+    assert errors[1] < 1.5 * errors[0]
 
 
 @pytest.mark.parametrize(

@@ -337,16 +337,20 @@ def chosen_by_definition(family, ids, in_contrast):
     """Blocks and their emphasis, out of every attention weight."""
     n = ids.shape[1]
     voting, before = range(n - 5, n - 2), range(n - 10, n - 5)
-    paid = sum(weights.sum(0) for weights in attentions(family, ids)[1:])
+    heads = torch.cat(attentions(family, ids)[1:])  # of all layers that vote
     starts = range(FIRST, n - BLOCKS.rows - BLOCKS.margin - BLOCKS.block_size + 1, BLOCKS.block_size)
-    vote = [float(paid[voting, start : start + 4].sum()) / 3 for start in starts]
-    anyway = [float(paid[before, start : start + 4].sum()) / 5 for start in starts]
-    usual = sum(anyway) / len(anyway)
-    worth = [v / (b + usual) for v, b in zip(vote, anyway, strict=True)] if in_contrast else vote
-    best = sorted(range(len(worth)), key=lambda block: -worth[block])[:2]
+    vote = [heads[:, voting, start : start + 4].sum((1, 2)) / 3 for start in starts]
     if not in_contrast:
-        return dict.fromkeys(best, 9.0)
-    return {block: min(9.0, max(1.0, worth[block] ** 2)) for block in best if worth[block] >= BLOCKS.least_contrast}
+        return dict.fromkeys(sorted(range(len(vote)), key=lambda block: -vote[block].sum())[:2], 9.0)
+    anyway = [heads[:, before, start : start + 4].sum((1, 2)) / 5 for start in starts]
+    usual = sum(anyway) / len(anyway)
+    worth = [
+        float((v / (b + usual + usual.mean())).square().mean().sqrt()) for v, b in zip(vote, anyway, strict=True)
+    ]
+    best = sorted(range(len(worth)), key=lambda block: -worth[block])[:2]
+    first = worth[best[0]]
+    most = min(9.0, max(1.0, first**2))
+    return {b: max(1.0, most * (worth[b] / first) ** 2) for b in best if worth[b] >= BLOCKS.least_contrast}
 
 
 def emphasised_logits(family, ids, chosen):

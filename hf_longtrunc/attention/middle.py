@@ -157,17 +157,19 @@ def choose_blocks(
         least: worth of a block that is read.
         total: returns the sum over the ranks that share the heads.
     """
+    tiny = torch.finfo(vote.dtype).tiny
     heads = total(vote.new_full((1,), vote.shape[1]))
     usual = background.sum(-1, keepdim=True) / (background > 0).sum(-1, keepdim=True).clamp_min(1)
     common = total(usual.sum(1)) / heads  # [batch, 1]
     has_background = common > 0
-    anyway = (background + usual + common[:, None]).clamp_min(torch.finfo(vote.dtype).tiny)
+    anyway = (background + usual + common[:, None]).clamp_min(tiny)
     contrast = (total((vote / anyway).square().sum(1)) / heads).sqrt()
     worth = torch.where(has_background, contrast, total(vote.sum(1)))
     best, index = worth.topk(min(count, worth.shape[1]), dim=-1)
     is_read = (best > 0) & (~has_background | (best >= least))
-    most = best[:, :1].square().clamp(1, emphasis) * (best / best[:, :1]).square()
-    given = torch.where(has_background, most.clamp_min(1), emphasis)
+    first = best[:, :1]
+    shared = first.square().clamp(1, emphasis) * (best / first.clamp_min(tiny)).square()
+    given = torch.where(has_background, shared.clamp_min(1), emphasis)
     return Choice(torch.where(is_read, index, -1), given)
 
 

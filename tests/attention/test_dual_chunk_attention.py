@@ -344,9 +344,7 @@ def chosen_by_definition(family, ids, in_contrast):
         return dict.fromkeys(sorted(range(len(vote)), key=lambda block: -vote[block].sum())[:2], 9.0)
     anyway = [heads[:, before, start : start + 4].sum((1, 2)) / 5 for start in starts]
     usual = sum(anyway) / len(anyway)
-    worth = [
-        float((v / (b + usual + usual.mean())).square().mean().sqrt()) for v, b in zip(vote, anyway, strict=True)
-    ]
+    worth = [float((v / (b + usual + usual.mean())).square().mean().sqrt()) for v, b in zip(vote, anyway, strict=True)]
     best = sorted(range(len(worth)), key=lambda block: -worth[block])[:2]
     first = worth[best[0]]
     most = min(9.0, max(1.0, first**2))

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from hf_longtrunc import ArchiveCacheLayer, LambdaCacheLayer, LMInfinite, TopBlocks, TopK
 from hf_longtrunc.attention.lambda_attention import Scoring, lambda_attention
-from hf_longtrunc.attention.middle import Middle, Sight, top_k
+from hf_longtrunc.attention.middle import Middle, Sight, choose_blocks, top_k
 from hf_longtrunc.attention.rotary import Rotation
 
 from .reference import Naive, NaiveBlocks, NaiveTopK, Rope, install
@@ -391,6 +391,33 @@ def test_a_chat_template_says_how_many_rows_come_behind_a_question():
     assert TopBlocks.for_chat(Letters()).ending_rows == 0
     with pytest.raises(ValueError, match="ending_rows"):
         TopBlocks(ending_rows=-1)
+
+
+def test_ranks_that_share_heads_choose_as_one_that_holds_all():
+    """Each rank adds its heads' part of every sum; here two ranks exchange them in turn, sum by sum."""
+    generator = torch.Generator().manual_seed(3)
+    for heads, blocks in [(2, 9), (6, 3), (4, 1), (4, 0)]:
+        vote, before = torch.rand(2, 3, heads, blocks, generator=generator).square().unbind(0)
+        before[1] = 0.0  # a row without rows before those that vote
+        vote[2] = 0.0  # a row that pays nothing
+        whole = choose_blocks(vote, before, 4, 3.0, 0.4, lambda x: x)
+        sums: list[list[torch.Tensor]] = [[], []]
+        for _ in range(5):  # one more sum is known in every turn
+            noted = [list(parts) for parts in sums]
+            for rank, half in enumerate((slice(None, heads // 2), slice(heads // 2, None))):
+                seen = iter(noted[1 - rank])
+                sums[rank].clear()
+                mine = sums[rank]
+
+                def total(x, mine=mine, seen=seen):
+                    mine.append(x)
+                    return x + next(seen, 0.0)
+
+                chosen = choose_blocks(vote[:, half], before[:, half], 4, 3.0, 0.4, total)
+        assert torch.equal(chosen.blocks, whole.blocks)
+        assert torch.allclose(chosen.emphasis, whole.emphasis)
+        assert torch.isfinite(whole.emphasis).all()
+        assert (whole.blocks[2] == -1).all()
 
 
 def test_a_row_reads_blocks_from_the_first_key_that_it_has_lost(llama):

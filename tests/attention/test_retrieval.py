@@ -322,8 +322,9 @@ def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, fir
 
 @pytest.mark.parametrize("least", [0.1, 1.2])
 @pytest.mark.parametrize(("contrast_rows", "ending_rows", "margin"), [(7, 0, 0), (9, 4, 3), (0, 2, 6)])
-def test_blocks_in_contrast_are_the_definition(contrast_rows, ending_rows, margin, least):
+def test_blocks_in_contrast_are_the_definition(monkeypatch, contrast_rows, ending_rows, margin, least):
     """Two groups of rows note what each head pays; a block is worth what the later ones pay it beyond the earlier."""
+    monkeypatch.setattr("hf_longtrunc.attention.lambda_attention._READING_BLOCK", 5)  # a layer's votes come in parts
     ids, rope = prompt(N), INTERFACE_FAMILIES["llama"]
     shares = []
     for rows, behind in ((VOTERS, ending_rows), (contrast_rows, ending_rows + VOTERS)):

@@ -153,16 +153,16 @@ STEPS = [
     ),
     Step(
         "reading-window",
-        "Facts all over a text inside the window: the model alone, with blocks, and LM-Infinite with TopBlocks()",
+        "Facts all over a text inside the window: the model alone, with blocks, and LM-Infinite with TopBlocks",
         None,
-        f"reading.py --texts {NOVELS} --lengths 7500 --each 10 --arms dual-chunk,both,blocks --batteries {FACTS} "
-        "--out OUT",
+        f"reading.py --texts {NOVELS} --lengths 7500 --each 10 --arms dual-chunk,both,chat,blocks "
+        f"--batteries {FACTS} --out OUT",
     ),
     Step(
         "reading-32k",
         "Facts in four times the trained window",
         None,
-        f"reading.py --texts {NOVELS.split(',')[0]} --lengths 32000 --each 2 --arms both --batteries {FACTS} --out OUT",
+        f"reading.py --texts {NOVELS.split(',')[0]} --lengths 32000 --each 3 --arms both --batteries {FACTS} --out OUT",
     ),
     Step(
         "ask",

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from hf_longtrunc.evaluation.records import Arm
 
 _WITH_QUESTION = 96  # of the text's tokens are read with each question, against which the rows of the question stand
-_OPENING = "Here is a text. A question about it follows at its end.\n\n"
 
 
 def ask(
@@ -125,10 +124,10 @@ def around(tokenizer: Any, questions: list[str]) -> tuple[list[int], list[list[i
         ValueError: the chat template drops what a user says.
     """
     is_chat = bool(getattr(tokenizer, "chat_template", None))
-    before, between, behind = _OPENING, "\n\n", "\nAnswer:"
-    if is_chat:
+    before, between, behind = "", "\n\n", "\nAnswer:"
+    if is_chat:  # no word of ours before the text: a question's last rows look at it, and the answer repeats it
         marks = "<<text>>", "<<question>>"
-        messages = [{"role": "user", "content": f"{before}{marks[0]}{between}{marks[1]}"}]
+        messages = [{"role": "user", "content": f"{marks[0]}{between}{marks[1]}"}]
         before, between, behind = template_parts(tokenizer, messages, *marks)
     begin: list[int] = tokenizer(before, add_special_tokens=not is_chat, verbose=False).input_ids
     return begin, [tokens_of(tokenizer, f"{between}{question.strip()}{behind}") for question in questions]

@@ -260,8 +260,10 @@ def questions_table(records: Sequence[RetrievalRecord]) -> Table:
     """
     arms = list(dict.fromkeys(record.arm for record in records))
     table = new_table("asked", "tokens", title="share of the asked numbers found, 95 % interval, questions")
+    for column in table.columns:  # where there is little room the cells fold and not what they are of
+        column.no_wrap = True
     for arm in arms:
-        table.add_column(arm, justify="right", no_wrap=True)
+        table.add_column(arm, justify="right")
     for kind in sorted({record.battery for record in records}, key=_KINDS.index):
         for length in sorted({record.length for record in records if record.battery == kind}):
             inside = [record for record in records if (record.battery, record.length) == (kind, length)]

@@ -15,7 +15,6 @@ from tests.command_line import invoke
 
 TEMPLATE = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
 QUESTIONS = ["[Why?]", "Who went to sea, and what is there that is surprising in this?"]
-OPENING = "Here is a text. A question about it follows at its end.\n\n"
 
 
 @pytest.fixture
@@ -73,7 +72,7 @@ def test_each_answer_is_that_of_its_prompt_read_whole(file, talking_folder, chat
     folder, text = chat_folder if is_chat else talking_folder, file.read_text(encoding="utf-8")
 
     def prompt(question):
-        before, behind = ("[" + OPENING, f"\n\n{question}]>") if is_chat else (OPENING, f"\n\n{question}\nAnswer:")
+        before, behind = ("[", f"\n\n{question}]>") if is_chat else ("", f"\n\n{question}\nAnswer:")
         return lambda tokenizer: [
             *tokenizer(before, add_special_tokens=not is_chat).input_ids,
             *(id for part in (text, behind) for id in tokenizer(part, add_special_tokens=False).input_ids),

@@ -6,6 +6,7 @@ import io
 import math
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,9 @@ def test_the_table_shows_shares_intervals_and_perplexity(chat):
     assert f"{math.exp(records[-1].score):.2f} (1)" in printed
     lines = [line for line in printed.splitlines() if "continuation" in line or "magic number" in line]
     assert [line.split("│")[1].strip() for line in lines] == ["magic number", "recent magic number", "continuation"]
+    narrow = Console(width=60, record=True, file=io.StringIO())
+    narrow.print(questions_table([replace(record, arm=arm) for arm in ("one", "two", "three") for record in records]))
+    assert "recent magic number" in narrow.export_text()
     (axes,) = plot_questions(records)
     shown = [label.get_text() for label in axes.get_yticklabels()]
     assert shown[:2] == ["magic number", "own words"]

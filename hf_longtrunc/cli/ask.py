@@ -183,6 +183,8 @@ def answered(
         if grows:
             cache.crop(ahead.shape[1] - cache.get_seq_length())
         answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+        if not answer:
+            notes().print("[dim](the model ended its answer at once: ask for what one place of the text says)[/dim]")
         answers.append({"question": question, "answer": answer, "seconds": round(time.perf_counter() - since, 3)})
     peak = peak_mib(model.device)
     return {"read_seconds": round(seconds, 3), "kept_mib": round(kept, 1), "peak_mib": peak, "answers": answers}

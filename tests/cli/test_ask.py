@@ -101,6 +101,13 @@ def test_it_streams_to_stdout_and_says_what_was_read_on_stderr(file, talking_fol
     assert all(question in result.stderr for question in QUESTIONS)
 
 
+def test_an_answer_that_ends_at_once_is_told(file, tiny_folder, monkeypatch):
+    monkeypatch.setattr("hf_longtrunc.evaluation.greedy.greedy_answer", lambda *_, **__: torch.tensor([], dtype=int))
+    result = invoke("ask", file, "Why?", "--model", tiny_folder)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "the model ended its answer at once" in result.stderr
+
+
 def test_an_empty_question_is_refused(file, tiny_folder):
     result = invoke("ask", file, "a question", " ", "--model", tiny_folder)
     assert (result.exit_code, result.stdout) == (2, "")

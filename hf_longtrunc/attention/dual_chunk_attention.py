@@ -159,7 +159,7 @@ class ChunkLayer:
         padding = (step.keys - 1 - step.last[:, 0]).expand(len(query)) if step.is_padded else None
         chunks = Chunks(self.chunk, self.trained, scoring.scaling, self.rotation.rotate)
         if self.retrieval is not None and step.ballot is not None and self.retrieval.reads(self.index, is_vote=True):
-            self._vote(step.ballot, query, key, padding, chunks, step, self.retrieval)
+            self._vote(query, key, padding, chunks, step, self.retrieval)
         output = self._output(query, key, value, padding, chunks, step)
         return output if step.query_order is None else taken(output, step.query_order.argsort(dim=-1))
 
@@ -189,22 +189,16 @@ class ChunkLayer:
         return Emphasis(*positions_of(chosen, retrieval.block_size, retrieval.margin, _SINKS))
 
     def _vote(
-        self,
-        ballot: Ballot,
-        query: Tensor,
-        key: Tensor,
-        padding: Tensor | None,
-        chunks: Chunks,
-        step: Step,
-        retrieval: TopBlocks,
+        self, query: Tensor, key: Tensor, padding: Tensor | None, chunks: Chunks, step: Step, retrieval: TopBlocks
     ) -> None:
         """Cast what rows that vote, and those before, pay to each block."""
+        assert step.ballot is not None
         rows = retrieval.reading_rows(query.shape[2], is_vote=True)
         positions = step.queries[:, -rows:].to(query.device)
         groups = retrieval.groups(positions, step.last.to(query.device))
         last = retrieval.rows + retrieval.margin  # what reads must stand behind what is read
         votes = block_votes(query[:, :, -rows:], key, padding, chunks, groups, _SINKS, retrieval.block_size, last)
-        retrieval.cast(ballot, self.index, votes, groups)
+        retrieval.cast(step.ballot, self.index, votes, groups)
 
 
 class ChunkPatch(AttentionPatch):

@@ -154,4 +154,4 @@ class Layer:
             assert j is not None
             middle = Middle(key if rotate is None else rotate(key, -j), value, j)
         chosen = None if archive is None else archive.chosen
-        return partial(retrieval.read, View(middle, rotate, scoring, sinks, window, chosen, step.ballot, self.index))
+        return partial(retrieval.read, View(middle, rotate, scoring, sinks, window, self.index, chosen, step.ballot))

@@ -54,9 +54,9 @@ class View(NamedTuple):
         scoring: of the layer.
         num_sink_tokens: S.
         window: L.
+        layer: of the model.
         chosen: what was chosen for each row; None: nothing yet.
         ballot: takes the layer's votes while blocks are being chosen, else None.
-        layer: of the model.
     """
 
     middle: Middle
@@ -64,9 +64,9 @@ class View(NamedTuple):
     scoring: Scoring
     num_sink_tokens: int
     window: int
+    layer: int
     chosen: Choice | None = None
     ballot: Ballot | None = None
-    layer: int = 0
 
 
 @runtime_checkable

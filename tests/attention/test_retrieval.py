@@ -394,6 +394,26 @@ def test_a_chat_template_says_how_many_rows_come_behind_a_question():
         TopBlocks(ending_rows=-1)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_block_counts_for_the_square_of_its_worth_in_proportion_to_the_best(seed):
+    generator = torch.Generator().manual_seed(seed)
+    vote, before = torch.rand(2, 1, 5, 7, dtype=torch.float64, generator=generator).pow(4).unbind(0)
+    chosen = choose_blocks(vote, before, 4, 8.0, 0.6, lambda x: x)
+    usual = [sum(paid) / 7 for paid in before[0].tolist()]
+    worth = []
+    for block in range(7):
+        ratios = [
+            float(vote[0, head, block]) / (float(before[0, head, block]) + usual[head] + sum(usual) / 5)
+            for head in range(5)
+        ]
+        worth.append(math.sqrt(sum(ratio**2 for ratio in ratios) / 5))
+    best = sorted(range(7), key=worth.__getitem__, reverse=True)[:4]
+    assert chosen.blocks[0].tolist() == [block if worth[block] >= 0.6 else -1 for block in best]
+    most = min(8.0, max(1.0, worth[best[0]] ** 2))
+    expected = [max(1.0, most * worth[block] ** 2 / worth[best[0]] ** 2) for block in best]
+    assert chosen.emphasis[0].tolist() == pytest.approx(expected, rel=1e-12)
+
+
 def test_ranks_that_share_heads_choose_as_one_that_holds_all():
     """Each rank adds its heads' part of every sum; here two ranks exchange them in turn, sum by sum."""
     generator = torch.Generator().manual_seed(3)

@@ -156,7 +156,7 @@ def writers(place: Path, documents: int) -> Iterator[Writer]:
     """Return all of them. Version 1 of rows has other columns and another type too."""
     tokens = [documents_of(documents, seed) for seed in (0, 1)]
     rows = [pack(datasets.Dataset.from_dict({"input_ids": each}), SEQ_LENGTH) for each in tokens]
-    forms: list[dict[str, Any]] = [{}, {"dtype": "int32", "columns": ["input_ids", "seq_lengths"]}]
+    forms: list[dict[str, Any]] = [{}, {"dtype": "int32", "columns": ["input_ids"]}]
     yield Writer("materialize", lambda v, at: rows[v].materialize(at, **forms[v]), rows_in)
     yield Writer("materialize (2 processes)", lambda v, at: rows[v].materialize(at, num_proc=2, **forms[v]), rows_in)
     yield Writer("write_megatron", lambda v, at: write_megatron(rows[v], at / "rows"), megatron_in, overwrites=False)

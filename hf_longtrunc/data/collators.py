@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from hf_longtrunc.arguments import one_of, whole
-from hf_longtrunc.data.documents import BOUNDARIES, IGNORE, join, read_document, read_packed_row
+from hf_longtrunc.data.documents import BOUNDARIES, IGNORE, LOSS_MASKS, join, read_document, read_packed_row
 from hf_longtrunc.data.packing import best_fit_decreasing
 from hf_longtrunc.data.verify import carries_states
 from hf_longtrunc.models import unwrapped
@@ -74,7 +74,7 @@ class BestFitPackingCollator:
             _warn_beyond_window(
                 self.seq_length, getattr(unwrapped(model).config, "max_position_embeddings", None), "model"
             )
-        self._warned = False
+        self._warned = self._warned_of_columns = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate examples; tensors are int64, cu_seq_lens and seq_idx int32."""
@@ -99,6 +99,7 @@ class BestFitPackingCollator:
 
     def _best_fit(self, examples: Sequence[Mapping[str, Any]]) -> list[Row]:
         documents = [read_document(example, f"example {i} of the batch") for i, example in enumerate(examples)]
+        self._warn_of_dropped_columns(examples)
         if not any(len(document.input_ids) for document in documents):
             return [join([])]  # a row of padding: its loss is NaN, as every mean of nothing, and its gradients are 0
         plan = best_fit_decreasing([len(d.input_ids) for d in documents], self.seq_length, min_piece=1)
@@ -140,6 +141,20 @@ class BestFitPackingCollator:
             "max_length_k": longest,
             "seq_idx": torch.from_numpy((np.cumsum(is_first) - 1).astype(np.int32))[None],
         }
+
+    def _warn_of_dropped_columns(self, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Warn once where a trainer may have dropped masks or boundaries: what is left looks like a plain document."""
+        left = {name for example in examples for name in example if example[name] is not None}
+        if self._warned_of_columns or left - {"input_ids", "attention_mask"} or _accelerates_loader() is None:
+            return
+        self._warned_of_columns = True
+        warnings.warn(
+            "the collator got documents without labels: every token of them is learned. Trainer drops the columns that "
+            f"a model's forward does not name, such as {', '.join(LOSS_MASKS)} and the seq_lengths of packed rows: if "
+            "the dataset has one of them, pass TrainingArguments(remove_unused_columns=False), or train on "
+            "hf_longtrunc.pack(dataset, seq_length), whose rows keep what they say",
+            stacklevel=4,
+        )
 
     def _warn_if_poor(self, efficiency: float) -> None:
         if self.layout == "rows" and efficiency < _POOR_FILL and not self._warned:
@@ -185,10 +200,16 @@ def _layout_for(model: PreTrainedModel | None) -> str:
     return "flat" if is_flash or carries_states(model) else "rows"
 
 
+def _accelerates_loader() -> Any:
+    """Return the dataloader that accelerate, and so Trainer, is reading now; None where it reads none."""
+    library = sys.modules.get("accelerate.data_loader")
+    return None if library is None else library.GradientState().active_dataloader
+
+
 def _refuse_dispatcher() -> None:
     """Raise ValueError if a dataloader of accelerate's that cuts batches by their rows is being read."""
-    library = sys.modules.get("accelerate.data_loader")
-    if library is not None and isinstance(library.GradientState().active_dataloader, library.DataLoaderDispatcher):
+    loader = _accelerates_loader()
+    if loader is not None and isinstance(loader, sys.modules["accelerate.data_loader"].DataLoaderDispatcher):
         raise ValueError(
             'layout="flat" makes batches of one row, and accelerate\'s dispatcher (its way with streams) cuts every '
             "tensor of a batch by the number of its rows: the ends of the documents (cu_seq_lens) would be lost. Let "

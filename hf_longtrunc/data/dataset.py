@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset, IterableDataset
 from hf_longtrunc.arguments import one_of, whole
 from hf_longtrunc.data.collators import check_tokenizer
 from hf_longtrunc.data.columns import ArrowDocuments
-from hf_longtrunc.data.documents import COLUMNS, IGNORE, LOSS_MASKS, Document, join, read_document
+from hf_longtrunc.data.documents import BOUNDARIES, COLUMNS, IGNORE, LOSS_MASKS, Document, join, read_document
 from hf_longtrunc.data.packing import Packing, best_fit_decreasing, checked_options
 from hf_longtrunc.data.stream import PackedStream
 from hf_longtrunc.data.writing import WRITTEN, import_datasets, write_rows
@@ -137,13 +137,13 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
                 folder is refused.
             num_proc: processes, each of which writes a file of its own.
             dtype: of all columns; "int32" takes half the place.
-            columns: what is written. `input_ids` and `seq_lengths` say everything where no labels and no masks were
-                given, in a third of the place: `BestFitPackingCollator` makes the rest of them.
+            columns: what is written beside the boundaries, `position_ids` and `seq_lengths`: Trainer keeps the first of
+                them only, TRL's SFTTrainer the second. `input_ids` alone says the rest where no labels and no masks
+                were given.
 
         Raises:
-            ValueError: a token that `dtype` does not hold; columns without `input_ids`, without boundaries
-                (`position_ids` or `seq_lengths`), or without `labels` where the documents have labels or masks; the
-                folder is that of the documents, or one of splits.
+            ValueError: a token that `dtype` does not hold; columns without `input_ids`, or without `labels` where the
+                documents have labels or masks; the folder is that of the documents, or one of splits.
             FileExistsError: another process has written rows into the folder at the same time.
 
         Cost: measured 10 million tokens a second, 24 million as int32 without labels and positions (2.1 and 5.4 times
@@ -198,11 +198,10 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
 
     def _checked_columns(self, columns: Sequence[str]) -> tuple[str, ...]:
         given = (columns,) if isinstance(columns, str) else columns
-        names = tuple(one_of("columns", name, WRITTEN) for name in dict.fromkeys(given))
-        if "input_ids" not in names or not {"position_ids", "seq_lengths"} & set(names):
-            raise ValueError(
-                f"columns must have input_ids, and position_ids or seq_lengths for where documents begin, got {names}"
-            )
+        wanted = {one_of("columns", name, WRITTEN) for name in given}
+        if "input_ids" not in wanted:
+            raise ValueError(f"columns must have input_ids, got {', '.join(sorted(wanted)) or 'none'}")
+        names = tuple(name for name in WRITTEN if name in wanted or name in BOUNDARIES)
         if self.teaching and "labels" not in names:
             raise ValueError(
                 f"columns must have labels: the documents have {', '.join(self.teaching)}, and without labels every "

@@ -109,7 +109,7 @@ def viewed(documents: Any, seq_length: int) -> Packed:
 
 def written(documents: Any, seq_length: int) -> Packed:
     with tempfile.TemporaryDirectory() as folder:
-        columns = ["input_ids", "seq_lengths"]
+        columns = ["input_ids"]
         rows = pack(documents, seq_length, min_piece=1).materialize(folder, dtype="int32", columns=columns)
     return Packed(rows, BestFitPackingCollator(seq_length))
 

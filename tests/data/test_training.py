@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import datasets
@@ -13,7 +14,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 from hf_longtrunc import BestFitPackingCollator, pack
 from hf_longtrunc.data.documents import IGNORE
 from tests.conftest import tiny_config
-from tests.data.corpora import raw_examples
+from tests.data.corpora import raw_examples, segments
 from tests.launch import two_ranks
 
 SEQ_LENGTH = 64
@@ -65,7 +66,7 @@ class StopAfter(TrainerCallback):
         control.should_save = control.should_training_stop = state.global_step == self.steps
 
 
-@pytest.mark.filterwarnings("ignore:packing within this batch")
+@pytest.mark.filterwarnings("ignore:packing within this batch", "ignore:the collator got documents without labels")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_twelve_steps_on_raw_documents_equal_the_padded_run(tmp_path, workers):
     dataset = datasets.Dataset.from_list(raw_examples(LENGTHS))
@@ -91,6 +92,9 @@ def test_resumed_in_mid_epoch_it_equals_the_uninterrupted_run(tmp_path, kind):
     assert torch.equal(resumed, whole)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:the collator got documents without labels"
+)  # the loader that failed is still active
 @pytest.mark.parametrize("workers", [0, 1])
 def test_flat_batches_of_a_stream_are_refused_where_accelerate_would_cut_their_ends(tmp_path, workers):
     """In one process it cuts the ends down to the first, without a word."""
@@ -137,3 +141,46 @@ def test_two_ranks_make_the_same_steps_and_see_every_token_once(tmp_path):
     alone, ddp, fsdp = (np.array(ranks[1]["losses"][way]) for way in ("alone", "DDP", "FSDP2"))
     assert len(alone) == len(set(alone)) == 3
     np.testing.assert_allclose([ddp, fsdp], [alone, alone], rtol=1e-13)
+
+
+class Recorder(Trainer):
+    """Keeps the learnable segments of every batch."""
+
+    def training_step(self, model, inputs, *args):
+        rows = [{name: values[row] for name, values in inputs.items()} for row in range(len(inputs["input_ids"]))]
+        self.seen = [*getattr(self, "seen", []), *(segment for row in rows for segment in segments(row))]
+        self.targets = getattr(self, "targets", 0) + int((inputs["labels"] != IGNORE).sum())
+        return super().training_step(model, inputs, *args)
+
+
+def recorded(folder, dataset, **arguments):
+    settings = {"num_train_epochs": 1, "use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    arguments = TrainingArguments(str(folder), **settings, disable_tqdm=True, **arguments)
+    model = LlamaForCausalLM(tiny_config())
+    trainer = Recorder(model, arguments, train_dataset=dataset, data_collator=BestFitPackingCollator(SEQ_LENGTH))
+    trainer.train()
+    return trainer
+
+
+def test_rows_written_with_few_columns_stay_rows_under_trainer(tmp_path, recwarn):
+    """Trainer drops seq_lengths, TRL position_ids: without the other one a row was one document."""
+    packed = pack(datasets.Dataset.from_list(raw_examples(LENGTHS)), SEQ_LENGTH)
+    rows = packed.materialize(tmp_path / "rows", dtype="int32", columns=["input_ids", "seq_lengths"])
+    seen = recorded(tmp_path, rows).seen
+    assert sorted(seen) == sorted(example["input_ids"] for example in raw_examples(LENGTHS))
+    assert not [warning for warning in recwarn if "without labels" in str(warning.message)]
+
+
+@pytest.mark.filterwarnings("ignore:packing within this batch")
+def test_masks_that_trainer_drops_are_spoken_of(tmp_path):
+    examples = [row | {"completion_mask": [0] * (len(row["input_ids"]) - 1) + [1]} for row in raw_examples(LENGTHS)]
+    dataset = datasets.Dataset.from_list(examples)
+    with pytest.warns(
+        UserWarning, match=r"without labels: every token .* completion_mask.*remove_unused_columns=False"
+    ):
+        assert recorded(tmp_path, dataset).targets == sum(LENGTHS) - len(LENGTHS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*without labels")
+        assert recorded(tmp_path, dataset, remove_unused_columns=False).targets == len(LENGTHS)
+        assert recorded(tmp_path, pack(dataset, SEQ_LENGTH)).targets == len(LENGTHS)
+        BestFitPackingCollator(SEQ_LENGTH)(raw_examples(LENGTHS))  # by hand nothing is dropped

@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from hf_longtrunc import BestFitPackingCollator, best_fit_decreasing, pack
 from tests.conftest import tiny_config
-from tests.data.corpora import raw_examples
+from tests.data.corpora import raw_examples, segments
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.transformers_own_deprecation("")]
 trl = pytest.importorskip("trl", exc_type=ImportError)
@@ -24,9 +24,9 @@ def sft(folder, dataset, processing_class, **settings):
     model = LlamaForCausalLM(tiny_config())
     collator = settings.pop("collator", None)
     arguments = trl.SFTConfig(
-        str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_steps=3, seed=1,
+        str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no", seed=1,
         per_device_train_batch_size=2, learning_rate=1e-2, gradient_checkpointing=False, logging_steps=1,
-        dataset_kwargs={"skip_prepare_dataset": True}, **settings,
+        dataset_kwargs={"skip_prepare_dataset": True}, **{"max_steps": 3} | settings,
     )  # fmt: skip
     trainer = trl.SFTTrainer(
         model, arguments, train_dataset=dataset, data_collator=collator, processing_class=processing_class
@@ -70,3 +70,36 @@ def test_as_many_rows_as_trls_best_fit_decreasing_over_the_whole_set():
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     table = pa.table({"input_ids": pa.LargeListArray.from_arrays(offsets, pa.nulls(int(offsets[-1])))})
     assert len(_pack_bfd(table, 1024, "split")) == len(best_fit_decreasing(lengths, 1024, min_piece=1))
+
+
+def segments_seen(monkeypatch, train):
+    """Return the learnable segments of all batches that SFTTrainer makes, and the targets in them."""
+    batches = []
+    step = trl.SFTTrainer.training_step
+    monkeypatch.setattr(
+        trl.SFTTrainer,
+        "training_step",
+        lambda self, model, inputs, *a: batches.append(inputs) or step(self, model, inputs, *a),
+    )
+    train()
+    rows = [{name: batch[name][i] for name in batch} for batch in batches for i in range(len(batch["input_ids"]))]
+    return [segment for row in rows for segment in segments(row)], sum(
+        int((b["labels"] != -100).sum()) for b in batches
+    )
+
+
+def test_rows_with_few_columns_and_raw_masks_under_sft_trainer(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    masked = [row | {"completion_mask": [0] * (len(row["input_ids"]) - 1) + [1]} for row in raw_examples(LENGTHS)]
+    dataset = datasets.Dataset.from_list(raw_examples(LENGTHS))
+    rows = pack(dataset, SEQ_LENGTH).materialize(columns=["input_ids", "seq_lengths"])
+    collator = BestFitPackingCollator(SEQ_LENGTH)
+    settings = {"max_length": None, "max_steps": -1, "num_train_epochs": 1}
+    seen, _ = segments_seen(monkeypatch, lambda: sft(tmp_path, rows, tokenizer, collator=collator, **settings))
+    assert sorted(seen) == sorted(row["input_ids"] for row in raw_examples(LENGTHS))
+    raw = datasets.Dataset.from_list(masked)
+    with pytest.warns(UserWarning, match="completion_mask.*remove_unused_columns=False"):
+        sft(tmp_path, raw, tokenizer, collator=BestFitPackingCollator(SEQ_LENGTH), **settings)
+    settings["remove_unused_columns"] = False
+    _, targets = segments_seen(monkeypatch, lambda: sft(tmp_path, raw, tokenizer, collator=collator, **settings))
+    assert targets == len(LENGTHS)

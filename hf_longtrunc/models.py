@@ -115,19 +115,22 @@ def bound(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
 def weight_and_bias(layer: Any, width: int, *, differentiable: bool = False) -> tuple[Tensor, Tensor]:
     """Return W [out, width] and b [out] of an affine layer.
 
-    A plain `nn.Linear` is read. Another layer (adapters, quantised or offloaded weights, `Conv1D`) is asked:
+    A plain `nn.Linear` is read. Another layer (adapters, quantised or offloaded weights, `Conv1D`) is asked, also one
+    that holds its weights in no parameters (torch's own quantised layers):
     b = layer(0), W = layer(I) - b, 512 unit vectors at a time. Both are detached unless `differentiable`: gradients
     then flow through them to the layer's parameters, where they are enabled.
     """
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
-        weight = getattr(layer, "weight", None)
-        is_there = isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta
-        if type(layer) is nn.Linear and isinstance(weight, Tensor) and is_there:
+        weight: Any = getattr(layer, "weight", None)
+        # A tensor of another class holds packed numbers, and says that they are floating-point ones.
+        is_there = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta and weight.is_floating_point()
+        if type(layer) is nn.Linear and is_there:
             bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
         else:
             parameters = list(layer.parameters())
             dtypes = [each.dtype for each in parameters if each.is_floating_point()]  # none where all is quantised
-            units = torch.eye(width, dtype=(dtypes or [torch.get_default_dtype()])[0], device=_reachable(parameters[0]))
+            device = _reachable(parameters[0]) if parameters else torch.device("cpu")
+            units = torch.eye(width, dtype=(dtypes or [torch.get_default_dtype()])[0], device=device)
             bias = layer(torch.zeros_like(units[:1]))[0]
             weight = torch.cat([(layer(part) - bias).T for part in torch.split(units, 512)], dim=1)
     return (weight, bias) if differentiable else (weight.detach(), bias.detach())

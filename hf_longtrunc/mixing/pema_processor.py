@@ -13,7 +13,7 @@ from transformers import LogitsProcessor
 
 from hf_longtrunc.arguments import share, whole
 from hf_longtrunc.handles import Handle
-from hf_longtrunc.mixing.head import LanguageModelHead, head_inputs
+from hf_longtrunc.head import LanguageModelHead, head_inputs
 from hf_longtrunc.mixing.pema import (
     GradualUnrolling,
     PEMAAdapter,
@@ -21,7 +21,7 @@ from hf_longtrunc.mixing.pema import (
     fit_adapter,
     interpolate,
 )
-from hf_longtrunc.models import attachable, evaluating
+from hf_longtrunc.models import attachable, evaluating, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -60,7 +60,7 @@ def build_pema_memory(
     """
     batch_size = whole("batch_size", batch_size, least=1)
     rows = [_checked_example(example, f"example {index}") for index, example in enumerate(examples)]
-    head = LanguageModelHead(model)
+    head = _head_of(model)
     counts = [int((labels[1:] != _IGNORE).sum()) for _, labels in rows]
     ends = list(accumulate(counts))
     hidden = torch.empty(sum(counts), head.hidden_size, dtype=model.dtype)
@@ -113,7 +113,7 @@ def train_pema(
     Cost: a product with the output embedding, forward and backward, for every row and epoch. Source: Kim et al. 2024,
     arXiv 2311.08590, section 3. Deviations: stage 1 is solved, not iterated; see `reconstruction_basis`.
     """
-    head = LanguageModelHead(model)
+    head = _head_of(model)
     _check_sizes(head, memory.hidden.shape[1], memory.vocab_size, "memory")
     generator = torch.Generator().manual_seed(seed)
     rank = min(512, head.hidden_size) if rank is None else rank
@@ -209,7 +209,7 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
     def __init__(self, model: Any, adapter: PEMAAdapter, interpolation: float | GradualUnrolling = 0.5) -> None:
         technique = PEMA(adapter, interpolation=interpolation)
         self._model = attachable(model, "PEMA")
-        self.head = LanguageModelHead(model)
+        self.head = _head_of(model)
         _check_sizes(self.head, adapter.hidden_size, adapter.vocab_size, "adapter")
         Handle.__init__(self, f"PEMA({adapter!r})", self._model, "the input of its output embedding is read")
         self.adapter, self.interpolation = adapter, technique.interpolation
@@ -346,6 +346,16 @@ def _checked_example(example: Mapping[str, Any], name: str) -> tuple[Tensor, Ten
             f"{name}: every label must be the token at its own place, or -100; labels that are shifted by one are not"
         )
     return ids, labels
+
+
+def _head_of(model: Any) -> LanguageModelHead:
+    inside = unwrapped(model)
+    if inside.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(inside).__name__} is an encoder-decoder: its logits depend on a source that input_ids do not "
+            "hold; take a decoder-only model"
+        )
+    return LanguageModelHead(model)
 
 
 def _check_sizes(head: LanguageModelHead, hidden_size: int, vocab_size: int, name: str) -> None:

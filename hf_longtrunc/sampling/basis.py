@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 
 from hf_longtrunc.arguments import number, one_of, whole
 from hf_longtrunc.saving import load_folder, save_folder
@@ -56,6 +55,8 @@ class SoftmaxBasis:
         weight_hash: SHA-256 of the weights it was made from: a basis says nothing about any other weights.
         centered: whether the mean row was subtracted first (softmax cannot see a vector that is added to every row).
         softcap: the cap c of a head that returns c * tanh(logits / c), None for a plain head.
+
+    A final RMSNorm holds h on an ellipsoid; that the gradient vanishes across it too is an assumption.
 
     Make one with `from_model` or `from_weight`, keep it with `save_pretrained` and `from_pretrained`.
 
@@ -93,16 +94,17 @@ class SoftmaxBasis:
     def from_model(cls, model: Any, rank: int = 20, **options: Any) -> SoftmaxBasis:
         """Make the basis of the output embedding of `model`, a transformers language model or a wrapper of one.
 
-        A bias or a constant scale on the logits leaves the column space as it is. An embedding that is no plain linear
-        layer (adapters, quantised weights) is read as f(I) - f(0). A cap (`config.final_logit_softcapping`) is noted
-        in the basis. `options` are those of `from_weight`.
+        One forward of eight tokens finds what the model does to its logits. A bias or a constant scale leaves the
+        column space as it is; a cap c * tanh(z / c) is noted in the basis; anything else is refused. An embedding that
+        is no plain linear layer (adapters, quantised weights) is read as f(I) - f(0). `options` are those of
+        `from_weight`.
 
         Raises:
-            ValueError: the model has no output embedding, or one with dropout that is in training mode; errors of
-                `from_weight`.
+            ValueError: the model has no output embedding, one with dropout that is in training mode, or logits that
+                are none of the above; errors of `from_weight`.
         """
-        softcap = getattr(_inside(model).config.get_text_config(), "final_logit_softcapping", None)
-        return cls.from_weight(_embedding_of(model), rank, softcap=softcap, **options)
+        head = _head_of(model)
+        return cls.from_weight(head.weight(), rank, softcap=head.cap, **options)
 
     @classmethod
     def from_weight(
@@ -163,7 +165,7 @@ class SoftmaxBasis:
 
     def check_model(self, model: Any) -> None:
         """Raise ValueError unless this basis was made from the weights that `model` has now; hashes them once."""
-        if _hash(_embedding_of(model)) != self.weight_hash:
+        if _hash(_head_of(model).weight()) != self.weight_hash:
             raise ValueError(
                 "this basis was made from other weights than the model's output embedding has now: make it again with "
                 "SoftmaxBasis.from_model(model)"
@@ -227,29 +229,11 @@ def _leading_directions(
     return _Directions(block @ leading, energies.flip(0)[:rank].clamp_min(0).sqrt())
 
 
-def _inside(model: Any) -> Any:
+def _head_of(model: Any) -> Any:
     # Asked for here: the file knows no transformers until it is handed a model of it.
-    from hf_longtrunc.models import unwrapped
+    from hf_longtrunc.head import LanguageModelHead
 
-    return unwrapped(model)
-
-
-def _embedding_of(model: Any) -> Tensor:
-    """Return the output embedding [vocabulary, width] of a causal language model."""
-    from hf_longtrunc.models import weight_and_bias
-
-    inside = _inside(model)
-    embedding = inside.get_output_embeddings()
-    if embedding is None:
-        raise ValueError(
-            f"{type(inside).__name__} has no output embedding: basis-aware truncation needs a language model whose "
-            "logits are a linear map of its last hidden state"
-        )
-    if any(isinstance(part, _DropoutNd) and part.training and part.p > 0 for part in embedding.modules()):
-        raise ValueError(
-            "the output embedding has dropout and is in training mode, so it is no fixed linear map: call .eval() first"
-        )
-    return weight_and_bias(embedding, inside.config.get_text_config().hidden_size)[0]
+    return LanguageModelHead(model)
 
 
 def _hash(weight: Tensor) -> str:

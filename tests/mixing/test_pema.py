@@ -44,7 +44,7 @@ from hf_longtrunc import (
     build_pema_memory,
     train_pema,
 )
-from hf_longtrunc.mixing.head import LanguageModelHead, head_inputs
+from hf_longtrunc.head import LanguageModelHead, head_inputs
 from hf_longtrunc.mixing.pema import fit_adapter, interpolate, pema_loss, reconstruction_basis
 from hf_longtrunc.saving import save_folder
 from tests.command_line import model_folder  # noqa: F401

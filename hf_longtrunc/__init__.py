@@ -76,6 +76,11 @@ if TYPE_CHECKING:
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
     from hf_longtrunc.sampling.basis import SoftmaxBasis as SoftmaxBasis
     from hf_longtrunc.sampling.calls import sampling_settings as sampling_settings
+    from hf_longtrunc.sampling.mask import (
+        SamplingMask as SamplingMask,
+        truncated_log_probs as truncated_log_probs,
+        truncated_scores as truncated_scores,
+    )
     from hf_longtrunc.sampling.processors import (
         BasisAwareLogitsProcessor as BasisAwareLogitsProcessor,
         EpsilonLogitsProcessor as EpsilonLogitsProcessor,
@@ -83,6 +88,7 @@ if TYPE_CHECKING:
         PLessLogitsProcessor as PLessLogitsProcessor,
         TopNSigmaLogitsProcessor as TopNSigmaLogitsProcessor,
     )
+    from hf_longtrunc.sampling.recorder import SamplingMaskRecorder as SamplingMaskRecorder
     from hf_longtrunc.sampling.support import (
         SupportChecker as SupportChecker,
         critical_threshold as critical_threshold,
@@ -121,6 +127,8 @@ _HOME = {
     "PackedStream": "hf_longtrunc.data.stream",
     "Packing": "hf_longtrunc.data.packing",
     "ProxyTuningLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
+    "SamplingMask": "hf_longtrunc.sampling.mask",
+    "SamplingMaskRecorder": "hf_longtrunc.sampling.recorder",
     "ShardedDatastore": "hf_longtrunc.cross_attention.datastore",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
     "SupportChecker": "hf_longtrunc.sampling.support",
@@ -154,6 +162,8 @@ _HOME = {
     "save_uld_assistant": "hf_longtrunc.mixing.uld",
     "train_pema": "hf_longtrunc.mixing.pema_processor",
     "trained_length": "hf_longtrunc.attention.lm_infinite",
+    "truncated_log_probs": "hf_longtrunc.sampling.mask",
+    "truncated_scores": "hf_longtrunc.sampling.mask",
     "uld_assistant": "hf_longtrunc.mixing.uld",
     "verify_positions": "hf_longtrunc.positions.verify",
     "write_datatrove": "hf_longtrunc.data.datatrove",

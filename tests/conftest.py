@@ -26,7 +26,7 @@ PURE_FILES = CONTRACTS["pure files know tensors, not transformers"]["source_modu
 PURE_FILES.remove("hf_longtrunc.attention.retrieval")  # users' settings, which it checks in words of its own
 PURE_FILES.remove("hf_longtrunc.attention.flex")  # traced by torch with tensors that stand for others
 PURE_FILES.remove("hf_longtrunc.attention.fused")  # read by Triton as it is written
-for shape_type in ("Bool", "Float", "Int"):
+for shape_type in ("Bool", "Float", "Int", "UInt8"):
     setattr(builtins, shape_type, getattr(jaxtyping, shape_type))
 # The hook takes a checker by name; this one takes an int for a float, as Python's type checkers do.
 beartype.with_numeric_tower = beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))

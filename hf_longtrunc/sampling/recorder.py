@@ -1,0 +1,174 @@
+"""Records at generation which tokens could be drawn: a `SamplingMask` a row, or a request."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import LogitsProcessor
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    CLASSIC_TO_CB_PROCESSORS_MAP,
+    ContinuousBatchingLogitsProcessor,
+)
+
+from hf_longtrunc.sampling.attach import attach_processors
+from hf_longtrunc.sampling.calls import draws_by_itself, neighbours
+from hf_longtrunc.sampling.mask import SamplingMask, pack_bits
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from hf_longtrunc.handles import Handle
+
+
+class _Generation(threading.local):
+    """What one thread is generating: the prompt, all ids of the last call, and a mask of the rows for each step."""
+
+    def __init__(self) -> None:
+        self.prompt_length = 0
+        self.ids: Tensor | None = None  # [rows, length], on the CPU
+        self.steps: list[SamplingMask] = []
+
+    def __reduce__(self) -> tuple[type[_Generation], tuple[()]]:
+        """Copy and pickle without the generation, which stays in its thread."""
+        return _Generation, ()
+
+    def follow(self, ids: Tensor) -> None:
+        """Go on with the step after `ids`, or back to it (speculation), or begin another generation."""
+        length, last = ids.shape[1], self.ids
+        step = length - self.prompt_length
+        is_same = last is not None and len(last) == len(ids) and 0 < step <= len(self.steps)
+        if is_same and last is not None and (len(ids) == 1 or step == len(self.steps)):
+            # A lone row may come back with another last token, which speculation drew in the place of a refused one.
+            shared = self.prompt_length if len(ids) == 1 else length - 1
+            is_same = torch.equal(ids[:, :shared], last[:, :shared])
+        else:
+            is_same = False
+        if not is_same:
+            self.prompt_length, step = length, 0
+        self.ids = ids
+        del self.steps[step:]
+
+
+class SamplingMaskRecorder(LogitsProcessor):
+    """Records the kept set of every step that a model samples from, for `truncated_log_probs`.
+
+        recorder = SamplingMaskRecorder()
+        with attach_processors(model, [EtaLogitsProcessor(2e-3)]), recorder.attach(model):
+            sequences = model.generate(**inputs, **sampling_settings(model), max_new_tokens=64)
+        masks = recorder.take()  # a SamplingMask for each row: step t is of the t-th new token
+
+    It stands behind all processors and warpers, transformers' own included, changes nothing, and records what the
+    sampler may draw: tokens whose fp32 probability is not zero. Speculative decoding is followed. In `generate_batch`
+    and serving it records by request, where `ContinuousBatchingConfig(per_request_processors=True)`: `requests` maps
+    request ids to masks. Threads that generate at once record apart.
+
+    Cost: a pass over the scores, V / 8 bytes to the host and some 50 microseconds a row and step.
+    """
+
+    # Declared unsupported, it would be left out there; this way it is called, and records or refuses.
+    supports_continuous_batching = True
+
+    def __init__(self) -> None:
+        self._generation = _Generation()
+        self._requests: dict[str, list[SamplingMask]] = {}
+        # transformers looks up here what a processor of this class becomes; no other class is touched.
+        CLASSIC_TO_CB_PROCESSORS_MAP[SamplingMaskRecorder] = _ByRequest
+
+    def attach(self, model: Any) -> Handle:
+        """Record everything that `model` samples until the handle is detached; `with` does that by itself."""
+        return attach_processors(model, [self], after_warpers=True)
+
+    def take(self) -> list[SamplingMask]:
+        """Return a mask for each row of this thread's last generation, and forget it.
+
+        A row that ended early goes on beside the others, and speculation may look further than the text goes: step t is
+        of new token t as far as a row has tokens, and what lies behind is of no use.
+        """
+        steps, self._generation.steps = self._generation.steps, []
+        self._generation.ids = None
+        return [
+            SamplingMask.cat([step[row : row + 1] for step in steps]) for row in range(len(steps[0]) if steps else 0)
+        ]
+
+    @property
+    def requests(self) -> dict[str, SamplingMask]:
+        """The masks of `generate_batch` and serving by request id; `clear()` forgets them."""
+        return {name: SamplingMask.cat(steps) for name, steps in self._requests.items()}
+
+    def clear(self) -> None:
+        """Forget everything recorded."""
+        self._generation = _Generation()
+        self._requests.clear()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Record the step and return `scores` [rows, V] as they are.
+
+        Raises:
+            ValueError: beams or greedy decoding, whose tokens are not drawn from the row's distribution; continuous
+                batching without processors by request; a processor in front that drew the token already.
+        """
+        if input_ids.ndim == 1:
+            raise ValueError(
+                "SamplingMaskRecorder cannot tell requests apart here: pass continuous_batching_config="
+                "ContinuousBatchingConfig(per_request_processors=True)"
+            )
+        self._generation.follow(input_ids.detach().cpu())
+        if not self._generation.steps:
+            self._check_call()
+        self._generation.steps.append(_kept(scores))
+        return scores
+
+    def _check_call(self) -> None:
+        if not draws_by_itself():
+            raise ValueError(
+                "SamplingMaskRecorder records what is sampled, and this call takes beams or the most probable token: "
+                "pass do_sample=True and num_beams=1, or detach it"
+            )
+        drawn = [each for each in neighbours(self)[0] if getattr(each, "mode", None) == "sample"]
+        if drawn:
+            raise ValueError(
+                f"{type(drawn[0]).__name__} draws the token by itself and leaves nothing else to be recorded: give it "
+                "mode='mask'"
+            )
+
+    def __repr__(self) -> str:
+        return f"<SamplingMaskRecorder: {len(self._generation.steps):,} steps, {len(self._requests):,} requests>"
+
+
+class _ByRequest(ContinuousBatchingLogitsProcessor):
+    """A recorder in continuous batching, where rows belong to other requests at every step."""
+
+    supported_kwargs: dict[str, type] = {}  # noqa: RUF012
+    ignored_kwargs: tuple[str, ...] = ()
+
+    def __init__(self, recorder: SamplingMaskRecorder):
+        self.recorder = recorder
+        self.names: list[str] = []
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> Tensor:
+        self.names = [each.state.request_id for each in requests_with_new_token]
+        return torch.zeros(len(self.names), dtype=torch.int32)
+
+    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
+        if scores.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "SamplingMaskRecorder cannot record inside a CUDA graph: pass "
+                "ContinuousBatchingConfig(use_cuda_graph=False, per_request_processors=True)"
+            )
+        kept = _kept(scores[: len(self.names)])
+        for row, name in enumerate(self.names):
+            self.recorder._requests.setdefault(name, []).append(kept[row : row + 1])
+        return scores
+
+
+def _kept(scores: Tensor) -> SamplingMask:
+    """Return what the sampler may draw: its fp32 softmax gives other tokens nothing, whatever the filter value."""
+    above = scores.float() - scores.amax(-1, keepdim=True).float()
+    return SamplingMask.from_bits(pack_bits(above.exp() > 0), scores.shape[-1])

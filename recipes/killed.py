@@ -25,6 +25,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
@@ -155,7 +156,8 @@ def alone(call: Callable[[], Any], folder: Path | None, step: int) -> None:
 def writers(place: Path, documents: int) -> Iterator[Writer]:
     """Return all of them. Version 1 of rows has other columns and another type too."""
     tokens = [documents_of(documents, seed) for seed in (0, 1)]
-    rows = [pack(datasets.Dataset.from_dict({"input_ids": each}), SEQ_LENGTH) for each in tokens]
+    tokenizer: Any = SimpleNamespace(eos_token_id=2)  # Megatron tells documents apart by it
+    rows = [pack(datasets.Dataset.from_dict({"input_ids": each}), SEQ_LENGTH, tokenizer) for each in tokens]
     forms: list[dict[str, Any]] = [{}, {"dtype": "int32", "columns": ["input_ids"]}]
     yield Writer("materialize", lambda v, at: rows[v].materialize(at, **forms[v]), rows_in)
     yield Writer("materialize (2 processes)", lambda v, at: rows[v].materialize(at, num_proc=2, **forms[v]), rows_in)

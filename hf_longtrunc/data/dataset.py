@@ -97,7 +97,7 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         self.packing = packing
         self._documents = documents
         self._order = order
-        self._eos_token_id = eos_token_id
+        self.eos_token_id = eos_token_id
         return self
 
     def __len__(self) -> int:
@@ -119,7 +119,7 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         num_shards = whole("num_shards", num_shards, least=1)
         first = whole("index", index, least=0, most=num_shards - 1)
         shard = PackedDataset.__new__(PackedDataset)
-        return shard._set(self._documents, self.packing, self._order[first::num_shards], self._eos_token_id)
+        return shard._set(self._documents, self.packing, self._order[first::num_shards], self.eos_token_id)
 
     def materialize(
         self,
@@ -180,7 +180,7 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         tokens = np.diff(np.append(0, ends)[np.append(0, np.cumsum(counts))])
         if isinstance(self._documents, ArrowDocuments) and self._documents.is_plain:
             input_ids = self._documents.gather(
-                self.packing.document[flat], self.packing.start[flat], lengths, self._eos_token_id
+                self.packing.document[flat], self.packing.start[flat], lengths, self.eos_token_id
             )
             labels = input_ids
             if with_labels:
@@ -215,7 +215,7 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
 
     def _piece(self, piece: int) -> Document:
         packing = self.packing
-        document = self._documents[int(packing.document[piece])].ending_with(self._eos_token_id)
+        document = self._documents[int(packing.document[piece])].ending_with(self.eos_token_id)
         if len(document.input_ids) != packing.document_lengths[packing.document[piece]]:
             raise ValueError(
                 f"document {int(packing.document[piece])} has {len(document.input_ids)} tokens and the plan counted "
@@ -232,6 +232,12 @@ class FlatRows(NamedTuple):
     tokens: Tokens  # in every row
     piece_lengths: Tokens
     pieces: Tokens  # in every row
+
+    def padded(self, seq_length: int, pad_token_id: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return the tokens [rows, seq_length], filled up with `pad_token_id`."""
+        rows = np.full((len(self.tokens), seq_length), pad_token_id, dtype.newbyteorder("<"))
+        rows[np.arange(seq_length) < self.tokens[:, None]] = self.input_ids
+        return rows
 
 
 class IndexedDataset(Protocol):

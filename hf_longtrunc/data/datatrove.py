@@ -68,9 +68,7 @@ def _write(
     for block in blocks:
         if block.input_ids.max(initial=0) > most:
             raise ValueError(f'token {block.input_ids.max()} is more than {dtype} holds; dtype="uint32" is more')
-        laid_out = np.full((len(block.tokens), seq_length), pad_token_id, np.dtype(dtype).newbyteorder("<"))
-        laid_out[np.arange(seq_length) < block.tokens[:, None]] = block.input_ids
-        tokens.write(laid_out.tobytes())
+        tokens.write(block.padded(seq_length, pad_token_id, np.dtype(dtype)).tobytes())
         index.write((num_rows * seq_length + _ends(block, seq_length)).astype("<u8").tobytes())
         num_rows += len(block.tokens)
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_longtrunc.arguments import whole
 from hf_longtrunc.data.writing import import_datasets, token_blocks
 from hf_longtrunc.saving import placing
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
     import datasets
 
-    from hf_longtrunc.data.dataset import PackedDataset
+    from hf_longtrunc.data.dataset import FlatRows, PackedDataset
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -44,7 +46,7 @@ def read_megatron(prefix: str | os.PathLike[str]) -> datasets.Dataset:
     paths = _paths(prefix)
     tokens, sizes, begins, firsts = _read(*paths)
     ends = np.append(0, np.cumsum(sizes, dtype=np.int64))
-    if not np.array_equal(begins, ends[:-1] * tokens.itemsize) or ends[-1] > len(tokens):
+    if (sizes < 0).any() or not np.array_equal(begins, ends[:-1] * tokens.itemsize) or ends[-1] > len(tokens):
         raise ValueError(f"{prefix}.idx speaks of sequences that do not lie one after another in {prefix}.bin")
     values = pa.Array.from_buffers(pa.from_numpy_dtype(tokens.dtype), len(tokens), [None, pa.py_buffer(tokens)])
     lists = pa.LargeListArray.from_arrays(pa.array(ends[firsts]), values)
@@ -56,36 +58,80 @@ def read_megatron(prefix: str | os.PathLike[str]) -> datasets.Dataset:
     return documents
 
 
-def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str]) -> None:
-    """Write packed rows as `<prefix>.bin` and `<prefix>.idx`: a row is a document, its pieces are the sequences in it.
+def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str], *, pad_token_id: int = -1) -> None:
+    """Write packed rows as `<prefix>.bin` and `<prefix>.idx`, so that Megatron's GPTDataset reads each as one sample.
 
-    Tokens are uint16 if all are below 65,500, as Megatron does for small vocabularies, else int32. Labels cannot be
-    written. The index, without which the tokens are nothing, comes last. Nothing is overwritten: no two files can be
-    replaced at once, and new tokens under an old index would be read as they come.
+    GPTDataset shuffles sequences, concatenates them and slices. It returns rows as they are if each is one sequence of
+    `seq_length` tokens, padding included, and its config says `sequence_length=seq_length` and
+    `add_extra_token_to_sequence=False`. It finds documents by their EOD token: `reset_position_ids`,
+    `reset_attention_mask` and `eod_mask_loss` must be on.
+
+    Tokens are uint16 if all are below 65,500 and padding is not negative, else int32. Labels cannot be written. The
+    index is written last. Nothing is overwritten: two files cannot be replaced at once, and new tokens under an old
+    index would be read in wrong places.
+
+    Args:
+        rows: of a dataset without labels and masks, packed with a tokenizer, whose EOS is Megatron's EOD.
+        prefix: of the two files.
+        pad_token_id: the `pad` of Megatron's tokenizer, which learns no token of that number; -1 where it has none, or
+            where it is EOS too: Megatron takes -1 then.
 
     Raises:
         FileExistsError: one of the files is there, or another process has written it meanwhile.
         TypeError, ValueError: the rows are no `PackedDataset`, the prefix is no path, the documents have labels or
-            masks, or a token is more than int32 holds.
+            masks, a document that others follow in its row does not end with EOS, a token is the padding token, or more
+            than int32 holds.
+
+    EOS inside a document draws a warning: Megatron begins a document behind it.
     """
     idx_at, bin_at = _paths(prefix)
+    pad_token_id = whole("pad_token_id", pad_token_id, least=-1, most=2**31 - 1)
     with placing(bin_at, idx_at) as (tokens, index):
-        highest = max((int(part.input_ids.max(initial=0)) for part in token_blocks(rows, _FORMAT)), default=0)
+        highest, inside = pad_token_id, 0
+        for part in token_blocks(rows, _FORMAT):
+            highest = max(highest, int(part.input_ids.max(initial=0)))
+            inside += _check_ends(part, rows.eos_token_id, pad_token_id)
         if highest >= 2**31:
             raise ValueError(f"token {highest} is more than int32 holds")
-        code = 8 if highest < 65_500 else 4
+        if inside:
+            warnings.warn(
+                f"EOS ({rows.eos_token_id}) lies {inside} times inside a document, as in chats of several turns: "
+                "Megatron tells documents apart by it, and begins one behind each",
+                stacklevel=2,
+            )
+        code, seq_length = 8 if pad_token_id >= 0 and highest < 65_500 else 4, rows.packing.seq_length
         bin_at.parent.mkdir(parents=True, exist_ok=True)
-        sizes, pieces = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         with tokens.open("wb") as file:
             for part in token_blocks(rows, _FORMAT):
-                file.write(part.input_ids.astype(_TYPES[code]).tobytes())
-                sizes.append(part.piece_lengths)
-                pieces.append(part.pieces)
-        lengths, firsts = np.concatenate(sizes), np.append(0, np.cumsum(np.concatenate(pieces)))
-        begins = (np.cumsum(lengths) - lengths) * np.dtype(_TYPES[code]).itemsize
+                file.write(part.padded(seq_length, pad_token_id, np.dtype(_TYPES[code])).tobytes())
+        lengths, firsts = np.full(len(rows), seq_length, "<i4"), np.arange(len(rows) + 1, dtype="<i8")
+        begins = firsts[:-1] * (seq_length * np.dtype(_TYPES[code]).itemsize)
         header = _HEADER.pack(_MAGIC, 1, code, len(lengths), len(firsts))
-        arrays = lengths.astype("<i4"), begins.astype("<i8"), firsts.astype("<i8")
-        index.write_bytes(header + b"".join(array.tobytes() for array in arrays))
+        index.write_bytes(header + b"".join(array.tobytes() for array in (lengths, begins, firsts)))
+
+
+def _check_ends(rows: FlatRows, eos_token_id: int | None, pad_token_id: int) -> int:
+    """Return how often EOS lies inside a piece.
+
+    Raises:
+        ValueError: a piece that is not the last one of its row ends with another token; a token is the padding token.
+    """
+    ends = np.cumsum(rows.piece_lengths)
+    is_followed = np.ones(len(ends), np.bool_)
+    is_followed[np.cumsum(rows.pieces)[rows.pieces > 0] - 1] = False
+    ends_with_eos = rows.input_ids[ends - 1] == (-1 if eos_token_id is None else eos_token_id)
+    if (wrong := is_followed & ~ends_with_eos).any():
+        end = rows.input_ids[ends[wrong.argmax()] - 1]
+        raise ValueError(
+            "Megatron tells documents apart by the EOS at their ends, and a document that another follows ends with "
+            f"{end}: give pack() the tokenizer, whose EOS it puts there, got {eos_token_id}"
+        )
+    if (rows.input_ids == pad_token_id).any():
+        raise ValueError(
+            f"pad_token_id must be no token of the documents, which Megatron would not learn, got {pad_token_id}; "
+            "take another one, or -1 where Megatron's tokenizer has no padding token of its own"
+        )
+    return 0 if eos_token_id is None else int((rows.input_ids == eos_token_id).sum() - ends_with_eos.sum())
 
 
 def _paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:

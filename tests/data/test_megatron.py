@@ -1,17 +1,19 @@
-"""Megatron's .bin and .idx, read back by a reader written from the format's description alone."""
+"""Megatron's .bin and .idx, read by a reader written from the format's description, and by megatron-core's own."""
 
 from __future__ import annotations
 
 import io
 import struct
+from collections import Counter
 from itertools import chain, pairwise
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import torch
 
-from hf_longtrunc import pack, read_megatron, write_megatron
+from hf_longtrunc import BestFitPackingCollator, pack, read_megatron, write_megatron
 from tests.data.corpora import token_lists
 from tests.data.test_dataset import SEQ_LENGTH, Tokenizer, arrow, documents_of, expected
 
@@ -56,20 +58,80 @@ def naive_write(prefix, documents, code=4):
         file.writelines(struct.pack("<q", value) for value in [*pointers.tolist(), *firsts.tolist()])
 
 
-@pytest.mark.parametrize("highest", [97, 65_499, 65_500, 2**31 - 1])
-def test_rows_are_documents_and_pieces_are_their_sequences(tmp_path, highest):
-    ids = [[*tokens, highest] for tokens in token_lists([5, 90, 30, 30, 12])]
-    packed = pack(datasets.Dataset.from_dict({"input_ids": ids}), SEQ_LENGTH, Tokenizer(), row_multiple=4)
-    write_megatron(packed, tmp_path / "deep" / "rows")
-    found, code = naive_read(tmp_path / "deep" / "rows")
-    wanted = []
-    for row in packed:
-        bounds = [*np.flatnonzero(row["position_ids"] == 0).tolist(), len(row["input_ids"])]
-        pieces = pairwise(bounds)
-        wanted.append([row["input_ids"][first:last].tolist() for first, last in pieces])
+def with_eos(lengths, highest=97, **options):
+    ids = [[*tokens, highest] for tokens in token_lists(lengths)]
+    return pack(datasets.Dataset.from_dict({"input_ids": ids}), SEQ_LENGTH, Tokenizer(), **options)
+
+
+@pytest.mark.parametrize(
+    ("highest", "pad", "code"),
+    [(97, 0, 8), (97, -1, 4), (65_499, 0, 8), (65_500, 0, 4), (97, 65_500, 4), (2**31 - 1, 0, 4)],
+)
+def test_rows_are_sequences_filled_up(tmp_path, highest, pad, code, monkeypatch):
+    monkeypatch.setattr("hf_longtrunc.data.writing._TOKENS", 2 * SEQ_LENGTH)  # gathered at once
+    packed = with_eos([5, 90, 30, 30, 12], highest, row_multiple=4)
+    write_megatron(packed, tmp_path / "deep" / "rows", pad_token_id=pad)
+    found, found_code = naive_read(tmp_path / "deep" / "rows")
+    batch = BestFitPackingCollator(SEQ_LENGTH)([packed[i] for i in range(len(packed))])
+    is_padding = batch["position_ids"].eq(0).logical_and(batch["input_ids"].eq(0)).cumsum(-1) > 0
+    assert found == [[row] for row in batch["input_ids"].masked_fill(is_padding, pad).tolist()]
+    assert found_code == code
+    assert read_megatron(tmp_path / "deep" / "rows")["input_ids"] == joined(found)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.transformers_own_deprecation("")
+@pytest.mark.parametrize("pad", [-1, 1])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_megatrons_own_data_set_returns_every_row(tmp_path, pad, epochs):
+    """Tokens, positions, attention and targets of each row are those of our collator, in every epoch."""
+    gpt = pytest.importorskip("megatron.core.datasets.gpt_dataset", reason="megatron-core is not installed")
+    from megatron.core.datasets.utils import Split
+
+    class MegatronsTokenizer:
+        vocab_size, eod, unique_identifiers = 100, Tokenizer.eos_token_id, {}
+
+    MegatronsTokenizer.pad = pad if pad >= 0 else MegatronsTokenizer.eod  # Megatron takes -1 for the ambiguous one
+    packed = with_eos(np.random.default_rng(7).integers(2, 150, 90).tolist(), row_multiple=4)
+    write_megatron(packed, tmp_path / "rows", pad_token_id=pad)
+    config = gpt.GPTDatasetConfig(
+        random_seed=1, sequence_length=SEQ_LENGTH, split="1", tokenizer=MegatronsTokenizer(), mmap_bin_files=False,
+        path_to_cache=str(tmp_path / "cache"), reset_position_ids=True, reset_attention_mask=True,
+        eod_mask_loss=True, add_extra_token_to_sequence=False,
+    )  # fmt: skip
+    low = gpt.GPTDataset.build_low_level_dataset(str(tmp_path / "rows"), config)
+    indices = np.arange(len(packed), dtype=np.int32)
+    samples = gpt.GPTDataset(low, str(tmp_path / "rows"), indices, len(packed) * epochs, Split.train, config)
+    assert len(samples) == len(packed) * epochs
+    collator = BestFitPackingCollator(SEQ_LENGTH)
+    wanted = Counter()
+    for row in range(len(packed)):
+        batch = collator([packed[row]])
+        ids, positions, labels = (batch[name][0] for name in ("input_ids", "position_ids", "labels"))
+        document = (positions == 0).cumsum(0)
+        sees = (document[:, None] == document) & (torch.arange(SEQ_LENGTH)[:, None] >= torch.arange(SEQ_LENGTH))
+        targets = torch.cat([labels[1:], torch.tensor([-100])])
+        wanted[tuple(tuple(values.flatten().tolist()) for values in (ids, positions, sees, targets))] += epochs
+    found = Counter()
+    for index in range(len(samples)):
+        sample = samples[index]
+        targets = sample["labels"].masked_fill(sample["loss_mask"] == 0, -100)
+        sees = ~sample["attention_mask"][0]
+        parts = (sample["tokens"], sample["position_ids"], sees, targets)
+        found[tuple(tuple(values.flatten().tolist()) for values in parts)] += 1
     assert found == wanted
-    assert code == (8 if highest < 65_500 else 4)
-    assert read_megatron(tmp_path / "deep" / "rows")["input_ids"] == [joined(row) for row in wanted]
+
+
+def test_what_megatron_would_read_as_other_documents(tmp_path):
+    with pytest.raises(ValueError, match=r"a document that another follows ends with .*give pack\(\) the tokenizer"):
+        write_megatron(pack(arrow([5, 9]), SEQ_LENGTH), tmp_path / "rows")
+    write_megatron(pack(arrow([60, 50]), SEQ_LENGTH), tmp_path / "alone")  # nothing follows
+    chat = datasets.Dataset.from_dict({"input_ids": [[5, 2, 7, 2], [2, 8, 2], [9, 9, 2]]})
+    with pytest.warns(UserWarning, match="EOS .2. lies 2 times inside a document"):
+        write_megatron(pack(chat, SEQ_LENGTH, Tokenizer()), tmp_path / "chat")
+    for pad in (2, 9):
+        with pytest.raises(ValueError, match=f"pad_token_id must be no token of the documents.*got {pad}"):
+            write_megatron(pack(chat, SEQ_LENGTH, Tokenizer()), tmp_path / "rows", pad_token_id=pad)
 
 
 @pytest.mark.parametrize("code", SIZES)
@@ -93,6 +155,11 @@ def test_no_rows_of_labels(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def sized(data, first, second):
+    """An index of two sequences, with other sizes and offsets that agree with them: reading it ended in a bus error."""
+    return data[:34] + struct.pack("<iiqq", first, second, 0, 4 * first) + data[58:]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -103,6 +170,8 @@ def test_no_rows_of_labels(tmp_path):
         (lambda data: data[:-9], "is too short for 2 sequences"),
         (lambda data: data[:-8] + struct.pack("<q", 5), "do not cover its 2 sequences"),
         (lambda data: data[:34] + struct.pack("<i", 400) + data[38:], "do not lie one after another"),
+        (lambda data: sized(data, 4_000_000, -3_999_997), "do not lie one after another"),
+        (lambda data: sized(data, -400, 403), "do not lie one after another"),
     ],
 )
 def test_damaged_indices(tmp_path, damage, message):
@@ -132,7 +201,7 @@ def test_half_a_token_behind_the_tokens(tmp_path):
 
 def test_nothing_is_overwritten(tmp_path):
     """Two files cannot be replaced at once, and tokens without an index may be somebody's."""
-    write_megatron(pack(arrow([5, 9]), SEQ_LENGTH), tmp_path / "rows")
+    write_megatron(with_eos([5, 9]), tmp_path / "rows")
     kept = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
     for name in ("rows.bin", "rows.idx"):
         with pytest.raises(FileExistsError, match=rf"{name} exists: write to another path, or delete it first"):

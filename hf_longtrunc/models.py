@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from contextlib import contextmanager
 from dataclasses import fields
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -165,3 +167,47 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def weights_version(model: nn.Module) -> tuple[object, ...]:
+    """Return a value that changes when a model's weights do, for what was computed with them and is to be used again.
+
+    It says where each weight lies and how often it was written to, which adapters are active, and how many steps
+    optimizers took. What writes past torch's version counters (`parameter.data`) is not seen. Cost: some microseconds
+    a module, no host synchronisation.
+    """
+    found: list[object] = [_optimizers().steps]
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                version = None if tensor.is_inference() else tensor._version
+                found.append((id(tensor), _pointer(tensor), version, tensor.dtype, tensor.device))
+        state = vars(module)
+        if "_disable_adapters" in state:
+            found += [str(state.get("_active_adapter")), state["_disable_adapters"], str(module.merged_adapters)]
+            found.append(str(state.get("scaling")))
+    return tuple(found)
+
+
+class _Optimizers:
+    """Counts the steps that optimizers take: fused ones, Trainer's default, write past the version counters."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        register_optimizer_step_post_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self.steps += 1
+
+
+@functools.cache
+def _optimizers() -> _Optimizers:
+    """Return the one that counts, from the first call on."""
+    return _Optimizers()
+
+
+def _pointer(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # packed formats that hold several tensors have no storage of their own
+        return 0

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import hf_longtrunc
-from hf_longtrunc import evaluation
+from hf_longtrunc import evaluation, hosting
 
 PUBLIC = {
     hf_longtrunc: [
@@ -144,6 +144,16 @@ PUBLIC = {
         "fact_recall",
         "recall_records",
         "recomputed_losses",
+    ],
+    hosting: [
+        "Exported",
+        "HostSettings",
+        "Reading",
+        "export",
+        "hosted_generate",
+        "reading_of",
+        "serve",
+        "verify_export",
     ],
 }
 

@@ -12,6 +12,7 @@ from hf_longtrunc import __version__
 from hf_longtrunc.cli.ask import ask
 from hf_longtrunc.cli.chat import chat
 from hf_longtrunc.cli.demo import demo
+from hf_longtrunc.cli.export import export, serve, verify
 from hf_longtrunc.cli.lm_eval import lm_eval
 from hf_longtrunc.cli.match import match
 from hf_longtrunc.cli.pack import pack
@@ -84,6 +85,9 @@ app.command()(chat)
 app.command()(ppl)
 app.command()(scrolls)
 app.command("lm-eval")(lm_eval)
+app.command()(export)
+app.command()(verify)
+app.command()(serve)
 app.command()(summarize)
 app.command()(pack)
 app.command()(match)

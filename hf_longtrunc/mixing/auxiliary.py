@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import LogitsProcessor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -22,7 +20,7 @@ from hf_longtrunc.mixing.logit_difference import (
     proxy,
 )
 from hf_longtrunc.mixing.prefixes import address, common_prefix
-from hf_longtrunc.models import CACHE, parameters_of, unwrapped
+from hf_longtrunc.models import CACHE, parameters_of, unwrapped, weights_version
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -318,23 +316,6 @@ class _Memory(threading.local):
     weights: tuple[object, ...] = ()
 
 
-class _Optimizers:
-    """Counts the steps that optimizers take: fused ones, Trainer's default, write past the version counters."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        register_optimizer_step_post_hook(self._count)
-
-    def _count(self, *_: object) -> None:
-        self.steps += 1
-
-
-@functools.cache
-def _optimizers() -> _Optimizers:
-    """Return the one that counts, from the first call on."""
-    return _Optimizers()
-
-
 class _CachedModel:
     """A causal language model with a KV cache in each thread."""
 
@@ -383,30 +364,17 @@ class _CachedModel:
         return logits.float().log_softmax(-1)
 
     def _weights(self) -> tuple[object, ...]:
-        """Return what keys and values depend on beside the text: where each weight lies, how often it was written to.
-
-        The adapters that are active belong to it, and how many steps optimizers took. Cost: some microseconds a module,
-        no host synchronisation.
+        """Return what keys and values depend on beside the text.
 
         Raises:
             ValueError: a module is in training mode.
         """
-        found: list[object] = [_optimizers().steps]
-        for module in self.model.modules():
-            if module.training:
-                raise ValueError(
-                    "an auxiliary model is in training mode, or a module of it, where dropout changes it: call .eval() "
-                    "on it"
-                )
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    version = None if tensor.is_inference() else tensor._version
-                    found.append((id(tensor), _pointer(tensor), version, tensor.dtype, tensor.device))
-            state = vars(module)
-            if "_disable_adapters" in state:
-                found += [str(state.get("_active_adapter")), state["_disable_adapters"], str(module.merged_adapters)]
-                found.append(str(state.get("scaling")))
-        return tuple(found)
+        if any(module.training for module in self.model.modules()):
+            raise ValueError(
+                "an auxiliary model is in training mode, or a module of it, where dropout changes it: call .eval() "
+                "on it"
+            )
+        return weights_version(self.model)
 
     def leading_padding_mask(self, input_ids: Tensor) -> Tensor:
         """Read a leading run of the padding id (EOS where there is none) as padding: [rows, columns] of 0 and 1."""
@@ -491,13 +459,6 @@ def _special_id(model: Any, name: str) -> int | None:
         if value is not None:
             return int(value[0] if isinstance(value, (list, tuple)) else value)
     return None
-
-
-def _pointer(tensor: Tensor) -> int:
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:  # packed formats that hold several tensors have no storage of their own
-        return 0
 
 
 def _check_vocabulary(size: int, scores: Tensor) -> None:

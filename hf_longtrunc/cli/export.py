@@ -1,0 +1,85 @@
+"""`hf-longtrunc export`, `verify` and `serve`: a folder that every host of transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 (typer reads the annotations when it runs)
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.markup import escape
+
+from hf_longtrunc.cli.common import AsJson, Window, load_tokenizer, notes, print_json, results
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a causal LM; 'default' is SmolLM2-135M-Instruct.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    technique: Annotated[
+        Literal["lm-infinite", "dual-chunk"],
+        typer.Option(help="First tokens and last window at constant memory, or the whole text at growing memory."),
+    ] = "lm-infinite",
+    window: Window = None,
+    sinks: Annotated[int, typer.Option(min=0, help="LM-Infinite's first tokens that stay visible.")] = 16,
+    retrieval: Annotated[
+        Literal["for-chat"] | None, typer.Option(help="Also read the blocks that a chat's question points at.")
+    ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="Sample by eta=0.002, epsilon=0.0009, top-n-sigma=1 or p-less.")
+    ] = None,
+    weights: Annotated[
+        Literal["link", "copy", "none"], typer.Option(help="none: code alone, for generate(custom_generate=FOLDER).")
+    ] = "link",
+    cache_mib: Annotated[int, typer.Option(min=0, help="MiB of conversations kept between requests; 0: none.")] = 1024,
+) -> None:
+    """Make a model folder that every host loads: transformers serve, pipeline, lm_eval, from_pretrained."""
+    from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks
+    from hf_longtrunc.hosting import export as export_folder
+    from hf_longtrunc.pretrained import default_model_folder
+
+    source = str(default_model_folder()) if model == "default" else model
+    blocks: Any = None if retrieval is None else TopBlocks.for_chat(load_tokenizer(source))
+    if technique == "dual-chunk":
+        if window is not None:
+            raise typer.BadParameter("goes with --technique lm-infinite", param_hint="--window")
+        chosen: Any = DualChunkAttention(retrieval=blocks)
+    else:
+        chosen = LMInfinite(num_sink_tokens=sinks, window_length=window, retrieval=blocks)
+    made = export_folder(source, folder, chosen, sampler=sampler, weights=weights, cache_bytes=cache_mib * 2**20)
+    results().print(f"{escape(str(made.folder))}: sha256 {made.sha256}")
+    notes().print(f"next: hf-longtrunc serve {escape(str(made.folder))}")
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that `hf-longtrunc export` made.")],
+    sha256: Annotated[str | None, typer.Option(help="What export printed; another hash is an error.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the code in an exported folder before a host is told to trust it; nothing of it is run."""
+    from hf_longtrunc.hosting import verify_export
+
+    found = verify_export(folder)
+    if sha256 is not None and sha256.lower() != found.sha256:
+        raise ValueError(
+            f"{folder} has code with SHA-256 {found.sha256}, expected {sha256}: other settings, or another"
+        )
+    if as_json:
+        print_json({"sha256": found.sha256, "technique": repr(found.settings.technique)})
+    else:
+        results().print(f"{found.sha256}: the code that hf_longtrunc writes for {found.settings.technique}")
+
+
+def serve(
+    folder: Annotated[Path, typer.Argument(help="A folder that `hf-longtrunc export` made.")],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    device: Annotated[str, typer.Option(help="Such as cpu or cuda:0.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of the weights; auto is what they are saved in.")] = "auto",
+) -> None:
+    """Verify an exported folder and run `transformers serve` on it; answers say what was read, kept and forgotten."""
+    from hf_longtrunc.extras import missing
+    from hf_longtrunc.hosting import serve as serve_folder
+
+    try:
+        serve_folder(folder, host=host, port=port, device=device, dtype=dtype)
+    except ModuleNotFoundError as error:
+        raise missing("serve", error.name, "serve") from error

@@ -1,0 +1,128 @@
+"""What an exported folder asks for, as JSON and as objects of this package."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import hf_longtrunc as ours
+from hf_longtrunc.arguments import whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import LogitsProcessor
+
+FORMAT = 1
+TECHNIQUES = {"lm-infinite": "LMInfinite", "dual-chunk": "DualChunkAttention"}
+_DATACLASSES = {**TECHNIQUES, "top-blocks": "TopBlocks", "top-k": "TopK"}  # all that "name" can stand for
+SAMPLERS = {
+    "eta": "EtaLogitsProcessor",
+    "epsilon": "EpsilonLogitsProcessor",
+    "top-n-sigma": "TopNSigmaLogitsProcessor",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostSettings:
+    """How an exported folder generates.
+
+    Args:
+        technique: `LMInfinite(...)` or `DualChunkAttention(...)`.
+        sampler: "eta=0.002", "epsilon=0.0009", "top-n-sigma=1" or "p-less", joined to everything that is sampled; None
+            adds nothing.
+        cache_bytes: of the caches that are kept between requests; 0 keeps none.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, or outside its range.
+    """
+
+    technique: Any
+    sampler: str | None = None
+    cache_bytes: int = 2**30
+
+    def __post_init__(self) -> None:
+        if type(self.technique) not in {getattr(ours, name) for name in TECHNIQUES.values()}:
+            raise TypeError(
+                f"technique must be one of {', '.join(f'{name}(...)' for name in TECHNIQUES.values())}, got "
+                f"{self.technique!r}"
+            )
+        self.processors()  # a wrong sampler is told here
+        object.__setattr__(self, "cache_bytes", whole("cache_bytes", self.cache_bytes, least=0))
+
+    def processors(self) -> list[LogitsProcessor]:
+        """Return the sampler's processor, or nothing."""
+        if self.sampler is None:
+            return []
+        name, _, value = str(self.sampler).partition("=")
+        makers: dict[str, Callable[[float], Any]] = {key: getattr(ours, kind) for key, kind in SAMPLERS.items()}
+        if name == "p-less" and not value:
+            return [ours.PLessLogitsProcessor()]
+        try:
+            return [makers[name](float(value))]
+        except (KeyError, ValueError) as error:
+            known = ", ".join(f"{key}=NUMBER" for key in makers)
+            reason = f": {error}" if name in makers else ""
+            raise ValueError(f"sampler must be {known} or p-less, got {self.sampler!r}{reason}") from None
+
+    def to_json(self) -> str:
+        """Return the settings as JSON: what differs from a technique's defaults, with a format number."""
+        described = {
+            "format": FORMAT,
+            "technique": _encoded(self.technique),
+            "sampler": self.sampler,
+            "cache_bytes": self.cache_bytes,
+        }
+        return json.dumps(described, indent=2)
+
+    @classmethod
+    @cache
+    def from_json(cls, text: str) -> HostSettings:
+        """Read what `to_json` wrote; nothing in it is executed.
+
+        Raises:
+            ValueError: it is no such JSON, of another format, or names what this version does not know.
+        """
+        try:
+            described = json.loads(text)
+            found = described["format"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"the settings of an exported folder must be JSON with a format number ({error!r}): export it again"
+            ) from error
+        if found != FORMAT:
+            raise ValueError(
+                f"the settings of this exported folder have format {found!r}, this version of hf_longtrunc reads "
+                f"{FORMAT}: upgrade hf_longtrunc, or export it again"
+            )
+        try:
+            rest = {name: value for name, value in described.items() if name != "format"}
+            return cls(**{**rest, "technique": _decoded(rest["technique"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"this version of hf_longtrunc cannot read the settings of this exported folder ({error}): upgrade "
+                "hf_longtrunc, or export it again"
+            ) from error
+
+
+def _encoded(value: Any) -> Any:
+    """Return a technique or a retrieval strategy as a dict with its name and what differs from the defaults."""
+    named = {kind: name for name, kind in _DATACLASSES.items()}
+    if type(value).__name__ not in named:
+        return list(value) if isinstance(value, tuple) else value
+    changed = {
+        field.name: _encoded(getattr(value, field.name))
+        for field in fields(value)
+        if getattr(value, field.name) != field.default
+    }
+    return {"name": named[type(value).__name__], **changed}
+
+
+def _decoded(value: Any) -> Any:
+    """Return the object that `_encoded` described."""
+    if isinstance(value, dict):
+        options = {key: _decoded(item) for key, item in value.items() if key != "name"}
+        return getattr(ours, _DATACLASSES[value["name"]])(**options)
+    return tuple(value) if isinstance(value, list) else value

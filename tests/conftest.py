@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import logging
-import subprocess
 import sys
 from pathlib import Path
 
@@ -129,11 +128,3 @@ def real_model():
 @pytest.fixture(scope="session")
 def real_tokenizer(real_model) -> AutoTokenizer:
     return real_model[1]
-
-
-@pytest.fixture
-def process_that_ended() -> int:
-    """Return the number of a process that no longer runs."""
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid

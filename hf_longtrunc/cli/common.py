@@ -185,7 +185,6 @@ def save_picture(figure: Figure, path: Path) -> None:
 
     from hf_longtrunc.saving import replacing
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=130)
     plt.close(figure)

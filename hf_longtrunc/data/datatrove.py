@@ -52,7 +52,6 @@ def write_datatrove(
     most = int(np.iinfo(one_of("dtype", dtype, ("uint16", "uint32"))).max)
     pad_token_id = whole("pad_token_id", pad_token_id, least=0, most=most)
     blocks = token_blocks(rows, "datatrove's format")
-    tokens_at.parent.mkdir(parents=True, exist_ok=True)
     with (
         placing(index_at, tokens_at) as (index_beside, tokens_beside),  # tokens without the index are no data set
         tokens_beside.open("wb") as tokens,

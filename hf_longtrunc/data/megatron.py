@@ -100,7 +100,6 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str], *, pad_t
                 stacklevel=2,
             )
         code, seq_length = 8 if pad_token_id >= 0 and highest < 65_500 else 4, rows.packing.seq_length
-        bin_at.parent.mkdir(parents=True, exist_ok=True)
         with tokens.open("wb") as file:
             for part in token_blocks(rows, _FORMAT):
                 file.write(part.padded(seq_length, pad_token_id, np.dtype(_TYPES[code])).tobytes())

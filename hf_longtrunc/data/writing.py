@@ -1,27 +1,28 @@
 """Packed rows written out as Arrow files, straight from the documents' tokens, at about the speed of copying them.
 
-Rows are gathered some million tokens at a time into flat arrays, which are Arrow's own layout of lists, so that no row
-is ever a Python list. `datasets.load_from_disk` reads the folder. Its data files have new names, and `state.json`,
-which names the files that count, takes the place of an older one last and at once: whoever is interrupted, at
-whatever moment, leaves the old rows or the new ones, and of several who write at once, the rows of one are there.
+Rows are gathered some million tokens at a time into flat arrays, Arrow's own layout of lists: no row becomes a Python
+list. `datasets.load_from_disk` reads the folder. New data files have new names; `state.json`, which names the files
+that count, is replaced last. A process killed at any moment leaves the old rows or the new ones, and the next writing
+removes the files that it began. Of several that write at once, the rows of one stay.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hf_longtrunc.extras import missing
-from hf_longtrunc.saving import alone, left_by_killed, replacing, writing_name
+from hf_longtrunc.saving import abandoned, held, replacing
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator
 
     import datasets
@@ -30,15 +31,7 @@ if TYPE_CHECKING:
 
 WRITTEN = ("input_ids", "position_ids", "labels", "seq_lengths")
 _TOKENS = 2**21  # gathered at once
-
-
-class _Job(NamedTuple):
-    rows: PackedDataset
-    first: int
-    last: int
-    path: str
-    columns: tuple[str, ...]
-    dtype: str
+_Job = tuple["PackedDataset", int, int, Path, tuple[str, ...], str]  # rows, first, last, path, columns, dtype
 
 
 def write_rows(
@@ -47,24 +40,27 @@ def write_rows(
     """Write rows into a folder, one data file a process, and return them read from there."""
     library, folder = import_datasets("writing rows"), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    left = left_by_killed(folder, "data-", "-*.arrow")
-    _remove(folder, left - _files_that_count(folder))  # asked last: who has ended makes nothing count any more
-    writing, bounds = writing_name(), np.linspace(0, len(rows), num_proc + 1).astype(int)
-    names = [f"data-{writing}-{index:05d}-of-{num_proc:05d}.arrow" for index in range(num_proc)]
-    jobs = [
-        _Job(rows, int(first), int(last), str(folder / name), columns, dtype)
-        for name, first, last in zip(names, bounds[:-1], bounds[1:], strict=True)
-    ]
-    try:
-        _run(jobs, library)
-        with alone(folder):
+    left = abandoned(folder, f"data-????????-{'?' * 5}-of-{'?' * 5}.arrow")
+    _remove(left - _files_that_count(folder))  # asked last: a process that has ended changes it no more
+    bounds, token = np.linspace(0, len(rows), num_proc + 1).astype(int).tolist(), secrets.token_hex(4)
+    paths = [folder / f"data-{token}-{index:05d}-of-{num_proc:05d}.arrow" for index in range(num_proc)]
+    jobs = [(rows, *bound, path, columns, dtype) for *bound, path in zip(bounds[:-1], bounds[1:], paths, strict=True)]
+    with ExitStack() as stack:
+        for path in paths:
+            path.touch(exist_ok=False)
+            stack.enter_context(held(path))
+        try:
+            _run(jobs, library)
             old = _files_that_count(folder)
-            _commit(folder, names, library)
-            _remove(folder, old)
-    except BaseException:
-        _remove(folder, set(names) - _files_that_count(folder))
-        raise
-    return _read(folder, names, library)
+            _commit(folder, paths, library)
+            _remove(old)
+        except BaseException:
+            _remove(set(paths) - _files_that_count(folder))
+            raise
+    written = _read(folder, library)
+    if _files_that_count(folder) != set(paths):
+        raise FileExistsError(f"another process wrote its rows into {folder} meanwhile: give each its own folder")
+    return written
 
 
 def token_blocks(rows: PackedDataset, whose: str) -> Iterator[FlatRows]:
@@ -96,10 +92,9 @@ def import_datasets(what: str) -> Any:
 
 
 def _run(jobs: list[_Job], library: Any) -> None:
-    progress = library.utils.tqdm(total=sum(job.last - job.first for job in jobs), unit="row", desc="writing rows")
-    with progress:
+    with library.utils.tqdm(total=sum(job[2] - job[1] for job in jobs), unit="row", desc="writing rows") as progress:
         if len(jobs) == 1:
-            _write(jobs[0], progress.update)
+            _write(*jobs[0], progress.update)
             return
         with ProcessPoolExecutor(len(jobs), initializer=_receive, initargs=(jobs,)) as pool:
             for done in as_completed([pool.submit(_write_job, index) for index in range(len(jobs))]):
@@ -114,28 +109,33 @@ def _receive(jobs: list[_Job]) -> None:
 
 
 def _write_job(index: int) -> int:
-    job = _received[index]
-    _write(job, lambda _: None)
-    return job.last - job.first
+    _, first, last, *_ = job = _received[index]
+    _write(*job, lambda _: None)
+    return last - first
 
 
-def _write(job: _Job, progress: Any) -> None:
+def _write(
+    rows: PackedDataset, first: int, last: int, path: Path, columns: tuple[str, ...], dtype: str, progress: Any
+) -> None:
     import pyarrow as pa
 
-    schema = _features(job.columns, job.dtype).arrow_schema
-    with pa.OSFile(job.path, "wb") as sink, pa.ipc.new_stream(sink, schema) as out:
-        for first, last in job.rows.blocks(job.first, job.last, _TOKENS):
-            flat = job.rows.gather(first, last, with_labels="labels" in job.columns)
-            if flat.input_ids.max(initial=0) > np.iinfo(job.dtype).max:
-                raise ValueError(f'token {flat.input_ids.max()} is more than {job.dtype} holds; pass dtype="int64"')
-            arrays = [
-                pa.ListArray.from_arrays(
-                    np.append(0, np.cumsum(lengths)).astype(np.int32), pa.array(values.astype(job.dtype, copy=False))
-                )
-                for values, lengths in (_column(flat, name) for name in job.columns)
-            ]
-            out.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-            progress(last - first)
+    library = import_datasets("writing rows")
+    schema = library.Features({name: library.List(library.Value(dtype)) for name in columns}).arrow_schema
+    with path.open("r+b") as file:
+        with pa.ipc.new_stream(file, schema) as out:
+            for start, stop in rows.blocks(first, last, _TOKENS):
+                flat = rows.gather(start, stop, with_labels="labels" in columns)
+                if flat.input_ids.max(initial=0) > np.iinfo(dtype).max:
+                    raise ValueError(f'token {flat.input_ids.max()} is more than {dtype} holds; pass dtype="int64"')
+                arrays = [
+                    pa.ListArray.from_arrays(
+                        np.append(0, np.cumsum(lengths)).astype(np.int32), pa.array(values.astype(dtype, copy=False))
+                    )
+                    for values, lengths in (_column(flat, name) for name in columns)
+                ]
+                out.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+                progress(stop - start)
+        os.fsync(file.fileno())
 
 
 def _column(flat: Any, name: str) -> tuple[Any, Any]:
@@ -148,54 +148,30 @@ def _column(flat: Any, name: str) -> tuple[Any, Any]:
     return getattr(flat, name), flat.tokens
 
 
-def _features(columns: tuple[str, ...], dtype: str) -> Any:
-    library = import_datasets("writing rows")
-    return library.Features({name: library.List(library.Value(dtype)) for name in columns})
-
-
-def _commit(folder: Path, names: list[str], library: Any) -> None:
-    """Make the new data files those that count; what their columns are stands in themselves, not in a file beside."""
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in names],
-        "_fingerprint": secrets.token_hex(8),
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
+def _commit(folder: Path, paths: list[Path], library: Any) -> None:
+    """Make the new data files those that count. Their columns are described in themselves."""
+    state: dict[str, Any] = dict.fromkeys(("_format_columns", "_format_type", "_split"))
+    state |= {"_fingerprint": secrets.token_hex(8), "_format_kwargs": {}, "_output_all_columns": False}
+    state["_data_files"] = [{"filename": path.name} for path in paths]
     for name, content in (("dataset_info.json", asdict(library.DatasetInfo())), ("state.json", state)):
-        with replacing(folder / name) as beside:
-            beside.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        with replacing(folder / name) as written:
+            written.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
-def _files_that_count(folder: Path) -> set[str]:
-    """Return the names of the data files that `state.json` names; none where there is none, or no such file."""
+def _files_that_count(folder: Path) -> set[Path]:
+    """Return the data files that `state.json` names; none where there is none, or no such file."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return {Path(file["filename"]).name for file in state["_data_files"]}
+        return {folder / Path(file["filename"]).name for file in state["_data_files"]}
     except (OSError, ValueError, LookupError, TypeError):
         return set()
 
 
-def _remove(folder: Path, names: set[str]) -> None:
-    for name in names:
-        (folder / name).unlink(missing_ok=True)
-
-
-def _read(folder: Path, names: list[str], library: Any) -> datasets.Dataset:
-    """Return the rows that lie in a folder, if they are those of the data files.
-
-    Raises:
-        FileExistsError: another process has written others meanwhile.
-    """
-    try:
-        written: datasets.Dataset | None = library.load_from_disk(str(folder))
-    except FileNotFoundError:
-        written = None
-    if written is None or _files_that_count(folder) != set(names):
-        raise FileExistsError(
-            f"another process has written rows into {folder} at the same time, and those are there: give each its own "
-            "folder"
-        )
+def _read(folder: Path, library: Any) -> datasets.Dataset:
+    written: datasets.Dataset = library.load_from_disk(str(folder))
     return written
+
+
+def _remove(paths: set[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -77,7 +77,7 @@ class PEMAMemory:
         return len(self.tokens)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the memory into a folder, as safetensors and json with a checksum."""
+        """Write the memory into a folder, as a safetensors file with a checksum."""
         tensors = {"hidden": self.hidden, "tokens": self.tokens}
         save_folder(folder, _MEMORY, tensors, {"vocab_size": self.vocab_size})
 
@@ -155,7 +155,7 @@ class PEMAAdapter(nn.Module):
         return F.linear(hidden.to(self.A), self.A)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the adapter into a folder, as safetensors and json with a checksum."""
+        """Write the adapter into a folder, as a safetensors file with a checksum."""
         settings = {name: getattr(self, name) for name in _SETTINGS}
         save_folder(folder, _ADAPTER, self.state_dict(), settings)
 

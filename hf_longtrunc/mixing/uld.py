@@ -74,7 +74,7 @@ def uld_assistant(
 
 
 def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
-    """Write what was trained, which layers it stands on and which target it is for, as safetensors and json.
+    """Write what was trained, which layers it stands on and which target it is for, as a safetensors file.
 
     The shared weights are not written: `load_uld_assistant` takes them from the target.
     """

@@ -172,7 +172,7 @@ class SoftmaxBasis:
             )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the basis into a folder, as safetensors and json with a checksum."""
+        """Write the basis into a folder, as a safetensors file with a checksum."""
         tensors = {"factors": self.factors, "singular_values": self.singular_values}
         settings = {"weight_hash": self.weight_hash, "centered": self.centered, "softcap": self.softcap}
         save_folder(folder, _KIND, tensors, settings)

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 from hf_longtrunc import BestFitPackingCollator, PackedDataset, Packing, best_fit_decreasing, pack
 from hf_longtrunc.data import writing
 from hf_longtrunc.data.documents import IGNORE
-from hf_longtrunc.saving import writing_name
+from hf_longtrunc.saving import held
 from tests.data.corpora import raw_examples
 from tests.data.test_dataset import KINDS, SEQ_LENGTH, Tokenizer, arrow, documents_of, expected
 
@@ -142,28 +142,31 @@ def test_two_who_write_at_once_leave_the_rows_of_one(tmp_path, monkeypatch):
     assert rows_of(one.materialize(tmp_path)) == rows_of(one)
     assert len(list(tmp_path.iterdir())) == 3
     monkeypatch.setattr(writing, "_read", meanwhile(read))
-    with pytest.raises(FileExistsError, match=r"another process has written rows into .* at the same time"):
+    with pytest.raises(FileExistsError, match=r"another process wrote its rows into .* meanwhile"):
         one.materialize(tmp_path)
     assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(other)
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_data_files_of_a_killed_process_go_and_those_of_a_running_one_stay(tmp_path, process_that_ended, monkeypatch):
-    here, process, token = writing_name().split("-")
-    names = [f"data-{here}-{number}-{token}-00000-of-00001.arrow" for number in (process, process_that_ended)]
-    for name in names:
-        (tmp_path / name).touch()
+def test_data_files_of_a_killed_process_are_removed_unless_they_count(tmp_path, monkeypatch):
+    begun, running = (tmp_path / f"data-{token}-00000-of-00001.arrow" for token in ("0123abcd", "4567abcd"))
+    begun.write_text("begun")
+    running.write_text("begun")
+    for path in (begun, running):
+        os.utime(path, (0, 0))
+    (tmp_path / "data-train.arrow").write_text("another's")
     packed = pack(arrow([5]), SEQ_LENGTH)
-    packed.materialize(tmp_path)
-    assert [(tmp_path / name).exists() for name in names] == [True, False]
-    (counts,) = writing._files_that_count(tmp_path)  # written by a process that has ended well
-    (tmp_path / counts).rename(tmp_path / names[1])
-    state = (tmp_path / "state.json").read_text()
-    (tmp_path / "state.json").write_text(state.replace(counts, names[1]))
+    with held(running):
+        packed.materialize(tmp_path)
+    assert not begun.exists()
+    assert running.exists()
     monkeypatch.setattr(writing, "_run", lambda *_: 1 / 0)
+    for path in tmp_path.glob("*.arrow"):
+        os.utime(path, (0, 0))
     with pytest.raises(ZeroDivisionError):
         packed.materialize(tmp_path)
     assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(packed)
+    assert len(list(tmp_path.iterdir())) == 4  # two json files, the rows, another's
 
 
 @pytest.mark.parametrize("kind", ["documents", "a view", "a transform", "a link", "a subset"])

@@ -266,7 +266,7 @@ def test_an_adapter_saved_and_loaded(tmp_path, layer_norm):
     assert torch.equal(loaded.reconstruct(hidden), adapter.reconstruct(hidden))
     assert repr(loaded) == repr(adapter)
     names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
-    assert names == ["pema_adapter.json", "pema_adapter.safetensors"]
+    assert names == ["pema_adapter.safetensors"]
     with pytest.raises(FileNotFoundError, match="holds no saved pema_adapter"):
         PEMAAdapter.from_pretrained(tmp_path)
 

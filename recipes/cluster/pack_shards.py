@@ -15,8 +15,10 @@ the n-th piece of length s is in the task where the counts of s, added up, reach
 one process, and compares all rows.
 
 Both stages are functions of a rank and the number of tasks. datatrove runs them where it is installed (its
-SlurmPipelineExecutor takes the same functions), else a pool of processes. A file takes its place when it is whole, and
-a task whose files are there is not run again. docs/cluster.md has the arithmetic for ten thousand million documents.
+SlurmPipelineExecutor takes the same functions, with skip_completed=False), else a pool of processes. A file takes its
+place when it is whole, and a task whose files are there is not run again. `manifest.json` says what they were made of:
+a task that is given other files, settings or versions than those stops. docs/cluster.md has the arithmetic for ten
+thousand million documents.
 
 Cost: `--synthetic 10000000 --check` some three CPU minutes, 10 GB of disk, and about 1 GB of memory a process, of which
 mapped files are a part; a tenth of the documents, a tenth of time and disk.
@@ -25,6 +27,7 @@ mapped files are a part; a tenth of the documents, a tenth of time and disk.
 from __future__ import annotations
 
 import argparse
+import json
 import mmap
 import resource
 import tempfile
@@ -42,6 +45,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+import hf_longtrunc
 from hf_longtrunc import pack
 from hf_longtrunc.data.packing import RowPlan, plan_rows
 from hf_longtrunc.saving import replacing
@@ -52,7 +56,7 @@ if TYPE_CHECKING:
 Integers = NDArray[np.int64]
 EOS = 0
 PART = 100_000  # synthetic documents of a source
-SCHEMA = pa.schema({name: pa.list_(pa.int32()) for name in ("input_ids", "seq_lengths")})
+SCHEMA = pa.schema({name: pa.list_(pa.int32()) for name in ("input_ids", "position_ids", "seq_lengths")})
 
 
 class Job(NamedTuple):
@@ -87,12 +91,12 @@ def main() -> None:
 
 
 def pack_shards(job: Job, arguments: argparse.Namespace) -> None:
-    job.out.mkdir(parents=True, exist_ok=True)
     since = time.perf_counter()
     for stage in (tokenize, write):
         run(partial(stage, job), arguments.tasks, arguments.workers, job.out / "logs" / stage.__name__)
         seconds = time.perf_counter() - since
         print(f"{stage.__name__}: {arguments.tasks} tasks, {seconds:.1f} s since the start; {cost()}")
+    agree(job, arguments.tasks)
     tables = [shard(job, task).data for task in range(arguments.tasks)]
     rows = sum(map(len, tables))
     tokens = sum(len(chunk.values) for table in tables for chunk in table["input_ids"].chunks)
@@ -117,11 +121,37 @@ def run(stage: Any, tasks: int, workers: int, logs: Path) -> None:
     if find_spec("datatrove") is not None:
         from datatrove.executor import LocalPipelineExecutor
 
-        LocalPipelineExecutor([stage], tasks=tasks, workers=workers, logging_dir=str(logs)).run()
+        # Files say what is done: of one that was deleted, datatrove's own marks know nothing.
+        LocalPipelineExecutor([stage], tasks=tasks, workers=workers, logging_dir=str(logs), skip_completed=False).run()
         return
     with ProcessPoolExecutor(workers) as pool:
         for done in [pool.submit(stage, None, rank, tasks) for rank in range(tasks)]:
             done.result()
+
+
+def agree(job: Job, tasks: int) -> None:
+    """Write down what the files in the folder are made of, or compare with what was written.
+
+    Raises:
+        ValueError: they are made of other sources, settings or versions.
+    """
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in job.files]
+    manifest: dict[str, Any] = {
+        "files": [list(state) for state in states], "synthetic": job.synthetic, "seq_length": job.seq_length,
+        "tasks": tasks, "versions": {"hf_longtrunc": hf_longtrunc.__version__, "numpy": np.__version__},
+    }  # fmt: skip
+    job.out.mkdir(parents=True, exist_ok=True)
+    at = job.out / "manifest.json"
+    if not at.exists():
+        with replacing(at) as beside:
+            beside.write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    found = json.loads(at.read_text(encoding="utf-8"))
+    for name, value in manifest.items():
+        if value != found.get(name):
+            raise ValueError(
+                f"{job.out} holds rows of other {name}: {found.get(name)}, got {value}; give --out another folder, or "
+                "delete this one"
+            )
 
 
 def arithmetic() -> Table:
@@ -149,21 +179,26 @@ def arithmetic() -> Table:
 
 def tokenize(job: Job, data: Any, rank: int = 0, tasks: int = 1) -> None:
     """Write the tokens of a task's sources, and its pieces."""
-    at = job.out / f"histogram-{rank:05d}.npy"
-    if at.exists():
+    agree(job, tasks)
+    tokens_at, pieces_at, at = (
+        job.out / f"{name}-{rank:05d}.{kind}"
+        for name, kind in (("tokens", "bin"), ("pieces", "npy"), ("histogram", "npy"))
+    )
+    if tokens_at.exists() and pieces_at.exists() and at.exists():
         return
     lengths = [np.empty(0, np.int64)]
-    with replacing(job.out / f"tokens-{rank:05d}.bin") as beside, beside.open("wb") as file:
+    with replacing(tokens_at) as beside, beside.open("wb") as file:
         for tokens, sizes in sources(job, rank, tasks):
             file.write(tokens.tobytes())
             lengths.append(sizes)
     starts, sizes = pieces(np.concatenate(lengths), job.seq_length)
-    save(job.out / f"pieces-{rank:05d}.npy", starts[np.argsort(-sizes, kind="stable")])
+    save(pieces_at, starts[np.argsort(-sizes, kind="stable")])
     save(at, np.bincount(sizes, minlength=job.seq_length + 1))  # last: the other files are there
 
 
 def write(job: Job, data: Any, rank: int = 0, tasks: int = 1) -> None:
     """Write every `tasks`-th row of the plan for all."""
+    agree(job, tasks)
     at = job.out / f"rows-{rank:05d}.arrow"
     if at.exists():
         return
@@ -176,7 +211,8 @@ def write(job: Job, data: Any, rank: int = 0, tasks: int = 1) -> None:
             tokens, lengths = gathered(job, counts, ranks[bounds[0] : bounds[-1]])
             bounds = bounds - bounds[0]
             starts = np.append(0, np.cumsum(lengths))[bounds]
-            columns = ((starts, tokens), (bounds, lengths))
+            positions = np.arange(len(tokens)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            columns = ((starts, tokens), (starts, positions), (bounds, lengths))
             lists = [pa.ListArray.from_arrays(*(part.astype(np.int32) for part in column)) for column in columns]
             out.write_batch(pa.RecordBatch.from_arrays(lists, schema=SCHEMA))
 
@@ -305,7 +341,10 @@ def check(job: Job, tasks: int) -> None:
         assert len(wanted) == len(written), f"shard {rank} has {len(written)} rows, expected {len(wanted)}"
         for first, last in wanted.blocks(0, len(wanted), 2**20):
             rows, found = wanted.gather(first, last, with_labels=False), written.data.slice(first, last - first)
-            for name, values in (("input_ids", rows.input_ids), ("seq_lengths", rows.piece_lengths)):
+            firsts = np.cumsum(rows.piece_lengths) - rows.piece_lengths
+            positions = np.arange(len(rows.input_ids)) - np.repeat(firsts, rows.piece_lengths)
+            columns = {"input_ids": rows.input_ids, "position_ids": positions, "seq_lengths": rows.piece_lengths}
+            for name, values in columns.items():
                 column = found[name].combine_chunks().flatten()
                 assert np.array_equal(column, values), f"shard {rank} differs in {name}, rows {first} to {last}"
             mapped.madvise(mmap.MADV_DONTNEED)

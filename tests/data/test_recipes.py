@@ -53,3 +53,29 @@ def test_four_processes_pack_what_one_packs(monkeypatch, tmp_path, capsys):
     options = (*sizes, "--out", str(tmp_path / "rows"))
     run(monkeypatch, "cluster/pack_shards.py", "--check", *options, "--files", *files)
     assert "equal to one process" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore")  # datatrove's, which runs the tasks where it is installed
+def test_shards_know_what_they_were_made_of(monkeypatch, tmp_path):
+    """With other files or settings the old rows stood there, with exit 0; datatrove made no deleted shard again."""
+    for index in range(2):
+        (tmp_path / f"{index}.txt").write_text("\n\n".join("word " * (7 * n % 40 + index) for n in range(1, 30)))
+    first, second = sorted(map(str, tmp_path.glob("*.txt")))
+    out = tmp_path / "rows"
+
+    def packed(files=(first,), seq_length="64", tasks="2"):
+        options = ("--seq-length", seq_length, "--tasks", tasks, "--workers", "2", "--out", str(out))
+        run(monkeypatch, "cluster/pack_shards.py", "--check", *options, "--files", *files)
+        return {path.name: path.read_bytes() for path in out.glob("rows-*.arrow")}
+
+    rows = packed()
+    changes = {"files": {"files": (first, second)}, "seq_length": {"seq_length": "128"}, "tasks": {"tasks": "1"}}
+    for name, change in changes.items():
+        with pytest.raises((ValueError, RuntimeError), match=rf"of other {name}|Some tasks failed"):
+            packed(**change)
+    (out / "rows-00001.arrow").unlink()
+    (out / "tokens-00000.bin").unlink()
+    assert packed() == rows
+    Path(first).write_text("another text")
+    with pytest.raises((ValueError, RuntimeError), match=r"of other files|Some tasks failed"):
+        packed()

@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         truncated_log_probs as truncated_log_probs,
         truncated_scores as truncated_scores,
     )
+    from hf_longtrunc.sampling.policy_training import attach_truncation as attach_truncation
     from hf_longtrunc.sampling.processors import (
         BasisAwareLogitsProcessor as BasisAwareLogitsProcessor,
         EpsilonLogitsProcessor as EpsilonLogitsProcessor,
@@ -142,6 +143,7 @@ _HOME = {
     "ULDLoss": "hf_longtrunc.mixing.uld",
     "Unlimiformer": "hf_longtrunc.cross_attention.unlimiformer",
     "attach_processors": "hf_longtrunc.sampling.attach",
+    "attach_truncation": "hf_longtrunc.sampling.policy_training",
     "best_fit_decreasing": "hf_longtrunc.data.packing",
     "build_pema_memory": "hf_longtrunc.mixing.pema_processor",
     "check_packed": "hf_longtrunc.data.verify",

@@ -85,6 +85,12 @@ STEPS = [
         None,
         "sampler_battery.py --texts TEXT --windows 100 --continuations 1:300,0.7:100,1.3:100 --out OUT",
     ),
+    Step(
+        "grpo-truncated",
+        "GRPO on truncated samples: log-probabilities of the kept sets against those of the full vocabulary",
+        None,
+        "grpo_truncated.py --out OUT",
+    ),
     Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
     Step(
         "eta-flag",

@@ -59,6 +59,7 @@ PUBLIC = {
         "ULDLoss",
         "Unlimiformer",
         "attach_processors",
+        "attach_truncation",
         "best_fit_decreasing",
         "build_pema_memory",
         "check_packed",

@@ -151,7 +151,7 @@ class TruncatedScores(NamedTuple):
         log_probs: log q of the labels; gradients flow to the logits.
         log_kept_mass: log p(K), no gradient. q / p is exp(-log_kept_mass): the importance ratio of the distribution
             that was drawn from against the full one.
-        entropy: of q in nats, no gradient.
+        entropy: of q in nats; gradients flow to the logits.
     """
 
     log_probs: Float[Tensor, "*steps"]
@@ -240,28 +240,34 @@ class _Scores(torch.autograd.Function):
         drawn = logits.gather(1, tokens)[:, 0].to(dtype) / temperature
         parts = [_sums(logits[rows], bits[rows], temperature, dtype) for rows in _parts(len(logits), _ROWS)]
         log_kept, log_all, mean = (torch.cat(each) for each in zip(*parts, strict=True)) if parts else (drawn,) * 3
-        ctx.save_for_backward(logits, tokens, is_scored, bits, log_kept)
-        ctx.temperature = temperature
         log_probs = (drawn - log_kept).masked_fill(~is_scored, 0)
         log_kept_mass = (log_kept - log_all).clamp_max(0).masked_fill(~is_scored, 0)
         entropy = (log_kept - mean).masked_fill(~is_scored, 0)
-        ctx.mark_non_differentiable(log_kept_mass, entropy)
+        ctx.save_for_backward(logits, tokens, is_scored, bits, log_kept.masked_fill(~is_scored, 0), entropy)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(log_kept_mass)
         return log_probs, log_kept_mass, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        logits, tokens, is_scored, bits, log_kept = ctx.saved_tensors
-        weight = (gradient * is_scored / ctx.temperature)[:, None]
+    def backward(ctx: Any, gradient: Tensor, _: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        logits, tokens, is_scored, bits, log_kept, entropy = ctx.saved_tensors
+        weight, slope = ((each * is_scored / ctx.temperature)[:, None] for each in (gradient, of_entropy))
         result = torch.empty_like(logits)
         for rows in _parts(len(logits), _ROWS):
             for part, z, kept in _token_parts(logits[rows], bits[rows], ctx.temperature, weight.dtype):
-                q = (z - log_kept[rows, None]).exp_().mul_(kept)
-                result[rows, part] = q.mul_(-weight[rows]).to(result.dtype)
-            # Added to -w q in the precision of the sums: a label of probability near 1 has a gradient near 0.
-            own = (logits[rows].gather(1, tokens[rows]).to(weight.dtype) / ctx.temperature - log_kept[rows, None]).exp()
-            result[rows] = result[rows].scatter(1, tokens[rows], ((1 - own) * weight[rows]).to(result.dtype))
+                result[rows, part] = _slope(z, kept, log_kept[rows], entropy[rows], weight[rows], slope[rows])
+            # The label's own is rounded to the gradient's dtype once: where q is near 1, 1 - q is near 0.
+            z = logits[rows].gather(1, tokens[rows]).to(weight.dtype) / ctx.temperature
+            own = weight[rows] + _slope(z, True, log_kept[rows], entropy[rows], weight[rows], slope[rows])
+            result[rows] = result[rows].scatter(1, tokens[rows], own.to(result.dtype))
         return result, None, None, None, None
+
+
+def _slope(z: Tensor, kept: Tensor | bool, log_kept: Tensor, entropy: Tensor, weight: Tensor, slope: Tensor) -> Tensor:
+    """Return -q (weight + slope (log q + H)): what each token's z adds to the gradient through the sums over K."""
+    log_q = (z - log_kept[:, None]).clamp_(_Z_FLOOR, 0)  # 0 bounds the rows that are not scored
+    return log_q.exp() * kept * -(weight + slope * (log_q + entropy[:, None]))
 
 
 def _sums(logits: Tensor, bits: Tensor, temperature: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,12 +56,12 @@ def test_a_mask_returns_what_it_was_made_of(vocab):
 @pytest.mark.parametrize("vocab", [9, 5003])  # more than one part of the vocabulary
 def test_scores_and_gradients_against_a_naive_reference(vocab, dtype):
     logits, kept, labels = random_case(vocab, dtype)
-    weights = torch.randn(8, dtype=torch.float64)
+    weights, slopes = torch.randn(2, 8, dtype=torch.float64)
     own, reference = logits.clone().requires_grad_(), logits.double().requires_grad_()
     scores = truncated_scores(own, labels, SamplingMask.from_kept(kept), temperature=0.7)
     expected = naive(reference, kept, labels, 0.7)
-    (scores.log_probs.double() * weights).sum().backward()
-    (expected[0] * weights).sum().backward()
+    (scores.log_probs * weights + scores.entropy * slopes).sum().backward()
+    (expected[0] * weights + expected[2] * slopes).sum().backward()
     close = 1e-12 if dtype == torch.float64 else 2e-5
     for found, wanted in zip(scores, expected, strict=True):
         torch.testing.assert_close(found.double(), wanted.detach(), rtol=0, atol=close)
@@ -91,7 +91,7 @@ def test_kept_tokens_far_below_the_row():
 
 def test_a_batch_takes_a_mask_a_row():
     """Rows of different lengths, one mask with a step more than it needs."""
-    logits, labels = torch.randn(2, 4, 33), torch.randint(33, (2, 4))
+    logits, labels = (100 * torch.randn(2, 4, 33)).requires_grad_(), torch.randint(33, (2, 4))
     kept = torch.rand(2, 5, 33) < 0.4
     kept[:, :4].scatter_(2, labels[..., None], True)
     labels[0, 3] = -100
@@ -100,6 +100,10 @@ def test_a_batch_takes_a_mask_a_row():
     expected = logits.masked_fill(~kept[:, :4], -torch.inf).log_softmax(-1).gather(2, labels.clamp_min(0)[..., None])
     expected = expected[..., 0].masked_fill(labels < 0, 0)
     torch.testing.assert_close(found, expected)
+    scores = truncated_scores(logits, labels, masks)
+    (gradient,) = torch.autograd.grad((scores.log_probs + scores.entropy).sum(), logits)
+    assert gradient.isfinite().all()
+    assert not gradient[0, 3].any()
     flat = SamplingMask.cat([masks[0], SamplingMask.from_ids([[]], 33), masks[1][:4]])
     assert torch.equal(truncated_log_probs(logits.flatten(0, 1), labels.flatten(), flat), found.flatten())
 

@@ -15,6 +15,7 @@ from hf_longtrunc import __version__, trained_length
 from hf_longtrunc.arguments import one_of
 from hf_longtrunc.evaluation import update_model_card
 from hf_longtrunc.hosting.settings import HostSettings
+from hf_longtrunc.pretrained import default_model_folder
 
 if TYPE_CHECKING:
     import os
@@ -85,7 +86,7 @@ class Exported:
 
 
 def export(
-    model: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None,
     folder: str | os.PathLike[str],
     technique: Any,
     *,
@@ -99,7 +100,8 @@ def export(
     and lm_eval run it with `trust_remote_code=True`; `hosted_generate` says what happens there. Nothing is loaded.
 
     Args:
-        model: a hub id or a folder of a causal language model that brings no code of its own.
+        model: a hub id or a folder of a causal language model that brings no code of its own; None takes
+            SmolLM2-135M-Instruct, as `load_pretrained` does.
         folder: to be made; it must not exist, or be empty.
         technique: `LMInfinite(...)` or `DualChunkAttention(...)`.
         sampler: "eta=0.002", "epsilon=0.0009", "top-n-sigma=1" or "p-less": the folder then samples by default, from
@@ -120,7 +122,7 @@ def export(
     out = Path(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty: name another folder, or delete it first")
-    source = _source(model)
+    source = default_model_folder() if model is None else _source(model)
     window = _window(settings, source)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
@@ -132,7 +134,7 @@ def export(
             _sample_by_default(made / "generation_config.json")
         (made / CODE).parent.mkdir()
         (made / CODE).write_text(_code(settings), encoding="utf-8")
-        _write_card(made, settings, str(model), window)
+        _write_card(made, settings, source if model is None else model, window)
         if out.exists():
             out.rmdir()
         made.rename(out)
@@ -237,7 +239,7 @@ def _sample_by_default(path: Path) -> None:
     path.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_card(made: Path, settings: HostSettings, source: str, window: int | None) -> None:
+def _write_card(made: Path, settings: HostSettings, source: str | os.PathLike[str], window: int | None) -> None:
     card = made / "README.md"
     before = card.read_text(encoding="utf-8").rstrip() if card.exists() else f"# {made.name}"
     technique = settings.technique
@@ -250,7 +252,7 @@ def _write_card(made: Path, settings: HostSettings, source: str, window: int | N
         )
     section = _CARD.format(
         version=__version__,
-        source=Path(source).name if Path(source).is_dir() else source,
+        source=Path(source).name if Path(source).is_dir() else str(source),
         settings=settings.to_json(),
         sees=sees,
         sha256=hashlib.sha256(_code(settings).encode()).hexdigest(),

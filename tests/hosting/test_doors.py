@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from hf_longtrunc import DualChunkAttention, LMInfinite
 from hf_longtrunc.hosting import export, serve
-from tests.command_line import letter_tokenizer
+from tests.command_line import invoke, letter_tokenizer
 from tests.conftest import tiny_config
 from tests.hosting.server import served
 
@@ -163,6 +167,28 @@ def test_answers_of_our_serve_say_what_was_read(chat_folder, tmp_path):
         assert client.models.list().data[0].id == str(made.folder)
         with pytest.raises(openai.APIStatusError):
             client.chat.completions.create(messages=messages, **{**asked, "model": "another"})
+
+
+def test_the_page(chat_folder, tmp_path, monkeypatch, capsys):
+    """Its blocks in their order, as a reader runs them: export in the shell, then every host, with a server."""
+    pytest.importorskip("fastapi", reason="transformers[serving] is not installed")
+    monkeypatch.setattr("hf_longtrunc.pretrained.default_model_folder", lambda: chat_folder)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text()
+    (line,) = re.findall(r"^hf-longtrunc (export \S+ \S+ --window \d+)", page, re.MULTILINE)
+    assert invoke(*line.split()).exit_code == 0
+    blocks = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    with served("endless", serve) as address:
+        for block in blocks:
+            exec(compile(block.replace("http://localhost:8000", address), "<documentation>", "exec"), {})
+        (body,) = re.findall(r"-d '(.*?)'", page)
+        asked = urllib.request.Request(
+            f"{address}/v1/chat/completions", body.encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(asked) as reply:
+            assert json.load(reply)["longtrunc"]["window"] == 1024
+    assert "'window': 1024" in capsys.readouterr().out
 
 
 def test_a_folder_of_code_alone(chat_folder, tmp_path):

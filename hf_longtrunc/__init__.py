@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.pretrained import load_pretrained as load_pretrained
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
     from hf_longtrunc.sampling.basis import SoftmaxBasis as SoftmaxBasis
+    from hf_longtrunc.sampling.bat import BasisAwareLogitsProcessor as BasisAwareLogitsProcessor
     from hf_longtrunc.sampling.calls import sampling_settings as sampling_settings
     from hf_longtrunc.sampling.mask import (
         SamplingMask as SamplingMask,
@@ -83,11 +84,14 @@ if TYPE_CHECKING:
     )
     from hf_longtrunc.sampling.policy_training import attach_truncation as attach_truncation
     from hf_longtrunc.sampling.processors import (
-        BasisAwareLogitsProcessor as BasisAwareLogitsProcessor,
+        DRYLogitsProcessor as DRYLogitsProcessor,
         EpsilonLogitsProcessor as EpsilonLogitsProcessor,
         EtaLogitsProcessor as EtaLogitsProcessor,
+        MinKLogitsProcessor as MinKLogitsProcessor,
         PLessLogitsProcessor as PLessLogitsProcessor,
+        TopHLogitsProcessor as TopHLogitsProcessor,
         TopNSigmaLogitsProcessor as TopNSigmaLogitsProcessor,
+        XTCLogitsProcessor as XTCLogitsProcessor,
     )
     from hf_longtrunc.sampling.recorder import SamplingMaskRecorder as SamplingMaskRecorder
     from hf_longtrunc.sampling.support import (
@@ -105,12 +109,13 @@ _HOME = {
     "ArchiveCacheLayer": "hf_longtrunc.attention.cache",
     "AttentionTrace": "hf_longtrunc.attention.trace",
     "AuxiliaryModelLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
-    "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.bat",
     "BestFitPackingCollator": "hf_longtrunc.data.collators",
     "ContrastiveDecodingLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "CreamCollator": "hf_longtrunc.positions.collator",
     "CreamPositions": "hf_longtrunc.positions.cream",
     "Datastore": "hf_longtrunc.cross_attention.datastore",
+    "DRYLogitsProcessor": "hf_longtrunc.sampling.processors",
     "DualChunkAttention": "hf_longtrunc.attention.dual_chunk_attention",
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
@@ -119,6 +124,7 @@ _HOME = {
     "GuidanceLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "LMInfinite": "hf_longtrunc.attention.lm_infinite",
     "LambdaCacheLayer": "hf_longtrunc.attention.cache",
+    "MinKLogitsProcessor": "hf_longtrunc.sampling.processors",
     "PEMA": "hf_longtrunc.mixing.pema_processor",
     "PEMAAdapter": "hf_longtrunc.mixing.pema",
     "PEMALogitsProcessor": "hf_longtrunc.mixing.pema_processor",
@@ -135,6 +141,7 @@ _HOME = {
     "SupportChecker": "hf_longtrunc.sampling.support",
     "TopBlocks": "hf_longtrunc.attention.retrieval",
     "TopNSigmaLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "TopHLogitsProcessor": "hf_longtrunc.sampling.processors",
     "TopK": "hf_longtrunc.attention.retrieval",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
@@ -142,6 +149,7 @@ _HOME = {
     "ULDLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "ULDLoss": "hf_longtrunc.mixing.uld",
     "Unlimiformer": "hf_longtrunc.cross_attention.unlimiformer",
+    "XTCLogitsProcessor": "hf_longtrunc.sampling.processors",
     "attach_processors": "hf_longtrunc.sampling.attach",
     "attach_truncation": "hf_longtrunc.sampling.policy_training",
     "best_fit_decreasing": "hf_longtrunc.data.packing",

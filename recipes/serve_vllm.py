@@ -57,7 +57,7 @@ class Recorder(TruncationLogitsProcessor):
         """Return what the processor returns."""
         kept = super().apply(logits, context)
         folder = Path(os.environ[RECORDS])
-        asked = [self._requests.get(row, {}) for row in range(len(logits))]
+        asked = [self._requests[row][0] if row in self._requests else {} for row in range(len(logits))]
         step = {"logits": logits.clone(), "kept": kept.clone(), "asked": asked}
         torch.save(step, folder / f"{len(list(folder.iterdir())):05}.pt")
         return kept

@@ -35,6 +35,8 @@ _ETA = Paper("eta-sampling", "Hewitt et al.", 2022, "Truncation Sampling as Lang
 _EPSILON = replace(_ETA, method="epsilon-sampling")
 _TOP_N_SIGMA = Paper("top-n-sigma", "Tang et al.", 2024, "Top-n\u03c3: Not All Logits Are You Need", "2411.07641")
 _P_LESS = Paper("p-less sampling", "Tan et al.", 2025, "p-less Sampling", "2509.23234")
+_TOP_H = Paper("top-H", "Potraghloo et al.", 2025, "Top-H Decoding", "2509.02510")
+_MIN_K = Paper("min-k sampling", "Ding et al.", 2026, "Min-k Sampling", "2604.11012")
 _BAT = Paper(
     "basis-aware truncation",
     "Finlayson et al.",
@@ -132,6 +134,7 @@ PAPERS = {  # a public name that names a technique -> its paper; tests/evaluatio
     "EtaLogitsProcessor": _ETA,
     "GuidanceLogitsProcessor": _GUIDANCE,
     "LMInfinite": _LM_INFINITE,
+    "MinKLogitsProcessor": _MIN_K,
     "PEMA": _PEMA,
     "PEMAAdapter": _PEMA,
     "PEMALogitsProcessor": _PEMA,
@@ -142,6 +145,7 @@ PAPERS = {  # a public name that names a technique -> its paper; tests/evaluatio
     "SoftmaxBasis": _BAT,
     "TopBlocks": _LM_INFINITE,
     "TopNSigmaLogitsProcessor": _TOP_N_SIGMA,
+    "TopHLogitsProcessor": _TOP_H,
     "TopK": _LM_INFINITE,
     "ULDLogitsProcessor": _ULD,
     "ULDLoss": _ULD,

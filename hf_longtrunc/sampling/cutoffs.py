@@ -1,12 +1,14 @@
-r"""Entropy-dependent thresholds on rows of scores, in pure torch.
+r"""Thresholds on rows of scores, in pure torch.
 
 A row of scores s (logits, log-probabilities, anything up to a constant) is read as p = softmax(s). With
 z = s - max s, w = exp z, Z = sum w:
 
-    log p = z - log Z         H = log Z - (sum w z) / Z         keep a token iff log p >= log threshold
+    log p = z - log Z         H = log Z - (sum w z) / Z         keep a token iff z >= bar
 
-so one exponential and two sums give everything (top-n-sigma and p-less take one pass more): no sort, no host sync. The
-maximum sits at z = 0, which makes "the most probable token stays" a clamp of the bar at zero.
+so one exponential and two sums give everything (top-n-sigma and p-less take one pass more): no sort, no host sync.
+Where rank decides (top-h, min-k), as many of the largest as it takes are put in order. The maximum sits at z = 0, which
+makes "the most probable token stays" a clamp of the bar at zero. A bar in units of z, log threshold + log Z, can be a
+token's own: "keep the five most probable" is the fifth's z, to the bit.
 
 Invariants:
 - fp32 arithmetic whatever the input; entries at -inf (cut by an earlier processor) count as p = 0.
@@ -17,6 +19,7 @@ Invariants:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,7 +28,9 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from collections.abc import Callable, Mapping
+
+    from jaxtyping import Bool, Float, Int
 
 # exp(-200) is exactly 0 in fp32: the floor gives tokens at -inf zero weight and keeps 0 * (-inf) out of the sums.
 _Z_FLOOR = -200.0
@@ -34,6 +39,10 @@ _FOLD = 32
 # A draw reads a level of so many entries whole: on a CPU as quick as 32 of them, and it saves the levels above.
 _WHOLE_LEVEL = 2048
 _BELOW_ONE = 1 - 2**-53
+# So many of the largest scores are put in order before more are.
+_HEAD = 128
+# A sum that reaches its goal to fp32's rounding has reached it.
+_ROUNDING = 1e-6
 
 
 class Softmax(NamedTuple):
@@ -64,23 +73,24 @@ def softmax_rows(scores: Float[Tensor, "*rows vocab"]) -> Softmax:
     return Softmax(z, tree, tree[-1].log())
 
 
-def eta_log_threshold(rows: Softmax, epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
-    """Log of eta: min(log epsilon, log epsilon / 2 - H) (Hewitt et al. 2022, section 4.2); one epsilon, or one a row.
+def eta_bar(rows: Softmax, log_epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
+    """Return eta, min(epsilon, sqrt(epsilon) exp(-H)) (Hewitt et al. 2022, section 4.2).
 
     H is the entropy of the full row, so the bar falls below epsilon only where H > -log(epsilon) / 2: a flat
     distribution keeps a long tail, a peaked one is cut at epsilon.
     """
-    log_epsilon = _logs(epsilon, rows)
-    return (log_epsilon / 2 - rows.entropy).clamp_max(log_epsilon)
+    bar = log_epsilon / 2 - rows.entropy
+    bar = torch.minimum(bar, log_epsilon) if isinstance(log_epsilon, Tensor) else bar.clamp_max(log_epsilon)
+    return bar + rows.log_total
 
 
-def epsilon_log_threshold(rows: Softmax, epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
-    """Log of epsilon for every row that is a distribution, NaN for the others (Hewitt et al. 2022, section 4.1)."""
-    return torch.where(rows.log_total.isnan(), rows.log_total, _logs(epsilon, rows))
+def epsilon_bar(rows: Softmax, log_epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
+    """Return epsilon (Hewitt et al. 2022, section 4.1)."""
+    return rows.log_total + log_epsilon
 
 
-def top_n_sigma_log_threshold(rows: Softmax, n: float | Tensor) -> Float[Tensor, "*rows 1"]:
-    """Log of the probability of a score n standard deviations below the row's maximum (Tang et al. 2024, section 3).
+def top_n_sigma_bar(rows: Softmax, n: float | Tensor) -> Float[Tensor, "*rows 1"]:
+    """Return a score n standard deviations below the row's maximum (Tang et al. 2024, section 3).
 
     The deviation is that of the row's scores, entries at -inf left out: the root of their mean square about the mean.
     It does not depend on temperature: scores and their deviation are divided by the same number.
@@ -88,65 +98,166 @@ def top_n_sigma_log_threshold(rows: Softmax, n: float | Tensor) -> Float[Tensor,
     alive = rows.z > _Z_FLOOR
     count = _row_sum(alive.float())
     centred = torch.where(alive, rows.z - _row_sum(torch.where(alive, rows.z, 0)) / count, 0)
-    sigma = (_row_sum(centred.square_()) / count).sqrt_()
-    n = n if isinstance(n, float) else _column(n.tolist(), rows)
-    return -n * sigma - rows.log_total
+    return (_row_sum(centred.square_()) / count).sqrt_() * -n
 
 
-def p_less_log_threshold(rows: Softmax, normalized: bool = False) -> Float[Tensor, "*rows 1"]:
-    """Log of the collision probability C = sum of p^2 (Tan et al. 2025, section 3), which max p always reaches.
+def p_less_bar(rows: Softmax, on: float | Tensor, normalized: bool = False) -> Float[Tensor, "*rows 1"]:
+    """Return the collision probability C = sum of p^2 (Tan et al. 2025, section 3), which max p always reaches.
 
-    Normalised it is (V C - 1) / (V - 1): C less what the wrong tokens, 1 - C, come to on average.
+    Normalised it is (V C - 1) / (V - 1): C less what the wrong tokens, 1 - C, come to on average. `on` is 1.
     """
     log_probs = rows.z - rows.log_total
     if not normalized:
-        return _row_sum(log_probs.mul_(2).exp_()).log()
+        return _row_sum(log_probs.mul_(2).exp_()).log() * on + rows.log_total
     # V C - 1 = V sum (p - 1 / V)^2, which does not cancel in flat rows.
     size = rows.z.shape[-1]
-    return (_row_sum(log_probs.exp_().sub_(1 / size).square_()) * (size / max(size - 1, 1))).log()
+    collision = _row_sum(log_probs.exp_().sub_(1 / size).square_()) * (size / max(size - 1, 1))
+    return collision.log() * on + rows.log_total
 
 
-def below_threshold(
-    scores: Float[Tensor, "*rows vocab"],
-    rows: Softmax,
-    log_threshold: Float[Tensor, "*rows 1"],
-    min_tokens_to_keep: int = 1,
+def top_h_bar(rows: Softmax, share: float | Tensor) -> Float[Tensor, "*rows 1"]:
+    """Return the least of the most probable tokens whose terms -p log p sum to at most `share` of the entropy.
+
+    Potraghloo et al. 2025, arXiv 2509.02510, as its authors' code and transformers have it: the terms are those of the
+    whole row, not renormalised, and the most probable token always stays. Both look at the 100 most probable tokens
+    only; here the row is read as far as the share reaches.
+    """
+    goal = (rows.entropy * share).double().reshape(-1, 1) * (1 + _ROUNDING)
+    log_total = rows.log_total.reshape(-1, 1)
+
+    def count(head: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        log_probs = (head - log_total[which]).double().clamp_max_(0)
+        within = (-log_probs.exp() * log_probs).cumsum(-1) <= goal[which]
+        return within.sum(-1), ~within[:, -1]
+
+    return _bar_of_rank(rows, count, goal.isnan())
+
+
+def min_k_bar(rows: Softmax, tau: float | Tensor) -> Float[Tensor, "*rows 1"]:
+    """Return the last token in front of the steepest drop: k = argmax of (s_i - s_{i+1}) / i over the scores in order.
+
+    Ding et al. 2026, arXiv 2604.11012, section 3: the drops are relative to the row's range R, which changes no argmax,
+    and at least floor(tau / R) tokens stay. The set is the same at every temperature as long as tau is below R times
+    the k that the drops give. Entries at -inf end the row: the drop to them is none.
+    """
+    lowest = torch.where(rows.z > _Z_FLOOR, rows.z, 0).amin(-1).reshape(-1, 1)
+    least = (torch.zeros_like(lowest) + tau.reshape(-1, 1) if isinstance(tau, Tensor) else tau) / -lowest
+    size = rows.z.shape[-1]
+    least = least.clamp_max(size).floor()
+
+    def count(head: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        following = torch.nn.functional.pad(head[:, 1:], (0, 1), value=-torch.inf)
+        places = torch.arange(1, head.shape[-1] + 1, device=head.device)
+        best, place = torch.where(following > _Z_FLOOR, (head - following) / places, 0).max(-1)
+        # No later drop is steeper than from the head's last to the row's lowest, at its first place.
+        is_best = (head[:, -1] - lowest[which, 0]) / head.shape[-1] <= best
+        counts = torch.maximum(place + 1, least[which, 0].nan_to_num(0).long())
+        return counts, is_best & (counts <= head.shape[-1])
+
+    # A flat row has no range: 0 / 0 is for tau 0.
+    return _bar_of_rank(rows, count, torch.as_tensor(tau, device=lowest.device).isnan().expand_as(lowest))
+
+
+def xtc_cut(rows: Softmax, log_threshold: float | Tensor, is_decided: Bool[Tensor, "*rows 1"]) -> Tensor:
+    """Mark, in the rows where it is decided to, the tokens with p >= threshold but the least probable of them.
+
+    p-e-w 2024, "Exclude Top Choices" (text-generation-webui, pull request 6335).
+    """
+    reaching = torch.where(rows.z >= rows.log_total + log_threshold, rows.z, torch.inf)
+    return (rows.z > reaching.amin(-1, keepdim=True)) & is_decided
+
+
+class Cutoff(NamedTuple):
+    """A sampler that cuts what lies below a bar: `bar(rows, value)`.
+
+    Attributes:
+        bar: the z of the last kept score [*rows, 1]; of a value that `prepared` returned, or a column of them. NaN, of
+            a row that is no distribution or of a value that is NaN, cuts nothing.
+        prepared: makes the number that `bar` takes of the one that users give.
+        bounds: of the users' number, as keywords of `arguments.number`; None where there is only on (1) and off.
+    """
+
+    bar: Callable[[Softmax, float | Tensor], Tensor]
+    prepared: Callable[[float], float]
+    bounds: Mapping[str, float] | None
+
+
+_SHARE = {"above": 0, "below": 1}
+# Every sampler of that kind, in the order in which a request's are applied: all engines read this table.
+CUTOFFS: dict[str, Cutoff] = {
+    "eta": Cutoff(eta_bar, math.log, _SHARE),
+    "epsilon": Cutoff(epsilon_bar, math.log, _SHARE),
+    "top_n_sigma": Cutoff(top_n_sigma_bar, float, {"above": 0}),
+    "p_less": Cutoff(p_less_bar, float, None),
+    "p_less_norm": Cutoff(functools.partial(p_less_bar, normalized=True), float, None),
+    "top_h": Cutoff(top_h_bar, float, {"above": 0, "most": 1}),
+    "min_k": Cutoff(min_k_bar, float, {"least": 0}),
+}
+
+
+def bar_of(name: str, rows: Softmax, value: float | Tensor) -> Float[Tensor, "*rows 1"]:
+    """Return the bar of the cutoff `name` for users' numbers: one for all rows, or a float64 tensor of one a row."""
+    cutoff = CUTOFFS[name]
+    # Prepared on the host in both cases, so that a row has the same bits alone and among others.
+    if isinstance(value, Tensor):
+        return cutoff.bar(rows, column([cutoff.prepared(each) for each in value.tolist()], rows))
+    return cutoff.bar(rows, cutoff.prepared(value))
+
+
+def below(
+    scores: Float[Tensor, "*rows vocab"], rows: Softmax, bar: Float[Tensor, "*rows 1"], min_tokens_to_keep: int = 1
 ) -> Tensor:
-    """Mark each token with log p < log_threshold that is not among the row's most probable ones.
+    """Mark each token with z < bar that is not among the row's most probable ones.
 
     Args:
         scores: the rows that `rows` was made from.
         rows: their softmax.
-        log_threshold: one bar a row, in nats.
+        bar: one a row, in units of z: the z of a token is a bar that keeps this token, whatever is rounded elsewhere.
         min_tokens_to_keep: so many of the largest scores stay whatever the bar, ties with the last of them too;
             1 costs nothing, more costs a `topk`.
 
     Returns:
         A boolean mask of the shape of `scores`.
     """
-    cut = rows.z < (log_threshold + rows.log_total).clamp_max(0)
+    cut = rows.z < bar.clamp_max(0)
     if min_tokens_to_keep > 1:
         kth_largest = scores.topk(min(min_tokens_to_keep, scores.shape[-1]), dim=-1).values[..., -1:]
         cut = cut & (scores < kth_largest)
     return cut
 
 
-def _logs(values: float | Tensor, rows: Softmax) -> float | Tensor:
-    # By math.log in both cases, so that a row has the same bits alone and among others.
-    if isinstance(values, float):
-        return math.log(values)
-    return _column([math.log(value) for value in values.tolist()], rows)
-
-
-def _column(values: list[float], rows: Softmax) -> Float[Tensor, "*rows 1"]:
+def column(values: list[float], rows: Softmax) -> Float[Tensor, "*rows 1"]:
     """One value for all rows, or one a row, or one for each group of rows that stand together, as a column."""
-    column = torch.tensor(values, dtype=torch.float32, device=rows.z.device)[:, None]
+    found = torch.tensor(values, dtype=torch.float32, device=rows.z.device)[:, None]
     if rows.z.ndim != 2 or rows.z.shape[0] % len(values):
         raise ValueError(
             f"{len(values)} values, one a row, do not fit scores {list(rows.z.shape)}: give one for every row, or one "
             "for every prompt, whose beams or returns stand together"
         )
-    return column.repeat_interleave(rows.z.shape[0] // len(values), 0)
+    return found.repeat_interleave(rows.z.shape[0] // len(values), 0)
+
+
+def _bar_of_rank(
+    rows: Softmax, count: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], off: Bool[Tensor, "n 1"]
+) -> Float[Tensor, "*rows 1"]:
+    """Return the z of each row's last kept token, NaN for rows that are no distribution and those that are `off`.
+
+    `count(head, which)` is handed the largest z of the rows `which`, in order [n, m], and returns how many of them to
+    keep and whether more of the row could change that; those rows are read further, in the end whole.
+    """
+    z = rows.z.reshape(-1, rows.z.shape[-1])
+    bars = rows.log_total.reshape(-1, 1).masked_fill(off, torch.nan)
+    which = (~bars.isnan()[:, 0]).nonzero()[:, 0]
+    size = min(_HEAD, z.shape[-1])
+    while len(which):
+        part = z if len(which) == len(z) else z[which]
+        head = part.topk(size).values
+        counts, is_settled = count(head, which)
+        is_settled = is_settled | (size == z.shape[-1])
+        last = head.gather(-1, counts.clamp(1, size)[:, None] - 1)
+        bars[which] = torch.where(is_settled[:, None], last, bars[which])
+        which, size = which[~is_settled], min(8 * size, z.shape[-1])
+    return bars.reshape(rows.log_total.shape)
 
 
 def _row_sum(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows 1"]:

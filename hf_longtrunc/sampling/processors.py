@@ -3,57 +3,37 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from hf_longtrunc.arguments import number, one_of, whole
-from hf_longtrunc.sampling.calls import (
-    draws_by_itself,
-    neighbours,
-    warn_of_cuts,
-    warn_of_penalties,
-    warn_of_temperature,
-)
-from hf_longtrunc.sampling.cutoffs import (
-    Softmax,
-    below_threshold,
-    draw,
-    epsilon_log_threshold,
-    eta_log_threshold,
-    p_less_log_threshold,
-    set_zero,
-    softmax_rows,
-    top_n_sigma_log_threshold,
-)
-from hf_longtrunc.sampling.support import Decision, SupportChecker
+from hf_longtrunc.arguments import number, whole
+from hf_longtrunc.sampling.calls import neighbours, warn_of_cuts
+from hf_longtrunc.sampling.cutoffs import CUTOFFS, Softmax, bar_of, below, column, softmax_rows, xtc_cut
+from hf_longtrunc.sampling.dry import Dry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from hf_longtrunc.sampling.basis import SoftmaxBasis
-    from hf_longtrunc.sampling.support import Variant
 
 
 # Scores that go through a processor at a time: 2 MB in fp32, which with their temporaries stay in the caches.
 _CACHED = 2**19
 
 
-class _ThresholdLogitsProcessor(LogitsProcessor):
-    """Removes the tokens whose probability lies under a bar that `_log_threshold` draws for each row."""
+class _TruncatingLogitsProcessor(LogitsProcessor):
+    """Removes the tokens of each row that `_cut` marks."""
 
     supports_continuous_batching = True
     _parameter = ""  # the attribute that may hold one value a row
 
-    def __init__(self, *, min_tokens_to_keep: int, filter_value: float):
-        self.min_tokens_to_keep = whole("min_tokens_to_keep", min_tokens_to_keep, least=1)
-        self.filter_value = _checked_filter_value(filter_value)
+    def __init__(self, filter_value: float):
+        self.filter_value = checked_filter_value(filter_value)
         self._is_unwarned = True
 
-    def _log_threshold(self, rows: Softmax) -> Tensor:
+    def _cut(self, scores: Tensor, rows: Softmax) -> Tensor:
         raise NotImplementedError
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
@@ -65,7 +45,7 @@ class _ThresholdLogitsProcessor(LogitsProcessor):
         Warns once, where transformers' own samplers run behind it and cut what it keeps.
         """
         self._check_call(input_ids)
-        scores = _checked_scores(scores)
+        scores = checked_scores(scores)
         if self._in_parts(scores):
             result = torch.empty_like(scores)
             size = max(1, _CACHED // scores.shape[1])
@@ -75,10 +55,8 @@ class _ThresholdLogitsProcessor(LogitsProcessor):
         return self._truncated(scores)
 
     def _truncated(self, scores: Tensor, out: Tensor | None = None) -> Tensor:
-        rows = softmax_rows(scores)
-        cut = below_threshold(scores, rows, self._log_threshold(rows), self.min_tokens_to_keep)
-        removed = scores.new_full((), _representable(self.filter_value, scores))
-        return torch.where(cut, removed, scores, out=out)
+        removed = scores.new_full((), representable(self.filter_value, scores))
+        return torch.where(self._cut(scores, softmax_rows(scores)), removed, scores, out=out)
 
     def _in_parts(self, scores: Tensor) -> bool:
         """Whether some rows at a time are faster: where the temporaries of all of them fall out of a CPU's caches.
@@ -88,10 +66,6 @@ class _ThresholdLogitsProcessor(LogitsProcessor):
         if torch.compiler.is_compiling() or scores.device.type != "cpu" or scores.ndim != 2 or scores.requires_grad:
             return False
         return scores.numel() >= 2 * _CACHED and not isinstance(getattr(self, self._parameter, None), Tensor)
-
-    def threshold(self, scores: Tensor) -> Tensor:
-        """Return the bar that each row of `scores` [..., V] is held against, as a probability [..., 1]."""
-        return self._log_threshold(softmax_rows(_checked_scores(scores))).exp()
 
     def _check_call(self, input_ids: Tensor | None) -> None:
         value = getattr(self, self._parameter, None)
@@ -109,7 +83,32 @@ class _ThresholdLogitsProcessor(LogitsProcessor):
         return f"{type(self).__name__}({self._parameter}={shown})"
 
 
-class EtaLogitsProcessor(_ThresholdLogitsProcessor):
+class _CutoffLogitsProcessor(_TruncatingLogitsProcessor):
+    """Removes what lies below the bar of the cutoff of this name in `cutoffs.CUTOFFS`."""
+
+    _name = ""
+
+    def __init__(
+        self, value: float | Sequence[float] | Tensor, *, min_tokens_to_keep: int = 1, filter_value: float = -math.inf
+    ):
+        self.min_tokens_to_keep = whole("min_tokens_to_keep", min_tokens_to_keep, least=1)
+        super().__init__(filter_value)
+        if self._parameter:
+            setattr(self, self._parameter, one_or_a_row(self._parameter, value, **(CUTOFFS[self._name].bounds or {})))
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        """Return the bar that each row of `scores` [..., V] is held against, as a probability [..., 1]."""
+        rows = softmax_rows(checked_scores(scores))
+        return (self._bar(rows) - rows.log_total).exp()
+
+    def _bar(self, rows: Softmax) -> Tensor:
+        return bar_of(self._name, rows, getattr(self, self._parameter) if self._parameter else 1.0)
+
+    def _cut(self, scores: Tensor, rows: Softmax) -> Tensor:
+        return below(scores, rows, self._bar(rows), self.min_tokens_to_keep)
+
+
+class EtaLogitsProcessor(_CutoffLogitsProcessor):
     """Eta-sampling: remove the tokens with p < eta = min(epsilon, sqrt(epsilon) * exp(-H)).
 
     H is the entropy, in nats, of the full softmax of the scores that the processor is handed. Passed in `generate`'s
@@ -135,7 +134,8 @@ class EtaLogitsProcessor(_ThresholdLogitsProcessor):
     section 4.2. Deviations: none.
     """
 
-    _parameter = "epsilon"
+    _name, _parameter = "eta", "epsilon"
+    epsilon: float | Tensor
 
     def __init__(
         self,
@@ -144,11 +144,7 @@ class EtaLogitsProcessor(_ThresholdLogitsProcessor):
         min_tokens_to_keep: int = 1,
         filter_value: float = -math.inf,
     ):
-        self.epsilon = _checked_epsilon(epsilon)
-        super().__init__(min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
-
-    def _log_threshold(self, rows: Softmax) -> Tensor:
-        return eta_log_threshold(rows, self.epsilon)
+        super().__init__(epsilon, min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
 
 
 class EpsilonLogitsProcessor(EtaLogitsProcessor):
@@ -160,11 +156,10 @@ class EpsilonLogitsProcessor(EtaLogitsProcessor):
     Source: Hewitt, Manning, Liang 2022, arXiv 2210.15191, section 4.1. Deviations: none.
     """
 
-    def _log_threshold(self, rows: Softmax) -> Tensor:
-        return epsilon_log_threshold(rows, self.epsilon)
+    _name = "epsilon"
 
 
-class TopNSigmaLogitsProcessor(_ThresholdLogitsProcessor):
+class TopNSigmaLogitsProcessor(_CutoffLogitsProcessor):
     """Top-n-sigma sampling: remove the tokens whose logit lies more than n standard deviations below the largest.
 
     The method takes the bulk of the logits for Gaussian noise and what stands far above it for signal, so it assumes
@@ -180,19 +175,16 @@ class TopNSigmaLogitsProcessor(_ThresholdLogitsProcessor):
     of the whole row, divided by V and not by V - 1; tokens at -inf, removed by an earlier processor, do not enter it.
     """
 
-    _parameter = "n"
+    _name, _parameter = "top_n_sigma", "n"
+    n: float | Tensor
 
     def __init__(
         self, n: float | Sequence[float] | Tensor = 1.0, *, min_tokens_to_keep: int = 1, filter_value: float = -math.inf
     ):
-        super().__init__(min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
-        self.n = _one_or_a_row("n", n, above=0)
-
-    def _log_threshold(self, rows: Softmax) -> Tensor:
-        return top_n_sigma_log_threshold(rows, self.n)
+        super().__init__(n, min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
 
 
-class PLessLogitsProcessor(_ThresholdLogitsProcessor):
+class PLessLogitsProcessor(_CutoffLogitsProcessor):
     """P-less sampling: remove the tokens less probable than two draws from the row are to agree, sum of p^2.
 
     There is nothing to set. The bar follows the distribution that the processor is handed: at temperature 1 in
@@ -211,55 +203,139 @@ class PLessLogitsProcessor(_ThresholdLogitsProcessor):
     """
 
     def __init__(self, *, normalized: bool = False, min_tokens_to_keep: int = 1, filter_value: float = -math.inf):
-        super().__init__(min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
+        super().__init__(1.0, min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
         if not isinstance(normalized, bool):
             raise TypeError(f"normalized must be True or False, got {normalized!r}")
         self.normalized = normalized
-
-    def _log_threshold(self, rows: Softmax) -> Tensor:
-        return p_less_log_threshold(rows, self.normalized)
+        self._name = "p_less_norm" if normalized else "p_less"
 
     def __repr__(self) -> str:
         return f"PLessLogitsProcessor(normalized={self.normalized})"
 
 
-class BasisAwareLogitsProcessor(LogitsProcessor):
-    """Basis-aware truncation: below the plain threshold, keep the tokens whose true probability is provably not zero.
+class TopHLogitsProcessor(_CutoffLogitsProcessor):
+    """Top-H sampling: keep the most probable tokens as long as their terms -p log p sum to `top_h` of the entropy.
 
-    The model's error lies in the few directions that its output embedding cannot express. A token is cut only if some
-    distribution with the same image in `basis`, nowhere above p-hat / (1 - tau), gives it probability zero; tau is the
-    threshold of eta- or epsilon-sampling, so the kept set contains theirs. The theory holds at temperature 1.
+    Errors and guarantees are those of `EtaLogitsProcessor`; ties with the last kept token stay. Cost: the 128 most
+    probable tokens are put in order, more where the share reaches further; one host synchronisation.
 
     Args:
-        basis: of the model that generates: `SoftmaxBasis.from_model(model)`.
-        epsilon: in (0, 1), the parameter of `cutoff`; or one value a row, as for `EtaLogitsProcessor`. The kept set
-            grows with the rank: match it again for each rank (`hf-longtrunc match`).
-        cutoff: "eta" or "epsilon", which threshold tau is.
-        mode: "sample" draws here, without replacement until a token is kept, and leaves exactly that token: samples of
-            p-hat restricted to the kept set, a check for each draw below the bar. "mask" removes exactly the cut
-            tokens: deterministic, for beams and for further samplers, at a solve for every token near the bar. Where
-            `generate` does not draw each row's token by itself (beams, `do_sample=False`), "sample" masks too.
-        variant: "paper", or "official" for the authors' code, which lets p go below zero and keeps fewer tokens.
-        generator: of the draws in sample mode; a list gives every row its own, which makes a row's draws independent
-            of its batch. None takes torch's.
-        max_tries: after so many refused draws take the most probable token, as the official code does after 10; None
-            goes on until a token is kept.
-        floor: in mask mode tokens of less probability are cut without a proof.
-        limit: in mask mode None decides every token below the bar. A number bounds the time of a flat row: so many of
-            its tokens, the most probable ones, are decided, and of the others those kept that the same proofs cover.
-        filter_value: the score that a removed token gets.
+        top_h: in (0, 1]; the paper takes 0.4. Or one value a row, as for `EtaLogitsProcessor`.
+        min_tokens_to_keep: as for `EtaLogitsProcessor`.
+        filter_value: as for `EtaLogitsProcessor`.
 
-    The most probable token always stays, and a row of equal scores comes back unchanged: all its tokens are most
-    probable ones. Undecided tokens count as cut; `checker.checked` and `checker.undecided` count.
+    Source: Potraghloo et al. 2025, "Top-H Decoding", arXiv 2509.02510, by its authors' code. Deviation: all tokens are
+    looked at, where that code and transformers' `TopHLogitsWarper` renormalise the 100 most probable ones first.
+    """
+
+    _name = _parameter = "top_h"
+    top_h: float | Tensor
+
+    def __init__(
+        self,
+        top_h: float | Sequence[float] | Tensor = 0.4,
+        *,
+        min_tokens_to_keep: int = 1,
+        filter_value: float = -math.inf,
+    ):
+        super().__init__(top_h, min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
+
+
+class MinKLogitsProcessor(_CutoffLogitsProcessor):
+    """Min-k sampling: cut behind the steepest drop, the largest (s_i - s_{i+1}) / i of the scores in order.
+
+    The kept set is the same at every temperature. Errors and guarantees are those of `EtaLogitsProcessor`; ties with
+    the last kept token stay. Cost: as for `TopHLogitsProcessor`; a row is read as far as a steeper drop is possible.
+
+    Args:
+        tau: at least 0; floor(tau / (largest score - smallest)) tokens stay at least, which a nearly flat row needs.
+            The paper takes 3. Or one value a row, as for `EtaLogitsProcessor`.
+        min_tokens_to_keep: as for `EtaLogitsProcessor`.
+        filter_value: as for `EtaLogitsProcessor`.
+
+    Source: Ding et al. 2026, "Min-k Sampling", arXiv 2604.11012, section 3. Deviation: tokens at -inf, removed by an
+    earlier processor, do not count: the drop to them is none.
+    """
+
+    _name, _parameter = "min_k", "tau"
+    tau: float | Tensor
+
+    def __init__(
+        self,
+        tau: float | Sequence[float] | Tensor = 3.0,
+        *,
+        min_tokens_to_keep: int = 1,
+        filter_value: float = -math.inf,
+    ):
+        super().__init__(tau, min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
+
+
+class XTCLogitsProcessor(_TruncatingLogitsProcessor):
+    """Exclude top choices: with some probability, remove all tokens that reach a threshold but the least probable one.
+
+    One number a row and step decides whether. The distribution that the processor is handed counts: put it behind
+    truncation samplers, which leave no improbable token to become the choice. Errors and guarantees are those of
+    `EtaLogitsProcessor`; tokens as probable as the least one stay with it.
+
+    Args:
+        threshold: in (0, 1); at 0.5 or more at most one token reaches it, and nothing is removed. Or one value a row.
+        probability: in [0, 1]. Or one value a row.
+        generator: of the decisions; a list gives every row its own, which makes a row independent of its batch. None
+            takes torch's.
+        filter_value: as for `EtaLogitsProcessor`.
+
+    Source: p-e-w 2024, text-generation-webui, pull request 6335. Deviation: end-of-text and line breaks are no
+    exceptions.
+    """
+
+    _parameter = "threshold"
+
+    def __init__(
+        self,
+        threshold: float | Sequence[float] | Tensor = 0.1,
+        probability: float | Sequence[float] | Tensor = 0.5,
+        *,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        filter_value: float = -math.inf,
+    ):
+        super().__init__(filter_value)
+        self.threshold = one_or_a_row("threshold", threshold, above=0, below=1)
+        self.probability = one_or_a_row("probability", probability, least=0, most=1)
+        self.generator = generator
+
+    def _cut(self, scores: Tensor, rows: Softmax) -> Tensor:
+        log_threshold, probability = (
+            column([law(each) for each in value.tolist()], rows) if isinstance(value, Tensor) else law(value)
+            for value, law in ((self.threshold, math.log), (self.probability, float))
+        )
+        decided = uniform(rows.z[..., 0].numel(), self.generator, scores.device).reshape(rows.log_total.shape)
+        return xtc_cut(rows, log_threshold, decided < probability)
+
+    def _in_parts(self, scores: Tensor) -> bool:
+        return False
+
+
+class DRYLogitsProcessor(LogitsProcessor):
+    r"""Don't repeat yourself: lower the scores of tokens that would go on repeating what the text said before.
+
+    A token that followed the last n tokens of the text earlier in it loses multiplier * base^(n - allowed_length), n
+    being at least `allowed_length`. Put it in front of truncation samplers: it changes the distribution that they cut.
+    It reads `input_ids` and remembers nothing, so every mode of `generate` is served; left padding is part of the text,
+    pass its id among `sequence_breakers`.
+
+    Args:
+        multiplier: at least 0. Or one value a row, as for `EtaLogitsProcessor`.
+        base: at least 1.
+        allowed_length: repetitions shorter than this cost nothing.
+        window: so many of the last tokens are looked at; None takes all.
+        sequence_breakers: ids of tokens that no match goes over, such as line breaks and quotation marks;
+            `tokenizer.encode("a\n", add_special_tokens=False)[-1]` is that of a line break.
 
     Raises:
-        TypeError, ValueError: a bad argument; scores of another vocabulary than the basis has; continuous batching
-            (`generate_batch`, serving), whose static shapes leave no room for proofs.
+        TypeError, ValueError: an argument of the wrong type or outside its range; continuous batching
+            (`generate_batch`), whose calls do not hold the text.
 
-    Warns once, where transformers' own samplers cut what it keeps, where a temperature comes behind a token that is
-    drawn already, or a penalty in front of it changes the distribution: the proofs are about the model's own.
-
-    Source: Finlayson et al. 2023, arXiv 2310.01693, section 5 and algorithm 1. Deviations: see `SupportChecker`.
+    Source: p-e-w 2024, text-generation-webui, pull request 5677. Deviations: none.
     """
 
     # Declared unsupported, it would be left out there with a line in the log; this way it is called, and refuses.
@@ -267,135 +343,52 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        basis: SoftmaxBasis,
-        epsilon: float | Sequence[float] | Tensor,
+        multiplier: float | Sequence[float] | Tensor = 0.8,
+        base: float = 1.75,
+        allowed_length: int = 2,
         *,
-        cutoff: Literal["eta", "epsilon"] = "eta",
-        mode: Literal["sample", "mask"] = "sample",
-        variant: Variant = "paper",
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        max_tries: int | None = None,
-        floor: float = 1e-6,
-        limit: int | None = None,
-        filter_value: float = -math.inf,
+        window: int | None = None,
+        sequence_breakers: Sequence[int] = (),
     ):
-        self.checker = SupportChecker(basis, variant=variant)
-        self.epsilon = _checked_epsilon(epsilon)
-        self.cutoff = one_of("cutoff", cutoff, ("eta", "epsilon"))
-        self.mode = one_of("mode", mode, ("sample", "mask"))
-        self.max_tries = None if max_tries is None else whole("max_tries", max_tries, least=1)
-        self.floor = number("floor", floor, least=0, below=1)
-        self.limit = None if limit is None else whole("limit", limit, least=1)
-        self.generator = generator
-        self.filter_value = _checked_filter_value(filter_value)
-        self._is_unwarned = True
+        self.multiplier = one_or_a_row("multiplier", multiplier, least=0)
+        values = self.multiplier.tolist() if isinstance(self.multiplier, Tensor) else [self.multiplier]
+        options = {"base": base, "allowed_length": allowed_length, "window": window}
+        self.settings = [
+            Dry(multiplier=value, sequence_breakers=tuple(sequence_breakers), **options)  # type: ignore[arg-type]
+            for value in values
+        ]
 
-    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
-        """Return a copy of `scores` [rows, V] with `filter_value` in place of every removed token.
-
-        A row that is no distribution, or whose scores are all equal, comes back unchanged.
-        """
-        if input_ids is not None and input_ids.ndim == 1:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` [rows, V] of the tokens after `input_ids` [rows, length], penalties subtracted."""
+        if input_ids.ndim == 1:
             raise ValueError(
-                "BasisAwareLogitsProcessor cannot be used in continuous batching (generate_batch() and serving): use "
-                "generate()"
+                "DRYLogitsProcessor cannot be used in continuous batching (generate_batch()), whose calls do not hold "
+                "the text: use generate()"
             )
-        self._check_vocabulary(_checked_scores(scores))
-        draws = self.mode == "sample" and draws_by_itself()
-        if self._is_unwarned and input_ids is not None:
-            before, behind = neighbours(self)
-            # A lone token is not cut by the samplers behind, nor moved by a temperature.
-            warn_of_what_follows = warn_of_temperature if draws else warn_of_cuts
-            is_warned = [warn_of_what_follows(self, behind), warn_of_penalties(self, before)]
-            self._is_unwarned = not any(is_warned)
-        rows = softmax_rows(scores)
-        bar = self._log_threshold(rows)
-        plain = ~below_threshold(scores, rows, bar) & (scores > -math.inf)
-        tau = bar.double().exp()
-        # Nothing to decide in a broken row (its bar is NaN) nor in one whose tokens are all most probable.
-        decidable = (~bar.isnan() & (scores != scores.amax(-1, keepdim=True)).any(-1, keepdim=True))[:, 0]
-        kept = self._draw(scores, rows, plain, tau, decidable) if draws else self._mask(scores, plain, tau, decidable)
-        return scores.masked_fill(~kept & decidable[:, None], _representable(self.filter_value, scores))
-
-    def threshold(self, scores: Tensor) -> Tensor:
-        """Return tau for each row of `scores` [..., V]: the bar below which a token needs a proof, [..., 1]."""
-        return self._log_threshold(softmax_rows(_checked_scores(scores))).exp()
-
-    def margins(self, scores: Tensor, tau: Tensor, tokens: Tensor) -> Tensor:
-        """Return the margins of the proofs that keep `tokens` [rows, n] of `scores` [rows, V] below tau [rows, 1].
-
-        See `Certificate.margin`; NaN where a token has no such proof. Cost: 1 to 2 ms a token, as for a check.
-        """
-        proofs = self.checker.certify(scores, tau.double(), tokens)
-        margins = [math.nan if proof.margin is None else proof.margin for proof in proofs]
-        return torch.tensor(margins, dtype=torch.float64).reshape(tokens.shape)
-
-    def _log_threshold(self, rows: Softmax) -> Tensor:
-        return (eta_log_threshold if self.cutoff == "eta" else epsilon_log_threshold)(rows, self.epsilon)
-
-    def _mask(self, scores: Tensor, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:
-        kept = plain.clone()
-        if decidable.any():
-            kept[decidable] |= self.checker.kept(scores[decidable], tau[decidable], floor=self.floor, limit=self.limit)
-        return kept
-
-    def _draw(self, scores: Tensor, rows: Softmax, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:
-        """One token a row, drawn without replacement until it is a kept one."""
-        drawn = draw(rows.tree, self._uniform(len(scores), scores.device))
-        refused = decidable & ~plain.gather(1, drawn)[:, 0]
-        for row in refused.nonzero()[:, 0].tolist():
-            levels = [level[row : row + 1].clone() for level in rows.tree]
-            drawn[row] = self._first_kept(scores, row, levels, plain[row], tau[row], int(drawn[row]))
-        return torch.zeros_like(plain).scatter_(1, drawn, True)
-
-    def _first_kept(self, scores: Tensor, n: int, tree: list[Tensor], plain: Tensor, tau: Tensor, token: int) -> int:
-        """Go on from `token`, drawn for row n and below tau, to one that is kept."""
-        row, generator = self.checker.row(scores[n], float(tau)), self._generator(n)
-        tries = 1
-        while not (plain[token] or row.decide(token) is Decision.KEPT):
-            if tries == self.max_tries:
-                return int(scores[n].argmax())
-            set_zero(tree, token)
-            token = int(draw(tree, _uniform(1, generator, scores.device)))
-            tries += 1
-        return token
-
-    def _uniform(self, rows: int, device: torch.device) -> Tensor:
-        """One number in [0, 1) a row [rows, 1], each from the row's own generator where there are several."""
-        if self.generator is None or isinstance(self.generator, torch.Generator):
-            return _uniform(rows, self.generator, device)
-        if len(self.generator) != rows:
-            raise ValueError(
-                f"generator must be one torch.Generator or one for each of the {rows} rows of the batch "
-                f"(num_return_sequences and beams count), got {len(self.generator)}"
-            )
-        every = [_uniform(1, generator, device) for generator in self.generator]
-        return torch.cat(every) if every else _uniform(0, None, device)
-
-    def _generator(self, row: int) -> torch.Generator | None:
-        one = self.generator is None or isinstance(self.generator, torch.Generator)
-        return self.generator if one else self.generator[row]  # type: ignore[return-value, index]
-
-    def _check_vocabulary(self, scores: Tensor) -> None:
-        size = self.checker.basis.vocab_size
-        if scores.ndim != 2 or scores.shape[1] != size:
-            raise ValueError(
-                f"scores must have shape [rows, {size}], the vocabulary of the basis, got {tuple(scores.shape)}; "
-                "make the basis from the model that generates: SoftmaxBasis.from_model(model)"
-            )
+        if len(scores) % len(self.settings):
+            raise ValueError(f"{len(self.settings)} multipliers, one a row, do not fit {len(scores)} rows")
+        each, ids = len(scores) // len(self.settings), input_ids.cpu()
+        return torch.stack([self.settings[n // each].penalised(row, ids[n]) for n, row in enumerate(scores)])
 
     def __repr__(self) -> str:
-        epsilon = self.epsilon.tolist() if isinstance(self.epsilon, Tensor) else f"{self.epsilon:g}"
-        return f"BasisAwareLogitsProcessor({self.checker.basis!r}, epsilon={epsilon}, mode={self.mode!r})"
+        return f"DRYLogitsProcessor({self.settings[0] if len(self.settings) == 1 else self.settings})"
 
 
-def _uniform(rows: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    # Drawn where the generator lives.
-    there = device if generator is None else generator.device
-    return torch.rand(rows, 1, dtype=torch.float64, generator=generator, device=there).to(device)
+def uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device) -> Tensor:
+    """Return one number in [0, 1) a row [rows, 1], float64, each from the row's own generator if there are several."""
+    if generator is None or isinstance(generator, torch.Generator):
+        # Drawn where the generator lives.
+        there = device if generator is None else generator.device
+        return torch.rand(rows, 1, dtype=torch.float64, generator=generator, device=there).to(device)
+    if len(generator) != rows:
+        raise ValueError(
+            f"generator must be one torch.Generator or one for each of the {rows} rows of the batch "
+            f"(num_return_sequences and beams count), got {len(generator)}"
+        )
+    return torch.cat([torch.empty(0, 1, device=device), *(uniform(1, each, device) for each in generator)])
 
 
-def _one_or_a_row(name: str, value: object, **bounds: float) -> float | Tensor:
+def one_or_a_row(name: str, value: object, **bounds: float) -> float | Tensor:
     """Return a number, or a float64 tensor of one number a row, on the CPU, where their logarithms are taken."""
     if isinstance(value, (list, tuple)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1):
         values = value if isinstance(value, (list, tuple)) else value.tolist()
@@ -406,19 +399,18 @@ def _one_or_a_row(name: str, value: object, **bounds: float) -> float | Tensor:
     return number(name, value, **bounds)
 
 
-def _checked_epsilon(epsilon: object) -> float | Tensor:
-    return _one_or_a_row("epsilon", epsilon, above=0, below=1)
-
-
-def _representable(filter_value: float, scores: Tensor) -> float:
+def representable(filter_value: float, scores: Tensor) -> float:
+    """Return `filter_value`, or the lowest value of the scores' dtype where that cannot hold it."""
     return filter_value if filter_value == -math.inf else max(filter_value, torch.finfo(scores.dtype).min)
 
 
-def _checked_filter_value(filter_value: object) -> float:
+def checked_filter_value(filter_value: object) -> float:
+    """Return -inf or another finite number."""
     return -math.inf if filter_value == -math.inf else number("filter_value", filter_value)
 
 
-def _checked_scores(scores: Tensor) -> Tensor:
+def checked_scores(scores: Tensor) -> Tensor:
+    """Return `scores` unless they are no floating-point rows."""
     if not scores.is_floating_point():
         raise TypeError(f"scores must be a floating-point tensor [..., vocabulary], got {scores.dtype}")
     if scores.shape[-1] == 0:

@@ -1,4 +1,4 @@
-"""Eta-sampling by request in transformers' own continuous batching."""
+"""The truncation samplers by request in transformers' own continuous batching."""
 
 from __future__ import annotations
 
@@ -12,79 +12,111 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
 )
 
-from hf_longtrunc.arguments import number
-from hf_longtrunc.sampling.cutoffs import below_threshold, eta_log_threshold, softmax_rows
+from hf_longtrunc.arguments import number, one_of
+from hf_longtrunc.sampling.cutoffs import CUTOFFS, below, softmax_rows, xtc_cut
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-
-class _Between(type):
-    """What transformers checks a request's value against, before the request enters the batch."""
-
-    def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, float) and 0 < value < 1
+_XTC = "xtc_probability"
+_SWITCH = {"least": 0, "most": 1}  # XTC's probability too
+_OFF = math.nan  # a bar that no token lies below
 
 
-class NumberBetween0And1(float, metaclass=_Between):
-    """The type of a request's eta."""
-
-
-class EtaByRequest(LogitsProcessor):
-    """Eta-sampling in continuous batching, where each request may bring an eta of its own.
+class TruncationByRequest(LogitsProcessor):
+    """One truncation sampler in continuous batching, where each request may bring a value of its own.
 
         config = ContinuousBatchingConfig(per_request_processors=True)
-        with attach_processors(model, [EtaByRequest(2e-3)]):
+        with attach_processors(model, [TruncationByRequest("eta", 2e-3), TruncationByRequest("top_h")]):
             with model.continuous_batching_context_manager(continuous_batching_config=config) as manager:
                 manager.add_request(ids, eta=0.01)
-                manager.add_request(other_ids)  # 2e-3
+                manager.add_request(other_ids, top_h=0.4)  # and eta=2e-3
 
-    Kept sets are those of `EtaLogitsProcessor`, to the bit. Without `per_request_processors` all requests get the
-    default. transformers refuses a request whose eta is no number between 0 and 1; the others go on.
+    Kept sets are those of the processors, to the bit. Without `per_request_processors` all requests get the default.
+    transformers refuses a request whose value is no float in the sampler's range; the others go on. DRY is not among
+    them: it reads the text, and transformers batches a step before it knows the last one's tokens.
 
     Args:
-        eta: in (0, 1), the epsilon of `EtaLogitsProcessor` for requests that name none.
+        name: "eta", "epsilon", "top_n_sigma", "p_less", "p_less_norm" (1.0 is on), "top_h", "min_k" or
+            "xtc_probability".
+        default: the value of requests that name none; None leaves them alone.
+        xtc_threshold: of "xtc_probability", for all requests.
 
     Raises:
-        TypeError, ValueError: another eta.
+        TypeError, ValueError: another name, a value outside its range.
     """
 
     supports_continuous_batching = True
 
-    def __init__(self, eta: float):
-        self.eta = number("eta", eta, above=0, below=1)
+    def __init__(self, name: str, default: float | None = None, *, xtc_threshold: float = 0.1):
+        self.name = one_of("name", name, (*CUTOFFS, _XTC))
+        self.bounds = _SWITCH if name == _XTC else CUTOFFS[name].bounds or _SWITCH
+        self.default = None if default is None else number("default" if name != "eta" else name, default, **self.bounds)
+        self._log_threshold = math.log(number("xtc_threshold", xtc_threshold, above=0, below=1))
         # transformers looks up here what a processor of this class becomes; no other class is touched.
-        CLASSIC_TO_CB_PROCESSORS_MAP[EtaByRequest] = _EtaByRequest
+        CLASSIC_TO_CB_PROCESSORS_MAP[TruncationByRequest] = _ByRequest
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """Return a copy of `scores` [..., V], -inf in place of what the default cuts."""
+        return self.cut(scores, self.prepared(self.default))
+
+    def prepared(self, value: float | None) -> float:
+        """Return the number that the bar is made of."""
+        if value is None or (self.name in CUTOFFS and CUTOFFS[self.name].bounds is None and not value):
+            return 0.0 if self.name == _XTC else _OFF
+        return value if self.name == _XTC else CUTOFFS[self.name].prepared(value)
+
+    def cut(self, scores: Tensor, value: float | Tensor) -> Tensor:
+        """Return a copy of `scores` cut by prepared values: one for all rows, or a column."""
         rows = softmax_rows(scores)
-        return scores.masked_fill(below_threshold(scores, rows, eta_log_threshold(rows, self.eta)), -math.inf)
+        if self.name == _XTC:
+            decided = torch.rand(rows.log_total.shape, device=scores.device) < value
+            return scores.masked_fill(xtc_cut(rows, self._log_threshold, decided), -math.inf)
+        return scores.masked_fill(below(scores, rows, CUTOFFS[self.name].bar(rows, value)), -math.inf)
 
 
-class _EtaByRequest(ContinuousBatchingLogitsProcessor):
-    """One logarithm a request, float32 in the int32 storage that transformers keeps for all arguments."""
+class EtaByRequest(TruncationByRequest):
+    """Eta-sampling by request: `TruncationByRequest("eta", eta)` by its earlier name."""
 
-    supported_kwargs: dict[str, type] = {"eta": NumberBetween0And1}  # noqa: RUF012
+    def __init__(self, eta: float):
+        super().__init__("eta", eta)
+
+
+class _ByRequest(ContinuousBatchingLogitsProcessor):
+    """One prepared number a request, float32 in the int32 storage that transformers keeps for all arguments."""
+
     ignored_kwargs: tuple[str, ...] = ()
 
-    def __init__(self, processor: EtaByRequest):
-        self.eta = processor.eta
+    def __init__(self, processor: TruncationByRequest):
+        self.processor = processor
+        self.supported_kwargs = {processor.name: _range(processor.name, processor.bounds)}
 
     def fill_defaults(self, int32_tensor: Tensor) -> None:
-        int32_tensor.copy_(_stored([self.eta]).expand_as(int32_tensor))
+        int32_tensor.copy_(self._stored([self.processor.default]).expand_as(int32_tensor))
 
     def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> Tensor:
-        return _stored([each.state.logit_processor_kwargs.get("eta", self.eta) for each in requests_with_new_token])
+        name, default = self.processor.name, self.processor.default
+        return self._stored([each.state.logit_processor_kwargs.get(name, default) for each in requests_with_new_token])
 
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        rows = softmax_rows(scores)
-        log_eta = tensor_arg[: len(scores)].view(torch.float32)[:, None]
-        bar = torch.minimum(log_eta / 2 - rows.entropy, log_eta)  # `eta_log_threshold` of values on the device
-        return scores.masked_fill(below_threshold(scores, rows, bar), -math.inf)
+        return self.processor.cut(scores, tensor_arg[: len(scores)].view(torch.float32)[:, None])
+
+    def _stored(self, values: Sequence[float | None]) -> Tensor:
+        prepared = [self.processor.prepared(value) for value in values]
+        return torch.tensor(prepared, dtype=torch.float32).view(torch.int32)
 
 
-def _stored(etas: list[float]) -> Tensor:
-    return torch.tensor([math.log(eta) for eta in etas], dtype=torch.float32).view(torch.int32)
+def _range(name: str, bounds: Any) -> type:
+    """Return the type that transformers checks a request's value against, before the request enters the batch."""
+
+    class Between(type):
+        def __instancecheck__(cls, value: object) -> bool:
+            try:
+                return isinstance(value, float) and number(name, value, **bounds) == value
+            except ValueError:
+                return False
+
+    limits = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
+    return Between(f"float that is {limits}", (float,), {})

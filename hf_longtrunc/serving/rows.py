@@ -3,77 +3,115 @@
 A request names its samplers by plain numbers, as they come over HTTP:
 
     {"eta": 2e-3}    {"epsilon": 9e-4}    {"top_n_sigma": 1.0}    {"p_less": true}    {"p_less_norm": true}
+    {"top_h": 0.4}    {"min_k": 3.0}    {"xtc_threshold": 0.1, "xtc_probability": 0.5}
+    {"dry_multiplier": 0.8, "dry_base": 1.75, "dry_allowed_length": 2}, dry_window, dry_sequence_breakers (ids)
 
-Several of them are applied in this order, each to the distribution that the one before left. For true and false 1 and 0
-do as well: vLLM's server makes them of it. Other keys belong to others and are not read.
+Several of them are applied in this order, DRY first and XTC last, each to the distribution that the one before left.
+`xtc_probability` or `dry_multiplier` asks for XTC or DRY; what is not named beside it takes the value above (no window,
+no breakers). For true and false 1 and 0 do as well: vLLM's server makes them of it. Other keys belong to others and are
+not read; one that is nearly a name of ours is a mistake.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import difflib
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hf_longtrunc.arguments import number
-from hf_longtrunc.sampling.cutoffs import (
-    Softmax,
-    below_threshold,
-    epsilon_log_threshold,
-    eta_log_threshold,
-    p_less_log_threshold,
-    softmax_rows,
-    top_n_sigma_log_threshold,
-)
+from hf_longtrunc.sampling.cutoffs import CUTOFFS, bar_of, below, column, softmax_rows, xtc_cut
+from hf_longtrunc.sampling.dry import Dry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-NAMES = ("eta", "epsilon", "top_n_sigma", "p_less", "p_less_norm")
+_XTC = {"xtc_threshold": ({"above": 0, "below": 1}, 0.1), "xtc_probability": ({"least": 0, "most": 1}, 0.0)}
+_DRY = {
+    "dry_multiplier": "multiplier",
+    "dry_base": "base",
+    "dry_allowed_length": "allowed_length",
+    "dry_window": "window",
+    "dry_sequence_breakers": "sequence_breakers",
+}
+NAMES = (*CUTOFFS, *_XTC, *_DRY)
+# Shorter names than this are only mistaken for their letters in another order.
+_LONG = 5
 
 
-def wanted(parameters: Mapping[str, object] | None) -> dict[str, float]:
-    """Return what a request asks of the samplers, checked: a number for each name, 1.0 for the two without a number.
+def wanted(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return what a request asks of the samplers, checked: numbers by name, and a `Dry` by the name "dry".
 
     Raises:
-        TypeError, ValueError: a value of the wrong type or outside its range.
+        TypeError, ValueError: a value of the wrong type or outside its range, or a key that is nearly a name of ours.
     """
-    found: dict[str, float] = {}
-    for name in NAMES:
-        value = None if parameters is None else parameters.get(name)
-        if value is None or value is False:
-            continue
-        if name in ("p_less", "p_less_norm"):
+    asked = {name: value for name, value in (parameters or {}).items() if value is not None and value is not False}
+    for name in asked:
+        _check_spelling(name)
+    found: dict[str, Any] = {}
+    for name, cutoff in CUTOFFS.items():
+        value = asked.get(name)
+        if value is not None and cutoff.bounds is None:
             if value not in (0, 1):
                 raise TypeError(f"{name} must be true or false, got {value!r}")
             if value:
                 found[name] = 1.0
-        else:
-            found[name] = number(name, value, above=0, below=None if name == "top_n_sigma" else 1)
+        elif value is not None:
+            found[name] = number(name, value, **(cutoff.bounds or {}))
+    xtc = {name: number(name, asked.get(name, default), **bounds) for name, (bounds, default) in _XTC.items()}
+    if xtc["xtc_probability"]:
+        found |= xtc
+    dry = {ours: asked[name] for name, ours in _DRY.items() if name in asked}
+    if dry:
+        try:
+            found["dry"] = Dry(**{"multiplier": 0.0, **dry})
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"dry_{error}") from None
     return found
 
 
-def truncate(logits: Tensor, requests: Sequence[Mapping[str, float]]) -> Tensor:
+def truncate(
+    logits: Tensor, requests: Sequence[Mapping[str, Any]], texts: Sequence[Sequence[int]] | None = None
+) -> Tensor:
     """Return a copy of `logits` [rows, V], -inf in place of the tokens that each row's request cuts.
 
     Args:
-        logits: any floating dtype. Kept ones keep their bits.
+        logits: any floating dtype. Kept ones keep their bits, but for DRY's penalties.
         requests: what `wanted` returned, one a row. A row is what it would be alone, to the bit, and to the bit what
-            the processor of the same name returns.
+            the processor of the same name returns; XTC's decisions are drawn from torch's generator.
+        texts: the token ids before each row's token, for rows that ask for DRY.
     """
     result = logits.clone()
-    for name in NAMES:
+    for row, request in enumerate(requests):
+        if "dry" in request and texts is not None:
+            result[row] = request["dry"].penalised(result[row], torch.tensor(list(texts[row]), dtype=torch.long))
+    for name in (*CUTOFFS, "xtc_probability"):
         places = [row for row, request in enumerate(requests) if name in request]
-        if places:
-            part = result[places]
-            rows = softmax_rows(part)
-            values = torch.tensor([requests[row][name] for row in places], dtype=torch.float64)
-            result[places] = part.masked_fill(below_threshold(part, rows, _bar(name, rows, values)), -torch.inf)
+        if not places:
+            continue
+        part = result[places]
+        rows = softmax_rows(part)
+        values = [requests[row][name] for row in places]
+        if name == "xtc_probability":
+            thresholds = column([math.log(requests[row]["xtc_threshold"]) for row in places], rows)
+            cut = xtc_cut(rows, thresholds, torch.rand(len(places), 1, device=part.device) < column(values, rows))
+        else:
+            cut = below(part, rows, bar_of(name, rows, torch.tensor(values, dtype=torch.float64)))
+        result[places] = part.masked_fill(cut, -torch.inf)
     return result
 
 
-def _bar(name: str, rows: Softmax, values: Tensor) -> Tensor:
-    if name in ("p_less", "p_less_norm"):
-        return p_less_log_threshold(rows, name == "p_less_norm")
-    bars = {"eta": eta_log_threshold, "epsilon": epsilon_log_threshold, "top_n_sigma": top_n_sigma_log_threshold}
-    return bars[name](rows, values)
+def _check_spelling(name: str) -> None:
+    """Raise ValueError where a key is not ours but has a name's letters in another order or nearly is a long name."""
+    if name in NAMES:
+        return
+    letters = [each for each in NAMES if sorted(_letters(each)) == sorted(_letters(name))]
+    near = letters or difflib.get_close_matches(name, [each for each in NAMES if len(each) > _LONG], n=1, cutoff=0.85)
+    if near:
+        raise ValueError(f"{name} is no sampler's name; did you mean {near[0]}? The names are {', '.join(NAMES)}")
+
+
+def _letters(name: str) -> str:
+    return "".join(each for each in str(name).lower() if each.isalnum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_LOGGER = logging.getLogger(__name__)
+
 
 class TruncationLogitProcessor:
-    """Eta, epsilon, top-n-sigma and p-less sampling by request, as a `CustomLogitProcessor` of SGLang.
+    """The truncation samplers, XTC and DRY by request, as a `CustomLogitProcessor` of SGLang.
 
     Start the server with `--enable-custom-logit-processor`, and send with a request
 
@@ -24,23 +27,41 @@ class TruncationLogitProcessor:
 
     `hf_longtrunc.serving.rows` lists the names. The class meets the interface without importing SGLang: the server
     reads it by name from its own environment, where hf_longtrunc must be installed. SGLang runs custom processors in
-    front of its temperature, top-k, top-p and min-p, on the model's distribution at temperature 1.
+    front of its temperature, top-k, top-p and min-p, on the model's distribution at temperature 1. It does not run them
+    under speculative decoding: nothing is truncated there.
+
+    SGLang checks no parameters before a request enters the batch, and an exception would end every request of it: a
+    request with a wrong parameter is not truncated, and the log says why.
     """
 
     def __call__(self, logits: Tensor, custom_param_list: Sequence[Mapping[str, Any] | None] | None = None) -> Tensor:
         """Return a copy of `logits` [rows, V], cut by each row's own parameters.
 
         Raises:
-            TypeError, ValueError: a parameter of the wrong type or outside its range, or not one entry a row.
+            ValueError: not one entry a row.
         """
         parameters = [None] * len(logits) if custom_param_list is None else list(custom_param_list)
         if len(parameters) != len(logits):
             raise ValueError(
                 f"custom_param_list must have one entry for each of {len(logits)} rows, got {len(parameters)}"
             )
-        return truncate(logits, [wanted(each) for each in parameters])
+        requests = [_asked(each) for each in parameters]
+        return truncate(logits, requests, [_text(each) for each in parameters])
 
     @classmethod
     def to_str(cls) -> str:
         """Return the string that a request carries: the class by its module and name."""
         return json.dumps({"callable": pickle.dumps(cls).hex()})
+
+
+def _asked(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+    try:
+        return wanted(parameters)
+    except (TypeError, ValueError) as error:
+        _LOGGER.warning("a request is not truncated: %s", error)
+        return {}
+
+
+def _text(parameters: Mapping[str, Any] | None) -> list[int]:
+    request = (parameters or {}).get("__req__")  # SGLang's own, of which it makes each row
+    return [] if request is None else [*request.origin_input_ids, *request.output_ids]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,19 @@ from hf_longtrunc.serving.rows import truncate, wanted
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LOGGER = logging.getLogger(__name__)
+
 
 class TruncationLogitsProcessor:
-    """Eta, epsilon, top-n-sigma and p-less sampling by request, in vLLM.
+    """The truncation samplers, XTC and DRY by request, in vLLM.
 
         vllm serve MODEL --logits-processors hf_longtrunc.serving.vllm:TruncationLogitsProcessor
 
     and with a request `"vllm_xargs": {"eta": 2e-3}` (HTTP) or `SamplingParams(extra_args={"eta": 2e-3})`;
-    `hf_longtrunc.serving.rows` lists the names. Requests that name none are left alone.
+    `hf_longtrunc.serving.rows` lists the names. Requests that name none are left alone; a name that is nearly one of
+    these is refused with status 400, as a value outside its range is. DRY reads the text, which the model runner V2
+    does not hand to a processor: there it is left out, and the log says so. XTC's decisions do not follow a request's
+    seed.
 
     One class meets both interfaces. The model runner V1 makes it with (vllm_config, device, is_pin_memory), tells it of
     the batch by `update_state` and calls `apply(logits)`: there a row is a request. The model runner V2 makes it with
@@ -31,7 +37,8 @@ class TruncationLogitsProcessor:
     """
 
     def __init__(self, vllm_config: Any, device: Any = None, is_pin_memory: bool = False):
-        self._requests: dict[int, dict[str, float]] = {}  # by row (V1) or by request's slot (V2)
+        # By row (V1) or by request's slot (V2): what is asked, and V1's prompt and list that it adds to.
+        self._requests: dict[int, tuple[dict[str, Any], list[int], list[int]]] = {}
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -51,8 +58,8 @@ class TruncationLogitsProcessor:
             return
         for row in batch_update.removed:
             self._requests.pop(row, None)
-        for row, params, *_ in batch_update.added:
-            self.add_request(row, params)
+        for row, params, prompt, output in batch_update.added:
+            self._add(row, _asked(params), prompt or [], output)
         for source, goal, direction in batch_update.moved:
             moved, other = self._requests.pop(source, None), self._requests.pop(goal, None)
             if moved is not None:
@@ -63,9 +70,14 @@ class TruncationLogitsProcessor:
     def add_request(self, req_idx: int, params: Any) -> bool:
         """Take in the request in slot `req_idx`; say whether it asks for anything."""
         asked = _asked(params)
-        self._requests.pop(req_idx, None)
+        if asked.pop("dry", None):
+            _LOGGER.warning("DRY is left out: vLLM's model runner V2 does not hand the text to logits processors")
+        return self._add(req_idx, asked, [], [])
+
+    def _add(self, row: int, asked: dict[str, Any], prompt: list[int], output: list[int]) -> bool:
+        self._requests.pop(row, None)
         if asked:
-            self._requests[req_idx] = asked
+            self._requests[row] = asked, prompt, output
         return bool(asked)
 
     def apply_staged_writes(self) -> None:
@@ -77,10 +89,12 @@ class TruncationLogitsProcessor:
         if not any(slot in self._requests for slot in on_host):
             return logits
         slots = on_host if context is None else context.expanded_idx_mapping.tolist()
-        return truncate(logits, [self._requests.get(slot, {}) for slot in slots])
+        requests = [self._requests.get(slot, ({}, [], [])) for slot in slots]
+        texts = [[*prompt, *output] if "dry" in asked else [] for asked, prompt, output in requests]
+        return truncate(logits, [asked for asked, *_ in requests], texts)
 
 
-def _asked(params: Any) -> dict[str, float]:
+def _asked(params: Any) -> dict[str, Any]:
     return wanted(getattr(params, "extra_args", None))
 
 

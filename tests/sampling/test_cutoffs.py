@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from hf_longtrunc.sampling import cutoffs
-from hf_longtrunc.sampling.cutoffs import below_threshold, epsilon_log_threshold, eta_log_threshold, softmax_rows
+from hf_longtrunc.sampling.cutoffs import bar_of, below, softmax_rows
 
 INF = math.inf
 SCORES = st.floats(-60, 60, width=32) | st.just(-INF)
@@ -32,9 +32,9 @@ def naive_eta(row: list[float], epsilon: float) -> float:
     return min(epsilon, math.sqrt(epsilon) * math.exp(-naive_entropy(row)))
 
 
-def kept(scores: torch.Tensor, epsilon: float, bar=eta_log_threshold, **options) -> torch.Tensor:
+def kept(scores: torch.Tensor, epsilon: float, bar="eta", **options) -> torch.Tensor:
     rows = softmax_rows(scores)
-    return ~below_threshold(scores, rows, bar(rows, epsilon), **options)
+    return ~below(scores, rows, bar_of(bar, rows, epsilon), **options)
 
 
 @given(ROWS)
@@ -44,7 +44,8 @@ def test_entropy_is_shannons_in_nats(row):
 
 @given(ROWS, EPSILONS)
 def test_threshold_is_the_papers_formula(row, epsilon):
-    eta = eta_log_threshold(softmax_rows(torch.tensor([row])), epsilon).exp().item()
+    rows = softmax_rows(torch.tensor([row]))
+    eta = (bar_of("eta", rows, epsilon) - rows.log_total).exp().item()
     assert eta == pytest.approx(naive_eta(row, epsilon), rel=5e-5)
 
 
@@ -60,7 +61,7 @@ def test_kept_set_is_the_papers_away_from_the_bar(row, epsilon):
 
 @given(ROWS, EPSILONS)
 def test_epsilon_keeps_what_reaches_it_and_the_maximum(row, epsilon):
-    mask = kept(torch.tensor([row]), epsilon, epsilon_log_threshold)[0].tolist()
+    mask = kept(torch.tensor([row]), epsilon, "epsilon")[0].tolist()
     for p, score, is_kept in zip(naive_softmax(row), row, mask, strict=True):
         if abs(p - epsilon) > 1e-4 * epsilon:
             assert is_kept == (p >= epsilon or score == max(row))
@@ -128,7 +129,7 @@ def test_one_finite_token():
     row = torch.tensor([[-INF, 3.0, -INF]])
     rows = softmax_rows(row)
     assert rows.entropy.item() == 0
-    assert eta_log_threshold(rows, 0.01).item() == pytest.approx(math.log(0.01))
+    assert bar_of("eta", rows, 0.01).item() == pytest.approx(math.log(0.01))
     assert kept(row, 0.01).tolist() == [[False, True, False]]
 
 
@@ -138,7 +139,7 @@ def test_equal_scores_are_all_kept(vocab, epsilon):
     row = torch.full((1, vocab), 2.5)
     assert softmax_rows(row).entropy.item() == pytest.approx(math.log(vocab), rel=1e-6)
     assert kept(row, epsilon).all()
-    assert kept(row, epsilon, epsilon_log_threshold).all(), "the maximum stays, and every token ties with it"
+    assert kept(row, epsilon, "epsilon").all(), "the maximum stays, and every token ties with it"
 
 
 def test_vocabulary_of_one():
@@ -146,7 +147,7 @@ def test_vocabulary_of_one():
 
 
 @pytest.mark.parametrize("bad", [[math.nan, 1.0, 0.0], [INF, 1.0, 0.0], [-INF, -INF, -INF], [INF, math.nan, -INF]])
-@pytest.mark.parametrize("bar", [eta_log_threshold, epsilon_log_threshold])
+@pytest.mark.parametrize("bar", ["eta", "epsilon"])
 def test_a_row_that_is_no_distribution_is_left_alone_and_harms_no_neighbour(bad, bar):
     good = [5.0, 0.0, -20.0]
     mask = kept(torch.tensor([bad, good]), 0.05, bar)

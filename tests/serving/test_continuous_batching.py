@@ -1,4 +1,4 @@
-"""Eta by request through transformers' own continuous batching."""
+"""Samplers by request through transformers' own continuous batching."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
-from hf_longtrunc import EtaLogitsProcessor, attach_processors
-from hf_longtrunc.serving.continuous_batching import EtaByRequest
+from hf_longtrunc import EtaLogitsProcessor, XTCLogitsProcessor, attach_processors
+from hf_longtrunc.sampling.cutoffs import CUTOFFS
+from hf_longtrunc.serving.continuous_batching import EtaByRequest, TruncationByRequest
+from hf_longtrunc.serving.rows import truncate, wanted
 
 ETAS = [0.01, None, 3e-4, 0.3, 2e-3]
 
 
-def requests():
-    kwargs = [{} if eta is None else {"eta": eta} for eta in ETAS]
+def asking(kwargs):
     return [SimpleNamespace(has_new_token=True, state=SimpleNamespace(logit_processor_kwargs=each)) for each in kwargs]
+
+
+def requests():
+    return asking([{} if eta is None else {"eta": eta} for eta in ETAS])
 
 
 def test_every_row_is_cut_by_its_own_eta():
@@ -35,6 +40,47 @@ def test_every_row_is_cut_by_its_own_eta():
     assert torch.equal(together(None, scores, defaults), EtaLogitsProcessor(0.05)(None, scores))
 
 
+VALUES = {
+    "eta": 0.01,
+    "epsilon": 0.01,
+    "top_n_sigma": 1.5,
+    "p_less": 1.0,
+    "p_less_norm": 1.0,
+    "top_h": 0.4,
+    "min_k": 3.0,
+}
+
+
+@pytest.mark.parametrize("name", CUTOFFS)
+def test_every_sampler_by_request(name):
+    """Rows that ask for nothing are left alone."""
+    scores = torch.randn(4, 1009, generator=torch.Generator().manual_seed(0)) * 3
+    together = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([TruncationByRequest(name)]), True)
+    kwargs = [{}, {name: VALUES[name]}, {}, {name: VALUES[name]}]
+    storage = torch.zeros(1, 8, dtype=torch.int32)
+    together.prepare_tensor_args(asking(kwargs), storage)
+    result = together(None, scores, storage)
+    assert torch.equal(result, truncate(scores, [wanted(each) for each in kwargs]))
+    assert torch.equal(result[::2], scores[::2])
+    assert result[1::2].isinf().any(-1).all()
+    assert torch.equal(TruncationByRequest(name)(None, scores), scores)
+    assert torch.equal(TruncationByRequest(name, VALUES[name])(None, scores)[1], result[1])
+
+
+def test_xtc_by_request():
+    scores = torch.randn(4, 101, generator=torch.Generator().manual_seed(0))
+    together = ContinuousBatchingLogitsProcessorList(
+        LogitsProcessorList([TruncationByRequest("xtc_probability", xtc_threshold=0.02)]), True
+    )
+    kwargs = [{}, {"xtc_probability": 1.0}, {"xtc_probability": 0.0}, {"xtc_probability": 1.0}]
+    storage = torch.zeros(1, 8, dtype=torch.int32)
+    together.prepare_tensor_args(asking(kwargs), storage)
+    result = together(None, scores, storage)
+    excluded = XTCLogitsProcessor(0.02, 1.0)(None, scores)
+    assert torch.equal(result, torch.where(torch.tensor([[False], [True], [False], [True]]), excluded, scores))
+    assert excluded.isinf().any(-1).all()
+
+
 def test_without_requests_of_their_own_all_get_the_default():
     scores = torch.randn(3, 101, generator=torch.Generator().manual_seed(0))
     together = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([EtaByRequest(0.05)]), False)
@@ -44,10 +90,12 @@ def test_without_requests_of_their_own_all_get_the_default():
 def test_wrong_values():
     with pytest.raises(ValueError, match="eta must be a number above 0 and below 1"):
         EtaByRequest(1.0)
+    with pytest.raises(ValueError, match="name must be one of 'eta'"):
+        TruncationByRequest("dry")
     together = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([EtaByRequest(0.05)]), True)
     together.check_kwargs({"eta": 0.1})
     for eta in (1.0, -0.1, 1, "0.1"):
-        with pytest.raises(TypeError, match="expected NumberBetween0And1"):
+        with pytest.raises(TypeError, match="expected float that is above 0 and below 1"):
             together.check_kwargs({"eta": eta})
 
 

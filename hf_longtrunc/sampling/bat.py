@@ -1,0 +1,186 @@
+"""Basis-aware truncation as a transformers logits processor."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from hf_longtrunc.arguments import number, one_of, whole
+from hf_longtrunc.sampling.calls import (
+    draws_by_itself,
+    neighbours,
+    warn_of_cuts,
+    warn_of_penalties,
+    warn_of_temperature,
+)
+from hf_longtrunc.sampling.cutoffs import Softmax, bar_of, below, draw, set_zero, softmax_rows
+from hf_longtrunc.sampling.processors import (
+    checked_filter_value,
+    checked_scores,
+    one_or_a_row,
+    representable,
+    uniform,
+)
+from hf_longtrunc.sampling.support import Decision, SupportChecker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hf_longtrunc.sampling.basis import SoftmaxBasis
+    from hf_longtrunc.sampling.support import Variant
+
+
+class BasisAwareLogitsProcessor(LogitsProcessor):
+    """Basis-aware truncation: below the plain threshold, keep the tokens whose true probability is provably not zero.
+
+    The model's error lies in the few directions that its output embedding cannot express. A token is cut only if some
+    distribution with the same image in `basis`, nowhere above p-hat / (1 - tau), gives it probability zero; tau is the
+    threshold of eta- or epsilon-sampling, so the kept set contains theirs. The theory holds at temperature 1.
+
+    Args:
+        basis: of the model that generates: `SoftmaxBasis.from_model(model)`.
+        epsilon: in (0, 1), the parameter of `cutoff`; or one value a row, as for `EtaLogitsProcessor`. The kept set
+            grows with the rank: match it again for each rank (`hf-longtrunc match`).
+        cutoff: "eta" or "epsilon", which threshold tau is.
+        mode: "sample" draws here, without replacement until a token is kept, and leaves exactly that token: samples of
+            p-hat restricted to the kept set, a check for each draw below the bar. "mask" removes exactly the cut
+            tokens: deterministic, for beams and for further samplers, at a solve for every token near the bar. Where
+            `generate` does not draw each row's token by itself (beams, `do_sample=False`), "sample" masks too.
+        variant: "paper", or "official" for the authors' code, which lets p go below zero and keeps fewer tokens.
+        generator: of the draws in sample mode; a list gives every row its own, which makes a row's draws independent
+            of its batch. None takes torch's.
+        max_tries: after so many refused draws take the most probable token, as the official code does after 10; None
+            goes on until a token is kept.
+        floor: in mask mode tokens of less probability are cut without a proof.
+        limit: in mask mode None decides every token below the bar. A number bounds the time of a flat row: so many of
+            its tokens, the most probable ones, are decided, and of the others those kept that the same proofs cover.
+        filter_value: the score that a removed token gets.
+
+    The most probable token always stays, and a row of equal scores comes back unchanged: all its tokens are most
+    probable ones. Undecided tokens count as cut; `checker.checked` and `checker.undecided` count.
+
+    Raises:
+        TypeError, ValueError: a bad argument; scores of another vocabulary than the basis has; continuous batching
+            (`generate_batch`, serving), whose static shapes leave no room for proofs.
+
+    Warns once, where transformers' own samplers cut what it keeps, where a temperature comes behind a token that is
+    drawn already, or a penalty in front of it changes the distribution: the proofs are about the model's own.
+
+    Source: Finlayson et al. 2023, arXiv 2310.01693, section 5 and algorithm 1. Deviations: see `SupportChecker`.
+    """
+
+    # Declared unsupported, it would be left out there with a line in the log; this way it is called, and refuses.
+    supports_continuous_batching = True
+
+    def __init__(
+        self,
+        basis: SoftmaxBasis,
+        epsilon: float | Sequence[float] | Tensor,
+        *,
+        cutoff: Literal["eta", "epsilon"] = "eta",
+        mode: Literal["sample", "mask"] = "sample",
+        variant: Variant = "paper",
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        max_tries: int | None = None,
+        floor: float = 1e-6,
+        limit: int | None = None,
+        filter_value: float = -math.inf,
+    ):
+        self.checker = SupportChecker(basis, variant=variant)
+        self.epsilon = one_or_a_row("epsilon", epsilon, above=0, below=1)
+        self.cutoff = one_of("cutoff", cutoff, ("eta", "epsilon"))
+        self.mode = one_of("mode", mode, ("sample", "mask"))
+        self.max_tries = None if max_tries is None else whole("max_tries", max_tries, least=1)
+        self.floor = number("floor", floor, least=0, below=1)
+        self.limit = None if limit is None else whole("limit", limit, least=1)
+        self.generator = generator
+        self.filter_value = checked_filter_value(filter_value)
+        self._is_unwarned = True
+
+    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
+        """Return a copy of `scores` [rows, V] with `filter_value` in place of every removed token.
+
+        A row that is no distribution, or whose scores are all equal, comes back unchanged.
+        """
+        if input_ids is not None and input_ids.ndim == 1:
+            raise ValueError(
+                "BasisAwareLogitsProcessor cannot be used in continuous batching (generate_batch() and serving): use "
+                "generate()"
+            )
+        self._check_vocabulary(checked_scores(scores))
+        draws = self.mode == "sample" and draws_by_itself()
+        if self._is_unwarned and input_ids is not None:
+            before, behind = neighbours(self)
+            # A lone token is not cut by the samplers behind, nor moved by a temperature.
+            warn_of_what_follows = warn_of_temperature if draws else warn_of_cuts
+            is_warned = [warn_of_what_follows(self, behind), warn_of_penalties(self, before)]
+            self._is_unwarned = not any(is_warned)
+        rows = softmax_rows(scores)
+        bar = bar_of(self.cutoff, rows, self.epsilon)
+        plain = ~below(scores, rows, bar) & (scores > -math.inf)
+        tau = (bar - rows.log_total).double().exp()
+        # Nothing to decide in a broken row (its bar is NaN) nor in one whose tokens are all most probable.
+        decidable = (~bar.isnan() & (scores != scores.amax(-1, keepdim=True)).any(-1, keepdim=True))[:, 0]
+        kept = self._draw(scores, rows, plain, tau, decidable) if draws else self._mask(scores, plain, tau, decidable)
+        return scores.masked_fill(~kept & decidable[:, None], representable(self.filter_value, scores))
+
+    def threshold(self, scores: Tensor) -> Tensor:
+        """Return tau for each row of `scores` [..., V]: the bar below which a token needs a proof, [..., 1]."""
+        rows = softmax_rows(checked_scores(scores))
+        return (bar_of(self.cutoff, rows, self.epsilon) - rows.log_total).exp()
+
+    def margins(self, scores: Tensor, tau: Tensor, tokens: Tensor) -> Tensor:
+        """Return the margins of the proofs that keep `tokens` [rows, n] of `scores` [rows, V] below tau [rows, 1].
+
+        See `Certificate.margin`; NaN where a token has no such proof. Cost: 1 to 2 ms a token, as for a check.
+        """
+        proofs = self.checker.certify(scores, tau.double(), tokens)
+        margins = [math.nan if proof.margin is None else proof.margin for proof in proofs]
+        return torch.tensor(margins, dtype=torch.float64).reshape(tokens.shape)
+
+    def _mask(self, scores: Tensor, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:
+        kept = plain.clone()
+        if decidable.any():
+            kept[decidable] |= self.checker.kept(scores[decidable], tau[decidable], floor=self.floor, limit=self.limit)
+        return kept
+
+    def _draw(self, scores: Tensor, rows: Softmax, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:
+        """One token a row, drawn without replacement until it is a kept one."""
+        drawn = draw(rows.tree, uniform(len(scores), self.generator, scores.device))
+        refused = decidable & ~plain.gather(1, drawn)[:, 0]
+        for row in refused.nonzero()[:, 0].tolist():
+            levels = [level[row : row + 1].clone() for level in rows.tree]
+            drawn[row] = self._first_kept(scores, row, levels, plain[row], tau[row], int(drawn[row]))
+        return torch.zeros_like(plain).scatter_(1, drawn, True)
+
+    def _first_kept(self, scores: Tensor, n: int, tree: list[Tensor], plain: Tensor, tau: Tensor, token: int) -> int:
+        """Go on from `token`, drawn for row n and below tau, to one that is kept."""
+        row, generator = self.checker.row(scores[n], float(tau)), self._generator(n)
+        tries = 1
+        while not (plain[token] or row.decide(token) is Decision.KEPT):
+            if tries == self.max_tries:
+                return int(scores[n].argmax())
+            set_zero(tree, token)
+            token = int(draw(tree, uniform(1, generator, scores.device)))
+            tries += 1
+        return token
+
+    def _generator(self, row: int) -> torch.Generator | None:
+        one = self.generator is None or isinstance(self.generator, torch.Generator)
+        return self.generator if one else self.generator[row]  # type: ignore[return-value, index]
+
+    def _check_vocabulary(self, scores: Tensor) -> None:
+        size = self.checker.basis.vocab_size
+        if scores.ndim != 2 or scores.shape[1] != size:
+            raise ValueError(
+                f"scores must have shape [rows, {size}], the vocabulary of the basis, got {tuple(scores.shape)}; "
+                "make the basis from the model that generates: SoftmaxBasis.from_model(model)"
+            )
+
+    def __repr__(self) -> str:
+        epsilon = self.epsilon.tolist() if isinstance(self.epsilon, Tensor) else f"{self.epsilon:g}"
+        return f"BasisAwareLogitsProcessor({self.checker.basis!r}, epsilon={epsilon}, mode={self.mode!r})"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import beartype
+import hypothesis
 import jaxtyping
 import pytest
 import torch
@@ -37,6 +38,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from hf_longtrunc.pretrained import cached_model_folder, load_pretrained  # noqa: E402
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is slow, not wrong
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items):

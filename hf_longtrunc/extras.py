@@ -1,11 +1,23 @@
-"""What to install where a package of an extra is missing: said in one place."""
+"""Errors that name the extra to install where a package is missing."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 def missing(what: str, module: str | None, extra: str) -> ModuleNotFoundError:
     """Return the error that `what` needs the package of `module`, which the extra named `extra` brings."""
     package = str(module).partition(".")[0]
     return ModuleNotFoundError(
-        f'{what} needs {package}: in a checkout of hf_longtrunc, run pip install -e ".[{extra}]"', name=package
+        f'{what} needs {package}: run pip install "hf_longtrunc[{extra}]" (in a checkout: pip install -e ".[{extra}]")',
+        name=package,
     )
+
+
+def import_pyplot(what: str) -> Any:
+    """Return matplotlib's pyplot, which `what` draws with."""
+    try:
+        import matplotlib.pyplot as plt
+    except ModuleNotFoundError as error:
+        raise missing(what, "matplotlib", "eval") from error
+    return plt

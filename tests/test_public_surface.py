@@ -265,6 +265,7 @@ except SystemExit as error:
     print(error)
 """
     needs = (
-        'hf-longtrunc: error: the command line needs rich: in a checkout of hf_longtrunc, run pip install -e ".[demo]"'
+        'hf-longtrunc: error: the command line needs rich: run pip install "hf_longtrunc[demo]" '
+        '(in a checkout: pip install -e ".[demo]")'
     )
     assert run(program).splitlines() == [needs, "2"]

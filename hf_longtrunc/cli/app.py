@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any, NoReturn
 
@@ -31,6 +32,10 @@ class Commands(TyperGroup):
         """Run the command line and exit."""
         try:
             code = super().main(*args, **{**kwargs, "prog_name": NAME, "standalone_mode": False})
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's exit
+            sys.exit(1)
         except Exception as error:
             if not hasattr(error, "format_message"):
                 raise
@@ -43,6 +48,8 @@ class Commands(TyperGroup):
         """Run the subcommand that `ctx` names."""
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # nobody reads any more, as behind `| head`: typer ends quietly
+            raise
         except MISTAKES as error:
             if ctx.params["traceback"]:
                 raise

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -34,6 +35,7 @@ WithLMInfinite = Annotated[bool, typer.Option("--lm-infinite", help="Run LM-Infi
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 
+_CONVERT = "convert it, e.g. with iconv -f {} -t utf-8"
 _PIPED = 10_000  # columns: what is read by a program is not wrapped
 
 
@@ -142,12 +144,20 @@ def open_text(path: str) -> Iterator[TextIO]:
             yield sys.stdin
         else:
             with open(path, encoding="utf-8") as stream:
+                if stream.seekable():  # no <(a command)
+                    if "\0" in stream.read(1000):
+                        raise typer.BadParameter(
+                            f"{path} holds NUL characters, as UTF-16 does; {_CONVERT.format('utf-16')}",
+                            param_hint="FILE",
+                        )
+                    stream.seek(0)
                 yield stream
     except UnicodeDecodeError as error:
         source = "standard input" if path == "-" else path
+        is_utf_16 = not error.start and error.object[:2] in (BOM_UTF16_LE, BOM_UTF16_BE)
+        found = "it is UTF-16" if is_utf_16 else f"{error.reason} at byte {error.start}"
         raise typer.BadParameter(
-            f"{source} is no UTF-8 text ({error.reason} at byte {error.start}); convert it, e.g. with "
-            "iconv -f latin1 -t utf-8",
+            f"{source} is no UTF-8 text ({found}); {_CONVERT.format('utf-16' if is_utf_16 else 'latin1')}",
             param_hint="FILE",
         ) from error
 

@@ -107,6 +107,8 @@ def _tokenized(files: list[Path], tokenizer_name: str | None, column: str, sampl
             raise ValueError(f"column {column!r} is text: name a tokenizer with --tokenizer")
 
         def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+            if None in batch[column]:
+                raise TypeError(f"column {column!r} holds null, expected text")
             # A document longer than the model's window is wanted whole: it is cut into rows afterwards.
             return {"input_ids": tokenizer(batch[column], verbose=False)["input_ids"]}
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_longtrunc.extras import import_pyplot, missing
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -17,9 +19,11 @@ if TYPE_CHECKING:
 
 def packing_table(packing: Packing) -> Table:
     """Tabulate `packing.stats()` beside concatenation: rows, cut documents, dropped documents and tokens."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+    try:
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+    except ModuleNotFoundError as error:
+        raise missing("a table", "rich", "eval") from error
     stats = packing.stats()
     documents, ideal = int(stats["documents"]), int(stats["ideal_rows"])
     title = f"{documents:,} documents, {stats['tokens']:,} tokens in rows of {packing.seq_length:,}"
@@ -47,9 +51,7 @@ def plot_packing(packing: Packing, axes: Sequence[Axes] | None = None) -> tuple[
         The two axes.
     """
     if axes is None:
-        import matplotlib.pyplot as plt
-
-        axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")[1]
+        axes = import_pyplot("plot_packing").subplots(1, 2, figsize=(11, 4), layout="constrained")[1]
     fills_axes: Any
     cuts_axes: Any
     fills_axes, cuts_axes = axes

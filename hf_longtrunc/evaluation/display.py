@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_longtrunc.extras import missing
+from hf_longtrunc.extras import import_pyplot, missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,10 +22,7 @@ def new_table(*headings: str, title: str) -> Table:
 
 def new_axes(width: float, height: float) -> Axes:
     """Return matplotlib Axes of their own figure, in inches, open at the top and on the right."""
-    try:
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError as error:
-        raise missing("a picture", "matplotlib", "eval") from error
-    _, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes: Axes
+    _, axes = import_pyplot("a picture").subplots(figsize=(width, height), layout="constrained")
     axes.spines[["top", "right"]].set_visible(False)
     return axes

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_longtrunc.arguments import number, share, whole
 from hf_longtrunc.evaluation.display import new_table
-from hf_longtrunc.extras import missing
+from hf_longtrunc.extras import import_pyplot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,10 +64,7 @@ def plot_scores(records: Sequence[Any], across: str, down: Sequence[str], *, ins
     A column of maps per value of the field `across`, a row of maps per value of the fields `down`, and in each map a
     row per value of the field `inside`, depth unless it is named.
     """
-    try:
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError as error:
-        raise missing("a picture", "matplotlib", "eval") from error
+    plt = import_pyplot("a picture")
     groups: dict[tuple[Any, ...], dict[Any, list[Any]]] = {}
     for record in records:
         row = groups.setdefault(tuple(getattr(record, name) for name in down), {})

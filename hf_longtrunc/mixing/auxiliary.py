@@ -266,6 +266,7 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
         negative_attention_mask: of the negative prompts; None as in `AuxiliaryModelLogitsProcessor`.
 
     Raises:
+        TypeError: prompts are no tensors of token ids.
         ValueError: it is called on other prompts than it was made for.
 
     Source: Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", arXiv 2306.17806, section 2.
@@ -283,6 +284,9 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
     ):
         super().__init__(model, attention_mask=negative_attention_mask)
         self.guidance_scale = number("guidance_scale", guidance_scale)
+        for name, ids in (("prompt_ids", prompt_ids), ("negative_prompt_ids", negative_prompt_ids)):
+            if not torch.is_tensor(ids) and (ids is not None or name == "prompt_ids"):
+                raise TypeError(f"{name} must be a tensor of token ids [prompts, columns], got {type(ids).__name__}")
         _check_token_ids(prompt_ids)
         negative = prompt_ids[:, -1:] if negative_prompt_ids is None else negative_prompt_ids
         _check_token_ids(negative)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from hf_longtrunc.mixing.pema import (
 from hf_longtrunc.models import attachable, evaluating, unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
     from typing_extensions import Self
@@ -55,6 +56,7 @@ def build_pema_memory(
         numbers. Padding is not in it, and changes nothing of it beyond rounding.
 
     Raises:
+        TypeError: an example is no mapping.
         ValueError: columns are missing or differ in length, a label is not the token at its place (labels are not
             shifted here: the model's own convention), or no label is a target.
     """
@@ -330,6 +332,11 @@ def _states(model: Any, head: LanguageModelHead, rows: Sequence[Tensor]) -> Tens
 
 
 def _checked_example(example: Mapping[str, Any], name: str) -> tuple[Tensor, Tensor]:
+    if not isinstance(example, Mapping):
+        raise TypeError(
+            f"{name} must be a mapping {{'input_ids': [...], 'labels': [...]}}, got {type(example).__name__}: tokenize "
+            "texts first"
+        )
     try:
         ids, labels = (torch.as_tensor(example[column], dtype=torch.int64) for column in ("input_ids", "labels"))
     except KeyError as error:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Method = Literal["yarn", "ntk", "linear"]
+MOST = 512  # times the window; a larger factor is a length
 
 
 def extend_context(
@@ -40,7 +41,7 @@ def extend_context(
     Args:
         model_or_config: a causal language model, a PEFT or DDP wrapper of one, or a config. A config that several
             models share is changed for all of them, but only this model's rotary modules are built anew.
-        factor: how many times the window; at least 2.
+        factor: how many times the window, 2 to 512; not a length.
         method: "yarn" divides slow frequencies by the factor and leaves fast ones (Peng et al. 2023); "ntk" raises the
             base to theta * factor ** (d / (d - 2)) for d rotary dimensions; "linear" divides all frequencies.
         tokenizer: its `model_max_length` is set to the new window.
@@ -64,6 +65,11 @@ def extend_context(
     whole_config: Any = model_or_config if is_config else model.config
     config: Any = whole_config.get_text_config(decoder=True)
     window = _window(config)
+    if factor > MOST:
+        raise ValueError(
+            f"factor is how many times the trained window of {window}, at most {MOST}, got {factor}: for a window of "
+            f"{factor} tokens pass {max(2, -(-factor // window))}"
+        )
     if window * factor > LAST_POSITION:
         raise ValueError(
             f"factor must be at most {LAST_POSITION // window} for a window of {window}: fp32 angles do not tell "

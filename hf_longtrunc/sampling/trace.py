@@ -15,7 +15,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from hf_longtrunc.arguments import whole
-from hf_longtrunc.extras import missing
+from hf_longtrunc.extras import import_pyplot, missing
 from hf_longtrunc.models import unwrapped
 from hf_longtrunc.pieces import piece_by_token
 from hf_longtrunc.sampling.attach import rebuild_processor_list
@@ -482,11 +482,7 @@ def _bar(record: TruncationRecord) -> float:
 
 
 def _three_axes() -> list[Axes]:
-    try:
-        import matplotlib.pyplot as plt
-    except ModuleNotFoundError as error:
-        raise missing("plot()", "matplotlib", "eval") from error
-    _, axes = plt.subplots(3, 1, sharex=True, figsize=(9, 6), layout="constrained")
+    _, axes = import_pyplot("plot()").subplots(3, 1, sharex=True, figsize=(9, 6), layout="constrained")
     for panel, name in zip(axes, ("entropy (nats)", "threshold (line),\ndrawn (dots)", "kept mass"), strict=True):
         panel.set_ylabel(name)
         panel.spines[["top", "right"]].set_visible(False)

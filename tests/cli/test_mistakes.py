@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -22,6 +26,10 @@ def places(tmp_path_factory, model_folder):
         "blank": b" \n ",
         "letter": b"a",
         "latin": "the caf\xe9 by the harbour".encode("latin1"),
+        "utf16": "the caf\xe9".encode("utf-16"),
+        "utf16le": "the keeper".encode("utf-16-le"),
+        "null.jsonl": b'{"text": null}\n{"text": null}\n',
+        "nulls.jsonl": b'{"text": "one"}\n{"text": null}\n',
         "prose.jsonl": b'{"text": "one two"}\n',
         "broken.jsonl": b'{"text": "one"}\n{"text": \n',
         "mixed.jsonl": b'{"text": "one"}\n{"text": 2}\n{"text": null}\n',
@@ -80,6 +88,8 @@ MISTAKES = {  # command line -> a part of the line that is said; {name} is one o
     "ppl {text} --tokens many": "'--tokens': Input should be a valid integer",
     "ppl {empty} --model {model}": "at least 2 tokens are needed, the text has 0",
     "ppl {latin} --model {model}": "latin is no UTF-8 text",
+    "ppl {utf16} --model {model}": "utf16 is no UTF-8 text (it is UTF-16); convert it, e.g. with iconv -f utf-16",
+    "ppl {utf16le} --model {model}": "utf16le holds NUL characters, as UTF-16 does; convert it, e.g. with iconv",
     "ppl {text} --model {nothing}": "could not load",
     "ppl {text} --model {unknown}": "could not load",
     "ppl {text} --model {garbage}": "could not load",
@@ -117,6 +127,8 @@ MISTAKES = {  # command line -> a part of the line that is said; {name} is one o
     "pack {broken.jsonl} --tokenizer {model} --output-dir {out}": "broken.jsonl, line 2: expected a JSON object",
     "pack {scalar.jsonl} --tokenizer {model} --output-dir {out}": "scalar.jsonl, line 1: expected a JSON object",
     "pack {mixed.jsonl} --tokenizer {model} --output-dir {out}": "line 2: expected a JSON object with text in 'text'",
+    "pack {null.jsonl} --tokenizer {model} --output-dir {out}": "null.jsonl, line 1: expected a JSON object with text",
+    "pack {nulls.jsonl} --tokenizer {model} --output-dir {out}": "nulls.jsonl, line 2: expected a JSON object",
     "pack {latin.jsonl} --tokenizer {model} --output-dir {out}": "latin.jsonl is no UTF-8 text",
     "pack {prose.csv} --output-dir {out}": "files must be of one kind out of .jsonl",
     "pack {prose.jsonl} --output-dir {out}": "name a tokenizer with --tokenizer",
@@ -172,3 +184,20 @@ def test_traceback_shows_where_an_error_was_raised(places):
     result = invoke("--traceback", "pack", places["empty.jsonl"], "--output-dir", places["out"])
     assert isinstance(result.exception, ValueError)
     assert "empty.jsonl is empty" in str(result.exception)
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(places, monkeypatch):
+    """As `| head` does: the pipe's reader is closed before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "hf_longtrunc", "--version"]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (1, "")
+
+    def write_into_nothing(path):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("hf_longtrunc.cli.match.read_text", write_into_nothing)
+    result = invoke("match", places["text"])
+    assert (result.exit_code, result.stderr) == (1, "")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_longtrunc import BestFitPackingCollator, PackedDataset, pack
+from hf_longtrunc import BestFitPackingCollator, PackedDataset, pack, packing_table, plot_packing
 from tests.data.corpora import raw_examples, token_lists
 
 LENGTHS = [*np.random.default_rng(3).integers(2, 60, 80).tolist(), 150, 64, 65]
@@ -239,6 +239,13 @@ def test_more_than_2_to_the_31_tokens_over_chunks_with_64_bit_offsets():
     packed = pack(datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint="many"), 2**16)
     assert packed.stats()["tokens"] == 2100 * 2**20 > 2**31
     assert packed[len(packed) - 1]["input_ids"].max() == 96
+
+
+@pytest.mark.parametrize(("package", "call"), [("matplotlib.pyplot", plot_packing), ("rich.box", packing_table)])
+def test_tables_and_pictures_say_what_to_install(monkeypatch, package, call):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "hf_longtrunc\[eval\]"'):
+        call(pack(raw_examples([5, 3]), 8).packing)
 
 
 def test_materialize_says_what_to_install(monkeypatch):

@@ -267,6 +267,12 @@ def test_guidance_with_a_left_padded_negative_prompt(llamas):
     torch.testing.assert_close(guidance(PLAIN, scores), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["prompt_ids", "negative_prompt_ids"])
+def test_a_text_is_no_prompt(tiny_model, name):
+    with pytest.raises(TypeError, match=rf"^{name} must be a tensor of token ids \[prompts, columns\], got str"):
+        GuidanceLogitsProcessor(tiny_model, 1.5, **{"prompt_ids": PLAIN, name: "x"})
+
+
 class Differences(LogitsProcessor):
     """What another processor returns, held against the right answer, both normalised."""
 

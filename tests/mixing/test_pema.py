@@ -394,6 +394,11 @@ def test_bad_examples(tiny_model, example, message):
     assert not tiny_model.lm_head._forward_pre_hooks
 
 
+def test_texts_are_no_examples(tiny_model):
+    with pytest.raises(TypeError, match=r"example 0 must be a mapping .* got str: tokenize texts first"):
+        build_pema_memory(tiny_model, ["a"])
+
+
 def test_bad_memories():
     with pytest.raises(ValueError, match="floating-point matrix"):
         PEMAMemory(torch.zeros(3), torch.zeros(3, dtype=torch.int64), 5)

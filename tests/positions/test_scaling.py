@@ -257,3 +257,14 @@ def test_wrappers():
     np.testing.assert_allclose(frequencies(model), closed_form("yarn", 10_000.0, DIM), rtol=1e-6)
     with pytest.raises(ValueError, match="extend_context cannot change a model that was compiled already"):
         extend_context(torch.compile(LlamaForCausalLM(tiny_config()), backend="eager"), FACTOR)
+
+
+@pytest.mark.parametrize(("length", "factor"), [(4096, 64), (8192, 128)])
+def test_a_length_is_no_factor(length, factor):
+    model = LlamaForCausalLM(tiny_config(max_position_embeddings=64))
+    expected = (
+        rf"how many times the trained window of 64, at most 512, got {length}: for a window of {length} .* {factor}"
+    )
+    with pytest.raises(ValueError, match=expected):
+        extend_context(model, length)
+    assert model.config.max_position_embeddings == 64

@@ -91,6 +91,12 @@ STEPS = [
         None,
         "grpo_truncated.py --out OUT",
     ),
+    Step(
+        "truncated-ratios",
+        "Log-probabilities of truncated samples: of the kept sets and of the full vocabulary",
+        None,
+        "truncated_ratios.py",
+    ),
     Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
     Step(
         "eta-flag",

@@ -1,0 +1,151 @@
+"""The kept sets of vLLM's requests, recorded: what `truncated_log_probs` needs of rollouts that an engine draws.
+
+vLLM's own `--return-sampling-mask` covers its own top-k and top-p, and refuses custom logits processors; here the
+processor writes down what it left, a file a request.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from hf_longtrunc.sampling.mask import SamplingMask
+from hf_longtrunc.serving.vllm import TruncationLogitsProcessor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FOLDER = "HF_LONGTRUNC_MASKS"
+_KEY = "sampling_mask"
+_NAME = re.compile(r"\w[\w.-]{0,127}")  # a file in the folder, and nowhere else
+_HEAD = struct.Struct("<iii")  # new token's number, vocabulary, bytes that follow
+# What vLLM applies behind custom processors, each with the values at which it does nothing.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "top_p": (1,),
+    "top_k": (0, -1),
+    "min_p": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+}
+
+
+class RecordingLogitsProcessor(TruncationLogitsProcessor):
+    r"""`TruncationLogitsProcessor` that writes each step's kept set to a file where the request names one.
+
+        mkdir /dev/shm/masks
+        HF_LONGTRUNC_MASKS=/dev/shm/masks vllm serve MODEL \
+            --logits-processors hf_longtrunc.serving.vllm_masks:RecordingLogitsProcessor
+
+    and with a request `"vllm_xargs": {"eta": 2e-3, "sampling_mask": "rollout-17"}`. When its tokens are back,
+    `read_mask("/dev/shm/masks/rollout-17", len(token_ids))` is their mask. The name is a plain file name, new for each
+    request. A request that is recorded leaves vLLM's own top-p, top-k, min-p and penalties off, which come behind.
+
+    Cost: that of `SamplingMask.from_kept`, V / 8 bytes to the host and one append to a file, a row and step.
+    """
+
+    def __init__(self, vllm_config: Any, device: Any = None, is_pin_memory: bool = False):
+        super().__init__(vllm_config, device, is_pin_memory)
+        self._outputs: dict[int, list[int]] = {}  # of the requests that are being added, by row (V1)
+        self._prompt_lengths: Any = getattr(device, "prompt_len", None)  # by slot (V2, whose second argument has them)
+
+    @classmethod
+    def validate_params(cls, sampling_params: Any) -> None:
+        """Raise ValueError where a request's arguments are wrong, before it enters the batch."""
+        name, rest = _split(sampling_params)
+        TruncationLogitsProcessor.validate_params(rest)
+        if name is None:
+            return
+        folder = os.environ.get(FOLDER)
+        if not folder or not Path(folder).is_dir():
+            raise ValueError(f"{_KEY} needs a folder: start the server with {FOLDER} set to one that exists")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"{_KEY} must be a file name of letters, digits, '_', '-' and '.', got {name!r}")
+        if Path(folder, name).exists():
+            raise ValueError(f"{_KEY} {name!r} is taken: give each request a name of its own")
+        if not TruncationLogitsProcessor(None).add_request(0, rest):
+            raise ValueError(f"{_KEY} records eta, epsilon and the other samplers of this processor: name one of them")
+        for other, values in _NEUTRAL.items():
+            if (value := getattr(sampling_params, other, None)) is not None and value not in values:
+                raise ValueError(
+                    f"{_KEY} cannot see {other}={value}, which vLLM applies later: leave it at {values[0]}"
+                )
+
+    def update_state(self, batch_update: Any) -> None:
+        """Follow the batch of the model runner V1: requests that left, came and changed places."""
+        if batch_update is not None:
+            self._outputs = {row: outputs for row, _, _, outputs in batch_update.added}
+        super().update_state(batch_update)
+        self._outputs = {}
+
+    def add_request(self, req_idx: int, params: Any) -> bool:
+        """Take in the request in slot `req_idx`; say whether it asks for anything."""
+        name, rest = _split(params)
+        is_asked = super().add_request(req_idx, rest)
+        if is_asked and name is not None:
+            record: Any = (Path(os.environ[FOLDER], str(name)), self._outputs.get(req_idx))
+            self._requests[req_idx] = {**self._requests[req_idx], _KEY: record}
+        return is_asked
+
+    def apply(self, logits: Tensor, context: Any = None) -> Tensor:
+        """Return `logits` [rows, V], cut in each row by what its request asks, and write down what was left."""
+        result = super().apply(logits, context)
+        slots = range(len(logits)) if context is None else context.expanded_idx_mapping.tolist()
+        rows = [row for row, slot in enumerate(slots) if _KEY in self._requests.get(slot, {})]
+        if rows:
+            mask = SamplingMask.from_kept(result[rows] > -torch.inf)
+            for place, row in enumerate(rows):
+                record: Any = self._requests[slots[row]][_KEY]
+                number = self._number(record[1], row, slots[row], context)
+                _append(record[0], number, mask[place : place + 1])
+        return result
+
+    def _number(self, outputs: list[int] | None, row: int, slot: int, context: Any) -> int:
+        """Return which new token the row is for; below 0 in the middle of a prompt, whose draw the engine drops."""
+        if context is None:
+            return len(outputs or ())
+        return int(context.pos[row]) + 1 - int(self._prompt_lengths.np[slot])
+
+
+def read_mask(path: str | os.PathLike[str], num_tokens: int) -> SamplingMask:
+    """Return the mask of a request's `num_tokens` tokens from the file that it named.
+
+    Where the engine ran a step again or one too many (chunked prompts, preemption, asynchronous scheduling), the last
+    record of each token counts.
+
+    Raises:
+        OSError: no such file.
+        ValueError: a token was not recorded.
+    """
+    data, steps, sizes, place = Path(path).read_bytes(), {}, set(), 0
+    while place < len(data):
+        number, vocab_size, size = _HEAD.unpack_from(data, place)
+        place += _HEAD.size + size
+        steps[number] = data[place - size : place]
+        sizes.add(vocab_size)
+    if missing := sorted(set(range(num_tokens)) - set(steps)):
+        raise ValueError(
+            f"{path} has no record of new token {missing[0]} of {num_tokens}: read it once the text is back"
+        )
+    chosen = [steps[number] for number in range(num_tokens)]
+    offsets = np.cumsum([0, *map(len, chosen)], dtype=np.int64)
+    return SamplingMask(sizes.pop(), offsets, np.frombuffer(b"".join(chosen), np.uint8))
+
+
+def _append(path: Path, number: int, step: SamplingMask) -> None:
+    with open(path, "ab") as file:
+        file.write(_HEAD.pack(number, step.vocab_size, step.data.size) + step.data.tobytes())
+
+
+def _split(params: Any) -> tuple[object, Any]:
+    """Return the name that a request asks its mask to be recorded under, and its other arguments."""
+    extra = dict(getattr(params, "extra_args", None) or {})
+    return extra.pop(_KEY, None), SimpleNamespace(extra_args=extra)

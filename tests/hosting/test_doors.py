@@ -81,23 +81,27 @@ def test_the_doors_of_generate_and_from_pretrained(exported, chat_folder):
     assert loaded.generate(**batch, **NEW)[:, batch.input_ids.shape[1] :].tolist() == wanted
 
 
+@pytest.mark.transformers_own_deprecation("Passing `generation_config` together")  # pipelines, before 5.24
 def test_the_door_of_pipelines(exported, chat_folder):
     tokenizer = AutoTokenizer.from_pretrained(chat_folder)
     texts = prompts(4)
-    wanted = [tokenizer.decode(each) for each in expected(chat_folder, exported.settings.technique, texts)]
+    wanted = expected(chat_folder, exported.settings.technique, texts)
     pipe = pipeline("text-generation", model=str(exported.folder), trust_remote_code=True)
-    options = {"return_full_text": False, "add_special_tokens": False, "skip_special_tokens": False, **NEW}
-    assert [pipe(text, **options)[0]["generated_text"] for text in texts] == wanted
-    assert [each[0]["generated_text"] for each in pipe(texts, batch_size=2, **options)] == wanted
+    options = {"add_special_tokens": False, **NEW}
+    for text, tokens in zip(texts, wanted, strict=True):
+        (made,) = pipe(text, return_tensors=True, **options)
+        assert made["generated_token_ids"][len(text) :] == tokens
+    batch = pipe(texts, batch_size=2, return_tensors=True, **options)
+    assert [made[0]["generated_token_ids"][-NEW["max_new_tokens"] :] for made in batch] == wanted
     chat = [{"role": "user", "content": texts[0]}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(rendered, return_tensors="pt").input_ids
     with exported.settings.technique(pipe.model):
-        answer = type(pipe.model).generate(pipe.model, ids, **NEW)[0, ids.shape[1] :]
-    assert pipe(chat, **options)[0]["generated_text"] == tokenizer.decode(answer)
+        answer = type(pipe.model).generate(pipe.model, ids, **NEW)[0]
+    assert pipe(chat, return_tensors=True, **options)[0]["generated_token_ids"] == answer.tolist()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
     pipe(texts[1], streamer=streamer, **options)
-    assert "".join(streamer) == wanted[1]
+    assert "".join(streamer) == tokenizer.decode(wanted[1])
 
 
 def test_the_door_of_lm_eval(exported, chat_folder):
@@ -164,11 +168,11 @@ def test_answers_of_our_serve_say_what_was_read(chat_folder, tmp_path):
             assert last.longtrunc == said
             assert not any(hasattr(part, "longtrunc") for part in before)
             assert client.completions.create(prompt="a" * length, **asked).longtrunc["read"] == length
-        assert client.models.list().data[0].id == str(made.folder)
         with pytest.raises(openai.APIStatusError):
             client.chat.completions.create(messages=messages, **{**asked, "model": "another"})
 
 
+@pytest.mark.transformers_own_deprecation("Passing `generation_config` together")  # pipelines, before 5.24
 def test_the_page(chat_folder, tmp_path, monkeypatch, capsys):
     """Its blocks in their order, as a reader runs them: export in the shell, then every host, with a server."""
     pytest.importorskip("fastapi", reason="transformers[serving] is not installed")

@@ -88,7 +88,9 @@ class Server:
             port = free.getsockname()[1]
         self.folder = str(folder)
         words = ["serve", self.folder, "--trust-remote-code", "--device", "cpu", "--port", str(port)]
-        self.process = subprocess.Popen([sys.executable, "-c", SERVE, *words], stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVE, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         self.client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="-", timeout=3600, max_retries=0)
         for _ in range(600):
             try:

@@ -6,7 +6,7 @@ import ast
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hf_longtrunc import __version__, trained_length
 from hf_longtrunc.arguments import one_of
 from hf_longtrunc.evaluation import update_model_card
+from hf_longtrunc.hosting.generate import reading_of
 from hf_longtrunc.hosting.settings import HostSettings
 from hf_longtrunc.pretrained import default_model_folder
 
@@ -117,13 +118,13 @@ def export(
     Example:
         >>> export("Qwen/Qwen3-0.6B", "endless", LMInfinite(window_length=8192))  # doctest: +SKIP
     """
-    settings = HostSettings(technique=technique, sampler=sampler, cache_bytes=cache_bytes)
     one_of("weights", weights, ("link", "copy", "none"))
     out = Path(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty: name another folder, or delete it first")
     source = default_model_folder() if model is None else _source(model)
-    window = _window(settings, source)
+    technique = _with_window(technique, source)
+    settings = HostSettings(technique=technique, sampler=sampler, cache_bytes=cache_bytes)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         made = Path(scratch, "made")
@@ -134,7 +135,7 @@ def export(
             _sample_by_default(made / "generation_config.json")
         (made / CODE).parent.mkdir()
         (made / CODE).write_text(_code(settings), encoding="utf-8")
-        _write_card(made, settings, source if model is None else model, window)
+        _write_card(made, settings, source if model is None else model)
         if out.exists():
             out.rmdir()
         made.rename(out)
@@ -193,17 +194,17 @@ def _source(model: str | os.PathLike[str]) -> Path:
     return Path(snapshot_download(model))
 
 
-def _window(settings: HostSettings, source: Path) -> int | None:
-    """Check the model's config, and return how many of the last tokens it sees; None: all."""
+def _with_window(technique: Any, source: Path) -> Any:
+    """Check the model's config, and return the technique with the window that it implies."""
     from transformers import AutoConfig
 
     _refuse_own_code(source)
     config: Any = AutoConfig.from_pretrained(source)
     if config.is_encoder_decoder:
         raise ValueError(f"model must be a causal language model, and {source} is an encoder-decoder")
-    if not hasattr(settings.technique, "window_length"):
-        return None
-    return int(settings.technique.window_length or trained_length(config))
+    if not isinstance(technique, type) and getattr(technique, "window_length", 1) is None:
+        return replace(technique, window_length=trained_length(config))
+    return technique
 
 
 def _refuse_own_code(folder: Path) -> None:
@@ -239,16 +240,19 @@ def _sample_by_default(path: Path) -> None:
     path.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_card(made: Path, settings: HostSettings, source: str | os.PathLike[str], window: int | None) -> None:
+def _write_card(made: Path, settings: HostSettings, source: str | os.PathLike[str]) -> None:
     card = made / "README.md"
     before = card.read_text(encoding="utf-8").rstrip() if card.exists() else f"# {made.name}"
     technique = settings.technique
-    if window is None:
+    reading = reading_of(technique, 0)
+    if reading.window is None:
         sees = "The model sees the whole text, at the price of a cache that grows with it."
     else:
-        sees = f"The model sees the first {technique.num_sink_tokens} and the last {window:,} tokens of a text"
+        sees = f"The model sees the first {technique.num_sink_tokens} and the last {reading.window:,} tokens of a text"
         sees += (
-            " and forgets the rest." if technique.retrieval is None else ", and of the rest what a question asks for."
+            " and forgets the rest."
+            if getattr(technique, "retrieval", None) is None
+            else ", and of the rest what a question asks for."
         )
     section = _CARD.format(
         version=__version__,

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.utils import logging
 
-from hf_longtrunc import attach_processors, trained_length
+from hf_longtrunc import attach_processors
 from hf_longtrunc.evaluation import read_ahead
 from hf_longtrunc.hosting.settings import HostSettings
 from hf_longtrunc.hosting.states import States
@@ -49,13 +49,13 @@ class Reading:
     reused: int = 0
 
 
-def reading_of(technique: Any, config: Any, tokens: int, reused: int = 0) -> Reading:
-    """Return what of a prompt of so many tokens a model of this config sees under a technique."""
+def reading_of(technique: Any, tokens: int, reused: int = 0) -> Reading:
+    """Return what of a prompt of so many tokens a model sees under a technique."""
     sinks = getattr(technique, "num_sink_tokens", None)
     if sinks is None:
         return Reading(tokens, tokens, 0, None, reused)
-    window = technique.window_length or trained_length(config)
-    kept = tokens if getattr(technique, "retrieval", None) is not None else min(tokens, sinks + window)
+    window = technique.window_length
+    kept = min(tokens, sinks + window) if _retrieval(technique) is None else tokens
     return Reading(tokens, kept, tokens - kept, window, reused)
 
 
@@ -114,7 +114,7 @@ def hosted_generate(settings: str, model: Any, inputs: Tensor | None = None, *ar
             host.states.limit = chosen.cache_bytes
             salt = getattr(_config(model, kwargs), "cache_salt", None)
             kwargs[CACHE], reused = _read(model, host.states, (settings, salt, weights), ids, _held_back(chosen))
-        return _stated(generate(inputs, *args, **kwargs), chosen, model, inputs, kwargs, reused)
+        return _stated(generate(inputs, *args, **kwargs), chosen, inputs, kwargs, reused)
 
 
 def _read(model: Any, states: States, address: object, ids: Tensor, held_back: int) -> tuple[Any, int]:
@@ -130,12 +130,12 @@ def _read(model: Any, states: States, address: object, ids: Tensor, held_back: i
 
 def _held_back(settings: HostSettings) -> int:
     """Return how many of a prompt's last tokens `generate` itself reads."""
-    return 1 if settings.technique.retrieval is None else _ASKING
+    return 1 if _retrieval(settings.technique) is None else _ASKING
 
 
 def _one_text(model: Any, settings: HostSettings, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
     """Return the ids [1, n] of a call whose prompt may be read beforehand; None where it may not."""
-    retrieval = settings.technique.retrieval
+    retrieval = _retrieval(settings.technique)
     if model.training or (retrieval is not None and not getattr(retrieval, "ending_ids", ())):
         return None  # every forward of several tokens would ask
     given = {name for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
@@ -156,17 +156,21 @@ def _one_text(model: Any, settings: HostSettings, inputs: Tensor | None, kwargs:
     return ids if is_whole and ids.shape[1] > _held_back(settings) else None
 
 
+def _retrieval(technique: Any) -> Any:
+    return getattr(technique, "retrieval", None)
+
+
 def _config(model: Any, kwargs: dict[str, Any]) -> GenerationConfig:
     config: GenerationConfig = kwargs.get("generation_config") or model.generation_config
     return config
 
 
-def _stated(output: Any, settings: HostSettings, model: Any, inputs: Any, kwargs: dict[str, Any], reused: int) -> Any:
+def _stated(output: Any, settings: HostSettings, inputs: Any, kwargs: dict[str, Any], reused: int) -> Any:
     """Say what was forgotten, in the log and in the output where it has fields."""
     ids = kwargs.get("input_ids", inputs)
     if not isinstance(ids, torch.Tensor):
         return output
-    reading = reading_of(settings.technique, model.config, ids.shape[-1], reused)
+    reading = reading_of(settings.technique, ids.shape[-1], reused)
     if reading.forgotten:
         logger.warning(
             f"{reading.read:,} tokens read ({reading.reused:,} of them earlier), {reading.kept:,} kept, "

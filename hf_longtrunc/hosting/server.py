@@ -32,16 +32,15 @@ def serve(folder: str | os.PathLike[str], **options: Any) -> None:
         FileNotFoundError, ValueError: the folder was not exported, or its code was changed.
         ImportError: what `transformers serve` needs is not installed, or this release of transformers has another one.
     """
-    from transformers import AutoConfig
     from transformers.cli.serve import Serve
     from transformers.cli.serving import server
 
-    technique, config = verify_export(folder).settings.technique, AutoConfig.from_pretrained(folder)
+    technique = verify_export(folder).settings.technique
     build: Any = server.build_server
 
     def build_with_field(*args: Any, **kwargs: Any) -> Any:
         app = build(*args, **kwargs)
-        app.add_middleware(ReadingField, reading=partial(reading_of, technique, config))
+        app.add_middleware(ReadingField, reading=partial(reading_of, technique))
         return app
 
     server.build_server = build_with_field

@@ -30,7 +30,7 @@ class HostSettings:
     """How an exported folder generates.
 
     Args:
-        technique: `LMInfinite(...)` or `DualChunkAttention(...)`.
+        technique: `LMInfinite(...)`, with a `window_length`, or `DualChunkAttention(...)`.
         sampler: "eta=0.002", "epsilon=0.0009", "top-n-sigma=1" or "p-less", joined to everything that is sampled; None
             adds nothing.
         cache_bytes: of the caches that are kept between requests; 0 keeps none.
@@ -49,6 +49,8 @@ class HostSettings:
                 f"technique must be one of {', '.join(f'{name}(...)' for name in TECHNIQUES.values())}, got "
                 f"{self.technique!r}"
             )
+        if getattr(self.technique, "window_length", 1) is None:
+            raise ValueError("technique must have a window_length here, got None: export() takes the model's own")
         self.processors()  # a wrong sampler is told here
         object.__setattr__(self, "cache_bytes", whole("cache_bytes", self.cache_bytes, least=0))
 

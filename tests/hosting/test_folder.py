@@ -17,7 +17,7 @@ TECHNIQUE = LMInfinite(num_sink_tokens=4, window_length=32)
 @pytest.mark.parametrize(
     "settings",
     [
-        HostSettings(technique=LMInfinite()),
+        HostSettings(technique=LMInfinite(window_length=7)),
         HostSettings(technique=LMInfinite(window_length=9, retrieval=TopK(k=3, rows=None)), sampler="eta=0.002"),
         HostSettings(
             technique=DualChunkAttention(retrieval=TopBlocks(ending_rows=2, ending_ids=(5, 6)), temperature="log"),
@@ -41,7 +41,8 @@ def test_settings_come_back(settings):
         ('{"format": 1, "technique": {"name": "lm-infinite", "future": 3}}', "cannot read the settings.*future"),
         ('{"format": 1, "technique": {"name": "os.system"}}', "cannot read the settings.*os.system"),
         ('{"format": 1, "technique": {"name": "top-k"}}', "technique must be one of LMInfinite"),
-        ('{"format": 1, "technique": {"name": "lm-infinite"}, "sampler": "eta"}', "sampler must be eta=NUMBER"),
+        ('{"format": 1, "technique": {"name": "dual-chunk"}, "sampler": "eta"}', "sampler must be eta=NUMBER"),
+        ('{"format": 1, "technique": {"name": "lm-infinite"}}', "must have a window_length here"),
     ],
 )
 def test_settings_that_cannot_be_read(text, said):
@@ -64,7 +65,8 @@ def test_what_is_in_a_folder(model_folder, tmp_path):  # noqa: F811
         assert part in card
     config = GenerationConfig.from_pretrained(made.folder)
     assert (config.do_sample, config.top_k, config.top_p) == (True, 0, 1.0)
-    copied = export(model_folder, tmp_path / "copied", TECHNIQUE, weights="copy")
+    copied = export(model_folder, tmp_path / "copied", LMInfinite(), weights="copy")
+    assert copied.settings.technique == LMInfinite(window_length=256)  # the trained one, from the config
     assert not any(path.is_symlink() for path in copied.folder.rglob("*"))
     assert (copied.folder / "generation_config.json").read_bytes() == (
         (tmp_path / ".." / model_folder / "generation_config.json").read_bytes()
@@ -114,6 +116,8 @@ def test_verify(model_folder, tmp_path):  # noqa: F811
 def test_refusals(model_folder, tmp_path):  # noqa: F811
     with pytest.raises(TypeError, match=r"technique must be one of LMInfinite\(...\), DualChunkAttention"):
         export(model_folder, tmp_path / "out", TopK())
+    with pytest.raises(TypeError, match="technique must be one of"):
+        export(model_folder, tmp_path / "out", LMInfinite)
     with pytest.raises(ValueError, match="weights must be one of"):
         export(model_folder, tmp_path / "out", TECHNIQUE, weights="move")
     with pytest.raises(FileNotFoundError, match="model must be a folder or a hub id"):

@@ -99,6 +99,18 @@ STEPS = [
     ),
     Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
     Step(
+        "hosts-doors",
+        "Exported folders in five hosts of transformers, beside the context manager",
+        None,
+        "serve_endless.py --text TEXT --parts doors --out OUT",
+    ),
+    Step(
+        "hosts-serve",
+        "A chat of 50,000 tokens with `transformers serve`, through the openai client",
+        None,
+        "serve_endless.py --text TEXT --parts serve --window 256 --out OUT",
+    ),
+    Step(
         "eta-flag",
         "Eta on the full distribution and as transformers' flag behind top-k",
         "eta_flag.py --out OUT",

@@ -307,6 +307,12 @@ STEPS = [
         "benchmarks/processors.py --batch 1 32 --threads 1 2",
     ),
     Step(
+        "ranks-cost",
+        "What top-H, min-k, XTC and DRY cost beside transformers' top-h, sorts and loops, and a softmax",
+        None,
+        "benchmarks/processors.py --samplers ranks --peaked --vocab 49152 128256 --batch 1 32 --threads 1 --turns 7",
+    ),
+    Step(
         "closed-forms",
         "The threshold samplers beside their formulas in double precision, along a novel",
         None,

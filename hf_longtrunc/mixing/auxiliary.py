@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Columns of a prompt that go through the model at a time: bounds the activations, not the cache.
 _CHUNK = 2048
+# What configs call the tokens in whose places images, videos and sounds go.
+_PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
 
 
 class AuxiliaryModelLogitsProcessor(LogitsProcessor):
@@ -50,8 +52,9 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
 
     Raises:
         TypeError, ValueError: a model that is an encoder-decoder or in training mode, or has another vocabulary; no
-            token ids to read (`inputs_embeds`); a mask that does not fit, or that was given for other prompts; padding
-            that could be a BOS token; continuous batching (`generate_batch`, serving), which mixes rows.
+            token ids to read (`inputs_embeds`), or placeholders of images or sounds among them; a mask that does not
+            fit, or that was given for other prompts; padding that could be a BOS token; continuous batching
+            (`generate_batch`, serving), which mixes rows.
 
     Pass a processor in `generate(logits_processor=[...])`, in front of truncation samplers such as
     `EtaLogitsProcessor`: it returns the distribution that they cut. Sliding-window layers keep every column, so that
@@ -105,6 +108,7 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
             return scores.float()
         for model in self._models:
             _check_vocabulary(min(model.embeddings, scores.shape[-1]), scores)
+            _check_text_only(model.model, input_ids)
         context = self.context(input_ids)
         others = [model.next_log_probs(*context).to(scores.device) for model in self._models]
         for other in others:
@@ -488,6 +492,18 @@ def _extended_mask(mask: Tensor, input_ids: Tensor) -> Tensor:
 def _repeated(prompts: Tensor, rows: int) -> Tensor:
     # [prompts, columns] -> [rows, columns]: the rows of one prompt stand together
     return prompts.repeat_interleave(rows // len(prompts), dim=0)
+
+
+def _check_text_only(model: Any, input_ids: Tensor) -> None:
+    """Raise ValueError where the text stands around images or sounds, which the auxiliary model is not handed."""
+    config = unwrapped(model).config
+    for name in _PLACEHOLDERS:
+        token = getattr(config, name, None)
+        if token is not None and bool((input_ids == token).any()):
+            raise ValueError(
+                f"input_ids hold the placeholder {token} ({name}), and an auxiliary model is given ids alone, no "
+                "pixels or sounds: it would read the placeholder as text; take prompts without them"
+            )
 
 
 def _check_token_ids(input_ids: Tensor) -> None:

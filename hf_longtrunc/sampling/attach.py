@@ -8,6 +8,7 @@ from transformers import GenerationMixin, LogitNormalization, LogitsProcessorLis
 
 from hf_longtrunc.handles import Handle
 from hf_longtrunc.models import unwrapped
+from hf_longtrunc.sampling.calls import warn_where_attached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,7 +48,9 @@ def attach_processors(model: Any, processors: Sequence[Processor], *, after_warp
             return _after_warpers(build(*args, **kwargs), attached)
         # transformers merges the call's own list into the one that it builds, and takes each processor once.
         given = kwargs.pop("logits_processor", None) or []
-        return build(*args, logits_processor=LogitsProcessorList([*given, *attached]), **kwargs)
+        built = build(*args, logits_processor=LogitsProcessorList([*given, *attached]), **kwargs)
+        warn_where_attached(attached, built)
+        return built
 
     place = "behind the warpers" if after_warpers else "in front of the warpers"
     names = ", ".join(map(repr, attached)) or "nothing"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from transformers import LogitsProcessor
 
 from hf_longtrunc.arguments import number, one_of, whole
 from hf_longtrunc.sampling.calls import (
+    acts_behind,
     draws_by_itself,
     neighbours,
+    refuse_grammars,
     warn_of_cuts,
-    warn_of_penalties,
-    warn_of_temperature,
+    warn_of_reshaping,
 )
 from hf_longtrunc.sampling.cutoffs import Softmax, bar_of, below, draw, set_zero, softmax_rows
 from hf_longtrunc.sampling.processors import (
@@ -49,7 +50,8 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         mode: "sample" draws here, without replacement until a token is kept, and leaves exactly that token: samples of
             p-hat restricted to the kept set, a check for each draw below the bar. "mask" removes exactly the cut
             tokens: deterministic, for beams and for further samplers, at a solve for every token near the bar. Where
-            `generate` does not draw each row's token by itself (beams, `do_sample=False`), "sample" masks too.
+            `generate` does not draw each row's token by itself (beams, `do_sample=False`), and where another processor
+            stands behind this one (a temperature, a watermark, a bias), "sample" masks too, so that it has its effect.
         variant: "paper", or "official" for the authors' code, which lets p go below zero and keeps fewer tokens.
         generator: of the draws in sample mode; a list gives every row its own, which makes a row's draws independent
             of its batch. None takes torch's.
@@ -65,10 +67,10 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
 
     Raises:
         TypeError, ValueError: a bad argument; scores of another vocabulary than the basis has; continuous batching
-            (`generate_batch`, serving), whose static shapes leave no room for proofs.
+            (`generate_batch`, serving), whose static shapes leave no room for proofs; a grammar behind it.
 
-    Warns once, where transformers' own samplers cut what it keeps, where a temperature comes behind a token that is
-    drawn already, or a penalty in front of it changes the distribution: the proofs are about the model's own.
+    Warns once, where transformers' own samplers cut what it keeps, or where what it is handed is not the model's own
+    distribution any more (penalties, masks, a second model in front of it): the proofs are about that.
 
     Source: Finlayson et al. 2023, arXiv 2310.01693, section 5 and algorithm 1. Deviations: see `SupportChecker`.
     """
@@ -112,21 +114,25 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
                 "generate()"
             )
         self._check_vocabulary(checked_scores(scores))
-        draws = self.mode == "sample" and draws_by_itself()
+        before, behind = neighbours(self) if input_ids is not None else ([], [])
+        draws = self._draws(behind)
         if self._is_unwarned and input_ids is not None:
-            before, behind = neighbours(self)
-            # A lone token is not cut by the samplers behind, nor moved by a temperature.
-            warn_of_what_follows = warn_of_temperature if draws else warn_of_cuts
-            is_warned = [warn_of_what_follows(self, behind), warn_of_penalties(self, before)]
+            refuse_grammars(self, behind)
+            is_warned = [warn_of_cuts(self, behind), warn_of_reshaping(self, before, scores)]
             self._is_unwarned = not any(is_warned)
-        rows = softmax_rows(scores)
-        bar = bar_of(self.cutoff, rows, self.epsilon)
-        plain = ~below(scores, rows, bar) & (scores > -math.inf)
-        tau = (bar - rows.log_total).double().exp()
-        # Nothing to decide in a broken row (its bar is NaN) nor in one whose tokens are all most probable.
-        decidable = (~bar.isnan() & (scores != scores.amax(-1, keepdim=True)).any(-1, keepdim=True))[:, 0]
+        rows, plain, tau, decidable = self._plain(scores)
         kept = self._draw(scores, rows, plain, tau, decidable) if draws else self._mask(scores, plain, tau, decidable)
         return scores.masked_fill(~kept & decidable[:, None], representable(self.filter_value, scores))
+
+    def drawn_from(self, scores: Tensor, result: Tensor) -> Tensor:
+        """Return what a token is drawn from where `result` came of `scores` [rows, V], for a trace.
+
+        That is `result`, or where one token was drawn here already, the scores of the kept ones, at a mask's cost.
+        """
+        if not self._draws(neighbours(self)[1]):
+            return result
+        _, plain, tau, decidable = self._plain(scores)
+        return scores.masked_fill(~self._mask(scores, plain, tau, decidable) & decidable[:, None], -math.inf)
 
     def threshold(self, scores: Tensor) -> Tensor:
         """Return tau for each row of `scores` [..., V]: the bar below which a token needs a proof, [..., 1]."""
@@ -141,6 +147,19 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         proofs = self.checker.certify(scores, tau.double(), tokens)
         margins = [math.nan if proof.margin is None else proof.margin for proof in proofs]
         return torch.tensor(margins, dtype=torch.float64).reshape(tokens.shape)
+
+    def _draws(self, behind: list[Any]) -> bool:
+        return self.mode == "sample" and draws_by_itself() and not acts_behind(behind)
+
+    def _plain(self, scores: Tensor) -> tuple[Softmax, Tensor, Tensor, Tensor]:
+        """Return the rows' softmax, what the plain threshold keeps, tau [rows, 1], and the rows to decide [rows]."""
+        rows = softmax_rows(scores)
+        bar = bar_of(self.cutoff, rows, self.epsilon)
+        plain = ~below(scores, rows, bar) & (scores > -math.inf)
+        tau = (bar - rows.log_total).double().exp()
+        # Nothing to decide in a broken row (its bar is NaN) nor in one whose tokens are all most probable.
+        decidable = (~bar.isnan() & (scores != scores.amax(-1, keepdim=True)).any(-1, keepdim=True))[:, 0]
+        return rows, plain, tau, decidable
 
     def _mask(self, scores: Tensor, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:
         kept = plain.clone()

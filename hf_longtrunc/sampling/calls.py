@@ -17,20 +17,19 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from transformers import (
-    EncoderRepetitionPenaltyLogitsProcessor,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
+    LogitNormalization,
     LogitsProcessorList,
     MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
     TemperatureLogitsWarper,
     TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 from hf_longtrunc.models import unwrapped
@@ -50,13 +49,10 @@ CUTTING = (
 )
 # Warpers are functions of the scores alone: they can be run twice.
 WARPERS = (*CUTTING, TemperatureLogitsWarper)
-RESHAPING = (
-    EncoderRepetitionPenaltyLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    TemperatureLogitsWarper,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+# What lets only some tokens through: the packages whose processors do, and transformers' own.
+_GRAMMARS = ("guidance", "llguidance", "lmformatenforcer", "outlines", "outlines_core", "xgrammar")
+# Two scores that differ by so much more from the model's than others do were changed, whatever was rounded.
+_MOVED = 1e-3
 # Frames between a processor's __call__ and the decoding loop: watchers and wrappers stand in between.
 _DEPTH = 16
 
@@ -124,6 +120,41 @@ def neighbours(processor: Any) -> tuple[list[Any], list[Any]]:
     return [], []
 
 
+def acts_behind(others: list[Any]) -> bool:
+    """Return whether one of the processors behind would find nothing to do where one token alone is left."""
+    return not all(isinstance(each, LogitNormalization) for each in others)
+
+
+def is_reshaped(scores: Tensor) -> bool | None:
+    """Return whether `scores` [rows, V] are another distribution than the model's; None where that cannot be seen.
+
+    The model's scores stand in the frame of the decoding loop. Masks count: what is renormalised is changed.
+    """
+    frame = _list_frame()
+    for _ in range(_DEPTH):
+        if frame is None:
+            return None
+        model = frame.f_locals.get("next_token_logits")
+        if isinstance(model, Tensor) and model.shape == scores.shape:
+            moved = torch.where(model.isinf(), 0, scores - model.to(scores.device))
+            return bool((moved.amax(-1) - moved.amin(-1) > _MOVED).any())
+        frame = frame.f_back
+    return None
+
+
+def rows_a_prompt() -> int | None:
+    """Return how many rows `generate` makes of a prompt, its beams or returns; None where there is no call of it."""
+    frame = _list_frame()
+    for _ in range(_DEPTH):
+        if frame is None:
+            return None
+        config = frame.f_locals.get("generation_config")
+        if config is not None:
+            return max(getattr(config, "num_beams", None) or 1, getattr(config, "num_return_sequences", None) or 1)
+        frame = frame.f_back
+    return None
+
+
 def _list_frame() -> FrameType | None:
     """Return the frame of the processor list that runs the one that asks."""
     if torch.compiler.is_compiling():
@@ -143,16 +174,35 @@ def warn_of_cuts(processor: Any, others: list[Any]) -> bool:
     )
 
 
-def warn_of_penalties(processor: Any, others: list[Any]) -> bool:
-    """Warn if one of `others`, which run in front of `processor`, changes the distribution that it needs unchanged."""
+def warn_of_reshaping(processor: Any, others: list[Any], scores: Tensor) -> bool:
+    """Warn if `others`, which run in front of `processor`, change the distribution that it needs unchanged."""
+    reshaping = [each for each in others if not isinstance(getattr(each, "processors", None), list)]
+    if not reshaping or is_reshaped(scores) is False:
+        return False
     what = "changes the model's distribution, about which it proves nothing then"
-    return _warn(processor, [each for each in others if isinstance(each, RESHAPING)], "in front of", what)
+    return _warn(processor, reshaping, "in front of", what)
 
 
-def warn_of_temperature(processor: Any, others: list[Any]) -> bool:
-    """Warn if one of `others` is a temperature behind a processor that has drawn the token already."""
-    what = "changes nothing, since the token is drawn already; mode='mask' leaves it something to act on"
-    return _warn(processor, [each for each in others if isinstance(each, TemperatureLogitsWarper)], "behind", what)
+def warn_where_attached(processors: list[Any], built: list[Any]) -> None:
+    """Warn of what stands behind attached `processors` in the list that a generation runs, each of them once.
+
+    Here no frame is asked: `generate_batch` runs its processors in frames of its own, or in none.
+    """
+    for place, each in enumerate(built):
+        if each in processors and getattr(each, "_is_unwarned", False):
+            each._is_unwarned = not warn_of_cuts(each, built[place + 1 :])
+
+
+def refuse_grammars(processor: Any, others: list[Any]) -> None:
+    """Raise ValueError if one of `others`, which run behind `processor`, lets only some tokens through."""
+    for each in others:
+        package = type(each).__module__.partition(".")[0]
+        if package in _GRAMMARS or isinstance(each, PrefixConstrainedLogitsProcessor):
+            raise ValueError(
+                f"{type(each).__name__} of {package} runs behind {type(processor).__name__}, which may have cut all "
+                "tokens that it lets through, and then none is left to draw: put it in front, "
+                f"logits_processor=[{type(each).__name__}, {type(processor).__name__}]"
+            )
 
 
 def _warn(processor: Any, others: list[Any], place: str, what: str) -> bool:
@@ -160,7 +210,7 @@ def _warn(processor: Any, others: list[Any], place: str, what: str) -> bool:
         names = " and ".join(dict.fromkeys(type(each).__name__ for each in others))
         warnings.warn(
             f"generate() runs {names} {place} {type(processor).__name__}, and so {what}: pass "
-            "**sampling_settings(model) to generate() to turn that off, or ignore this if you want both",
+            "**sampling_settings(model) to generate() to turn transformers' own off, or ignore this if you want both",
             stacklevel=2,
         )
     return bool(others)

@@ -24,6 +24,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -251,13 +252,21 @@ def _bar_of_rank(
     size = min(_HEAD, z.shape[-1])
     while len(which):
         part = z if len(which) == len(z) else z[which]
-        head = part.topk(size).values
+        head = _largest(part, size)
         counts, is_settled = count(head, which)
         is_settled = is_settled | (size == z.shape[-1])
         last = head.gather(-1, counts.clamp(1, size)[:, None] - 1)
         bars[which] = torch.where(is_settled[:, None], last, bars[which])
         which, size = which[~is_settled], min(8 * size, z.shape[-1])
     return bars.reshape(rows.log_total.shape)
+
+
+def _largest(z: Float[Tensor, "n vocab"], count: int) -> Float[Tensor, "n count"]:
+    """Return the `count` largest of each row, in order."""
+    if z.device.type != "cpu" or z.requires_grad or count <= _WHOLE_LEVEL:
+        return z.topk(count).values
+    # On values alone NumPy's sort takes a third of the time of torch's.
+    return torch.from_numpy(np.sort(z.numpy(), axis=-1)[:, -count:].copy()).flip(-1)
 
 
 def _row_sum(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows 1"]:

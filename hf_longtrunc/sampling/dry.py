@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,8 @@ from hf_longtrunc.arguments import number, whole
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
+    from numpy.typing import NDArray
 
 LONGEST = 50
 
@@ -59,39 +61,40 @@ class Dry:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def penalised(self, scores: Float[Tensor, " vocab"], ids: Int[Tensor, " length"]) -> Float[Tensor, " vocab"]:
+    def penalised(self, scores: Float[Tensor, " vocab"], ids: Sequence[int]) -> Float[Tensor, " vocab"]:
         """Return the scores of the token after `ids`, each repetition's penalty subtracted.
 
         Cost: one pass over the text, and one over the places where its last token stood for each token of a match.
         """
-        tokens, lengths = repetitions(ids[-self.window :] if self.window else ids, self.sequence_breakers)
-        is_long = lengths >= self.allowed_length
-        tokens, lengths = tokens[is_long], lengths[is_long]
-        if not len(tokens) or not self.multiplier:
-            return scores
-        penalties = self.multiplier * self.base ** (lengths - self.allowed_length).double()
-        most = torch.zeros_like(scores).scatter_reduce_(0, tokens.to(scores.device), penalties.to(scores), "amax")
-        return scores - most.clamp_max_(torch.finfo(scores.dtype).max)
+        text = np.asarray(ids, dtype=np.int64)
+        longest = repetitions(text[-self.window :] if self.window else text, self.sequence_breakers)
+        costs = {
+            token: min(self.multiplier * self.base ** (length - self.allowed_length), torch.finfo(scores.dtype).max)
+            for token, length in longest.items()
+            if length >= self.allowed_length
+        }
+        if costs:
+            scores = scores.clone()
+            scores[list(costs)] -= torch.tensor(list(costs.values()), dtype=scores.dtype, device=scores.device)
+        return scores
 
 
-def repetitions(
-    ids: Int[Tensor, " length"], breakers: Sequence[int] = ()
-) -> tuple[Int[Tensor, " places"], Int[Tensor, " places"]]:
-    """Return the tokens that followed earlier occurrences of the text's end, and how long each occurrence is.
+def repetitions(ids: NDArray[np.int64], breakers: Sequence[int] = ()) -> dict[int, int]:
+    """Return how many of the last tokens of `ids` [length], 1 to 50, each token has followed before.
 
-    A token occurs once for each place where the last token of `ids` stood before. Lengths are 1 to 50.
+    The longest such repetition of each; a token that never followed the last one is not there.
     """
-    none = ids[:0]
-    is_breaker = torch.isin(ids, ids.new_tensor(list(breakers)))
-    reach = int((~is_breaker[-LONGEST:]).flip(0).int().cumprod(0).sum())
-    if len(ids) < 2 or not reach:
-        return none, none
-    places = ((ids[:-1] == ids[-1]) & ~is_breaker[1:]).nonzero()[:, 0]
-    lengths, going = torch.ones_like(places), torch.arange(len(places), device=ids.device)
+    if not len(ids) or ids[-1] in breakers:
+        return {}
+    is_breaker = np.isin(ids, np.asarray(breakers, dtype=np.int64))
+    ends = np.flatnonzero(is_breaker[-LONGEST:][::-1])
+    reach = int(ends[0]) if len(ends) else min(LONGEST, len(ids))
+    places = np.flatnonzero((ids[:-1] == ids[-1]) & ~is_breaker[1:])
+    longest = dict.fromkeys(ids[places + 1].tolist(), 1)
     for length in range(2, reach + 1):
-        before = places[going] - (length - 1)
-        going = going[(before >= 0) & (ids[before.clamp_min(0)] == ids[-length])]
-        if not len(going):
+        places = places[places >= length - 1]
+        places = places[ids[places - (length - 1)] == ids[-length]]
+        if not len(places):
             break
-        lengths[going] = length
-    return ids[places + 1], lengths
+        longest |= dict.fromkeys(ids[places + 1].tolist(), length)
+    return longest

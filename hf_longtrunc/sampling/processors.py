@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from hf_longtrunc.arguments import number, whole
-from hf_longtrunc.sampling.calls import neighbours, warn_of_cuts
+from hf_longtrunc.sampling.calls import neighbours, refuse_grammars, rows_a_prompt, warn_of_cuts
 from hf_longtrunc.sampling.cutoffs import CUTOFFS, Softmax, bar_of, below, column, softmax_rows, xtc_cut
 from hf_longtrunc.sampling.dry import Dry
 
@@ -74,8 +74,17 @@ class _TruncatingLogitsProcessor(LogitsProcessor):
                 f"{self._parameter} has one value a row, and continuous batching mixes the rows of requests: use one "
                 "value for all, or generate()"
             )
-        if self._is_unwarned and input_ids is not None:
-            self._is_unwarned = not warn_of_cuts(self, neighbours(self)[1])
+        if input_ids is None:
+            return
+        if isinstance(value, Tensor) and (rows := rows_a_prompt()) is not None and len(value) * rows != len(input_ids):
+            raise ValueError(
+                f"{self._parameter} has {len(value)} values, and generate() runs {len(input_ids)} rows, {rows} for "
+                "each prompt: give one value for every prompt"
+            )
+        if self._is_unwarned:
+            behind = neighbours(self)[1]
+            refuse_grammars(self, behind)
+            self._is_unwarned = not warn_of_cuts(self, behind)
 
     def __repr__(self) -> str:
         value = getattr(self, self._parameter, None)
@@ -367,7 +376,7 @@ class DRYLogitsProcessor(LogitsProcessor):
             )
         if len(scores) % len(self.settings):
             raise ValueError(f"{len(self.settings)} multipliers, one a row, do not fit {len(scores)} rows")
-        each, ids = len(scores) // len(self.settings), input_ids.cpu()
+        each, ids = len(scores) // len(self.settings), input_ids.cpu().numpy()
         return torch.stack([self.settings[n // each].penalised(row, ids[n]) for n, row in enumerate(scores)])
 
     def __repr__(self) -> str:

@@ -55,11 +55,11 @@ class TruncationRecord:
         entropy: of the full distribution, in nats.
         threshold: probability that the last processor with a `threshold` method held the tokens against, or None.
         lowest_kept: the smallest probability that was kept.
-        kept: how many tokens can still be drawn.
+        kept: how many tokens can still be drawn; where a processor draws itself (basis-aware truncation in sample
+            mode), how many it draws from.
         kept_mass: their probability.
         kept_below: how many of them lie below the threshold, None without one: what basis-aware truncation rescued.
-        cut_above: how many tokens at or above the threshold were cut, None without one. A processor that draws itself
-            (basis-aware truncation in sample mode) leaves one token and cuts every other in this count.
+        cut_above: how many tokens at or above the threshold were cut, None without one.
         token, probability, rank: the token that was drawn (1 = the most probable), None while it is unknown.
         critical_threshold: that token's basis-aware probability, where the trace was asked for it.
         candidates: some tokens of the step, the most probable first, as a NumPy array of records with the fields
@@ -149,10 +149,10 @@ class TruncationTrace(LogitsProcessor):
             cut, half as many of the least probable tokens that were kept and of the most probable that were cut, each
             kept one below basis-aware truncation's threshold with its proof's margin; 0 keeps none.
 
-    Cost: a softmax, three partial sorts and a host synchronisation a step; 1 to 2 ms for each margin. Memory: 150 bytes
-    a record and 13 for each candidate, the last step's log-probabilities [rows, vocab], and those of up to 64 steps at
-    batch size 1. Not for continuous batching, whose calls do not say which request a row belongs to: it raises
-    ValueError there.
+    Cost: a softmax, three partial sorts and a host synchronisation a step; 1 to 2 ms for each margin; a whole kept set
+    where basis-aware truncation draws itself. Memory: 150 bytes a record and 13 for each candidate, the last step's
+    log-probabilities [rows, vocab], and those of up to 64 steps at batch size 1. Not for continuous batching, whose
+    calls do not say which request a row belongs to: it raises ValueError there.
     """
 
     # Declared unsupported, it would be left out there, and what it watches with it; this way it is called, and refuses.
@@ -313,14 +313,16 @@ class TruncationTrace(LogitsProcessor):
                 "TruncationTrace cannot follow continuous batching (generate_batch() and serving), whose calls do not "
                 "say which request a row belongs to: use generate()"
             )
-        before, threshold, prove = scores, None, None
+        before, drawable, threshold, prove = scores, scores, None, None
         for processor in processors:
             bar = getattr(processor, "threshold", None)
             if callable(bar):
                 threshold, margins = bar(scores), getattr(processor, "margins", None)
                 prove = None if margins is None else partial(_row_margins, margins, scores, threshold)
-            scores = processor(input_ids, scores)
-        drawable = scores
+            result = processor(input_ids, scores)
+            drawn_from = getattr(processor, "drawn_from", None)
+            drawable = result if drawn_from is None else drawn_from(scores, result)
+            scores = result
         warpers: list[Any] = [each for each in behind if isinstance(each, WARPERS)]
         for warper in warpers:
             drawable = warper(input_ids, drawable)

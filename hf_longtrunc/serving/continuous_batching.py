@@ -49,6 +49,7 @@ class TruncationByRequest(LogitsProcessor):
     """
 
     supports_continuous_batching = True
+    _is_unwarned = True  # attached, it is warned of what cuts behind it
 
     def __init__(self, name: str, default: float | None = None, *, xtc_threshold: float = 0.1):
         self.name = one_of("name", name, (*CUTOFFS, _XTC))

@@ -86,7 +86,7 @@ def truncate(
     result = logits.clone()
     for row, request in enumerate(requests):
         if "dry" in request and texts is not None:
-            result[row] = request["dry"].penalised(result[row], torch.tensor(list(texts[row]), dtype=torch.long))
+            result[row] = request["dry"].penalised(result[row], texts[row])
     for name in (*CUTOFFS, "xtc_probability"):
         places = [row for row, request in enumerate(requests) if name in request]
         if not places:

@@ -1,9 +1,13 @@
 """What a truncation step costs: our samplers beside every one that transformers ships, and the floor in bytes.
 
     python recipes/benchmarks/processors.py [--device cpu|cuda] [--threads 1 2]
+    python recipes/benchmarks/processors.py --samplers ranks     # top-H, min-k, XTC and DRY
 
 Expected (docs/eta.md has the measured tables): eager eta <= 0.6x transformers' on a CPU at V = 128256, batch 32;
 <= 0.3x on an H100, and under 0.2 ms compiled.
+
+Beside the samplers that go by rank stand transformers' top-h, and for those that it has not, what local engines do: a
+sort of the row for min-k and XTC, a loop over the text (2,048 tokens) for DRY; and a softmax, which each of them needs.
 
 All run in one process on the same scores; a figure is the median of the turns, a ratio that of the turns' ratios. Min-p
 and top-k do less arithmetic than eta and are faster. The floor is the time that a copy of the scores takes: one read
@@ -17,6 +21,7 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -26,19 +31,42 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hf_longtrunc import EpsilonLogitsProcessor, EtaLogitsProcessor, PLessLogitsProcessor, TopNSigmaLogitsProcessor
+from hf_longtrunc import (
+    DRYLogitsProcessor,
+    EpsilonLogitsProcessor,
+    EtaLogitsProcessor,
+    MinKLogitsProcessor,
+    PLessLogitsProcessor,
+    TopHLogitsProcessor,
+    TopNSigmaLogitsProcessor,
+    XTCLogitsProcessor,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 EPSILON = 2e-3
 TOP_P = 0.9
-LIKE_PAIRS = {
-    "eta / transformers' eta": ("eta", "transformers' eta"),
-    "epsilon / transformers' epsilon": ("epsilon", "transformers' epsilon"),
-    "eta / transformers' top-p": ("eta", "transformers' top-p"),
-    "eta / transformers' min-p": ("eta", "transformers' min-p"),
-    "eta / transformers' top-k": ("eta", "transformers' top-k"),
+TEXT = 2048
+PAIRS = {
+    "thresholds": {
+        "eta / transformers' eta": ("eta", "transformers' eta"),
+        "epsilon / transformers' epsilon": ("epsilon", "transformers' epsilon"),
+        "eta / transformers' top-p": ("eta", "transformers' top-p"),
+        "eta / transformers' min-p": ("eta", "transformers' min-p"),
+        "eta / transformers' top-k": ("eta", "transformers' top-k"),
+    },
+    "ranks": {
+        "top-h / transformers' top-h": ("top-h", "transformers' top-h"),
+        "top-h / theirs, all tokens": ("top-h", "transformers' top-h, all tokens"),
+        "min-k / min-k by a sort": ("min-k", "min-k by a sort"),
+        "XTC / XTC by a sort": ("XTC", "XTC by a sort"),
+        "DRY / DRY by a loop": ("DRY", "DRY by a loop"),
+        "top-h / softmax": ("top-h", "softmax"),
+        "min-k / softmax": ("min-k", "softmax"),
+        "XTC / softmax": ("XTC", "softmax"),
+        "DRY / softmax": ("DRY", "softmax"),
+    },
 }
 
 
@@ -48,6 +76,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, nargs="+", default=[49152, 128256, 262144])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--samplers", choices=PAIRS, default="thresholds")
+    parser.add_argument("--peaked", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     arguments = parser.parse_args()
@@ -66,7 +96,7 @@ def _print_table(arguments: argparse.Namespace) -> None:
     table = Table("sampler", *(f"{vocab:,} x {batch}" for vocab in arguments.vocab for batch in arguments.batch))
     cells = [(vocab, batch) for vocab in arguments.vocab for batch in arguments.batch]
     columns: list[list[str]] = []
-    names = [*_contestants(arguments, "cpu"), "floor", *LIKE_PAIRS]
+    names = [*_contestants(arguments, "cpu"), "floor", *PAIRS[arguments.samplers]]
     try:
         for vocab, batch in track(cells, description="timing", console=Console(stderr=True)):
             columns.append(_column(arguments, vocab, batch))
@@ -78,18 +108,20 @@ def _print_table(arguments: argparse.Namespace) -> None:
 
 def _column(arguments: argparse.Namespace, vocab: int, batch: int) -> list[str]:
     torch.compiler.reset()  # every shape compiles anew, and a process has a limit of recompilations
-    scores = _scores(batch, vocab, arguments.device)
+    scores = _scores(batch, vocab, arguments.device, arguments.peaked)
     contestants: dict[str, Callable[[torch.Tensor], object]] = _contestants(arguments, arguments.device)
     contestants["floor"] = torch.clone
     times = _goes_ms(contestants, scores, arguments.turns)
     ratios = [
         statistics.median(ours / theirs for ours, theirs in zip(times[one], times[other], strict=True))
-        for one, other in LIKE_PAIRS.values()
+        for one, other in PAIRS[arguments.samplers].values()
     ]
     return [*(f"{statistics.median(goes):.3f}" for goes in times.values()), *(f"{ratio:.2f}x" for ratio in ratios)]
 
 
 def _contestants(arguments: argparse.Namespace, device: str) -> dict[str, Callable[[torch.Tensor], object]]:
+    if arguments.samplers == "ranks":
+        return _by_rank(device)
     processors: dict[str, Any] = {
         "eta": EtaLogitsProcessor(EPSILON),
         "transformers' eta": transformers.EtaLogitsWarper(EPSILON, device=device),
@@ -111,14 +143,66 @@ def _contestants(arguments: argparse.Namespace, device: str) -> dict[str, Callab
     return calls
 
 
+def _by_rank(device: str) -> dict[str, Callable[[torch.Tensor], object]]:
+    # Some passages come again, as in a text that begins to repeat itself.
+    ids = torch.randint(400, (64,), generator=torch.Generator().manual_seed(0)).repeat(TEXT // 64).to(device)
+    dry = DRYLogitsProcessor(0.8)
+    whole_row = transformers.TopHLogitsWarper(0.4)
+    whole_row.top_n = sys.maxsize  # it looks at 100 tokens otherwise
+    return {
+        "softmax": lambda scores: scores.softmax(-1),
+        "top-h": _call(TopHLogitsProcessor(0.4)),
+        "transformers' top-h": _call(transformers.TopHLogitsWarper(0.4)),
+        "transformers' top-h, all tokens": _call(whole_row),
+        "min-k": _call(MinKLogitsProcessor(3.0)),
+        "min-k by a sort": _min_k_by_a_sort,
+        "XTC": _call(XTCLogitsProcessor(0.05, 1.0)),
+        "XTC by a sort": _xtc_by_a_sort,
+        "DRY": lambda scores: dry(ids.expand(len(scores), -1), scores),
+        "DRY by a loop": lambda scores: torch.stack([_dry_by_a_loop(ids.tolist(), row.clone()) for row in scores]),
+    }
+
+
+def _min_k_by_a_sort(scores: torch.Tensor) -> torch.Tensor:
+    ordered = scores.sort(-1, descending=True).values
+    extent = ordered[:, :1] - ordered[:, -1:]
+    places = torch.arange(1, scores.shape[-1], device=scores.device)
+    cliff = (-ordered.diff(dim=-1) / extent / places).argmax(-1, keepdim=True)
+    last = torch.maximum(cliff, (3.0 / extent).floor().long() - 1)
+    return scores.masked_fill(scores < ordered.gather(-1, last), -torch.inf)
+
+
+def _xtc_by_a_sort(scores: torch.Tensor) -> torch.Tensor:
+    ordered, places = scores.sort(-1, descending=True)
+    above = torch.nn.functional.pad(ordered.softmax(-1)[:, 1:] >= 0.05, (0, 1))
+    return scores.masked_fill(torch.zeros_like(above).scatter(-1, places, above), -torch.inf)
+
+
+def _dry_by_a_loop(ids: list[int], row: torch.Tensor) -> torch.Tensor:
+    longest: dict[int, int] = {}
+    for place in range(len(ids) - 1):
+        length = 0
+        while length < min(50, place + 1) and ids[place - length] == ids[-1 - length]:
+            length += 1
+        if length >= 2:
+            longest[ids[place + 1]] = max(longest.get(ids[place + 1], 0), length)
+    for token, length in longest.items():
+        row[token] -= 0.8 * 1.75 ** (length - 2)
+    return row
+
+
 def _call(processor: Any) -> Callable[[torch.Tensor], object]:
     return lambda scores: processor(None, scores)
 
 
-def _scores(batch: int, vocab: int, device: str) -> torch.Tensor:
-    """Logits with a language model's spread: some tens of tokens share most of the mass, entropy near 3 nats."""
+def _scores(batch: int, vocab: int, device: str, peaked: bool) -> torch.Tensor:
+    """Logits with a language model's spread, of some 7 nats; `peaked` ones, of some 3 nats, fall with their rank."""
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(batch, vocab, generator=generator) * 2.6 - 5).to(device)
+    scores = torch.randn(batch, vocab, generator=generator) * (0.3 if peaked else 2.6)
+    if peaked:
+        ranks = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(batch)])
+        scores -= 1.5 * (ranks + 1.0).log()
+    return (scores - 5).to(device)
 
 
 def _goes_ms(

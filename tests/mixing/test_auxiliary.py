@@ -444,6 +444,16 @@ def test_encoder_decoder():
         ULDLogitsProcessor(T5ForConditionalGeneration(config))
 
 
+def test_a_prompt_with_images_is_refused(llamas):
+    """The second model is handed ids alone, and read the placeholders of pixels as text."""
+    target, *_ = llamas
+    assistant = made(llama, 1, 4)
+    assistant.config.image_token_id = 9
+    with pytest.raises(ValueError, match=r"placeholder 9 \(image_token_id\).*no pixels"):
+        target.generate(PLAIN, logits_processor=[ULDLogitsProcessor(assistant)], max_new_tokens=2)
+    ULDLogitsProcessor(assistant)(torch.tensor([[3, 4, 6]]), torch.randn(1, 97))
+
+
 def test_inputs_embeds_and_an_empty_prompt(llamas):
     target, assistant, _ = llamas
     embeds = target.get_input_embeddings()(PLAIN)

@@ -151,6 +151,7 @@ MODES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:generate.. runs TopKLogitsWarper behind:UserWarning")  # it masks there
 @pytest.mark.parametrize("mode", MODES)
 def test_every_drawn_token_is_in_the_kept_set(tiny_model, basis, mode):
     processor = BasisAwareLogitsProcessor(basis, EPSILON)
@@ -168,7 +169,9 @@ def test_seeds_repeat_and_differ(tiny_model, basis):
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
         processor = BasisAwareLogitsProcessor(basis, EPSILON)
-        texts.append(tiny_model.generate(PROMPT, do_sample=True, max_new_tokens=15, logits_processor=[processor]))
+        texts.append(
+            tiny_model.generate(PROMPT, do_sample=True, top_k=0, max_new_tokens=15, logits_processor=[processor])
+        )
     assert torch.equal(texts[0], texts[1])
     assert not torch.equal(texts[0], texts[2])
 
@@ -270,7 +273,7 @@ def test_gemma_style_softcap_is_sampled_right_and_refused_under_beams():
     plain = logits[-1].softmax(-1) >= tau
     assert torch.equal(kept[-1], SupportChecker(by_hand).kept(logits[-1], tau, floor=0.0) | plain)
     sampler = BasisAwareLogitsProcessor(basis, EPSILON)
-    model.generate(PROMPT, do_sample=True, max_new_tokens=4, logits_processor=[sampler])
+    model.generate(PROMPT, do_sample=True, top_k=0, max_new_tokens=4, logits_processor=[sampler])
     with pytest.raises(ValueError, match="caps its logits"):
         model.generate(PROMPT, num_beams=2, do_sample=False, max_new_tokens=4, logits_processor=[processor])
 

@@ -6,6 +6,14 @@ import warnings
 
 import pytest
 import torch
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
 
 from hf_longtrunc import (
     BasisAwareLogitsProcessor,
@@ -17,6 +25,7 @@ from hf_longtrunc import (
     sampling_settings,
 )
 from hf_longtrunc.sampling.calls import draws_by_itself, neighbours
+from hf_longtrunc.serving.continuous_batching import TruncationByRequest
 
 PROMPT = torch.tensor([[1, 5, 9, 13, 5, 9]])
 LATER = {
@@ -56,14 +65,103 @@ def test_the_warning_reaches_through_a_trace_and_an_attachment(tiny_model):
         generate(tiny_model, [])
 
 
-def test_a_temperature_behind_a_drawn_token_is_warned_of(tiny_model):
+class Bias(LogitsProcessor):
+    """Disfavours half of the vocabulary, in front of or behind others."""
+
+    def __call__(self, input_ids, scores):
+        return scores - 8.0 * (torch.arange(scores.shape[-1]) % 2)
+
+
+class Nothing(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+def test_what_stands_behind_basis_aware_truncation_has_its_effect(tiny_model):
+    """Drawing itself it left one token, of which a bias disfavoured every second."""
+    torch.manual_seed(1)
+    prompts = PROMPT.repeat(64, 1)
+    bat = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), 1e-3)
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 2}
+    drawn = tiny_model.generate(prompts, logits_processor=[bat, Bias()], **options)[:, 6:]
+    assert (drawn % 2).double().mean() < 0.05
+    scores = tiny_model.generate(
+        PROMPT, logits_processor=[bat, Nothing()], output_scores=True, return_dict_in_generate=True, **options
+    ).scores
+    assert all((each > -torch.inf).sum() > 1 for each in scores)
+    tempered = tiny_model.generate(
+        PROMPT, logits_processor=[bat], temperature=0.5, output_scores=True, return_dict_in_generate=True, **options
+    ).scores
+    assert all((each > -torch.inf).sum() > 1 for each in tempered)
+    alone = tiny_model.generate(
+        PROMPT, logits_processor=[bat], output_scores=True, return_dict_in_generate=True, **options
+    ).scores
+    assert all((each > -torch.inf).sum() == 1 for each in alone)
+
+
+def test_a_trace_of_sample_mode_shows_what_the_rule_kept(tiny_model):
+    basis = SoftmaxBasis.from_model(tiny_model, 3)
+    records = []
+    for mode in ("sample", "mask"):
+        torch.manual_seed(0)
+        trace = TruncationTrace([BasisAwareLogitsProcessor(basis, 0.05, mode=mode)])
+        sequences = tiny_model.generate(PROMPT, do_sample=True, top_k=0, max_new_tokens=1, logits_processor=[trace])
+        records.append(trace.finish(sequences).records[0])
+    sampled, masked = records
+    assert (sampled.kept, sampled.kept_mass) == (masked.kept, masked.kept_mass)
+    assert sampled.kept > 1
+    assert sampled.cut_above == 0
+
+
+@pytest.mark.parametrize(
+    ("in_front", "names"),
+    [
+        (Bias(), "Bias"),
+        (TopKLogitsWarper(5), "TopKLogitsWarper"),
+        (EtaLogitsProcessor(0.3), "EtaLogitsProcessor"),
+        (TemperatureLogitsWarper(0.7), "TemperatureLogitsWarper"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_whatever_changes_the_distribution_in_front_of_a_proof_is_warned_of(tiny_model, in_front, names):
     bat = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), 0.2)
-    message = "TemperatureLogitsWarper behind BasisAwareLogitsProcessor, and so changes nothing.*mode='mask'"
-    with pytest.warns(UserWarning, match=message) as caught:
-        generate(tiny_model, [bat], top_k=0, temperature=0.7)
+    with pytest.warns(UserWarning, match=f"{names} in front of BasisAwareLogitsProcessor.*proves nothing") as caught:
+        generate(tiny_model, [in_front, bat], top_k=0)
     assert len(caught) == 1
-    mask = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), 0.2, mode="mask")
-    generate(tiny_model, [mask], top_k=0, temperature=0.7)  # any warning would be an error
+    silent = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), 0.2)
+    generate(tiny_model, [Nothing(), silent], top_k=0)  # any warning would be an error
+    generate(tiny_model, [TruncationTrace([silent])], top_k=0)
+
+
+def test_a_grammar_behind_a_truncation_sampler_is_refused(tiny_model):
+    grammar = PrefixConstrainedLogitsProcessor(lambda batch, ids: [7, 8], 1)
+    for sampler in (EtaLogitsProcessor(0.2), BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), 0.2)):
+        with pytest.raises(ValueError, match=r"PrefixConstrained.* runs behind .*put it in front"):
+            generate(tiny_model, [sampler, grammar], top_k=0)
+    result = generate(tiny_model, [grammar, EtaLogitsProcessor(0.2)], top_k=0)
+    assert set(result[0, 6:].tolist()) <= {7, 8}
+
+
+def test_attached_processors_warn_of_the_default_top_k_in_generate_batch(tiny_model):
+    config = GenerationConfig(do_sample=True, max_new_tokens=2, eos_token_id=-1, pad_token_id=0, top_k=50)
+    settings = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64)
+    for processor in (EtaLogitsProcessor(0.2), TruncationByRequest("eta", 0.2)):
+        with (
+            attach_processors(tiny_model, [processor]),
+            pytest.warns(UserWarning, match="TopKLogitsWarper behind") as caught,
+        ):
+            tiny_model.generate_batch([[1, 5, 9]], generation_config=config, continuous_batching_config=settings)
+        assert len(caught) == 1
+
+
+def test_values_are_one_a_prompt(tiny_model):
+    """Two values for four prompts were given to two prompts each."""
+    two = EtaLogitsProcessor([0.1, 0.2])
+    with pytest.raises(ValueError, match=r"epsilon has 2 values, and generate\(\) runs 4 rows, 1 for each prompt"):
+        tiny_model.generate(PROMPT.repeat(4, 1), do_sample=True, top_k=0, max_new_tokens=1, logits_processor=[two])
+    options = {"do_sample": True, "top_k": 0, "max_new_tokens": 1, "logits_processor": [two]}
+    assert len(tiny_model.generate(PROMPT.repeat(2, 1), num_return_sequences=2, **options)) == 4
+    assert len(tiny_model.generate(PROMPT.repeat(2, 1), num_beams=2, **options)) == 2
 
 
 def test_the_settings_leave_the_processor_alone(tiny_model):

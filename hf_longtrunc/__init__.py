@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from hf_longtrunc.attention.cache import (
-        ArchiveCacheLayer as ArchiveCacheLayer,
-        LambdaCacheLayer as LambdaCacheLayer,
-    )
     from hf_longtrunc.attention.dual_chunk_attention import DualChunkAttention as DualChunkAttention
+    from hf_longtrunc.attention.explanation import Explanation as Explanation
+    from hf_longtrunc.attention.full_store import ArchiveCacheLayer as ArchiveCacheLayer
+    from hf_longtrunc.attention.key_retrieval import TopBlocks as TopBlocks, TopK as TopK
     from hf_longtrunc.attention.lm_infinite import LMInfinite as LMInfinite, trained_length as trained_length
-    from hf_longtrunc.attention.retrieval import TopBlocks as TopBlocks, TopK as TopK
+    from hf_longtrunc.attention.ring_cache import LambdaCacheLayer as LambdaCacheLayer
+    from hf_longtrunc.attention.streaming_llm import StreamingLLM as StreamingLLM
     from hf_longtrunc.attention.trace import AttentionTrace as AttentionTrace
     from hf_longtrunc.cross_attention.datastore import (
         Datastore as Datastore,
@@ -37,6 +37,12 @@ if TYPE_CHECKING:
     from hf_longtrunc.data.report import packing_table as packing_table, plot_packing as plot_packing
     from hf_longtrunc.data.stream import PackedStream as PackedStream
     from hf_longtrunc.data.verify import check_packed as check_packed
+    from hf_longtrunc.errors import (
+        CacheLawError as CacheLawError,
+        HFLongtruncError as HFLongtruncError,
+        LeakingRowsError as LeakingRowsError,
+        UnsupportedModelError as UnsupportedModelError,
+    )
     from hf_longtrunc.mixing.auxiliary import (
         AuxiliaryModelLogitsProcessor as AuxiliaryModelLogitsProcessor,
         ContrastiveDecodingLogitsProcessor as ContrastiveDecodingLogitsProcessor,
@@ -106,24 +112,28 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOME = {
-    "ArchiveCacheLayer": "hf_longtrunc.attention.cache",
+    "ArchiveCacheLayer": "hf_longtrunc.attention.full_store",
     "AttentionTrace": "hf_longtrunc.attention.trace",
     "AuxiliaryModelLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.bat",
     "BestFitPackingCollator": "hf_longtrunc.data.collators",
+    "CacheLawError": "hf_longtrunc.errors",
     "ContrastiveDecodingLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "CreamCollator": "hf_longtrunc.positions.collator",
     "CreamPositions": "hf_longtrunc.positions.cream",
-    "Datastore": "hf_longtrunc.cross_attention.datastore",
     "DRYLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "Datastore": "hf_longtrunc.cross_attention.datastore",
     "DualChunkAttention": "hf_longtrunc.attention.dual_chunk_attention",
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "Explanation": "hf_longtrunc.attention.explanation",
     "FaissDatastore": "hf_longtrunc.cross_attention.datastore",
     "GradualUnrolling": "hf_longtrunc.mixing.pema",
     "GuidanceLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
+    "HFLongtruncError": "hf_longtrunc.errors",
     "LMInfinite": "hf_longtrunc.attention.lm_infinite",
-    "LambdaCacheLayer": "hf_longtrunc.attention.cache",
+    "LambdaCacheLayer": "hf_longtrunc.attention.ring_cache",
+    "LeakingRowsError": "hf_longtrunc.errors",
     "MinKLogitsProcessor": "hf_longtrunc.sampling.processors",
     "PEMA": "hf_longtrunc.mixing.pema_processor",
     "PEMAAdapter": "hf_longtrunc.mixing.pema",
@@ -138,17 +148,19 @@ _HOME = {
     "SamplingMaskRecorder": "hf_longtrunc.sampling.recorder",
     "ShardedDatastore": "hf_longtrunc.cross_attention.datastore",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
+    "StreamingLLM": "hf_longtrunc.attention.streaming_llm",
     "SupportChecker": "hf_longtrunc.sampling.support",
-    "TopBlocks": "hf_longtrunc.attention.retrieval",
-    "TopNSigmaLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "TopBlocks": "hf_longtrunc.attention.key_retrieval",
     "TopHLogitsProcessor": "hf_longtrunc.sampling.processors",
-    "TopK": "hf_longtrunc.attention.retrieval",
+    "TopK": "hf_longtrunc.attention.key_retrieval",
+    "TopNSigmaLogitsProcessor": "hf_longtrunc.sampling.processors",
     "TruncationRecord": "hf_longtrunc.sampling.trace",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "ULDCollator": "hf_longtrunc.mixing.uld",
     "ULDLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "ULDLoss": "hf_longtrunc.mixing.uld",
     "Unlimiformer": "hf_longtrunc.cross_attention.unlimiformer",
+    "UnsupportedModelError": "hf_longtrunc.errors",
     "XTCLogitsProcessor": "hf_longtrunc.sampling.processors",
     "attach_processors": "hf_longtrunc.sampling.attach",
     "attach_truncation": "hf_longtrunc.sampling.policy_training",

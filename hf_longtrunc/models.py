@@ -110,8 +110,19 @@ def parameters_of(module: Any) -> list[str]:
 
 
 def bound(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments by the names that the module's forward gives them."""
-    return {**dict(zip(parameters_of(module), args, strict=False)), **kwargs}
+    """Return a call's arguments by the names that the module's forward gives them; a cache under its older names too.
+
+    Raises:
+        TypeError: the cache comes under two names.
+    """
+    names = parameters_of(module)
+    result = {**dict(zip(names, args, strict=False)), **kwargs}
+    for other in {"past_key_values", "cache"} - {CACHE}:
+        if other in result and CACHE in names and other not in names:
+            if result.get(CACHE) is not None:
+                raise TypeError(f"the cache was passed as {CACHE} and as {other}: pass it once, as {CACHE}")
+            result[CACHE] = result.pop(other)
+    return result
 
 
 def weight_and_bias(layer: Any, width: int, *, differentiable: bool = False) -> tuple[Tensor, Tensor]:
@@ -150,10 +161,13 @@ def few_tokens(model: Any, most: int) -> Tensor:
     return ((7 * torch.arange(min(8, most), device=device) + 3) % len(weight))[None]
 
 
-def disagreement(before: Tensor, after: Tensor) -> float | None:
-    """Return how far a change moved the states of a few tokens; None if no farther than rounding in their dtype may."""
+def disagreement(before: Tensor, after: Tensor, noise: float = 0.0) -> float | None:
+    """Return how far a change moved the states of a few tokens; None if no farther than rounding in their dtype may.
+
+    `noise` is how far the model's own implementations differ, relative to the states: three times that is allowed.
+    """
     difference = float((after - before).double().norm())
-    tolerance = 0.1 if before.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    tolerance = max(0.1 if before.dtype in (torch.float16, torch.bfloat16) else 1e-3, 3 * noise)
     return None if difference <= tolerance * float(before.double().norm()) else difference
 
 

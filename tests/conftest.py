@@ -23,10 +23,8 @@ else:
 PYPROJECT = tomllib.loads(Path(__file__, "../../pyproject.toml").resolve().read_text())
 CONTRACTS = {contract["name"]: contract for contract in PYPROJECT["tool"]["importlinter"]["contracts"]}
 PURE_FILES = CONTRACTS["pure files know tensors, not transformers"]["source_modules"]
-PURE_FILES.remove("hf_longtrunc.attention.retrieval")  # users' settings, which it checks in words of its own
-PURE_FILES.remove("hf_longtrunc.sampling.dry")  # a request's settings, too
+PURE_FILES.remove("hf_longtrunc.sampling.dry")  # a request's settings, which it checks in words of its own
 PURE_FILES.remove("hf_longtrunc.attention.flex")  # traced by torch with tensors that stand for others
-PURE_FILES.remove("hf_longtrunc.attention.fused")  # read by Triton as it is written
 for shape_type in ("Bool", "Float", "Int", "UInt8"):
     setattr(builtins, shape_type, getattr(jaxtyping, shape_type))
 # The hook takes a checker by name; this one takes an int for a float, as Python's type checkers do.

@@ -3,44 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial, update_wrapper
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property, partial, update_wrapper
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer, StaticLayer
 
 from hf_longtrunc.arguments import one_of, whole
-from hf_longtrunc.attention.cache import ChosenLayer
-from hf_longtrunc.attention.dual_chunk import Chunks, Emphasis, block_votes, dual_chunk_attention, sharpness
-from hf_longtrunc.attention.families import own_forward
-from hf_longtrunc.attention.forward import Call, check_implementation
+from hf_longtrunc.attention.block_scores import selected_positions
+from hf_longtrunc.attention.cache_law import guard
+from hf_longtrunc.attention.context import PASSTHROUGH, ForwardContext, current_context
+from hf_longtrunc.attention.decoder_call import full_context
+from hf_longtrunc.attention.dual_chunk import (
+    ChunkLaw,
+    Chunks,
+    KeyMultiplicity,
+    chunk_block_scores,
+    dual_chunk_attention,
+    sharpness,
+)
+from hf_longtrunc.attention.key_retrieval import TopBlocks
 from hf_longtrunc.attention.lm_infinite import trained_length
-from hf_longtrunc.attention.middle import positions_of
-from hf_longtrunc.attention.patch import AttentionPatch
-from hf_longtrunc.attention.retrieval import TopBlocks
-from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward
-from hf_longtrunc.attention.row_positions import check_positions, checked_mask, taken
-from hf_longtrunc.attention.step import Native, Step, carry, made, padding_of, text_step
-from hf_longtrunc.models import CACHE, attachable, bound, parameters_of
+from hf_longtrunc.attention.padding import gather_columns
+from hf_longtrunc.attention.patch import PatchTechnique
+from hf_longtrunc.attention.ring_cache import RingCacheLayer
+from hf_longtrunc.attention.rope import exact_forward
+from hf_longtrunc.errors import CacheLawError, UnsupportedModelError
+from hf_longtrunc.models import parameters_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor, nn
+    from typing_extensions import Self
 
-    from hf_longtrunc.attention.lambda_attention import Scoring
-    from hf_longtrunc.attention.patch import Learnt
-    from hf_longtrunc.attention.retrieval import Ballot
-    from hf_longtrunc.attention.rotary import Rotation
-    from hf_longtrunc.attention.states import States
+    from hf_longtrunc.attention.cache_law import CacheLaw
+    from hf_longtrunc.attention.context import MaskPlaceholder
+    from hf_longtrunc.attention.decoder_call import DecoderCall
+    from hf_longtrunc.attention.kernels import Scoring
+    from hf_longtrunc.attention.key_retrieval import BlockScores
+    from hf_longtrunc.attention.probe import ProbeResult
+    from hf_longtrunc.attention.technique import AttentionLayer
+    from hf_longtrunc.handles import Handle
 
-# rope_types whose frequencies depend on the running length: they are frozen at the trained one.
-_RUNNING = {"dynamic", "longrope"}
 _SINKS = 16  # first tokens that every token attends to, whatever is asked: no block holds them
 
 
 @dataclass(frozen=True, kw_only=True)
-class DualChunkAttention:
+class DualChunkAttention(PatchTechnique):
     """The whole text at distances that the model was trained on, without training.
 
     The text is cut into chunks of `chunk_length` tokens. Keys of a query's own chunk stand at their true distance,
@@ -48,8 +58,15 @@ class DualChunkAttention:
     of what is trained. Nothing is left out: memory and time are those of full attention, with the cache that the model
     has anyway. A text of at most `chunk_length` tokens is the unmodified model, to the bit (Falcon: to rounding).
 
+    >>> with DualChunkAttention(chunk_length=48)(model):
+    ...     answer = model.generate(ids, max_new_tokens=4, do_sample=False)
+
+    Layers that were trained with a sliding window keep their own attention and positions; full-attention layers
+    without rotary positions see all keys.
+
     Args:
-        chunk_length: s; None takes three quarters of the trained length, as the authors do.
+        chunk_length: s; None takes three quarters of the trained length, as the authors do, or what the config's
+            `dual_chunk_attention_config` says (Qwen2.5-1M).
         trained_length: c, more than s; None takes what the config says.
         retrieval: `TopBlocks(...)` lets the keys of the blocks that a question points at count for several, in all
             layers that read: what the model overlooks. Texts of any length are emphasised so, and it needs a cache
@@ -66,6 +83,9 @@ class DualChunkAttention:
     Source: An et al. 2024, "Training-Free Long-Context Scaling of Large Language Models", arXiv 2402.17463. Deviations:
     positions are counted from each row's first real token.
     """
+
+    cache_implementations: ClassVar[tuple[str | None, ...]] = (None, "dynamic", "offloaded", "quantized")
+    restarts_positions: ClassVar[bool] = True
 
     chunk_length: int | None = None
     trained_length: int | None = None
@@ -89,263 +109,271 @@ class DualChunkAttention:
                 f"store=...) say nothing here: leave them out, got {self.retrieval.distance}, {self.retrieval.store!r}"
             )
 
-    def attach(self, model: Any) -> ChunkPatch:
-        """Patch `model`, a transformers causal language model or a PEFT or DDP wrapper of one, until `detach()`.
+    # -- settings ------------------------------------------------------------------------------------------------------
 
-        Raises:
-            TypeError: it is no such model.
-            ValueError: it is patched or compiled already, the chunk is not shorter than what it was trained on, or its
-                architecture cannot be patched: no rotary positions, soft-capped scores, learned sink logits, layers
-                with a window of their own, or others that the message names.
-        """
-        owner = attachable(model, "DualChunkAttention")
-        trained = trained_length(owner.config) if self.trained_length is None else self.trained_length
-        chunk = max(1, 3 * trained // 4) if self.chunk_length is None else self.chunk_length
+    def for_model(self, model: Any) -> Self:
+        """Return the technique with chunk and trained length of one model."""
+        config = model.config.get_text_config(decoder=True)
+        own = getattr(config, "dual_chunk_attention_config", None) or {}  # as Qwen2.5-1M has it
+        trained = self.trained_length or own.get("chunk_size") or trained_length(model.config)
+        chunk = self.chunk_length
+        if chunk is None and own and self.trained_length is None:
+            chunk = own["chunk_size"] - own["local_size"]
+        chunk = max(1, 3 * trained // 4) if chunk is None else chunk
         if chunk >= trained:
             raise ValueError(
                 f"chunk_length must be less than the {trained} tokens that the model was trained on, got {chunk}; "
                 "leave it out to take three quarters of them"
             )
-        return ChunkPatch(self, owner, chunk, trained)
+        return replace(self, chunk_length=chunk, trained_length=trained)
 
-    __call__ = attach
-
-
-@dataclass(frozen=True, eq=False)
-class ChunkLayer:
-    """One attention module: its place among the layers, its rotation, and what was chosen for all of them."""
-
-    index: int
-    rotation: Rotation
-    chunk: int
-    trained: int
-    retrieval: TopBlocks | None
-    temperature: str | None
+    @cached_property
+    def distances(self) -> ChunkLaw:
+        """The law of distances."""
+        assert self.chunk_length is not None
+        assert self.trained_length is not None
+        return ChunkLaw(self.chunk_length, self.trained_length)
 
     @property
-    def first_in_block(self) -> int:
-        """The position of the first key of the first block that can be chosen."""
+    def rope_length(self) -> int:
+        """The trained length."""
+        return self.distances.trained_length
+
+    @property
+    def retrieval_length(self) -> int:
+        """The shortest text with a block before the rows that read."""
+        retrieval = self.retrieval
+        return 0 if retrieval is None else _SINKS + retrieval.block_size + retrieval.margin + retrieval.rows
+
+    @property
+    def first_block(self) -> int:
+        """Position of the first key of the first block."""
         return _SINKS
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, step: Step, scoring: Scoring) -> Tensor:
-        """Return the attention [batch, heads, n, value_dim] of one forward's queries over all keys so far.
+    @property
+    def title(self) -> str:
+        """The technique and the settings that its caches depend on."""
+        law = self.distances
+        return f"DualChunkAttention(chunk_length={law.chunk_length}, trained_length={law.trained_length})"
 
-        Args:
-            query: [batch, heads, n, dim], rotated at i mod s.
-            key: [batch, kv_heads, m, dim], rotated at j mod s, in the order in which the columns came.
-            value: [batch, kv_heads, m, value_dim].
-            step: the forward that the queries belong to.
-            scoring: of this module; dropout is not applied.
-        """
-        if not scoring.is_plain or scoring.dropout:
-            raise CannotPatchError(
-                "DualChunkAttention joins plain attention calls, and this layer soft-caps its scores, has learned sink "
-                "logits, slopes or dropout: set its attention dropout to 0, or take LMInfinite"
+    def check(self, found: ProbeResult) -> Self:
+        """Refuse a model without rotary positions; return the technique with the retrieval's defaults."""
+        if not found.distinct_rotations:
+            raise UnsupportedModelError("none of its layers has rotary positions, so there is no distance to limit")
+        if self.retrieval is None:
+            return self
+        can_crop = found.states is None and not found.windowed
+        self.retrieval.check(list(found.indices.values()), not found.cached_otherwise, can_crop)
+        return replace(self, retrieval=self.retrieval.for_layers(max(found.indices.values()) + 1))
+
+    def tiny(self) -> Self:
+        """Return the technique at chunks of three tokens."""
+        beyond = min(2, self.distances.trained_length - self.distances.chunk_length)
+        return replace(self, chunk_length=3, trained_length=3 + beyond, retrieval=None, temperature=None)
+
+    def prepare(self, handle: Handle, decoder: Any, found: ProbeResult) -> None:
+        """Freeze frequencies that depend on the length; let windowed layers rotate by true positions."""
+        if "position_ids" not in parameters_of(decoder):
+            raise UnsupportedModelError(
+                "its decoder takes no position_ids, so its keys cannot start again at every chunk"
             )
-        if key.shape[2] != step.keys:
+        if found.frequencies or _depends_on_length(decoder.config):
+            for module, rotaries in found.exact.items():
+                handle.set(module, "forward", exact_forward(rotaries))
+        for module in found.windowed:
+            own = _with_true_positions(module, decoder, found)
+            handle.set(module, "forward", update_wrapper(own, module.forward))
+
+    # -- caches --------------------------------------------------------------------------------------------------------
+
+    def check_cache_layer(self, layer: Any) -> None:
+        """Refuse caches that do not grow."""
+        if isinstance(layer, RingCacheLayer):
+            raise CacheLawError(
+                f"this cache was built for {layer.law.technique if layer.law else 'a ring'}, which keeps a window of "
+                "the text, and DualChunkAttention reads all of it: start anew with a new cache"
+            )
+        if isinstance(layer, StaticLayer):
             raise ValueError(
-                f"the cache hands out {key.shape[2]} keys where {step.keys} were announced: DualChunkAttention needs a "
-                "cache that grows; take DynamicCache or leave it to generate()"
+                "DualChunkAttention needs a cache that grows, got a StaticCache: take DynamicCache or leave the "
+                "cache to generate()"
             )
-        if not query.dtype == key.dtype == value.dtype:  # under autocast, which turns queries and keys in fp32
+
+    def cache_layer(self, ordinary: Any, layer: AttentionLayer, law: CacheLaw, shares_keys: bool) -> Any:
+        """Return the ordinary layer, which knows its law from now on."""
+        guarded = guard(ordinary)
+        if guarded is None:
+            return ordinary
+        guarded.law = law
+        return guarded
+
+    def selection_layers(self, call: DecoderCall) -> Sequence[Any]:
+        """Return the cache's layers, each of which grows."""
+        layers: Any = call.cache_layers
+        grow = [isinstance(layer, DynamicLayer) and not isinstance(layer, BaseQuantizedLayer) for layer in layers]
+        if not layers or not all(grow):
+            got = ", ".join(sorted({type(layer).__name__.removeprefix("Guarded") for layer in layers})) or "none"
+            raise ValueError(
+                "DualChunkAttention(retrieval=TopBlocks(...)) keeps what it selected with an ordinary cache that "
+                f"grows, DynamicCache(config=model.config), got {got}: leave the cache to generate(), or leave "
+                "retrieval out"
+            )
+        layers[:] = [guard(layer) for layer in layers]
+        return list(layers)
+
+    # -- one forward, one layer ----------------------------------------------------------------------------------------
+
+    def context(
+        self, call: DecoderCall, found: ProbeResult, block_scores: BlockScores | None, passthrough: bool
+    ) -> tuple[MaskPlaceholder, Tensor | None]:
+        """Return positions that start again at every chunk; PASSTHROUGH for a text within the first."""
+        context, positions = full_context(call)
+        if found.windowed and context.query_order is not None:
+            raise ValueError(
+                "attention_mask has zeros between real tokens, and this model has layers with a window of their own, "
+                "which counts them: pad on the left alone"
+            )
+        if passthrough and call.past + call.new <= self.distances.chunk_length and context.key_order is None:
+            needs_positions = context.is_padded and call.inputs.get("position_ids") is None
+            return PASSTHROUGH, positions.clamp_min(0) if needs_positions else None
+        layers = {index: layer for index, layer in enumerate(call.cache_layers) if hasattr(layer, "selection")}
+        context = replace(
+            context,
+            cache_layers=layers,
+            block_scores=block_scores,
+            true_positions=positions.clamp_min(0) if found.windowed else None,
+        )
+        return context, self.distances.key_position(positions.clamp_min(0))
+
+    def attend(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: ForwardContext,
+        scoring: Scoring,
+    ) -> Tensor:
+        """Attend to all keys so far; queries and keys come rotated at their positions mod s, as the columns came."""
+        if scoring.slopes is not None or scoring.dropout:
+            raise UnsupportedModelError(
+                "DualChunkAttention merges attention calls, and this layer has ALiBi slopes or attention dropout: set "
+                "its attention dropout to 0, or take LMInfinite"
+            )
+        if key.shape[2] != context.num_keys:
+            raise ValueError(
+                f"the cache returns {key.shape[2]} keys where {context.num_keys} were expected: DualChunkAttention "
+                "needs a cache that grows; take DynamicCache or leave it to generate()"
+            )
+        if not query.dtype == key.dtype == value.dtype:  # under autocast, which rotates queries and keys in fp32
             query, key = query.to(value.dtype), key.to(value.dtype)
-        if step.key_order is not None:
-            key, value = taken(key, step.key_order), taken(value, step.key_order)
-        query = query if step.query_order is None else taken(query, step.query_order)
+        if context.key_order is not None:
+            key, value = gather_columns(key, context.key_order), gather_columns(value, context.key_order)
+        query = query if context.query_order is None else gather_columns(query, context.query_order)
+        law = self.distances
         if self.temperature is not None:
             wide = torch.promote_types(query.dtype, torch.float32)
-            factor = sharpness(step.queries.to(query.device), self.trained, self.temperature, wide)
+            factor = sharpness(context.query_positions.to(query.device), law.trained_length, self.temperature, wide)
             query = (query * factor[:, None, :, None]).to(query.dtype)
-        padding = (step.keys - 1 - step.last[:, 0]).expand(len(query)) if step.is_padded else None
-        chunks = Chunks(self.chunk, self.trained, scoring.scaling, self.rotation.rotate)
-        if self.retrieval is not None and step.ballot is not None and self.retrieval.reads(self.index, is_vote=True):
-            self._vote(query, key, padding, chunks, step, self.retrieval)
-        output = self._output(query, key, value, padding, chunks, step)
-        return output if step.query_order is None else taken(output, step.query_order.argsort(dim=-1))
+        padding = None
+        if context.is_padded:
+            padding = (context.num_keys - 1 - context.last_position[:, 0]).expand(len(query))
+        rotate = _unrotated if layer.rotation is None else layer.rotation.rotate
+        chunks = Chunks(law, scoring.scaling, rotate, scoring.softcap, scoring.null_logits)
+        if self.retrieval is not None and context.block_scores is not None:
+            self._score(layer.index, query, key, padding, chunks, context, self.retrieval)
+        output = self._output(layer.index, query, key, value, padding, chunks, context)
+        return output if context.query_order is None else gather_columns(output, context.query_order.argsort(dim=-1))
 
     def _output(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, chunks: Chunks, step: Step
+        self,
+        index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding: Tensor | None,
+        chunks: Chunks,
+        context: ForwardContext,
     ) -> Tensor:
-        """Attend; the last rows with what was chosen, unless they are choosing."""
-        emphasis = self._emphasis(step)
-        if emphasis is None or self.retrieval is None:
+        """Attend; the last rows to selected keys as often as these count, unless this is a scoring pass."""
+        multiplicity = self._multiplicity(index, context)
+        if multiplicity is None or self.retrieval is None:
             return dual_chunk_attention(query, key, value, padding, chunks)
         plain = max(0, query.shape[2] - self.retrieval.rows)
-        output = dual_chunk_attention(query[:, :, plain:], key, value, padding, chunks, emphasis)
+        output = dual_chunk_attention(query[:, :, plain:], key, value, padding, chunks, multiplicity)
         if not plain:
             return output
         end = key.shape[2] - self.retrieval.rows
         first = dual_chunk_attention(query[:, :, :plain], key[:, :, :end], value[:, :, :end], padding, chunks)
         return torch.cat([first, output], dim=2)
 
-    def _emphasis(self, step: Step) -> Emphasis | None:
+    def _multiplicity(self, index: int, context: ForwardContext) -> KeyMultiplicity | None:
         """Return which keys count for several in this layer."""
-        archive, retrieval = step.archives.get(self.index), self.retrieval
-        chosen = None if archive is None else archive.chosen
-        if chosen is None or retrieval is None or step.ballot is not None:
+        held, retrieval = context.cache_layers.get(index), self.retrieval
+        selection = None if held is None else held.selection
+        if selection is None or retrieval is None or context.block_scores is not None:
             return None
-        if not retrieval.reads(self.index, is_vote=False):
+        if not retrieval.reads(index, is_scoring=False):
             return None
-        return Emphasis(*positions_of(chosen, retrieval.block_size, retrieval.margin, _SINKS))
+        return KeyMultiplicity(*selected_positions(selection, retrieval.block_size, retrieval.margin, _SINKS))
 
-    def _vote(
-        self, query: Tensor, key: Tensor, padding: Tensor | None, chunks: Chunks, step: Step, retrieval: TopBlocks
+    def _score(
+        self,
+        index: int,
+        query: Tensor,
+        key: Tensor,
+        padding: Tensor | None,
+        chunks: Chunks,
+        context: ForwardContext,
+        retrieval: TopBlocks,
     ) -> None:
-        """Cast what rows that vote, and those before, pay to each block."""
-        assert step.ballot is not None
-        rows = retrieval.reading_rows(query.shape[2], is_vote=True)
-        positions = step.queries[:, -rows:].to(query.device)
-        groups = retrieval.groups(positions, step.last.to(query.device))
-        last = retrieval.rows + retrieval.margin  # what reads must stand behind what is read
-        votes = block_votes(query[:, :, -rows:], key, padding, chunks, groups, _SINKS, retrieval.block_size, last)
-        retrieval.cast(step.ballot, self.index, votes, groups)
-
-
-class ChunkPatch(AttentionPatch):
-    """A model under dual chunk attention: what `DualChunkAttention.attach` returns. `detach()` undoes it.
-
-    Attributes:
-        chunk: s.
-        trained: c.
-    """
-
-    technique: DualChunkAttention
-
-    def __init__(self, technique: DualChunkAttention, model: Any, chunk: int, trained: int):
-        super().__init__(technique, model, "its attention, masks and positions")
-        self._retrieval = technique.retrieval
-        self.chunk = chunk
-        self.trained = trained
-        self._install(trained)
-        # Until here texts of every length took our attention, so that a layer which it cannot serve was refused.
-        # So it stays where attention modules run forwards of ours, and where blocks are chosen.
-        if technique.retrieval is None and not any(own_forward(module) for module in self.layers):
-            run = self.decoder.forward.func
-            self.set(self.decoder, "forward", update_wrapper(partial(run, chunk, None), self.decoder.forward))
-
-    def traced_forward(self) -> Callable[..., Any]:
-        """Return what runs while an `AttentionTrace` listens: our attention for a text of any length."""
-        forward: Any = super().traced_forward()
-        return forward if self._retrieval is not None else partial(forward.func, 0, None)
-
-    def _layers(self, found: Learnt) -> dict[nn.Module, Any]:
-        if found.has_windows:
-            raise CannotPatchError(
-                "some of its layers were trained with a window of their own, and would see positions start again at "
-                "every chunk"
-            )
-        if None in found.rotations.values():
-            raise CannotPatchError("some of its layers have no rotary positions, so there is no distance to limit")
-        rope = getattr(self.decoder.config, "rope_parameters", None) or {}
-        if {rope.get("rope_type"), *(v.get("rope_type") for v in rope.values() if isinstance(v, dict))} & _RUNNING:
-            for module, rotaries in found.exact.items():
-                self.set(module, "forward", exact_forward(rotaries))
-        retrieval = self._retrieval
-        if retrieval is not None:
-            retrieval.check(list(found.indices.values()), not found.cached_otherwise, self._states is None)
-            retrieval = retrieval.for_layers(max(found.indices.values()) + 1)
-        self._retrieval, temperature = retrieval, self.technique.temperature
-        return {
-            module: ChunkLayer(found.indices[module], rotation, self.chunk, self.trained, retrieval, temperature)
-            for module, rotation in found.rotations.items()
-            if rotation is not None
-        }
-
-    def _forward(self) -> Callable[..., Any]:
-        if "position_ids" not in parameters_of(self.decoder):
-            raise CannotPatchError("its decoder takes no position_ids, so its keys cannot start again at every chunk")
-        mesh = getattr(self.model, "_device_mesh", None)
-        forward = ChunkedForward(
-            self.decoder, self.decoder.forward, self._name, self.chunk, self._states, self._retrieval, mesh
+        """Collect what scoring rows, and those before, give to each block."""
+        if context.block_scores is None or not retrieval.reads(index, is_scoring=True):
+            return
+        rows = retrieval.reading_rows(query.shape[2], is_scoring=True)
+        positions = context.query_positions[:, -rows:].to(query.device)
+        groups = retrieval.groups(positions, context.last_position.to(query.device))
+        last = retrieval.rows + retrieval.margin  # rows that read must stand after what they read
+        scores = chunk_block_scores(
+            query[:, :, -rows:], key, padding, chunks, groups, _SINKS, retrieval.block_size, last
         )
-        return partial(forward.run, 0, None) if self._retrieval is None else partial(forward.reading)
+        retrieval.collect(context.block_scores, index, scores, groups)
 
 
-@dataclass(frozen=True, eq=False)
-class ChunkedForward:
-    """Runs a decoder under dual chunk attention.
+def _unrotated(x: Tensor, offsets: Tensor) -> Tensor:
+    return x
 
-    Attributes:
-        decoder: the patched model without its head.
-        original: its forward before it was patched.
-        name: of the patch's attention in its config.
-        chunk: s.
-        states: what its recurrent and convolutional layers carry; None where there are none.
-        retrieval: chooses blocks; None where none are.
-        mesh: over which tensor parallelism splits its heads; None: it does not.
+
+def _depends_on_length(config: Any) -> bool:
+    """Return whether some rotary frequencies depend on the running length."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type"), *(each.get("rope_type") for each in rope.values() if isinstance(each, dict))}
+    return bool(kinds & {"dynamic", "longrope"})
+
+
+def _with_true_positions(module: nn.Module, decoder: Any, found: ProbeResult) -> Callable[..., Any]:
+    """Return a windowed attention module's forward that rotates by true positions, not by those within chunks.
+
+    Its decoder computes cosines and sines once, at the positions that full-attention layers need.
     """
+    types = getattr(decoder.config, "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    layer_type = types[index] if types is not None and index is not None else None
+    run = module.forward
 
-    decoder: Any
-    original: Callable[..., Any]
-    name: str
-    chunk: int
-    states: States | None
-    retrieval: TopBlocks | None
-    mesh: Any
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        context = current_context()
+        given = kwargs.get("position_embeddings")
+        if isinstance(context, ForwardContext) and context.true_positions is not None:
+            if given is None:
+                raise UnsupportedModelError(
+                    f"{type(module).__name__}, a layer with a sliding window, takes its rotary positions in a way that "
+                    "is not reproduced here"
+                )
+            rotaries = next(iter(found.exact.values()))
+            rotary = rotaries.get(layer_type) or rotaries[None]
+            sample = given if isinstance(given, torch.Tensor) else given[0]
+            kwargs["position_embeddings"] = rotary(sample, context.true_positions.to(sample.device))
+        return run(*args, **kwargs)
 
-    def reading(self, *args: Any, **inputs: Any) -> Any:
-        """Run the decoder as the choice of blocks wants it."""
-        assert self.retrieval is not None
-        return ChunkCall(self, bound(self.decoder, args, inputs)).read(self.retrieval)
-
-    def once(self, ballot: Ballot | None, **inputs: Any) -> Any:
-        """Run the decoder once; with a ballot, let its last rows vote."""
-        return self.run(0, ballot, **inputs)
-
-    def run(self, untouched: int, ballot: Ballot | None, /, *args: Any, **inputs: Any) -> Any:
-        """Run the decoder; a text of at most `untouched` tokens is left to the model's own attention."""
-        inputs = bound(self.decoder, args, inputs)
-        check_implementation(self.decoder, self.name, "DualChunkAttention")
-        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        new, cache = tokens.shape[1], inputs.get(CACHE)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        padding = padding_of(inputs.get("attention_mask"))
-        real = checked_mask(padding, past + new)
-        check_positions(inputs.get("position_ids"), real, new)
-        if self.states is not None:
-            self.states.check(real, past, new)
-        step, positions = text_step(real, past, new, tokens.device)
-        layers = enumerate([] if cache is None else cache.layers)
-        archives = {index: layer for index, layer in layers if isinstance(layer, ChosenLayer)}
-        step = replace(step, archives=archives, ballot=ballot)
-        is_short = past + new <= untouched and step.key_order is None
-        if not is_short or (step.is_padded and inputs.get("position_ids") is None):
-            inputs["position_ids"] = positions.clamp_min(0) % self.chunk
-            if padding is None:  # without one, transformers takes a new chunk for a new document
-                padding = tokens.new_ones(len(tokens), past + new, dtype=torch.long)
-        carried = Native() if is_short else step
-        inputs["attention_mask"] = made(inputs.get("attention_mask"), padding, carried)
-        before = carry(carried)
-        try:
-            return self.original(**inputs)
-        finally:
-            carry(before)
-
-
-class ChunkCall(Call):
-    """One call of a decoder under dual chunk attention, which may be run twice."""
-
-    @property
-    def has_middle(self) -> bool:
-        """Whether a block can be chosen before the rows that read."""
-        retrieval = self.forward.retrieval
-        least = _SINKS + retrieval.block_size + retrieval.margin + retrieval.rows
-        return bool(self.seen >= least)
-
-    def archives(self) -> list[Any]:
-        """Return every layer of the cache, as one that holds a choice beside its keys.
-
-        Raises:
-            ValueError: the cache is another than transformers' ordinary one.
-        """
-        cache = self.inputs.get(CACHE)
-        layers = [] if cache is None else cache.layers
-        kinds = {type(layer) for layer in layers}
-        if not layers or not kinds <= {DynamicLayer, ChosenLayer}:
-            got = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
-            raise ValueError(
-                "DualChunkAttention(retrieval=TopBlocks(...)) keeps what it chose beside an ordinary cache that grows, "
-                f"DynamicCache(config=model.config), got {got}: leave the cache to generate(), or leave retrieval out"
-            )
-        layers[:] = [layer if isinstance(layer, ChosenLayer) else ChosenLayer.of(layer) for layer in layers]
-        return list(layers)
+    return partial(forward)

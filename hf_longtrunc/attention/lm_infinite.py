@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hf_longtrunc.arguments import one_of, whole
-from hf_longtrunc.attention.lambda_attention import PATHS
-from hf_longtrunc.attention.lambda_patch import LambdaPatch
-from hf_longtrunc.attention.layer import Settings
-from hf_longtrunc.attention.retrieval import Retrieval
-from hf_longtrunc.models import attachable
+from hf_longtrunc.attention.kernels import Scoring
+from hf_longtrunc.attention.key_retrieval import Retrieval
+from hf_longtrunc.attention.lambda_attention import PATHS, SinkWindowLaw, choose_path
+from hf_longtrunc.attention.sink_window import SinkWindowTechnique
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
-class LMInfinite:
-    """Λ-shaped attention with a distance ceiling: a pretrained model on texts of any length, without training.
+class LMInfinite(SinkWindowTechnique):
+    """Λ-shaped attention with a maximum distance: a pretrained model on texts of any length, without training.
 
     Every query sees the `num_sink_tokens` first tokens of its row and the last `window_length`, itself included; no
     key ever seems farther away than `max_distance`. On texts of up to `window_length` tokens the model computes what
-    it always did. Cost: time O(n (S + L)) for n tokens; `generate` builds a cache of constant size. What lies outside
+    it always did. Cost: time O(n (S + L)) for n tokens; `generate` builds a cache of constant size. Tokens outside
     sinks and window cannot be read: perplexity stays flat at any length, recall of the middle does not.
+
+    >>> technique = LMInfinite(num_sink_tokens=4, window_length=64)
+    >>> with technique(model) as handle:
+    ...     answer = model.generate(ids, max_new_tokens=4, do_sample=False)
+    >>> answer.shape[1] - ids.shape[1]
+    4
 
     Args:
         num_sink_tokens: S; 10 to 100 in the paper. 0 leaves a plain sliding window.
         window_length: L; None takes the length that the model was trained for, from its config.
         max_distance: D, at least L; None takes L.
         retrieval: `TopK(...)` or `TopBlocks(...)` read the middle too, at the price of keeping it; None does not.
-        path: how a prompt's attention is computed, see `lambda_attention`: "auto", "joined", "sdpa", "eager",
-            "flex", "varlen" or "triton".
+        path: how a prompt's attention is computed, see `LambdaAttention`: "auto", "split", "sdpa", "eager" or "flex".
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.
@@ -59,20 +65,13 @@ class LMInfinite:
             whole("max_distance", self.max_distance, least=self.window_length)
         if self.retrieval is not None and not isinstance(self.retrieval, Retrieval):
             raise TypeError(f"retrieval must be TopK(...), TopBlocks(...) or None, got {self.retrieval!r}")
+        if self.path not in PATHS:
+            choose_path(self.path, Scoring(1.0))
         one_of("path", self.path, PATHS)
 
-    def attach(self, model: Any) -> LambdaPatch:
-        """Patch `model`, a transformers causal language model or a PEFT or DDP wrapper of one, until `detach()`.
-
-        Runs a few forwards of at most eight tokens to learn how each layer rotates its queries and keys.
-
-        Raises:
-            TypeError: it is no such model.
-            ValueError: it is patched or compiled already, its architecture cannot be patched (the message says why),
-                or `max_distance` is smaller than the window that its config implies.
-        """
-        owner = attachable(model, "LMInfinite")
-        window = trained_length(owner.config) if self.window_length is None else self.window_length
+    def for_model(self, model: Any) -> Self:
+        """Return the technique with window and maximum distance of one model."""
+        window = trained_length(model.config) if self.window_length is None else self.window_length
         max_distance = window if self.max_distance is None else self.max_distance
         if max_distance < window:
             raise ValueError(
@@ -85,16 +84,21 @@ class LMInfinite:
                 f"{type(retrieval).__name__}: distance must be at most max_distance, got "
                 f"{retrieval.distance} for {max_distance}; leave it out to take a share of the window"
             )
-        settings = Settings(
-            num_sink_tokens=self.num_sink_tokens,
-            window_length=window,
-            max_distance=max_distance,
-            path=self.path,
-            retrieval=retrieval,
-        )
-        return LambdaPatch(self, owner, settings)
+        return replace(self, window_length=window, max_distance=max_distance)
 
-    __call__ = attach
+    @cached_property
+    def distances(self) -> SinkWindowLaw:
+        """Sinks are seen at the maximum distance."""
+        assert self.window_length is not None
+        assert self.max_distance is not None
+        return SinkWindowLaw(self.num_sink_tokens, self.window_length, self.max_distance)
+
+    def tiny(self) -> Self:
+        """Return the technique at a window of four tokens."""
+        law = self.distances
+        beyond = min(2, law.max_distance - law.window_length)
+        sinks = min(2, self.num_sink_tokens)
+        return replace(self, num_sink_tokens=sinks, window_length=4, max_distance=4 + beyond, retrieval=None)
 
 
 def trained_length(config: PreTrainedConfig) -> int:
@@ -102,6 +106,9 @@ def trained_length(config: PreTrainedConfig) -> int:
 
     That is `max_position_embeddings` (or what its config calls it), or the length that YaRN's factor stretches the
     original one to, if that is more.
+
+    >>> trained_length(model.config)
+    64
     """
     config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions"):

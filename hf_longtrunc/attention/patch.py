@@ -1,158 +1,362 @@
-"""Putting an attention of ours in place of a model's own, and taking it back."""
+"""Installing a technique's attention in a model, running it, and undoing it."""
 
 from __future__ import annotations
 
-import copy
 import itertools
-import sys
 import weakref
+import zlib
 from functools import partial, update_wrapper
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicIndexedLayer
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicIndexedLayer,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
-from hf_longtrunc.attention.families import REFUSED, own_forward
-from hf_longtrunc.attention.lambda_attention import Scoring
-from hf_longtrunc.attention.probe import Probe, hidden_states
-from hf_longtrunc.attention.rotary import CannotPatchError, exact_forward, rotary_modules
-from hf_longtrunc.attention.states import States, states_of
-from hf_longtrunc.attention.step import MORE_THAN_CAUSAL, Native, Step, Unmade, running
+from hf_longtrunc.attention.cache_law import CacheLaw, guard, require_law
+from hf_longtrunc.attention.context import ForwardContext, KeyLayout, padding_of, resolve_mask, set_context
+from hf_longtrunc.attention.decoder_call import DecoderCall
+from hf_longtrunc.attention.explanation import Explanation
+from hf_longtrunc.attention.interface import register, unregister
+from hf_longtrunc.attention.own_config import give_own_configs
+from hf_longtrunc.attention.own_forwards import REFUSED, own_forward
+from hf_longtrunc.attention.padding import check_end
+from hf_longtrunc.attention.path_check import check_paths
+from hf_longtrunc.attention.probe import ArchitectureProbe, ProbeResult, States, hidden_states, states_of
+from hf_longtrunc.attention.ring_cache import RingCacheLayer
+from hf_longtrunc.attention.rope import exact_forward, exact_rotaries
+from hf_longtrunc.attention.technique import AttentionLayer, Technique
+from hf_longtrunc.errors import UnsupportedModelError
 from hf_longtrunc.handles import Handle
-from hf_longtrunc.models import CACHE, decoder_of, disagreement, few_tokens, parameters_of
+from hf_longtrunc.models import CACHE, attachable, cache_of, decoder_of, disagreement, few_tokens, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor, nn
-
-    from hf_longtrunc.attention.rotary import ExactRotary, Rotation
+    from hf_longtrunc.attention.key_retrieval import BlockScores
 
 _serial = itertools.count()
-_ROWS = 256  # of a mask that are looked at at once
-_REGISTRIES = (AttentionInterface, AttentionMaskInterface)
+
+
+class PatchTechnique(Technique):
+    """A technique that attaches by an `AttentionPatch`."""
+
+    def attach(self, model: Any) -> AttentionPatch:
+        """Patch `model`, a transformers causal language model or a PEFT or DDP wrapper of one, until `detach()`.
+
+        Runs a few forwards of at most eight tokens to find how each layer rotates its queries and keys.
+
+        Raises:
+            TypeError: it is no such model.
+            UnsupportedModelError: its architecture cannot be patched; the message says why.
+            ValueError: it is patched or compiled already, or the settings do not fit it.
+        """
+        return AttentionPatch(self, attachable(model, type(self).__name__))
+
+    __call__ = attach
+
+    def explain(self, model: Any) -> Explanation:
+        """Return what will hold for this model, or why it cannot be patched, before a long prompt is read.
+
+        >>> print(LMInfinite(window_length=64).explain(model).cache)
+        a ring: 176 KiB a row at any length
+
+        The model is patched and given back. See `Explanation` for the fields; `print` shows all of them.
+        """
+        owner = attachable(model, type(self).__name__)
+        try:
+            with self.attach(model) as handle:
+                return handle.explanation()
+        except UnsupportedModelError as error:
+            return Explanation.refused(self, owner, error)
 
 
 class AttentionPatch(Handle):
-    """A model whose attention is computed by ours: what `attach` of a technique returns. `detach()` undoes it.
+    """A model whose attention is computed by a technique: what `attach` returns. `detach()` undoes it.
 
     Every change is an attribute of this model's own modules, or an entry under a name of this patch's own in
-    transformers' two attention registries, which knows neither patch nor model and goes with either. A subclass says
-    what each attention module becomes, what runs in the place of the decoder's forward, and what `generate` needs.
+    transformers' two attention registries, which knows neither patch nor model and goes with either.
 
     Attributes:
-        layers: the attention modules that are patched.
+        technique: as the user wrote it.
+        resolved: the technique with its lengths for this model.
+        found: what the probe found out about the model.
+        layers: a record of each attention module that is patched.
+        law: which caches carry.
         model: the instance that is changed.
         decoder: its part without a head.
+        passthrough: whether a text that the model itself reads alike may be left to it.
+        compiled: the decoder's forward as it was compiled for one token; None: it was not.
     """
 
-    def __init__(self, technique: object, model: Any, changed: str):
-        super().__init__(technique, model, changed)
-        self.layers: dict[nn.Module, Any] = {}
+    def __init__(self, technique: Technique, model: Any):
+        super().__init__(technique, model, "its attention, masks, rotary modules, and the cache of generate()")
+        self.technique: Technique = technique
+        self.resolved = technique.for_model(model)
+        self.layers: dict[nn.Module, AttentionLayer] = {}
         self.model = model
         self.decoder: Any = decoder_of(model)
+        self.compiled: Callable[..., Any] | None = None
         self._name = f"hf_longtrunc_{next(_serial)}"
-        self._states: States | None = None  # what recurrent and convolutional layers carry
-
-    def _install(self, window: int) -> None:
-        """Put everything in place; a model that gives other results on a few tokens than before is refused.
-
-        Args:
-            window: tokens that the model was trained for, at which frequencies that depend on the length are taken.
-        """
-        named = type(self.technique).__name__
+        self.passthrough = False
         with self.or_nothing():
             try:
-                self._change(window)
-            except CannotPatchError as error:
-                raise ValueError(f"{named} cannot patch {type(self.model).__name__}: {error}") from error
+                self._install()
+            except UnsupportedModelError as error:
+                named = type(technique).__name__
+                raise UnsupportedModelError(f"{named} cannot patch {type(model).__name__}: {error}") from error
 
-    def _change(self, window: int) -> None:
+    # -- install -------------------------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        """Put everything in place; refuse a model that computes something else on a few tokens than before."""
         decoder, model = self.decoder, self.model
         _refuse_at_sight(model, decoder, type(self.technique).__name__)
-        self._states = states_of(decoder)
-        ids = few_tokens(decoder, window)
-        before = hidden_states(decoder, ids)
-        original = decoder.config._attn_implementation
-        self._give_own_configs()
-        functions: tuple[Any, Any] = _attention, _mask
-        for registry, function in zip(_REGISTRIES, functions, strict=True):
-            registry.register(self._name, partial(function, original))
-        self.undo(_forget, self._name)
-        weakref.finalize(model, _forget, self._name)
+        self._original = decoder.config._attn_implementation
+        states = states_of(decoder)
+        self._configs = give_own_configs(self, model, decoder, self._name)
+        register(self._name, self._original)
+        self.undo(unregister, self._name)
+        weakref.finalize(model, unregister, self._name)
         self.set(decoder, "_hf_longtrunc_patch", self)
-        self._learn(window)
-        self.set(decoder, "forward", update_wrapper(self._forward(), decoder.forward))
-        difference = disagreement(before, hidden_states(decoder, ids))
-        if difference is not None:
-            raise CannotPatchError(
-                f"within the window its attention would give other results than the model's own (they differ by "
-                f"{difference:.1e}), so it computes something that is not reproduced here"
-            )
+        self.found = self._probe(states)
+        self.resolved = self.resolved.check(self.found)
+        law = self.resolved.distances
+        frequencies = self.found.frequencies
+        self.law = CacheLaw(self.resolved.title, 0 if frequencies else law.exact_length, frequencies)
+        check_paths(self.resolved, self.found)
+        self.resolved.prepare(self, decoder, self.found)
+        ids = few_tokens(decoder, self.resolved.rope_length)
+        before = self._natively(ids)
+        self.layers = {
+            module: AttentionLayer(self.found.indices[module], rotation, module not in self.found.cached_otherwise)
+            for module, rotation in self.found.rotations.items()
+        }
+        for module, layer in self.layers.items():
+            self.route(self, module, partial(self.resolved.attend, layer))
+        self._run_decoder = decoder.forward
+        self._takes_positions = "position_ids" in parameters_of(decoder)
+        self._indices = sorted({layer.index for layer in self.layers.values() if layer.index >= 0})
+        enter = partial(self.run, None, None) if self.resolved.retrieval is None else partial(self.forward)
+        self.set(decoder, "forward", update_wrapper(enter, decoder.forward))
+        after = hidden_states(decoder, ids)
+        if disagreement(before, after) is not None:
+            difference = disagreement(before, after, self._own_noise(ids, before))
+            if difference is not None:
+                raise UnsupportedModelError(
+                    f"within the window its attention would give other results than the model's own (they differ by "
+                    f"{difference:.1e}), so it computes something that is not reproduced here"
+                )
+        # Until here texts of every length took our attention, so that a layer which it cannot serve was refused.
+        self.passthrough = self.resolved.retrieval is None and not self.found.own_forwards
         self.set(model, "_get_stopping_criteria", self._stopping_criteria)
         self.set(model, "init_continuous_batching", self._refuse_continuous_batching)
+        self.set(model, "_prepare_cache_for_generation", self._prepare_cache)
+        self.set(model, "_get_candidate_generator", self._candidate_generator)
         self.refuse_copies(model, decoder, advice="detach first, copy or save, and attach again")
 
-    def _learn(self, window: int) -> None:
-        """Find out how each layer's attention rotates, and give it a layer of ours."""
-        with Handle("a probe", self.decoder, "rotary modules") as probing:
-            exact = dict(rotary_modules(self.decoder, window))
+    def _probe(self, states: States | None) -> ProbeResult:
+        """Find out how each layer's attention rotates, and what its caches hold."""
+        decoder = self.decoder
+        with Handle("a probe", decoder, "rotary modules") as probing:
+            exact = dict(exact_rotaries(decoder, self.resolved.rope_length))
             for module, rotaries in exact.items():
                 probing.set(module, "forward", exact_forward(rotaries))
             sources = [source for rotaries in exact.values() for source in rotaries.values()]
-            probe = Probe(self.decoder, sources, has_states=self._states is not None)
-            own = {module: build for module in self.decoder.modules() if (build := own_forward(module)) is not None}
+            probe = ArchitectureProbe(decoder, sources, has_states=states is not None)
+            own = {module: build for module in decoder.modules() if (build := own_forward(module)) is not None}
             for module, build in own.items():
                 probing.set(module, "forward", build(module, partial(probe.attend, module)))
-            found = Learnt(probe.rotations(), probe.indices, probe.cached_otherwise(), probe.has_windows, exact)
-        self.layers = self._layers(found)
-        for module, layer in self.layers.items():
-            self.set(module, "_hf_longtrunc_layer", layer)
-            if module in own:
-                self.set(module, "forward", own[module](module, layer.attend))
+            rotations = probe.rotations()
+            cached_otherwise = probe.cached_otherwise()
+        short = dict(exact_rotaries(decoder, 1))
+        return ProbeResult(
+            rotations=rotations,
+            indices=probe.indices,
+            cached_otherwise=cached_otherwise,
+            windowed=frozenset(probe.windowed),
+            exact=exact,
+            states=states,
+            own_forwards=bool(own),
+            frequencies=_fingerprint(exact, short),
+        )
 
-    def _layers(self, found: Learnt) -> dict[nn.Module, Any]:
-        """Return what computes each module's attention, an object with `attend(query, key, value, step, scoring)`."""
-        raise NotImplementedError
+    def _natively(self, ids: Tensor) -> Tensor:
+        """Return hidden states of the model's own attention, at the rotary frequencies of the patch."""
+        forward = self.decoder.__dict__.pop("forward", None)
+        try:
+            for config in self._configs:
+                config._attn_implementation_internal = self._original
+            return hidden_states(self.decoder, ids)
+        finally:
+            for config in self._configs:
+                config._attn_implementation_internal = self._name
+            if forward is not None:
+                self.decoder.__dict__["forward"] = forward
 
-    def _forward(self) -> Callable[..., Any]:
-        """Return what runs in the place of the decoder's forward."""
-        raise NotImplementedError
+    def _own_noise(self, ids: Tensor, before: Tensor) -> float:
+        """Return how far rounding errors of the embeddings move the model's own states, relative to them.
 
-    def traced_forward(self) -> Callable[..., Any]:
-        """Return what runs in the place of the decoder's forward while an `AttentionTrace` listens.
+        Dynamically quantised activations (W8A8) amplify them: there no two attentions agree to the last digits.
+        """
+        generator = torch.Generator().manual_seed(0)
+
+        def rounded(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            draw = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+            return output * (1 + 4 * torch.finfo(output.dtype).eps * draw)
+
+        noise = 0.0
+        hook = self.decoder.get_input_embeddings().register_forward_hook(rounded)
+        try:
+            for _ in range(3):
+                difference = self._natively(ids) - before
+                noise = max(noise, float(difference.double().norm() / before.double().norm()))
+        finally:
+            hook.remove()
+        return noise
+
+    @staticmethod
+    def route(handle: Handle, module: nn.Module, attend: Callable[..., Tensor]) -> None:
+        """Let a module's attention be computed by `attend(query, key, value, context, scoring)`, until detach."""
+        handle.set(module, "_hf_longtrunc_attend", attend)
+        build = own_forward(module)
+        if build is not None:
+            handle.set(module, "forward", build(module, attend))
+
+    # -- run -----------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        """Run the decoder, as often as the retrieval wants it."""
+        call, retrieval = DecoderCall.bind(self.decoder, args, inputs), self.resolved.retrieval
+        if retrieval is None or call.past + call.new < self.resolved.retrieval_length:
+            return self.run(call, None)
+        return retrieval.run(call, self.run, partial(self.resolved.selection_layers, call), self._total)
+
+    def run(
+        self, call: DecoderCall | None, block_scores: BlockScores | None = None, /, *args: Any, **inputs: Any
+    ) -> Any:
+        """Run the decoder once.
+
+        Where the step of one token is compiled, it is planned before it and committed after it, so that its graph
+        holds no number that changes with the tokens seen.
+
+        Args:
+            call: of the decoder; None takes it from the arguments of its forward.
+            block_scores: collects the scores of a scoring pass; None otherwise.
+            args: of the decoder's forward.
+            inputs: of the decoder's forward, by name.
+        """
+        if call is None:
+            call = DecoderCall.bind(self.decoder, args, inputs)
+        if self.decoder.config._attn_implementation != self._name:
+            raise ValueError(
+                f"set_attn_implementation was called on a model patched by {type(self.technique).__name__}, whose "
+                "attention would no longer run: detach first"
+            )
+        cached = call.cache_layers
+        self._check_cache(cached)
+        if self.found.states is not None:
+            self.found.states.check(call.real, call.past, call.new)
+        context, positions = self.resolved.context(call, self.found, block_scores, self.passthrough)
+        inputs = dict(call.inputs)
+        padding = padding_of(inputs.get("attention_mask"))
+        if positions is not None and self._takes_positions:
+            inputs["position_ids"] = positions
+            if padding is None and self.resolved.restarts_positions:
+                # Without a mask, transformers takes positions that start again for a new document.
+                padding = torch.ones(call.batch, call.past + call.new, dtype=torch.long, device=call.device)
+        inputs["attention_mask"] = resolve_mask(inputs.get("attention_mask"), padding, context)
+        rings = [layer for layer in cached if isinstance(layer, RingCacheLayer)]
+        run = self._run_decoder
+        if self.compiled is not None and isinstance(context, ForwardContext) and rings and rings[0].is_initialized:
+            is_step = context.layout is KeyLayout.RING_BUFFER and not context.is_shifted
+            if is_step and rings[0].fits(call.like.dtype):
+                run = self.compiled
+                if isinstance(inputs["attention_mask"], Tensor) and not self.found.windowed:
+                    inputs["attention_mask"] = None  # it grows, and is in the context already
+        before = set_context(context)
+        try:
+            output = run(**inputs)
+        finally:
+            set_context(before)
+        for ring in rings:
+            ring.commit()
+        if call.past == 0:  # the decoder made the cache, or its layers
+            self._mark(cache_of(output) if call.cache is None else call.cache)
+        return output
+
+    def _check_cache(self, cached: Any) -> None:
+        """Refuse a cache that this patch cannot continue; let its layers carry the law from now on."""
+        if torch.compiler.is_compiling():  # a graph of the whole model, whose first call was checked
+            return
+        for index in self._indices:
+            if index >= len(cached):
+                break
+            layer = cached[index]
+            if getattr(layer, "law", None) is self.law and not getattr(layer, "is_partial", False):
+                continue
+            self.resolved.check_cache_layer(layer)
+            guarded = layer if isinstance(layer, RingCacheLayer) else guard(layer)
+            if guarded is not None:
+                cached[index] = guarded
+                require_law(guarded, self.law)
+
+    def _mark(self, cache: Any) -> None:
+        """Let a cache after its first forward carry the law."""
+        layers: Any = getattr(cache, "layers", ())
+        for index in () if torch.compiler.is_compiling() else self._indices:
+            guarded = guard(layers[index]) if index < len(layers) else None
+            if guarded is not None and guarded.law is not self.law:
+                layers[index] = guarded
+                guarded.law = self.law
+
+    def _total(self, x: Tensor) -> Tensor:
+        """Return the sum over the ranks that share the model's heads: all of them must select alike."""
+        mesh = getattr(self.model, "_device_mesh", None)
+        if mesh is None:
+            return x
+        mesh = mesh["tp"] if mesh.ndim > 1 else mesh
+        device = "cpu" if mesh.device_type == "cpu" else torch.device(mesh.device_type)
+        summed = x.to(device)
+        torch.distributed.all_reduce(summed, group=mesh.get_group())
+        return summed.to(x.device)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the decoding step: forwards of one token beside the cache that `generate` builds.
+
+        All else, prompts of any length above all, runs as before. What changes with every token is planned outside the
+        step, and reaches it as tensors: one graph serves all tokens once the cache is full.
+
+        Args:
+            options: of `torch.compile`, where `dynamic` is False unless it is given.
 
         Raises:
-            ValueError: nothing can listen here; the message says why.
+            ValueError: the step has no constant shape, as a text is kept that grows; or recurrent layers count tokens.
         """
-        if not self.is_attached:
-            raise ValueError(f"{self!r} reads nothing any more: attach the technique again, and trace that")
-        if getattr(self.model, "_device_mesh", None) is not None:
-            raise ValueError("tensor parallelism gives this process some of the heads alone: trace without it")
-        forward: Callable[..., Any] = self.decoder.forward
-        return forward
+        named = type(self.technique).__name__
+        if not self.resolved.compiles_decode:
+            raise ValueError(f"compile() needs steps of one shape, and the cache of {named} grows: leave it out")
+        if self.resolved.retrieval is not None:
+            raise ValueError("compile() needs steps of one shape, and retrieval keeps a text that grows: leave it out")
+        if self.found.states is not None:
+            raise ValueError(
+                "compile() needs steps of one graph, and the recurrent or convolutional layers of this model are "
+                "compiled again for every token: leave it out"
+            )
+        run = self._run_decoder
+        self.compiled = torch.compile(lambda **inputs: run(**inputs), **{"dynamic": False, **options})
 
-    def _give_own_configs(self) -> None:
-        """Let every module of the model hold a copy of its config; the decoder's names this patch's attention.
+    def explanation(self) -> Explanation:
+        """Return what holds for this model while it is patched."""
+        return Explanation.of(self)
 
-        A config object may be shared with other models, and is saved with this one: neither must see the name. What
-        is edited in the copy while it is in place is carried back.
-        """
-        memo: dict[int, Any] = {}
-        originals: dict[int, PreTrainedConfig] = {}
-        mine = {id(config) for part in self.decoder.modules() for config in _configs(part).values()}
-        mine.add(id(self.model.config.get_text_config(decoder=True)))  # by which a multimodal model asks for masks
-        for module in self.model.modules():
-            for name, config in _configs(module).items():
-                self.set(module, name, copy.deepcopy(config, memo))
-                _collect(config, originals)
-        for key, original in originals.items():
-            own = memo[key]
-            if key in mine:
-                own._attn_implementation_internal = self._name
-            self.undo(_carry_back, original, own, copy.deepcopy(_fields(own)))
+    # -- generate() ----------------------------------------------------------------------------------------------------
 
     def _stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
         """Build the stopping criteria without the warning that a text exceeds the model's length: here it may."""
@@ -168,96 +372,107 @@ class AttentionPatch(Handle):
             "first, or use generate()"
         )
 
-
-class Learnt(NamedTuple):
-    """What a probe has found out about a decoder.
-
-    Attributes:
-        rotations: of each attention module; None where it rotates nothing.
-        indices: its place among the decoder's layers; -1 where that could not be told.
-        cached_otherwise: the modules that cache what their keys are made from (multi-head latent attention).
-        has_windows: whether some other layers were trained with a window of their own.
-        exact: the rotary modules, and what answers in their place with exact angles.
-    """
-
-    rotations: dict[nn.Module, Rotation | None]
-    indices: dict[nn.Module, int]
-    cached_otherwise: set[nn.Module]
-    has_windows: bool
-    exact: dict[nn.Module, dict[str | None, ExactRotary]]
-
-
-# What stands in transformers' registries holds no model, and takes what it needs from the module and the mask.
-
-
-def _attention(
-    original: str,
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Any]:
-    """Compute attention as the step says that came as the mask; other layers get what they had."""
-    if isinstance(attention_mask, Unmade):
-        raise ValueError(
-            "layers of a patched model were run outside its decoder's forward, in which positions are "
-            "found: detach first"
-        )
-    if isinstance(attention_mask, Step):
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scoring = Scoring(scale, kwargs.get("softcap"), None, kwargs.get("s_aux"), dropout)
-        output = module._hf_longtrunc_layer.attend(query, key, value, attention_mask, scoring)
-        return output.transpose(1, 2).contiguous(), None
-    probe = running()
-    if isinstance(probe, Probe):
-        output = probe.attend(module, query, key, value, attention_mask, None)
-        return output.transpose(1, 2).contiguous(), None
-    native: Any = AttentionInterface._global_mapping.get(original)
-    if original == "eager":
-        native = sys.modules[type(module).__module__].eager_attention_forward
-    result: tuple[Tensor, Any] = native(
-        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-    )
-    return result
-
-
-def _mask(original: str, *, local_size: int | None = None, **kwargs: Any) -> Any:
-    """Hand out what the running decoder carries; layers that were trained with a window get their own mask."""
-    carried = running()
-    own: Any = AttentionMaskInterface._global_mapping[original]
-    native = partial(own, local_size=local_size, **kwargs)
-    if local_size is not None or isinstance(carried, Native):
-        if isinstance(carried, Probe):
-            carried.has_windows = True
-        return native()
-    is_causal = partial(_is_causal, **kwargs)
-    if carried is None:
-        return Unmade(kwargs["attention_mask"], is_causal, native)
-    if not is_causal():
-        if isinstance(carried, Probe):
-            raise CannotPatchError(
-                "it asks for a mask in which tokens see what is to come, as an encoder's do, and the mask that limits "
-                "distances is causal"
+    def _prepare_cache(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Build the cache that `generate` would, with the technique's layers in the place of those that grow."""
+        named = type(self.technique).__name__
+        if generation_config.cache_implementation not in self.resolved.cache_implementations:
+            allowed = ", ".join(repr(each) for each in self.resolved.cache_implementations if each)
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} cannot be used on a model patched "
+                f"by {named}: leave it out, or take one of {allowed}"
             )
-        raise ValueError(MORE_THAN_CAUSAL)
-    return carried
+        if getattr(generation_config, "use_mtp", None):
+            raise ValueError(
+                f"use_mtp drafts with layers that {named} does not patch: leave it out, or detach first. "
+                "prompt_lookup_num_tokens and assistant_model work"
+            )
+        check_end(model_kwargs.get("attention_mask"))
+        given = model_kwargs.get(CACHE)
+        prepare = type(self.model)._prepare_cache_for_generation
+        result = prepare(self.model, generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get(CACHE)
+        if cache is None:
+            return result
+        if given is None:
+            self._replace_layers(cache.layers)
+        for index in self._indices:
+            if index < len(cache.layers):
+                self.resolved.check_cache_layer(cache.layers[index])
+        self._read_in_chunks(generation_config, model_kwargs)
+        return result
+
+    def _replace_layers(self, cached: list[Any]) -> None:
+        """Put the technique's cache layer in the place of every one that would grow, and tell it of states."""
+        shares_keys = bool(getattr(self.decoder.config, "num_kv_shared_layers", 0))
+        for layer in self.layers.values():
+            is_held = 0 <= layer.index < len(cached)
+            if is_held and type(cached[layer.index]) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+                cached[layer.index] = self.resolved.cache_layer(cached[layer.index], layer, self.law, shares_keys)
+        rings = [each for each in cached if isinstance(each, RingCacheLayer)]
+        others = [each for each in cached if not isinstance(each, RingCacheLayer)]
+        for ring in rings:
+            ring.states = [each for each in others if isinstance(each, LinearAttentionLayer)]
+
+    def _read_in_chunks(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Let a long prompt of ids be read in chunks, so that its activations too take constant memory.
+
+        Retrieval counts the rows of a forward, and some recurrent layers do not go on from a chunk to the next: there
+        the prompt is read at once.
+        """
+        chunk = self.resolved.prefill_chunk
+        tensors = {name for name, value in model_kwargs.items() if isinstance(value, Tensor)}
+        mask = model_kwargs.get("attention_mask")
+        is_short = isinstance(mask, Tensor) and mask.shape[-1] <= (chunk or 0)
+        has_ids_alone = tensors <= {"attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids"}
+        has_ids_alone &= not model_kwargs.get("mm_encoder_outputs")  # of images, which transformers encodes beforehand
+        states = self.found.states
+        # Before 5.21 transformers, reading in chunks, feeds what a cache holds already a second time; 5.24 was tried.
+        goes_on_right = CACHE == "cache"
+        if (
+            goes_on_right
+            and chunk is not None
+            and generation_config.prefill_chunk_size is None
+            and self.resolved.retrieval is None
+            and has_ids_alone
+            and not is_short
+            and (states is None or states.go_on)
+            and any(isinstance(layer, RingCacheLayer) for layer in model_kwargs[CACHE].layers)
+        ):
+            generation_config.prefill_chunk_size = chunk
+
+    def _candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """Build the drafter of assisted decoding, and refuse drafts that the cache could not take back."""
+        generator = type(self.model)._get_candidate_generator(self.model, *args, **kwargs)
+        most = self.resolved.max_drafts
+        if most is None:
+            return generator
+        for name in ("num_assistant_tokens", "num_output_tokens"):
+            drafted = getattr(generator, name, None)
+            if drafted is not None and drafted > most:
+                option = "prompt_lookup_num_tokens" if name == "num_output_tokens" else name
+                raise ValueError(
+                    f"{option} must be at most {most} on a model patched by {type(self.technique).__name__}, whose "
+                    f"cache can take back so many tokens, got {drafted}"
+                )
+        if getattr(generator, "num_assistant_tokens", None) is not None:
+            update = generator.update_candidate_strategy
+
+            def within_reach(*args: Any, **kwargs: Any) -> None:  # the heuristic lets drafts grow
+                update(*args, **kwargs)
+                generator.num_assistant_tokens = min(generator.num_assistant_tokens, most)
+
+            generator.update_candidate_strategy = within_reach
+        return generator
 
 
-def _is_causal(mask_function: Any, q_length: int, q_offset: int, **kwargs: Any) -> bool:
-    """Return whether a mask that transformers asks for hides what is to come and nothing else, padding aside."""
-    if mask_function is causal_mask_function:
-        return True
-    kwargs |= {"attention_mask": None, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    for start in range(0, q_length, _ROWS):
-        rows: dict[str, Any] = {**kwargs, "q_length": min(_ROWS, q_length - start), "q_offset": q_offset + start}
-        wanted, causal = (sdpa_mask(mask_function=which, **rows) for which in (mask_function, causal_mask_function))
-        if not torch.equal(wanted, causal):  # type: ignore[arg-type]
-            return False
-    return True
+def _fingerprint(frozen: Any, short: Any) -> int:
+    """Return a number for rotary frequencies that are not those of a short text; 0 where they are."""
+    result = 0
+    for module, rotaries in frozen.items():
+        for layer_type, rotary in rotaries.items():
+            if not torch.equal(rotary.frequencies, short[module][layer_type].frequencies):
+                result = zlib.crc32(rotary.frequencies.cpu().numpy().tobytes(), result)
+    return result
 
 
 def _refuse_at_sight(model: Any, decoder: Any, technique: str) -> None:
@@ -273,61 +488,24 @@ def _refuse_at_sight(model: Any, decoder: Any, technique: str) -> None:
             "fully_shard(model)"
         )
     if model.config.is_encoder_decoder:
-        raise CannotPatchError("it is an encoder-decoder, not a causal language model")
+        raise UnsupportedModelError("it is an encoder-decoder, not a causal language model")
     config = decoder.config
     sees_ahead = getattr(config, "use_bidirectional_attention", None) in (True, "all")
     if sees_ahead or not getattr(config, "is_causal", True):
-        raise CannotPatchError("its prompts are read in both directions, and the mask that limits distances is causal")
+        raise UnsupportedModelError(
+            "its prompts are read in both directions, and the mask that limits distances is causal"
+        )
     reason = REFUSED.get(type(decoder).__name__)
     if reason is not None:
-        raise CannotPatchError(reason)
+        raise UnsupportedModelError(reason)
     layers = DynamicCache(config=config).layers
     if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
-        raise CannotPatchError(
+        raise UnsupportedModelError(
             "an indexer of its own chooses from the whole text which keys each token sees: a window would hide what it "
             "chooses from, and its cache would grow all the same"
         )
     attends = any(isinstance(layer, CacheLayerMixin) for layer in layers)
     if not attends or (model._is_stateful and CACHE not in parameters_of(decoder)):
-        raise CannotPatchError(
+        raise UnsupportedModelError(
             "it has no attention layers: its states are of constant size already, and there is no distance to limit"
         )
-
-
-def _configs(module: nn.Module) -> dict[str, PreTrainedConfig]:
-    """Return the configs that a module holds itself, by their names."""
-    return {name: value for name, value in module.__dict__.items() if isinstance(value, PreTrainedConfig)}
-
-
-def _collect(config: PreTrainedConfig, found: dict[int, PreTrainedConfig]) -> None:
-    """Add a config and those inside it to `found`, by their ids."""
-    if id(config) not in found:
-        found[id(config)] = config
-        for value in config.__dict__.values():
-            if isinstance(value, PreTrainedConfig):
-                _collect(value, found)
-
-
-def _fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return a config's own fields, without the configs inside it and the name of its attention."""
-    fields = config.__dict__.items()
-    return {
-        name: value
-        for name, value in fields
-        if not isinstance(value, PreTrainedConfig) and name != "_attn_implementation_internal"
-    }
-
-
-def _carry_back(original: PreTrainedConfig, own: PreTrainedConfig, before: dict[str, Any]) -> None:
-    """Make the changes in the original config that were made in its copy since it had the fields `before`."""
-    now = _fields(own)
-    for name, value in now.items():
-        if name not in before or value != before[name]:
-            original.__dict__[name] = value
-    for name in before.keys() - now.keys():
-        original.__dict__.pop(name, None)
-
-
-def _forget(name: str) -> None:
-    for registry in _REGISTRIES:
-        registry._global_mapping.pop(name, None)

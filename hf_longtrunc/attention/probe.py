@@ -1,22 +1,57 @@
-"""Learning, by experiment, how each layer of a model rotates its queries and keys."""
+"""Finding out, by experiment, how each layer of a model rotates queries and keys, and what its states can do."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from hf_longtrunc.attention.rotary import CannotPatchError, candidate_rotations, find_rotation
-from hf_longtrunc.attention.step import Carried, carry
-from hf_longtrunc.models import CACHE, evaluating, few_tokens, parameters_of
+from hf_longtrunc.attention.context import MaskPlaceholder, PlaceholderError, set_context
+from hf_longtrunc.attention.rope import candidate_rotations, find_rotation
+from hf_longtrunc.errors import UnsupportedModelError
+from hf_longtrunc.models import CACHE, disagreement, evaluating, few_tokens, parameters_of
 
 if TYPE_CHECKING:
-    from hf_longtrunc.attention.rotary import ExactRotary, Rotation
+    from collections.abc import Mapping, Set as AbstractSet
+
+    from hf_longtrunc.attention.rope import ExactRotary, Rotation
 
 
-class Probe(Carried):
+@dataclass(frozen=True, eq=False)
+class ProbeResult:
+    """What a probe has found out about a decoder.
+
+    Attributes:
+        rotations: of each attention module with full attention; None where nothing rotates.
+        indices: its place among the decoder's layers; -1 where that could not be told.
+        cached_otherwise: the modules that cache what their keys are made from (multi-head latent attention).
+        windowed: the modules that were trained with a sliding window.
+        exact: the rotary modules, and what answers in their place with exact angles.
+        states: what recurrent and convolutional layers carry; None where there are none.
+        own_forwards: whether some module's whole forward is replaced by one of ours.
+        frequencies: fingerprint of the rotary frequencies, where they are not those of a short text; 0 elsewhere.
+    """
+
+    rotations: Mapping[nn.Module, Rotation | None]
+    indices: Mapping[nn.Module, int]
+    cached_otherwise: AbstractSet[nn.Module]
+    windowed: AbstractSet[nn.Module]
+    exact: Mapping[nn.Module, dict[str | None, ExactRotary]]
+    states: States | None
+    own_forwards: bool
+    frequencies: int
+
+    @property
+    def distinct_rotations(self) -> tuple[Rotation, ...]:
+        """The rotations, each once."""
+        return tuple({id(each): each for each in self.rotations.values() if each is not None}.values())
+
+
+class ArchitectureProbe(MaskPlaceholder):
     """Two forwards of a decoder, at angle zero and at known angles, whose attention hands its queries and keys here.
 
     Attention answers zero meanwhile, so both forwards hand every layer the same input; and four times the same token
@@ -33,7 +68,7 @@ class Probe(Carried):
         self.decoder = decoder
         self.has_states = has_states
         self.sources = sources
-        self.has_windows = False  # whether some layers were trained with a window of their own
+        self.windowed: set[nn.Module] = set()  # trained with a sliding window
         self.indices: dict[nn.Module, int] = {}  # of the layers; -1 where neither module nor cache says which it is
         self._captured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self._cache = _NotingCache()
@@ -41,37 +76,39 @@ class Probe(Carried):
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scoring: Any) -> Tensor:
         """Keep what a layer's attention was called with, [batch, heads, n, dim] each, and return zeros.
 
-        Layers whose mask is another one, for they have a window of their own, are not kept.
+        Layers with another mask were trained with a window; their calls are not kept.
         """
-        if isinstance(mask, Probe):
+        if isinstance(mask, ArchitectureProbe):
             seen = self._captured.get(module, (query, key))
             if seen[0] is not query or seen[1] is not key:  # with other values, as differential attention does, it may
-                raise CannotPatchError("a layer runs several times in a forward")
+                raise UnsupportedModelError("a layer runs several times in a forward")
             self._captured[module] = query, key
             index = getattr(module, "layer_idx", None)
             self.indices[module] = self._cache.latest if index is None or index < 0 else index
+        else:
+            self.windowed.add(module)
         return query.new_zeros(*query.shape[:3], value.shape[-1])
 
     def rotations(self) -> dict[nn.Module, Rotation | None]:
         """Return the rotation of each layer that was recorded, None for one that rotates nothing.
 
         Raises:
-            CannotPatchError: no layer was, or one does what no rotation explains.
+            UnsupportedModelError: no layer was, or one does what no rotation explains.
         """
         unrotated, rotated = self._states(0.0, 0), self._states(1.0, 5 if self.has_states else 0)
         if not unrotated:
-            if self.has_windows:
-                raise CannotPatchError(
+            if self.windowed:
+                raise UnsupportedModelError(
                     "each of its attention layers was trained with a sliding window of its own: there is no distance "
                     "to limit"
                 )
-            raise CannotPatchError(
+            raise UnsupportedModelError(
                 "none of its layers takes both its attention and its mask from transformers' interfaces"
             )
         for states in unrotated.values():
             is_still = torch.allclose(states, states[:, :, :1].expand_as(states), rtol=1e-2, atol=1e-4)
             if not (is_still or self.has_states):
-                raise CannotPatchError(
+                raise UnsupportedModelError(
                     "its queries depend on absolute positions (learned or sinusoidal position embeddings), or its "
                     "layers mix tokens outside attention (recurrence, convolution): there is no distance to limit"
                 )
@@ -99,25 +136,25 @@ class Probe(Carried):
         self._cache = _NotingCache(config=self.decoder.config)
         for source in self.sources:
             source.probing = factor
-        before = carry(self)
+        before = set_context(self)
         try:
             ids = few_tokens(self.decoder, 1).new_tensor([[vocabulary // 3] * 4, [vocabulary // 2] * 4])
             positions = {"position_ids": first + torch.arange(4, device=ids.device).expand(2, -1)}
             takes_positions = "position_ids" in parameters_of(self.decoder)
             hidden_states(self.decoder, ids, self._cache, **(positions if first and takes_positions else {}))
-        except CannotPatchError:
+        except UnsupportedModelError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            if "'Probe'" in str(error):  # what travels in the place of a mask was taken for a tensor
-                raise CannotPatchError(
+            if isinstance(error, PlaceholderError) or "'ArchitectureProbe'" in str(error):  # taken for a tensor
+                raise UnsupportedModelError(
                     "its model file makes or changes attention masks by itself, so that of transformers' mask "
                     "interface does not reach its layers"
                 ) from error
-            raise CannotPatchError(
+            raise UnsupportedModelError(
                 f"its layers cannot be probed through transformers' attention and mask interfaces ({error})"
             ) from error
         finally:
-            carry(before)
+            set_context(before)
             for source in self.sources:
                 source.probing = None
         return {module: torch.cat(states, dim=1) for module, states in self._captured.items()}
@@ -145,3 +182,66 @@ def hidden_states(decoder: Any, ids: Tensor, cache: Any = None, **inputs: Any) -
     with evaluating(decoder), torch.no_grad():
         hidden: Tensor = decoder(input_ids=ids, use_cache=cache is not None, **{CACHE: cache}, **inputs)[0]
     return hidden
+
+
+@dataclass(frozen=True)
+class States:
+    """The states that a model's layers carry.
+
+    Attributes:
+        go_on: whether a forward of several tokens goes on from them. Jamba and Zamba start anew there, patched or not.
+    """
+
+    go_on: bool
+
+    def check(self, real: Tensor | None, past: int, new: int) -> None:
+        """Refuse a forward whose states would not be those of each row's tokens.
+
+        Args:
+            real: where there are tokens [batch, past + new]; None: everywhere.
+            past: columns seen.
+            new: columns to come.
+
+        Raises:
+            ValueError: the message says what to do.
+        """
+        if past and new > 1 and not self.go_on:
+            raise ValueError(
+                f"this model's recurrent layers forget their state in a forward of several tokens behind others, "
+                f"patched or not, and this one brings {new} behind {past}: give the whole text at once (without "
+                "prefill_chunk_size, and with a new cache), or go on token by token"
+            )
+        if real is None:
+            return
+        if bool((real[:, 1:] < real[:, :-1]).any()):
+            raise ValueError(
+                "attention_mask has zeros behind a row's first token, and this model has recurrent or convolutional "
+                "layers, whose state runs on over them: pad on the left alone, and continue rows one by one"
+            )
+        if new == 1 and not bool(real[:, -1].all()):
+            raise ValueError(
+                "attention_mask says that this one token of a row is padding, and transformers shows no mask to "
+                "recurrent layers in a forward of one token: give a row's padding together with its first token"
+            )
+
+
+def states_of(decoder: Any) -> States | None:
+    """Return what the states of a decoder can do, by three short forwards and their repetition; None without any."""
+    if not any(
+        isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=decoder.config).layers
+    ):
+        return None
+    as_they_are, changed = (_continued(decoder, factor) for factor in (1.0, 1e3))
+    return States(go_on=disagreement(as_they_are, changed) is not None)
+
+
+def _continued(decoder: Any, factor: float) -> Tensor:
+    """Return hidden states of a few tokens behind others whose states are multiplied by `factor`."""
+    ids, cache = few_tokens(decoder, 8), DynamicCache(config=decoder.config)
+    hidden_states(decoder, ids[:, :4], cache)
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            recurrent = [state for state in layer.recurrent_states.values() if state is not None]
+            for state in recurrent or [state for state in layer.conv_states.values() if state is not None]:
+                state.mul_(factor)
+    return hidden_states(decoder, ids[:, 4:], cache)

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from hf_longtrunc.arguments import whole
-from hf_longtrunc.attention.cache import ArchiveCacheLayer
-from hf_longtrunc.attention.families import own_forward
+from hf_longtrunc.attention.context import KeyLayout
+from hf_longtrunc.attention.full_store import FullStoreCacheLayer
+from hf_longtrunc.attention.key_retrieval import TopBlocks
 from hf_longtrunc.attention.mass import by_stretch, mass_of_keys
+from hf_longtrunc.attention.padding import gather_columns
 from hf_longtrunc.attention.page import write_page
 from hf_longtrunc.attention.patch import AttentionPatch
-from hf_longtrunc.attention.retrieval import TopBlocks
-from hf_longtrunc.attention.row_positions import taken
-from hf_longtrunc.attention.step import Layout
 from hf_longtrunc.handles import Handle
 from hf_longtrunc.models import bound
 
@@ -27,9 +26,10 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
-    from hf_longtrunc.attention.lambda_attention import Scoring
-    from hf_longtrunc.attention.middle import Choice, Middle
-    from hf_longtrunc.attention.step import Step
+    from hf_longtrunc.attention.block_scores import BlockSelection, UnrotatedKV
+    from hf_longtrunc.attention.context import ForwardContext
+    from hf_longtrunc.attention.kernels import Scoring
+    from hf_longtrunc.attention.technique import AttentionLayer, Technique
 
 
 @dataclass(eq=False)
@@ -84,43 +84,48 @@ class AttentionTrace(Handle):
         self.stretch = whole("stretch", stretch, least=1)
         self.records: list[AttentionRecord] = []
         self._thread = threading.local()
-        run, model = handle.traced_forward(), handle.model
+        self._patch = handle
+        _refuse_untraceable(handle)
+        model, decoder = handle.model, handle.decoder
         super().__init__("AttentionTrace", model, "its attention layers tell what they read")
-        if any(isinstance(module.__dict__["_hf_longtrunc_layer"], TracedLayer) for module in handle.layers):
-            raise ValueError("this model has an AttentionTrace already: detach that first")
         with self.or_nothing():
             for module, layer in handle.layers.items():
-                attend = partial(self._attend, layer)
-                self.set(module, "_hf_longtrunc_layer", TracedLayer(attend))
-                build = own_forward(module)
-                if build is not None:
-                    self.set(module, "forward", build(module, attend))
-            decoder = handle.decoder
-            self.set(decoder, "forward", update_wrapper(partial(self._forward, decoder, run), decoder.forward))
+                handle.route(self, module, partial(self._attend, layer))
+            self.set(decoder, "_hf_longtrunc_trace", self)
+            self.set(handle, "passthrough", False)  # a short text is to be read by layers that can be listened to
+            self.set(decoder, "forward", update_wrapper(partial(self._forward), decoder.forward))
             prepare = model._prepare_cache_for_generation
             self.set(model, "_prepare_cache_for_generation", partial(_without_beams, prepare))
 
-    def _forward(self, decoder: Any, run: Callable[..., Any], /, *args: Any, **inputs: Any) -> Any:
+    def _forward(self, *args: Any, **inputs: Any) -> Any:
         """Run the decoder and record what its last token read."""
-        inputs = bound(decoder, args, inputs)
+        inputs = bound(self._patch.decoder, args, inputs)
         if torch.is_inference_mode_enabled():
             raise ValueError("AttentionTrace cannot count under torch.inference_mode(): use torch.no_grad()")
-        reading = self._thread.reading = _Reading(self.stretch)
+        counter = self._thread.counter = _AttentionCounter(self.stretch)
         try:
-            output = run(**inputs)
+            output = self._patch.forward(**inputs)
         finally:
-            self._thread.reading = None
-        if reading.heads:
-            self.records.append(reading.record(inputs.get("input_ids")))
+            self._thread.counter = None
+        if counter.heads:
+            self.records.append(counter.record(inputs.get("input_ids")))
         return output
 
-    def _attend(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, step: Step, scoring: Scoring) -> Tensor:
-        """Attend as the layer does, and count what the last query of a forward that is no vote reads."""
-        reading = getattr(self._thread, "reading", None)  # None where a layer is run again for its gradients
-        if reading is not None and step.ballot is None:
-            reading.add(layer, query, key, value, step, scoring)
-        output: Tensor = layer.attend(query, key, value, step, scoring)
-        return output
+    def _attend(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: ForwardContext,
+        scoring: Scoring,
+    ) -> Tensor:
+        """Attend as the technique does, and count what the last query of a forward reads, but for a scoring pass."""
+        technique = self._patch.resolved
+        counter = getattr(self._thread, "counter", None)  # None where a layer is run again for its gradients
+        if counter is not None and context.block_scores is None:
+            counter.add(technique, layer, query, key, value, context, scoring)
+        return technique.attend(layer, query, key, value, context, scoring)
 
     def to_html(
         self,
@@ -176,13 +181,18 @@ class AttentionTrace(Handle):
         return f"{super().__repr__()[:-1]}; {len(self.records):,} forwards recorded>"
 
 
-class TracedLayer(NamedTuple):
-    """Stands in the place of an attention module's layer."""
+def _refuse_untraceable(handle: AttentionPatch) -> None:
+    if not handle.is_attached:
+        raise ValueError(f"{handle!r} reads nothing any more: attach the technique again, and trace that")
+    if getattr(handle.model, "_device_mesh", None) is not None:
+        raise ValueError("tensor parallelism gives this process some of the heads alone: trace without it")
+    if handle.compiled is not None:
+        raise ValueError("a compiled step cannot be listened to: attach again, and leave compile() out")
+    if "_hf_longtrunc_trace" in handle.decoder.__dict__:
+        raise ValueError("this model has an AttentionTrace already: detach that first")
 
-    attend: Callable[..., Tensor]
 
-
-class _Reading:
+class _AttentionCounter:
     """What the last token of a running forward has read in the layers so far.
 
     Attributes:
@@ -192,87 +202,97 @@ class _Reading:
     def __init__(self, stretch: int):
         self.stretch, self.heads = stretch, 0
         self.mass: Tensor | None = None
-        self.step: Step | None = None
+        self.context: ForwardContext | None = None
         self.blocks: Tensor | None = None
 
-    def add(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, step: Step, scoring: Scoring) -> None:
+    def add(
+        self,
+        technique: Technique,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: ForwardContext,
+        scoring: Scoring,
+    ) -> None:
         """Count one layer's attention."""
-        archive = step.archives.get(layer.index) if step.archives else None
-        middle = archive.middle() if isinstance(archive, ArchiveCacheLayer) else None
-        masses = _masses(layer, query, key, value, step, scoring, archive, middle)
+        held = context.cache_layers.get(layer.index)
+        masses = _masses(technique, layer, query, key, value, context, scoring, held)
         if self.mass is None:
-            stretches = int(step.last.max()) // self.stretch + 1
+            stretches = int(context.last_position.max()) // self.stretch + 1
             self.mass = torch.zeros(len(value), stretches, dtype=torch.float64)
         for mass, positions in masses:
             self.mass += by_stretch(mass, positions, self.stretch, self.mass.shape[1]).cpu()
         self.heads += query.shape[1]
-        self.step = step
-        if archive is not None and archive.chosen is not None and isinstance(layer.retrieval, TopBlocks):
-            self.blocks = _spans(archive.chosen.blocks, layer.retrieval, layer.first_in_block)
+        self.context = context
+        if held is not None and held.selection is not None and isinstance(technique.retrieval, TopBlocks):
+            self.blocks = _spans(held.selection.blocks, technique.retrieval, technique.first_block)
 
     def record(self, ids: Tensor | None) -> AttentionRecord:
         """Return the mean over all heads."""
         assert self.mass is not None
-        assert self.step is not None
-        batch, order = len(self.mass), self.step.query_order
+        assert self.context is not None
+        batch, order = len(self.mass), self.context.query_order
         token = None
         if ids is not None:
             token = (ids if order is None else ids.gather(1, order.to(ids.device)))[:, -1].cpu()
-        return AttentionRecord(self.step.last[:, 0].expand(batch).cpu(), token, self.mass / self.heads, self.blocks)
+        last = self.context.last_position[:, 0].expand(batch).cpu()
+        return AttentionRecord(last, token, self.mass / self.heads, self.blocks)
 
 
-class _Shown(NamedTuple):
-    """An archive with other values, as a layer reads it."""
+class _StoreView(NamedTuple):
+    """A cache's full store with other values, as a layer reads it."""
 
     held: int
-    chosen: Choice | None
-    read: Middle
+    selection: BlockSelection | None
+    kv: UnrotatedKV
 
-    def middle(self) -> Middle:
+    def text(self) -> UnrotatedKV:
         """Return the text."""
-        return self.read
+        return self.kv
 
 
 def _masses(
-    layer: Any,
+    technique: Technique,
+    layer: AttentionLayer,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    step: Step,
+    context: ForwardContext,
     scoring: Scoring,
-    archive: ArchiveCacheLayer | None,
-    middle: Middle | None,
+    held: Any,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return the attention that the last query pays to keys [batch, m], and their positions [rows, m]."""
+    text = held.text() if isinstance(held, FullStoreCacheLayer) else None
     dtype = torch.promote_types(query.dtype, torch.float32)
-    query = query if step.query_order is None else taken(query, step.query_order)
-    key = key if step.key_order is None else taken(key, step.key_order)
+    query = query if context.query_order is None else gather_columns(query, context.query_order)
+    key = key if context.key_order is None else gather_columns(key, context.key_order)
+    value = value if context.key_order is None else gather_columns(value, context.key_order)
     last, scoring = query[:, :, -1:].to(dtype, copy=True), scoring._replace(dropout=0.0)
-    step = replace(step, queries=step.queries[:, -1:], query_order=None, key_order=None)
+    context = replace(context, query_positions=context.query_positions[:, -1:], query_order=None, key_order=None)
 
-    def attend(values: Tensor, of_middle: Tensor | None = None) -> Tensor:
-        shown = step
-        if archive is not None and middle is not None and of_middle is not None:
-            archives: Any = {layer.index: _Shown(archive.held, archive.chosen, middle._replace(value=of_middle))}
-            shown = replace(step, archives=archives)
-        output: Tensor = layer.attend(last, key.to(dtype, copy=True), values, shown, scoring)
-        return output
+    def attend(values: Tensor, of_text: Tensor | None = None) -> Tensor:
+        shown = context
+        if text is not None and of_text is not None:
+            view = _StoreView(held.held, held.selection, text._replace(value=of_text))
+            shown = replace(context, cache_layers={layer.index: view})
+        return technique.attend(layer, last, key.to(dtype, copy=True), values, shown, scoring)
 
-    values = [value] if middle is None else [value, middle.value]
+    values = [value] if text is None else [value, text.value]
     first, *rest = mass_of_keys(attend, *values, dtype=dtype)
-    sinks = layer.settings.num_sink_tokens if step.layout is not Layout.TEXT else 0
-    own = first, _positions(step, key.shape[2], sinks)
-    return [own, *((mass, middle.positions) for mass in rest if middle is not None)]
+    sinks = getattr(technique, "num_sink_tokens", 0) if context.layout is not KeyLayout.FULL else 0
+    own = first, _positions(context, key.shape[2], sinks)
+    return [own, *((mass, text.positions) for mass in rest if text is not None)]
 
 
-def _positions(step: Step, count: int, sinks: int) -> Tensor:
-    """Return the positions [rows, count] of the keys that a cache hands out; those of empty slots mean nothing."""
-    device = step.last.device
-    if step.layout is Layout.RING:
-        assert step.slots is not None
-        others = step.queries - step.slots[1][:, sinks:].to(device)
+def _positions(context: ForwardContext, count: int, sinks: int) -> Tensor:
+    """Return the positions [rows, count] of the keys that a cache returns; those of empty slots mean nothing."""
+    device = context.last_position.device
+    if context.layout is KeyLayout.RING_BUFFER:
+        assert context.ring_slots is not None
+        others = context.query_positions - context.ring_slots[1][:, sinks:].to(device)
     else:
-        others = step.last - torch.arange(count - sinks - 1, -1, -1, device=device)
+        others = context.last_position - torch.arange(count - sinks - 1, -1, -1, device=device)
     return torch.cat([torch.arange(sinks, device=device).expand(len(others), -1), others], dim=1)
 
 

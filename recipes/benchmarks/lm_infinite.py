@@ -5,7 +5,7 @@
 
 Prefill of n tokens: full causal attention (the fastest kernel that `scaled_dot_product_attention` finds for it), a
 plain sliding window (FlexAttention; on a CPU one masked call of `scaled_dot_product_attention` a block of 512 queries),
-LM-Infinite as such calls too (`path="sdpa"`), on CUDA by the kernels that are off (varlen, triton), and LM-Infinite
+LM-Infinite as such calls too (`path="sdpa"`), on CUDA by the other paths (sdpa, eager), and LM-Infinite
 as it is run, its rotations included. Decode of one token: full attention over the n keys, plain attention over S + L
 keys, and LM-Infinite's cache update and attention. The sides take turns; medians, of processor time where one thread
 computes; every ratio is against a side of the same run.
@@ -37,16 +37,11 @@ from rich.table import Table
 from torch import Tensor
 
 from hf_longtrunc import LMInfinite, load_pretrained
-from hf_longtrunc.attention.cache import LambdaCacheLayer
-from hf_longtrunc.attention.lambda_attention import (
-    LONG_PROMPTS,
-    Scoring,
-    distance,
-    lambda_attention,
-    single_query_attention,
-)
-from hf_longtrunc.attention.rotary import Rotation
-from hf_longtrunc.attention.row_positions import Rows
+from hf_longtrunc.attention.kernels import Scoring, single_query_attention
+from hf_longtrunc.attention.lambda_attention import LONG_PROMPTS, LambdaAttention, SinkWindowLaw
+from hf_longtrunc.attention.padding import PaddingState
+from hf_longtrunc.attention.ring_cache import RingCacheLayer
+from hf_longtrunc.attention.rope import Rotation
 from hf_longtrunc.evaluation import append_records
 
 if TYPE_CHECKING:
@@ -55,7 +50,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 _BLOCK = 128  # FlexAttention's block of queries and of keys
-_KERNELS = ("varlen", "triton")  # for CUDA, off by default
+_PATHS = ("sdpa", "eager")  # of a prompt on CUDA, where FlexAttention is the default
 
 
 class Layer(NamedTuple):
@@ -78,6 +73,11 @@ class Layer(NamedTuple):
         """Return random queries, keys and values of n tokens."""
         heads = self.heads, self.kv_heads, self.kv_heads
         return tuple(torch.randn(batch, h, n, self.dim, dtype=self.dtype, device=self.device) for h in heads)  # type: ignore[return-value]
+
+    @property
+    def law(self) -> SinkWindowLaw:
+        """What is visible, at which distance."""
+        return SinkWindowLaw(self.sinks, self.window, self.window)
 
     @property
     def rotation(self) -> Rotation:
@@ -151,15 +151,8 @@ def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     def windowed(path: str, sinks: tuple[Tensor, Tensor] | None) -> Tensor:
-        return lambda_attention(
-            *(query, key, value, positions, positions),
-            sinks=sinks,
-            window=layer.window,
-            max_distance=layer.window,
-            scoring=layer.scoring,
-            rotation=rotation,
-            path=path,
-        )
+        call = LambdaAttention(*(query, key, value, positions, positions), sinks, layer.law, layer.scoring, rotation)
+        return call.compute(path)
 
     sides: dict[str, Callable[[], object]] = {"full": full}
     if layer.device == "cuda":
@@ -171,15 +164,16 @@ def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
     else:
         sides["window only"] = lambda: windowed("sdpa", None)
     sides["masked"] = lambda: windowed("sdpa", sinks)
-    sides |= {path: partial(windowed, path, sinks) for path in _KERNELS}
+    if layer.device == "cuda":
+        sides |= {path: partial(windowed, path, sinks) for path in _PATHS}
     sides["LM-Infinite"] = lambda: windowed("auto", sinks)
     return sides
 
 
 def offered(layer: Layer, console: Console) -> tuple[str, ...]:
-    """Return the kernels that are off by default and run here, and say of the others why they do not."""
+    """Return the other paths that run here, and say of those that do not why."""
     found = []
-    for path in _KERNELS if layer.device == "cuda" else ():
+    for path in _PATHS if layer.device == "cuda" else ():
         try:
             prefill_sides(layer, 4 * _BLOCK)[path]()
         except Exception as error:  # whatever it is, the other sides are to be measured
@@ -191,7 +185,7 @@ def offered(layer: Layer, console: Console) -> tuple[str, ...]:
 
 def quickest(rows: list[Timing]) -> str:
     """Say which path took least time at each size."""
-    rows = [row for row in rows if row.side in (*_KERNELS, "LM-Infinite")]
+    rows = [row for row in rows if row.side in (*_PATHS, "LM-Infinite")]
     sizes = dict.fromkeys(row.n for row in rows)
     best = [min((row for row in rows if row.n == n), key=lambda row: row.median_ms) for n in sizes]
     named = ", ".join(f"{row.side} at {row.n:,}" for row in best)
@@ -212,19 +206,20 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
         grouped = query.view(batch, layer.kv_heads, -1, layer.dim)
         return F.scaled_dot_product_attention(grouped, keys, values)
 
-    # Made once a step, not once a layer, so not timed: slots, distances, the turn of the sinks.
+    # Made once a step, not once a layer, so not timed: slots, distances, the rotation of the sinks.
     i = torch.full((1, 1), n, device=device)
-    j = cache.key_positions(cache.rows, device)
-    distances = distance(i, j, layer.window)[:, 0]
+    j = cache.key_positions(cache.padding_state, device)
+    distances = layer.law.distance(i, j)[:, 0]
     assert cache.rotation is not None
-    assert cache.sees_every_slot(cache.rows)
-    turn = cache.rotation.weights((i - layer.window - j[:, : layer.sinks]).clamp_min(0), layer.dtype)
-    announcement = cache.announcement(1, device, Rows())._replace(turn=turn)
+    assert cache.sees_every_slot(cache.padding_state)
+    offsets = (i - j - distances)[:, : layer.sinks]
+    rotation = cache.rotation.cos_sin(offsets, layer.dtype)
+    plan = cache.write_plan(1, device, PaddingState())._replace(sink_rotation=rotation)
 
     def lm_infinite() -> Tensor:
-        cache.expect(announcement)
+        cache.prepare_update(plan)
         keys, values = cache.update(key, value)
-        cache.settle()
+        cache.commit()
         return single_query_attention(query, keys, values, distances, None, layer.scoring)
 
     return {
@@ -234,12 +229,12 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
     }
 
 
-def filled_cache(layer: Layer, key: Tensor, value: Tensor) -> LambdaCacheLayer:
+def filled_cache(layer: Layer, key: Tensor, value: Tensor) -> RingCacheLayer:
     """Return the ring after these tokens."""
-    cache = LambdaCacheLayer(layer.sinks, layer.window, layer.rotation)
-    cache.expect(cache.announcement(key.shape[2], key.device, Rows()))
+    cache = RingCacheLayer(layer.sinks, layer.window, layer.rotation)
+    cache.prepare_update(cache.write_plan(key.shape[2], key.device, PaddingState()))
     cache.update(key, value)
-    cache.settle()
+    cache.commit()
     return cache
 
 
@@ -287,7 +282,7 @@ def cache_mib(layer: Layer, n: int) -> tuple[float, float]:
     """Return the MiB of one layer's LM-Infinite cache and of an ordinary one, after n tokens at batch 1."""
     _, key, value = layer.tokens(n)
     cache = filled_cache(layer, key, value)
-    held = sum(tensor.nbytes for tensor in (cache.keys, cache.values, *cache.beside))
+    held = sum(tensor.nbytes for tensor in (cache.keys, cache.values, *cache.buffers))
     return held / 2**20, (key.nbytes + value.nbytes) / 2**20
 
 

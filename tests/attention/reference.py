@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+
+from hf_longtrunc.attention.lambda_attention import LambdaAttention, SinkWindowLaw
+
+
+def lambda_attention(
+    query, key, value, i, j, *, sinks, window, max_distance, spacing=0, path="auto", block_size=512, **call
+):
+    """Attention of LM-Infinite (spacing 0) or StreamingLLM (1) over tensors, by one of its paths."""
+    law = SinkWindowLaw(0 if sinks is None else sinks[0].shape[2], window, max_distance, spacing)
+    return LambdaAttention(query, key, value, i, j, sinks, law, **call).compute(path, block_size)
 
 
 def is_visible(i: int, j: int, sinks: int, window: int) -> bool:
@@ -50,7 +61,12 @@ class Naive:
     max_distance: int
     rope: Rope | None = None
     slopes: Tensor | None = None
+    spacing: int = 0  # 1: sinks keep their order before the window, as StreamingLLM's positions within the cache do
     extra: dict[str, float] = field(default_factory=dict)
+
+    def distance(self, i: int, j: int) -> int:
+        most = self.max_distance - self.spacing * j if j < self.sinks else max(self.max_distance, i - j)
+        return max(0, min(i - j, most))
 
     def __call__(
         self,
@@ -65,8 +81,7 @@ class Naive:
         heads, n, _ = query.shape
         group = heads // key.shape[0]
         key, value = (x.double().repeat_interleave(group, dim=0) for x in (key, value))
-        i = torch.arange(n)
-        away = (i[:, None] - i[None, :]).clamp(0, self.max_distance)
+        away = torch.tensor([[self.distance(a, b) for b in range(n)] for a in range(n)])
         seen = torch.tensor([[is_visible(a, b, self.sinks, self.window) for b in range(n)] for a in range(n)])
         turned = query.double()[:, :, None, :].expand(-1, -1, n, -1)
         turned = turned if self.rope is None else self.rope.turn(turned, away)
@@ -174,6 +189,10 @@ def install(model, naive: Naive, name: str = "naive_lambda", below: tuple[int, N
         if attention_mask is not None:  # a layer with a window of its own
             from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+            if s_aux is not None:
+                eager = sys.modules[type(module).__module__].eager_attention_forward
+                added = torch.zeros(attention_mask.shape).masked_fill(~attention_mask, -math.inf)
+                return eager(module, query, key, value, added, scaling=scaling, s_aux=s_aux)
             return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         positions = torch.arange(query.shape[2])
         mine = below[1] if below is not None and module.layer_idx < below[0] else naive

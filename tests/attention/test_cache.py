@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from hf_longtrunc.attention.cache import LambdaCacheLayer
-from hf_longtrunc.attention.rotary import Rotation
-from hf_longtrunc.attention.row_positions import Rows
+from hf_longtrunc.attention.padding import PaddingState
+from hf_longtrunc.attention.ring_cache import LambdaCacheLayer
+from hf_longtrunc.attention.rope import Rotation
 
 DIM, ROLLBACK = 4, 6
 ROTATION = Rotation(torch.tensor([1.0, 0.1], dtype=torch.float64))
@@ -45,9 +45,9 @@ def give(ring: LambdaCacheLayer, tape: Tape, n: int) -> None:
     before = tape.keys.shape[2]
     positions = torch.arange(before, before + n) - tape.padding[:, None]
     steps = (positions[:, :1] - tape.window - torch.arange(tape.sinks)).clamp_min(0)
-    turn = ROTATION.weights(steps, torch.float64) if n == 1 else None
-    rows = Rows(tape.padding, int(tape.padding.max()))
-    ring.expect(ring.announcement(n, torch.device("cpu"), rows)._replace(turn=turn))
+    turn = ROTATION.cos_sin(steps, torch.float64) if n == 1 else None
+    rows = PaddingState(tape.padding, int(tape.padding.max()))
+    ring.prepare_update(ring.write_plan(n, torch.device("cpu"), rows)._replace(sink_rotation=turn))
     j = torch.arange(before + n) - tape.padding[:, None]  # of the keys that are to come
     if before and n == 1:
         j = ring.key_positions(rows, torch.device("cpu")).expand(len(tape.padding), -1)
@@ -56,7 +56,7 @@ def give(ring: LambdaCacheLayer, tape: Tape, n: int) -> None:
         j = torch.cat([sinks, j[:, tape.sinks - ring.keys_returned(n) :]], dim=-1)
     everything_is_seen = ring.sees_every_slot(rows)
     keys, values = ring.update(*tape.append(n))
-    ring.settle()
+    ring.commit()
     assert keys.shape[2] == values.shape[2] == j.shape[1]
     for row in range(len(tape.padding)):
         padding, last = int(tape.padding[row]), before + n - 1
@@ -111,6 +111,6 @@ def test_a_full_ring_is_seen_whole_from_the_first_token_that_does():
     ring, tape = SmallRing(3, 5, ROTATION), Tape([0, 2], 3, 5)
     whole = []
     for n in [4, *[1] * 8]:
-        whole.append(ring.sees_every_slot(Rows(tape.padding, 2)))
+        whole.append(ring.sees_every_slot(PaddingState(tape.padding, 2)))
         give(ring, tape, n)
     assert whole == [False] * 6 + [True] * 3

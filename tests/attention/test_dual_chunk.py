@@ -8,9 +8,15 @@ import random
 import pytest
 import torch
 
-from hf_longtrunc.attention.dual_chunk import Chunks, Emphasis, block_votes, dual_chunk_attention, seen_from
-from hf_longtrunc.attention.joined import Part, joined_attention
-from hf_longtrunc.attention.rotary import Rotation
+from hf_longtrunc.attention.dual_chunk import (
+    ChunkLaw,
+    Chunks,
+    KeyMultiplicity,
+    chunk_block_scores,
+    dual_chunk_attention,
+)
+from hf_longtrunc.attention.rope import Rotation
+from hf_longtrunc.attention.softmax_merge import AttentionPart, merge_attention
 
 
 def rotation(dim):
@@ -32,7 +38,7 @@ def naive(query, key, value, padding, chunk, trained, scaling, counts=None, weig
             if i < 0:
                 continue
             j = torch.arange(i + 1)
-            apart = seen_from(torch.tensor([i]), j, chunk, trained)  # [1, i + 1]
+            apart = ChunkLaw(chunk, trained).distance(torch.tensor([i]), j)  # [1, i + 1]
             turned = turn.rotate(query[row : row + 1, :, q : q + 1].expand(-1, -1, i + 1, -1), apart)[0]
             columns = j + padding[row]
             scores = (turned * key[row][:, columns]).sum(-1) * scaling
@@ -69,7 +75,7 @@ def placed_as_cached(tensors, padding, chunk, trained):
     positions = torch.arange(m)[None] - torch.tensor(padding)[:, None]
     placed = positions.clamp_min(0) % chunk
     turned = turn.rotate(query, placed[:, m - n :]), turn.rotate(key, placed)
-    chunks = Chunks(chunk, trained, 0.4, turn.rotate)
+    chunks = Chunks(ChunkLaw(chunk, trained), 0.4, turn.rotate)
     return *turned, value, torch.tensor(padding) if any(padding) else None, chunks
 
 
@@ -91,7 +97,7 @@ def drawn_emphasis(tensors, seed):
     positions = [[p if draw.random() < 0.8 else -1 for p in draw.sample(range(m + 9), k)] for _ in range(batch)]
     counts = [[draw.choice([1.0, 1.5, 4.0, 16.0]) for _ in range(k)] for _ in range(batch)]
     as_dicts = [{p: c for p, c in zip(*row, strict=True) if p >= 0} for row in zip(positions, counts, strict=True)]
-    return Emphasis(torch.tensor(positions), torch.tensor(counts, dtype=torch.float64)), as_dicts
+    return KeyMultiplicity(torch.tensor(positions), torch.tensor(counts, dtype=torch.float64)), as_dicts
 
 
 @pytest.mark.parametrize("seed", range(1000, 1120))
@@ -119,7 +125,7 @@ def test_blocks_get_the_attention_that_the_definition_pays_them(seed):
             for group in range(2):
                 expected[row, :, group, block] = paid[:, groups[group].expand(batch, -1)[row]].sum(-1)
     query, key, _, pad, chunks = placed_as_cached(tensors, padding, chunk, trained)
-    got = block_votes(query, key, pad, chunks, groups, sinks, size, last)
+    got = chunk_block_scores(query, key, pad, chunks, groups, sinks, size, last)
     assert torch.allclose(got, expected, rtol=0, atol=1e-12)
 
 
@@ -143,7 +149,7 @@ def test_gradients_are_those_of_the_definition(seed):
 def test_distances_are_true_inside_a_chunk_and_never_beyond_what_was_trained():
     chunk, trained = 6, 8
     i = torch.arange(50)
-    seen = seen_from(i, i, chunk, trained)
+    seen = ChunkLaw(chunk, trained).distance(i, i)
     causal = i[:, None] >= i
     same = (i[:, None] // chunk == i // chunk) & causal
     assert torch.equal(seen[same], (i[:, None] - i)[same])
@@ -170,10 +176,13 @@ def test_one_tensor_may_learn_where_the_others_stand_still(which, seed):
 def test_half_precision_errs_like_one_call(dtype):
     draw = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 90, 8, generator=draw).to(dtype) for heads in (4, 2, 2))
-    parts = [Part(query, key[:, :, :40], value[:, :, :40]), Part(query, key[:, :, 40:], value[:, :, 40:])]
+    parts = [
+        AttentionPart(query, key[:, :, :40], value[:, :, :40]),
+        AttentionPart(query, key[:, :, 40:], value[:, :, 40:]),
+    ]
     together = torch.nn.functional.scaled_dot_product_attention(
         query.double(), key.double(), value.double(), scale=0.3, enable_gqa=True
     )
-    one = joined_attention([Part(query, key, value)], 0.3).double()
-    error, bound = (joined_attention(parts, 0.3).double() - together).abs().max(), (one - together).abs().max()
+    one = merge_attention([AttentionPart(query, key, value)], 0.3).double()
+    error, bound = (merge_attention(parts, 0.3).double() - together).abs().max(), (one - together).abs().max()
     assert error <= 2 * bound + torch.finfo(dtype).eps * together.abs().max()

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks, TopK
-from hf_longtrunc.attention.dual_chunk import seen_from
+from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks, TopK, UnsupportedModelError
+from hf_longtrunc.attention.dual_chunk import ChunkLaw
 from hf_longtrunc.models import CACHE, cache_of
 
 from .reference import Naive, Rope, install
@@ -42,8 +42,15 @@ class NaiveChunks(Naive):
         group, n = query.shape[0] // key.shape[0], query.shape[1]
         key, value = (x.double().repeat_interleave(group, dim=0) for x in (key, value))
         i = torch.arange(n)
-        turned = self.rope.turn(query.double()[:, :, None].expand(-1, -1, n, -1), seen_from(i, i, CHUNK, TRAINED))
-        scores = ((turned * key[:, None]).sum(-1) * scaling).masked_fill(i > i[:, None], -torch.inf)
+        turned = query.double()[:, :, None].expand(-1, -1, n, -1)
+        if self.rope is not None:
+            turned = self.rope.turn(turned, ChunkLaw(CHUNK, TRAINED).distance(i, i))
+        scores = (turned * key[:, None]).sum(-1) * scaling
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(i > i[:, None], -torch.inf)
+        if null_logits is not None:
+            null = null_logits.detach().double()[:, None, None].expand(*scores.shape[:2], 1)
+            return torch.cat([scores, null], dim=-1).softmax(-1)[..., :-1] @ value
         return scores.softmax(-1) @ value
 
 
@@ -81,6 +88,69 @@ def test_a_patched_model_is_the_definition(family):
     assert (patched - unpatched)[:, TRAINED:].abs().max() > 1e-2
     assert torch.equal(shorter, logits(model, ids[:, :CHUNK]))
     assert torch.equal(unpatched, logits(model, ids))
+
+
+DEFAULT_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+# Layers with a sliding window between full ones: those of Gemma 3 rotate by other frequencies, Cohere 2's full ones and
+# one of SmolLM 3's do not rotate at all, Gemma 2 caps its scores, gpt-oss has learned sink logits.
+WINDOWED = {
+    "gemma2": ({}, Rope(8)),
+    "gemma3_text": ({}, Rope(8, base=1e6)),
+    "gpt_oss": (DEFAULT_ROPE, Rope(8)),
+    "cohere2": ({}, None),
+    "ministral": ({}, Rope(8)),
+}
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_windowed_layers_stay_as_they_are(family):
+    """Their window is 8 tokens, a chunk 7: rotated by positions within chunks they would differ."""
+    changes, rope = WINDOWED[family]
+    ids, model, defined = prompt(40), *(tiny_model(family, **changes).requires_grad_(False) for _ in range(2))
+    unpatched = logits(model, ids)
+    install(defined, NaiveChunks(0, 1, 1, rope), f"naive_windowed_{family}")
+    expected = logits(defined, ids)
+    wide, mask = padded(ids, 3)
+    if rope is None:
+        with pytest.raises(UnsupportedModelError, match="none of its layers has rotary positions"):
+            ARM(model)
+        return
+    with ARM(model):
+        for got in (
+            logits(model, ids),
+            in_chunks(model, ids, [11, 1, 1, 9, 18], DynamicCache(config=model.config)),
+            logits(model, wide, attention_mask=mask)[:, 3:],
+        ):
+            assert (got - expected).abs().max() < 1e-4 * max(1.0, float(expected.abs().max()))
+        short = logits(model, ids[:, :CHUNK])
+    assert torch.equal(short, logits(model, ids[:, :CHUNK]))
+    assert (expected - unpatched)[:, TRAINED:].abs().max() > 1e-3
+    assert torch.equal(unpatched, logits(model, ids))
+
+
+def test_some_full_layers_need_no_rotation():
+    """SmolLM 3 rotates three of four layers: the fourth sees every key, as it does without the patch."""
+    ids, model, defined = (
+        prompt(30),
+        *(tiny_model("smollm3", no_rope_layers=[1, 0]).requires_grad_(False) for _ in range(2)),
+    )
+    install(defined, NaiveChunks(0, 1, 1, None), "naive_smollm3", below=(1, NaiveChunks(0, 1, 1, Rope(8, base=2e6))))
+    expected = logits(defined, ids)
+    with ARM(model):
+        got = logits(model, ids)
+    assert (got - expected).abs().max() < 5e-5 * max(1.0, float(expected.abs().max()))
+
+
+def test_the_models_own_chunks_are_heeded():
+    """Qwen2.5-1M: chunks of chunk_size - local_size, under max_position_embeddings that it was not trained for."""
+    own = {"chunk_size": TRAINED, "local_size": TRAINED - CHUNK, "original_max_position_embeddings": TRAINED}
+    model = tiny_model("qwen2", dual_chunk_attention_config=own).requires_grad_(False)
+    ids = prompt(40)
+    with DualChunkAttention()(model) as handle:
+        assert (handle.resolved.chunk_length, handle.resolved.trained_length) == (CHUNK, TRAINED)
+        by_config = logits(model, ids)
+    with ARM(model):
+        assert torch.equal(logits(model, ids), by_config)
 
 
 FACTORS = {
@@ -266,12 +336,9 @@ def test_assisted_decoding(llama):
 @pytest.mark.parametrize(
     ("family", "changes", "words"),
     [
-        ("bloom", {}, "no rotary positions"),
+        ("bloom", {}, "has rotary positions"),
         ("gpt2", {}, "absolute positions"),
-        ("gemma2", {}, "window of their own|soft-caps"),
-        ("gemma3_text", {}, "window of their own"),
-        ("llama4_text", {}, "window of their own"),
-        ("gpt_oss", {}, "window of their own|learned sink"),
+        ("llama4_text", {}, "has rotary positions"),
     ],
 )
 def test_what_it_cannot_serve_is_refused_in_words(family, changes, words):
@@ -304,7 +371,7 @@ def test_bad_arguments_say_what_is_expected(llama):
         llama.set_attn_implementation("sdpa")
         with pytest.raises(ValueError, match="set_attn_implementation was called"):
             logits(llama, prompt(5))
-    assert DualChunkAttention()(llama).chunk == 3 * llama.config.max_position_embeddings // 4
+    assert DualChunkAttention()(llama).resolved.chunk_length == 3 * llama.config.max_position_embeddings // 4
 
 
 # -- with blocks that a question points at ---------------------------------------------------------------------------
@@ -380,7 +447,7 @@ def test_chosen_blocks_count_for_several_as_defined(family, in_contrast):
     with replace(READER, retrieval=blocks)(model):
         got = logits(model, ids, cache=cache, use_cache=True)
     chosen = chosen_by_definition(family, ids, in_contrast)
-    found, emphasis = (part[0].tolist() for part in cache.layers[0].chosen)
+    found, emphasis = (part[0].tolist() for part in cache.layers[0].selection)
     assert [block for block in found if block >= 0] == sorted(chosen, key=lambda block: -chosen[block])
     if in_contrast:
         assert emphasis[: len(chosen)] == pytest.approx(list(chosen.values()), rel=1e-3)
@@ -406,7 +473,7 @@ def test_what_is_chosen_is_read_on_in_chunks_and_with_padding(llama):
             alone = ids[row : row + 1, 7 * row :]
             expected = answer(llama, alone, attention_mask=torch.ones_like(alone))
             assert torch.equal(together.sequences[row, 48:], expected.sequences[0, alone.shape[1] :])
-            theirs, ours = (cache_of(output).layers[1].chosen for output in (expected, together))
+            theirs, ours = (cache_of(output).layers[1].selection for output in (expected, together))
             assert torch.equal(theirs.blocks[0], ours.blocks[row])
     with DualChunkAttention(chunk_length=CHUNK, trained_length=TRAINED)(llama):
         read = DynamicCache(config=llama.config)
@@ -425,7 +492,7 @@ def test_beams_a_second_turn_and_a_copy_keep_what_was_chosen(llama):
             alone = answer(llama, ids[row : row + 1], attention_mask=ones[:1], num_beams=3)
             assert torch.equal(beams.sequences[row], alone.sequences[0])
         first = answer(llama, ids[:1], attention_mask=ones[:1])
-        kept = cache_of(first).layers[0].chosen.blocks.clone()
+        kept = cache_of(first).layers[0].selection.blocks.clone()
         said = torch.cat([first.sequences, prompt(20)], dim=1)
         seen = torch.ones_like(said)
         second = answer(llama, said, attention_mask=seen, **{CACHE: copy.deepcopy(cache_of(first))})
@@ -433,20 +500,20 @@ def test_beams_a_second_turn_and_a_copy_keep_what_was_chosen(llama):
         assert torch.equal(second.sequences, again.sequences)
         forgotten = copy.deepcopy(cache_of(first))
         for layer in forgotten.layers:
-            layer.chosen = None
+            layer.selection = None
         again = answer(llama, said, attention_mask=seen, **{CACHE: forgotten})
         assert torch.equal(second.sequences, again.sequences)  # who votes has not read the last choice
-        theirs, ours = (cache_of(output).layers[0].chosen for output in (again, second))
+        theirs, ours = (cache_of(output).layers[0].selection for output in (again, second))
         assert torch.equal(theirs.blocks, ours.blocks)
-        assert not torch.equal(cache_of(second).layers[0].chosen.blocks, kept)  # it asks anew
-        assert torch.equal(cache_of(first).layers[0].chosen.blocks, kept)
+        assert not torch.equal(cache_of(second).layers[0].selection.blocks, kept)  # it asks anew
+        assert torch.equal(cache_of(first).layers[0].selection.blocks, kept)
         before = cache_of(first).layers[0]
         before.batch_repeat_interleave(2)
-        assert before.chosen.blocks.shape[0] == 2
+        assert before.selection.blocks.shape[0] == 2
         before.batch_select_indices(torch.tensor([1]))
-        assert before.chosen.blocks.shape[0] == before.keys.shape[0] == 1
+        assert before.selection.blocks.shape[0] == before.keys.shape[0] == 1
         before.reset()
-        assert before.chosen is None
+        assert before.selection is None
 
 
 def test_a_forward_that_does_not_end_as_a_question_does_asks_nothing(llama):
@@ -460,7 +527,7 @@ def test_a_forward_that_does_not_end_as_a_question_does_asks_nothing(llama):
         cache = DynamicCache(config=llama.config)
         with settings(llama):
             got = logits(llama, ids, cache=cache, use_cache=True)
-        assert (getattr(cache.layers[0], "chosen", None) is not None) is chooses
+        assert (getattr(cache.layers[0], "selection", None) is not None) is chooses
         assert torch.allclose(got, expected, atol=1e-5) is not chooses
     mixed = ids.repeat(2, 1)
     mixed[1, -1] = 7

@@ -178,7 +178,7 @@ def test_recurrent_layers_refuse_drafts_in_words():
 
 
 def test_layers_that_forget_in_a_second_forward_are_fed_whole_prompts_or_single_tokens(monkeypatch):
-    monkeypatch.setattr("hf_longtrunc.attention.lambda_patch._PREFILL_CHUNK", 16)
+    monkeypatch.setattr("hf_longtrunc.LMInfinite.prefill_chunk", 16)
     model, ids = model_of("jamba"), prompt(50)
     with SETTINGS(model):
         expected = model.generate(ids, max_new_tokens=5, use_cache=False, **GREEDY)
@@ -223,5 +223,5 @@ def test_absolute_positions_among_states_are_refused():
 
 
 def test_dual_chunk_attention_needs_rotary_positions_in_hybrids_too():
-    with pytest.raises(ValueError, match="no rotary positions"):
+    with pytest.raises(ValueError, match="has rotary positions"):
         DualChunkAttention(chunk_length=5, trained_length=9).attach(model_of("jamba"))

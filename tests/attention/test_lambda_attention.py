@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import math
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from hf_longtrunc.attention import joined, lambda_attention as paths
-from hf_longtrunc.attention.lambda_attention import (
-    Scoring,
-    choose_path,
-    distance,
-    lambda_attention,
-    single_query_attention,
-    visible,
-)
-from hf_longtrunc.attention.rotary import Rotation
+from hf_longtrunc import LMInfinite
+from hf_longtrunc.attention import softmax_merge
+from hf_longtrunc.attention.kernels import Scoring, single_query_attention
+from hf_longtrunc.attention.lambda_attention import SinkWindowLaw, choose_path
+from hf_longtrunc.attention.rope import Rotation
 
-from .reference import Naive, Rope, is_visible
+from .reference import Naive, Rope, is_visible, lambda_attention
 
 DIM = 8
 FREQUENCIES = 10000 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
@@ -58,16 +52,18 @@ def ours(query, key, value, sinks, window, max_distance, scoring, rotation=ROTAT
 def test_mask_and_distance_are_their_definitions():
     i = torch.arange(23)
     for sinks, window, ceiling in [(0, 1, 1), (3, 5, 5), (3, 5, 9), (7, 2, 2), (30, 4, 8)]:
-        seen, away = visible(i, i, sinks, window), distance(i, i, ceiling)
-        for a in range(23):
-            for b in range(23):
-                assert bool(seen[a, b]) == is_visible(a, b, sinks, window)
-                assert int(away[a, b]) == min(a - b, ceiling)
+        for spacing, most in ((0, ceiling), (1, sinks + window - 1)):
+            law, naive = SinkWindowLaw(sinks, window, most, spacing), Naive(sinks, window, most, spacing=spacing)
+            seen, away = law.visible(i, i), law.distance(i, i)
+            for a in range(23):
+                for b in range(a + 1):
+                    assert bool(seen[a, b]) == is_visible(a, b, sinks, window)
+                    assert int(away[a, b]) == naive.distance(a, b)
 
 
 def test_a_row_attends_to_as_many_keys_as_the_definition_says():
     i = torch.arange(50)
-    counts = visible(i, i, 3, 10).sum(-1).tolist()
+    counts = SinkWindowLaw(3, 10, 10).visible(i, i).sum(-1).tolist()
     assert counts == [min(n + 1, 10) + min(3, max(0, n - 10 + 1)) for n in range(50)]
 
 
@@ -78,7 +74,7 @@ def test_a_row_attends_to_as_many_keys_as_the_definition_says():
     window=st.integers(1, 12),
     extra=st.integers(0, 5),
     block=st.integers(1, 16),
-    path=st.sampled_from(["joined", "sdpa", "eager"]),
+    path=st.sampled_from(["split", "sdpa", "eager"]),
     value_dim=st.sampled_from([4, 8, 12]),
     seed=st.integers(0, 99),
 )
@@ -96,11 +92,11 @@ def test_every_path_is_the_reference(n, sinks, window, extra, block, path, value
 @pytest.mark.parametrize("has_kernel", [True, False])
 def test_blocks_without_masks_see_what_the_definition_says(has_kernel, block, sinks, ceiling, monkeypatch):
     """Also where torch's kernel is not used: before 2.13 it is wrong for some shapes."""
-    monkeypatch.setattr(joined, "_KERNEL_IS_TRIED", has_kernel)
+    monkeypatch.setattr(softmax_merge, "_KERNEL_IS_TRIED", has_kernel)
     query, key, value = states(61)
     settings = (sinks, 20, ceiling, Scoring(0.3))
     whole = ours(query, key, value, *settings, path="eager")
-    assert (ours(query, key, value, *settings, path="joined", block_size=block) - whole).abs().max() < 1e-12
+    assert (ours(query, key, value, *settings, path="split", block_size=block) - whole).abs().max() < 1e-12
     i, turn = torch.arange(61)[None], ROTATION.rotate
     query, key = turn(query, i), turn(key, i)
     far = (key[:, :, :sinks], value[:, :, :sinks]) if sinks else None
@@ -115,13 +111,13 @@ def test_blocks_without_masks_see_what_the_definition_says(has_kernel, block, si
         max_distance=ceiling,
         scoring=settings[-1],
         rotation=ROTATION,
-        path="joined",
+        path="split",
         block_size=block,
     )
     assert (later - whole[:, :, 31:]).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("path", ["joined", "sdpa", "eager"])
+@pytest.mark.parametrize("path", ["split", "sdpa", "eager"])
 def test_single_precision(path):
     query, key, value = states(60, dtype=torch.float32)
     got = ours(query, key, value, 3, 7, 9, Scoring(0.4), path=path, block_size=16)
@@ -129,14 +125,14 @@ def test_single_precision(path):
     assert (got[0] - expected).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("path", ["joined", "sdpa", "eager"])
+@pytest.mark.parametrize("path", ["split", "sdpa", "eager"])
 def test_half_precision_errs_no_more_than_twice_what_plain_attention_does(path):
     query, key, value = states(200, heads=8, dtype=torch.bfloat16)
     got = ours(query, key, value, 4, 16, 16, Scoring(0.4), path=path, block_size=32)
     expected = Naive(4, 16, 16, ROPE)(query[0], key[0], value[0], 0.4)
     i = torch.arange(200)
     turned = ROTATION.rotate(query, i[None]), ROTATION.rotate(key, i[None])
-    mask = visible(i, i, 4, 16)
+    mask = SinkWindowLaw(4, 16, 16).visible(i, i)
     plain = torch.nn.functional.scaled_dot_product_attention(*turned, value, attn_mask=mask, scale=0.4, enable_gqa=True)
     exact = Naive(4, 16, 10**6, ROPE)(query[0], key[0], value[0], 0.4)
     allowed = 2 * (plain[0].double() - exact).square().mean().sqrt()
@@ -167,7 +163,7 @@ def test_a_left_padded_row_is_the_row_alone():
     columns = (torch.arange(3)[None] + padding[:, None])[:, None, :, None].expand(2, 2, 3, DIM)
     turned = ROTATION.rotate(query, i), ROTATION.rotate(key, i)
     far = turned[1].gather(2, columns), value.gather(2, columns)
-    for path in ("joined", "sdpa", "eager"):
+    for path in ("split", "sdpa", "eager"):
         got = lambda_attention(
             *turned, value, i, i, sinks=far, window=5, max_distance=7, scoring=Scoring(0.4), rotation=ROTATION,
             path=path, block_size=8,
@@ -185,13 +181,18 @@ def test_one_query_over_keys_in_any_order():
     away = (19 - j).clamp_max(9)
     turned = ROTATION.rotate(key[:, :, order], -away[None])
     got = single_query_attention(
-        last, turned, value[:, :, order], away[None], visible(torch.tensor([19]), j, 3, 6), Scoring(0.4)
+        last,
+        turned,
+        value[:, :, order],
+        away[None],
+        SinkWindowLaw(3, 6, 6).visible(torch.tensor([19]), j),
+        Scoring(0.4),
     )
     expected = Naive(3, 6, 9, ROPE)(query[0], key[0], value[0], 0.4)[:, -1:]
     assert (got[0] - expected).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("path", ["joined", "sdpa", "eager"])
+@pytest.mark.parametrize("path", ["split", "sdpa", "eager"])
 def test_gradients_are_the_references(path):
     query, key, value = (x.requires_grad_() for x in states(30))
     weight = torch.randn(4, 30, DIM, dtype=torch.float64)
@@ -222,7 +223,6 @@ def test_no_score_outside_the_window_is_ever_computed(monkeypatch):
     assert max(columns for _, columns in widths) == 4 + 20 - 1 + 10
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(
     ("n", "sinks", "window"), [(5, 3, 40), (400, 0, 40), (400, 3, 270), (300, 130, 20), (200, 3, 1)]
 )
@@ -234,7 +234,6 @@ def test_flex_attention_is_the_blockwise_path(n, sinks, window):
     assert (flex - ours(query, key, value, *settings, path="sdpa")).abs().max() < 2e-5
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_with_padding_and_a_past():
     query, key, value = states(300, batch=2, dtype=torch.float32)
     i = torch.arange(300)[None] - torch.tensor([0, 150])[:, None]
@@ -254,22 +253,13 @@ def test_paths_are_named():
         choose_path("flash", Scoring(1.0))
     with pytest.raises(ValueError, match="use 'eager'"):
         choose_path("sdpa", Scoring(1.0, softcap=2.0))
+    with pytest.raises(ValueError, match="has no attention dropout"):
+        choose_path("flex", Scoring(1.0, dropout=0.1))
     for path in ("varlen", "triton"):
-        with pytest.raises(ValueError, match="is for CUDA"):
-            choose_path(path, Scoring(1.0), torch.zeros(1, 1, 2, 8))
-        with pytest.raises(ValueError, match="has no attention dropout"):
-            choose_path(path, Scoring(1.0, dropout=0.1))
-        with pytest.raises(ValueError, match="has no gradients"):
-            choose_path(path, Scoring(1.0), torch.zeros(1, 1, 2, 8, requires_grad=True))
-
-
-def test_a_kernel_whose_package_is_missing_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "hf_longtrunc.attention.fused", raising=False)
-    monkeypatch.setattr(paths, "choose_path", lambda path, *_: path)
-    query, key, value = states(5)
-    with pytest.raises(ImportError, match=r"path 'triton' cannot be had here .*triton.*: use 'auto'"):
-        ours(query, key, value, 0, 3, 3, Scoring(0.4), path="triton")
+        with pytest.raises(ValueError, match=r"was removed.*leave path out"):
+            choose_path(path, Scoring(1.0))
+    with pytest.raises(ValueError, match="called 'split' now"):
+        LMInfinite(path="joined")
 
 
 def test_rotation_is_exact_at_any_position():

@@ -12,11 +12,11 @@ from hypothesis import given, settings, strategies as st
 from transformers import DynamicCache
 
 from hf_longtrunc import ArchiveCacheLayer, LambdaCacheLayer, LMInfinite, TopBlocks, TopK
-from hf_longtrunc.attention.lambda_attention import Scoring, lambda_attention
-from hf_longtrunc.attention.middle import Middle, Sight, choose_blocks, top_k
-from hf_longtrunc.attention.rotary import Rotation
+from hf_longtrunc.attention.block_scores import DistantScoring, UnrotatedKV, select_blocks, top_k
+from hf_longtrunc.attention.kernels import Scoring
+from hf_longtrunc.attention.rope import Rotation
 
-from .reference import Naive, NaiveBlocks, NaiveTopK, Rope, install
+from .reference import Naive, NaiveBlocks, NaiveTopK, Rope, install, lambda_attention
 from .test_lm_infinite import FAMILIES, L, S, in_chunks, logits, model_of, prompt, ring_cache
 
 N = 5 * L
@@ -44,7 +44,7 @@ def attended(query, key, value, sinks, window, scoring, k, away, rows):
 
     def read(queries, positions, scores):
         turned = ROTATION.rotate(queries, away - positions)
-        return top_k(turned, positions, Middle(key, value, i), k, Sight(away, sinks, window, scoring))
+        return top_k(turned, positions, UnrotatedKV(key, value, i), k, DistantScoring(away, sinks, window, scoring))
 
     rotated = ROTATION.rotate(key, i)
     return lambda_attention(
@@ -219,13 +219,13 @@ def test_the_cache_keeps_everything_once_and_is_refused_elsewhere(llama):
         assert all(type(layer) is ArchiveCacheLayer for layer in cache.layers)
         in_chunks(llama, ids, [20, *[1] * (N - 20)], cache)
         layer = cache.layers[0]
-        assert layer.archive.keys.shape[2] <= N * 3 / 2
+        assert layer.store_keys.shape[2] <= N * 3 / 2
         rotation = next(iter(llama.get_decoder()._hf_longtrunc_patch.layers.values())).rotation
         plain = DynamicCache(config=llama.config)
         logits(llama, ids, cache=plain)
         turned_back = rotation.rotate(plain.layers[0].keys, -torch.arange(N)[None])
-        assert (layer.middle().key - turned_back).abs().max() < 1e-5
-        assert (layer.middle().value - plain.layers[0].values).abs().max() < 1e-5
+        assert (layer.text().key - turned_back).abs().max() < 1e-5
+        assert (layer.text().value - plain.layers[0].values).abs().max() < 1e-5
     with LMInfinite(num_sink_tokens=S, window_length=L)(llama):
         small = ring_cache(llama)
         assert all(type(layer) is LambdaCacheLayer for layer in small.layers)
@@ -314,7 +314,7 @@ def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, fir
     with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
         cache = ring_cache(model)
         got = in_chunks(model, ids, [N, 1, 1, 2, 2], cache)
-    assert sorted(cache.layers[0].chosen.blocks[0].tolist()) == sorted(naive.chosen)
+    assert sorted(cache.layers[0].selection.blocks[0].tolist()) == sorted(naive.chosen)
     assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
     assert (got - without)[:, : N - ROWS].abs().max() < 2e-5
     assert (got - without)[:, N:].abs().max() > 1e-2
@@ -324,7 +324,7 @@ def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, fir
 @pytest.mark.parametrize(("contrast_rows", "ending_rows", "margin"), [(7, 0, 0), (9, 4, 3), (0, 2, 6)])
 def test_blocks_in_contrast_are_the_definition(monkeypatch, contrast_rows, ending_rows, margin, least):
     """Two groups of rows note what each head pays; a block is worth what the later ones pay it beyond the earlier."""
-    monkeypatch.setattr("hf_longtrunc.attention.lambda_attention._READING_BLOCK", 5)  # a layer's votes come in parts
+    monkeypatch.setattr("hf_longtrunc.attention.lambda_attention._RETRIEVAL_BLOCK", 5)  # a layer's votes come in parts
     ids, rope = prompt(N), INTERFACE_FAMILIES["llama"]
     shares = []
     for rows, behind in ((VOTERS, ending_rows), (contrast_rows, ending_rows + VOTERS)):
@@ -358,7 +358,7 @@ def test_blocks_in_contrast_are_the_definition(monkeypatch, contrast_rows, endin
     with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
         cache = ring_cache(model)
         got = logits(model, ids, cache=cache)
-    assert [block for block in cache.layers[0].chosen.blocks[0].tolist() if block >= 0] == chosen
+    assert [block for block in cache.layers[0].selection.blocks[0].tolist() if block >= 0] == chosen
     assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
 
 
@@ -398,7 +398,7 @@ def test_a_chat_template_says_how_many_rows_come_behind_a_question():
 def test_a_block_counts_for_the_square_of_its_worth_in_proportion_to_the_best(seed):
     generator = torch.Generator().manual_seed(seed)
     vote, before = torch.rand(2, 1, 5, 7, dtype=torch.float64, generator=generator).pow(4).unbind(0)
-    chosen = choose_blocks(vote, before, 4, 8.0, 0.6, lambda x: x)
+    chosen = select_blocks(vote, before, 4, 8.0, 0.6, lambda x: x)
     usual = [sum(paid) / 7 for paid in before[0].tolist()]
     worth = []
     for block in range(7):
@@ -421,7 +421,7 @@ def test_ranks_that_share_heads_choose_as_one_that_holds_all():
         vote, before = torch.rand(2, 3, heads, blocks, generator=generator).square().unbind(0)
         before[1] = 0.0  # a row without rows before those that vote
         vote[2] = 0.0  # a row that pays nothing
-        whole = choose_blocks(vote, before, 4, 3.0, 0.4, lambda x: x)
+        whole = select_blocks(vote, before, 4, 3.0, 0.4, lambda x: x)
         sums: list[list[torch.Tensor]] = [[], []]
         for _ in range(5):  # one more sum is known in every turn
             noted = [list(parts) for parts in sums]
@@ -434,7 +434,7 @@ def test_ranks_that_share_heads_choose_as_one_that_holds_all():
                     mine.append(x)
                     return x + next(seen, 0.0)
 
-                chosen = choose_blocks(vote[:, half], before[:, half], 4, 3.0, 0.4, total)
+                chosen = select_blocks(vote[:, half], before[:, half], 4, 3.0, 0.4, total)
         assert torch.equal(chosen.blocks, whole.blocks)
         assert torch.allclose(chosen.emphasis, whole.emphasis)
         assert torch.isfinite(whole.emphasis).all()
@@ -467,14 +467,14 @@ def test_the_later_layers_choose_otherwise():
             )(model):
                 cache = ring_cache(model)
                 logits(model, ids, cache=cache)
-                chosen.append(sorted(cache.layers[0].chosen.blocks[0].tolist()))
+                chosen.append(sorted(cache.layers[0].selection.blocks[0].tolist()))
     assert choices[None] == choices[0] != choices[1]
 
 
 def test_what_blocks_take_where_nothing_is_given(llama):
-    assert [TopBlocks().votes_from(layers) for layers in (30, 16, 8)] == [12, 6, 4]
-    assert TopBlocks(first_layer=0).votes_from(2) == 0
-    assert TopBlocks(first_voting_layer=2).votes_from(30) == 2
+    assert [TopBlocks().scores_from(layers) for layers in (30, 16, 8)] == [12, 6, 4]
+    assert TopBlocks(first_layer=0).scores_from(2) == 0
+    assert TopBlocks(first_voting_layer=2).scores_from(30) == 2
     ids = prompt(N)
     with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=replace(BLOCKS.retrieval, distance=L // 4))(llama):
         expected = logits(llama, ids, cache=ring_cache(llama))
@@ -512,9 +512,9 @@ def test_beams_keep_the_choice(llama):
         assert torch.equal(llama.generate(ids[:1], num_beams=3, **options), beams[:1])
         cache = ring_cache(llama)
         logits(llama, prompt(N, batch=2), cache=cache)
-        before = cache.layers[0].chosen.blocks.clone()
+        before = cache.layers[0].selection.blocks.clone()
         cache.batch_repeat_interleave(2)
-        assert torch.equal(cache.layers[1].chosen.blocks, before.repeat_interleave(2, 0))
+        assert torch.equal(cache.layers[1].selection.blocks, before.repeat_interleave(2, 0))
 
 
 def test_a_chat_turn_chooses_anew(llama):
@@ -523,7 +523,7 @@ def test_a_chat_turn_chooses_anew(llama):
         choices = []
         for turn in (prompt(N), prompt(2 * L), prompt(VOTERS - 1)):
             logits(llama, turn, cache=cache)
-            choices.append(cache.layers[0].chosen.blocks.tolist())
+            choices.append(cache.layers[0].selection.blocks.tolist())
         assert cache.get_seq_length() == N + 2 * L + VOTERS - 1
     assert choices[0] != choices[1] == choices[2]
 
@@ -602,7 +602,7 @@ def test_a_model_without_a_layer_that_reads_is_refused(llama, strategy):
 def test_a_model_without_a_layer_that_chooses_is_refused(llama):
     ids = prompt(N)
     before = logits(llama, ids)
-    with pytest.raises(ValueError, match="first_voting_layer=2 leaves no layer that chooses"):
+    with pytest.raises(ValueError, match="first_voting_layer=2 leaves no layer that scores"):
         LMInfinite(num_sink_tokens=S, window_length=L, retrieval=TopBlocks(first_layer=0, first_voting_layer=2)).attach(
             llama
         )

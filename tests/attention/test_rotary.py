@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_longtrunc import LMInfinite
-from hf_longtrunc.attention.rotary import CannotPatchError, ExactRotary, candidate_rotations, find_rotation
+from hf_longtrunc.attention.rope import ExactRotary, UnsupportedModelError, candidate_rotations, find_rotation
 
 from .reference import Naive, Rope, install
 
@@ -118,5 +118,5 @@ def test_a_rotary_module_that_answers_in_another_form_is_refused(answer):
             return answer(*super().forward(x, position_ids))
 
     module = OtherForm(scaled_llama("default").config)
-    with pytest.raises(CannotPatchError, match="OtherForm answers with something else than cosines and sines"):
+    with pytest.raises(UnsupportedModelError, match="OtherForm answers with something else than cosines and sines"):
         ExactRotary(module, None, L, torch.Generator().manual_seed(0))

@@ -331,7 +331,7 @@ def test_mtp_is_refused_in_words(family):
 
 def test_a_second_turn_reads_what_is_new_alone(llama, monkeypatch):
     """Also where the conversation is longer than a chunk: transformers 5.19 would feed all of it again."""
-    monkeypatch.setattr("hf_longtrunc.attention.lambda_patch._PREFILL_CHUNK", 16)
+    monkeypatch.setattr("hf_longtrunc.LMInfinite.prefill_chunk", 16)
     with SETTINGS(llama):
         first = llama.generate(prompt(40), max_new_tokens=3, return_dict_in_generate=True, **GREEDY)
         seen = cache_of(first).get_seq_length()
@@ -380,7 +380,7 @@ def test_layers_outside_their_decoder_are_refused(llama):
 
 @pytest.mark.skipif(CACHE != "cache", reason="older transformers do not go on from a cache in chunks")
 def test_a_long_prompt_is_read_in_chunks(llama, monkeypatch):
-    monkeypatch.setattr("hf_longtrunc.attention.lambda_patch._PREFILL_CHUNK", 16)
+    monkeypatch.setattr("hf_longtrunc.LMInfinite.prefill_chunk", 16)
     ids, mask = padded(prompt(50, batch=2), 5)
     options = {"max_new_tokens": 12, **GREEDY}
     sizes = []

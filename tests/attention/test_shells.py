@@ -8,7 +8,6 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from hf_longtrunc import LMInfinite, verify_positions
-from hf_longtrunc.attention import lambda_patch
 from hf_longtrunc.models import CACHE, decoder_of
 
 from .reference import Naive, Rope, install
@@ -120,7 +119,7 @@ def test_generate_on_padded_rows_and_beams(family):
 
 @pytest.mark.parametrize("family", IMAGES)
 def test_generate_behind_an_image_reads_it_whole(family, monkeypatch):
-    monkeypatch.setattr(lambda_patch, "_PREFILL_CHUNK", 6)
+    monkeypatch.setattr(LMInfinite, "prefill_chunk", 6)
     model = shell_of(family)
     with ARM(model):
         cached_is_uncached(model, prompt_with_image(family))
@@ -128,7 +127,7 @@ def test_generate_behind_an_image_reads_it_whole(family, monkeypatch):
 
 @pytest.mark.parametrize(("family", "name"), [("gemma3", "token_type_ids"), ("qwen3_vl", "mm_token_type_ids")])
 def test_token_types_of_a_text_alone_change_nothing(family, name, monkeypatch):
-    monkeypatch.setattr(lambda_patch, "_PREFILL_CHUNK", 9)
+    monkeypatch.setattr(LMInfinite, "prefill_chunk", 9)
     model, ids = shell_of(family), text()
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     typed = {**inputs, name: torch.zeros_like(ids)}

@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hf_longtrunc import AttentionTrace, DualChunkAttention, LMInfinite, TopBlocks, TopK
-from hf_longtrunc.attention.dual_chunk import seen_from
+from hf_longtrunc.attention.context import current_context
+from hf_longtrunc.attention.dual_chunk import ChunkLaw
 from hf_longtrunc.attention.mass import by_stretch, mass_of_keys
-from hf_longtrunc.attention.step import running
 from tests.attention.reference import Rope, is_visible
 from tests.attention.tiny_models import tiny_model as family
 from tests.conftest import tiny_config
@@ -51,11 +51,11 @@ class Projected:
                 module.register_forward_hook(lambda _, args, output, at=(kind, index): self.note(*at, output))
 
     def note(self, kind, index, output):
-        step, store = running(), self.query if kind == "q" else self.key
-        order = step.query_order
+        context, store = current_context(), self.query if kind == "q" else self.key
+        order = context.query_order
         for row, states in enumerate(output):
             states = states if order is None else states[order[row]]
-            positions = step.queries.expand(len(output), -1)[row].tolist()
+            positions = context.query_positions.expand(len(output), -1)[row].tolist()
             for position, state in zip(positions, states, strict=True):
                 store[index, row][position] = state.view(-1, DIM).detach()
 
@@ -76,7 +76,7 @@ def naive(technique, projected, row, i, blocks=None):
                 return list(zip(js, ((turned * key).sum(-1) / math.sqrt(DIM)).tolist(), strict=True))
 
             if isinstance(technique, DualChunkAttention):
-                logits = scores(range(i + 1), seen_from(torch.tensor([i]), torch.arange(i + 1), 20, 32)[0])
+                logits = scores(range(i + 1), ChunkLaw(20, 32).distance(torch.tensor([i]), torch.arange(i + 1))[0])
             else:
                 seen = [j for j in range(i + 1) if is_visible(i, j, SINKS, WINDOW)]
                 logits = scores(seen, torch.tensor([min(i - j, WINDOW) for j in seen]))
@@ -153,7 +153,7 @@ def test_tracing_changes_no_answer_and_leaves_nothing(model, technique):
         assert len(trace.records) == 6
     with technique(model) as handle, pytest.raises(KeyboardInterrupt), AttentionTrace(handle):
         raise KeyboardInterrupt
-    assert not any("_hf_longtrunc_layer" in module.__dict__ for module in model.modules())
+    assert not any("_hf_longtrunc_attend" in module.__dict__ for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["falcon", "bloom", "deepseek_v3", "gemma3_text", "gpt_oss"])
@@ -248,7 +248,7 @@ def test_what_cannot_be_traced_is_refused(model):
                 handle.detach()
         assert "detached; 0 forwards" in repr(trace)
         model.generate(ids, num_beams=2, max_new_tokens=2)
-        handle._run.compiled = model.forward
+        handle.compiled = model.forward
         with pytest.raises(ValueError, match="compiled step"):
             AttentionTrace(handle)
     with pytest.raises(ValueError, match="reads nothing any more"):

@@ -1,19 +1,17 @@
-"""Reading a model's own rotary embedding, exactly and whatever its layout.
+"""RoPE as a model computes it: exact angles, and rotating already rotated vectors by further positions.
 
-A model file rotates inside its attention, in a layout of its own (halves or neighbouring pairs, the first dimensions
-of a head or the last, through cosines or complex numbers), and keeps rotated keys in its cache. That is left as it
-is. Two things are needed beside it:
+A model file rotates queries and keys inside its attention, in a layout of its own, and caches rotated keys. That stays
+as it is. Two things are needed in addition.
 
-1. *Exact angles.* The model's modules multiply position and frequency in fp32, whose error grows with the position
-   (0.2 radians at 1e7). While a model is patched, its rotary modules answer with angles reduced in fp64: a key and a
-   query then stand at their true distance at any position, so nothing ever has to be re-based.
-2. *Turning a rotated vector on by any number of steps*, to put an old sink at the distance ceiling. The layout is
-   found by experiment: one forward with all angles zero, one with a known angle for each frequency. What no layout
-   explains to the last digits is refused, so an unknown architecture cannot be patched wrongly.
+1. *Exact angles.* Model files multiply position and frequency in fp32, whose error grows with the position (0.2 radians
+   at 1e7). In a patched model the rotary modules answer with angles computed in fp64 (`ExactRotary`), so a query and a
+   key stand at their true distance at any position.
+2. *Rotating a rotated vector further* (`Rotation.rotate`), to place a sink at the maximum distance. The layout is found
+   by experiment: one forward with all angles zero, one with a known angle per frequency (`probe.py`). A model that no
+   known layout explains is refused.
 
-A factor on cosines and sines (YaRN, longrope) is in the rotated vectors already; turning them on keeps it once.
-"dynamic" and longrope frequencies depend on the running length: here they are those of a text of `window` tokens,
-for good.
+Scaling factors on cosines and sines (YaRN, longrope) are in the rotated vectors already, so a further rotation keeps
+them once. Frequencies that depend on the running length ("dynamic", longrope) are frozen at those of `window` tokens.
 """
 
 from __future__ import annotations
@@ -25,25 +23,30 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_longtrunc.errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 _LAYOUTS: tuple[Literal["halves", "pairs"], ...] = ("halves", "pairs")
 
 
-class CannotPatchError(ValueError):
-    """A model does something that LM-Infinite cannot reproduce; the message says what."""
-
-
 @dataclass(frozen=True, eq=False)
 class Rotation:
-    """The rotation of queries and keys, one object for all layers that share it.
+    """The rotary embedding of queries and keys, one object for all layers that share it.
+
+    >>> rotation = Rotation(torch.tensor([1.0, 0.1]))
+    >>> x = torch.randn(1, 1, 3, 4)
+    >>> there = rotation.rotate(x, torch.tensor([[5, 6, 7]]))
+    >>> back = rotation.rotate(there, -torch.tensor([[5, 6, 7]]))
+    >>> torch.allclose(back, x, atol=1e-6)
+    True
 
     Attributes:
-        frequencies: radians a step [f], fp64, of the f planes.
-        layout: "halves" turns dimension start + p against start + f + p, "pairs" start + 2p against start + 2p + 1.
-        start: the first rotated dimension of a head.
-        sign: 1, or -1 where the model turns the other way.
+        frequencies: radians per position [f], fp64.
+        layout: "halves" pairs dimension start + p with start + f + p, "pairs" start + 2p with start + 2p + 1.
+        start: the first rotary dimension of a head.
+        sign: 1, or -1 where the model rotates in the other direction.
     """
 
     frequencies: Tensor
@@ -51,45 +54,45 @@ class Rotation:
     start: int = 0
     sign: int = 1
 
-    def rotate(self, x: Tensor, steps: Tensor) -> Tensor:
-        """Turn x [batch, heads, n, dim] on by steps [rows, n] positions; the result has x's dtype."""
-        return self.apply(x, *self.weights(steps, x.dtype))
+    def rotate(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Rotate x [batch, heads, n, dim] by offsets [rows, n] positions; the result has x's dtype."""
+        return self.apply(x, *self.cos_sin(offsets, x.dtype))
 
-    def weights(self, steps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Return the cosines and sines [rows, 1, n, 2f] of a turn by steps [rows, n], in fp32 or better."""
-        return self._weights(exact_angles(steps, self.frequencies)[:, None] * self.sign, dtype)
+    def cos_sin(self, offsets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines [rows, 1, n, 2f] for offsets [rows, n], in fp32 or better."""
+        return self._cos_sin(exact_angles(offsets, self.frequencies)[:, None] * self.sign, dtype)
 
-    def turn(self, x: Tensor, angles: Tensor) -> Tensor:
-        """Turn x [batch, heads, n, dim] by angles [..., n, f], in fp32 or better."""
-        return self.apply(x, *self._weights(angles, x.dtype))
+    def rotate_by_angles(self, x: Tensor, angles: Tensor) -> Tensor:
+        """Rotate x [batch, heads, n, dim] by angles [..., n, f], in fp32 or better."""
+        return self.apply(x, *self._cos_sin(angles, x.dtype))
 
     def apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turn x [batch, heads, n, dim] by what `weights` returned."""
-        planes = self.planes
-        turned = (x[..., planes] * cos + self.quarter_turn(x) * sin).to(x.dtype)
-        if turned.shape[-1] == x.shape[-1]:
-            return turned
-        return torch.cat([x[..., : planes.start], turned, x[..., planes.stop :]], dim=-1)
+        """Rotate x [batch, heads, n, dim] by what `cos_sin` returned."""
+        dims = self.rotary_dims
+        rotated = (x[..., dims] * cos + self.rotate_half(x) * sin).to(x.dtype)
+        if rotated.shape[-1] == x.shape[-1]:
+            return rotated
+        return torch.cat([x[..., : dims.start], rotated, x[..., dims.stop :]], dim=-1)
 
     @property
-    def planes(self) -> slice:
-        """The dimensions of a head that turn."""
+    def rotary_dims(self) -> slice:
+        """The dimensions of a head that rotate."""
         return slice(self.start, self.start + 2 * len(self.frequencies))
 
-    def _weights(self, angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _cos_sin(self, angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(dtype, torch.float32)
         cos, sin = angles.cos().to(wide), angles.sin().to(wide)
         if self.layout == "halves":
             return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
         return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
 
-    def quarter_turn(self, x: Tensor) -> Tensor:
-        """Return the planes of x [..., dim], each (a, b) turned to (-b, a), in fp32 or better [..., 2f]."""
-        planes = x[..., self.planes].to(torch.promote_types(x.dtype, torch.float32))
+    def rotate_half(self, x: Tensor) -> Tensor:
+        """Return the rotary dimensions of x [..., dim], each pair (a, b) as (-b, a), in fp32 or better [..., 2f]."""
+        part = x[..., self.rotary_dims].to(torch.promote_types(x.dtype, torch.float32))
         if self.layout == "halves":
-            first, second = planes.chunk(2, dim=-1)
+            first, second = part.chunk(2, dim=-1)
             return torch.cat([-second, first], dim=-1)
-        return torch.stack([-planes[..., 1::2], planes[..., ::2]], dim=-1).flatten(-2)
+        return torch.stack([-part[..., 1::2], part[..., ::2]], dim=-1).flatten(-2)
 
 
 def exact_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -110,10 +113,11 @@ class ExactRotary:
     While `probing` is a number, every angle is that multiple of `probe_angles`, whatever the position.
 
     Raises:
-        CannotPatchError: the module's answers follow none of the known forms.
+        UnsupportedModelError: the module's answers follow none of the known forms.
     """
 
     def __init__(self, module: nn.Module, layer_type: str | None, window: int, generator: torch.Generator):
+        name = type(module).__name__
         twin = copy.deepcopy(module)  # asking may change a module: dynamic and longrope store what they saw last
         table = _table(twin)
         device = next(twin.buffers()).device
@@ -129,8 +133,8 @@ class ExactRotary:
         self.frequencies: Tensor = frequencies.double().cpu().clone().to(device)
         self.probe_angles = 0.2 + 1.2 * torch.rand(self.frequencies.shape, generator=generator, dtype=torch.float64)
         self.probing: float | None = None
-        self._set_form(answer, type(module).__name__)
-        self._check(answer, positions[:, :4], type(module).__name__)
+        self._set_form(answer, name)
+        self._check(answer, positions[:, :4], name)
 
     def _set_form(self, answer: Any, name: str) -> None:
         count = self.frequencies.shape[-1]
@@ -141,7 +145,7 @@ class ExactRotary:
             or len(parts) != (1 if self.is_complex else 2)
             or not all(isinstance(t, Tensor) and t.ndim == 3 and t.shape[-1] in (count, 2 * count) for t in parts)
         ):
-            raise CannotPatchError(f"{name} answers with something else than cosines and sines [batch, n, dim]")
+            raise UnsupportedModelError(f"{name} answers with something else than cosines and sines [batch, n, dim]")
         # At position 0 every cosine is the scale, and every sine is 0.
         self.is_sine_first = not self.is_complex and not parts[0][0, 0].any()
         sample = parts[1] if self.is_sine_first else parts[0]
@@ -157,7 +161,7 @@ class ExactRotary:
         ours = self(torch.zeros(1, dtype=torch.float64, device=positions.device), positions)
         pairs = [(ours, answer)] if self.is_complex else list(zip(ours, answer, strict=True))
         if not all(torch.allclose(mine, theirs[:, :4].to(mine.dtype), atol=1e-4) for mine, theirs in pairs):
-            raise CannotPatchError(f"{name} computes its angles in a way that is not position * inv_freq")
+            raise UnsupportedModelError(f"{name} computes its angles in a way that is not position * inv_freq")
 
     def __call__(self, x: Tensor, positions: Tensor) -> Any:
         """Return what the module would, for positions [rows, n]."""
@@ -173,7 +177,7 @@ class ExactRotary:
         return (sin, cos) if self.is_sine_first else (cos, sin)
 
 
-def rotary_modules(decoder: nn.Module, window: int) -> Iterator[tuple[nn.Module, dict[str | None, ExactRotary]]]:
+def exact_rotaries(decoder: nn.Module, window: int) -> Iterator[tuple[nn.Module, dict[str | None, ExactRotary]]]:
     """Yield each rotary module of `decoder` with an `ExactRotary` for each of its frequency sets."""
     generator = torch.Generator().manual_seed(0)
     for module in decoder.modules():
@@ -199,17 +203,19 @@ def find_rotation(
         The rotation, or None where nothing was rotated.
 
     Raises:
-        CannotPatchError: neither explains what is seen.
+        UnsupportedModelError: neither explains what is seen.
     """
     scale = unrotated.double().norm()
     tolerance = 2e-2 if unrotated.dtype in (torch.float16, torch.bfloat16) else 1e-4
     if (rotated.double() - unrotated.double()).norm() <= tolerance * scale:
         return None
     for source, candidate in candidates:
-        turned = candidate.turn(unrotated.double(), source.probe_angles.to(unrotated.device) * candidate.sign)
-        if (turned - rotated.double()).norm() <= tolerance * scale:
+        angles = source.probe_angles.to(unrotated.device) * candidate.sign
+        if (candidate.rotate_by_angles(unrotated.double(), angles) - rotated.double()).norm() <= tolerance * scale:
             return candidate
-    raise CannotPatchError("it turns queries or keys in a way that is no rotation of planes by position * frequency")
+    raise UnsupportedModelError(
+        "it turns queries or keys in a way that is no rotation of planes by position * frequency"
+    )
 
 
 def candidate_rotations(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_longtrunc.attention.lambda_attention import Scoring
+from hf_longtrunc.attention.kernels import Scoring
 from hf_longtrunc.models import CACHE
 
 if TYPE_CHECKING:

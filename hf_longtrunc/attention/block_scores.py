@@ -1,0 +1,227 @@
+"""Scoring and selecting keys of the whole text, for queries whose window has lost them.
+
+Every key is scored as if it stood at one constant distance D_k from the query, <R(D_k) q, k> with k un-rotated, so that
+its place in the text does not matter. `key_retrieval.py` says what this is for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_longtrunc.attention.kernels import ExtraKeys, Scoring, constant_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Bool, Float, Int
+
+
+class UnrotatedKV(NamedTuple):
+    """Keys and values of the whole text so far.
+
+    Attributes:
+        key: [batch, kv_heads, m, dim], every key as if it stood at position 0.
+        value: [batch, kv_heads, m, value_dim].
+        positions: of the keys [rows, m], counted from each row's first real token.
+    """
+
+    key: Tensor
+    value: Tensor
+    positions: Tensor
+
+
+class DistantScoring(NamedTuple):
+    """How a query scores distant keys: at one distance, with the layer's scoring.
+
+    Attributes:
+        distance: D_k.
+        num_sink_tokens: S, which are left out.
+        window: keys that are nearer than this are left out.
+        scoring: of the layer.
+        first_query: queries before this position see none.
+    """
+
+    distance: int
+    num_sink_tokens: int
+    window: int
+    scoring: Scoring
+    first_query: int = 0
+
+
+def is_distant(
+    query_positions: Int[Tensor, "*#rows n"], key_positions: Int[Tensor, "*#rows m"], num_sink_tokens: int, window: int
+) -> Bool[Tensor, "... n m"]:
+    """Return whether a key is no sink and at least `window` away, S <= j <= i - window."""
+    i, j = query_positions[..., :, None], key_positions[..., None, :]
+    return (j >= num_sink_tokens) & (i - j >= window)
+
+
+def top_k(
+    query: Float[Tensor, "batch heads n dim"],
+    query_positions: Int[Tensor, "rows n"],
+    text: UnrotatedKV,
+    k: int,
+    by: DistantScoring,
+) -> ExtraKeys:
+    """Select each head's and row's k best distant keys; all of them where there are fewer.
+
+    Args:
+        query: rotated to the distance at which it sees distant keys.
+        query_positions: counted from each row's first real token; `rows` is the batch or 1.
+        text: on any device.
+        k: keys a head and row.
+        by: distance, sinks, window and scoring.
+
+    Returns:
+        On the query's device; logits of -3e38 or so where a row found fewer.
+    """
+    batch, heads, n, _ = query.shape
+    best, index = _distant_scores(query, query_positions, text, by).topk(min(k, text.key.shape[2]), dim=-1)
+    dim = text.value.shape[-1]
+    flat = index.reshape(batch, text.value.shape[1], -1, 1).expand(-1, -1, -1, dim)  # a group's heads together
+    value = text.value.gather(2, flat).view(batch, heads, n, -1, dim)
+    return ExtraKeys(best.to(query.device), value.to(query.device))
+
+
+def block_scores(
+    query: Float[Tensor, "batch heads n dim"],
+    query_positions: Int[Tensor, "rows n"],
+    text: UnrotatedKV,
+    normalizer: Float[Tensor, "batch heads n"],
+    block_size: int,
+    by: DistantScoring,
+    groups: Bool[Tensor, "groups rows n"],
+) -> Float[Tensor, "batch heads groups blocks"]:
+    """Return the attention weight that each head and a group's queries would give to each block of the text.
+
+    Args:
+        query: rotated to the distance at which it sees distant keys.
+        query_positions: counted from each row's first real token; padding is not counted.
+        text: on any device.
+        normalizer: log-sum-exp of each query's logits with window and sinks.
+        block_size: tokens a block; block b begins at position S + b * block_size.
+        by: distance, sinks, window and scoring.
+        groups: which queries belong to each group.
+
+    Returns:
+        [batch, heads, groups, blocks]: the sum over a group's queries.
+    """
+    scores = _distant_scores(query, query_positions, text, by)
+    normalizer = normalizer.to(scores.device, scores.dtype)[..., None]
+    total = torch.logaddexp(normalizer, scores.logsumexp(-1, keepdim=True))
+    counted = (groups & (query_positions >= 0)).to(scores.device, scores.dtype).transpose(0, 1)
+    weights = counted[:, None] @ (scores - total).exp()  # [batch, heads, groups, m]
+    block = ((text.positions - by.num_sink_tokens) // block_size).clamp_min(0)[:, None, None].expand(weights.shape)
+    count = -(-text.key.shape[2] // block_size)
+    return weights.new_zeros(*weights.shape[:3], count).scatter_add(3, block, weights)
+
+
+class BlockSelection(NamedTuple):
+    """The blocks that each row of a batch reads.
+
+    Attributes:
+        blocks: indices [batch, blocks], the best first; -1, which is never seen, where there are fewer.
+        emphasis: the multiplicity of each block's keys [batch, blocks].
+    """
+
+    blocks: Tensor
+    emphasis: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> BlockSelection:
+        """Return the selection with `change` (repeat, select, reorder) applied to its rows."""
+        return BlockSelection(change(self.blocks), change(self.emphasis))
+
+
+def select_blocks(
+    scores: Float[Tensor, "batch heads blocks"],
+    baseline: Float[Tensor, "batch heads blocks"],
+    count: int,
+    emphasis: float,
+    least: float,
+    total: Callable[[Tensor], Tensor],
+) -> BlockSelection:
+    """Select each row's `count` best blocks.
+
+    Without a baseline the blocks of the largest total score are the best, and all get `emphasis`. With one, each head
+    contributes the ratio of its score v to what it gives the block anyway, v / (b + mean b + mean of all heads' b); a
+    block's contrast is the root mean square over heads, so the few heads that look for the answer count. Blocks below
+    `least` are not read. The best block's multiplicity is its squared contrast, clamped to [1, emphasis]; the others
+    are scaled by the ratio of squared contrasts.
+
+    Args:
+        scores: attention weight that a scoring row gives to each block, of all heads of all scoring layers.
+        baseline: the weight that a row before them gives; 0 everywhere where there are no such rows.
+        count: how many blocks.
+        emphasis: the largest multiplicity.
+        least: contrast of a block that is read.
+        total: returns the sum over the ranks that share the heads.
+    """
+    tiny = torch.finfo(scores.dtype).tiny
+    heads = total(scores.new_full((1,), scores.shape[1]))
+    usual = baseline.sum(-1, keepdim=True) / (baseline > 0).sum(-1, keepdim=True).clamp_min(1)
+    common = total(usual.sum(1)) / heads  # [batch, 1]
+    has_baseline = common > 0
+    expected = (baseline + usual + common[:, None]).clamp_min(tiny)
+    contrast = (total((scores / expected).square().sum(1)) / heads).sqrt()
+    rank = torch.where(has_baseline, contrast, total(scores.sum(1)))
+    best, index = rank.topk(min(count, rank.shape[1]), dim=-1)
+    is_read = (best > 0) & (~has_baseline | (best >= least))
+    first = best[:, :1]
+    shared = first.square().clamp(1, emphasis) * (best / first.clamp_min(tiny)).square()
+    given = torch.where(has_baseline, shared.clamp_min(1), emphasis)
+    return BlockSelection(torch.where(is_read, index, -1), given)
+
+
+def block_keys(
+    query: Float[Tensor, "batch heads n dim"],
+    query_positions: Int[Tensor, "rows n"],
+    text: UnrotatedKV,
+    selection: BlockSelection,
+    block_size: int,
+    margin: int,
+    by: DistantScoring,
+) -> ExtraKeys:
+    """Return the keys of each row's selected blocks, for every head and query; arguments as for `block_scores`.
+
+    `margin` keys on either side of a block come with it. Each key is there once, with the largest emphasis of its
+    blocks, whose logarithm joins its logit.
+    """
+    device, heads = text.key.device, query.shape[1]
+    positions, emphasis = selected_positions(selection, block_size, margin, by.num_sink_tokens)
+    positions, emphasis = positions.to(device), emphasis.to(query.device)
+    columns = (positions - text.positions[:, :1]).clamp(0, text.key.shape[2] - 1)[:, None, :, None]
+    key, value = (
+        x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])).to(query.device) for x in (text.key, text.value)
+    )
+    part = UnrotatedKV(key, value, positions.to(query.device))
+    scores = _distant_scores(query, query_positions, part, by)
+    scores = scores + emphasis.to(scores.dtype).log()[:, None, None]
+    return ExtraKeys(scores, value.repeat_interleave(heads // value.shape[1], dim=1)[:, :, None])
+
+
+def selected_positions(
+    selection: BlockSelection, block_size: int, margin: int, num_sink_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Return the positions of selected keys [batch, k], each once and -1 for none, and their emphasis [batch, k]."""
+    inside = torch.arange(-margin, block_size + margin, device=selection.blocks.device)
+    positions = num_sink_tokens + selection.blocks[..., None] * block_size + inside
+    positions = positions.masked_fill(selection.blocks[..., None] < 0, -1).flatten(1)
+    emphasis = selection.emphasis.repeat_interleave(len(inside), dim=1)
+    if margin:  # the blocks come best first, so a stable sort puts the largest emphasis of a position first
+        positions, order = positions.sort(dim=-1, stable=True)
+        is_repeated = torch.nn.functional.pad(positions[:, 1:] == positions[:, :-1], (1, 0))
+        positions, emphasis = positions.masked_fill(is_repeated, -1), emphasis.gather(1, order)
+    return positions, emphasis
+
+
+def _distant_scores(query: Tensor, query_positions: Tensor, text: UnrotatedKV, by: DistantScoring) -> Tensor:
+    """Logits [batch, heads, n, m], where the text is stored; the dtype's least number for keys that are not distant."""
+    device = text.key.device
+    scores = constant_scores(query.to(device), text.key, by.distance, by.scoring)
+    i = query_positions.to(device)
+    candidates = is_distant(i, text.positions, by.num_sink_tokens, by.window)
+    candidates = candidates & (i >= by.first_query)[..., None]
+    return scores.masked_fill(~candidates[:, None], torch.finfo(scores.dtype).min)

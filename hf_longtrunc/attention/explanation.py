@@ -1,0 +1,124 @@
+"""What will hold for a model under a technique: said before a long prompt is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from hf_longtrunc.attention.probe import hidden_states
+from hf_longtrunc.attention.ring_cache import RingCacheLayer
+from hf_longtrunc.models import few_tokens
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What holds for one model under one technique; `print` shows a line for each field.
+
+    Attributes:
+        technique: with its lengths for this model.
+        supported: whether the model can be patched.
+        layers: how many attention layers are patched, and what happens to the others.
+        exact: up to which length the model reads a text as without the patch.
+        rope: which rotary frequencies hold.
+        cache: what `generate` keeps.
+        drafts: how many drafted tokens can be taken back.
+        compile: whether `handle.compile()` compiles the decoding step.
+        reason: why the model cannot be patched; empty where it can.
+        constant_bytes: of the patched layers' cache a row, at any length.
+        bytes_per_token: that the cache grows by for each token of a row.
+    """
+
+    technique: str
+    supported: bool
+    layers: str = ""
+    exact: str = ""
+    rope: str = ""
+    cache: str = ""
+    drafts: str = ""
+    compile: str = ""
+    reason: str = ""
+    constant_bytes: int = 0
+    bytes_per_token: int = 0
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Return the bytes of the patched layers' cache for a row of so many tokens."""
+        return self.constant_bytes + self.bytes_per_token * tokens
+
+    @classmethod
+    def refused(cls, technique: Any, model: Any, error: Exception) -> Explanation:
+        """Return why a model cannot be patched."""
+        return cls(f"{technique} on {type(model).__name__}", supported=False, reason=str(error))
+
+    @classmethod
+    def of(cls, patch: Any) -> Explanation:
+        """Return what holds for the model of an `AttentionPatch`."""
+        technique, found = patch.resolved, patch.found
+        constant, growing = _cache_bytes(patch)
+        left = len(found.windowed)
+        others = f", {left} with a sliding window of their own as they are" if left else ""
+        states = ", recurrent layers as they are" if found.states is not None else ""
+        return cls(
+            technique=repr(technique),
+            supported=True,
+            layers=f"{len(patch.layers)} patched{others}{states}",
+            exact=f"as without the patch up to {patch.law.exact_length:,} tokens"
+            if patch.law.exact_length
+            else "at no length: rotary frequencies are those of a long text from the first token on",
+            rope=f"frequencies of a text of {technique.rope_length:,} tokens, at every length"
+            if found.frequencies
+            else "the model's own frequencies",
+            cache=f"a ring: {_size(constant)} a row at any length"
+            if not growing
+            else f"grows by {_size(growing)} a token"
+            + (f", and a ring of {_size(constant)} a row" if constant else ""),
+            drafts="any number of drafted tokens"
+            if technique.max_drafts is None
+            else f"up to {technique.max_drafts} drafted tokens at a time",
+            compile="handle.compile() compiles the step of one token"
+            if technique.compiles_decode and technique.retrieval is None and found.states is None
+            else "no handle.compile()",
+            constant_bytes=constant,
+            bytes_per_token=growing,
+        )
+
+    def __str__(self) -> str:
+        lines = [(each.name, getattr(self, each.name)) for each in fields(self) if each.type == "str"]
+        return "\n".join(f"{name:>9}: {value}" for name, value in lines if value)
+
+
+def _cache_bytes(patch: Any) -> tuple[int, int]:
+    """Return the bytes a row that the patched layers' cache takes at any length, and for each token."""
+    ids, cache = few_tokens(patch.decoder, 4), DynamicCache(config=patch.decoder.config)
+    hidden_states(patch.decoder, ids, cache)
+    held = {layer.index: layer for layer in patch.layers.values() if 0 <= layer.index < len(cache.layers)}
+    ordinary = {index: cache.layers[index] for index in held}
+    states = {
+        index: (each.keys.to("meta"), each.values.to("meta")) for index, each in ordinary.items() if each.is_initialized
+    }
+    layers = DynamicCache(config=patch.decoder.config).layers
+    patch._replace_layers(layers)
+    constant = growing = 0
+    for index, (keys, values) in states.items():
+        ring = layers[index]
+        if isinstance(ring, RingCacheLayer):
+            if ring.rotation is not None:
+                ring.rotation = None  # its halves are counted here: they are in fp32 or better
+                width = 2 * len(held[index].rotation.frequencies) if held[index].rotation is not None else 0
+                wide = torch.promote_types(keys.dtype, torch.float32).itemsize
+                constant += keys.shape[1] * ring.num_sink_tokens * width * wide
+            ring.lazy_initialization(keys, values)
+            constant += sum(x.nbytes for x in (ring.keys, ring.values, *ring.buffers[:3]))
+        if not isinstance(ring, RingCacheLayer) or hasattr(ring, "store_keys"):
+            growing += (keys.nbytes + values.nbytes) // keys.shape[2]
+    return constant, growing
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "bytes" or count >= 10 else f"{count:.1f} {unit}"
+        count /= 1024  # type: ignore[assignment]
+    return f"{count:,.1f} GiB"

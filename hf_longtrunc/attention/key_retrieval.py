@@ -1,0 +1,436 @@
+r"""Key retrieval: which of the keys that window and sinks have lost a query sees all the same.
+
+For a query at position i the *distant* keys are S <= j <= i - L. Each is scored as if it stood at one constant distance
+D_k, <R(D_k) q, k> with k un-rotated, so that its place in the text does not matter. Selected keys join the softmax of
+window and sinks with that score. There are two ways to select:
+
+- `TopK`: each head and row takes its k best keys.
+- `TopBlocks`: a few rows at the end of a question run twice. In the scoring pass the later layers report how much
+  attention each head would give to each block of keys, in one softmax over window, sinks and distant keys. The blocks
+  are selected from these scores, and in the second pass all heads and layers see them. Single heads' favourites cannot
+  crowd the softmax, and it matters little how many keys there are to select from. For a row that has distant keys, the
+  part of the window beyond D_k can be selected too, S <= j <= i - D_k: such a key may be seen twice, at its own
+  distance and at D_k. Each selected key counts for several.
+
+A third way is one more `Retrieval`: it says which layers read, what a query reads, and how a call is run.
+
+Source: Han et al. 2024, "LM-Infinite", arXiv 2308.16137: top-k with k = 5, D_k half the trained length, for the last
+row of a forward. Deviations: any number of rows may read; blocks are our own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from hf_longtrunc.arguments import number, one_of, whole
+from hf_longtrunc.attention.block_scores import (
+    BlockSelection,
+    DistantScoring,
+    UnrotatedKV,
+    block_keys,
+    block_scores,
+    select_blocks,
+    top_k,
+)
+from hf_longtrunc.errors import UnsupportedModelError
+from hf_longtrunc.templates import template_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from hf_longtrunc.attention.decoder_call import DecoderCall
+    from hf_longtrunc.attention.kernels import ExtraKeys, Scoring
+    from hf_longtrunc.attention.rope import Rotation
+
+STORES = ("device", "cpu")
+# Each layer's scores [batch, heads, 2, blocks + 1]: the attention weight of each block, from rows that score and from
+# the baseline rows before them, and how many rows these were.
+BlockScores = dict[int, "Tensor"]
+
+
+class LayerState(NamedTuple):
+    """What one layer offers to the rows that read.
+
+    Attributes:
+        layer: its index.
+        text: keys and values.
+        rotation: of queries; None where nothing rotates.
+        scoring: of the layer.
+        num_sink_tokens: S.
+        window: L.
+        selection: what was selected for each row; None: nothing yet.
+        block_scores: collects the layer's scores during a scoring pass, else None.
+    """
+
+    layer: int
+    text: UnrotatedKV
+    rotation: Rotation | None
+    scoring: Scoring
+    num_sink_tokens: int
+    window: int
+    selection: BlockSelection | None = None
+    block_scores: BlockScores | None = None
+
+    def query_at(self, query: Tensor, positions: Tensor, away: int) -> Tensor:
+        """Return queries rotated to one distance from un-rotated keys."""
+        return query if self.rotation is None else self.rotation.rotate(query, away - positions)
+
+
+class Retrieval(ABC):
+    """A way to read distant keys: its settings, what they mean in a layer, and how a decoder call is run with them."""
+
+    distance: int | None
+    first_layer: int
+    store: str
+
+    @abstractmethod
+    def seen_at(self, window: int) -> int:
+        """Return D_k for a window of that length."""
+
+    @abstractmethod
+    def reading_rows(self, new: int, is_scoring: bool) -> int:
+        """Return how many of the last of `new` rows look at distant keys."""
+
+    @abstractmethod
+    def read(self, state: LayerState, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
+        """Return the extra keys of queries [batch, heads, n, dim] at positions [rows, n].
+
+        `logits` [batch, heads, n, S + m] are those of window and sinks, which the same softmax holds.
+        """
+
+    def reads(self, layer: int, is_scoring: bool) -> bool:
+        """Return whether that layer looks at distant keys; layers count from 0."""
+        return layer >= self.first_layer
+
+    def for_layers(self, count: int) -> Retrieval:
+        """Return the settings for a model of so many layers, with defaults that depend on it."""
+        return self
+
+    def check(self, layers: Sequence[int], caches_keys: bool, can_crop: bool) -> None:
+        """Refuse a model that cannot be read this way.
+
+        Args:
+            layers: which ones have full attention; -1 where a module does not say.
+            caches_keys: whether they cache their keys, or what keys are made from.
+            can_crop: whether every layer can drop its last tokens, or some carry a state.
+
+        Raises:
+            ValueError: the message says why.
+        """
+        if -1 in layers:
+            raise UnsupportedModelError(
+                "its attention modules do not say which layer they are, by which layers that read are told apart"
+            )
+        if max(layers) < self.first_layer:
+            raise ValueError(
+                f"{type(self).__name__}: first_layer={self.first_layer} leaves no layer that reads: the last "
+                f"one of full attention is layer {max(layers)}"
+            )
+
+    def run(
+        self,
+        call: DecoderCall,
+        run: Callable[..., Any],
+        layers: Callable[[], Sequence[Any]],
+        total: Callable[[Tensor], Tensor],
+    ) -> Any:
+        """Run a decoder call and return the decoder's output.
+
+        Args:
+            call: to be run.
+            run: `run(call, block_scores)` runs it once.
+            layers: returns the cache layers that hold a selection; raises ValueError where there are none.
+            total: returns a tensor's sum over the ranks that share the model's heads.
+        """
+        return run(call, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Retrieval):
+    """Each head of the last rows of a forward reads its `k` best distant keys.
+
+    >>> LMInfinite(window_length=512, retrieval=TopK(k=16)).retrieval.k
+    16
+
+    Args:
+        k: keys a head and row; 5 in the paper.
+        distance: D_k, at which every distant key is scored and seen; None takes half the window, as the paper.
+        first_layer: the first layer that reads; 4 to 6 in the paper.
+        rows: how many of the last rows of each forward read: of a whole prompt, of each chunk of a prompt that comes in
+            chunks, of every decoded token its own. 1 is the paper's setting, None lets every row read.
+        store: where the whole text's keys and values are kept: on the model's "device", or on the "cpu" (pinned memory
+            for CUDA), where they are searched too, so that only what was selected travels.
+
+    Cost: O(n) memory; a reading row costs O(n) time in each layer.
+    """
+
+    k: int = 64
+    distance: int | None = None
+    first_layer: int = 4
+    rows: int | None = 64
+    store: str = "device"
+
+    def __post_init__(self) -> None:
+        _check_counts(self, k=1, distance=1, first_layer=0, rows=1)
+
+    def seen_at(self, window: int) -> int:
+        """Return D_k for a window of that length."""
+        return max(1, window // 2) if self.distance is None else self.distance
+
+    def reading_rows(self, new: int, is_scoring: bool) -> int:
+        """Return how many of the last of `new` rows look at distant keys."""
+        return new if self.rows is None else self.rows
+
+    def read(self, state: LayerState, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
+        """Return the k best keys of each head and row."""
+        away = self.seen_at(state.window)
+        by = DistantScoring(away, state.num_sink_tokens, state.window, state.scoring)
+        return top_k(state.query_at(query, positions, away), positions, state.text, self.k, by)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopBlocks(Retrieval):
+    """All heads and layers read the same few blocks of distant keys, those that the later layers attend to most.
+
+    A forward of at least `voting_rows` tokens (a prompt, a turn of a chat, a chunk of a prompt) scores the blocks with
+    its last `voting_rows` rows, and runs its last `rows` a second time with the selected ones; decoded tokens go on
+    reading that selection. Shorter forwards keep the selection there is. Needs the cache that `generate` builds.
+
+    >>> TopBlocks(blocks=4, block_size=64).blocks
+    4
+
+    Args:
+        blocks: how many.
+        block_size: tokens a block, counted from the end of the sinks.
+        distance: D_k; None takes a quarter of the window. Keys farther away than that, in the window too, can be
+            selected, and are scored and seen as if they stood there.
+        emphasis: how many keys each selected key counts for in the softmax; 1 leaves it at its score.
+        first_layer: the first layer that reads.
+        first_voting_layer: the first layer that scores; None takes two fifths of the model's layers (12 of 30), and
+            never less than `first_layer`. Lower layers look at what is salient, not at what is asked.
+        voting_rows: how many of a forward's last rows score. In our runs recall fell when more rows scored.
+        rows: how many of a forward's last rows read: `voting_rows` to 64, as many as the ring can take back. The whole
+            question should be among them.
+        ending_rows: how many of the last rows follow the question and do not score: a chat template's
+            `<|im_end|> <|im_start|> assistant`. `for_chat` counts them.
+        ending_ids: the tokens of these rows. A row of the batch without them asks nothing, and gets no blocks; a
+            forward of such rows alone, part of a text or a draft of several tokens, leaves the selection as it is.
+            Up to 64 tokens may follow them in the same forward, as drafts do in assisted decoding. Empty: every
+            forward that is long enough asks.
+        contrast_rows: how many rows before the scoring ones give a baseline. Blocks are then ranked by attention
+            relative to it (see `select_blocks`) and emphasised by that much, the best by `emphasis` at most; blocks
+            below `least_contrast` are ignored. 0 ranks by the total attention of all heads.
+        least_contrast: see `contrast_rows`.
+        margin: keys on either side of a block that are read with it, lest a number be cut in two.
+        store: as for `TopK`.
+
+    Cost: O(n) memory; `rows` rows more and O(n) time a selection; a decoded token costs blocks * block_size keys more.
+    """
+
+    blocks: int = 8
+    block_size: int = 64
+    distance: int | None = None
+    emphasis: float = 4.0
+    first_layer: int = 4
+    first_voting_layer: int | None = None
+    voting_rows: int = 8
+    rows: int = 16
+    ending_rows: int = 0
+    ending_ids: tuple[int, ...] = ()
+    contrast_rows: int = 0
+    least_contrast: float = 1.5
+    margin: int = 0
+    store: str = "device"
+
+    def __post_init__(self) -> None:
+        least = {"blocks": 1, "block_size": 1, "distance": 1, "first_layer": 0, "first_voting_layer": 0}
+        _check_counts(self, **least, voting_rows=1, ending_rows=0, contrast_rows=0, margin=0)
+        for name in ("emphasis", "least_contrast"):
+            object.__setattr__(self, name, number(f"TopBlocks: {name}", getattr(self, name), above=0))
+        rows = whole("TopBlocks: rows", self.rows, least=1)
+        if not self.voting_rows <= rows <= 64:
+            raise ValueError(
+                f"TopBlocks: rows must lie between voting_rows and 64, as many as the cache can take back, got "
+                f"rows={rows}, voting_rows={self.voting_rows}"
+            )
+        object.__setattr__(self, "rows", rows)
+        if not isinstance(self.ending_ids, Iterable):
+            raise TypeError(f"TopBlocks: ending_ids must be token ids, as many as ending_rows, got {self.ending_ids!r}")
+        ending = tuple(whole("TopBlocks: ending_ids", token, least=0) for token in self.ending_ids)
+        object.__setattr__(self, "ending_ids", ending)
+        if ending and len(ending) != self.ending_rows:
+            raise ValueError(
+                f"TopBlocks: ending_ids are the tokens of ending_rows={self.ending_rows} rows, got {len(ending)}"
+            )
+
+    @classmethod
+    def for_chat(cls, tokenizer: Any, **options: Any) -> TopBlocks:
+        """Return the settings for questions that end in a tokenizer's chat template, changed by `options`.
+
+        The tokens that the template puts after a question do not score, and a forward without them asks nothing. The
+        twelve rows before them select four blocks, against a baseline of the 64 rows before; these are read with a
+        margin of 16 keys by the last 48 rows, each key counting for up to eight.
+
+        Raises:
+            TypeError: it is no tokenizer, or `options` holds what TopBlocks does not take.
+        """
+        if not callable(getattr(tokenizer, "apply_chat_template", None)):
+            raise TypeError(
+                "TopBlocks.for_chat takes the model's tokenizer, whose chat template it reads, got "
+                f"{type(tokenizer).__name__}"
+            )
+        ending = ids_behind_question(tokenizer)
+        chat = {"ending_rows": len(ending), "ending_ids": ending, "contrast_rows": 64, "margin": 16}
+        return cls(**{**chat, "voting_rows": 12, "blocks": 4, "emphasis": 8.0, "rows": 48, **options})
+
+    def seen_at(self, window: int) -> int:
+        """Return D_k for a window of that length."""
+        return max(1, window // 4) if self.distance is None else self.distance
+
+    def scores_from(self, layers: int) -> int:
+        """Return the first layer that scores, in a model of that many."""
+        if self.first_voting_layer is None:
+            return max(self.first_layer, 2 * layers // 5)
+        return self.first_voting_layer
+
+    def reading_rows(self, new: int, is_scoring: bool) -> int:
+        """Return how many of the last rows look at distant keys: those that score, or those that read."""
+        return self.ending_rows + self.voting_rows + self.contrast_rows if is_scoring else self.rows
+
+    def for_layers(self, count: int) -> TopBlocks:
+        """Return the settings with the first layer that scores."""
+        return replace(self, first_voting_layer=self.scores_from(count))
+
+    def reads(self, layer: int, is_scoring: bool) -> bool:
+        """Return whether that layer scores, or reads."""
+        return layer >= ((self.first_voting_layer or 0) if is_scoring else self.first_layer)
+
+    def check(self, layers: Sequence[int], caches_keys: bool, can_crop: bool) -> None:
+        """Refuse a model without a layer that reads or scores, one that caches no keys, and one with states."""
+        super().check(layers, caches_keys, can_crop)
+        if not can_crop:
+            raise ValueError(
+                "TopBlocks runs the end of a question twice, and the recurrent or convolutional layers of this model "
+                "carry a state that cannot go back to before it: take TopK"
+            )
+        if not caches_keys:
+            raise ValueError(
+                "its cache holds what keys are made from (multi-head latent attention), and TopBlocks searches "
+                "keys that are cached: take TopK"
+            )
+        if max(layers) < self.scores_from(max(layers) + 1):
+            raise ValueError(
+                f"TopBlocks: first_voting_layer={self.first_voting_layer} leaves no layer that scores: the last one "
+                f"of full attention is layer {max(layers)}"
+            )
+
+    def run(
+        self,
+        call: DecoderCall,
+        run: Callable[..., Any],
+        layers: Callable[[], Sequence[Any]],
+        total: Callable[[Tensor], Tensor],
+    ) -> Any:
+        """Run the call, select from its last rows' scores, take the last rows back and run them with the selection."""
+        if call.new == 1:
+            return run(call, None)
+        behind = call.tokens_behind(self.ending_ids)
+        asks = None if behind is None else behind >= 0
+        if asks is not None and not bool(asks.any()):
+            return run(call, None)
+        drafts = 0 if behind is None or asks is None else int(behind[asks].min())
+        if drafts:  # of assisted decoding, which come in the same forward as the question
+            first = self.run(call.part(0, call.new - drafts), run, layers, total)
+            return _followed_by(first, run(call.part(call.new - drafts, call.new), None))
+        held = layers()
+        if call.new < self.voting_rows + self.ending_rows and held[0].selection is not None:
+            return run(call, None)
+        call.refuse_hidden_states()
+        collected: BlockScores = {}
+        first = run(call, collected)
+        selection = self.select(collected, total)
+        if asks is not None:  # a row that asks nothing reads nothing
+            selection = selection._replace(blocks=selection.blocks.masked_fill(~asks.cpu()[:, None], -1))
+        rows = min(self.rows, call.new)
+        call.cache.crop(-rows)
+        for layer in held:
+            layer.selection = selection.map(lambda x: x.to(first[0].device))
+        again = run(call.part(call.new - rows, call.new), None)
+        return _followed_by(first, again, dropped=rows)
+
+    def select(self, collected: Mapping[int, Tensor], total: Callable[[Tensor], Tensor]) -> BlockSelection:
+        """Select blocks by the scores of all layers."""
+        scores = torch.cat(list(collected.values()), dim=1)  # the heads of all layers
+        score, baseline = (scores[..., :-1] / scores[..., -1:].clamp_min(1)).unbind(2)
+        return select_blocks(score, baseline, self.blocks, self.emphasis, self.least_contrast, total)
+
+    def read(self, state: LayerState, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
+        """Score the blocks during a scoring pass, and return the selected blocks' keys otherwise."""
+        away, sinks, window = self.seen_at(state.window), state.num_sink_tokens, state.window
+        if state.block_scores is None and state.selection is None:
+            return None
+        query = state.query_at(query, positions, away)
+        by = DistantScoring(away, sinks, min(away, window), state.scoring, window + sinks)
+        if state.block_scores is not None:
+            last = state.text.positions[..., -1:].to(positions.device)
+            groups = self.groups(positions, last)
+            scores = block_scores(query, positions, state.text, logits.logsumexp(-1), self.block_size, by, groups)
+            self.collect(state.block_scores, state.layer, scores, groups)
+            return None
+        assert state.selection is not None
+        return block_keys(query, positions, state.text, state.selection, self.block_size, self.margin, by)
+
+    def groups(self, positions: Tensor, last: Tensor) -> Tensor:
+        """Return which of the last rows score, and which give the baseline [2, rows, n]; padding does neither.
+
+        Args:
+            positions: of the rows that look at the text [rows, n].
+            last: position of the last token [rows, 1].
+        """
+        scoring = (last - self.ending_rows - self.voting_rows < positions) & (positions <= last - self.ending_rows)
+        before = ~scoring & (positions <= last - self.ending_rows)
+        return torch.stack([scoring, before]) & (positions >= 0)
+
+    def collect(self, collected: BlockScores, layer: int, scores: Tensor, groups: Tensor) -> None:
+        """Add a layer's scores [batch, heads, 2, blocks] to those of its rows before, with how many rows these are."""
+        counted = groups.sum(-1).T[:, None, :, None].expand(*scores.shape[:3], 1)
+        part = torch.cat([scores, counted.to(scores)], dim=-1).cpu()
+        collected[layer] = collected[layer] + part if layer in collected else part
+
+
+def _followed_by(first: Any, second: Any, dropped: int = 0) -> Any:
+    """Return `second` with the hidden states of `first`, without its last `dropped` rows, before its own."""
+    hidden = torch.cat([first[0][:, : first[0].shape[1] - dropped], second[0]], dim=1)
+    if isinstance(second, tuple):
+        return hidden, *second[1:]
+    second["last_hidden_state"] = hidden
+    return second
+
+
+def ids_behind_question(tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that a chat template puts behind a user's words up to the answer; none without one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    mark = "<<question>>"
+    _, behind = template_parts(tokenizer, [{"role": "user", "content": mark}], mark)
+    return tuple(tokenizer(behind, add_special_tokens=False).input_ids)
+
+
+def _check_counts(strategy: Any, **least: int) -> None:
+    """Store a strategy's counts as plain ints of at least `least`, None where the default may be; check its store."""
+    owner, may_be_none = (
+        type(strategy).__name__,
+        {"distance", "first_voting_layer", *(["rows"] if "k" in least else [])},
+    )
+    for name, bound in least.items():
+        value = getattr(strategy, name)
+        if value is not None or name not in may_be_none:
+            object.__setattr__(strategy, name, whole(f"{owner}: {name}", value, least=bound))
+    one_of(f"{owner}: store", strategy.store, STORES)

@@ -1,0 +1,343 @@
+"""Sinks and a window: what LM-Infinite and StreamingLLM share. They differ in the distance at which sinks are seen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from transformers.cache_utils import LinearAttentionLayer, StaticLayer
+
+from hf_longtrunc.attention.block_scores import UnrotatedKV
+from hf_longtrunc.attention.context import ForwardContext, KeyLayout
+from hf_longtrunc.attention.decoder_call import columns_as_they_came, full_context
+from hf_longtrunc.attention.full_store import FullStoreCacheLayer, FullStoreStateCacheLayer, RingStateCacheLayer
+from hf_longtrunc.attention.kernels import single_query_attention
+from hf_longtrunc.attention.key_retrieval import LayerState
+from hf_longtrunc.attention.lambda_attention import PATHS, LambdaAttention, SinkWindowLaw
+from hf_longtrunc.attention.padding import RowShift, first_real, from_first_token, gather_columns
+from hf_longtrunc.attention.patch import PatchTechnique
+from hf_longtrunc.attention.ring_cache import RingCacheLayer
+from hf_longtrunc.attention.rope import exact_forward
+from hf_longtrunc.errors import CacheLawError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from hf_longtrunc.attention.cache_law import CacheLaw
+    from hf_longtrunc.attention.context import MaskPlaceholder
+    from hf_longtrunc.attention.decoder_call import DecoderCall
+    from hf_longtrunc.attention.kernels import ExtraKeys, Scoring
+    from hf_longtrunc.attention.key_retrieval import BlockScores
+    from hf_longtrunc.attention.probe import ProbeResult
+    from hf_longtrunc.attention.technique import AttentionLayer
+    from hf_longtrunc.handles import Handle
+
+
+class SinkWindowTechnique(PatchTechnique):
+    """A technique whose queries see a row's first tokens and its last ones.
+
+    A subclass is a frozen dataclass with `num_sink_tokens` and `window_length`, and says its `distances`.
+    """
+
+    compiles_decode: ClassVar[bool] = True
+    prefill_chunk: ClassVar[int | None] = 1024
+
+    num_sink_tokens: int
+    window_length: int | None
+    path: str = "auto"
+
+    @property
+    def distances(self) -> SinkWindowLaw:
+        """The law of visibility and distance, resolved."""
+        raise NotImplementedError
+
+    @property
+    def max_drafts(self) -> int:
+        """As many as the ring can take back."""
+        return RingCacheLayer.ROLLBACK + 1
+
+    @property
+    def rope_length(self) -> int:
+        """The window's length."""
+        return self.distances.window_length
+
+    @property
+    def retrieval_length(self) -> int:
+        """The shortest text with keys outside sinks and window."""
+        return self.distances.window_length + self.num_sink_tokens + 1
+
+    @property
+    def first_block(self) -> int:
+        """Position of the first key of the first block: blocks are counted from the end of the sinks."""
+        return self.num_sink_tokens
+
+    @property
+    def title(self) -> str:
+        """The technique and the settings that its caches depend on."""
+        law = self.distances
+        return (
+            f"{type(self).__name__}(num_sink_tokens={law.num_sink_tokens}, window_length={law.window_length}, "
+            f"max_distance={law.max_distance})"
+        )
+
+    def check(self, found: ProbeResult) -> Self:
+        """Return the technique with the retrieval's defaults for so many layers."""
+        if self.retrieval is None:
+            return self
+        indices = list(found.indices.values())
+        self.retrieval.check(indices, not found.cached_otherwise, found.states is None)
+        return replace(self, retrieval=self.retrieval.for_layers(max(indices) + 1))  # type: ignore[type-var]
+
+    def tiny_paths(self) -> Sequence[Self]:
+        """Return `tiny` once for each path of a prompt's attention."""
+        paths = [path for path in PATHS[1:] if path != "flex" or torch.cuda.is_available()]
+        return [replace(self.tiny(), path=path) for path in paths]  # type: ignore[type-var]
+
+    def prepare(self, handle: Handle, decoder: Any, found: ProbeResult) -> None:
+        """Let the rotary modules answer with exact angles."""
+        for module, rotaries in found.exact.items():
+            handle.set(module, "forward", exact_forward(rotaries))
+
+    def check_cache_layer(self, layer: Any) -> None:
+        """Refuse caches of constant shape, rings of other lengths or without a store, and rings that are not whole."""
+        if isinstance(layer, StaticLayer):
+            raise ValueError(
+                f"a StaticCache cannot be used on a model patched by {type(self).__name__}: take DynamicCache, or "
+                "leave the cache to generate(), whose size is constant too"
+            )
+        if not isinstance(layer, RingCacheLayer):
+            return
+        theirs, ours = (layer.num_sink_tokens, layer.window_length), (self.num_sink_tokens, self.window_length)
+        if theirs != ours:
+            raise CacheLawError(
+                f"this cache was built for (num_sink_tokens, window_length) = {theirs}, and the model is patched "
+                f"with {ours}: start anew, or patch with the same numbers"
+            )
+        if self.retrieval is not None and not isinstance(layer, FullStoreCacheLayer):
+            raise CacheLawError(
+                "this cache was built without retrieval, so the keys between sinks and window are gone: start anew, or "
+                "patch with retrieval=None"
+            )
+        if layer.is_partial:
+            raise ValueError(
+                "a forward was interrupted while this cache stored its tokens, so its layers no longer hold the "
+                "same text: start anew with a new cache"
+            )
+
+    def cache_layer(self, ordinary: Any, layer: AttentionLayer, law: CacheLaw, shares_keys: bool) -> Any:
+        """Return a ring; with retrieval one that stores the text, or the ordinary layer where it holds no own keys."""
+        state = (ordinary.number_of_states,) if isinstance(ordinary, LinearAttentionLayer) else ()
+        lengths = self.num_sink_tokens, self.distances.window_length
+        ring: Any
+        if self.retrieval is None:
+            kind: Any = RingStateCacheLayer if state else RingCacheLayer
+            ring = kind(*state, *lengths, layer.rotation if layer.caches_keys else None)
+        elif shares_keys or not layer.caches_keys:
+            return ordinary
+        else:
+            kind = FullStoreStateCacheLayer if state else FullStoreCacheLayer
+            ring = kind(*state, *lengths, layer.rotation, self.retrieval.store)
+        ring.law = law
+        return ring
+
+    def selection_layers(self, call: DecoderCall) -> Sequence[Any]:
+        """Return the cache's layers, each of which must store the whole text."""
+        layers = call.cache_layers
+        if not layers or not all(isinstance(layer, FullStoreCacheLayer) for layer in layers):
+            kinds = ", ".join(sorted({type(layer).__name__.removeprefix("Guarded") for layer in layers})) or "no cache"
+            raise ValueError(
+                "TopBlocks runs the end of a question twice, for which every layer needs the cache that generate() "
+                f"builds; this text is longer than the window and has {kinds}: call generate(), or take TopK (also "
+                "for models with windowed layers)"
+            )
+        return layers
+
+    # -- one forward ---------------------------------------------------------------------------------------------------
+
+    def context(
+        self, call: DecoderCall, found: ProbeResult, block_scores: BlockScores | None, passthrough: bool
+    ) -> tuple[MaskPlaceholder, Tensor | None]:
+        """Plan a forward: positions, where each ring writes, and how it returns keys."""
+        rings = [layer for layer in call.cache_layers if isinstance(layer, RingCacheLayer)]
+        if not rings:
+            context, came = full_context(call)
+            self._refuse_gaps(found, context)
+            return replace(context, block_scores=block_scores), came.clamp_min(0)
+        past, new, device, ring, law = call.past, call.new, call.device, rings[0], self.distances
+        columns = torch.arange(past, past + new, device=device)
+        state, shift = ring.padding_state.append(call.real, past, new)
+        if shift is not None:
+            _refuse_lost(ring, past, shift)
+        came = queries = from_first_token(columns, state.padding)
+        query_order = None
+        if call.real is not None and shift is not None and shift.order is not None:
+            came, query_order = columns_as_they_came(columns, state.padding, call.real[:, past:])
+        sink_rotations: dict[int, tuple[Tensor, Tensor]] = {}
+        layout = KeyLayout.FULL if past == 0 else KeyLayout.SINKS_AND_WINDOW if new > 1 else KeyLayout.RING_BUFFER
+        slots = None
+        if new == 1:
+            j = ring.key_positions(state, device)
+            distances = law.distance(queries, j)[:, 0]
+            if layout is KeyLayout.RING_BUFFER:
+                slots = None if ring.sees_every_slot(state) else self._visible_slots(queries, j), distances
+            offsets = (queries - j - distances)[:, : self.num_sink_tokens].clamp_min(0)
+            for rotation in {*found.distinct_rotations, *(each.rotation for each in rings)}:  # an earlier patch's rings
+                if rotation is not None:
+                    sink_rotations[id(rotation)] = rotation.cos_sin(offsets, call.like.dtype)
+        plan = ring.write_plan(new, device, state, shift)
+        for each in rings:
+            each.prepare_update(plan._replace(sink_rotation=sink_rotations.get(id(each.rotation))))
+        context = ForwardContext(
+            query_positions=queries,
+            last_position=from_first_token(columns[-1:], state.padding),
+            layout=layout,
+            num_keys=new if past == 0 else ring.keys_returned(new),
+            is_padded=state.padding is not None,
+            query_order=query_order,
+            key_order=query_order if past == 0 else None,
+            is_shifted=shift is not None,
+            sink_rotations=sink_rotations,
+            ring_slots=slots,
+            cache_layers={
+                index: layer for index, layer in enumerate(call.cache_layers) if isinstance(layer, FullStoreCacheLayer)
+            },
+            block_scores=block_scores,
+        )
+        self._refuse_gaps(found, context)
+        return context, came.clamp_min(0)
+
+    def _refuse_gaps(self, found: ProbeResult, context: ForwardContext) -> None:
+        if found.windowed and (context.query_order is not None or context.is_shifted):
+            raise ValueError(
+                "attention_mask has zeros between real tokens, and this model has layers with a window of their own, "
+                "which counts them: pad on the left alone"
+            )
+
+    def _visible_slots(self, i: Tensor, j: Tensor) -> Tensor:
+        """Return which of the slots at j [rows, S + L] a query at i [rows, 1] sees: old sinks, and its window."""
+        sinks = self.num_sink_tokens
+        local = replace(self.distances, num_sink_tokens=0).visible(i, j[:, sinks:]) | (i < 0)[..., None]
+        return torch.cat([i - j[:, :sinks] >= self.distances.window_length, local[:, 0]], dim=-1)
+
+    # -- one layer -----------------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: ForwardContext,
+        scoring: Scoring,
+    ) -> Tensor:
+        """Attend to sinks and window; keys come laid out as `context.layout` says, rotated at their own positions."""
+        if key.shape[2] != context.num_keys:
+            raise ValueError(
+                f"the cache returns {key.shape[2]} keys where {context.num_keys} were expected: this kind of "
+                f"cache cannot be used on a model patched by {type(self).__name__}; take DynamicCache or leave it to "
+                "generate()"
+            )
+        if context.layout is KeyLayout.RING_BUFFER:
+            assert context.ring_slots is not None
+            seen, distances = (None if each is None else each.to(query.device) for each in context.ring_slots)
+            assert distances is not None
+            sinks = slice(self.num_sink_tokens)
+            if not layer.caches_keys and layer.rotation is not None and sinks.stop:
+                cos, sin = (each.to(key.device) for each in context.sink_rotations[id(layer.rotation)])
+                key[:, :, sinks] = layer.rotation.apply(key[:, :, sinks], cos, sin)
+            read = self._reader(layer, key, value, None, context, scoring)
+            reads = None if read is None else partial(read, query, context.query_positions.to(query.device))
+            return single_query_attention(query, key, value, distances, seen, scoring, reads)
+        if context.query_order is None:
+            return self._attend_to_text(layer, query, key, value, context, scoring)
+        # Masked columns between tokens: each row's tokens move behind them, and its outputs back.
+        if context.key_order is not None:
+            key, value = gather_columns(key, context.key_order), gather_columns(value, context.key_order)
+        query = gather_columns(query, context.query_order)
+        output = self._attend_to_text(layer, query, key, value, context, scoring)
+        return gather_columns(output, context.query_order.argsort(dim=-1))
+
+    def _attend_to_text(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: ForwardContext,
+        scoring: Scoring,
+    ) -> Tensor:
+        """Attend to keys in the order of the text, or to the sinks and the end of the text behind them."""
+        law, sinks = self.distances, self.num_sink_tokens
+        leading = sinks if context.layout is KeyLayout.SINKS_AND_WINDOW else 0
+        i = context.query_positions.to(query.device)
+        j = context.last_position.to(query.device)
+        j = j - torch.arange(key.shape[2] - leading - 1, -1, -1, device=query.device)
+        read = self._reader(layer, key, value, j, context, scoring)
+        if leading:
+            far = key[:, :, :sinks], value[:, :, :sinks]
+            key, value = key[:, :, sinks:], value[:, :, sinks:]
+        else:
+            far = first_real(key, j, sinks, context.is_padded), first_real(value, j, sinks, context.is_padded)
+        rows = 0
+        if self.retrieval is not None:
+            rows = self.retrieval.reading_rows(query.shape[2], context.block_scores is not None)
+        call = LambdaAttention(
+            query=query,
+            key=key,
+            value=value,
+            query_positions=i,
+            key_positions=j,
+            sinks=far if sinks and (leading or key.shape[2] > law.window_length) else None,
+            law=law,
+            scoring=scoring,
+            rotation=layer.rotation,
+            read=read,
+            reading_rows=rows,
+            is_padded=context.is_padded,
+        )
+        return call.compute(self.path)
+
+    def _reader(
+        self,
+        layer: AttentionLayer,
+        key: Tensor,
+        value: Tensor,
+        j: Tensor | None,
+        context: ForwardContext,
+        scoring: Scoring,
+    ) -> Callable[[Tensor, Tensor, Tensor], ExtraKeys | None] | None:
+        """Return what finds the extra keys of this layer's queries; None if there are none.
+
+        Without a store they are searched in the layer's own keys, at j [rows, m] in the order of the text.
+        """
+        retrieval, is_scoring = self.retrieval, context.block_scores is not None
+        if retrieval is None or not retrieval.reads(layer.index, is_scoring):
+            return None
+        window, store = self.distances.window_length, context.cache_layers.get(layer.index)
+        if (key.shape[2] if store is None else store.held) <= window + self.num_sink_tokens:
+            return None
+        if store is not None:
+            text = store.text()
+        else:
+            assert j is not None
+            text = UnrotatedKV(key if layer.rotation is None else layer.rotation.rotate(key, -j), value, j)
+        selection = None if store is None else store.selection
+        state = LayerState(
+            layer.index, text, layer.rotation, scoring, self.num_sink_tokens, window, selection, context.block_scores
+        )
+        return partial(retrieval.read, state)
+
+
+def _refuse_lost(ring: RingCacheLayer, past: int, shift: RowShift) -> None:
+    longest = int(shift.truncated.max())
+    if longest and past - longest < ring.oldest_length():
+        raise ValueError(
+            f"attention_mask turns the last {longest} tokens of a row to 0, and this cache of constant size can go "
+            f"back from {past} tokens to {ring.oldest_length()}, no further: let answers of a batch differ by at most "
+            f"{ring.ROLLBACK} tokens, continue rows one by one, or pass cache=DynamicCache(), which keeps everything"
+        )

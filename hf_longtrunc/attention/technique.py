@@ -1,0 +1,221 @@
+"""The contract between `AttentionPatch` and a technique: what a patch asks, and what a technique answers.
+
+A technique is a frozen dataclass of settings. `for_model` and `check` return it with every default resolved; the other
+methods belong to that resolved copy. A new technique needs one law of distances, `context` and `attend`; `patch.py`
+needs no change. `path_check.py` holds each of its paths to the law at attach.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from hf_longtrunc.attention.cache_law import CacheLaw
+    from hf_longtrunc.attention.context import ForwardContext, MaskPlaceholder
+    from hf_longtrunc.attention.decoder_call import DecoderCall
+    from hf_longtrunc.attention.kernels import Scoring
+    from hf_longtrunc.attention.key_retrieval import BlockScores, Retrieval
+    from hf_longtrunc.attention.probe import ProbeResult
+    from hf_longtrunc.attention.rope import Rotation
+    from hf_longtrunc.handles import Handle
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
+    """What is known of one attention module.
+
+    Attributes:
+        index: its place among the decoder's layers; -1 where the module does not know it.
+        rotation: of its queries and keys; None where nothing rotates.
+        caches_keys: False where the cache holds what keys are made from (multi-head latent attention).
+    """
+
+    index: int
+    rotation: Rotation | None
+    caches_keys: bool = True
+
+
+class DistanceLaw(Protocol):
+    """Which keys a query sees, and at which distance: the definition of a technique."""
+
+    @property
+    def exact_length(self) -> int:
+        """The longest text that is read as the unmodified model reads it."""
+
+    def key_position(self, positions: Any) -> Tensor:
+        """Return the position at which queries and keys are rotated when the model computes them."""
+
+    def visible(self, query_positions: Any, key_positions: Any) -> Tensor:
+        """Return whether each query sees each key [..., n, m]."""
+
+    def distance(self, query_positions: Any, key_positions: Any) -> Tensor:
+        """Return the distance of each pair [..., n, m]."""
+
+
+class Technique(ABC):
+    """Settings of a technique, and how it computes attention.
+
+    Attributes:
+        retrieval: how keys outside the window are read; None: not at all.
+        compiles_decode: whether its step of one token has a constant shape.
+        prefill_chunk: tokens of a long prompt that `generate` reads at once; None: all.
+        cache_implementations: those of `generate` that it works with.
+        restarts_positions: whether its position_ids may start again within a text.
+    """
+
+    retrieval: Retrieval | None = None
+    compiles_decode: ClassVar[bool] = False
+    prefill_chunk: ClassVar[int | None] = None
+    cache_implementations: ClassVar[tuple[str | None, ...]] = (None, "dynamic", "offloaded")
+    restarts_positions: ClassVar[bool] = False
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Refuse what a dataclass would refuse, and name the right call."""
+        name = cls.__name__
+        if args:
+            raise TypeError(
+                f"{name} takes its settings by name, got {type(args[0]).__name__}: patch a model by "
+                f"{name}(...)(model), or `with {name}(...)(model):`"
+            )
+        known = [each.name for each in fields(cls)]  # type: ignore[arg-type]
+        for unknown in settings.keys() - set(known):
+            part = [each for each in known if unknown in each]
+            near = part or difflib.get_close_matches(unknown, known, n=1, cutoff=0.3)
+            advice = f" Did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{name} has no setting {unknown!r}.{advice} It takes {', '.join(known)}")
+        return super().__new__(cls)
+
+    def __enter__(self) -> Any:
+        """Refuse `with LMInfinite():`, which names no model."""
+        name = type(self).__name__
+        raise TypeError(f"{name}(...) has no model to patch yet: write `with {name}(...)(model):`")
+
+    def __exit__(self, *exception: object) -> None:  # noqa: B027
+        """Only here so that `with` calls `__enter__`."""
+
+    @property
+    @abstractmethod
+    def distances(self) -> DistanceLaw:
+        """The law of visibility and distance, resolved."""
+
+    @property
+    def max_drafts(self) -> int | None:
+        """How many drafted tokens its cache can take back; None: any number."""
+        return None
+
+    @property
+    @abstractmethod
+    def rope_length(self) -> int:
+        """The length at which frequencies that depend on the running length are taken."""
+
+    @property
+    @abstractmethod
+    def retrieval_length(self) -> int:
+        """The shortest text of which `retrieval` can select something."""
+
+    @property
+    def first_block(self) -> int:
+        """Position of the first key of the first block that `TopBlocks` can select."""
+        return 0
+
+    @property
+    def title(self) -> str:
+        """The technique and the settings that its caches depend on, as messages name them."""
+        return repr(self)
+
+    @abstractmethod
+    def for_model(self, model: Any) -> Self:
+        """Return the technique with its lengths resolved for one model.
+
+        Raises:
+            ValueError: they do not fit together, or the model's config does not say what is needed.
+        """
+
+    @abstractmethod
+    def check(self, found: ProbeResult) -> Self:
+        """Return the technique with what depends on the model's layers resolved.
+
+        Raises:
+            UnsupportedModelError, ValueError: it cannot patch this model; the message says why.
+        """
+
+    @abstractmethod
+    def tiny(self) -> Self:
+        """Return the technique at lengths of a few tokens, on which `path_check.py` tries every path."""
+
+    def tiny_paths(self) -> Sequence[Self]:
+        """Return `tiny` once for each path of computation."""
+        return [self.tiny()]
+
+    @abstractmethod
+    def prepare(self, handle: Handle, decoder: Any, found: ProbeResult) -> None:
+        """Make further changes to the model, through `handle.set`: its rotary modules, say."""
+
+    @abstractmethod
+    def context(
+        self, call: DecoderCall, found: ProbeResult, block_scores: BlockScores | None, passthrough: bool
+    ) -> tuple[MaskPlaceholder, Tensor | None]:
+        """Return the context of a call, or PASSTHROUGH, and its position_ids; None leaves the decoder's own.
+
+        Args:
+            call: to be run.
+            found: about the model.
+            block_scores: collects scores of a scoring pass; None otherwise.
+            passthrough: whether a call that the model itself computes alike may be left to it.
+        """
+
+    @abstractmethod
+    def cache_layer(self, ordinary: Any, layer: AttentionLayer, law: CacheLaw, shares_keys: bool) -> Any:
+        """Return the cache layer that `generate` uses in the place of an ordinary one that grows.
+
+        Args:
+            ordinary: a `DynamicLayer`, or one with a state.
+            layer: whose keys it holds.
+            law: of its keys.
+            shares_keys: whether several layers of the model read one cache layer.
+        """
+
+    @abstractmethod
+    def check_cache_layer(self, layer: Any) -> None:
+        """Refuse a cache layer that this technique cannot continue, whatever it holds.
+
+        Raises:
+            CacheLawError, ValueError: the message says what to do.
+        """
+
+    @abstractmethod
+    def selection_layers(self, call: DecoderCall) -> Sequence[Any]:
+        """Return the cache layers that hold what `TopBlocks` selects.
+
+        Raises:
+            ValueError: the call's cache cannot hold it.
+        """
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: ForwardContext,
+        scoring: Scoring,
+    ) -> Tensor:
+        """Return the attention [batch, heads, n, value_dim] of one forward's queries.
+
+        Args:
+            layer: the module's record.
+            query: [batch, heads, n, dim], rotated.
+            key: [batch, kv_heads, m, dim], as the layer's cache returns it.
+            value: [batch, kv_heads, m, value_dim].
+            context: of the forward.
+            scoring: of the module.
+        """

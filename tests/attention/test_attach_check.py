@@ -1,0 +1,254 @@
+"""What attach holds a technique and a model to, and what it says before a long prompt is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from hf_longtrunc import (
+    DualChunkAttention,
+    HFLongtruncError,
+    LMInfinite,
+    StreamingLLM,
+    TopBlocks,
+    TopK,
+    UnsupportedModelError,
+)
+from hf_longtrunc.attention import dual_chunk, lambda_attention, path_check
+from hf_longtrunc.attention.lambda_attention import SinkWindowLaw
+from hf_longtrunc.attention.ring_cache import RingCacheLayer
+from hf_longtrunc.models import cache_of
+
+from .reference import Naive, Rope, install
+from .test_lm_infinite import enable_checkpointing, logits, model_of, prompt
+from .tiny_models import tiny_model
+
+S, L = 2, 8
+ARM = LMInfinite(num_sink_tokens=S, window_length=L)
+
+
+@pytest.fixture
+def llama():
+    return model_of("llama")
+
+
+@pytest.fixture
+def unchecked():
+    """Paths are tried once for each kind of rotation: here they are tried anew."""
+    path_check._error.cache_clear()
+    yield
+    path_check._error.cache_clear()
+
+
+@dataclass(frozen=True)
+class OneFarther(SinkWindowLaw):
+    """Another distance than its definition says, in one place."""
+
+    def far_query(self, query, query_positions, rotation):
+        return rotation.rotate(query, self.max_distance + 1 - query_positions)
+
+
+def plant_far(monkeypatch):
+    monkeypatch.setattr(SinkWindowLaw, "far_query", OneFarther.far_query)
+
+
+def plant_split(monkeypatch):
+    whole = lambda_attention.LambdaAttention._split_block
+    monkeypatch.setattr(lambda_attention.LambdaAttention, "_split_block", lambda self, a, b: whole(self, a, b) * 1.001)
+
+
+def plant_ring(monkeypatch):
+    keep = RingCacheLayer._rotate_sinks
+    monkeypatch.setattr(RingCacheLayer, "_rotate_sinks", lambda self, cos, sin, dims: keep(self, cos, -sin, dims))
+
+
+def plant_mask(monkeypatch):
+    from hf_longtrunc.attention import sink_window
+
+    keep = sink_window.single_query_attention
+    monkeypatch.setattr(
+        sink_window, "single_query_attention", lambda q, k, v, d, seen, *rest: keep(q, k, v, d, None, *rest)
+    )
+
+
+def plant_chunks(monkeypatch):
+    keep = dual_chunk._parts
+    monkeypatch.setattr(dual_chunk, "_parts", lambda *args: list(keep(*args))[-2:])
+
+
+FAULTS = [
+    (plant_far, ARM),
+    (plant_split, ARM),
+    (plant_ring, ARM),
+    (plant_mask, ARM),
+    (plant_chunks, DualChunkAttention()),
+]
+
+
+@pytest.mark.parametrize(("plant", "technique"), FAULTS)
+def test_a_technique_with_one_wrong_path_is_refused_at_attach(plant, technique, llama, unchecked, monkeypatch):
+    with technique(llama):
+        pass
+    path_check._error.cache_clear()
+    plant(monkeypatch)
+    with pytest.raises(UnsupportedModelError, match=r"differs by .* from its own law of distances"):
+        technique(llama)
+    monkeypatch.undo()
+    path_check._error.cache_clear()
+    with technique(llama):
+        pass
+
+
+class Quantised(torch.nn.Linear):
+    """A linear layer whose inputs are rounded to eight bits for each token, as W8A8 does."""
+
+    def forward(self, x):
+        scale = x.detach().abs().amax(-1, keepdim=True).clamp_min(1e-9) / 7
+        return super().forward((x / scale).round() * scale)
+
+
+def test_a_model_that_amplifies_rounding_is_measured_by_its_own_noise(llama):
+    for module in llama.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Quantised
+    with ARM(llama):
+        assert logits(llama, prompt(40)).isfinite().all()
+
+
+def longrope(**changes):
+    """Phi-3.5: trained on 32 tokens with short factors, stretched to 64 with long ones."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32,
+        "short_factor": [1.0, 1.0, 1.0, 1.0], "long_factor": [2.0, 3.0, 4.0, 5.0],
+    }  # fmt: skip
+    changes = {"max_position_embeddings": 64, "original_max_position_embeddings": 32, **changes}
+    return tiny_model("phi3", rope_parameters=rope, **changes).requires_grad_(False)
+
+
+@pytest.mark.parametrize(("window", "factors"), [(16, [1.0, 1.0, 1.0, 1.0]), (64, [2.0, 3.0, 4.0, 5.0])])
+def test_longrope_takes_the_factors_of_its_window(window, factors):
+    """Within the original length the short factors, beyond it the long ones, at every position of the text."""
+    ids, model, reference = prompt(30), longrope(), longrope().double()
+    exponents = torch.arange(0, 8, 2, dtype=torch.float64) / 8
+    rope = Rope(8, frequencies=1 / (torch.tensor(factors, dtype=torch.float64) * 1e4**exponents))
+    scale = model.model.rotary_emb.attention_scaling
+    with LMInfinite(num_sink_tokens=S, window_length=window)(model) as handle:
+        layer = next(iter(handle.layers.values()))
+        assert torch.allclose(layer.rotation.frequencies, rope.frequencies, rtol=1e-6)
+        got = logits(model, ids)
+    frozen = {"inv_freq": rope.frequencies.float()}
+    for name, value in frozen.items():
+        setattr(reference.model.rotary_emb, name, value)
+    reference.model.rotary_emb.forward = _fixed(reference.model.rotary_emb, rope.frequencies, scale)
+    install(reference, Naive(S, window, window, rope), f"naive_longrope_{window}")
+    expected = logits(reference, ids)
+    assert (got - expected).abs().max() < 5e-5 * float(expected.abs().max())
+
+
+def _fixed(rotary, frequencies, scale):
+    def forward(x, position_ids):
+        angles = position_ids[..., None].double() * frequencies
+        angles = torch.cat([angles, angles], dim=-1)
+        return (angles.cos() * scale).to(x.dtype), (angles.sin() * scale).to(x.dtype)
+
+    return forward
+
+
+def test_errors_can_be_told_apart(llama):
+    with pytest.raises(HFLongtruncError) as caught:
+        ARM(tiny_model("gpt2"))
+    assert type(caught.value) is UnsupportedModelError
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(ValueError, match="already") as other, ARM(llama):
+        ARM(llama)
+    assert not isinstance(other.value, HFLongtruncError)
+
+
+def test_a_wrong_call_names_the_right_one(llama):
+    with pytest.raises(TypeError, match=r"patch a model by LMInfinite\(...\)\(model\)"):
+        LMInfinite(llama)
+    with pytest.raises(TypeError, match=r"with LMInfinite\(...\)\(model\):"), LMInfinite():
+        pass
+    with pytest.raises(TypeError, match=r"no setting 'window'. Did you mean window_length"):
+        LMInfinite(window=5)
+    with pytest.raises(TypeError, match=r"no setting 'sinks'. Did you mean num_sink_tokens"):
+        StreamingLLM(sinks=5)
+    for wrong in (llama, 42):
+        with pytest.raises(TypeError, match="takes the model's tokenizer"):
+            TopBlocks.for_chat(wrong)
+
+
+def test_gradients_after_detach_are_a_sentence(llama):
+    llama.requires_grad_(True).train()
+    enable_checkpointing(llama)
+    with ARM(llama):
+        loss = llama(prompt(30), labels=prompt(30), use_cache=False).loss
+    with pytest.raises(RuntimeError, match=r"Call backward\(\) before detach"):
+        loss.backward()
+
+
+def test_compiled_decoding_is_refused_where_states_or_texts_grow(llama):
+    with ARM(tiny_model("lfm2").requires_grad_(False)) as handle, pytest.raises(ValueError, match="recurrent"):
+        handle.compile()
+    with DualChunkAttention()(llama) as handle, pytest.raises(ValueError, match="cache of DualChunkAttention grows"):
+        handle.compile()
+
+
+@pytest.mark.parametrize("technique", [ARM, StreamingLLM(window_length=L), DualChunkAttention(chunk_length=9)])
+def test_an_explanation_says_what_holds(llama, technique):
+    before, ids = logits(llama, prompt(20)), prompt(50)
+    told = technique.explain(llama)
+    assert told.supported
+    assert "2 patched" in told.layers
+    with technique(llama) as handle:
+        output = llama.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+        layers = cache_of(output).layers
+        assert str(handle.explanation()) == str(told)
+    held = 0
+    for layer in layers:
+        tensors = [layer.keys, layer.values, *(x for x in getattr(layer, "buffers", None) or () if x is not None)]
+        held += sum(tensor.nbytes for tensor in tensors)
+    assert told.cache_bytes(layers[0].get_seq_length()) == held
+    assert "as without the patch up to" in str(told)
+    assert before.isfinite().all()
+
+
+def test_an_explanation_says_why_not():
+    told = ARM.explain(tiny_model("gpt2"))
+    assert not told.supported
+    assert "absolute positions" in told.reason
+    assert "reason" in str(told)
+
+
+def test_an_explanation_counts_retrieval_and_windows():
+    gemma = tiny_model("gemma3_text").requires_grad_(False)
+    told = LMInfinite(num_sink_tokens=S, window_length=L, retrieval=TopK(k=2, first_layer=0)).explain(gemma)
+    assert "1 patched, 1 with a sliding window of their own as they are" in told.layers
+    assert told.bytes_per_token > 0
+    assert told.constant_bytes > 0
+
+
+DRAFTS = 4  # with the token before them no more than the rows that read
+
+
+@pytest.mark.parametrize(
+    "technique", [LMInfinite(num_sink_tokens=S, window_length=L), DualChunkAttention(chunk_length=20)]
+)
+def test_blocks_are_selected_before_drafts_join(llama, technique):
+    """Prompt lookup feeds drafts in the question's own forward: they neither score nor hide the question."""
+    ending = (5, 6)
+    rows = {"voting_rows": 3, "rows": 6, "ending_rows": 2, "ending_ids": ending}
+    chat = TopBlocks(blocks=1, block_size=4, first_layer=0, first_voting_layer=0, **rows)
+    ids = prompt(70)
+    ids[0, -2:] = torch.tensor(ending)
+    with replace(technique, retrieval=chat)(llama):
+        plain = llama.generate(ids, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+        drafted = llama.generate(
+            ids, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=DRAFTS, return_dict_in_generate=True
+        )
+    selections = [cache_of(output).layers[0].selection for output in (plain, drafted)]
+    assert selections[0] is not None
+    assert torch.equal(selections[0].blocks, selections[1].blocks)
+    assert torch.equal(plain.sequences, drafted.sequences)

@@ -7,7 +7,7 @@ from functools import cached_property, partial, update_wrapper
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer, StaticLayer
+from transformers.cache_utils import BaseQuantizedLayer, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from hf_longtrunc.arguments import one_of, whole
 from hf_longtrunc.attention.block_scores import selected_positions
@@ -199,13 +199,14 @@ class DualChunkAttention(PatchTechnique):
                 "cache to generate()"
             )
 
-    def cache_layer(self, ordinary: Any, layer: AttentionLayer, law: CacheLaw, shares_keys: bool) -> Any:
+    def cache_layer(
+        self, ordinary: CacheLayerMixin, layer: AttentionLayer, law: CacheLaw, shares_keys: bool
+    ) -> CacheLayerMixin:
         """Return the ordinary layer, which knows its law from now on."""
-        guarded = guard(ordinary)
-        if guarded is None:
-            return ordinary
+        guarded: Any = guard(ordinary) or ordinary
         guarded.law = law
-        return guarded
+        layer_with_law: CacheLayerMixin = guarded
+        return layer_with_law
 
     def selection_layers(self, call: DecoderCall) -> Sequence[Any]:
         """Return the cache's layers, each of which grows."""
@@ -370,10 +371,10 @@ def _with_true_positions(module: nn.Module, decoder: Any, found: ProbeResult) ->
                     f"{type(module).__name__}, a layer with a sliding window, takes its rotary positions in a way that "
                     "is not reproduced here"
                 )
-            rotaries = next(iter(found.exact.values()))
-            rotary = rotaries.get(layer_type) or rotaries[None]
+            rotary, sets = next(iter(found.exact.items()))
             sample = given if isinstance(given, torch.Tensor) else given[0]
-            kwargs["position_embeddings"] = rotary(sample, context.true_positions.to(sample.device))
+            which = {"layer_type": layer_type} if layer_type in sets else {}
+            kwargs["position_embeddings"] = rotary(sample, context.true_positions.to(sample.device), **which)
         return run(*args, **kwargs)
 
     return partial(forward)

@@ -140,7 +140,7 @@ class Retrieval(ABC):
         run: Callable[..., Any],
         layers: Callable[[], Sequence[Any]],
         total: Callable[[Tensor], Tensor],
-    ) -> Any:
+    ) -> object:
         """Run a decoder call and return the decoder's output.
 
         Args:
@@ -337,7 +337,7 @@ class TopBlocks(Retrieval):
         run: Callable[..., Any],
         layers: Callable[[], Sequence[Any]],
         total: Callable[[Tensor], Tensor],
-    ) -> Any:
+    ) -> object:
         """Run the call, select from its last rows' scores, take the last rows back and run them with the selection."""
         if call.new == 1:
             return run(call, None)

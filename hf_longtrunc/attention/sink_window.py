@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from transformers.cache_utils import LinearAttentionLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer, StaticLayer
 
 from hf_longtrunc.attention.block_scores import UnrotatedKV
 from hf_longtrunc.attention.context import ForwardContext, KeyLayout
@@ -129,16 +129,19 @@ class SinkWindowTechnique(PatchTechnique):
                 "same text: start anew with a new cache"
             )
 
-    def cache_layer(self, ordinary: Any, layer: AttentionLayer, law: CacheLaw, shares_keys: bool) -> Any:
+    def cache_layer(
+        self, ordinary: CacheLayerMixin, layer: AttentionLayer, law: CacheLaw, shares_keys: bool
+    ) -> CacheLayerMixin:
         """Return a ring; with retrieval one that stores the text, or the ordinary layer where it holds no own keys."""
         state = (ordinary.number_of_states,) if isinstance(ordinary, LinearAttentionLayer) else ()
         lengths = self.num_sink_tokens, self.distances.window_length
-        ring: Any
+        ring: RingCacheLayer
         if self.retrieval is None:
             kind: Any = RingStateCacheLayer if state else RingCacheLayer
             ring = kind(*state, *lengths, layer.rotation if layer.caches_keys else None)
         elif shares_keys or not layer.caches_keys:
-            return ordinary
+            kept: CacheLayerMixin = ordinary
+            return kept
         else:
             kind = FullStoreStateCacheLayer if state else FullStoreCacheLayer
             ring = kind(*state, *lengths, layer.rotation, self.retrieval.store)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+    from transformers.cache_utils import CacheLayerMixin
     from typing_extensions import Self
 
     from hf_longtrunc.attention.cache_law import CacheLaw
@@ -93,7 +94,7 @@ class Technique(ABC):
             raise TypeError(f"{name} has no setting {unknown!r}.{advice} It takes {', '.join(known)}")
         return super().__new__(cls)
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> None:
         """Refuse `with LMInfinite():`, which names no model."""
         name = type(self).__name__
         raise TypeError(f"{name}(...) has no model to patch yet: write `with {name}(...)(model):`")
@@ -173,7 +174,9 @@ class Technique(ABC):
         """
 
     @abstractmethod
-    def cache_layer(self, ordinary: Any, layer: AttentionLayer, law: CacheLaw, shares_keys: bool) -> Any:
+    def cache_layer(
+        self, ordinary: CacheLayerMixin, layer: AttentionLayer, law: CacheLaw, shares_keys: bool
+    ) -> CacheLayerMixin:
         """Return the cache layer that `generate` uses in the place of an ordinary one that grows.
 
         Args:

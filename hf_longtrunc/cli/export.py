@@ -15,7 +15,7 @@ def export(
     model: Annotated[str, typer.Argument(help="Hub id or folder of a causal LM; 'default' is SmolLM2-135M-Instruct.")],
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
     technique: Annotated[
-        Literal["lm-infinite", "dual-chunk"],
+        Literal["lm-infinite", "streaming-llm", "dual-chunk"],
         typer.Option(help="First tokens and last window at constant memory, or the whole text at growing memory."),
     ] = "lm-infinite",
     window: Window = None,
@@ -32,7 +32,7 @@ def export(
     cache_mib: Annotated[int, typer.Option(min=0, help="MiB of conversations kept between requests; 0: none.")] = 1024,
 ) -> None:
     """Make a model folder that every host loads: transformers serve, pipeline, lm_eval, from_pretrained."""
-    from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks
+    from hf_longtrunc import DualChunkAttention, LMInfinite, StreamingLLM, TopBlocks
     from hf_longtrunc.hosting import export as export_folder
     from hf_longtrunc.pretrained import default_model_folder
 
@@ -40,8 +40,12 @@ def export(
     blocks: Any = None if retrieval is None else TopBlocks.for_chat(load_tokenizer(source))
     if technique == "dual-chunk":
         if window is not None:
-            raise typer.BadParameter("goes with --technique lm-infinite", param_hint="--window")
+            raise typer.BadParameter("goes with --technique lm-infinite or streaming-llm", param_hint="--window")
         chosen: Any = DualChunkAttention(retrieval=blocks)
+    elif technique == "streaming-llm":
+        if blocks is not None:
+            raise typer.BadParameter("goes with --technique lm-infinite or dual-chunk", param_hint="--retrieval")
+        chosen = StreamingLLM(num_sink_tokens=sinks, window_length=window)
     else:
         chosen = LMInfinite(num_sink_tokens=sinks, window_length=window, retrieval=blocks)
     made = export_folder(source, folder, chosen, sampler=sampler, weights=weights, cache_bytes=cache_mib * 2**20)

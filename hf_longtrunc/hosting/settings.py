@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import LogitsProcessor
 
 FORMAT = 1
-TECHNIQUES = {"lm-infinite": "LMInfinite", "dual-chunk": "DualChunkAttention"}
+TECHNIQUES = {"lm-infinite": "LMInfinite", "streaming-llm": "StreamingLLM", "dual-chunk": "DualChunkAttention"}
 _DATACLASSES = {**TECHNIQUES, "top-blocks": "TopBlocks", "top-k": "TopK"}  # all that "name" can stand for
 SAMPLERS = {
     "eta": "EtaLogitsProcessor",
@@ -30,7 +30,7 @@ class HostSettings:
     """How an exported folder generates.
 
     Args:
-        technique: `LMInfinite(...)`, with a `window_length`, or `DualChunkAttention(...)`.
+        technique: `LMInfinite(...)` or `StreamingLLM(...)`, with a `window_length`, or `DualChunkAttention(...)`.
         sampler: "eta=0.002", "epsilon=0.0009", "top-n-sigma=1" or "p-less", joined to everything that is sampled; None
             adds nothing.
         cache_bytes: of the caches that are kept between requests; 0 keeps none.

@@ -1,12 +1,13 @@
 """Random histories of a patched model against the definition: what users combine, in any order.
 
 In the suite a few hundred steps run. `python -m tests.attention.machine 10000` runs so many and prints the worst error
-by family; `Histories` or `ChunkHistories` behind the number runs LM-Infinite's or dual chunk attention's alone.
+by family; `Histories`, `StreamingHistories` or `ChunkHistories` behind the number runs one technique's alone.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from hypothesis.strategies import booleans, data, integers, sampled_from
 from transformers import DynamicCache
 
-from hf_longtrunc import DualChunkAttention, LambdaCacheLayer, LMInfinite, TopK
+from hf_longtrunc import CacheLawError, DualChunkAttention, LambdaCacheLayer, LMInfinite, StreamingLLM, TopK
 from hf_longtrunc.models import CACHE
 
 from .reference import Naive, NaiveTopK, Rope, install
@@ -27,9 +28,10 @@ S, L, ROLLBACK = 3, 7, 6
 # What their attention is made of: rotations in halves and pairs, ALiBi, soft-capping, learned sink logits, latent
 # attention, keys shared between layers.
 FAMILIES = ["llama", "cohere", "gptj", "bloom", "gemma2", "gpt_oss", "deepseek_v2", "gemma3n_text", "lfm2", "falcon_h1"]
-IN_CHUNKS = ["llama", "cohere", "gptj", "gpt_neox", "lfm2"]
+IN_CHUNKS = ["llama", "cohere", "gptj", "gpt_neox", "lfm2", "gemma3_text"]
+STREAMING = ["llama", "cohere", "bloom", "deepseek_v2"]
 ROPES = {"llama": Rope(8), "cohere": Rope(8, pairs=True, base=5e5), "gpt_neox": Rope(4)}
-WINDOWED = ("gemma2", "gpt_oss", "gemma3n_text")
+WINDOWED = ("gemma2", "gpt_oss", "gemma3n_text", "gemma3_text")
 STATES = ("lfm2", "falcon_h1")  # of convolutions in other layers, and of Mamba in those that attend
 LEFT_ALONE = (*WINDOWED, *STATES)  # padding stands on the left alone, and tokens are not taken back
 IN_FP32 = ("gemma2", "gpt_oss", "deepseek_v2", "falcon_h1")
@@ -218,7 +220,7 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: not any(isinstance(layer, LambdaCacheLayer) for layer in self.cache.layers))
     @rule()
     def another_patch_in_between(self):
-        """An ordinary cache serves any patch: what another one adds is taken back."""
+        """An ordinary cache serves any patch that reads its text alike; others refuse it, and it stays as it was."""
         if (
             not all(layer.is_croppable for layer in self.cache.layers)
             or self.mask.shape[1] < 2
@@ -227,10 +229,31 @@ class Histories(RuleBasedStateMachine):
             return
         self.handle.detach()
         mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
-        with LMInfinite(num_sink_tokens=1, window_length=4)(self.model):
+        reads_alike = self.mask.shape[1] <= 5  # sinks and window of the other patch
+        told = nullcontext() if reads_alike else pytest.raises(CacheLawError, match="start anew")
+        with LMInfinite(num_sink_tokens=1, window_length=4)(self.model), told:
             self.model(torch.full((len(self.texts), 1), 5), attention_mask=mask, **{CACHE: self.cache})
-        self.cache.crop(-1)
+        if reads_alike:
+            self.cache.crop(-1)
         self.attach()
+
+
+class StreamingHistories(Histories):
+    """The same under StreamingLLM."""
+
+    under = " streaming"
+
+    def attach(self):
+        self.handle = StreamingLLM(num_sink_tokens=S, window_length=L).attach(self.model)
+
+    def definition(self, ids):
+        if self.family not in ROPES:
+            return None
+        name = f"{self.family} streaming"
+        if name not in NAIVE:
+            NAIVE[name] = model_of(self.family).double()
+            install(NAIVE[name], Naive(S, L, S + L - 1, ROPES[self.family], spacing=1), f"naive_streams_{self.family}")
+        return NAIVE[name](ids, use_cache=False).logits
 
 
 class ChunkHistories(Histories):
@@ -278,6 +301,7 @@ def main() -> None:
     wanted = int(sys.argv[1])
     torch.set_num_threads(1)
     machines = [(family, Histories) for family in FAMILIES] + [(family, ChunkHistories) for family in IN_CHUNKS]
+    machines += [(family, StreamingHistories) for family in STREAMING]
     chosen = [(family, kind) for family, kind in machines if kind.__name__ in sys.argv[2:] or not sys.argv[2:]]
     for family, kind in chosen:
         first = steps

@@ -638,7 +638,7 @@ def test_bad_calls(llama):
             logits(llama, ids, position_ids=torch.arange(N)[None] * 2, attention_mask=torch.ones_like(ids))
         with pytest.raises(ValueError, match="cannot be used on a model patched by LMInfinite: leave it out"):
             llama.generate(ids, cache_implementation="static", max_new_tokens=2)
-        with pytest.raises(ValueError, match="announced"):
+        with pytest.raises(ValueError, match="a StaticCache cannot be used"):
             logits(llama, ids, cache=StaticCache(llama.config, max_cache_len=64))
         with pytest.raises(ValueError, match="continuous batching"):
             llama.generate_batch([[5, 6]])

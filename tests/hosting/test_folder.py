@@ -114,7 +114,7 @@ def test_verify(model_folder, tmp_path):  # noqa: F811
 
 
 def test_refusals(model_folder, tmp_path):  # noqa: F811
-    with pytest.raises(TypeError, match=r"technique must be one of LMInfinite\(...\), DualChunkAttention"):
+    with pytest.raises(TypeError, match=r"technique must be one of LMInfinite\(...\), StreamingLLM"):
         export(model_folder, tmp_path / "out", TopK())
     with pytest.raises(TypeError, match="technique must be one of"):
         export(model_folder, tmp_path / "out", LMInfinite)

@@ -199,9 +199,7 @@ class DualChunkAttention(PatchTechnique):
                 "cache to generate()"
             )
 
-    def cache_layer(
-        self, ordinary: CacheLayerMixin, layer: AttentionLayer, law: CacheLaw, shares_keys: bool
-    ) -> CacheLayerMixin:
+    def cache_layer(self, ordinary: Any, layer: AttentionLayer, law: CacheLaw, shares_keys: bool) -> CacheLayerMixin:
         """Return the ordinary layer, which knows its law from now on."""
         guarded: Any = guard(ordinary) or ordinary
         guarded.law = law

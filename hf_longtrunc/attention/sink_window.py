@@ -129,9 +129,7 @@ class SinkWindowTechnique(PatchTechnique):
                 "same text: start anew with a new cache"
             )
 
-    def cache_layer(
-        self, ordinary: CacheLayerMixin, layer: AttentionLayer, law: CacheLaw, shares_keys: bool
-    ) -> CacheLayerMixin:
+    def cache_layer(self, ordinary: Any, layer: AttentionLayer, law: CacheLaw, shares_keys: bool) -> CacheLayerMixin:
         """Return a ring; with retrieval one that stores the text, or the ordinary layer where it holds no own keys."""
         state = (ordinary.number_of_states,) if isinstance(ordinary, LinearAttentionLayer) else ()
         lengths = self.num_sink_tokens, self.distances.window_length

@@ -174,9 +174,7 @@ class Technique(ABC):
         """
 
     @abstractmethod
-    def cache_layer(
-        self, ordinary: CacheLayerMixin, layer: AttentionLayer, law: CacheLaw, shares_keys: bool
-    ) -> CacheLayerMixin:
+    def cache_layer(self, ordinary: Any, layer: AttentionLayer, law: CacheLaw, shares_keys: bool) -> CacheLayerMixin:
         """Return the cache layer that `generate` uses in the place of an ordinary one that grows.
 
         Args:

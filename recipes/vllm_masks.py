@@ -54,13 +54,13 @@ class Checker(RecordingLogitsProcessor):
             "p_less_norm": lambda _: PLessLogitsProcessor(normalized=True),
         }
         for row in range(len(logits)):
-            asked: dict[str, Any] = self._requests.get(row, {})
+            asked, _, outputs = self._requests.get(row, ({}, [], []))
             if "sampling_mask" in asked:
                 scores = logits[row : row + 1].clone()
                 for name, make in makers.items():
                     if name in asked:
                         scores = make(asked[name])(None, scores)
-                path, outputs = asked["sampling_mask"]
+                path = asked["sampling_mask"]
                 kept = (scores[0] > -torch.inf).nonzero()[:, 0].numpy().astype(np.int32)
                 np.save(path.parent / "expected" / f"{path.name}-{len(outputs)}.npy", kept)
         return super().apply(logits, context)

@@ -59,7 +59,7 @@ class TruncationLogitsProcessor:
         for row in batch_update.removed:
             self._requests.pop(row, None)
         for row, params, prompt, output in batch_update.added:
-            self._add(row, _asked(params), prompt or [], output)
+            self._add(row, self._wanted(params), prompt or [], output)
         for source, goal, direction in batch_update.moved:
             moved, other = self._requests.pop(source, None), self._requests.pop(goal, None)
             if moved is not None:
@@ -69,10 +69,14 @@ class TruncationLogitsProcessor:
 
     def add_request(self, req_idx: int, params: Any) -> bool:
         """Take in the request in slot `req_idx`; say whether it asks for anything."""
-        asked = _asked(params)
+        asked = self._wanted(params)
         if asked.pop("dry", None):
             _LOGGER.warning("DRY is left out: vLLM's model runner V2 does not hand the text to logits processors")
         return self._add(req_idx, asked, [], [])
+
+    def _wanted(self, params: Any) -> dict[str, Any]:
+        """Return what a request asks for."""
+        return _asked(params)
 
     def _add(self, row: int, asked: dict[str, Any], prompt: list[int], output: list[int]) -> bool:
         self._requests.pop(row, None)

@@ -54,7 +54,6 @@ class RecordingLogitsProcessor(TruncationLogitsProcessor):
 
     def __init__(self, vllm_config: Any, device: Any = None, is_pin_memory: bool = False):
         super().__init__(vllm_config, device, is_pin_memory)
-        self._outputs: dict[int, list[int]] = {}  # of the requests that are being added, by row (V1)
         self._prompt_lengths: Any = getattr(device, "prompt_len", None)  # by slot (V2, whose second argument has them)
 
     @classmethod
@@ -79,39 +78,28 @@ class RecordingLogitsProcessor(TruncationLogitsProcessor):
                     f"{_KEY} cannot see {other}={value}, which vLLM applies later: leave it at {values[0]}"
                 )
 
-    def update_state(self, batch_update: Any) -> None:
-        """Follow the batch of the model runner V1: requests that left, came and changed places."""
-        if batch_update is not None:
-            self._outputs = {row: outputs for row, _, _, outputs in batch_update.added}
-        super().update_state(batch_update)
-        self._outputs = {}
-
-    def add_request(self, req_idx: int, params: Any) -> bool:
-        """Take in the request in slot `req_idx`; say whether it asks for anything."""
+    def _wanted(self, params: Any) -> dict[str, Any]:
         name, rest = _split(params)
-        is_asked = super().add_request(req_idx, rest)
-        if is_asked and name is not None:
-            record: Any = (Path(os.environ[FOLDER], str(name)), self._outputs.get(req_idx))
-            self._requests[req_idx] = {**self._requests[req_idx], _KEY: record}
-        return is_asked
+        asked = super()._wanted(rest)
+        return {**asked, _KEY: Path(os.environ[FOLDER], str(name))} if asked and name is not None else asked
 
     def apply(self, logits: Tensor, context: Any = None) -> Tensor:
         """Return `logits` [rows, V], cut in each row by what its request asks, and write down what was left."""
         result = super().apply(logits, context)
         slots = range(len(logits)) if context is None else context.expanded_idx_mapping.tolist()
-        rows = [row for row, slot in enumerate(slots) if _KEY in self._requests.get(slot, {})]
+        rows = [row for row, slot in enumerate(slots) if _KEY in self._requests.get(slot, ({},))[0]]
         if rows:
             mask = SamplingMask.from_kept(result[rows] > -torch.inf)
             for place, row in enumerate(rows):
-                record: Any = self._requests[slots[row]][_KEY]
-                number = self._number(record[1], row, slots[row], context)
-                _append(record[0], number, mask[place : place + 1])
+                asked, _, outputs = self._requests[slots[row]]
+                number = self._number(outputs, row, slots[row], context)
+                _append(asked[_KEY], number, mask[place : place + 1])
         return result
 
-    def _number(self, outputs: list[int] | None, row: int, slot: int, context: Any) -> int:
+    def _number(self, outputs: list[int], row: int, slot: int, context: Any) -> int:
         """Return which new token the row is for; below 0 in the middle of a prompt, whose draw the engine drops."""
         if context is None:
-            return len(outputs or ())
+            return len(outputs)
         return int(context.pos[row]) + 1 - int(self._prompt_lengths.np[slot])
 
 

@@ -7,7 +7,7 @@ from functools import cached_property, partial, update_wrapper
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from transformers.cache_utils import BaseQuantizedLayer, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from hf_longtrunc.arguments import one_of, whole
 from hf_longtrunc.attention.block_scores import selected_positions
@@ -209,7 +209,7 @@ class DualChunkAttention(PatchTechnique):
     def selection_layers(self, call: DecoderCall) -> Sequence[Any]:
         """Return the cache's layers, each of which grows."""
         layers: Any = call.cache_layers
-        grow = [isinstance(layer, DynamicLayer) and not isinstance(layer, BaseQuantizedLayer) for layer in layers]
+        grow = [isinstance(layer, DynamicLayer) and "Quantized" not in type(layer).__name__ for layer in layers]
         if not layers or not all(grow):
             got = ", ".join(sorted({type(layer).__name__.removeprefix("Guarded") for layer in layers})) or "none"
             raise ValueError(

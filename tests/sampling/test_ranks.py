@@ -114,6 +114,16 @@ def test_min_k_is_its_definition():
         assert kept[0, row.index(max(row))]
 
 
+def test_min_k_looks_past_its_head():
+    """A cliff behind 200 tokens that are nearly alike, and a row so flat that tau keeps 300."""
+    cliff = [-1e-3 * place for place in range(200)] + [-30.0 - 1e-3 * place for place in range(400)]
+    flat = [-1e-5 * place for place in range(1000)]
+    for row, count in ((cliff, 200), (flat, 300)):
+        assert naive_min_k([float(torch.tensor(each)) for each in row], 3.0) == pytest.approx(count, abs=1)
+        kept = MinKLogitsProcessor(3.0)(None, torch.tensor([row])) > -INF
+        assert int(kept.sum()) == pytest.approx(count, abs=1)
+
+
 def test_min_k_is_the_same_at_every_temperature():
     scores = spread_rows(400, 997, 0)
     scores = scores[scores.amax(-1) - scores.amin(-1) > 3]

@@ -107,7 +107,7 @@ def test_what_the_page_says_that_nothing_notices_is_so(tiny_model):
     assert finite == [97]
     other = SoftmaxBasis.from_model(LlamaForCausalLM(tiny_config()), 4)
     processor = BasisAwareLogitsProcessor(other, 2e-3)
-    tiny_model.generate(IDS, do_sample=True, max_new_tokens=1, logits_processor=[processor])
+    tiny_model.generate(IDS, do_sample=True, top_k=0, max_new_tokens=1, logits_processor=[processor])
     with pytest.raises(ValueError, match="made from other weights"):
         other.check_model(tiny_model)
     assert "basis.check_model(model)" in PAGE

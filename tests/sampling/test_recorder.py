@@ -179,6 +179,7 @@ def test_what_draws_from_no_mask_is_refused(tiny_model):
             tiny_model.generate(PROMPTS, **sampling_settings(tiny_model), max_new_tokens=2, logits_processor=[bat])
 
 
+@pytest.mark.filterwarnings("ignore:generate.. runs TopKLogitsWarper behind:UserWarning")  # meant here
 def test_generate_batch_records_by_request(tiny_model):
     prompts = [[1, 5, 9, 13], [1, 7], [1, 5, 9]]
     config = GenerationConfig(do_sample=True, top_k=5, max_new_tokens=9, eos_token_id=-1, pad_token_id=0)

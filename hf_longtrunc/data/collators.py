@@ -145,7 +145,7 @@ class BestFitPackingCollator:
     def _warn_of_dropped_columns(self, examples: Sequence[Mapping[str, Any]]) -> None:
         """Warn once where a trainer may have dropped masks or boundaries: what is left looks like a plain document."""
         left = {name for example in examples for name in example if example[name] is not None}
-        if self._warned_of_columns or left - {"input_ids", "attention_mask"} or _accelerates_loader() is None:
+        if self._warned_of_columns or left - {"input_ids", "attention_mask"} or accelerates_loader() is None:
             return
         self._warned_of_columns = True
         warnings.warn(
@@ -200,7 +200,7 @@ def _layout_for(model: PreTrainedModel | None) -> str:
     return "flat" if is_flash or carries_states(model) else "rows"
 
 
-def _accelerates_loader() -> Any:
+def accelerates_loader() -> Any:
     """Return the dataloader that accelerate, and so Trainer, is reading now; None where it reads none."""
     library = sys.modules.get("accelerate.data_loader")
     return None if library is None else library.GradientState().active_dataloader
@@ -208,7 +208,7 @@ def _accelerates_loader() -> Any:
 
 def _refuse_dispatcher() -> None:
     """Raise ValueError if a dataloader of accelerate's that cuts batches by their rows is being read."""
-    loader = _accelerates_loader()
+    loader = accelerates_loader()
     if loader is not None and isinstance(loader, sys.modules["accelerate.data_loader"].DataLoaderDispatcher):
         raise ValueError(
             'layout="flat" makes batches of one row, and accelerate\'s dispatcher (its way with streams) cuts every '

@@ -13,6 +13,7 @@ piece, made once a round, no tokens.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.data.collators import accelerates_loader
 from hf_longtrunc.data.documents import Document, join, read_document
 from hf_longtrunc.data.packing import best_fit_decreasing, checked_options
 
@@ -78,8 +80,6 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
             "source" for a `datasets.IterableDataset`, and under several workers asks for one of the two where it is
             anything else: dealt out twice, most documents would never be read.
 
-    `dropped` counts documents and tokens left out so far.
-
     Raises:
         TypeError, ValueError: a bad argument; while iterating, no documents, a document that is none (its number is
             named), no document with a piece to pack, a source that may or may not share itself out among workers.
@@ -107,42 +107,35 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         self.pool_size = whole("pool_size", pool_size, least=1)
         self.max_rounds = whole("max_rounds", max_rounds, least=1)
         self.sharding = one_of("sharding", sharding, ("auto", "source", "documents"))
-        self._resumed = False
-        self._restart(_Round(), 0)
+        self.epoch = 0
+        self._run = _Run(self, _Round(), 0, self._epoch())
+        self._is_next = False  # whether the next iteration is that run
 
     def __iter__(self) -> Iterator[dict[str, Tokens]]:
-        """Yield rows; a fresh iteration starts over unless `load_state_dict` was just called."""
-        if not self._resumed:
-            self._restart(_Round(), 0)
-        self._resumed = False
-        examples = self._share()
-        pool = self._read_again(examples)
-        documents = self._read(examples)
-        while True:
-            self._fill(pool, documents)
-            if not pool:
-                self._check_not_empty()
-                return
-            rows, pool = self._packed(pool)
-            if self._num_given > len(rows):
-                raise ValueError(
-                    f"the state speaks of {self._num_given} rows of a round that has {len(rows)}: resume with the "
-                    "source of then"
-                )
-            for row in rows[self._num_given :]:
-                self._num_given += 1  # before it is given away: the state then speaks of what comes next
-                yield join([piece.content for piece in row])
-            self._begin(self._round.number + 1, pool)
+        """Return an iterator of rows: from the beginning, or once from the place of the last `load_state_dict`.
+
+        Each iterator has a place of its own; `state_dict` is that of the last one.
+        """
+        if not self._is_next:
+            self._run = _Run(self, _Round(), 0, self._epoch())
+        self._is_next = False
+        return self._run.rows()
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Documents and tokens left out so far, by the last iterator."""
+        return self._run.dropped
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the stream stands: what its round began with, and how many rows of it were given away."""
+        """Return where the last iterator stands: what its round began with, and how many rows of it were given away."""
+        run = self._run
         settings = {name: getattr(self, name) for name in _SETTINGS}
-        return {"settings": settings, "epoch": self._epoch(), "given": self._num_given, **self._round._asdict()}
+        return {"settings": settings, "epoch": run.epoch, "given": run.given, **run.begun._asdict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make the next iteration go on from `state`, which a stream with the same settings has given.
 
-        A source that says its epoch (as a `datasets.IterableDataset` does) is set to that of the state.
+        A source with `set_epoch` (as a `datasets.IterableDataset` has it) is read in the epoch of the state.
 
         Raises:
             TypeError, ValueError: it is no such state, or one of a stream with other settings, whose rows would differ.
@@ -158,25 +151,55 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
                     f"the state was taken at {name} = {state['settings'].get(name)!r}, this stream has "
                     f"{getattr(self, name)!r}: its rows would be others. Make the stream with the settings of then"
                 )
-        if state["epoch"] != self._epoch():
-            self.set_epoch(state["epoch"])
-        self._restart(_Round(*(state[name] for name in _Round._fields)), state["given"])
-        self._resumed = True
+        epoch = state["epoch"] or 0
+        self.epoch = max(self._epoch(), epoch)  # of the run after it: set_epoch may have said the next one already
+        begun = _Round(*(state[name] for name in _Round._fields))
+        self._run, self._is_next = _Run(self, begun, state["given"], epoch), True
 
     def set_epoch(self, epoch: int) -> None:
-        """Hand the epoch on to a source that shuffles by it."""
-        epoch = whole("epoch", epoch, least=0)
-        if hasattr(self.source, "set_epoch"):
+        """Hand the epoch on to a source that shuffles by it; in another epoch than before the stream begins anew."""
+        self.epoch = whole("epoch", epoch, least=0)
+        if _has_epochs(self.source):
             self.source.set_epoch(epoch)
+        if epoch != self._run.epoch:
+            self._run, self._is_next = _Run(self, _Round(), 0, epoch), False
 
-    def _epoch(self) -> int | None:
-        """Return the epoch by which the source shuffles, where it says one."""
-        epoch = getattr(self.source, "epoch", None)
-        return epoch if isinstance(epoch, int) and hasattr(self.source, "set_epoch") else None
+    def _epoch(self) -> int:
+        """Return the epoch that comes next: that of `set_epoch`, or a later one that the source was set to."""
+        return max(self.epoch, int(getattr(self.source, "epoch", 0))) if _has_epochs(self.source) else self.epoch
+
+
+class _Run:
+    """One reading of a stream from its beginning, or on from a state; it knows where it is."""
+
+    def __init__(self, stream: PackedStream, begun: _Round, given: int, epoch: int) -> None:
+        self.stream, self.begun, self.given, self.epoch = stream, begun, given, epoch
+        self.dropped = {"documents": begun.dropped_documents, "tokens": begun.dropped_tokens}
+        self._num_read, self._ended = 0, False
+
+    def rows(self) -> Iterator[dict[str, Tokens]]:
+        examples = self._share()
+        pool = self._read_again(examples)
+        documents = self._read(examples)
+        while True:
+            self._fill(pool, documents)
+            if not pool:
+                self._check_not_empty()
+                return
+            rows, pool = self._packed(pool)
+            if self.given > len(rows):
+                raise ValueError(
+                    f"the state speaks of {self.given} rows of a round that has {len(rows)}: resume with the source of "
+                    "then"
+                )
+            for row in rows[self.given :]:
+                self.given += 1  # before it is given away: the state then speaks of what comes next
+                yield join([piece.content for piece in row])
+            self._begin(self.begun.number + 1, pool)
 
     def _check_not_empty(self) -> None:
         """Raise ValueError at the end of a stream that gave no row, if no other worker reads it too."""
-        if self._round.number or get_worker_info() is not None:
+        if self.begun.number or get_worker_info() is not None:
             return
         if not self._num_read:
             raise ValueError(
@@ -184,38 +207,36 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
                 "something that can be read again"
             )
         raise ValueError(
-            f"nothing is left to pack: of {self._num_read} documents none has a piece of {self.min_piece} to "
-            f"{self.seq_length} tokens (min_piece = {self.min_piece}, long = {self.long!r})"
+            f"nothing is left to pack: of {self._num_read} documents none has a piece of {self.stream.min_piece} to "
+            f"{self.stream.seq_length} tokens (min_piece = {self.stream.min_piece}, long = {self.stream.long!r})"
         )
-
-    def _restart(self, begun: _Round, given: int) -> None:
-        self._round, self._num_given = begun, given
-        self._num_read, self._ended = 0, False
-        self.dropped = {"documents": begun.dropped_documents, "tokens": begun.dropped_tokens}
 
     def _begin(self, number: int, pool: list[_Piece]) -> None:
         waiting = np.array([piece[1:] for piece in pool], _WAITING).tobytes()
-        self._round = _Round(number, self._num_read, self.dropped["documents"], self.dropped["tokens"], waiting)
-        self._num_given = 0
+        self.begun = _Round(number, self._num_read, self.dropped["documents"], self.dropped["tokens"], waiting)
+        self.given = 0
 
     def _share(self) -> Iterator[Mapping[str, Any]]:
         """Return this worker's share of the source."""
-        worker, by = get_worker_info(), self.sharding
+        source, by, worker = self.stream.source, self.stream.sharding, get_worker_info()
+        _refuse_two_dealers(source)
+        if _has_epochs(source):
+            source.set_epoch(self.epoch)  # one that a state was loaded in, in a worker too, may have set another
         if worker is None or worker.num_workers == 1 or by == "source":
-            return iter(self.source)
-        if by == "auto" and hasattr(self.source, "num_shards"):  # datasets' streams share themselves out
-            return iter(self.source)
+            return iter(source)
+        if by == "auto" and hasattr(source, "num_shards"):  # datasets' streams share themselves out
+            return iter(source)
         if by == "auto":
             raise ValueError(
-                f"the source ({type(self.source).__name__}) is read by {worker.num_workers} workers: say whether it "
-                'gives each of them its own documents (sharding="source") or all of them the same '
-                '(sharding="documents"). Dealt out twice, most of the documents would never be read'
+                f"the source ({type(source).__name__}) is read by {worker.num_workers} workers: say whether it gives "
+                'each of them its own documents (sharding="source") or all of them the same (sharding="documents"). '
+                "Dealt out twice, most of the documents would never be read"
             )
-        return islice(iter(self.source), worker.id, None, worker.num_workers)
+        return islice(iter(source), worker.id, None, worker.num_workers)
 
     def _read_again(self, examples: Iterator[Mapping[str, Any]]) -> list[_Piece]:
         """Read up to where the round began, and return the pieces that waited then."""
-        begun = self._round
+        begun = self.begun
         waiting = np.frombuffer(begun.waiting, _WAITING)
         wanted, kept = set(waiting["document"].tolist()), {}
         for number, example in enumerate(islice(examples, begun.read)):
@@ -230,7 +251,7 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         if wanted - kept.keys():
             raise ValueError("the state is damaged: a piece waits of a document that had not been read")
         return [
-            _Piece(kept[document].cut(part * self.seq_length, self.seq_length), document, part, entered)
+            _Piece(kept[document].cut(part * self.stream.seq_length, self.stream.seq_length), document, part, entered)
             for document, part, entered in waiting.tolist()
         ]
 
@@ -242,10 +263,10 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         self._ended = True
 
     def _document(self, example: Mapping[str, Any], number: int) -> Document:
-        return read_document(example, f"document {number} of the stream").ending_with(self.eos_token_id)
+        return read_document(example, f"document {number} of the stream").ending_with(self.stream.eos_token_id)
 
     def _fill(self, pool: list[_Piece], documents: Iterator[Document]) -> None:
-        while len(pool) < self.pool_size:
+        while len(pool) < self.stream.pool_size:
             document = next(documents, None)
             if document is None:
                 return
@@ -253,18 +274,18 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
 
     def _cut(self, document: Document) -> list[_Piece]:
         length, number = len(document.input_ids), self._num_read - 1
-        if self.long == "error" and length > self.seq_length:
+        seq_length, long = self.stream.seq_length, self.stream.long
+        if long == "error" and length > seq_length:
             raise ValueError(
-                f"document {number} of the stream has {length} tokens, more than seq_length = "
-                f'{self.seq_length}; pass long="split", "truncate" or "drop", or a larger seq_length'
+                f"document {number} of the stream has {length} tokens, more than seq_length = {seq_length}; pass "
+                'long="split", "truncate" or "drop", or a larger seq_length'
             )
-        end = {"split": length, "drop": length if length <= self.seq_length else 0}.get(self.long, self.seq_length)
-        starts = range(0, end, self.seq_length)
-        cuts = [document.cut(start, self.seq_length) for start in starts]
+        end = {"split": length, "drop": length if length <= seq_length else 0}.get(long, seq_length)
+        cuts = [document.cut(start, seq_length) for start in range(0, end, seq_length)]
         pieces = [
-            _Piece(content, number, part, self._round.number)
+            _Piece(content, number, part, self.begun.number)
             for part, content in enumerate(cuts)
-            if len(content.input_ids) >= self.min_piece
+            if len(content.input_ids) >= self.stream.min_piece
         ]
         self.dropped["documents"] += not pieces
         self.dropped["tokens"] += length - sum(len(piece.content.input_ids) for piece in pieces)
@@ -272,19 +293,36 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
 
     def _packed(self, pool: list[_Piece]) -> tuple[list[list[_Piece]], list[_Piece]]:
         """Pack the pool, and return the rows that go out and the pieces that stay."""
-        number = self._round.number
-        plan = best_fit_decreasing([len(p.content.input_ids) for p in pool], self.seq_length, min_piece=1)
+        number = self.begun.number
+        plan = best_fit_decreasing([len(p.content.input_ids) for p in pool], self.stream.seq_length, min_piece=1)
         rows = [plan.row(row).tolist() for row in range(len(plan))]
         fills = plan.fills()
-        is_out = fills >= (0 if self._ended else _FULL * self.seq_length)
+        is_out = fills >= (0 if self._ended else _FULL * self.stream.seq_length)
         waited = np.array([number - min(pool[i].entered for i in row) for row in rows])
-        is_out |= waited >= self.max_rounds
+        is_out |= waited >= self.stream.max_rounds
         is_out[fills.argmax()] = True
         out = np.flatnonzero(is_out)
-        if self.seed is not None:
-            np.random.default_rng((self.seed, number)).shuffle(out)
+        if self.stream.seed is not None:
+            np.random.default_rng((self.stream.seed, number)).shuffle(out)
         stay = [pool[i] for row in np.flatnonzero(~is_out) for i in rows[row]]
         return [[pool[i] for i in rows[row]] for row in out], stay
+
+
+def _has_epochs(source: Any) -> bool:
+    return callable(getattr(source, "set_epoch", None))
+
+
+def _refuse_two_dealers(source: object) -> None:
+    """Raise ValueError if the source gives each process a share, and accelerate deals those rows out once more."""
+    split, loader = getattr(source, "_distributed", None), accelerates_loader()  # by datasets' split_dataset_by_node
+    if split is None or split.world_size == 1 or loader is None:
+        return
+    if sys.modules["accelerate.data_loader"].PartialState().num_processes > 1:
+        raise ValueError(
+            f"the source is one of {split.world_size} shares (split_dataset_by_node), and accelerate, by which Trainer "
+            "reads, deals the rows of a stream out among processes too: most of the documents would never be read. "
+            "Pack the whole stream, and leave the dealing to accelerate"
+        )
 
 
 def _check_state(state: Mapping[str, Any]) -> None:

@@ -79,3 +79,8 @@ def test_shards_know_what_they_were_made_of(monkeypatch, tmp_path):
     Path(first).write_text("another text")
     with pytest.raises((ValueError, RuntimeError), match=r"of other files|Some tasks failed"):
         packed()
+
+
+def test_random_streams_are_resumed_after_every_row(monkeypatch, capsys):
+    run(monkeypatch, "resumed_streams.py", "--streams", "6", "--seed", "7")
+    assert capsys.readouterr().out.count("all equal") == 6

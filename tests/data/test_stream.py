@@ -221,3 +221,88 @@ def test_a_state_knows_the_epoch_that_its_source_is_shuffled_by():
     tail = [row["input_ids"].tolist() for row in rows]
     assert [row["input_ids"].tolist() for row in resumed] == tail
     assert sum(len(row) for row in head + tail) == (5 + 9 + 30 + 7 + 12) * 8
+
+
+def shuffled():
+    documents = datasets.Dataset.from_list(raw_examples(LENGTHS)).to_iterable_dataset(num_shards=4)
+    return documents.shuffle(seed=3, buffer_size=20)
+
+
+@pytest.mark.parametrize("source", [Source, shuffled])
+def test_a_state_between_two_epochs_is_the_beginning_of_the_next(source):
+    """It said: the end of the epoch before, in the new epoch. Resumed, that gave no row at all."""
+    rows = stream(source())
+    first = lists(rows)
+    assert lists(resumed_from(rows, source())) == []  # the rest of an epoch that is over
+    rows.set_epoch(1)
+    resumed = resumed_from(rows, source())
+    assert rows.state_dict()["given"] == 0
+    second = lists(rows)
+    assert lists(resumed) == second
+    assert (first == second) == (source is Source)
+    rows.set_epoch(1)  # as Trainer says at the beginning of the epoch in which it resumes
+    assert rows.state_dict()["number"] > 0
+
+
+def test_a_state_keeps_its_place_when_its_epoch_is_said_again():
+    rows = stream(shuffled())
+    rows.set_epoch(1)
+    head = lists(islice(rows, 20))
+    resumed = resumed_from(rows, shuffled())
+    resumed.set_epoch(1)
+    tail = lists(resumed)
+    resumed.set_epoch(1)
+    assert head + tail == lists(resumed)
+    resumed.load_state_dict(rows.state_dict())
+    resumed.set_epoch(0)  # another epoch than that of the state: from its beginning
+    assert lists(resumed) == lists(stream(shuffled()))
+
+
+def resumed_from(rows, source):
+    resumed = stream(source)
+    resumed.load_state_dict(rows.state_dict())
+    return resumed
+
+
+def test_two_iterators_do_not_share_their_place():
+    rows = stream()
+    whole = lists(rows)
+    one, other = iter(rows), iter(rows)
+    found = [(next(one), next(other)) for _ in range(30)]
+    tails = list(one), list(other)
+    for way in (0, 1):
+        assert lists([pair[way] for pair in found] + tails[way]) == whole
+    early = iter(rows)
+    state = rows.state_dict()
+    assert state["given"] == state["number"] == 0  # before the first row is asked for
+    assert lists(early) == whole
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("when", ["at the end", "before the next epoch", "at its beginning"])
+def test_torchdatas_loader_between_two_epochs(workers, when):
+    loaders = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def loader():
+        rows = stream(shuffled())
+        return rows, loaders.StatefulDataLoader(rows, 3, collate_fn=lists, num_workers=workers)
+
+    rows, batches = loader()
+    first = list(batches)
+    state = batches.state_dict()
+    rows.set_epoch(1)
+    if when == "before the next epoch":
+        state = batches.state_dict()
+    if when == "at its beginning":
+        iterator = iter(batches)
+        state = batches.state_dict()
+        del iterator
+    rows, batches = loader()
+    rows.set_epoch(1)
+    second = list(batches)
+    rows, batches = loader()
+    batches.load_state_dict(state)
+    rows.set_epoch(1)
+    found = list(batches)
+    assert found == second != first

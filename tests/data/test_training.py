@@ -129,6 +129,7 @@ def test_two_ranks_make_the_same_steps_and_see_every_token_once(tmp_path):
     ranks = two_ranks(WORKER, tmp_path)
     assert ranks[0]["world"] == ranks[1]["world"] == 2
     assert ranks[0]["steps"] == ranks[1]["steps"] > 3
+    assert all("one of 2 shares" in rank["refused"] for rank in ranks)  # most documents would never be read
     seen = sorted(tuple(document) for rank in ranks for document in rank["documents"])
     assert seen == sorted(tuple(example["input_ids"]) for example in raw_examples(LENGTHS))
     assert ranks[0]["parameters"] == ranks[1]["parameters"]

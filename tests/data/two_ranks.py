@@ -7,7 +7,9 @@ import runpy
 import sys
 from pathlib import Path
 
+import datasets
 import torch
+from datasets.distributed import split_dataset_by_node
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_longtrunc import BestFitPackingCollator, check_packed, pack
@@ -49,10 +51,18 @@ def main(folder: Path) -> None:
         folder, pack(Examples(raw_examples(LENGTHS)), SEQ_LENGTH, pool_size=40), "flat", max_steps=4,
         accelerator_config={"dispatch_batches": False},
     )  # fmt: skip
+    try:  # shares, dealt out once more by accelerate
+        whole = datasets.Dataset.from_list(raw_examples(LENGTHS)).to_iterable_dataset(4)
+        shares = split_dataset_by_node(whole, torch.distributed.get_rank(), 2)
+        train(folder, pack(shares, SEQ_LENGTH), max_steps=1, accelerator_config={"dispatch_batches": False})
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
     recipe = runpy.run_path(str(Path(__file__).parents[2] / "recipes/packed_ranks.py"))
     report = {
         "losses": {way: recipe["losses"](way, packed, 3) for way in recipe["WAYS"]},
         "flat": flat.documents,
+        "refused": refused,
         "world": trainer.args.world_size,
         "steps": trainer.state.global_step,
         "documents": trainer.documents,

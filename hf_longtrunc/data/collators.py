@@ -49,9 +49,11 @@ class BestFitPackingCollator:
         model: asked once for its layers and its longest position; not kept.
 
     Raises:
-        TypeError, ValueError: a bad argument; an example that is no document or no packed row (its place in the batch
-            and column named), a packed row longer than `seq_length`, packed and raw examples in one batch, no example;
-            `layout="flat"` under accelerate's dispatcher, which cuts every tensor of a batch by its one row.
+        TypeError, ValueError: a bad argument; rows so long that Llama 4 scales attention by a token's place in its row
+            and not in its document (`attn_temperature_tuning`); an example that is no document or no packed row (its
+            place in the batch and column named), a packed row longer than `seq_length`, packed and raw examples in one
+            batch, no example; `layout="flat"` under accelerate's dispatcher, which cuts every tensor of a batch by its
+            one row.
     """
 
     def __init__(
@@ -74,6 +76,9 @@ class BestFitPackingCollator:
             _warn_beyond_window(
                 self.seq_length, getattr(unwrapped(model).config, "max_position_embeddings", None), "model"
             )
+        self._reach = None if model is None else _tokens_before_temperature(model)
+        if self._reach is not None and self.seq_length > self._reach:
+            raise ValueError(_by_place(self._reach, f"seq_length = {self.seq_length}"))
         self._warned = self._warned_of_columns = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -129,6 +134,8 @@ class BestFitPackingCollator:
         if not len(flat["input_ids"]):  # models take no row of no tokens
             alone = {"input_ids": self.pad_token_id, "position_ids": 0, "labels": IGNORE}
             flat = {name: np.array([value], np.int64) for name, value in alone.items()}
+        if self._reach is not None and len(flat["input_ids"]) > self._reach:
+            raise ValueError(_by_place(self._reach, f"a flat batch of {len(flat['input_ids'])}"))
         is_first = flat["position_ids"] == 0
         bounds = np.append(np.flatnonzero(is_first), len(is_first)).astype(np.int32)
         longest = int(np.diff(bounds).max(initial=0))
@@ -198,6 +205,20 @@ def _layout_for(model: PreTrainedModel | None) -> str:
         return "rows"
     is_flash = "flash" in (unwrapped(model).config._attn_implementation or "")
     return "flat" if is_flash or carries_states(model) else "rows"
+
+
+def _tokens_before_temperature(model: PreTrainedModel) -> int | None:
+    """Return the tokens of a row that Llama 4 reads as it reads documents alone; None for models that always do."""
+    config = unwrapped(model).config.get_text_config()
+    return int(config.floor_scale) - 1 if getattr(config, "attn_temperature_tuning", False) else None
+
+
+def _by_place(reach: int, got: str) -> str:
+    return (
+        f"the model scales attention by a token's place in its row from token {reach} on (attn_temperature_tuning), "
+        "not in its document: packed documents would be read otherwise than alone. Rows may have "
+        f"{reach} tokens, got {got}; take shorter rows, or set the config's attn_temperature_tuning to False"
+    )
 
 
 def accelerates_loader() -> Any:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_longtrunc.data.documents import COLUMNS, MASKS, Document, read_document, refuse_packed
+from hf_longtrunc.data.documents import COLUMNS, MASKS, Document, read_document, refuse_unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,7 +33,7 @@ class ArrowDocuments:
                 f"the dataset has no column 'input_ids', only {self.columns}; tokenize it first: "
                 "dataset.map(lambda batch: tokenizer(batch['text']), batched=True)"
             )
-        refuse_packed(self.columns, "the dataset")
+        refuse_unreadable(self.columns, "the dataset")
         self._open()
 
     def lengths(self, eos_token_id: int | None) -> NDArray[np.int64]:

@@ -61,7 +61,8 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         packing: the plan for their lengths, EOS included.
         tokenizer: its EOS is put behind every document that does not end with it; the plan must have counted it.
         seed: orders the rows; None keeps the plan's order, the fullest pieces first.
-        row_multiple: rows of padding only are added until the number of rows is a multiple of this.
+        row_multiple: rows are added until their number is a multiple of this: each is the last piece of a row of
+            several; where there are none, padding only, which is warned of.
 
     Raises:
         TypeError: no dataset with a length, or no plan.
@@ -89,14 +90,20 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
             )
         documents = _documents(dataset)
         _check_plan(documents, packing, eos_token_id)
-        self._set(documents, packing, _row_order(len(packing), row_multiple, seed), eos_token_id)
+        self._set(documents, packing, eos_token_id, *_row_order(packing, row_multiple, seed))
 
     def _set(
-        self, documents: _Documents, packing: Packing, order: NDArray[np.int64], eos_token_id: int | None
+        self,
+        documents: _Documents,
+        packing: Packing,
+        eos_token_id: int | None,
+        order: NDArray[np.int64],
+        donors: Sequence[int],
     ) -> PackedDataset:
         self.packing = packing
         self._documents = documents
         self._order = order
+        self._donors = donors  # rows whose last piece is a row of its own
         self.eos_token_id = eos_token_id
         return self
 
@@ -119,7 +126,8 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         num_shards = whole("num_shards", num_shards, least=1)
         first = whole("index", index, least=0, most=num_shards - 1)
         shard = PackedDataset.__new__(PackedDataset)
-        return shard._set(self._documents, self.packing, self._order[first::num_shards], self.eos_token_id)
+        order = self._order[first::num_shards]
+        return shard._set(self._documents, self.packing, self.eos_token_id, order, self._donors)
 
     def materialize(
         self,
@@ -210,8 +218,12 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         return names
 
     def _pieces(self, index: int) -> NDArray[Any]:
-        row = int(self._order[index])
-        return self.packing.row(row) if row < len(self.packing) else np.empty(0, np.int64)
+        row, rows = int(self._order[index]), len(self.packing)
+        if row < rows:
+            return self.packing.row(row)[: -1 if row in self._donors else None]
+        return (
+            self.packing.row(self._donors[row - rows])[-1:] if row - rows < len(self._donors) else np.empty(0, np.int64)
+        )
 
     def _piece(self, piece: int) -> Document:
         packing = self.packing
@@ -312,8 +324,8 @@ def pack(
         long: what becomes of a document longer than a row: "split", "truncate", "drop" or "error".
         min_piece: shorter pieces are left out and counted; 1 keeps every token.
         seed: orders the rows and decides among pieces of equal length; None keeps the algorithm's order.
-        row_multiple: rows of padding only are added until the number of rows is a multiple of this; with the number of
-            processes times the batch size, no sampler repeats or drops a row.
+        row_multiple: rows are added, as in `PackedDataset`, until their number is a multiple of this; with the number
+            of processes times the batch size, no sampler repeats or drops a row.
         pool_size: documents in the pool, for a stream.
         sharding: who deals a stream's documents out among DataLoader workers, see `PackedStream`.
 
@@ -355,7 +367,10 @@ def pack(
         documents.lengths(eos_token_id), seq_length, long=long, min_piece=min_piece, seed=seed
     )
     packed = PackedDataset.__new__(PackedDataset)
-    return packed._set(documents, packing, _row_order(len(packing), row_multiple, seed), eos_token_id)
+    packed._set(documents, packing, eos_token_id, *_row_order(packing, row_multiple, seed))
+    if packed.teaching:
+        _warn_of_lost_targets(documents, packing, eos_token_id)
+    return packed
 
 
 class _SizedDocuments:
@@ -426,9 +441,46 @@ def _check_stream(dataset: object, row_multiple: int) -> None:
         raise ValueError("row_multiple needs a dataset of known length; a stream's rows cannot be counted beforehand")
 
 
-def _row_order(rows: int, row_multiple: int, seed: int | None) -> NDArray[np.int64]:
-    order = np.arange(-(-rows // row_multiple) * row_multiple)
-    return order if seed is None else np.random.default_rng(seed).permutation(order)
+def _row_order(packing: Packing, row_multiple: int, seed: int | None) -> tuple[NDArray[np.int64], list[int]]:
+    """Return the order of the rows, those that are added included, and the rows that give them a piece."""
+    order = np.arange(-(-len(packing) // row_multiple) * row_multiple)
+    donors = _donors(packing, row_multiple)
+    return (order if seed is None else np.random.default_rng(seed).permutation(order)), donors
+
+
+def _donors(packing: Packing, row_multiple: int) -> list[int]:
+    """Choose the rows that give their last piece to a row of its own, those of most pieces first."""
+    missing = -len(packing) % row_multiple
+    counts = np.diff(packing.offsets)
+    last = packing.length[packing.items[packing.offsets[1:] - 1]]
+    able = np.flatnonzero((counts > 1) & (last > 1))  # a row of one token has no target
+    donors: list[int] = able[np.argsort(-counts[able], kind="stable")][:missing].tolist()
+    if len(donors) < missing:
+        warnings.warn(
+            f"row_multiple = {row_multiple} adds {missing - len(donors)} rows of padding only, which have no target: "
+            "no more rows hold several pieces. The loss of a batch of nothing else is NaN in an evaluation",
+            stacklevel=4,
+        )
+    return donors
+
+
+def _warn_of_lost_targets(documents: _Documents, packing: Packing, eos_token_id: int | None) -> None:
+    """Warn of documents all of whose targets were cut off or dropped; only those that are not kept whole are read."""
+    kept = np.bincount(packing.document, packing.length, len(packing.document_lengths))
+    cut = np.flatnonzero((kept < packing.document_lengths) | (packing.document_lengths > packing.seq_length))
+    order = np.argsort(packing.document, kind="stable")
+    bounds = np.searchsorted(packing.document[order], np.stack([cut, cut + 1]))
+    lost = 0
+    for document, first, last in zip(cut.tolist(), *bounds.tolist(), strict=True):
+        content = documents[document].ending_with(eos_token_id)
+        pieces = (content.cut(int(packing.start[p]), int(packing.length[p])) for p in order[first:last])
+        lost += content.cut(0, len(content.labels)).teaches and not any(piece.teaches for piece in pieces)
+    if lost:
+        warnings.warn(
+            f"{lost} of {len(documents)} documents lose every token that is to be learned: their targets lie behind "
+            f"{packing.seq_length} tokens, or at the first token of a piece. Take a larger seq_length",
+            stacklevel=3,
+        )
 
 
 def _check_plan(documents: _Documents, packing: Packing, eos_token_id: int | None) -> None:

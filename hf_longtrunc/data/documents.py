@@ -1,7 +1,7 @@
 """One tokenised document: reading it from an example of a dataset, cutting it, joining pieces to a row.
 
 Columns: `input_ids`; optionally `labels`, an `attention_mask` whose zeros are padding at the ends, and masks of the
-tokens to learn (`assistant_masks`, `completion_mask`), which become -100 in the labels. A column that is None counts
+tokens to learn (`LOSS_MASKS`), which become -100 in the labels where they are 0. A column that is None counts
 as absent.
 """
 
@@ -19,11 +19,16 @@ if TYPE_CHECKING:
 Tokens: TypeAlias = NDArray[np.int64]
 
 IGNORE = -100
-LOSS_MASKS = ("assistant_masks", "completion_mask")
+LOSS_MASKS = ("assistant_masks", "assistant_mask", "completion_mask", "loss_mask")
 MASKS = ("attention_mask", *LOSS_MASKS)
 COLUMNS = ("input_ids", "labels", *MASKS)
 # Of rows that are packed already: positions that restart with every document, and TRL's lengths of the documents.
 BOUNDARIES = ("position_ids", "seq_lengths")
+# What a model reads beside the tokens, and rows of several documents would lose.
+INPUTS = (
+    "inputs_embeds", "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "input_features",
+    "images", "videos", "audio",
+)  # fmt: skip
 # What others call them: such rows are no documents either, and are not read here.
 FOREIGN_BOUNDARIES = ("seq_idx", "cu_seq_lens_q", "cu_seqlens", "packed_seq_lengths")
 
@@ -33,6 +38,11 @@ class Document(NamedTuple):
 
     input_ids: Tokens
     labels: Tokens
+
+    @property
+    def teaches(self) -> bool:
+        """Tell whether any token is learned."""
+        return bool((self.labels != IGNORE).any())
 
     def cut(self, start: int, length: int) -> Document:
         """Return `length` tokens from `start` on; the first has no token before it and so no label."""
@@ -60,12 +70,17 @@ def read_document(columns: Mapping[str, Any], where: str) -> Document:
         raise TypeError(
             f'{where} must be a mapping of columns, such as {{"input_ids": [...]}}, got {type(columns).__name__}'
         )
-    refuse_packed([name for name in columns if columns[name] is not None], where)
+    refuse_unreadable([name for name in columns if columns[name] is not None], where)
     return _document(columns, where)
 
 
-def refuse_packed(columns: Sequence[str], where: str) -> None:
-    """Raise ValueError if some are columns of packed rows: packed again, their documents would be one."""
+def refuse_unreadable(columns: Sequence[str], where: str) -> None:
+    """Raise ValueError if some are columns of packed rows, whose documents would be one, or of images or sounds."""
+    if inputs := [name for name in INPUTS if name in columns]:
+        raise ValueError(
+            f"{where} has {' and '.join(inputs)} beside its tokens, which packed rows would lose: rows hold text only. "
+            f"If the tokens do not speak of them, leave the column out: dataset.remove_columns({inputs})"
+        )
     packed = [name for name in (*BOUNDARIES, *FOREIGN_BOUNDARIES) if name in columns]
     if packed:
         raise ValueError(

@@ -14,6 +14,7 @@ piece, made once a round, no tokens.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -23,7 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from hf_longtrunc.arguments import one_of, whole
 from hf_longtrunc.data.collators import accelerates_loader
-from hf_longtrunc.data.documents import Document, join, read_document
+from hf_longtrunc.data.documents import IGNORE, Document, join, read_document
 from hf_longtrunc.data.packing import best_fit_decreasing, checked_options
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
     ) -> None:
         if not isinstance(source, Iterable) or isinstance(source, (str, bytes, Mapping)):
             raise TypeError(f"source must be an iterable of tokenized documents, got {type(source).__name__}")
-        self.source = source
+        self.source: Any = source
         self.seq_length, self.min_piece, self.seed = checked_options(seq_length, long, min_piece, seed)
         self.eos_token_id = None if eos_token_id is None else whole("eos_token_id", eos_token_id, least=0)
         self.long = long
@@ -175,7 +176,7 @@ class _Run:
     def __init__(self, stream: PackedStream, begun: _Round, given: int, epoch: int) -> None:
         self.stream, self.begun, self.given, self.epoch = stream, begun, given, epoch
         self.dropped = {"documents": begun.dropped_documents, "tokens": begun.dropped_tokens}
-        self._num_read, self._ended = 0, False
+        self._num_read, self._ended, self._warned = 0, False, False
 
     def rows(self) -> Iterator[dict[str, Tokens]]:
         examples = self._share()
@@ -287,6 +288,14 @@ class _Run:
             for part, content in enumerate(cuts)
             if len(content.input_ids) >= self.stream.min_piece
         ]
+        is_masked = length > seq_length and not self._warned and bool((document.labels == IGNORE).any())
+        if is_masked and document.cut(0, length).teaches and not any(piece.content.teaches for piece in pieces):
+            self._warned = True
+            warnings.warn(
+                f"document {number} of the stream loses every token that is to be learned: its targets lie behind "
+                f"{seq_length} tokens, or at the first token of a piece; others may too. Take a larger seq_length",
+                stacklevel=2,
+            )
         self.dropped["documents"] += not pieces
         self.dropped["tokens"] += length - sum(len(piece.content.input_ids) for piece in pieces)
         return pieces

@@ -9,7 +9,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_longtrunc import BestFitPackingCollator, check_packed
@@ -425,3 +432,40 @@ def test_bad_batches_and_parameters():
     for bad in (0, -3, 2.0, True, "2048"):
         with pytest.raises((TypeError, ValueError), match="seq_length must be"):
             BestFitPackingCollator(bad)
+
+
+@pytest.mark.filterwarnings("ignore:packing within this batch")
+def test_rows_in_which_llama_4_scales_by_the_place_in_the_row_are_refused():
+    """Its layers without rotation scale from token floor_scale - 1 of a row on, whatever the positions say."""
+    config = Llama4TextConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=32, intermediate_size_mlp=32, num_hidden_layers=4, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, floor_scale=16, attn_scale=2.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(config).eval()
+    rows = raw_examples([10, 12, 14], vocabulary=90)
+    with pytest.raises(ValueError, match=r"Rows may have 15 tokens, got seq_length = 40; take shorter rows, or set"):
+        BestFitPackingCollator(40, model=model)
+    with pytest.raises(ValueError, match="got a flat batch of 36"):
+        BestFitPackingCollator(15, model=model, layout="flat")(rows)
+
+    @torch.no_grad()
+    def differs(seq_length):
+        batch = BestFitPackingCollator(seq_length)(rows)
+        logits = model(**batch, use_cache=False).logits
+        worst = 0.0
+        for document in rows:
+            ids = torch.tensor([document["input_ids"]])
+            row, start = next(
+                (row, place)
+                for row in range(len(batch["input_ids"]))
+                for place in range(seq_length - ids.shape[1] + 1)
+                if torch.equal(batch["input_ids"][row, place : place + ids.shape[1]], ids[0])
+            )
+            alone = model(input_ids=ids, use_cache=False).logits[0]
+            worst = max(worst, float((logits[row, start : start + ids.shape[1]] - alone).abs().max()))
+        return worst
+
+    assert differs(15) < 1e-5 < 1e-3 < differs(40)
+    config.attn_temperature_tuning = False
+    BestFitPackingCollator(40, model=model)

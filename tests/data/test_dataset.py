@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import sys
+import warnings
 from collections import Counter
 from itertools import pairwise
 
@@ -135,14 +136,72 @@ def test_splits_are_packed_each_for_itself():
     assert len(splits["test"]) == 1
 
 
-def test_rows_are_filled_up_to_a_multiple_with_rows_that_teach_nothing():
-    packed = pack(arrow(), SEQ_LENGTH, row_multiple=16, min_piece=1)
-    assert len(packed) % 16 == 0
+@pytest.mark.parametrize("multiple", [2, 3, 7, 16, 24])
+def test_added_rows_take_a_piece_of_a_row_of_several(multiple, tmp_path):
+    """Rows of padding only had no target: the loss of an evaluation was NaN."""
+    packed = pack(arrow(), SEQ_LENGTH, row_multiple=multiple, min_piece=1)
+    assert len(packed) == -(-len(packed.packing) // multiple) * multiple
     assert documents_of(packed) == expected()
+    assert all((row["labels"] != -100).any() for row in packed if len(row["labels"]) != 1)
+    assert all(len(row["input_ids"]) for row in packed)
+    shards = [row for index in range(3) for row in packed.shard(index, 3)]
+    assert documents_of(shards) == expected()
+    assert documents_of(packed.materialize(tmp_path).with_format("numpy")) == expected()
+    again = PackedDataset(arrow(), packed.packing, row_multiple=multiple)
+    assert [row["input_ids"].tolist() for row in again] == [row["input_ids"].tolist() for row in packed]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_corpora_in_any_multiple_of_rows(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 90, int(rng.integers(1, 60))).tolist()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "row_multiple = .* adds .* rows of padding only")
+        packed = pack(arrow(lengths), SEQ_LENGTH, row_multiple=int(rng.integers(1, 40)), min_piece=1)
+    assert documents_of(row for row in packed if len(row["input_ids"])) == expected(lengths)
+
+
+def test_rows_of_padding_only_where_no_row_has_two_pieces():
+    with pytest.warns(UserWarning, match="row_multiple = 16 adds 13 rows of padding only"):
+        packed = pack(arrow([60, 61, 62]), SEQ_LENGTH, row_multiple=16)
+    assert len(packed) == 16
     empty = next(row for row in packed if not len(row["input_ids"]))
     batch = BestFitPackingCollator(SEQ_LENGTH)([empty, packed[0]])
     assert batch["input_ids"].shape == (2, SEQ_LENGTH)
     assert (batch["labels"][0] == -100).all()
+
+
+@pytest.mark.filterwarnings("ignore:packing within this batch")
+@pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks", "assistant_mask", "loss_mask"])
+def test_every_name_of_a_mask_is_heeded(mask):
+    documents = arrow([5, 9, 30], **{mask: [[0, 0, 1, 1, 1], [0] * 8 + [1], [0] * 30]})
+    packed = pack(documents, SEQ_LENGTH)
+    assert sum(int((row["labels"] != -100).sum()) for row in packed) == 4
+    assert sum(int((row["labels"] != -100).sum()) for row in pack(documents.to_list(), SEQ_LENGTH)) == 4
+    assert int((BestFitPackingCollator(SEQ_LENGTH)(documents.to_list())["labels"] != -100).sum()) == 4
+
+
+def test_images_beside_the_tokens_are_refused():
+    documents = [{"input_ids": [5, 6], "pixel_values": [[0.5]]}]
+    for packed in (documents, datasets.Dataset.from_list(documents)):
+        with pytest.raises(ValueError, match="has pixel_values beside its tokens, which packed rows would lose"):
+            pack(packed, 8)
+    with pytest.raises(ValueError, match="document 0 of the stream has pixel_values beside its tokens"):
+        next(iter(pack(iter(documents), 8)))
+
+
+@pytest.mark.parametrize("long", ["truncate", "drop"])
+@pytest.mark.parametrize("kind", ["arrow", "list of rows"])
+def test_documents_that_lose_every_target_are_counted(long, kind):
+    """A prompt of 90 and a completion of 10 in rows of 64: nothing is learned, without a word."""
+    masks = [[0] * 90 + [1] * 10] * 5 + [[0] * 10 + [1] * 10, [0] * 100, [1] * 100]
+    documents = KINDS[kind](arrow([len(mask) for mask in masks], completion_mask=masks))
+    lost = 5 + (long == "drop")  # the last one too
+    with pytest.warns(UserWarning, match=f"{lost} of 8 documents lose every token that is to be learned"):
+        pack(documents, SEQ_LENGTH, long=long)
+    pack(documents, SEQ_LENGTH)  # split: targets are kept
+    with pytest.warns(UserWarning, match="1 of 1 documents lose every token that is to be learned"):
+        pack(arrow([65], labels=[[-100] * 64 + [7]]), SEQ_LENGTH, min_piece=1)  # the first one of a piece
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from glob import glob
 from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,7 @@ from hf_longtrunc.extras import missing
 if TYPE_CHECKING:
     import datasets
 
+_COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -42,6 +44,20 @@ class Long(str, Enum):
     ERROR = "error"
 
 
+class DType(str, Enum):
+    """What the written columns hold."""
+
+    INT64 = "int64"
+    INT32 = "int32"
+
+
+class Column(str, Enum):
+    """What is written beside the boundaries."""
+
+    INPUT_IDS = "input_ids"
+    LABELS = "labels"
+
+
 class SampleBy(str, Enum):
     """What a document is in a text file."""
 
@@ -51,7 +67,9 @@ class SampleBy(str, Enum):
 
 
 def pack(
-    files: Annotated[list[str], typer.Argument(help="jsonl, json, parquet or txt files.")],
+    files: Annotated[
+        list[str], typer.Argument(help="jsonl, json, parquet or txt files, .gz, .xz, .bz2 or .zst too; or patterns.")
+    ],
     seq_length: Annotated[int, typer.Option(min=1, help="Tokens in a row.")] = 2048,
     tokenizer: Annotated[
         str | None, typer.Option(help="Hub id or folder; needed for text, its EOS ends every document.")
@@ -61,17 +79,24 @@ def pack(
     long: Annotated[Long, typer.Option(help="What becomes of a document longer than a row.")] = Long.SPLIT,
     min_piece: Annotated[int, typer.Option(min=1, help="Shorter pieces are left out; 1 keeps every token.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the rows' order.")] = 0,
+    num_proc: Annotated[int, typer.Option(min=1, help="Processes that tokenize and write.")] = 1,
+    dtype: Annotated[DType, typer.Option(help="Of the written columns; int32 takes half the place.")] = DType.INT64,
+    columns: Annotated[
+        list[Column],
+        typer.Option(help="What is written beside the boundaries; labels are needed where there are masks."),
+    ] = [Column.INPUT_IDS, Column.LABELS],  # noqa: B006
     output_dir: Annotated[Path, typer.Option(help="Where dataset and picture go.")] = Path("packed"),
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Pack documents into rows without one unnecessary cut; what it did, beside concatenating and slicing them."""
-    for file in files:
-        check_file(file)
+    files = [name for file in files for name in _matching(file)]
     check_outputs(output_dir, "packing.png", "dataset", force=force)
     from hf_longtrunc import pack, packing_table, plot_packing
 
-    documents, loaded_tokenizer = _tokenized([Path(file) for file in files], tokenizer, column, sample_by.value)
+    documents, loaded_tokenizer = _tokenized(
+        [Path(file) for file in files], tokenizer, column, sample_by.value, num_proc
+    )
     packed = pack(documents, seq_length, loaded_tokenizer, long=long.value, min_piece=min_piece, seed=seed)
     if as_json:
         print_json(packed.packing.stats())
@@ -80,12 +105,28 @@ def pack(
     draw_without_a_screen()
     figure: Any = plot_packing(packed.packing)[0].figure
     save_picture(figure, output_dir / "packing.png")
-    packed.materialize(output_dir / "dataset")
+    written = [column.value for column in columns]
+    packed.materialize(output_dir / "dataset", num_proc=num_proc, dtype=dtype.value, columns=written)
     notes().print(f"dataset: [bold]{escape(str(output_dir / 'dataset'))}[/bold]")
     notes().print("read it with datasets.load_from_disk, train on it with BestFitPackingCollator", style="dim")
 
 
-def _tokenized(files: list[Path], tokenizer_name: str | None, column: str, sample_by: str) -> tuple[Any, Any]:
+def _matching(pattern: str) -> list[str]:
+    """Return the file of that name, or those that a quoted pattern such as "*.parquet" names."""
+    names = sorted(glob(pattern, recursive=True)) if not Path(pattern).exists() else []
+    for name in names or [pattern]:
+        check_file(name)
+    return names or [pattern]
+
+
+def _kind(file: Path) -> str:
+    """Return the suffix of a file, that of its compression left out."""
+    return file.with_suffix("").suffix if file.suffix in _COMPRESSED else file.suffix
+
+
+def _tokenized(
+    files: list[Path], tokenizer_name: str | None, column: str, sample_by: str, num_proc: int
+) -> tuple[Any, Any]:
     """Return the documents with their input_ids, and the tokenizer."""
     try:
         import datasets
@@ -113,7 +154,9 @@ def _tokenized(files: list[Path], tokenizer_name: str | None, column: str, sampl
             return {"input_ids": tokenizer(batch[column], verbose=False)["input_ids"]}
 
         names = documents.column_names
-        return documents.map(tokenize, batched=True, remove_columns=names, desc="tokenizing"), tokenizer
+        processes = num_proc if num_proc > 1 else None
+        options: dict[str, Any] = {"batched": True, "remove_columns": names, "num_proc": processes}
+        return documents.map(tokenize, **options, desc="tokenizing"), tokenizer
     except (datasets.exceptions.DatasetsError, TypeError, UnicodeDecodeError) as error:
         for file in files:
             _check_content(file, column)
@@ -123,7 +166,7 @@ def _tokenized(files: list[Path], tokenizer_name: str | None, column: str, sampl
 def _read(files: list[Path], sample_by: str) -> datasets.Dataset:
     import datasets
 
-    suffixes = {file.suffix for file in files}
+    suffixes = {_kind(file) for file in files}
     readers = {_READERS.get(suffix) for suffix in suffixes}
     if len(readers) != 1 or None in readers:
         raise ValueError(f"files must be of one kind out of {', '.join(_READERS)}, got {', '.join(sorted(suffixes))}")
@@ -138,7 +181,7 @@ def _read(files: list[Path], sample_by: str) -> datasets.Dataset:
 
 def _check_content(file: Path, column: str) -> None:
     """Name the file that is no UTF-8 text, or the line that is no JSON object with a text in `column`."""
-    if file.suffix == ".parquet":
+    if file.suffix == ".parquet" or file.suffix in _COMPRESSED:
         return
     with open_text(str(file)) as lines:
         for number, line in enumerate(lines, 1):

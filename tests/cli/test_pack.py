@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import datasets
@@ -57,3 +58,27 @@ def test_pack_of_unlike_or_missing_files(corpus):
     assert result.exit_code == 2
     assert "files must be of one kind out of .jsonl" in " ".join(result.output.split())
     assert invoke("pack", "nowhere.jsonl").exit_code == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_pack_in_processes_with_few_columns_of_compressed_files_and_patterns(corpus, model_folder, tmp_path):
+    texts = tmp_path / "corpus.jsonl"
+    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(texts.read_bytes()))
+    options = ("--tokenizer", model_folder, "--seq-length", "64", "--min-piece", "1")
+    small = ("--num-proc", "2", "--dtype", "int32", "--columns", "input_ids")
+
+    def rows(name, *files):
+        result = invoke("pack", *files, "--output-dir", str(tmp_path / name))
+        assert result.exit_code == 0, result.output
+        return datasets.load_from_disk(str(tmp_path / name / "dataset"))
+
+    plain = rows("plain", str(texts), *options)
+    packed = rows("compressed", str(tmp_path / "*.jsonl.gz"), *options, *small)
+    assert packed["input_ids"] == plain["input_ids"]
+    assert packed.column_names == ["input_ids", "position_ids", "seq_lengths"]
+    assert packed.features["input_ids"].feature.dtype == "int32"
+    many = pq.read_table(tmp_path / "corpus.parquet")
+    for part in ("a", "b"):
+        pq.write_table(many, tmp_path / f"{part}.parquet")
+    assert sum(map(len, rows("parquet", str(tmp_path / "[ab].parquet"), *options)["input_ids"])) == 2 * 29 * 20
+    assert "no such file" in invoke("pack", str(tmp_path / "none*.parquet")).output

@@ -311,6 +311,6 @@ def test_torchdatas_loader_between_two_epochs(workers, when):
 def test_a_document_that_loses_every_target_is_told():
     masked = [{"input_ids": [5] * 100, "completion_mask": [0] * 90 + [1] * 10}] * 3
     with pytest.warns(UserWarning, match="document 0 of the stream loses every token that is to be learned") as told:
-        list(stream(masked, long="truncate"))
+        list(PackedStream(masked, SEQ_LENGTH, long="truncate"))
     assert len(told) == 1
-    list(stream(masked))  # split: kept
+    list(PackedStream(masked, SEQ_LENGTH))  # split: kept

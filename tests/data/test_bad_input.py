@@ -87,6 +87,7 @@ def test_other_numbers(name, make, value):
         make(value)
 
 
+@pytest.mark.filterwarnings("ignore:row_multiple = 4 adds 2 rows of padding only")
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, torch.tensor])
 def test_integers_of_numpy_and_torch_are_numbers(kind):
     packed = pack(raw_examples([5, 3, 60]), kind(8), min_piece=kind(1), seed=kind(3), row_multiple=kind(4))

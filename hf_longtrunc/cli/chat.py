@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,21 +14,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from hf_longtrunc.cli.common import Model, Sinks, Window, load, notes, read_text, whole_text
+from hf_longtrunc.cli.common import Model, Sinks, Window, is_watched, load, notes, read_text, whole_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-HELP = """/file PATH [WAY]   put a text before your next message. One that the window cannot hold is read whole, by dual
-                   chunk attention: memory grows with it, until /reset. --blocks keeps it whole too, and reads what
-                   a message points at; --lm-infinite reads beginning and end alone, at constant memory
-/sampler NAME [X]  eta 0.002, epsilon 0.0009, top-n-sigma 1, p-less, bat 0.002, top-p 0.9, min-p 0.05, plain, greedy
-/save PATH         write the conversation as JSON lines
-/reset             forget the conversation
-/status            tokens seen, cache, speed
-/quit              or Ctrl-D; Ctrl-C ends a reply, and the conversation goes on"""
+HELP = {
+    "/file PATH [WAY]": "put a text before your next message. One that the window cannot hold is read whole, by dual "
+    "chunk attention: memory grows with it, until /reset. --blocks keeps it whole too, and reads what a message points "
+    "at; --lm-infinite reads beginning and end alone, at constant memory",
+    "/sampler NAME [X]": "eta 0.002, epsilon 0.0009, top-n-sigma 1, p-less, bat 0.002, top-p 0.9, min-p 0.05, plain, "
+    "greedy",
+    "/save PATH": "write the conversation as JSON lines",
+    "/reset": "forget the conversation",
+    "/status": "tokens seen, cache, speed",
+    "/quit": "or Ctrl-D. Ctrl-C ends a reply or the reading of a message: what was read stays",
+}
 _CHUNK = 256  # tokens a forward while reading
 _MARK = "longtrunc-reply"
 _CONSTANT, _BLOCKS, _WHOLE = "--lm-infinite", "--blocks", "--dual-chunk"
@@ -87,19 +90,20 @@ def ways(model: Any, tokenizer: Any, window: int | None, sinks: int) -> dict[str
 
 
 def lines() -> Iterator[str]:
-    """Yield what a user types, with the terminal's line editing and history, or the lines of a pipe."""
+    """Yield what a user types, with history and pasted lines in one message, or the lines of a pipe."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    with suppress(ImportError):
-        import readline  # noqa: F401  input() uses it where it is loaded
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.output import create_output
+
+    session: PromptSession[str] = PromptSession("> ", output=create_output(sys.stderr))
     while True:
         try:
-            yield input("> ")
+            yield session.prompt()
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            continue
         except EOFError:
-            print(file=sys.stderr)
             return
 
 
@@ -151,7 +155,7 @@ def _basis_aware(epsilon: float, model: Any) -> Any:
 class Conversation:
     """What a model has read and written so far, in its cache; every token is fed to it once.
 
-    A reply that is ended early stays in the cache as far as it was written.
+    A reply that is ended early stays in the cache as far as it was written, a message as far as it was read.
 
     Args:
         model: the one that speaks.
@@ -162,6 +166,7 @@ class Conversation:
 
     Attributes:
         handle: of the technique that is attached: `detach()` it at the end.
+        unread: tokens of the last message that were not read.
     """
 
     def __init__(self, model: Any, tokenizer: Any, system: str | None, ways: dict[str, Any], way: str):
@@ -176,6 +181,7 @@ class Conversation:
         """Forget everything, and read as in the beginning."""
         self.turn_to(self._first)
         self.messages: list[dict[str, str]] = []
+        self.unread = 0
         self._cache: Any = None
         self._logits: Any = None
 
@@ -212,20 +218,47 @@ class Conversation:
 
         return 0.0 if self._cache is None else cache_bytes(self._cache) / 2**20
 
-    def say(self, text: str, should_stop: Event) -> bool:
-        """Let the model read a user's message; return whether it came to its end."""
+    def say(self, text: str, should_stop: Event, *, progress: bool = False) -> bool:
+        """Let the model read a user's message; return whether it came to its end.
+
+        Where it did not, `messages` has what was read, and an empty reply to it.
+        """
         import torch
+        from tqdm.auto import tqdm
 
         prompt = self._turn(text)
         self.messages.append({"role": "user", "content": text})
         begins = self._cache is None and not self._has_template
-        ids = self.tokenizer(prompt, add_special_tokens=begins, return_tensors="pt", verbose=False).input_ids
-        # The last piece is a whole one: what it ends with is what retrieval chooses by.
-        for part in torch.split(ids.to(self.model.device), _sizes(ids.shape[1]), dim=1):
-            if should_stop.is_set():
-                return False
-            self._feed(part)
+        read = self.tokenizer(prompt, add_special_tokens=begins, return_tensors="pt", verbose=False)
+        ids = read.input_ids
+        self.unread = ids.shape[1]
+        with tqdm(
+            total=self.unread, desc="reading", unit=" tokens", delay=0.5, leave=False, disable=not progress
+        ) as bar:
+            # The last piece is a whole one: what it ends with is what retrieval chooses by.
+            for part in torch.split(ids.to(self.model.device), _sizes(ids.shape[1]), dim=1):
+                if should_stop.is_set():
+                    self._keep_what_was_read(prompt, text, read)
+                    return False
+                self._feed(part)
+                self.unread -= part.shape[1]
+                bar.update(part.shape[1])
         return True
+
+    def _keep_what_was_read(self, prompt: str, text: str, read: Any) -> None:
+        count = read.input_ids.shape[1] - self.unread
+        if not count:
+            self.messages.pop()
+            self.unread = 0
+            return
+        if read.is_fast:
+            span = read.token_to_chars(count - 1)
+            end = 0 if span is None else span.end
+        else:
+            end = len(self.tokenizer.decode(read.input_ids[0, :count]))
+        begin = prompt.rfind(text.strip())
+        self.messages[-1]["content"] = prompt[begin : max(begin, end)][: len(text)]
+        self.messages.append({"role": "assistant", "content": ""})
 
     def reply(self, processors: list[Any] | None, should_stop: Event, most: int | None = None) -> Iterator[str]:
         """Yield what the model answers, a token's text at a time, until it ends, `most` tokens or `should_stop`."""
@@ -286,7 +319,7 @@ class Conversation:
         parts = self._rendered([*marked, user]).split(_MARK, 2)
         if len(parts) < 3:
             raise ValueError("the chat template does not repeat what was said: take another model, or /reset")
-        return parts[2]
+        return parts[1] + parts[2] if self.unread else parts[2]
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         from jinja2 import TemplateError
@@ -312,14 +345,14 @@ class Talk:
         command, _, rest = line.partition(" ")
         commands: dict[str, Callable[[str], None]] = {
             "/file": self._read, "/sampler": self._choose, "/save": self._save, "/reset": self._reset,
-            "/status": lambda rest: self._status(), "/help": lambda rest: notes().print(HELP, markup=False),
+            "/status": lambda rest: self._status(), "/help": lambda rest: notes().print(_help()),
         }  # fmt: skip
         if command == "/quit":
             return False
         try:
             if command in commands:
                 commands[command](rest.strip())
-            elif command.startswith("/"):
+            elif command.startswith("/") and "\n" not in line:
                 raise ValueError(f"no such command: {command}; /help lists them")
             elif line:
                 self._answer(line)
@@ -333,7 +366,7 @@ class Talk:
         message = f"{self._file}\n\n{line}" if self._file else line
         self._file = ""
         with _interrupts() as interrupted:
-            is_read = self.conversation.say(message, interrupted)
+            is_read = self.conversation.say(message, interrupted, progress=is_watched())
             since = time.perf_counter()
             reply = self.conversation.reply(self.processors, interrupted, self.most) if is_read else ()
             for count, piece in enumerate(reply, 1):
@@ -344,7 +377,8 @@ class Talk:
                         print(file=sys.stderr)
                     self._status()
         print(flush=True)
-        self._status(" (interrupted)" if interrupted.is_set() else "")
+        unread = f": {self.conversation.unread:,} tokens not read" if self.conversation.unread else ""
+        self._status(f" (interrupted{unread})" if interrupted.is_set() else "")
 
     def _read(self, rest: str) -> None:
         path, _, way = rest.rpartition(" ")
@@ -370,7 +404,8 @@ class Talk:
             self.conversation.turn_to(_BLOCKS)
 
     def _choose(self, name: str) -> None:
-        self.processors = processors_of(name, self.conversation.model)
+        with notes().status("making the sampler"):
+            self.processors = processors_of(name, self.conversation.model)
         notes().print(f"sampling by {escape(name)}")
 
     def _save(self, path: str) -> None:
@@ -391,6 +426,15 @@ class Talk:
         notes().print(
             f"[dim]{seen:,} tokens seen, cache {held:,.2f} MiB ({kind}), {self._speed:.1f} tokens/s{note}[/dim]"
         )
+
+
+def _help() -> Any:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for command, meaning in HELP.items():
+        table.add_row(escape(command), escape(meaning))
+    return table
 
 
 @contextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from contextlib import suppress
 from threading import Event
@@ -197,6 +200,39 @@ def test_an_interrupted_reply_stays_and_the_conversation_goes_on(model, tokenize
     assert talk.seen == 13
 
 
+def test_a_reading_that_takes_its_time_shows_how_far_it_is(model, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr("hf_longtrunc.cli.chat._CHUNK", 8)
+    talk = conversation(model, tokenizer)
+    model.register_forward_pre_hook(lambda module, inputs: time.sleep(0.3))
+    talk.say("the road to the sea was long", Event(), progress=True)
+    assert re.search(r"reading:\s+71%.*20/28", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_a_reading_that_is_interrupted_keeps_what_was_read(model, tokenizer, monkeypatch, template):
+    """The next message continues a conversation in which the user said as much, and the model nothing."""
+    monkeypatch.setattr("hf_longtrunc.cli.chat._CHUNK", 8)
+    tokenizer.chat_template = template
+    talk, fed, text = conversation(model, tokenizer), Fed(model), "the road to the sea was long"
+
+    class AfterTwoPieces(Event):
+        asked = 0
+
+        def is_set(self):
+            self.asked += 1
+            return self.asked > 2
+
+    assert not talk.say(text, AfterTwoPieces())
+    content = text[: talk.seen - len("su" if template else "")]
+    assert 0 < len(content) < len(text)
+    assert talk.messages == [{"role": "user", "content": content}, {"role": "assistant", "content": ""}]
+    assert talk.unread == len(ids(tokenizer, f"su{text}.a" if template else text)) - talk.seen
+    assert talk.say("two", Event())
+    whole = f"su{content}.a.utwo.a" if template else f"{content}two"
+    assert fed.tokens == ids(tokenizer, whole)
+    assert talk.unread == 0
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -268,20 +304,23 @@ LISTENING = (
     "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     "runpy.run_module('hf_longtrunc', run_name='__main__', alter_sys=True)"
 )
+PROMPT = r"\?2004h[^>]*>"  # bracketed paste is turned on first
 
 
 class Terminal:
     """`hf-longtrunc chat` on a pseudo-terminal."""
 
-    def __init__(self, *options):
+    def __init__(self, *options, columns=80):
         self.screen, theirs = pty.openpty()
         command = [sys.executable, "-c", LISTENING, "chat", *options]
         streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-        self.process = subprocess.Popen(command, **streams, start_new_session=True)
+        environment = {**os.environ, "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.process = subprocess.Popen(command, **streams, start_new_session=True, env=environment)
         os.close(theirs)
         self.shown = ""
 
-    def wait_for(self, pattern, seconds=60):
+    def wait_for(self, pattern, seconds=300):
         """Read on until the pattern is shown; return its match and forget what was shown up to its end."""
         end = time.monotonic() + seconds
         while not (match := re.search(pattern, self.shown)):
@@ -292,11 +331,11 @@ class Terminal:
         return match
 
     def interrupt_prompt(self):
-        """Press Ctrl-C until there is a new prompt: readline loses one that comes before it waits for a key."""
+        """Press Ctrl-C until there is a new prompt: one that comes before it waits for a key may be lost."""
         for _ in range(60):
             self.process.send_signal(signal.SIGINT)
             with suppress(AssertionError):
-                return self.wait_for("> ", seconds=1)
+                return self.wait_for(PROMPT, seconds=1)
         raise AssertionError(self.shown)
 
     def type(self, text):
@@ -347,39 +386,70 @@ def test_through_a_terminal(model_folder, tmp_path):
     text.write_text("the keeper had not spoken " * 4, encoding="utf-8")
     chat = Terminal("--model", model_folder, "--window", "64", "--status-every", "100")
     try:
-        chat.wait_for("> ")
+        chat.wait_for(PROMPT)
         chat.type("hello\n")
         held = {chat.wait_for(r"tokens seen, cache ([\d.]+) MiB")[1] for _ in range(4)}
         assert len(held) == 1
         chat.process.send_signal(signal.SIGINT)
         first = chat.wait_for(r"([\d,]+) tokens seen[^\n]*\(interrupted\)")[1]
-        chat.wait_for("> ")
+        chat.wait_for(PROMPT)
         chat.interrupt_prompt()
         chat.type(f"/file {text}\n")
         chat.wait_for("read with your next message; memory growing until /reset")
-        chat.wait_for("> ")
+        chat.wait_for(PROMPT)
         chat.type("again\n")
         grown = [chat.wait_for(r"tokens seen, cache ([\d.]+) MiB \(growing\)")[1] for _ in range(3)]
         assert float(grown[0]) < float(grown[-1])
         chat.process.send_signal(signal.SIGINT)
         chat.wait_for("interrupted")
-        chat.wait_for("> ")
+        chat.wait_for(PROMPT)
         chat.type("/reset\n")
         chat.wait_for("forgotten")
-        chat.wait_for("> ")
+        chat.wait_for(PROMPT)
         chat.type("again\n")
         second = chat.wait_for(r"([\d,]+) tokens seen")[1]
         assert int(first.replace(",", "")) >= 400
         assert int(second.replace(",", "")) == 105
         chat.process.send_signal(signal.SIGINT)
         chat.wait_for("interrupted")
-        chat.wait_for("> ")
+        chat.wait_for(PROMPT)
         chat.type("\x04")
-        assert chat.process.wait(60) == 0
+        assert chat.process.wait(300) == 0
     finally:
         chat.process.kill()
         chat.process.wait()
         os.close(chat.screen)
+
+
+def test_pasted_lines_are_one_message_and_the_arrow_brings_it_back(model_folder, tmp_path):
+    """In 60 columns, with letters that take two."""
+    saved = tmp_path / "saved.jsonl"
+    chat = Terminal("--model", model_folder, "--window", "64", "--max-new-tokens", "3", columns=60)
+    try:
+        chat.wait_for(PROMPT)
+        chat.type("\x1b[200~/one\rtwo 灯台 é\rthree\x1b[201~")
+        chat.wait_for("three")
+        chat.type("\r")
+        chat.wait_for("tokens seen")
+        chat.wait_for(PROMPT)
+        chat.type("\x1b[A")
+        chat.wait_for("three")
+        chat.type(" four\r")
+        chat.wait_for("tokens seen")
+        chat.wait_for(PROMPT)
+        chat.type("/help\r")
+        chat.wait_for("what was read stays")
+        assert max(map(len, re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", chat.shown).splitlines()), default=0) <= 60
+        chat.wait_for(PROMPT)
+        chat.type(f"/save {saved}\r")
+        chat.wait_for("4 messages")
+    finally:
+        chat.process.kill()
+        chat.process.wait()
+        os.close(chat.screen)
+    said = [json.loads(line)["content"] for line in saved.read_text(encoding="utf-8").splitlines()]
+    assert said[0] == "/one\ntwo 灯台 é\nthree"
+    assert said[2].endswith("four")
 
 
 def test_mistakes_are_told_before_the_model_is_loaded():

@@ -33,6 +33,16 @@ def test_block_runs(block, model_folder, monkeypatch, tmp_path):  # noqa: F811
     exec(compile(block, "<documentation>", "exec"), {"__name__": "documentation"})
 
 
+@pytest.mark.real_model
+def test_readme_prints_what_its_comment_says(real_model, monkeypatch, capsys):
+    """On the real model, whose tokens make the documents' lengths; training itself is left out."""
+    block = BLOCKS[1].values[0]
+    monkeypatch.setattr("transformers.Trainer.train", lambda trainer: None)
+    exec(compile(block, "<documentation>", "exec"), {"__name__": "documentation"})
+    (comment,) = re.findall(r"print\(.*\)\n# (.*)", block)
+    assert comment in capsys.readouterr().out.splitlines()
+
+
 def test_readme_has_the_two_commands():
     readme = (ROOT / "README.md").read_text()
     assert 'pip install -e ".[demo]" && hf-longtrunc demo' in readme

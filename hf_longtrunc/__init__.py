@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ShardedDatastore as ShardedDatastore,
     )
     from hf_longtrunc.cross_attention.unlimiformer import Unlimiformer as Unlimiformer
+    from hf_longtrunc.data.balance import BalancedRows as BalancedRows
     from hf_longtrunc.data.collators import BestFitPackingCollator as BestFitPackingCollator
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
     from hf_longtrunc.data.datatrove import write_datatrove as write_datatrove
@@ -115,6 +116,7 @@ _HOME = {
     "ArchiveCacheLayer": "hf_longtrunc.attention.full_store",
     "AttentionTrace": "hf_longtrunc.attention.trace",
     "AuxiliaryModelLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
+    "BalancedRows": "hf_longtrunc.data.balance",
     "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.bat",
     "BestFitPackingCollator": "hf_longtrunc.data.collators",
     "CacheLawError": "hf_longtrunc.errors",

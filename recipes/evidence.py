@@ -328,6 +328,8 @@ STEPS = [
     ),
     Step("packing-cluster-sizes", "Plans of up to 1e10 documents", None, "cluster/pack_shards.py --arithmetic"),
     Step("packed-ranks", "Packed rows in one process, under DDP and under FSDP2", None, "packed_ranks.py"),
+    Step("equal-steps", "How long ranks wait for each other, simulated", None, "equal_steps.py"),
+    Step("equal-steps-ranks", "The same on two real ranks, operations counted", None, "equal_steps.py --train"),
     Step("killed", "kill -9 of whatever writes", None, "killed.py"),
     Step(
         "packing-helps",

@@ -21,6 +21,7 @@ PUBLIC = {
         "ArchiveCacheLayer",
         "AttentionTrace",
         "AuxiliaryModelLogitsProcessor",
+        "BalancedRows",
         "BasisAwareLogitsProcessor",
         "BestFitPackingCollator",
         "CacheLawError",

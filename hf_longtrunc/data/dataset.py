@@ -168,6 +168,11 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         return write_rows(self, at, names, dtype, num_proc)
 
     @property
+    def numbers(self) -> NDArray[np.int64]:
+        """The number of every row in the plan, read-only; from `len(packing)` on it is a row of padding."""
+        return self._order
+
+    @property
     def teaching(self) -> list[str]:
         """The documents' columns that say which tokens are learned."""
         return sorted({"labels", *LOSS_MASKS} & set(self._documents.columns))

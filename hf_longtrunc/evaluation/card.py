@@ -139,6 +139,7 @@ PAPERS = {  # a public name that names a technique -> its paper; tests/evaluatio
     "PEMAAdapter": _PEMA,
     "PEMALogitsProcessor": _PEMA,
     "PLessLogitsProcessor": _P_LESS,
+    "BalancedRows": _PACKING,
     "PackedDataset": _PACKING,
     "PackedStream": _PACKING,
     "ProxyTuningLogitsProcessor": _PROXY,

@@ -12,7 +12,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_longtrunc import BestFitPackingCollator, check_packed, pack
+from hf_longtrunc import BalancedRows, BestFitPackingCollator, check_packed, pack
 from tests.conftest import tiny_config
 from tests.data.corpora import raw_examples, segments
 from tests.data.test_training import LENGTHS, SEQ_LENGTH, Examples
@@ -59,7 +59,9 @@ def main(folder: Path) -> None:
     except ValueError as error:
         refused = str(error)
     recipe = runpy.run_path(str(Path(__file__).parents[2] / "recipes/packed_ranks.py"))
+    steps = runpy.run_path(str(Path(__file__).parents[2] / "recipes/equal_steps.py"))
     report = {
+        "operations": steps["operations"](BalancedRows(pack(raw_examples(LENGTHS), SEQ_LENGTH), 2), 4, SEQ_LENGTH),
         "losses": {way: recipe["losses"](way, packed, 3) for way in recipe["WAYS"]},
         "flat": flat.documents,
         "refused": refused,

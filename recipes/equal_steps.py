@@ -109,9 +109,10 @@ def operations(dataset: Any, steps: int, seq_length: int) -> list[float]:
     torch.manual_seed(0)
     AttentionInterface.register("a_document_at_a_time", a_document_at_a_time)
     config = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-                         num_attention_heads=4, bos_token_id=None, eos_token_id=None,
-                         attn_implementation="a_document_at_a_time")  # fmt: skip
-    model = DistributedDataParallel(LlamaForCausalLM(config))
+                         num_attention_heads=4, bos_token_id=None, eos_token_id=None)  # fmt: skip
+    alone = LlamaForCausalLM(config)
+    alone.set_attn_implementation("a_document_at_a_time")
+    model = DistributedDataParallel(alone)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     sampler: DistributedSampler[Any] = DistributedSampler(dataset, shuffle=False)
     loader = DataLoader(dataset, 1, sampler=sampler, collate_fn=BestFitPackingCollator(seq_length, layout="flat"))
@@ -132,7 +133,7 @@ def a_document_at_a_time(
 ) -> tuple[torch.Tensor, None]:
     spans = [slice(*pair) for pair in pairwise(kwargs["cu_seq_lens_q"].tolist())]
     parts = [
-        scaled_dot_product_attention(*(states[:, :, span] for states in (query, key, value)), is_causal=True)
+        scaled_dot_product_attention(query[:, :, span], key[:, :, span], value[:, :, span], is_causal=True)
         for span in spans
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None

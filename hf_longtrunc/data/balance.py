@@ -112,7 +112,8 @@ def _squared_lengths(rows: Any) -> NDArray[np.int64]:
             np.repeat(np.arange(len(plan)), np.diff(plan.offsets)),
         )
         squares = _sums(lengths**2, numbers, len(plan)) + (plan.seq_length - plan.fills()) ** 2
-        return np.append(squares, plan.seq_length**2)[np.minimum(rows.numbers, len(plan))]
+        cost: NDArray[np.int64] = np.append(squares, plan.seq_length**2)[np.minimum(rows.numbers, len(plan))]
+        return cost
     if not hasattr(rows, "column_names"):
         raise TypeError(
             "rows must be what pack() makes of a dataset with a length, or a datasets.Dataset that materialize() "

@@ -128,7 +128,7 @@ def _squared_lengths(rows: Any) -> NDArray[np.int64]:
     lengths, counts = column.flatten().to_numpy(), column.value_lengths().to_numpy()
     numbers = np.repeat(np.arange(len(rows)), counts)
     fills = _sums(lengths, numbers, len(rows))
-    return _sums(lengths.astype(np.int64) ** 2, numbers, len(rows)) + (fills.max(initial=0) - fills) ** 2
+    return _sums(lengths.astype(np.int64) ** 2, numbers, len(rows)) + (int(fills.max(initial=0)) - fills) ** 2
 
 
 def _sums(values: NDArray[Any], numbers: NDArray[Any], rows: int) -> NDArray[np.int64]:

@@ -124,9 +124,7 @@ def _write(
     with path.open("r+b") as file:
         with pa.ipc.new_stream(file, schema) as out:
             for start, stop in rows.blocks(first, last, _TOKENS):
-                flat = rows.gather(start, stop, with_labels="labels" in columns)
-                if flat.input_ids.max(initial=0) > np.iinfo(dtype).max:
-                    raise ValueError(f'token {flat.input_ids.max()} is more than {dtype} holds; pass dtype="int64"')
+                flat = rows.gather(start, stop, with_labels="labels" in columns, dtype=dtype)
                 arrays = [
                     pa.ListArray.from_arrays(
                         np.append(0, np.cumsum(lengths)).astype(np.int32), pa.array(values.astype(dtype, copy=False))
@@ -143,8 +141,8 @@ def _column(flat: Any, name: str) -> tuple[Any, Any]:
     if name == "seq_lengths":
         return flat.piece_lengths, flat.pieces
     if name == "position_ids":
-        ends = np.cumsum(flat.piece_lengths)
-        return np.arange(len(flat.input_ids)) - np.repeat(ends - flat.piece_lengths, flat.piece_lengths), flat.tokens
+        steps = np.arange(flat.piece_lengths.max(initial=0), dtype=flat.input_ids.dtype)
+        return np.concatenate([steps[:0], *(steps[:length] for length in flat.piece_lengths.tolist())]), flat.tokens
     return getattr(flat, name), flat.tokens
 
 

@@ -20,6 +20,10 @@ from tests.data.test_dataset import KINDS, SEQ_LENGTH, Tokenizer, arrow, documen
 COLUMNS = ["input_ids", "position_ids", "labels", "seq_lengths"]
 
 
+class BigEos(Tokenizer):
+    eos_token_id = 70_000
+
+
 def rows_of(dataset):
     return [{name: np.asarray(row[name]).tolist() for name in COLUMNS[:3]} for row in dataset]
 
@@ -59,6 +63,21 @@ def test_an_empty_document_and_a_negative_token(tmp_path):
         bad.materialize(tmp_path)
     assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(packed)  # the old rows, whole
     assert len(list(tmp_path.glob("*.arrow"))) == 1
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int16", "uint32", "uint64", "int64"])
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_tokens_of_any_integers_and_an_eos_beyond_them(kind, dtype, tmp_path):
+    """Chunks of the table, a view that reorders them, missing lists, and an EOS that the column's integers do not hold."""
+    rng = np.random.default_rng(0)
+    parts = [
+        [None if n % 7 == 3 else rng.integers(3, 120, n).tolist() for n in rng.integers(0, 30, size)]
+        for size in (5, 40, 9)
+    ]
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value(kind))})
+    documents = datasets.concatenate_datasets([datasets.Dataset.from_dict({"input_ids": p}, features) for p in parts])
+    packed = pack(documents.shuffle(seed=1), 16, BigEos(), min_piece=1, row_multiple=8)
+    assert rows_of(packed.materialize(tmp_path, dtype=dtype)) == rows_of(packed)
 
 
 @pytest.mark.parametrize("num_proc", [2, 3])

@@ -68,7 +68,7 @@ def test_an_empty_document_and_a_negative_token(tmp_path):
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "int16", "uint32", "uint64", "int64"])
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
 def test_tokens_of_any_integers_and_an_eos_beyond_them(kind, dtype, tmp_path):
-    """Chunks of the table, a view that reorders them, missing lists, and an EOS that the column's integers do not hold."""
+    """Chunks of the table, a view that reorders them, missing lists, and an EOS too large for the column."""
     rng = np.random.default_rng(0)
     parts = [
         [None if n % 7 == 3 else rng.integers(3, 120, n).tolist() for n in rng.integers(0, 30, size)]

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         pack_in_order as pack_in_order,
     )
     from hf_longtrunc.data.report import packing_table as packing_table, plot_packing as plot_packing
+    from hf_longtrunc.data.states import reset_states as reset_states
     from hf_longtrunc.data.stream import PackedStream as PackedStream
     from hf_longtrunc.data.verify import check_packed as check_packed
     from hf_longtrunc.errors import (
@@ -182,6 +183,7 @@ _HOME = {
     "pose_positions": "hf_longtrunc.positions.cream",
     "random_positions": "hf_longtrunc.positions.cream",
     "read_megatron": "hf_longtrunc.data.megatron",
+    "reset_states": "hf_longtrunc.data.states",
     "sampling_settings": "hf_longtrunc.sampling.calls",
     "save_uld_assistant": "hf_longtrunc.mixing.uld",
     "train_pema": "hf_longtrunc.mixing.pema_processor",

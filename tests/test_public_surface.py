@@ -87,6 +87,7 @@ PUBLIC = {
         "pose_positions",
         "random_positions",
         "read_megatron",
+        "reset_states",
         "sampling_settings",
         "save_uld_assistant",
         "train_pema",

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from hf_longtrunc import __version__
 from hf_longtrunc.cli.ask import ask
 from hf_longtrunc.cli.chat import chat
+from hf_longtrunc.cli.check_packed import check_packed
 from hf_longtrunc.cli.demo import demo
 from hf_longtrunc.cli.export import export, serve, verify
 from hf_longtrunc.cli.lm_eval import lm_eval
@@ -97,4 +98,5 @@ app.command()(verify)
 app.command()(serve)
 app.command()(summarize)
 app.command()(pack)
+app.command("check-packed")(check_packed)
 app.command()(match)

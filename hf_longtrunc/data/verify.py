@@ -11,16 +11,23 @@ from torch import nn
 from hf_longtrunc.models import decoder_of, evaluating, parameters_of, unwrapped
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from torch import Tensor
 
 _DOCUMENT = 8  # tokens of each of the two documents in a row of the test
 _ROUNDING = 1e-5  # what it may move, as a share of the change in the first document's own logits
+_PLACE = 1e-3  # the same, between a place in a long row and a row of its own: other kernels, other rounding
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+class LeakError(ValueError):
+    """Documents in one row see each other, or where in the row they lie."""
 
 
 @torch.no_grad()
 def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
-    """Raise if documents packed in one row see each other in `model(**batch)`.
+    """Raise if documents packed in one row see each other in `model(**batch)`, or see where in the row they lie.
 
     Two forwards on rows of two documents of 8 tokens, with the arguments that `batch` has (row count, layout, masks,
     `use_cache`): the first document's tokens change between them, the second one's logits must not. Two more forwards,
@@ -28,17 +35,23 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
     tokens, scales of a whole batch). Whether documents are kept apart depends on the model, its attention, its kernels
     and the call, and a leak is silent otherwise.
 
+    Then a forward on the first row of `batch` itself, in which documents of 8 tokens are put at its end and over the
+    border of attention chunks: their logits must be those that they have alone. A temperature of attention by the
+    index in the row (Llama 4 from token 8,191 on), and chunks that are counted by it, are found so. Where the model
+    takes `logits_to_keep`, only these tokens reach its head.
+
     Args:
         model: a causal language model, PEFT, `torch.compile`, DDP and FSDP wrappers included; it is run in eval mode
             and left as it was.
-        batch: what the training loop will hand to the model, from `BestFitPackingCollator`. Trainer switches the cache
-            off by itself: for it, check `{**batch, "use_cache": False}`.
+        batch: what the training loop will hand to the model, from `BestFitPackingCollator` or the collator of any
+            other trainer. Trainer switches the cache off by itself: for it, check `{**batch, "use_cache": False}`.
 
     Raises:
         TypeError: no model, or no batch.
         ValueError: the model takes no `position_ids`, the batch has none, or the second document's logits moved by more
-            than rounding: 4 times what they move in a row of their own, and 0.001 % of what the first one's move; the
-            message names the probable cause.
+            than rounding: 4 times what they move in a row of their own, and 0.001 % of what the first one's move; or a
+            document's logits differ by 0.1 % of their size between a place in the row and a row of its own. The message
+            names the probable cause.
     """
     inside = unwrapped(model)
     if not isinstance(inside, nn.Module) or not isinstance(batch, Mapping):
@@ -55,11 +68,63 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
         own, leaked = _influence(model, probe)
         _, rounding = _influence(model, _apart(probe))
     if not leaked <= max(4 * rounding, _ROUNDING * own):
-        raise ValueError(
+        raise LeakError(
             f"documents packed in one row see each other in this {type(inside).__name__}: changing the first one's "
             f"tokens moved its own logits by {own:.3g} and the second one's by {leaked:.3g}, in a row of their own by "
             f"{rounding:.3g}. {_advice(inside, batch)}"
         )
+    with evaluating(model):
+        for place, difference in _differences(model, batch):
+            if not difference <= _PLACE:
+                raise LeakError(
+                    f"a document of a row sees where in the row it lies in this {type(inside).__name__}: from token "
+                    f"{place} on its logits differ by {difference:.1%} of their size from those that it has alone. "
+                    "Attention is scaled (attn_temperature_tuning), or cut into chunks, by the index in the row; pack "
+                    "shorter rows, or switch the scaling off"
+                )
+
+
+def try_packed(model: Any, rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """Try all ways to call a model with packed rows: two implementations of attention, five kinds of batches.
+
+    Args:
+        model: a causal language model; its attention implementation is set, and set back.
+        rows: one packed row or more, `[tokens]` tensors of `input_ids` and `position_ids`, all of one length.
+
+    Returns:
+        A verdict for every implementation and kind: "apart", "leaks", or "refused" with the type of the model's error.
+    """
+    names = ("input_ids", "position_ids")
+    rows_of = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
+    plain = {name: value.to(model.device) for name, value in rows_of.items()}
+    flat = {name: value.reshape(1, -1) for name, value in plain.items()}
+    bounds = _bounds(flat["position_ids"])
+    kinds = {
+        "position_ids": plain | {"use_cache": False},
+        "flat": flat | {"use_cache": False},
+        "flat, cu_seq_lens, seq_idx": flat | bounds | {"use_cache": False},
+        "and a 2D mask": plain | {"attention_mask": torch.ones_like(plain["input_ids"]), "use_cache": False},
+        "and a cache": plain | {"use_cache": True},
+    }
+    before, found = model.config._attn_implementation, {}
+    try:
+        for attention in ("eager", "sdpa"):
+            for kind, batch in kinds.items():
+                found[attention, kind] = _verdict(model, attention, batch)
+    finally:
+        model.set_attn_implementation(before)
+    return found
+
+
+def _verdict(model: Any, attention: str, batch: dict[str, Any]) -> str:
+    try:
+        model.set_attn_implementation(attention)
+        check_packed(model, batch)
+    except LeakError:
+        return "leaks"
+    except Exception as error:
+        return f"refused ({type(error).__name__})"
+    return "apart"
 
 
 def carries_states(model: Any) -> bool:
@@ -72,6 +137,42 @@ def carries_states(model: Any) -> bool:
     is_recurrent = any(kind == "linear_attention" or "attention" not in kind for kind in kinds)
     parts = decoder_of(inside).modules()
     return is_recurrent or any(isinstance(part, nn.Conv1d) or hasattr(part, "A_log") for part in parts)
+
+
+def _differences(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int, float]]:
+    """Yield places in the batch's first row, and how far a document's logits there are from those that it has alone."""
+    inside = unwrapped(model)
+    ids, positions = batch["input_ids"][:1].clone(), batch["position_ids"][:1].clone()
+    chunk = getattr(inside.config.get_text_config(), "attention_chunk_size", None) or 0
+    end, border = ids.shape[1] - _DOCUMENT, chunk - _DOCUMENT // 2
+    if positions.ndim != 2 or end < 2 * _DOCUMENT:
+        return  # no longer than the rows of the probe above, or positions of pictures
+    places = [border, end] if _DOCUMENT <= border <= end - _DOCUMENT else [end]
+    document = torch.arange(_DOCUMENT, device=ids.device)
+    for place in places:
+        ids[:, place : place + _DOCUMENT], positions[:, place : place + _DOCUMENT] = ids[:, :_DOCUMENT], document
+        rest = positions[0, place + _DOCUMENT :]  # what is left of the document that was there begins anew
+        stop = int(torch.cat([rest, rest.new_zeros(1)]).eq(0).int().argmax())
+        rest[:stop] = torch.arange(stop, device=ids.device)
+    given = {"use_cache": batch["use_cache"]} if "use_cache" in batch else {}
+    first = model(**given, input_ids=ids[:, :_DOCUMENT], position_ids=document[None]).logits.float()
+    bounds = {name: value for name, value in _bounds(positions).items() if name in batch}
+    call = given | bounds | {"input_ids": ids, "position_ids": positions}
+    kept = torch.cat([document + place for place in places])
+    has_choice = "logits_to_keep" in parameters_of(inside)
+    logits = model(**call, **({"logits_to_keep": kept} if has_choice else {})).logits.float()
+    rows = (logits if has_choice else logits[:, kept]).split(_DOCUMENT, dim=1)
+    for place, row in zip(places, rows, strict=True):
+        yield place, float((row - first).norm() / first.norm())
+
+
+def _bounds(positions: Tensor) -> dict[str, Any]:
+    """Return what a flat batch says of its documents' bounds, for positions [1, tokens]."""
+    is_first = positions[0] == 0
+    bounds = torch.cat([is_first.nonzero()[:, 0], is_first.new_tensor([len(is_first)], dtype=torch.long)]).int()
+    longest = int(bounds.diff().max())
+    flat = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return {**flat, "seq_idx": (is_first.cumsum(0) - 1).int()[None]}
 
 
 def _influence(model: Any, probe: dict[str, Any]) -> tuple[float, float]:
@@ -109,11 +210,8 @@ def _probe(batch: Mapping[str, Any]) -> dict[str, Any]:
                 "own (a sliding window is lost); leave it out, restarting position_ids say the same"
             )
         probe["attention_mask"] = mask.new_ones(rows, 2 * _DOCUMENT)
-    bounds = torch.arange(rows * 2 + 1, device=device, dtype=torch.int32) * _DOCUMENT
-    flat = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": _DOCUMENT, "max_length_k": _DOCUMENT}
-    flat["seq_idx"] = (
-        torch.arange(rows * 2, device=device, dtype=torch.int32).repeat_interleave(_DOCUMENT).view(rows, -1)
-    )
+    flat = _bounds(probe["position_ids"].reshape(1, -1))
+    flat["seq_idx"] = flat["seq_idx"].view(rows, -1)
     return {**probe, **{name: value for name, value in flat.items() if name in batch}}
 
 
@@ -126,10 +224,10 @@ def _advice(model: Any, batch: Mapping[str, Any]) -> str:
         return "Flash attention reads boundaries of several rows from cu_seq_lens only; use layout='flat'."
     if carries_states(model):
         return (
-            "Its convolutions, linear attention or Mamba layers carry their states over the boundaries. Use "
-            "layout='flat', on a GPU, with the packages whose kernels read seq_idx and cu_seq_lens: causal-conv1d, and "
-            "flash-linear-attention (linear attention) or mamba-ssm (Mamba). transformers' own fallbacks read neither, "
-            "nor do all architectures pass them on: if this stays, train it on padded batches."
+            "Its convolutions, linear attention or Mamba layers carry their states over the boundaries. Attach "
+            "hf_longtrunc.reset_states(model), or use layout='flat', on a GPU, with the packages whose kernels read "
+            "seq_idx and cu_seq_lens: causal-conv1d, and flash-linear-attention (linear attention) or mamba-ssm "
+            "(Mamba). Not all architectures pass them on."
         )
     return (
         "Its attention ignores the boundaries (some models build their mask without position_ids); train it on padded "

@@ -16,7 +16,7 @@ from hf_longtrunc.cli.scrolls import Task
 from hf_longtrunc.evaluation.scrolls import TASKS
 from tests.command_line import invoke
 
-COMMANDS = ["ask", "chat", "demo", "lm-eval", "match", "pack", "ppl", "scrolls", "summarize"]
+COMMANDS = ["ask", "chat", "check-packed", "demo", "lm-eval", "match", "pack", "ppl", "scrolls", "summarize"]
 
 
 def test_help_names_the_commands():

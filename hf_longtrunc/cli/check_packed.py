@@ -1,0 +1,66 @@
+"""`hf-longtrunc check-packed`: do documents packed in one row see each other in this model, and in which calls."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 (typer reads it)
+from typing import Annotated, Any
+
+import typer
+
+from hf_longtrunc.cli.common import AsJson, load, print_json, results
+
+
+def check_packed(
+    model: Annotated[str | None, typer.Argument(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="Packed rows to try it on: a folder that materialize() wrote, jsonl or parquet.")
+    ] = None,
+    seq_length: Annotated[int, typer.Option(min=32, help="Tokens of a made-up row, where no rows are named.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Try every way to hand packed rows to a model, and say in which of them documents stay apart."""
+    packed = made_up(seq_length) if rows is None else rows_of(rows)
+    from rich.table import Table
+
+    from hf_longtrunc import BestFitPackingCollator
+    from hf_longtrunc.data.verify import try_packed
+
+    loaded, tokenizer = load(model, needs="a causal LM")
+    collator = BestFitPackingCollator(max(len(row["input_ids"]) for row in packed), tokenizer, layout="rows")
+    batch = collator(packed)
+    found = try_packed(loaded, [{name: batch[name][row] for name in batch} for row in range(len(packed))])
+    kinds = list(dict.fromkeys(kind for _, kind in found))
+    if as_json:
+        print_json({attention: {kind: found[attention, kind] for kind in kinds} for attention, _ in found})
+        return
+    table = Table(title=f"documents packed in rows, {type(loaded).__name__}", title_justify="left")
+    for heading in ("attention", *kinds):
+        table.add_column(heading)
+    for attention in dict.fromkeys(attention for attention, _ in found):
+        table.add_row(attention, *(found[attention, kind] for kind in kinds))
+    results().print(table)
+
+
+def made_up(seq_length: int) -> list[dict[str, Any]]:
+    """Return a row of documents of 8, 16 and more tokens."""
+    lengths = [8, 16, seq_length - 24]
+    positions = [place for length in lengths for place in range(length)]
+    return [{"input_ids": [3 + (7 * place) % 40 for place in range(seq_length)], "position_ids": positions}]
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Return the first two rows of a folder or file of packed rows."""
+    import datasets
+
+    if path.is_dir():
+        rows: Any = datasets.load_from_disk(str(path))
+    elif path.suffix in (".jsonl", ".json", ".parquet"):
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+    else:
+        raise typer.BadParameter(f"rows are a folder, jsonl, json or parquet, got {path}", param_hint="--rows")
+    if isinstance(rows, dict) or not {"position_ids", "seq_lengths"} & set(rows.column_names):
+        raise typer.BadParameter(
+            f"{path} holds no packed rows: they have position_ids or seq_lengths beside input_ids", param_hint="--rows"
+        )
+    return [rows[index] for index in range(min(2, len(rows)))]

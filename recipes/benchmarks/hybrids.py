@@ -60,7 +60,7 @@ def models() -> dict[str, Any]:
     torch.manual_seed(0)
     lfm2 = Lfm2Config(**SMALL, layer_types=["conv", "full_attention"] * 2)
     linear = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
-    heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+    heads: dict[str, Any] = {"linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
              "linear_value_head_dim": 32}  # fmt: skip
     qwen = Qwen3NextConfig(
         **SMALL, **heads, head_dim=32, layer_types=linear, num_experts=0, mlp_only_layers=[0, 1, 2, 3]
@@ -79,7 +79,11 @@ def seconds(model: Any, documents: list[dict[str, Any]], turns: int) -> list[flo
     longest = max(len(document["input_ids"]) for document in documents)
     rows = [{**document, "position_ids": np.arange(len(document["input_ids"]))} for document in documents]
     padded = BestFitPackingCollator(longest)(rows)
-    ways = ((packed, nullcontext), (packed, lambda: reset_states(model)), (padded, nullcontext))
+    ways: tuple[tuple[dict[str, Any], Any], ...] = (
+        (packed, nullcontext),
+        (packed, lambda: reset_states(model)),
+        (padded, nullcontext),
+    )
     fastest = [float("inf")] * len(ways)
     for _ in range(turns):
         for index, (batch, context) in enumerate(ways):

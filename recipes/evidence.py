@@ -330,6 +330,7 @@ STEPS = [
     Step("packed-ranks", "Packed rows in one process, under DDP and under FSDP2", None, "packed_ranks.py"),
     Step("equal-steps", "How long ranks wait for each other, simulated", None, "equal_steps.py"),
     Step("equal-steps-ranks", "The same on two real ranks, operations counted", None, "equal_steps.py --train"),
+    Step("hybrids-cost", "What resetting the states of hybrids costs", None, "benchmarks/hybrids.py --turns 2"),
     Step("killed", "kill -9 of whatever writes", None, "killed.py"),
     Step(
         "packing-helps",

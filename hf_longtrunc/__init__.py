@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.data.report import packing_table as packing_table, plot_packing as plot_packing
     from hf_longtrunc.data.states import reset_states as reset_states
     from hf_longtrunc.data.stream import PackedStream as PackedStream
-    from hf_longtrunc.data.verify import check_packed as check_packed
+    from hf_longtrunc.data.verify import check_packed as check_packed, try_packed as try_packed
     from hf_longtrunc.errors import (
         CacheLawError as CacheLawError,
         HFLongtruncError as HFLongtruncError,
@@ -190,6 +190,7 @@ _HOME = {
     "trained_length": "hf_longtrunc.attention.lm_infinite",
     "truncated_log_probs": "hf_longtrunc.sampling.mask",
     "truncated_scores": "hf_longtrunc.sampling.mask",
+    "try_packed": "hf_longtrunc.data.verify",
     "uld_assistant": "hf_longtrunc.mixing.uld",
     "verify_positions": "hf_longtrunc.positions.verify",
     "write_datatrove": "hf_longtrunc.data.datatrove",

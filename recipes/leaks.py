@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import transformers
 
-from hf_longtrunc.data.verify import try_packed
+from hf_longtrunc import try_packed
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (8, 16, 40)

@@ -94,6 +94,7 @@ PUBLIC = {
         "trained_length",
         "truncated_log_probs",
         "truncated_scores",
+        "try_packed",
         "uld_assistant",
         "verify_positions",
         "write_datatrove",

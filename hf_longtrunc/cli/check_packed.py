@@ -22,8 +22,7 @@ def check_packed(
     packed = made_up(seq_length) if rows is None else rows_of(rows)
     from rich.table import Table
 
-    from hf_longtrunc import BestFitPackingCollator
-    from hf_longtrunc.data.verify import try_packed
+    from hf_longtrunc import BestFitPackingCollator, try_packed
 
     loaded, tokenizer = load(model, needs="a causal LM")
     collator = BestFitPackingCollator(max(len(row["input_ids"]) for row in packed), tokenizer, layout="rows")

@@ -9,8 +9,7 @@ import pytest
 import torch
 import transformers
 
-from hf_longtrunc import BestFitPackingCollator, check_packed, pack
-from hf_longtrunc.data.verify import try_packed
+from hf_longtrunc import BestFitPackingCollator, check_packed, pack, try_packed
 from tests.attention.tiny_models import tiny_model
 from tests.command_line import invoke, model_folder  # noqa: F401
 from tests.data.corpora import raw_examples, token_lists

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hf_longtrunc.errors import LeakingRowsError
 from hf_longtrunc.models import decoder_of, evaluating, parameters_of, unwrapped
 
 if TYPE_CHECKING:
@@ -19,10 +20,6 @@ _DOCUMENT = 8  # tokens of each of the two documents in a row of the test
 _ROUNDING = 1e-5  # what it may move, as a share of the change in the first document's own logits
 _PLACE = 1e-3  # the same, between a place in a long row and a row of its own: other kernels, other rounding
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-
-
-class LeakError(ValueError):
-    """Documents in one row see each other, or where in the row they lie."""
 
 
 @torch.no_grad()
@@ -68,7 +65,7 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
         own, leaked = _influence(model, probe)
         _, rounding = _influence(model, _apart(probe))
     if not leaked <= max(4 * rounding, _ROUNDING * own):
-        raise LeakError(
+        raise LeakingRowsError(
             f"documents packed in one row see each other in this {type(inside).__name__}: changing the first one's "
             f"tokens moved its own logits by {own:.3g} and the second one's by {leaked:.3g}, in a row of their own by "
             f"{rounding:.3g}. {_advice(inside, batch)}"
@@ -76,7 +73,7 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
     with evaluating(model):
         for place, difference in _differences(model, batch):
             if not difference <= _PLACE:
-                raise LeakError(
+                raise LeakingRowsError(
                     f"a document of a row sees where in the row it lies in this {type(inside).__name__}: from token "
                     f"{place} on its logits differ by {difference:.1%} of their size from those that it has alone. "
                     "Attention is scaled (attn_temperature_tuning), or cut into chunks, by the index in the row; pack "
@@ -120,7 +117,7 @@ def _verdict(model: Any, attention: str, batch: dict[str, Any]) -> str:
     try:
         model.set_attn_implementation(attention)
         check_packed(model, batch)
-    except LeakError:
+    except LeakingRowsError:
         return "leaks"
     except Exception as error:
         return f"refused ({type(error).__name__})"

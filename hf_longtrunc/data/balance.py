@@ -106,13 +106,11 @@ class BalancedRows(TorchDataset[dict[str, Any]]):
 def _squared_lengths(rows: Any) -> NDArray[np.int64]:
     """Return the sum of squared document lengths of every row; the padding behind them counts as a document."""
     if isinstance(rows, PackedDataset):
-        plan = rows.packing
-        lengths, numbers = (
-            plan.length[plan.items].astype(np.int64),
-            np.repeat(np.arange(len(plan)), np.diff(plan.offsets)),
+        lengths, (begins, stops) = rows.packing.length[rows.packing.items].astype(np.int64), rows.spans()
+        fills, squares = (
+            np.diff(np.append(0, np.cumsum(of))[[begins, stops]], axis=0)[0] for of in (lengths, lengths**2)
         )
-        squares = _sums(lengths**2, numbers, len(plan)) + (plan.seq_length - plan.fills()) ** 2
-        cost: NDArray[np.int64] = np.append(squares, plan.seq_length**2)[np.minimum(rows.numbers, len(plan))]
+        cost: NDArray[np.int64] = squares + (rows.packing.seq_length - fills) ** 2
         return cost
     if not hasattr(rows, "column_names"):
         raise TypeError(

@@ -166,10 +166,15 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         _refuse_own_folder(self._documents, at, library)
         return write_rows(self, at, names, dtype, num_proc)
 
-    @property
-    def numbers(self) -> NDArray[np.int64]:
-        """The number of every row in the plan, read-only; from `len(packing)` on it is a row of padding."""
-        return self._order
+    def spans(self, first: int = 0, last: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where in `packing.items` the rows `first` to `last` of this view begin and end, [rows] each."""
+        rows, offsets, donors = self._order[first:last], self.packing.offsets, np.array(self._donors, np.int64)
+        added = rows - len(self.packing)  # rows that take a piece of another, and behind them rows of padding only
+        begins, stops = (offsets[np.minimum(rows + end, len(self.packing))].astype(np.int64) for end in (0, 1))
+        takes = (added >= 0) & (added < len(donors))
+        begins[takes] = stops[takes] = offsets[donors[added[takes]] + 1]
+        begins[takes] -= 1
+        return begins, stops - np.isin(rows, donors)
 
     @property
     def teaching(self) -> list[str]:
@@ -188,8 +193,7 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         Raises:
             ValueError: a token that `dtype` does not hold; labels left out that are not the tokens.
         """
-        rows, last_row = self._order[first:last], len(self.packing)  # rows of padding come behind it
-        begins, stops = (self.packing.offsets[np.minimum(rows + end, last_row)].astype(np.int64) for end in (0, 1))
+        begins, stops = self.spans(first, last)
         counts = stops - begins
         flat = self.packing.items[np.repeat(stops - np.cumsum(counts), counts) + np.arange(counts.sum())]
         lengths = self.packing.length[flat].astype(np.int64)
@@ -229,12 +233,9 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         return names
 
     def _pieces(self, index: int) -> NDArray[Any]:
-        row, rows = int(self._order[index]), len(self.packing)
-        if row < rows:
-            return self.packing.row(row)[: -1 if row in self._donors else None]
-        return (
-            self.packing.row(self._donors[row - rows])[-1:] if row - rows < len(self._donors) else np.empty(0, np.int64)
-        )
+        row = range(len(self))[index]  # IndexError ends a loop over the rows
+        (begin,), (stop,) = self.spans(row, row + 1)
+        return self.packing.items[begin:stop]
 
     def _piece(self, piece: int) -> Document:
         packing = self.packing

@@ -98,6 +98,7 @@ STEPS = [
         "truncated_ratios.py",
     ),
     Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
+    Step("vllm-masks", "Kept sets recorded in a real vLLM beside the processors'", None, "vllm_masks.py"),
     Step(
         "hosts-doors",
         "Exported folders in five hosts of transformers, beside the context manager",

@@ -148,6 +148,7 @@ PUBLIC = {
         "token_losses",
         "update_model_card",
         "wilson_interval",
+        "read_traces",
         "truncation_scores",
         "truncation_table",
         "Fact",

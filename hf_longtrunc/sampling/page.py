@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     from hf_longtrunc.sampling.trace import TruncationRecord, TruncationTrace
 
-_FIELDS = ("token", "probability", "rank", "is_kept", "entropy", "threshold", "lowest_kept", "kept", "kept_mass")
-_FIELDS += ("kept_below", "cut_above")
+_FIELDS = (
+    *("token", "probability", "rank", "is_kept", "entropy", "threshold", "lowest_kept", "kept", "kept_mass"),
+    *("kept_below", "cut_above"),
+)
 _DIGITS = 4
 
 

@@ -203,7 +203,7 @@ class Conversation:
 
     def fits(self, text: str) -> bool:
         """Whether the window holds a text beside what was said so far."""
-        window: int = self.handle.settings.window_length
+        window: int = self.handle.resolved.window_length
         return self.seen + len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) <= window
 
     @property

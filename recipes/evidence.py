@@ -65,6 +65,7 @@ class Run:
 
 
 NOVELS = "great_expectations.txt,pride_and_prejudice.txt"
+REPORTED = f"{NOVELS},middlemarch.txt"
 FACTS = '"magic number,own words,two values,ship"'
 STEPS = [
     Step(
@@ -190,11 +191,10 @@ STEPS = [
         f"reading.py --texts {NOVELS.split(',')[0]} --lengths 32000 --each 3 --arms both --batteries {FACTS} --out OUT",
     ),
     Step(
-        "ask",
-        "A question about the first 32,000 tokens of a novel",
+        "asking",
+        "What `ask` finds and answers in novels and wordings that nothing was chosen on",
         None,
-        f'{COMMAND} ask TEXT "Who is the narrator of this story?" "Where does the narrator live as a child?" '
-        "--max-tokens 32000 --max-new-tokens 40 --json",
+        f"asking.py --texts {REPORTED} --lengths 7500,12000,16000 --each 3 --conversations --out OUT",
     ),
     Step(
         "memory",

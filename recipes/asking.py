@@ -60,7 +60,7 @@ def main(
     torch.set_num_threads(1)
     language_model, tokenizer = load_pretrained(model)
     by_meaning = Remembering(*load_encoder(encoder))
-    known = {"encoder": by_meaning, "bm25": BM25(threshold=0), "fused": Fused(by_meaning, BM25())}
+    known: dict[str, Any] = {"encoder": by_meaning, "bm25": BM25(threshold=0), "fused": Fused(by_meaning, BM25())}
     if unknown := set(arms.split(",")) - set(known):
         raise typer.BadParameter(f"--arms takes {', '.join(known)}; got {', '.join(sorted(unknown))}")
     records = run_find_and_read(

@@ -65,7 +65,6 @@ class Run:
 
 
 NOVELS = "great_expectations.txt,pride_and_prejudice.txt"
-REPORTED = f"{NOVELS},middlemarch.txt"
 FACTS = '"magic number,own words,two values,ship"'
 STEPS = [
     Step(
@@ -191,10 +190,22 @@ STEPS = [
         f"reading.py --texts {NOVELS.split(',')[0]} --lengths 32000 --each 3 --arms both --batteries {FACTS} --out OUT",
     ),
     Step(
-        "asking",
-        "What `ask` finds and answers in novels and wordings that nothing was chosen on",
+        "asking-choose",
+        "What `ask` finds and answers on the novels and wordings that its settings were chosen on",
         None,
-        f"asking.py --texts {REPORTED} --lengths 7500,12000,16000 --each 3 --conversations --out OUT",
+        "asking.py --part choose --texts bleak_house.txt,moby_dick.txt --lengths 7500 --each 3 --out OUT",
+    ),
+    Step(
+        "asking",
+        "What `ask` finds and answers in a novel and wordings that nothing was chosen on",
+        None,
+        "asking.py --texts great_expectations.txt --lengths 7500,16000 --each 2 --out OUT",
+    ),
+    Step(
+        "asking-all",
+        "The same on three novels, and as conversations: hours",
+        None,
+        f"asking.py --texts {NOVELS},middlemarch.txt --lengths 7500,12000,16000 --each 3 --conversations --out OUT",
     ),
     Step(
         "memory",

@@ -181,8 +181,9 @@ class Conversation:
 
     def fits(self, text: str) -> bool:
         """Whether half of the window holds a text, so that it is still there when the reply ends."""
-        window: int = self.handle.resolved.window_length
-        return 2 * len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) <= window
+        resolved: Any = self.handle.resolved
+        length = len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return bool(2 * length <= resolved.window_length)
 
     @property
     def seen(self) -> int:

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING
 from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from hf_longtrunc.asking.answers import Answer as Answer, ask as ask
+    from hf_longtrunc.asking.finders import (
+        BM25 as BM25,
+        Fused as Fused,
+        SentenceEncoder as SentenceEncoder,
+    )
+    from hf_longtrunc.asking.index import TextIndex as TextIndex
+    from hf_longtrunc.asking.passages import Passage as Passage
     from hf_longtrunc.attention.dual_chunk_attention import DualChunkAttention as DualChunkAttention
     from hf_longtrunc.attention.explanation import Explanation as Explanation
     from hf_longtrunc.attention.full_store import ArchiveCacheLayer as ArchiveCacheLayer
@@ -80,7 +88,7 @@ if TYPE_CHECKING:
     )
     from hf_longtrunc.positions.scaling import extend_context as extend_context
     from hf_longtrunc.positions.verify import verify_positions as verify_positions
-    from hf_longtrunc.pretrained import load_pretrained as load_pretrained
+    from hf_longtrunc.pretrained import load_encoder as load_encoder, load_pretrained as load_pretrained
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
     from hf_longtrunc.sampling.basis import SoftmaxBasis as SoftmaxBasis
     from hf_longtrunc.sampling.bat import BasisAwareLogitsProcessor as BasisAwareLogitsProcessor
@@ -114,9 +122,11 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 _HOME = {
+    "Answer": "hf_longtrunc.asking.answers",
     "ArchiveCacheLayer": "hf_longtrunc.attention.full_store",
     "AttentionTrace": "hf_longtrunc.attention.trace",
     "AuxiliaryModelLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
+    "BM25": "hf_longtrunc.asking.finders",
     "BalancedRows": "hf_longtrunc.data.balance",
     "BasisAwareLogitsProcessor": "hf_longtrunc.sampling.bat",
     "BestFitPackingCollator": "hf_longtrunc.data.collators",
@@ -131,6 +141,7 @@ _HOME = {
     "EtaLogitsProcessor": "hf_longtrunc.sampling.processors",
     "Explanation": "hf_longtrunc.attention.explanation",
     "FaissDatastore": "hf_longtrunc.cross_attention.datastore",
+    "Fused": "hf_longtrunc.asking.finders",
     "GradualUnrolling": "hf_longtrunc.mixing.pema",
     "GuidanceLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "HFLongtruncError": "hf_longtrunc.errors",
@@ -146,13 +157,16 @@ _HOME = {
     "PackedDataset": "hf_longtrunc.data.dataset",
     "PackedStream": "hf_longtrunc.data.stream",
     "Packing": "hf_longtrunc.data.packing",
+    "Passage": "hf_longtrunc.asking.passages",
     "ProxyTuningLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "SamplingMask": "hf_longtrunc.sampling.mask",
     "SamplingMaskRecorder": "hf_longtrunc.sampling.recorder",
+    "SentenceEncoder": "hf_longtrunc.asking.finders",
     "ShardedDatastore": "hf_longtrunc.cross_attention.datastore",
     "SoftmaxBasis": "hf_longtrunc.sampling.basis",
     "StreamingLLM": "hf_longtrunc.attention.streaming_llm",
     "SupportChecker": "hf_longtrunc.sampling.support",
+    "TextIndex": "hf_longtrunc.asking.index",
     "TopBlocks": "hf_longtrunc.attention.key_retrieval",
     "TopHLogitsProcessor": "hf_longtrunc.sampling.processors",
     "TopK": "hf_longtrunc.attention.key_retrieval",
@@ -165,6 +179,7 @@ _HOME = {
     "Unlimiformer": "hf_longtrunc.cross_attention.unlimiformer",
     "UnsupportedModelError": "hf_longtrunc.errors",
     "XTCLogitsProcessor": "hf_longtrunc.sampling.processors",
+    "ask": "hf_longtrunc.asking.answers",
     "attach_processors": "hf_longtrunc.sampling.attach",
     "attach_truncation": "hf_longtrunc.sampling.policy_training",
     "best_fit_decreasing": "hf_longtrunc.data.packing",
@@ -174,6 +189,7 @@ _HOME = {
     "critical_threshold": "hf_longtrunc.sampling.support",
     "distances_seen": "hf_longtrunc.positions.cream",
     "extend_context": "hf_longtrunc.positions.scaling",
+    "load_encoder": "hf_longtrunc.pretrained",
     "load_pretrained": "hf_longtrunc.pretrained",
     "load_uld_assistant": "hf_longtrunc.mixing.uld",
     "pack": "hf_longtrunc.data.dataset",

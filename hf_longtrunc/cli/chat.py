@@ -1,4 +1,4 @@
-"""`hf-longtrunc chat`: a conversation without end, at constant memory but for texts that are to be read whole."""
+"""`hf-longtrunc chat`: a conversation without end, at constant memory, and about texts of any length."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from hf_longtrunc.cli.common import Model, Sinks, Window, is_watched, load, notes, read_text, whole_text
+from hf_longtrunc.cli.common import Model, Sinks, Window, is_watched, load, notes, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
+    from hf_longtrunc import LMInfinite, TextIndex
+
 HELP = {
-    "/file PATH [WAY]": "put a text before your next message. One that the window cannot hold is read whole, by dual "
-    "chunk attention: memory grows with it, until /reset. --blocks keeps it whole too, and reads what a message points "
-    "at; --lm-infinite reads beginning and end alone, at constant memory",
+    "/file PATH": "a text to talk about. One that half the window holds is read whole with your next message; of a "
+    "longer one each message reads the passage that stands out for it, until /reset",
     "/sampler NAME [X]": "eta 0.002, epsilon 0.0009, top-n-sigma 1, p-less, bat 0.002, top-p 0.9, min-p 0.05, plain, "
     "greedy",
     "/save PATH": "write the conversation as JSON lines",
@@ -34,7 +35,6 @@ HELP = {
 }
 _CHUNK = 256  # tokens a forward while reading
 _MARK = "longtrunc-reply"
-_CONSTANT, _BLOCKS, _WHOLE = "--lm-infinite", "--blocks", "--dual-chunk"
 
 
 def chat(
@@ -55,7 +55,7 @@ def chat(
     """Talk with a model without end: LM-Infinite keeps the memory constant. Lines of standard input are messages.
 
     What the model says goes to stdout, everything else to stderr. /help lists the commands. Without --blocks the model
-    sees the first tokens and the last window of the conversation, but for a long text that /file reads whole.
+    sees the first tokens and the last window of the conversation.
     """
     processors_of(sampler, None)  # a wrong name is told before the model is loaded
     import torch
@@ -63,9 +63,7 @@ def chat(
     loaded: Any
     loaded, tokenizer = load(model, needs="a causal LM")
     torch.manual_seed(seed)
-    conversation = Conversation(
-        loaded, tokenizer, system, ways(loaded, tokenizer, window, sinks), _BLOCKS if blocks else _CONSTANT
-    )
+    conversation = Conversation(loaded, tokenizer, system, technique_of(loaded, tokenizer, window, sinks, blocks))
     try:
         talk = Talk(conversation, sampler, max_new_tokens, status_every)
         if sys.stdin.isatty():
@@ -77,16 +75,14 @@ def chat(
         conversation.handle.detach()
 
 
-def ways(model: Any, tokenizer: Any, window: int | None, sinks: int) -> dict[str, Any]:
-    """Return the techniques by which a conversation can be read, by the names that /file takes."""
+def technique_of(model: Any, tokenizer: Any, window: int | None, sinks: int, blocks: bool) -> LMInfinite:
+    """Return LM-Infinite, with the blocks that a message points at if they are asked for."""
     from hf_longtrunc import LMInfinite, TopBlocks, trained_length
 
+    if not blocks:
+        return LMInfinite(num_sink_tokens=sinks, window_length=window)
     quarter = window or max(1, trained_length(model.config) // 4)
-    return {
-        _CONSTANT: LMInfinite(num_sink_tokens=sinks, window_length=window),
-        _BLOCKS: LMInfinite(num_sink_tokens=sinks, window_length=quarter, retrieval=TopBlocks.for_chat(tokenizer)),
-        _WHOLE: whole_text(model, tokenizer),
-    }
+    return LMInfinite(num_sink_tokens=sinks, window_length=quarter, retrieval=TopBlocks.for_chat(tokenizer))
 
 
 def lines() -> Iterator[str]:
@@ -161,50 +157,33 @@ class Conversation:
         model: the one that speaks.
         tokenizer: of it.
         system: what it is told first.
-        ways: the techniques by which it can read, by name.
-        way: the one to begin with.
+        technique: how it reads.
 
     Attributes:
         handle: of the technique that is attached: `detach()` it at the end.
         unread: tokens of the last message that were not read.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, system: str | None, ways: dict[str, Any], way: str):
-        self.model, self.tokenizer, self.system, self.ways = model, tokenizer, system, ways
-        self._first = self.way = way
-        self.handle = ways[way].attach(model)
+    def __init__(self, model: Any, tokenizer: Any, system: str | None, technique: LMInfinite):
+        self.model, self.tokenizer, self.system = model, tokenizer, system
+        self.grows = technique.retrieval is not None
+        self.handle = technique.attach(model)
         stops = [model.generation_config.eos_token_id, tokenizer.eos_token_id]
         self._stops = {each for stop in stops for each in (stop if isinstance(stop, list) else [stop])} - {None}
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, and read as in the beginning."""
-        self.turn_to(self._first)
+        """Forget everything."""
         self.messages: list[dict[str, str]] = []
         self.unread = 0
         self._cache: Any = None
         self._logits: Any = None
 
-    def turn_to(self, way: str) -> None:
-        """Read from now on in another way; what was said so far is read anew with the next message.
-
-        Raises:
-            ValueError: the model cannot be read so, and is read as before.
-        """
-        if way == self.way:
-            return
-        self.handle.detach()
-        try:
-            self.handle = self.ways[way].attach(self.model)
-        except ValueError:
-            self.handle = self.ways[self.way].attach(self.model)
-            raise
-        self.way, self._cache = way, None
-
     def fits(self, text: str) -> bool:
-        """Whether the window holds a text beside what was said so far."""
-        window: int = self.handle.settings.window_length
-        return self.seen + len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids) <= window
+        """Whether half of the window holds a text, so that it is still there when the reply ends."""
+        resolved: Any = self.handle.resolved
+        length = len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return bool(2 * length <= resolved.window_length)
 
     @property
     def seen(self) -> int:
@@ -333,10 +312,13 @@ class Conversation:
 class Talk:
     """The commands and messages of one user, with what was set for them."""
 
+    _index: TextIndex | None
+
     def __init__(self, conversation: Conversation, sampler: str, most: int | None, every: int | None):
         self.conversation, self.most, self.every = conversation, most, every
         self.processors = processors_of(sampler, conversation.model)
-        self._file = ""
+        self._file, self._index = "", None
+        self._turns: list[tuple[str, str]] = []
         self._speed = 0.0
 
     def take(self, line: str) -> bool:
@@ -363,8 +345,7 @@ class Talk:
         return True
 
     def _answer(self, line: str) -> None:
-        message = f"{self._file}\n\n{line}" if self._file else line
-        self._file = ""
+        message = self._message(line)
         with _interrupts() as interrupted:
             is_read = self.conversation.say(message, interrupted, progress=is_watched())
             since = time.perf_counter()
@@ -377,31 +358,41 @@ class Talk:
                         print(file=sys.stderr)
                     self._status()
         print(flush=True)
+        self._turns.append((line, self.conversation.messages[-1]["content"]))
         unread = f": {self.conversation.unread:,} tokens not read" if self.conversation.unread else ""
         self._status(f" (interrupted{unread})" if interrupted.is_set() else "")
 
-    def _read(self, rest: str) -> None:
-        path, _, way = rest.rpartition(" ")
-        if way not in self.conversation.ways:
-            path, way = rest, ""
+    def _message(self, line: str) -> str:
+        """Return what the model is to read for a line: with a short file, or with what stands out in a long one."""
+        from hf_longtrunc.asking.answers import NOT_FOUND, find_passages
+        from hf_longtrunc.asking.prompt import PROMPT, fill_prompt
+
+        if self._file:
+            message, self._file = f"{self._file}\n\n{line}", ""
+            return message
+        if self._index is None:
+            return line
+        passages, _ = find_passages(self._index, line, self._turns)
+        if not passages:
+            notes().print(f"[dim]({NOT_FOUND})[/dim]")
+        return fill_prompt(PROMPT, passages, line)
+
+    def _read(self, path: str) -> None:
+        from hf_longtrunc import TextIndex
+        from hf_longtrunc.asking.answers import default_finder
+
         if not path:
             raise ValueError("name a file: /file PATH")
         text = read_text(path)
-        if not way and self.conversation.way == _CONSTANT and not self.conversation.fits(text):
-            way = _WHOLE
-        self._turn_to(way or self.conversation.way)
-        self._file = text
-        memory = "constant" if self.conversation.way == _CONSTANT else "growing until /reset"
-        notes().print(f"{escape(path)}: {len(text):,} characters, read with your next message; memory {memory}")
-
-    def _turn_to(self, way: str) -> None:
-        try:
-            self.conversation.turn_to(way)
-        except ValueError as error:
-            if way != _WHOLE:
-                raise
-            notes().print(f"{error}; taking {_BLOCKS}", markup=False)
-            self.conversation.turn_to(_BLOCKS)
+        self._file, self._index, self._turns = "", None, []
+        if self.conversation.fits(text):
+            self._file = text
+            notes().print(f"{escape(path)}: {len(text):,} characters, read with your next message")
+        else:
+            self._index = TextIndex(text, default_finder(), progress=is_watched())
+            notes().print(
+                f"{escape(path)}: {len(text):,} characters, of which each message reads what stands out, until /reset"
+            )
 
     def _choose(self, name: str) -> None:
         with notes().status("making the sampler"):
@@ -417,12 +408,12 @@ class Talk:
 
     def _reset(self, rest: str) -> None:
         self.conversation.reset()
-        self._file = ""
+        self._file, self._index, self._turns = "", None, []
         notes().print("forgotten")
 
     def _status(self, note: str = "") -> None:
         seen, held = self.conversation.seen, self.conversation.mebibytes
-        kind = "constant" if self.conversation.way == _CONSTANT else "growing"
+        kind = "growing" if self.conversation.grows else "constant"
         notes().print(
             f"[dim]{seen:,} tokens seen, cache {held:,.2f} MiB ({kind}), {self._speed:.1f} tokens/s{note}[/dim]"
         )

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
@@ -213,16 +213,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item"):  # a NumPy or torch scalar
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def whole_text(model: Any, tokenizer: Any) -> Any:
-    """Return dual chunk attention, with an eye on what a question points at where model and tokenizer allow that."""
-    from hf_longtrunc import DualChunkAttention, TopBlocks
-
-    retrieval = TopBlocks.for_chat(tokenizer)
-    if retrieval.ending_ids:  # elsewhere nothing tells where a question ends
-        with suppress(ValueError):
-            technique = DualChunkAttention(retrieval=retrieval)
-            technique.attach(model).detach()
-            return technique
-    return DualChunkAttention()

@@ -11,6 +11,13 @@ from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_longtrunc.evaluation.card import update_model_card as update_model_card
+    from hf_longtrunc.evaluation.find_and_read import (
+        FactText as FactText,
+        FindAndReadRecord as FindAndReadRecord,
+        find_and_read_table as find_and_read_table,
+        paired_test as paired_test,
+        run_find_and_read as run_find_and_read,
+    )
     from hf_longtrunc.evaluation.haystack import Haystack as Haystack
     from hf_longtrunc.evaluation.heat_maps import wilson_interval as wilson_interval
     from hf_longtrunc.evaluation.matching import (
@@ -82,6 +89,7 @@ if TYPE_CHECKING:
         TruncationScore as TruncationScore,
         plot_repetition as plot_repetition,
         plot_truncation as plot_truncation,
+        read_traces as read_traces,
         repetition_table as repetition_table,
         run_repetition as run_repetition,
         truncation_scores as truncation_scores,
@@ -90,6 +98,11 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Fact": "hf_longtrunc.evaluation.recall",
+    "FactText": "hf_longtrunc.evaluation.find_and_read",
+    "FindAndReadRecord": "hf_longtrunc.evaluation.find_and_read",
+    "find_and_read_table": "hf_longtrunc.evaluation.find_and_read",
+    "paired_test": "hf_longtrunc.evaluation.find_and_read",
+    "run_find_and_read": "hf_longtrunc.evaluation.find_and_read",
     "Haystack": "hf_longtrunc.evaluation.haystack",
     "KeyValuePrompts": "hf_longtrunc.evaluation.retrieval",
     "LongText": "hf_longtrunc.evaluation.questions",
@@ -142,6 +155,7 @@ _HOME = {
     "start_stream": "hf_longtrunc.evaluation.streaming",
     "stream_losses": "hf_longtrunc.evaluation.perplexity",
     "token_losses": "hf_longtrunc.evaluation.perplexity",
+    "read_traces": "hf_longtrunc.evaluation.truncation",
     "truncation_scores": "hf_longtrunc.evaluation.truncation",
     "truncation_table": "hf_longtrunc.evaluation.truncation",
     "update_model_card": "hf_longtrunc.evaluation.card",

@@ -51,6 +51,13 @@ _LM_INFINITE = Paper(
     "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models",
     "2308.16137",
 )
+_STREAMING_LLM = Paper(
+    "StreamingLLM",
+    "Xiao et al.",
+    2023,
+    "Efficient Streaming Language Models with Attention Sinks",
+    "2309.17453",
+)
 _DUAL_CHUNK = Paper(
     "dual chunk attention",
     "An et al.",
@@ -144,6 +151,7 @@ PAPERS = {  # a public name that names a technique -> its paper; tests/evaluatio
     "PackedStream": _PACKING,
     "ProxyTuningLogitsProcessor": _PROXY,
     "SoftmaxBasis": _BAT,
+    "StreamingLLM": _STREAMING_LLM,
     "TopBlocks": _LM_INFINITE,
     "TopNSigmaLogitsProcessor": _TOP_N_SIGMA,
     "TopHLogitsProcessor": _TOP_H,

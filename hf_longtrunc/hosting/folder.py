@@ -9,9 +9,10 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc import __version__, trained_length
+from hf_longtrunc import __version__
 from hf_longtrunc.arguments import one_of
 from hf_longtrunc.evaluation import update_model_card
 from hf_longtrunc.hosting.generate import reading_of
@@ -203,7 +204,7 @@ def _with_window(technique: Any, source: Path) -> Any:
     if config.is_encoder_decoder:
         raise ValueError(f"model must be a causal language model, and {source} is an encoder-decoder")
     if not isinstance(technique, type) and getattr(technique, "window_length", 1) is None:
-        return replace(technique, window_length=trained_length(config))
+        return replace(technique, window_length=technique.for_model(SimpleNamespace(config=config)).window_length)
     return technique
 
 

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
     from hf_longtrunc.sampling.trace import TruncationRecord, TruncationTrace
 
-_FIELDS = ("token", "probability", "rank", "entropy", "threshold", "kept", "kept_mass", "kept_below", "cut_above")
+_FIELDS = (
+    *("token", "probability", "rank", "is_kept", "entropy", "threshold", "lowest_kept", "kept", "kept_mass"),
+    *("kept_below", "cut_above"),
+)
 _DIGITS = 4
 
 
@@ -35,7 +38,15 @@ def write_page(
         raise ValueError("nothing recorded: generate with this trace and call trace.finish(sequences) first")
     steps = [step for text in texts for step in text["steps"]]
     shown = {step["token"] for step in steps} | {near[0] for step in steps for near in step["candidates"]}
-    data = {"epsilon": epsilon, "prompt": prompt, "words": piece_by_token(tokenizer, sorted(shown)), "texts": texts}
+    tokens = [[step["token"] for step in text["steps"]] for text in texts]
+    is_one_text = len(texts) > 1 and all(each == tokens[0] for each in tokens)
+    data = {
+        "epsilon": epsilon,
+        "isOneText": is_one_text,
+        "prompt": prompt,
+        "words": piece_by_token(tokenizer, sorted(shown)),
+        "texts": texts,
+    }
     content = resources.files("hf_longtrunc.sampling").joinpath("trace.html").read_text(encoding="utf-8")
     return write(path, content, data, title="What the samplers cut", prompt=prompt)
 

@@ -61,6 +61,7 @@ class TruncationRecord:
         kept_below: how many of them lie below the threshold, None without one: what basis-aware truncation rescued.
         cut_above: how many tokens at or above the threshold were cut, None without one.
         token, probability, rank: the token that was drawn (1 = the most probable), None while it is unknown.
+        is_kept: whether that token could be drawn; of a text that was only read, a sampler may have cut it.
         critical_threshold: that token's basis-aware probability, where the trace was asked for it.
         candidates: some tokens of the step, the most probable first, as a NumPy array of records with the fields
             `token`, `probability`, `kept` and `margin`; see `TruncationTrace(candidates=...)`.
@@ -79,6 +80,7 @@ class TruncationRecord:
     token: int | None = None
     probability: float | None = None
     rank: int | None = None
+    is_kept: bool | None = None
     critical_threshold: float | None = None
     candidates: _Candidates | None = field(default=None, compare=False, repr=False)
 
@@ -108,6 +110,7 @@ class _OpenStep(NamedTuple):
 
     ids: Tensor  # [rows, position], on the CPU
     log_probs: Tensor  # [rows, vocab], where the scores are
+    kept: Tensor  # bool, alike
     keys: list[tuple[int, int, int]]
 
 
@@ -255,16 +258,18 @@ class TruncationTrace(LogitsProcessor):
     ) -> Path:
         """Write one page that shows the drawn texts token by token, and for each token what was cut; return its path.
 
-        The page holds everything that it needs and asks nothing of a network. A token's colour is its probability;
-        what eta-sampling would have refused and what basis-aware truncation rescued are marked. Pointing at a token,
-        tapping it or reaching it with the arrow keys shows its step: probability, bar, kept and cut tokens, and the
-        margins of the proofs behind the rescued ones.
+        The page holds everything that it needs, asks nothing of a network, and gives its numbers out as csv and json. A
+        token's colour is its probability; what eta-sampling would have refused and what basis-aware truncation rescued
+        are marked. Pointing at a token, tapping it or reaching it with the arrow keys shows its step: probability, bar,
+        kept and cut tokens, and the margins of the proofs behind the rescued ones.
 
         Args:
             tokenizer: of the model that drew.
             path: a file, written anew.
             name: what this trace's texts are called.
-            beside: further traces by name, shown in columns beside this one.
+            beside: further traces by name, shown in columns beside this one. Where all of them hold the same text, as
+                `hf_longtrunc.evaluation.read_traces` makes them, the page is of that text: a strip of entropy and kept
+                mass along it, and every sampler's bar and kept tokens at a token.
             epsilon: of the eta-sampling that marks what it would have refused.
             prompt: shown above the texts.
 
@@ -349,7 +354,7 @@ class TruncationTrace(LogitsProcessor):
             keys = [(reading.run, row, ids.shape[1]) for row in range(ids.shape[0])]
             for key, values, near in zip(keys, zip(*columns, strict=True), candidates, strict=True):
                 self._records[key] = replace(TruncationRecord(*key, *values), candidates=near)
-            reading.open.append(_OpenStep(ids, log_probs, keys))
+            reading.open.append(_OpenStep(ids, log_probs, kept, keys))
             if len(reading.open) > (_OPEN_STEPS_OF_ONE_ROW if ids.shape[0] == 1 else 1):
                 reading.open.popleft()
             self._forget_oldest()
@@ -377,10 +382,12 @@ class TruncationTrace(LogitsProcessor):
         """Write tokens [rows] with their probability and rank into the records of `step`, where they are known."""
         drawn = step.log_probs.gather(1, tokens[:, None].to(step.log_probs.device))
         ranks = (step.log_probs > drawn).sum(1) + 1
-        columns = known.tolist(), tokens.tolist(), drawn.exp()[:, 0].tolist(), ranks.tolist()
-        for key, is_known, token, probability, rank in zip(step.keys, *columns, strict=True):
+        is_kept = step.kept.gather(1, tokens[:, None].to(step.kept.device))[:, 0]
+        columns = tokens.tolist(), drawn.exp()[:, 0].tolist(), ranks.tolist(), is_kept.tolist()
+        for key, is_known, *values in zip(step.keys, known.tolist(), *columns, strict=True):
             if is_known and key in self._records:
-                self._records[key] = replace(self._records[key], token=token, probability=probability, rank=rank)
+                named = dict(zip(("token", "probability", "rank", "is_kept"), values, strict=True))
+                self._records[key] = replace(self._records[key], **named)
                 if self.critical_threshold is not None:
                     self._fill_in_critical(key, step.log_probs[key[1]])
 

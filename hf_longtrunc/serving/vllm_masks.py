@@ -10,13 +10,13 @@ import os
 import re
 import struct
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from hf_longtrunc.sampling.mask import SamplingMask
+from hf_longtrunc.serving.rows import wanted
 from hf_longtrunc.serving.vllm import TruncationLogitsProcessor
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ class RecordingLogitsProcessor(TruncationLogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
         """Raise ValueError where a request's arguments are wrong, before it enters the batch."""
-        name, rest = _split(sampling_params)
-        TruncationLogitsProcessor.validate_params(rest)
+        super().validate_params(sampling_params)
+        name = _name(sampling_params)
         if name is None:
             return
         folder = os.environ.get(FOLDER)
@@ -70,8 +70,11 @@ class RecordingLogitsProcessor(TruncationLogitsProcessor):
             raise ValueError(f"{_KEY} must be a file name of letters, digits, '_', '-' and '.', got {name!r}")
         if Path(folder, name).exists():
             raise ValueError(f"{_KEY} {name!r} is taken: give each request a name of its own")
-        if not TruncationLogitsProcessor(None).add_request(0, rest):
-            raise ValueError(f"{_KEY} records eta, epsilon and the other samplers of this processor: name one of them")
+        asked = wanted(sampling_params.extra_args)
+        if not asked or "dry" in asked:
+            raise ValueError(
+                f"{_KEY} records eta, epsilon and the other samplers that cut: name one, and leave DRY off"
+            )
         for other, values in _NEUTRAL.items():
             if (value := getattr(sampling_params, other, None)) is not None and value not in values:
                 raise ValueError(
@@ -79,28 +82,25 @@ class RecordingLogitsProcessor(TruncationLogitsProcessor):
                 )
 
     def _wanted(self, params: Any) -> dict[str, Any]:
-        name, rest = _split(params)
-        asked = super()._wanted(rest)
+        asked, name = super()._wanted(params), _name(params)
         return {**asked, _KEY: Path(os.environ[FOLDER], str(name))} if asked and name is not None else asked
 
     def apply(self, logits: Tensor, context: Any = None) -> Tensor:
         """Return `logits` [rows, V], cut in each row by what its request asks, and write down what was left."""
         result = super().apply(logits, context)
         slots = range(len(logits)) if context is None else context.expanded_idx_mapping.tolist()
-        rows = [row for row, slot in enumerate(slots) if _KEY in self._requests.get(slot, ({},))[0]]
+        requests = [self._requests.get(slot, ({}, [], [])) for slot in slots]
+        rows = [row for row, (asked, *_) in enumerate(requests) if _KEY in asked]
         if rows:
             mask = SamplingMask.from_kept(result[rows] > -torch.inf)
             for place, row in enumerate(rows):
-                asked, _, outputs = self._requests[slots[row]]
-                number = self._number(outputs, row, slots[row], context)
+                asked, _, output = requests[row]
+                # Which new token the row is for; below 0 in the middle of a prompt, whose draw the engine drops.
+                number = len(output)
+                if context is not None:
+                    number = int(context.pos[row]) + 1 - int(self._prompt_lengths.np[slots[row]])
                 _append(asked[_KEY], number, mask[place : place + 1])
         return result
-
-    def _number(self, outputs: list[int], row: int, slot: int, context: Any) -> int:
-        """Return which new token the row is for; below 0 in the middle of a prompt, whose draw the engine drops."""
-        if context is None:
-            return len(outputs)
-        return int(context.pos[row]) + 1 - int(self._prompt_lengths.np[slot])
 
 
 def read_mask(path: str | os.PathLike[str], num_tokens: int) -> SamplingMask:
@@ -133,7 +133,6 @@ def _append(path: Path, number: int, step: SamplingMask) -> None:
         file.write(_HEAD.pack(number, step.vocab_size, step.data.size) + step.data.tobytes())
 
 
-def _split(params: Any) -> tuple[object, Any]:
-    """Return the name that a request asks its mask to be recorded under, and its other arguments."""
-    extra = dict(getattr(params, "extra_args", None) or {})
-    return extra.pop(_KEY, None), SimpleNamespace(extra_args=extra)
+def _name(params: Any) -> object:
+    """Return the name that a request asks its mask to be recorded under."""
+    return (getattr(params, "extra_args", None) or {}).get(_KEY)

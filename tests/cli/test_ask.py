@@ -1,146 +1,112 @@
-"""`hf-longtrunc ask` on a tiny model."""
+"""`hf-longtrunc ask` on a tiny model and a tiny sentence encoder."""
 
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-from hf_longtrunc import DualChunkAttention, LMInfinite, load_pretrained
-from tests.browser import data_of
+from hf_longtrunc import TextIndex, ask, load_pretrained
+from tests.asking.conftest import encoder_folder  # noqa: F401
+from tests.asking.test_index import SENTENCES, TEXT, ByWord
 from tests.command_line import invoke
-
-TEMPLATE = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-QUESTIONS = ["[Why?]", "Who went to sea, and what is there that is surprising in this?"]
 
 
 @pytest.fixture
-def file(prose, tmp_path):
-    (tmp_path / "text.txt").write_text(prose * 2, encoding="utf-8")
+def file(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     return tmp_path / "text.txt"
 
 
-@pytest.fixture(scope="module")
-def talking_folder(tiny_folder, tmp_path_factory):
-    """Six layers of larger weights: its answers depend on the question."""
-    folder = tmp_path_factory.mktemp("talking") / "model"
-    shutil.copytree(tiny_folder, folder)
-    config = AutoConfig.from_pretrained(tiny_folder, num_hidden_layers=6, initializer_range=0.4)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
+@pytest.fixture
+def by_word(monkeypatch):
+    monkeypatch.setattr("hf_longtrunc.cli.ask.finder_of", lambda name, encoder: ByWord())
 
 
-@pytest.fixture(scope="module")
-def chat_folder(talking_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(talking_folder, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def answers(file, folder, questions, *options):
-    result = invoke("ask", file, *questions, "--model", folder, "--max-new-tokens", 9, "--json", *options)
+def test_it_says_what_ask_says(file, model_folder, by_word):
+    questions = ["Where is four ", "elephants"]
+    model, tokenizer = load_pretrained(model_folder)
+    expected = ask(model, tokenizer, TextIndex(TEXT, ByWord()), questions, max_new_tokens=9)
+    options = ("--model", model_folder, "--max-new-tokens", 9)
+    result = invoke("ask", file, *questions, *options, "--json")
     assert result.exit_code == 0, result.output
-    return [found["answer"] for found in json.loads(result.stdout)["answers"]]
+    said = json.loads(result.stdout)
+    assert [answer["text"] for answer in said["answers"]] == [answer.text for answer in expected]
+    assert [answer["found"] for answer in said["answers"]] == [True, False]
+    assert said["answers"][0]["passages"][0]["text"] == SENTENCES[3]
+    assert said["units"] == 6
+    streamed = invoke("ask", "-", *questions, *options, input=TEXT, columns=None)
+    assert streamed.exit_code == 0, streamed.output
+    assert streamed.stdout.split() == " ".join(answer.text for answer in expected).split()
+    assert f"-, characters {TEXT.index(SENTENCES[3])} to " in streamed.stderr
+    assert SENTENCES[3] in streamed.stderr
+    assert streamed.stderr.count("no passage stands out; answered without the text") == 1
 
 
-def alone(prompt, folder, arm):
-    """The answer to one prompt that is read whole."""
-    model, tokenizer = load_pretrained(folder)
-    ids = torch.tensor([prompt(tokenizer)])
-    with arm(model):
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()
-
-
-@pytest.mark.parametrize(
-    ("options", "arm"),
-    [
-        ((), DualChunkAttention()),
-        (("--lm-infinite",), LMInfinite()),
-        (("--lm-infinite", "--window", "20", "--sinks", "2"), LMInfinite(num_sink_tokens=2, window_length=20)),
-    ],
-)
-@pytest.mark.parametrize("is_chat", [False, True])
-def test_each_answer_is_that_of_its_prompt_read_whole(file, talking_folder, chat_folder, options, arm, is_chat):
-    folder, text = chat_folder if is_chat else talking_folder, file.read_text(encoding="utf-8")
-
-    def prompt(question):
-        before, behind = ("[", f"\n\n{question}]>") if is_chat else ("", f"\n\n{question}\nAnswer:")
-        return lambda tokenizer: [
-            *tokenizer(before, add_special_tokens=not is_chat).input_ids,
-            *(id for part in (text, behind) for id in tokenizer(part, add_special_tokens=False).input_ids),
-        ]
-
-    expected = [alone(prompt(question), folder, arm) for question in QUESTIONS]
-    assert expected[0] != expected[1]
-    assert answers(file, folder, QUESTIONS, *options) == expected
-
-
-def test_blocks_answer_each_question_as_if_it_were_the_only_one(file, talking_folder):
-    together = answers(file, talking_folder, QUESTIONS, "--blocks")
-    assert together == [answers(file, talking_folder, [question], "--blocks")[0] for question in QUESTIONS]
-    assert together[0] != together[1]
-
-
-def test_it_streams_to_stdout_and_says_what_was_read_on_stderr(file, talking_folder, prose):
-    options = ("--model", talking_folder, "--max-new-tokens", 9)
-    result = invoke("ask", "-", *QUESTIONS, *options, "--max-tokens", 80, input=prose * 2, columns=None)
+def test_options_reach_the_answer(file, model_folder, by_word, tmp_path):
+    (tmp_path / "prompt").write_text("{question} {passages}\n", encoding="utf-8")
+    (tmp_path / "other").write_text("An elephant is mentioned here and only here, of all places.", encoding="utf-8")
+    model, tokenizer = load_pretrained(model_folder)
+    text = {str(file): TEXT, str(tmp_path / "other"): (tmp_path / "other").read_text(encoding="utf-8")}
+    given = {"count": 2, "context": 60, "hops": 2, "prompt": "{question} {passages}", "follow_up": True}
+    expected = ask(model, tokenizer, text, ["elephant three", "three"], finder=ByWord(), max_new_tokens=5, **given)
+    options = ["--also", tmp_path / "other", "--prompt", tmp_path / "prompt", "--count", 2, "--context", 60]
+    options += ["--hops", 2, "--follow-up", "--model", model_folder, "--max-new-tokens", 5]
+    result = invoke("ask", file, "elephant three", "three", *options, "--json")
     assert result.exit_code == 0, result.output
-    file.write_text(prose * 2, encoding="utf-8")
-    said = answers(file, talking_folder, QUESTIONS, "--max-tokens", 80)
-    assert result.stdout.split() == " ".join(said).split()
-    assert "reading 80 of " in result.stderr
-    assert "dual chunk attention, 64 positions trained" in result.stderr
-    assert all(question in result.stderr for question in QUESTIONS)
+    for said, answer in zip(json.loads(result.stdout)["answers"], expected, strict=True):
+        assert (said["text"], said["tokens_read"]) == (answer.text, answer.tokens_read)
+        assert [each["source"] for each in said["passages"]] == [each.source for each in answer.passages]
 
 
-def test_an_answer_that_ends_at_once_is_told(file, tiny_folder, monkeypatch):
-    monkeypatch.setattr("hf_longtrunc.evaluation.greedy.greedy_answer", lambda *_, **__: torch.tensor([], dtype=int))
-    result = invoke("ask", file, "Why?", "--model", tiny_folder)
+def test_an_index_is_kept_and_used_again(file, model_folder, encoder_folder, tmp_path):  # noqa: F811
+    options = (
+        "--model",
+        model_folder,
+        "--encoder",
+        encoder_folder,
+        "--max-new-tokens",
+        3,
+        "--index",
+        tmp_path / "kept",
+    )
+    first = invoke("ask", file, "Where is four?", *options)
+    again = invoke("ask", file, "Where is four?", *options)
+    assert (first.exit_code, again.exit_code) == (0, 0), first.output + again.output
+    assert first.stdout == again.stdout
+    assert "index of 6 units kept" in first.stderr
+    assert "index of 6 units: " in again.stderr
+    file.write_text(TEXT + " More.", encoding="utf-8")
+    refused = invoke("ask", file, "Where is four?", *options)
+    assert refused.exit_code == 2
+    assert "is the index of another text" in refused.stderr
+
+
+@pytest.mark.parametrize("finder", ["encoder", "bm25", "fused"])
+def test_every_finder_has_a_name(file, model_folder, encoder_folder, finder):  # noqa: F811
+    if finder != "encoder":
+        pytest.importorskip("bm25s", reason="the extra `ask` brings it")
+    encoder = () if finder == "bm25" else ("--encoder", encoder_folder)
+    result = invoke(
+        "ask", file, "four", "--finder", finder, *encoder, "--model", model_folder, "--max-new-tokens", 3, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert (said["finder"], said["answers"][0]["found"]) == (finder, True)
+
+
+def test_a_question_about_the_whole_and_an_empty_answer_are_told(file, model_folder, by_word, monkeypatch):
+    monkeypatch.setattr("hf_longtrunc.asking.answers._greedy", lambda *_: [])
+    result = invoke("ask", file, "Summarise the text.", "--model", model_folder)
     assert (result.exit_code, result.stdout) == (0, "")
+    assert "about the whole text" in result.stderr
     assert "the model ended its answer at once" in result.stderr
 
 
-def test_an_empty_question_is_refused(file, tiny_folder):
-    result = invoke("ask", file, "a question", " ", "--model", tiny_folder)
+def test_an_empty_question_and_an_encoder_without_use_are_refused(file, model_folder):
+    result = invoke("ask", file, "a question", " ", "--model", model_folder)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "a question is empty" in result.stderr
-
-
-def test_a_template_that_says_nothing_of_the_user_is_refused(file, chat_folder, tmp_path):
-    folder = tmp_path / "mute"
-    shutil.copytree(chat_folder, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "hello"
-    tokenizer.save_pretrained(folder)
-    result = invoke("ask", file, "a question", "--model", folder)
+    result = invoke("ask", file, "why", "--finder", "bm25", "--encoder", "x", "--model", model_folder)
     assert result.exit_code == 2
-    assert "chat template does not repeat what a user says" in result.stderr
-
-
-def test_a_page_of_where_each_answer_read(file, chat_folder, tmp_path):
-    page = tmp_path / "read.html"
-    for options in ([], ["--blocks", "--window", "64"], ["--lm-infinite", "--window", "64"]):
-        plain = answers(file, chat_folder, QUESTIONS, *options)
-        assert answers(file, chat_folder, QUESTIONS, *options, "--page", page, "--force") == plain
-        for number, question in enumerate(QUESTIONS, 1):
-            data = data_of(tmp_path / f"read-{number}.html")
-            assert data["prompt"] == question
-            assert len(data["answer"]) == 9
-            sums = [sum(max(0, share) for share in step["mass"]) / data["parts"] for step in data["answer"]]
-            assert sums == pytest.approx([1] * 9, abs=0.01)
-    assert not page.exists()
-    taken = tmp_path / "read-1.html"
-    refused = invoke("ask", file, *QUESTIONS, "--page", page, "--model", chat_folder)
-    assert refused.exit_code == 2
-    assert f"{taken}" in refused.stderr
-    single = invoke("ask", file, "Why?", "--page", page, "--model", chat_folder, "--max-new-tokens", 2)
-    assert single.exit_code == 0
-    assert f"page: {page}" in single.stderr
+    assert "goes with --finder encoder or fused" in result.stderr

@@ -21,8 +21,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from hf_longtrunc import DualChunkAttention, EtaLogitsProcessor
-from hf_longtrunc.cli.chat import Conversation, _sizes, processors_of, ways
+from hf_longtrunc import EtaLogitsProcessor
+from hf_longtrunc.cli.chat import Conversation, Talk, _sizes, processors_of, technique_of
+from tests.asking.test_index import SENTENCES, TEXT, ByWord
 from tests.command_line import invoke, letter_tokenizer
 from tests.conftest import tiny_config
 
@@ -46,8 +47,8 @@ def ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def conversation(model, tokenizer, system=None, *, window=None, way="--lm-infinite"):
-    return Conversation(model, tokenizer, system, ways(model, tokenizer, window, 4), way)
+def conversation(model, tokenizer, system=None, *, window=None, blocks=False):
+    return Conversation(model, tokenizer, system, technique_of(model, tokenizer, window, 4, blocks))
 
 
 def only_letters(input_ids, scores):
@@ -122,49 +123,11 @@ def test_templates_that_carry_no_conversation(model, tokenizer, template, said):
 
 def test_with_blocks_everything_is_kept_and_read(tokenizer):
     model = LlamaForCausalLM(tiny_config(vocab_size=len(tokenizer), num_hidden_layers=6)).eval()
-    talk = conversation(model, tokenizer, window=64, way="--blocks")
+    talk = conversation(model, tokenizer, window=64, blocks=True)
     talk.say("the road to the sea was long " * 8, Event())
     held = talk.mebibytes
     assert len(list(talk.reply([], Event(), 60))) == 60
     assert talk.mebibytes > held
-
-
-@pytest.mark.parametrize("template", [None, TEMPLATE])
-@pytest.mark.parametrize("way", ["--dual-chunk", "--blocks"])
-def test_another_way_reads_the_conversation_anew_and_reset_turns_back(tokenizer, template, way):
-    model = LlamaForCausalLM(tiny_config(vocab_size=len(tokenizer), num_hidden_layers=6, max_position_embeddings=64))
-    tokenizer.chat_template = template
-    talk, text = conversation(model.eval(), tokenizer, window=40), "the road to the sea was long and nobody " * 5
-    talk.say("one", Event())
-    said = "".join(talk.reply([only_letters], Event(), 5))
-    assert not talk.fits(text)
-    assert talk.fits("the sea")
-    fed = Fed(model)
-    talk.turn_to(way)
-    assert repr(talk.handle.technique) == repr(talk.ways[way])
-    assert talk.say(text, Event())
-    whole = f"suone.a{said}.u{text}.a" if template else f"one{said}{text}"
-    assert fed.tokens == ids(tokenizer, whole)
-    assert talk.seen == len(fed.tokens)
-    held = talk.mebibytes
-    assert len(list(talk.reply([only_letters], Event(), 60))) == 60
-    assert talk.mebibytes > held
-    talk.reset()
-    assert talk.way == "--lm-infinite"
-    assert repr(talk.handle.technique) == repr(talk.ways["--lm-infinite"])
-    assert talk.messages == []
-    assert talk.seen == 0
-
-
-def test_a_way_that_the_model_refuses_leaves_it_as_it_was(model, tokenizer):
-    talk = conversation(model, tokenizer, window=40)
-    talk.ways["--dual-chunk"] = DualChunkAttention(chunk_length=1000)
-    talk.say("one", Event())
-    with pytest.raises(ValueError, match="chunk_length must be less"):
-        talk.turn_to("--dual-chunk")
-    assert talk.way == "--lm-infinite"
-    assert talk.seen == 3
-    assert len(list(talk.reply([], Event(), 3))) == 3
 
 
 def test_the_model_ends_its_reply_and_the_end_is_not_shown(model, tokenizer):
@@ -276,17 +239,16 @@ def test_through_a_pipe(model_folder, tmp_path):
         /quit
         never read"""
     result = invoke(
-        "chat", "--model", model_folder, "--max-new-tokens", "6", "--window", "32", input=said, columns=None
+        "chat", "--model", model_folder, "--max-new-tokens", "6", "--window", "64", input=said, columns=None
     )
     assert result.exit_code == 0, result.output
     assert len(result.stdout.splitlines()) == 2
     notes = result.stderr.splitlines()
     assert re.fullmatch(r"11 tokens seen, cache 0\.\d\d MiB \(constant\), [\d,.]+ tokens/s", notes[0])
     assert notes[1] == "sampling by greedy"
-    assert notes[2].endswith("a text: 25 characters, read with your next message; memory growing until /reset")
-    assert notes[3].startswith(
-        "61 tokens seen"
-    )  # 11 and 6 blanks, a text of 25, two newlines, a message of 11, a reply of 6
+    assert notes[2].endswith("a text: 25 characters, read with your next message")
+    # 11 of the first turn, a text of 25, two newlines, a message of 11, a reply of 6
+    assert notes[3].startswith("55 tokens seen")
     assert notes[4] == f"4 messages: {saved}"
     assert "File exists" in notes[5]
     assert notes[6].startswith("/sampler: no such sampler: etta")
@@ -342,48 +304,42 @@ class Terminal:
         os.write(self.screen, text.encode())
 
 
-@pytest.fixture(scope="module")
-def deep_folder(tmp_path_factory):
-    """Six layers: `TopBlocks` reads from the fifth on."""
-    folder = tmp_path_factory.mktemp("deep")
-    tokenizer = letter_tokenizer(["<pad>", "<s>", "</s>", "<unk>"], "abcdefghijklmnopqrstuvwxyz .-")
-    tokenizer.save_pretrained(folder)
-    LlamaForCausalLM(tiny_config(vocab_size=len(tokenizer), num_hidden_layers=6)).save_pretrained(folder)
-    return str(folder)
-
-
-def test_files_are_read_as_they_ask(deep_folder, tmp_path):
-    short, long = tmp_path / "short", tmp_path / "a long one"
+def test_a_long_file_is_talked_about_passage_by_passage(model, tokenizer, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("hf_longtrunc.asking.answers.default_finder", ByWord)
+    short, long = tmp_path / "short", tmp_path / "long"
     short.write_text("the sea", encoding="utf-8")
-    long.write_text("the keeper had not spoken " * 4, encoding="utf-8")
-    said = [
-        *(f"/file {short}", f"/file {long} --lm-infinite", "what", "/status"),
-        *(f"/file {long} --blocks", "/reset", f"/file {long}", "what", "/reset", "/status", "/file  --blocks"),
-    ]
-    options = ["--model", deep_folder, "--max-new-tokens", "4", "--window", "64"]
-    result = invoke("chat", *options, input="\n".join(said))
-    assert result.exit_code == 0, result.output
-    *told, last = [note for note in result.stderr.splitlines() if note != "forgotten"]
-    kinds = [re.search("constant|growing", note)[0] for note in told]
-    assert kinds == ["constant"] * 4 + ["growing"] * 3 + ["constant"]
-    assert last == "/file: name a file: /file PATH"
-
-
-def test_a_model_that_dual_chunk_attention_refuses_is_read_by_blocks(deep_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_longtrunc.attention.dual_chunk_attention.trained_length", lambda config: 1)
-    (tmp_path / "long").write_text("the keeper had not spoken " * 4, encoding="utf-8")
-    result = invoke("chat", "--model", deep_folder, "--window", "64", input=f"/file {tmp_path / 'long'}\n")
-    assert result.exit_code == 0, result.output
-    first, second = result.stderr.splitlines()
-    assert "chunk_length must be less than" in first
-    assert first.endswith("taking --blocks")
-    assert second.endswith("memory growing until /reset")
+    long.write_text(TEXT, encoding="utf-8")
+    talk = Talk(conversation(model, tokenizer, window=200), "greedy", 3, None)
+    said = []
+    say = talk.conversation.say
+    monkeypatch.setattr(talk.conversation, "say", lambda text, *args, **kw: said.append(text) or say(text, *args, **kw))
+    for line in (
+        f"/file {short}",
+        "what",
+        "and",
+        f"/file {long}",
+        "is it three",
+        "elephants",
+        "/reset",
+        "three",
+        "/file",
+    ):
+        assert talk.take(line)
+    prompt = f"{SENTENCES[2]}\n\nUsing only the passage above, answer in a few words: is it three"
+    assert said == ["the sea\n\nwhat", "and", prompt, "elephants", "three"]
+    told = capsys.readouterr().err
+    assert "7 characters, read with your next message" in told
+    assert f"{len(TEXT)} characters, of which each message reads what stands out, until /reset" in told
+    assert told.count("no passage stands out") == 1
+    assert told.count("growing") == 0
+    assert "name a file: /file PATH" in told
+    talk.conversation.handle.detach()
 
 
 def test_through_a_terminal(model_folder, tmp_path):
     """No reply ends by itself here: Ctrl-C ends it, and the conversation goes on; at the prompt it ends nothing."""
     text = tmp_path / "text"
-    text.write_text("the keeper had not spoken " * 4, encoding="utf-8")
+    text.write_text("the keeper had not spoken", encoding="utf-8")
     chat = Terminal("--model", model_folder, "--window", "64", "--status-every", "100")
     try:
         chat.wait_for(PROMPT)
@@ -395,11 +351,10 @@ def test_through_a_terminal(model_folder, tmp_path):
         chat.wait_for(PROMPT)
         chat.interrupt_prompt()
         chat.type(f"/file {text}\n")
-        chat.wait_for("read with your next message; memory growing until /reset")
+        chat.wait_for("read with your next message")
         chat.wait_for(PROMPT)
         chat.type("again\n")
-        grown = [chat.wait_for(r"tokens seen, cache ([\d.]+) MiB \(growing\)")[1] for _ in range(3)]
-        assert float(grown[0]) < float(grown[-1])
+        chat.wait_for("tokens seen")
         chat.process.send_signal(signal.SIGINT)
         chat.wait_for("interrupted")
         chat.wait_for(PROMPT)

@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from hf_longtrunc import DualChunkAttention, LMInfinite, TopBlocks, TopK
+from hf_longtrunc import DualChunkAttention, LMInfinite, StreamingLLM, TopBlocks, TopK
 from hf_longtrunc.hosting import HostSettings, export, verify_export
 from tests.command_line import invoke, model_folder  # noqa: F401
 
@@ -67,6 +67,8 @@ def test_what_is_in_a_folder(model_folder, tmp_path):  # noqa: F811
     assert (config.do_sample, config.top_k, config.top_p) == (True, 0, 1.0)
     copied = export(model_folder, tmp_path / "copied", LMInfinite(), weights="copy")
     assert copied.settings.technique == LMInfinite(window_length=256)  # the trained one, from the config
+    streaming = export(model_folder, tmp_path / "streaming", StreamingLLM(), weights="none")
+    assert streaming.settings.technique.window_length == 256 - 4  # its sinks are counted too
     assert not any(path.is_symlink() for path in copied.folder.rglob("*"))
     assert (copied.folder / "generation_config.json").read_bytes() == (
         (tmp_path / ".." / model_folder / "generation_config.json").read_bytes()

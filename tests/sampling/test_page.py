@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
+from statistics import median
+
 import numpy as np
 import pytest
 import torch
+from transformers import TopPLogitsWarper
 
 from hf_longtrunc import BasisAwareLogitsProcessor, EtaLogitsProcessor, SoftmaxBasis, SupportChecker, TruncationTrace
+from hf_longtrunc.evaluation import read_traces
 from hf_longtrunc.pieces import piece_by_token, pieces
 from tests.browser import COLOR, browser, check_readable, check_step_is_below, contrast, data_of  # noqa: F401
 from tests.command_line import letter_tokenizer
@@ -255,3 +261,126 @@ def test_the_page_fits_and_can_be_read(browser, page, width, dark):  # noqa: F81
         browser.tap(token(0, 7))
         assert chosen(browser)[0] == [0, 7]
         check_step_is_below(browser, "[aria-current]")
+
+
+# One text, several samplers
+
+
+SAMPLERS = {"eta": EtaLogitsProcessor(0.1), "top-p": TopPLogitsWarper(0.6), "BAT": None}
+
+
+@pytest.fixture
+def read(tiny_model):
+    """The traces of three samplers on one text of 30 tokens, and their processors."""
+    samplers = {name: processor or bat(tiny_model) for name, processor in SAMPLERS.items()}
+    ids = torch.randint(4, 97, (31,), generator=torch.Generator().manual_seed(0))
+    return read_traces(tiny_model, ids, {name: [each] for name, each in samplers.items()}), samplers, ids
+
+
+def one_text(traces, tokenizer, folder):
+    first, *others = traces
+    beside = {name: traces[name] for name in others}
+    return traces[first].to_html(tokenizer, folder / "one.html", name=first, beside=beside, epsilon=EPSILON)
+
+
+def test_every_sampler_reads_the_same_text(tiny_model, read):
+    traces, samplers, ids = read
+    with torch.no_grad():
+        logits = tiny_model(ids[None]).logits[0, :-1]
+    for name, trace in traces.items():
+        kept = samplers[name](ids[None].expand(30, -1), logits.clone()) > -torch.inf
+        probs = logits.softmax(-1)
+        records = trace.records
+        assert [record.token for record in records] == ids[1:].tolist()
+        assert [record.kept for record in records] == kept.sum(1).tolist()
+        assert [record.is_kept for record in records] == kept.gather(1, ids[1:, None])[:, 0].tolist()
+        assert [record.kept_mass for record in records] == pytest.approx((probs * kept).sum(1).tolist(), rel=1e-4)
+    assert {record.is_kept for record in traces["eta"].records} == {True, False}
+    drawing = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), EPSILON, mode="sample")
+    with pytest.raises(ValueError, match="'BAT' draws tokens by itself"):
+        read_traces(tiny_model, ids, {"BAT": [drawing]})
+
+
+def test_one_text_in_a_browser(browser, read, tokenizer, tmp_path):  # noqa: F811
+    traces, _, _ = read
+    page = one_text(traces, tokenizer, tmp_path)
+    data = data_of(page)
+    assert data["isOneText"]
+    browser.resize(1280)
+    browser.open(page)
+    assert browser.ask("document.querySelectorAll('.text').length") == 1
+    assert browser.ask("document.querySelectorAll('.token').length") == 30
+    assert browser.ask("document.querySelectorAll('.strip .mass').length") == 3
+    rows = browser.ask("[...document.querySelectorAll('main .samplers tr')].slice(1).map(row => row.innerText)")
+    for row, (name, trace) in zip(rows, traces.items(), strict=True):
+        records = trace.records
+        assert name in row
+        assert f"{median(record.kept for record in records):g}" in row.split()
+        assert row.split()[-1] == str(sum(not record.is_kept for record in records))
+    is_dropped = [any(not trace.records[n].is_kept for trace in traces.values()) for n in range(30)]
+    assert browser.ask("[...document.querySelectorAll('.token')].map(each => each.matches('.dropped'))") == is_dropped
+
+    browser.point(".token:nth-child(8)", click=True)
+    told = browser.ask("[...document.querySelectorAll('#step .samplers')][0].innerText")
+    for trace in traces.values():
+        record = trace.records[7]
+        assert f"{record.kept:,}" in told
+    for n, (name, trace) in enumerate(traces.items()):
+        kept = {token: is_kept for token, _, is_kept, _ in trace.records[7].candidates.tolist()}
+        marks = f"document.querySelectorAll('#step .samplers')[1].querySelectorAll(`[title='{name}']`)"
+        shown = browser.ask(f"{marks}.length")
+        assert shown >= min(sum(kept.values()), 10), n
+    browser.press("ArrowRight")
+    assert browser.ask("document.querySelector('.token[aria-current]').place") == [0, 8]
+    browser.press("Escape")
+    browser.point(".strip")
+    place = browser.ask("document.querySelector('.token[aria-current]').place[1]")
+    assert place == 15
+    assert browser.ask("document.querySelector('.here').getAttribute('x1')") == "15.5"
+    assert not browser.complaints()
+
+
+def test_the_numbers_come_out_as_csv_and_json(browser, read, tokenizer, tmp_path):  # noqa: F811
+    traces, _, _ = read
+    page = one_text(traces, tokenizer, tmp_path)
+    browser.open(page)
+    rows = list(csv.DictReader(io.StringIO(browser.ask("csv()"))))
+    records = [(name, record) for name, trace in traces.items() for record in trace.records]
+    texts = [step["text"] for text in data_of(page)["texts"] for step in text["steps"]]
+    for row, (name, record), text in zip(rows, records, texts, strict=True):
+        assert (row["sampler"], row["text"]) == (name, text)
+        assert (int(row["token"]), int(row["kept"])) == (record.token, record.kept)
+        assert row["is_kept"] == str(record.is_kept).lower()
+        assert float(row["kept_mass"]) == pytest.approx(record.kept_mass, rel=1e-3)
+        assert row["threshold"] == "" or float(row["threshold"]) == pytest.approx(record.threshold, rel=1e-3)
+    assert browser.ask("JSON.parse(JSON.stringify(tableOf())).length") == 90
+    saved = "(() => { const seen = []; save = (...each) => seen.push(each); %s; return seen[0].slice(0, 2); })()"
+    for kind, mime in (("csv", "text/csv"), ("json", "application/json")):
+        browser.open(page)
+        click = f"document.querySelector('[data-as={kind}]').click()"
+        assert browser.ask(saved % click) == [f"samplers.{kind}", mime]
+        browser.ask(click)
+    assert not browser.complaints()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_one_text_fits_and_can_be_read(browser, read, tokenizer, tmp_path, width, dark):  # noqa: F811
+    ground = check_readable(browser, one_text(read[0], tokenizer, tmp_path), width, dark)
+    for n in range(3):
+        assert contrast(browser.ask(COLOR % (f".mass:nth-of-type({n + 2})", "stroke")), ground) >= 3
+    height = "document.getElementById('step').getBoundingClientRect().height"
+    if width == 390:
+        assert browser.ask(height) <= 0.26 * 844  # not half of the screen
+        browser.tap("#step h2")
+        assert browser.ask("document.getElementById('step').matches('.open')")
+
+
+def test_the_median_of_an_even_number_is_between_the_middle_two(browser, tiny_model, tokenizer, tmp_path):  # noqa: F811
+    for seed in range(20):
+        trace, _ = drawn(tiny_model, [EtaLogitsProcessor(0.002 * (seed + 1))], tokens=12)
+        if (middle := median(record.kept for record in trace.records)) % 1:
+            break
+    browser.open(trace.to_html(tokenizer, tmp_path / "page.html"))
+    assert middle % 1 == 0.5
+    assert f"median of {middle} kept" in browser.ask("document.querySelector('main').innerText")

@@ -222,7 +222,7 @@ def test_frame_and_plot(tiny_model):
     trace = TruncationTrace([EtaLogitsProcessor(EPSILON)])
     sequences = tiny_model.generate(PROMPT, do_sample=True, top_k=0, max_new_tokens=8, logits_processor=[trace])
     frame = trace.finish(sequences).to_frame()
-    assert frame.shape == (8, 14)
+    assert frame.shape == (8, 15)
     assert frame["token"].tolist() == sequences[0, 6:].tolist()
     assert repr(trace) == "<TruncationTrace of EtaLogitsProcessor(epsilon=0.2): 8 records of 1 runs>"
     axes = trace.plot(label="eta")

@@ -31,12 +31,12 @@ def update(added=(), removed=(), moved=()):
 
 
 def test_rows_that_come_go_and_change_places(folder):
-    """A simulated engine of six rows: chunked prompts, requests that end, rows that move, one step too many."""
+    """A simulated engine of eight rows: chunked prompts, requests that end, rows that move, one step too many."""
     generator = torch.Generator().manual_seed(0)
     processor = RecordingLogitsProcessor(None, "cpu", False)
     rows: list[str] = []  # the request in each row
     outputs, kept, asked, length = {}, {}, {}, {}
-    for step in range(200):
+    for step in range(150):
         removed, moved, added = [], [], []
         for row in reversed(range(len(rows))):
             if len(outputs[rows[row]]) > length[rows[row]]:  # one more than it needed
@@ -46,7 +46,7 @@ def test_rows_that_come_go_and_change_places(folder):
                     moved.append((last, row, SimpleNamespace(name="UNIDIRECTIONAL")))
                 rows[row] = rows[last]
                 rows.pop()
-        while len(rows) < 6:
+        while len(rows) < 8:
             name = f"request-{len(asked)}"
             asked[name], outputs[name], kept[name] = ASKED[len(asked) % len(ASKED)], [], []
             length[name] = 3 + len(asked) % 7
@@ -104,8 +104,10 @@ def test_a_name_is_a_plain_file_and_new(folder, monkeypatch):
             check(params({"eta": 0.1}, name))
     with pytest.raises(ValueError, match="'taken' is taken"):
         check(params({"eta": 0.1}, "taken"))
-    with pytest.raises(ValueError, match="name one of them"):
+    with pytest.raises(ValueError, match="name one, and leave DRY off"):
         check(params({}, "x"))
+    with pytest.raises(ValueError, match="name one, and leave DRY off"):
+        check(params({"eta": 0.1, "dry_multiplier": 0.8}, "x"))
     with pytest.raises(ValueError, match="eta must be a number above 0 and below 1"):
         check(params({"eta": 2.0}, "x"))
     for setting in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 1.1}, {"n": 2}):

@@ -1,0 +1,181 @@
+"""`ask`: find passages, read them right before the question, answer."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_longtrunc.arguments import whole
+from hf_longtrunc.asking.index import TextIndex
+from hf_longtrunc.asking.prompt import PROMPT, chat_ids, check_prompt, fill_prompt, is_about_the_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from transformers.generation.streamers import BaseStreamer
+
+    from hf_longtrunc.asking.finders import Finder
+    from hf_longtrunc.asking.passages import Passage
+
+_SPREAD = 8  # units that stand for a whole text
+NOT_FOUND = "no passage stands out; answered without the text"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and what it was read from.
+
+    Attributes:
+        question: as it was asked.
+        text: the answer.
+        passages: what was read, the best first; the last one read stands right before the question.
+        found: whether a passage stands out for the question. If not, nothing was read but the question.
+        tokens_read: tokens of the prompt.
+        seconds: to find, read and answer.
+        peak_bytes: the most memory that this process has held by then, on a GPU if the model is there; None where
+            nothing tells.
+    """
+
+    question: str
+    text: str
+    passages: tuple[Passage, ...]
+    found: bool
+    tokens_read: int
+    seconds: float
+    peak_bytes: int | None
+
+
+def ask(
+    model: Any,
+    tokenizer: Any,
+    text: str | Mapping[str, str] | TextIndex,
+    questions: str | Sequence[str],
+    *,
+    finder: Finder | None = None,
+    count: int = 1,
+    context: int = 0,
+    hops: int = 1,
+    prompt: str = PROMPT,
+    follow_up: bool = False,
+    before: Sequence[tuple[str, str]] = (),
+    max_new_tokens: int = 64,
+    streamer: BaseStreamer | None = None,
+    progress: bool = False,
+) -> list[Answer]:
+    """Answer questions about a text of any length: find the passages that stand out, and let the model read only those.
+
+    The model reads a few hundred tokens a question however long the text is. Where no passage stands out it is asked
+    without the text, and `Answer.found` says so. A question about the whole text (a summary, the narrator) reads eight
+    units at even distances; a small model answers few of these.
+
+    Args:
+        model: a causal LM that generates; it decodes greedily.
+        tokenizer: of it; its chat template is used if it has one.
+        text: one text, documents by name, or a `TextIndex` that was made or loaded before.
+        questions: one or several.
+        finder: finds the passages; None takes `SentenceEncoder` of `load_encoder()`. Not with a `TextIndex`.
+        count: passages at most. More than one made SmolLM2-135M-Instruct answer worse.
+        context: characters of the text on either side that are read with a passage's unit, to whole units.
+        hops: 2 looks again with the words of the first passage, and reads both.
+        prompt: holds {passages} and {question}.
+        follow_up: each question may refer to the one before it. One that does is read with that turn; one that does
+            not is read by itself, as earlier turns made the answers of SmolLM2-135M-Instruct worse.
+        before: questions and answers of earlier calls, which the first question may refer to.
+        max_new_tokens: of an answer.
+        streamer: gets the tokens of the answers as they are made.
+        progress: show a bar while the text is indexed.
+
+    Returns:
+        An answer a question.
+
+    Raises:
+        ValueError: an empty text or question, a prompt without its two marks, a finder beside an index.
+
+    Example:
+        >>> from hf_longtrunc import load_pretrained
+        >>> model, tokenizer = load_pretrained()  # doctest: +SKIP
+        >>> ask(model, tokenizer, novel, "Who stole the bishop's peacock?")[0].text  # doctest: +SKIP
+    """
+    asked = [questions] if isinstance(questions, str) else list(questions)
+    for question in asked:
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(f"questions must be texts that ask something, got {question!r}")
+    check_prompt(prompt)
+    whole("hops", hops, least=1, most=2)
+    if isinstance(text, TextIndex):
+        if finder is not None:
+            raise ValueError("finder goes with a text: a TextIndex has its own finder already")
+        index = text
+    else:
+        index = TextIndex(text, default_finder() if finder is None else finder, progress=progress)
+    turns, answers = list(before), []
+    for question in asked:
+        since = time.perf_counter()
+        passages, read_with = find_passages(index, question, turns, count=count, context=context, hops=hops)
+        ids = chat_ids(tokenizer, read_with, fill_prompt(prompt, passages, question))
+        said = _greedy(model, ids, whole("max_new_tokens", max_new_tokens, least=1), streamer)
+        answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+        if follow_up:
+            turns.append((question, answer))
+        seconds = time.perf_counter() - since
+        answers.append(Answer(question, answer, tuple(passages), bool(passages), len(ids), seconds, peak_bytes(model)))
+    return answers
+
+
+def find_passages(
+    index: TextIndex,
+    question: str,
+    turns: Sequence[tuple[str, str]] = (),
+    *,
+    count: int = 1,
+    context: int = 0,
+    hops: int = 1,
+) -> tuple[list[Passage], list[tuple[str, str]]]:
+    """Return what is read for a question, the best first, and the turn before it if it is a follow-up; see `ask`."""
+    if is_about_the_whole(question):
+        return index.spread(_SPREAD), []
+    before = list(turns[-1:]) if turns and index.follows(question, turns[-1][0]) else []
+    found = index.find(question, before=before[0][0] if before else None, count=count, context=context)
+    if hops == 2 and found:
+        found += index.find(f"{question} {found[0].text}", count=count, context=context, besides=found)
+    return found, before
+
+
+def default_finder() -> Finder:
+    """Return the finder that found most on wordings that nothing was chosen on."""
+    from hf_longtrunc.asking.finders import SentenceEncoder
+    from hf_longtrunc.pretrained import load_encoder
+
+    return SentenceEncoder(*load_encoder())
+
+
+def peak_bytes(model: Any) -> int | None:
+    """Return the most memory that this process has held, on a GPU if the model is there; None where nothing tells."""
+    if model.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(model.device))
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return None
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(held) * (1 if sys.platform == "darwin" else 2**10)
+
+
+def _greedy(model: Any, ids: list[int], max_new_tokens: int, streamer: BaseStreamer | None) -> list[int]:
+    prompt = torch.tensor([ids], device=model.device)
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )
+    answer: list[int] = output[0, len(ids) :].tolist()
+    return answer

@@ -1,0 +1,200 @@
+"""Finders: what gives every unit of a text a score for a question.
+
+A finder has two methods: `index(units)` reads the units of a text once and returns tensors, which can be saved, and
+`score(index, question)` returns a score a unit [units], higher is better. Words and meaning are found by different
+ones: `BM25` counts words that question and unit share, `SentenceEncoder` compares sentence vectors, and `Fused` adds
+their reciprocal ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from tqdm.auto import tqdm
+
+from hf_longtrunc.arguments import number
+from hf_longtrunc.extras import missing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import Tensor
+
+_RANK = 60  # of Cormack et al.
+_TOGETHER = 32  # units a forward
+_SORTED = 2048  # units that are tokenised and sorted by length together: memory does not grow with the text
+
+
+class Scorer(NamedTuple):
+    """A text that a finder has read.
+
+    Attributes:
+        score: gives every unit a score for a question [units]; higher is better.
+        tensors: what took time to compute, to be saved and handed to `read` again.
+    """
+
+    score: Callable[[str], Tensor]
+    tensors: dict[str, Tensor]
+
+
+class Finder(Protocol):
+    """Scores the units of a text for a question.
+
+    Attributes:
+        identity: what makes its scores, the same in every process; saved tensors of another identity are refused.
+        threshold: a unit stands out if its score lies above it.
+    """
+
+    threshold: float
+
+    @property
+    def identity(self) -> str: ...  # noqa: D102
+
+    def read(
+        self, units: Sequence[str], saved: Mapping[str, Tensor] | None = None, *, progress: bool = False
+    ) -> Scorer:
+        """Read the units of a text, or take what `Scorer.tensors` held of them."""
+        ...
+
+
+class BM25:
+    """Words that question and unit share, rare ones counting more (Robertson & Zaragoza 2009), by the package bm25s.
+
+    A score is BM25 over the sum of the inverse document frequencies of the question's words, those that the text does
+    not have included: 0 to 1, comparable between texts.
+
+    Args:
+        threshold: a unit stands out if its score lies above it.
+
+    Reads a million tokens in seconds, so nothing is saved. Without bm25s: ModuleNotFoundError.
+    """
+
+    identity = "bm25"
+
+    def __init__(self, *, threshold: float = 0.2):
+        self.threshold = number("threshold", threshold)
+
+    def read(
+        self, units: Sequence[str], saved: Mapping[str, Tensor] | None = None, *, progress: bool = False
+    ) -> Scorer:
+        """Count the words of the units."""
+        try:
+            import bm25s
+        except ModuleNotFoundError as error:
+            raise missing("BM25", "bm25s", "ask") from error
+
+        def words(texts: Sequence[str]) -> Any:
+            return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+
+        held, counts = bm25s.BM25(), Counter[str]()
+        tokens = words(units)
+        for each in tokens:
+            counts.update(set(each))
+        held.index(tokens, show_progress=False)
+
+        def score(question: str) -> Tensor:
+            asked = words([question])[0]
+            rarity = sum(math.log(1 + (len(units) - counts[word] + 0.5) / (counts[word] + 0.5)) for word in asked)
+            known = [word for word in asked if counts[word]]
+            return torch.from_numpy(held.get_scores(known)).float() / rarity if known else torch.zeros(len(units))
+
+        return Scorer(score, {})
+
+
+class SentenceEncoder:
+    """The cosine between the sentence vectors of question and unit: means of an encoder's states.
+
+    Args:
+        model: an encoder as `transformers.AutoModel` loads it, such as sentence-transformers/all-MiniLM-L6-v2.
+        tokenizer: of it.
+        threshold: a unit stands out if its cosine lies above it. The default was chosen for all-MiniLM-L6-v2
+            on two novels: 1 of 36 questions that they do not answer had a passage, 107 of 108 others had the right one.
+
+    Units are cut to 256 tokens, as all-MiniLM-L6-v2 was trained. Time is linear in the text, memory is a vector a unit.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.4):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.threshold = number("threshold", threshold)
+        digest = hashlib.sha256(str(model.config.to_diff_dict()).encode())
+        for name, weight in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(weight.detach().float().cpu().contiguous().numpy().data)
+        self.identity = f"encoder {digest.hexdigest()[:16]}"
+
+    def read(
+        self, units: Sequence[str], saved: Mapping[str, Tensor] | None = None, *, progress: bool = False
+    ) -> Scorer:
+        """Compute a vector a unit [units, width], in half precision."""
+        vectors = self.encode(units, progress=progress).half() if saved is None else saved["vectors"]
+
+        def score(question: str) -> Tensor:
+            (asked,) = self.encode([question])
+            return torch.cat([part.float() @ asked for part in torch.split(vectors, 2**14)])
+
+        return Scorer(score, {"vectors": vectors})
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], *, progress: bool = False) -> Tensor:
+        """Return each text's vector [texts, width], of length 1, on the CPU."""
+        found: list[Tensor] = []
+        with tqdm(total=len(texts), desc="indexing", unit="unit", disable=not progress) as bar:
+            for first in range(0, len(texts), _SORTED):
+                some = list(texts[first : first + _SORTED])
+                ids = self.tokenizer(some, truncation=True, max_length=256).input_ids
+                order = sorted(range(len(some)), key=lambda n: len(ids[n]))
+                vectors: list[Tensor] = [torch.empty(0)] * len(some)
+                for at in range(0, len(order), _TOGETHER):
+                    chosen = order[at : at + _TOGETHER]
+                    batch = self.tokenizer.pad({"input_ids": [ids[n] for n in chosen]}, return_tensors="pt")
+                    batch = batch.to(self.model.device)
+                    states = self.model(**batch).last_hidden_state
+                    mean = (states * batch["attention_mask"][:, :, None]).sum(1)
+                    for n, vector in zip(chosen, torch.nn.functional.normalize(mean.float(), dim=1).cpu(), strict=True):
+                        vectors[n] = vector
+                    bar.update(len(chosen))
+                found.append(torch.stack(vectors))
+        return torch.cat(found) if found else torch.empty(0, self.model.config.hidden_size)
+
+
+class Fused:
+    """Reciprocal ranks added up (Cormack et al. 2009): 1 / (60 + rank) in each finder in which a unit stands out.
+
+    Args:
+        finders: two or more; of units with the same sum that comes first which the earlier finder prefers.
+    """
+
+    threshold = 0.0
+
+    def __init__(self, *finders: Finder):
+        if len(finders) < 2:
+            raise ValueError(f"Fused takes at least two finders, got {len(finders)}")
+        self.finders = finders
+
+    @property
+    def identity(self) -> str:
+        """Those of its finders."""
+        return " + ".join(finder.identity for finder in self.finders)
+
+    def read(
+        self, units: Sequence[str], saved: Mapping[str, Tensor] | None = None, *, progress: bool = False
+    ) -> Scorer:
+        """Let each finder read the units."""
+        readings = []
+        for n, finder in enumerate(self.finders):
+            own = {name.partition(".")[2]: part for name, part in (saved or {}).items() if name.startswith(f"{n}.")}
+            readings.append(finder.read(units, own or None, progress=progress))
+
+        def score(question: str) -> Tensor:
+            total = torch.zeros(len(units), dtype=torch.float64)
+            for n, (finder, reading) in enumerate(zip(self.finders, readings, strict=True)):
+                found = reading.score(question)
+                rank = found.argsort(descending=True, stable=True).argsort()
+                total += (found > finder.threshold) / (_RANK + 1e-6 * n + rank)
+            return total
+
+        return Scorer(score, {f"{n}.{name}": part for n, r in enumerate(readings) for name, part in r.tensors.items()})

@@ -1,0 +1,93 @@
+"""What `ask` finds and answers in long novels, under several finders that share one prompt, and with the fact in hand.
+
+    python recipes/asking.py --texts a_novel.txt,another.txt --lengths 7500,12000,16000 --each 3 --out asking
+
+Every text holds a fact of each kind, and others of its kind about other people; see `FactText`. Settings were chosen on
+`--part choose`, which has other phrasings than `--part report`, and on other novels. A run that was cut off goes on
+where it stopped: records are appended to OUT/records.jsonl.
+
+Cost: with SmolLM2-135M-Instruct on one idle CPU core a text of 16,000 tokens takes a minute, most of it answers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from hf_longtrunc import BM25, Fused, SentenceEncoder, load_encoder, load_pretrained
+from hf_longtrunc.evaluation import find_and_read_table, paired_test, run_find_and_read
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class Remembering(SentenceEncoder):
+    """Encodes no text twice: stretches of a novel share most sentences."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._known: dict[str, torch.Tensor] = {}
+
+    def encode(self, texts: Sequence[str], *, progress: bool = False) -> torch.Tensor:
+        """Return each text's vector, remembered or computed."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known.update(zip(new, super().encode(new), strict=True))
+        return torch.stack([self._known[text] for text in texts])
+
+
+def main(
+    texts: Annotated[str, typer.Option(help="Novels, separated by commas.")],
+    lengths: Annotated[str, typer.Option(help="Tokens of a text.")] = "7500,12000,16000",
+    arms: Annotated[str, typer.Option(help="encoder, bm25, fused")] = "encoder,bm25,fused",
+    each: Annotated[int, typer.Option(help="Texts of each novel and length.")] = 3,
+    part: Annotated[str, typer.Option(help="Whose phrasings: choose or report.")] = "report",
+    read: Annotated[bool, typer.Option(help="Let the model answer; --no-read asks the finders alone.")] = True,
+    trailing: Annotated[bool, typer.Option("--trailing", help="End questions with one of 12 instructions.")] = False,
+    conversations: Annotated[bool, typer.Option("--conversations", help="Four questions as turns too.")] = False,
+    count: int = 1,
+    context: int = 0,
+    hops: int = 1,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Hub id or folder; all-MiniLM-L6-v2 if left out.")] = None,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="Folder for records.jsonl.")] = Path("asking"),
+) -> None:
+    torch.set_num_threads(1)
+    language_model, tokenizer = load_pretrained(model)
+    by_meaning = Remembering(*load_encoder(encoder))
+    known: dict[str, Any] = {"encoder": by_meaning, "bm25": BM25(threshold=0), "fused": Fused(by_meaning, BM25())}
+    if unknown := set(arms.split(",")) - set(known):
+        raise typer.BadParameter(f"--arms takes {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    records = run_find_and_read(
+        language_model,
+        tokenizer,
+        {Path(text).stem: Path(text).read_text(encoding="utf-8") for text in texts.split(",")},
+        [int(length) for length in lengths.split(",")],
+        {name: known[name] for name in arms.split(",")},
+        texts=each,
+        part=part,
+        seed=seed,
+        read=read,
+        trailing=trailing,
+        conversations=conversations,
+        count=count,
+        context=context,
+        hops=hops,
+        path=out / "records.jsonl",
+        progress=True,
+    )
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(find_and_read_table(records))
+    first, *others = arms.split(",")
+    for other in [*others, "oracle"] if read else []:
+        better, worse, p = paired_test(records, first, other)
+        console.print(f"right under {first} alone {better}, under {other} alone {worse}, sign test p = {p:.3g}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

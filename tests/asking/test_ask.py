@@ -1,0 +1,111 @@
+"""`ask` on a tiny model: each answer is that of its prompt, read alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_longtrunc import Passage, TextIndex, ask, load_pretrained
+from hf_longtrunc.asking.prompt import PROMPT, chat_ids, fill_prompt, is_about_the_whole
+from tests.asking.test_index import SENTENCES, TEXT, ByWord
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}>"
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(model_folder):
+    return load_pretrained(model_folder, device="cpu")
+
+
+def alone(model, tokenizer, prompt, new=6):
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip(), ids.shape[1]
+
+
+def test_an_answer_reads_its_passage_right_before_its_question(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    index = TextIndex(TEXT, ByWord())
+    four, elephants = ask(model, tokenizer, index, ["Where is four ", "elephants"], max_new_tokens=6)
+    prompt = f"{SENTENCES[3]}\n\nUsing only the passage above, answer in a few words: Where is four\nAnswer:"
+    assert (four.text, four.tokens_read) == alone(model, tokenizer, prompt)
+    assert (four.found, [each.text for each in four.passages]) == (True, [SENTENCES[3]])
+    assert four.seconds > 0
+    assert four.peak_bytes > 2**20
+    assert (elephants.text, elephants.tokens_read) == alone(model, tokenizer, "elephants\nAnswer:")
+    assert (elephants.found, elephants.passages) == (False, ())
+    assert ask(model, tokenizer, TEXT, "Where is four ", finder=ByWord(), max_new_tokens=6)[0].text == four.text
+
+
+def test_several_passages_stand_with_the_best_last_and_their_source(model_and_tokenizer):
+    passages = [Passage(0, 3, "Best\none.", 2.0, "a"), Passage(5, 9, "Other.", 1.0, "b")]
+    assert (
+        fill_prompt("{question} | {passages}", passages, " {passages}? ") == "{passages}? | b: Other.\n\na: Best one."
+    )
+    assert fill_prompt(PROMPT, [], " Why? ") == "Why?"
+    model, tokenizer = model_and_tokenizer
+    documents = {"a": TEXT, "b": "An elephant is mentioned here and only here, of all places."}
+    (answer,) = ask(model, tokenizer, documents, "elephant six six", finder=ByWord(), count=2, max_new_tokens=2)
+    assert [each.source for each in answer.passages] == ["a", "b"]
+
+
+def test_a_second_hop_looks_with_the_words_of_the_first_passage(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    text = "Ezra lodged with a certain Mrs Quill for two years. Nothing is said in this sentence, as always. "
+    text += "Quill had a shop in Lime Row."
+    index = TextIndex(text, ByWord())
+    (one,) = ask(model, tokenizer, index, "Ezra", max_new_tokens=2)
+    (two,) = ask(model, tokenizer, index, "Ezra", hops=2, max_new_tokens=2)
+    assert [each.text[:5] for each in one.passages] == ["Ezra "]
+    assert [each.text[:5] for each in two.passages] == ["Ezra ", "Quill"]
+
+
+def test_a_follow_up_is_read_with_the_turn_before_it_and_others_are_not(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    text = "Ann was born in the town of Leeds in the month of May. Bob never left the village of York, it is said."
+    index = TextIndex(text, ByWord())
+    first, second, third = ask(model, tokenizer, index, ["Ann", "born", "Bob York"], follow_up=True, max_new_tokens=6)
+    said = fill_prompt(PROMPT, second.passages, "born")
+    assert (second.text, second.tokens_read) == alone(model, tokenizer, f"Ann\nAnswer: {first.text}\n\n{said}\nAnswer:")
+    assert third.text == ask(model, tokenizer, index, "Bob York", max_new_tokens=6)[0].text
+    (again,) = ask(model, tokenizer, index, "born", before=[("Ann", first.text)], max_new_tokens=6)
+    assert again.text == second.text
+
+
+def test_the_chat_template_frames_turns(model_and_tokenizer):
+    tokenizer = model_and_tokenizer[1]
+    plain = chat_ids(tokenizer, [], "hi")
+    assert plain == tokenizer("hi\nAnswer:").input_ids
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}, {% endfor %}"
+    try:
+        assert chat_ids(tokenizer, [("a", "b")], "c") == tokenizer("a, b, c, ").input_ids
+    finally:
+        tokenizer.chat_template = None
+
+
+@pytest.mark.parametrize(
+    ("question", "whole"),
+    [
+        *(("Summarise the book.", True), ("Who is the narrator?", True), ("What is this story about?", True)),
+        *(("What was the letter about?", False), ("Who sold the book?", False)),
+    ],
+)
+def test_a_question_about_the_whole_reads_places_all_over_it(model_and_tokenizer, question, whole):
+    model, tokenizer = model_and_tokenizer
+    assert is_about_the_whole(question) is whole
+    (answer,) = ask(model, tokenizer, TEXT, question, finder=ByWord(), max_new_tokens=2)
+    assert (len(answer.passages) > 0) is (whole or any(word in TEXT for word in question.split()))
+    if whole:
+        assert answer.passages[0].text == TEXT  # six units that touch
+
+
+def test_what_cannot_be_asked_is_refused(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    with pytest.raises(ValueError, match=r"questions must be texts that ask something, got '  '"):
+        ask(model, tokenizer, TEXT, ["one", "  "], finder=ByWord())
+    with pytest.raises(ValueError, match=r"prompt must hold \{passages\} once, got it 0 times"):
+        ask(model, tokenizer, TEXT, "one", finder=ByWord(), prompt="{question}")
+    with pytest.raises(ValueError, match="hops must be a whole number from 1 to 2, got 3"):
+        ask(model, tokenizer, TEXT, "one", finder=ByWord(), hops=3)
+    with pytest.raises(ValueError, match="finder goes with a text"):
+        ask(model, tokenizer, TextIndex(TEXT, ByWord()), "one", finder=ByWord())

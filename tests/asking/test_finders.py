@@ -1,0 +1,102 @@
+"""Finders against naive references."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hf_longtrunc import BM25, Fused, SentenceEncoder, load_encoder
+
+UNITS = [
+    "The parson was carried off by measles within the week.",
+    "Upon the trunk somebody had painted the number seven.",
+    "It rained.",
+    "The trunk stood in the hall, and the parson sat upon the trunk.",
+    "Nobody came to the inn that night but a wet dog.",
+]
+
+
+class Fixed:
+    """A finder whose scores are given."""
+
+    identity = "fixed"
+
+    def __init__(self, scores, threshold=0.0):
+        self.scores, self.threshold, self.saved = torch.tensor(scores), threshold, "nothing"
+
+    def read(self, units, saved=None, *, progress=False):
+        from hf_longtrunc.asking.finders import Scorer
+
+        self.saved = saved
+        return Scorer(lambda question: self.scores.clone(), {"own": torch.ones(1)})
+
+
+def test_bm25_is_that_of_its_definition():
+    pytest.importorskip("bm25s")
+    question, asked = "Which number was painted on the trunk of Ezra?", ["which", "number", "painted", "trunk", "ezra"]
+    stop = {"the", "was", "by", "and", "in", "that", "it", "but", "to", "upon", "had", "off"}
+    words = [[w.strip(".,").lower() for w in unit.split()] for unit in UNITS]
+    words = [
+        [w for w in unit if len(w) > 1 and w not in {"the", "was", "by", "and", "in", "that", "it", "but", "to"}]
+        for unit in words
+    ]
+    assert stop
+    mean = sum(map(len, words)) / len(words)
+    idf = {w: math.log(1 + (5 - n + 0.5) / (n + 0.5)) for w in asked for n in [sum(w in unit for unit in words)]}
+    expected = [
+        sum(idf[w] * unit.count(w) / (unit.count(w) + 1.5 * (1 - 0.75 + 0.75 * len(unit) / mean)) for w in asked)
+        for unit in words
+    ]
+    found = BM25().read(UNITS).score(question)
+    torch.testing.assert_close(found, torch.tensor(expected) / sum(idf.values()), rtol=1e-4, atol=1e-5)
+    assert found.argmax() == 1
+    assert BM25().read(UNITS).score("Quousque tandem?").tolist() == [0.0] * 5
+    assert BM25().read(UNITS).score("and the").tolist() == [0.0] * 5
+
+
+def test_a_vector_is_the_mean_of_a_text_alone(encoder_folder):
+    model, tokenizer = load_encoder(encoder_folder, device="cpu")
+    finder = SentenceEncoder(model, tokenizer)
+    reading = finder.read(UNITS)
+    alone = []
+    for text in [*UNITS, "Who sat upon the trunk?"]:
+        with torch.no_grad():
+            mean = model(**tokenizer([text], return_tensors="pt")).last_hidden_state[0].mean(0)
+        alone.append(mean / mean.norm())
+    torch.testing.assert_close(reading.tensors["vectors"].float(), torch.stack(alone[:-1]), atol=2e-3, rtol=0)
+    expected = torch.stack([vector @ alone[-1] for vector in alone[:-1]])
+    torch.testing.assert_close(reading.score("Who sat upon the trunk?"), expected, atol=2e-3, rtol=0)
+    again = finder.read(UNITS, reading.tensors)
+    assert torch.equal(again.score("Who?"), reading.score("Who?"))
+
+
+def test_the_identity_of_an_encoder_is_that_of_its_weights(encoder_folder):
+    model, tokenizer = load_encoder(encoder_folder, device="cpu")
+    first = SentenceEncoder(model, tokenizer).identity
+    assert SentenceEncoder(*load_encoder(encoder_folder, device="cpu")).identity == first
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[3, 2] += 1e-3
+    assert SentenceEncoder(model, tokenizer).identity != first
+
+
+def test_fused_adds_the_reciprocal_ranks_of_what_stands_out():
+    one, other = Fixed([0.9, 0.1, 0.5, 0.6], threshold=0.4), Fixed([3.0, 9.0, 8.0, 1.0], threshold=2.0)
+    fused = Fused(one, other)
+    found = fused.read(["unit"] * 4, {"0.own": torch.ones(1), "1.own": torch.zeros(1)})
+    expected = [1 / 60 + 1 / 62, 1 / 60, 1 / 62 + 1 / 61, 1 / 61]
+    assert found.score("?").tolist() == pytest.approx(expected, rel=1e-6)
+    assert found.score("?").argmax() == 0
+    assert (one.saved, other.saved) == ({"own": torch.ones(1)}, {"own": torch.zeros(1)})
+    assert sorted(found.tensors) == ["0.own", "1.own"]
+    assert fused.identity == "fixed + fixed"
+    nothing = Fused(Fixed([0.1], 0.4), Fixed([0.1], 0.4)).read(["unit"])
+    assert nothing.score("?").tolist() == [0.0]
+    with pytest.raises(ValueError, match="at least two finders, got 1"):
+        Fused(one)
+
+
+def test_a_threshold_is_a_number():
+    with pytest.raises(TypeError, match="threshold must be a number, got 'high'"):
+        BM25(threshold="high")

@@ -1,0 +1,94 @@
+"""An index: passages with their places, follow-ups, and what is kept on disk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_longtrunc import Passage, SentenceEncoder, TextIndex, load_encoder
+from hf_longtrunc.asking.finders import Scorer
+
+SENTENCES = [
+    f"This is sentence number {word}, and it goes on for a while."
+    for word in ["one", "two", "three", "four", "five", "six"]
+]
+TEXT = " ".join(SENTENCES)
+
+
+class ByWord:
+    """Scores a unit by the words of the question that it holds."""
+
+    identity, threshold = "by word", 0.0
+
+    def read(self, units, saved=None, *, progress=False):
+        def score(question):
+            return torch.tensor([float(sum(word in unit for word in question.split())) for unit in units])
+
+        return Scorer(score, {})
+
+
+def test_passages_are_the_best_units_with_their_places():
+    index = TextIndex(TEXT, ByWord())
+    assert len(index) == 6
+    (found,) = index.find("three")
+    assert (found.text, found.score, found.source) == (SENTENCES[2], 1.0, "")
+    assert TEXT[found.start : found.end] == found.text
+    assert index.find("seven") == []
+    assert [each.text for each in index.find("six six one", count=3)] == [SENTENCES[5], SENTENCES[0]]
+    (wide,) = index.find("three", context=70)
+    assert wide.text == " ".join(SENTENCES[1:4])
+    (joined,) = index.find("three four four", count=2)
+    assert (joined.text, joined.score) == (" ".join(SENTENCES[2:4]), 2.0)
+    assert index.find("three four four", besides=[joined]) == []
+
+
+def test_documents_are_searched_together_and_named():
+    index = TextIndex({"a": TEXT, "b": "An elephant is mentioned here and only here, of all places."}, ByWord())
+    assert [(each.source, each.start) for each in index.find("elephant six six", count=2)] == [
+        ("a", TEXT.index(SENTENCES[5])),
+        ("b", 0),
+    ]
+    assert [each.source for each in index.spread(2)] == ["a", "b"]
+    assert [each.text for each in TextIndex(TEXT, ByWord()).spread(2)] == [SENTENCES[0], SENTENCES[5]]
+
+
+def test_a_follow_up_is_about_both_questions():
+    text = "Ann was a tall woman with red hair and no hat. Ann was born in the old town of Leeds, they say. "
+    index = TextIndex(f"{text}Bob was born in York, and never once left it.", ByWord())
+    assert index.follows("born", "Ann")
+    assert not index.follows("Bob in York", "Ann hair")  # 3 for this question alone, 0 for both
+    assert not index.follows("elephants", "Ann")
+    (found,) = index.find("was born in", before="Ann Leeds in")
+    assert found.text == "Ann was born in the old town of Leeds, they say."
+    (alone,) = index.find("was born in York")
+    assert alone.text.startswith("Bob")
+
+
+def test_an_index_is_kept_for_its_text_and_finder(encoder_folder, tmp_path, monkeypatch):
+    finder = SentenceEncoder(*load_encoder(encoder_folder, device="cpu"), threshold=-1)
+    index = TextIndex(TEXT, finder)
+    index.save(tmp_path)
+    monkeypatch.setattr(finder, "encode", lambda texts, **_: torch.ones(len(texts), 16) / 4)
+    loaded = TextIndex.load(tmp_path, TEXT, finder)
+    monkeypatch.undo()
+    assert loaded.find("sentence four", count=2, context=60) == index.find("sentence four", count=2, context=60)
+    with pytest.raises(ValueError, match="the index of another text: expected"):
+        TextIndex.load(tmp_path, TEXT + " More.", finder)
+    with pytest.raises(ValueError, match="the index of another text: expected"):
+        TextIndex.load(tmp_path, {"a": TEXT}, finder)
+    with pytest.raises(ValueError, match="the index of another finder: expected by word, got encoder"):
+        TextIndex.load(tmp_path, TEXT, ByWord())
+    data = tmp_path / "text_index.safetensors"
+    data.write_bytes(data.read_bytes()[:-1] + b"!")
+    with pytest.raises(ValueError, match="is damaged"):
+        TextIndex.load(tmp_path, TEXT, finder)
+
+
+def test_a_text_is_a_string_or_named_strings():
+    with pytest.raises(TypeError, match="text must be a string or map names to strings, got 'a': int"):
+        TextIndex({"a": 3}, ByWord())
+    with pytest.raises(ValueError, match="nothing but white space"):
+        TextIndex(" \n", ByWord())
+    with pytest.raises(ValueError, match="count must be a whole number of at least 1, got 0"):
+        TextIndex(TEXT, ByWord()).find("one", count=0)
+    assert isinstance(TextIndex(TEXT, ByWord()).find("one")[0], Passage)

@@ -1,0 +1,52 @@
+"""Units and passages: spans of a text, against a naive reading of it."""
+
+from __future__ import annotations
+
+import random
+import re
+from itertools import pairwise
+
+from hf_longtrunc.asking.passages import LONGEST, SHORTEST, grow, sentence_spans, unit_spans
+
+
+def test_sentences_end_where_a_reader_ends_them():
+    text = 'Mr. Smith, of St. Ives, "was there." J. R. came!\n\nCHAPTER II\n\nHe left… “Why?” 他走了。她来了。'
+    assert [text[start:end] for start, end in sentence_spans(text)] == [
+        *(
+            'Mr. Smith, of St. Ives, "was there."',
+            "J. R. came!",
+            "CHAPTER II",
+            "He left…",
+            "“Why?”",
+            "他走了。",
+            "她来了。",
+        ),
+    ]
+
+
+def test_units_hold_all_of_a_text_once_and_in_order():
+    draw = random.Random(0)
+    for _ in range(200):
+        words = ["".join(draw.choices("abé.!?”", k=draw.randint(1, 90))) for _ in range(draw.randint(1, 60))]
+        text = "".join(word + draw.choice([" ", "\n", "\n\n", ". "]) for word in words)
+        units = unit_spans(text)
+        assert re.sub(r"\s", "", "".join(text[start:end] for start, end in units)) == re.sub(r"\s", "", text)
+        assert all(first[1] <= second[0] for first, second in pairwise(units))
+        assert all(0 < end - start <= LONGEST and text[start:end].strip() == text[start:end] for start, end in units)
+    assert unit_spans(" \n ") == []
+
+
+def test_short_sentences_go_together_and_long_ones_are_cut():
+    short = unit_spans("Yes. " * 30)
+    assert all(end - start >= SHORTEST for start, end in short[:-1])
+    assert [end - start for start, end in unit_spans("x" * 1500)] == [600, 600, 300]
+    assert all(end - start <= LONGEST for start, end in unit_spans("word " * 400))
+
+
+def test_a_passage_grows_by_whole_units():
+    units = [(0, 50), (51, 100), (101, 150), (151, 300)]
+    assert grow(units, 2, 0) == (2, 2)
+    assert grow(units, 2, 49) == (2, 2)
+    assert grow(units, 2, 50) == (1, 2)
+    assert grow(units, 2, 150) == (0, 3)
+    assert grow(units, 0, 1000) == (0, 3)

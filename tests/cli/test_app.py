@@ -16,7 +16,10 @@ from hf_longtrunc.cli.scrolls import Task
 from hf_longtrunc.evaluation.scrolls import TASKS
 from tests.command_line import invoke
 
-COMMANDS = ["ask", "chat", "check-packed", "demo", "lm-eval", "match", "pack", "ppl", "scrolls", "summarize"]
+COMMANDS = [
+    *("ask", "chat", "check-packed", "demo", "export", "lm-eval", "match", "pack", "ppl", "scrolls", "serve"),
+    *("summarize", "verify"),
+]
 
 
 def test_help_names_the_commands():
@@ -59,7 +62,7 @@ def test_completion_knows_the_commands():
     }
     command = [sys.executable, "-m", "hf_longtrunc"]
     result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
-    assert result.stdout.split() == ["scrolls", "summarize"]
+    assert result.stdout.split() == ["scrolls", "serve", "summarize"]
 
 
 def test_help_imports_neither_torch_nor_what_commands_need():

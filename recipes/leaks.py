@@ -79,11 +79,7 @@ def table_of(found: dict[str, dict[tuple[str, str], str] | None]) -> str:
             shown = "eager, sdpa" if same else attention
             lines.append(f"| {', '.join(families)} | {shown} | {' | '.join(by_attention[attention])} |")
     left_out = [family for family, verdict in found.items() if verdict is None]
-    return "\n".join(lines) + (
-        f"\n\nNot tried, no tiny one ran: {', '.join(left_out)}."
-        if left_out
-        else ""
-    )
+    return "\n".join(lines) + (f"\n\nNot tried, no tiny one ran: {', '.join(left_out)}." if left_out else "")
 
 
 if __name__ == "__main__":

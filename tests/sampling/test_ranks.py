@@ -147,8 +147,9 @@ def test_a_head_that_grows_gives_what_a_sort_of_the_row_gives(processor, monkeyp
 def naive_xtc(row: list[float], threshold: float) -> list[bool]:
     """Which tokens are left where it is decided to exclude."""
     probs = naive_probs(row)
-    reaching = [p for p in probs if p >= threshold]
-    return [not (len(reaching) > 1 and p > min(reaching)) for p in probs]
+    reaching = [score for score, p in zip(row, probs, strict=True) if p >= threshold]
+    least = min(reaching, default=0.0)  # by scores: probabilities of scores that nearly agree are equal in fp64
+    return [not (len(reaching) > 1 and score > least) for score in row]
 
 
 @settings(max_examples=60)

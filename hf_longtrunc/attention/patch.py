@@ -65,7 +65,7 @@ class PatchTechnique(Technique):
         """Return what will hold for this model, or why it cannot be patched, before a long prompt is read.
 
         >>> print(LMInfinite(window_length=64).explain(model).cache)
-        a ring: 176 KiB a row at any length
+        a ring: 40 KiB a row at any length
 
         The model is patched and given back. See `Explanation` for the fields; `print` shows all of them.
         """

@@ -1,0 +1,48 @@
+"""Examples in docstrings run, on tiny models and without a network."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_longtrunc
+
+MODULES = [
+    *(
+        "dual_chunk",
+        "dual_chunk_attention",
+        "key_retrieval",
+        "lambda_attention",
+        "lm_infinite",
+        "patch",
+    ),
+    *("rope", "streaming_llm"),
+]
+
+
+@pytest.fixture(scope="module")
+def names():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    public = {
+        name: getattr(hf_longtrunc, name) for name in ("LMInfinite", "StreamingLLM", "DualChunkAttention", "TopK")
+    }
+    return {**public, "model": model, "ids": torch.randint(3, 90, (1, 100)), "torch": torch}
+
+
+@pytest.mark.parametrize("module", ["hf_longtrunc.errors", *(f"hf_longtrunc.attention.{name}" for name in MODULES)])
+def test_examples_run(module, names):
+    found = importlib.import_module(module)
+    examples = [test for test in doctest.DocTestFinder().find(found, extraglobs=names) if test.examples]
+    assert examples
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert [runner.run(test).failed for test in examples] == [0] * len(examples)

@@ -67,7 +67,7 @@ class Talk:
         self.messages.append({"role": "user", "content": text})
         since, used = time.perf_counter(), self.server.processor_seconds()
         asked: dict[str, Any] = {"model": self.server.folder, "messages": self.messages, "max_tokens": NEW}
-        made = self.server.client.chat.completions.create(temperature=0, stream=self.stream, **asked)
+        made: Any = self.server.client.chat.completions.create(temperature=0, stream=self.stream, **asked)
         if self.stream:
             parts = list(made)
             answer, usage = "".join(part.choices[0].delta.content or "" for part in parts), parts[-1].usage

@@ -47,6 +47,7 @@ def require_law(layer: Any, law: CacheLaw | None) -> None:
     """
     held = getattr(layer, "law", None)
     if held == law:
+        layer.law = law  # the caller's own object, which it recognises next time
         return
     length = int(layer.get_seq_length())
     exact = min(each.exact_length for each in (held, law) if each is not None)

@@ -105,6 +105,7 @@ class AttentionPatch(Handle):
         self.compiled: Callable[..., Any] | None = None
         self._name = f"hf_longtrunc_{next(_serial)}"
         self.passthrough = False
+        self._run_decoder: Any = None  # the decoder's forward before the patch
         with self.or_nothing():
             try:
                 self._install()
@@ -189,16 +190,19 @@ class AttentionPatch(Handle):
 
     def _natively(self, ids: Tensor) -> Tensor:
         """Return hidden states of the model's own attention, at the rotary frequencies of the patch."""
-        forward = self.decoder.__dict__.pop("forward", None)
+        attributes = self.decoder.__dict__
+        patched = attributes.get("forward")
         try:
+            if self._run_decoder is not None:
+                attributes["forward"] = self._run_decoder
             for config in self._configs:
                 config._attn_implementation_internal = self._original
             return hidden_states(self.decoder, ids)
         finally:
             for config in self._configs:
                 config._attn_implementation_internal = self._name
-            if forward is not None:
-                self.decoder.__dict__["forward"] = forward
+            if self._run_decoder is not None:
+                attributes["forward"] = patched
 
     def _own_noise(self, ids: Tensor, before: Tensor) -> float:
         """Return how far rounding errors of the embeddings move the model's own states, relative to them.

@@ -95,7 +95,7 @@ def ask(
     Raises:
         ValueError: an empty text or question, a prompt without its two marks, a finder beside an index.
 
-    Example:
+    Examples:
         >>> from hf_longtrunc import load_pretrained
         >>> model, tokenizer = load_pretrained()  # doctest: +SKIP
         >>> ask(model, tokenizer, novel, "Who stole the bishop's peacock?")[0].text  # doctest: +SKIP

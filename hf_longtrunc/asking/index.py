@@ -36,7 +36,7 @@ class TextIndex:
         TypeError: text is neither a string nor a mapping from strings to strings.
         ValueError: there is nothing in it.
 
-    Example:
+    Examples:
         >>> index = TextIndex("It rained. The code of the gate was 4711, and nobody wrote it down.", BM25())
         >>> index.find("Which code has the gate?")[0].text
         'It rained. The code of the gate was 4711, and nobody wrote it down.'

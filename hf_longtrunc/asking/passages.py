@@ -57,7 +57,7 @@ def unit_spans(text: str) -> list[tuple[int, int]]:
     A sentence under `SHORTEST` characters goes with the next one, and one over `LONGEST` is cut at white space, or
     anywhere where there is none. Time and memory are linear in the text.
 
-    Example:
+    Examples:
         >>> text = "He rose. It was the Tuesday before the great fair, and it rained."
         >>> [text[start:end] for start, end in unit_spans(text)]
         ['He rose. It was the Tuesday before the great fair, and it rained.']

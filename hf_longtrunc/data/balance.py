@@ -73,7 +73,7 @@ class BalancedRows(TorchDataset[dict[str, Any]]):
         TypeError: other rows.
         ValueError: rows without `seq_lengths`; a number out of range.
 
-    Example:
+    Examples:
         >>> packed = pack([{"input_ids": [5] * n} for n in (8, 3, 2, 8, 5, 3, 3)], 8)
         >>> [len(set(row["position_ids"])) for row in BalancedRows(packed, 2, seed=3)]
         [8, 8, 5, 3]

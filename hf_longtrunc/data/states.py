@@ -55,7 +55,7 @@ def reset_states(model: Any) -> Handle:
 
     Cost: such a layer runs once for every power of two among the documents' lengths.
 
-    Example:
+    Examples:
         >>> with reset_states(model):
         ...     check_packed(model, {**collator(rows), "use_cache": False})
         ...     trainer.train()

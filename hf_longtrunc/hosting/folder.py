@@ -116,7 +116,7 @@ def export(
         FileExistsError: `folder` holds something.
         TypeError, ValueError: an argument that cannot be, or a model that is no causal one or runs code of its own.
 
-    Example:
+    Examples:
         >>> export("Qwen/Qwen3-0.6B", "endless", LMInfinite(window_length=8192))  # doctest: +SKIP
     """
     one_of("weights", weights, ("link", "copy", "none"))

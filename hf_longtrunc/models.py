@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # What forwards, `generate` and their outputs call the cache of keys and values: transformers 5.24 renamed it.
 # A call says `model(ids, **{CACHE: cache})`, and `cache_of(output)` reads it.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+CACHE_NAMES = ("cache", "past_key_values")  # what any release calls it
 
 
 def cache_of(output: Any) -> Any:
@@ -117,7 +118,7 @@ def bound(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[st
     """
     names = parameters_of(module)
     result = {**dict(zip(names, args, strict=False)), **kwargs}
-    for other in {"past_key_values", "cache"} - {CACHE}:
+    for other in {*CACHE_NAMES} - {CACHE}:
         if other in result and CACHE in names and other not in names:
             if result.get(CACHE) is not None:
                 raise TypeError(f"the cache was passed as {CACHE} and as {other}: pass it once, as {CACHE}")

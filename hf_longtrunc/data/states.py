@@ -21,13 +21,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import create_causal_mask
 
 from hf_longtrunc.handles import Handle
-from hf_longtrunc.models import attachable, bound, decoder_of
+from hf_longtrunc.models import CACHE_NAMES, attachable, bound, decoder_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _BOUNDARIES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_CACHES = ("cache", "cache_params", "past_key_values")
+_CACHES = (*CACHE_NAMES, "cache_params")
 # Their decoders make the mask of attention without positions, and documents see each other there too.
 _MASKS_WITHOUT_POSITIONS = ("granitemoehybrid",)
 # Lengths of the documents in all rows of the decoder's call, one row after another; [] where every row is one document.

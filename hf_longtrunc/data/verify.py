@@ -71,7 +71,7 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
             f"tokens moved its own logits by {own:.3g} and the second one's by {leaked:.3g}, in a row of their own by "
             f"{rounding:.3g}. {_advice(inside, batch)}"
         )
-    allowed = max(_PLACE, _HALF * torch.finfo(inside.dtype).eps)
+    allowed = max(_PLACE, _HALF * torch.finfo(next(p.dtype for p in inside.parameters() if p.is_floating_point())).eps)
     with evaluating(model):
         for place, difference in _differences(model, batch):
             if not difference <= allowed:

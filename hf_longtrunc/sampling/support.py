@@ -137,7 +137,7 @@ class SupportChecker:
         checked, undecided: tokens below tau that were decided by proof or not, since the checker was made. Undecided
             ones are reported as such; whoever needs a set treats them as cut, since keeping asks for a proof.
 
-    Cost on one idle CPU thread at V = 49152, rank 20 (docs/bat.md): 1 to 2 ms a check of one token, row included.
+    Cost on one idle CPU thread at V = 49152, rank 20 (docs: results/sampling.md): 1 to 2 ms a check, row included.
     Memory: V * (rank + 1) float64 for the basis, and 16 vectors of V while a batch is verified.
 
     Source: Finlayson et al. 2023, arXiv 2310.01693, section 5. Deviations: exact where the published code is at the
@@ -174,7 +174,7 @@ class SupportChecker:
 
         Of the tokens with floor <= p-hat < tau the `limit` most probable ones are decided (None: all), and the others
         kept where a proof of those covers them; the rest are called cut without a proof, as are undecided ones. Work
-        grows with the tokens that are decided, so `limit` bounds a row's time; docs/bat.md says what it loses.
+        grows with the tokens that are decided, so `limit` bounds a row's time; results/sampling.md says what it loses.
         """
         floor = number("floor", floor, least=0, below=1)
         limit = None if limit is None else whole("limit", limit, least=1)

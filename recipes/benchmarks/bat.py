@@ -3,7 +3,7 @@
     python recipes/benchmarks/bat.py [--problems 60] [--highs 10] [--cvxpy 4] [--rows 15] [--tokens 40] [--large]
         [--text a_novel.txt --masks 200]
 
-Expected (docs/bat.md has the measured tables): a median check within 3 ms on one idle CPU thread, its row's shared work
+Expected (tables: docs/results/sampling.md): a median check within 3 ms on one idle CPU thread, its row's shared work
 included; >= 400x the well-scaled HiGHS in CPU time; a full kept set down to p = 1e-6 within 150 ms a step; generation
 in sample mode at >= 0.85x the tokens a second of top-p.
 

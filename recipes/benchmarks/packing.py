@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/packing.py [--documents 1000000] [--large]
 
-Expected (docs/packing.md has the measured tables): a million documents in <= 0.15 s and <= 80 bytes each, >= 40x TRL's
+Expected (tables: docs/results/packing.md): a million documents in <= 0.15 s and <= 80 bytes each, >= 40x TRL's
 loop, the same number of rows as TRL's over the whole set; a histogram of a thousand million documents in < 0.1 s.
 
 All contestants get the same array of piece lengths, cut before the clock starts, in one process; a figure is CPU

@@ -3,7 +3,7 @@
     python recipes/benchmarks/processors.py [--device cpu|cuda] [--threads 1 2]
     python recipes/benchmarks/processors.py --samplers ranks     # top-H, min-k, XTC and DRY
 
-Expected (docs/eta.md has the measured tables): eager eta <= 0.6x transformers' on a CPU at V = 128256, batch 32;
+Expected (tables: docs/results/sampling.md): eager eta <= 0.6x transformers' on a CPU at V = 128256, batch 32;
 <= 0.3x on an H100, and under 0.2 ms compiled.
 
 Beside the samplers that go by rank stand transformers' top-h, and for those that it has not, what local engines do: a

@@ -17,8 +17,8 @@ one process, and compares all rows.
 Both stages are functions of a rank and the number of tasks. datatrove runs them where it is installed (its
 SlurmPipelineExecutor takes the same functions, with skip_completed=False), else a pool of processes. A file takes its
 place when it is whole, and a task whose files are there is not run again. `manifest.json` says what they were made of:
-a task that is given other files, settings or versions than those stops. docs/cluster.md has the arithmetic for ten
-thousand million documents.
+a task that is given other files, settings or versions than those stops. docs/results/packing.md has the arithmetic for
+ten thousand million documents.
 
 Cost: `--synthetic 10000000 --check` some three CPU minutes, 10 GB of disk, and about 1 GB of memory a process, of which
 mapped files are a part; a tenth of the documents, a tenth of time and disk.

@@ -102,7 +102,7 @@ def page(outcomes: dict[str, tuple[str, str]]) -> str:
         "| because | families |\n|---|---|\n"
         + "\n".join(f"| {why.replace('|', '/')} | {_named(names)} |" for why, names in refused.items()),
         "Models that see images, as `AutoModelForImageTextToText` hands them out, are in a table of "
-        "[their own](lm_infinite.md#models-that-see-images).",
+        "[their own](lm_infinite_models.md#models-that-see-images).",
     ]
     return "\n\n".join(lines)
 

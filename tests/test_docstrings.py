@@ -25,7 +25,7 @@ MODULES = [
 
 
 @pytest.fixture(scope="module")
-def names():
+def names(tmp_path_factory):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -36,10 +36,18 @@ def names():
     public = {
         name: getattr(hf_longtrunc, name) for name in ("LMInfinite", "StreamingLLM", "DualChunkAttention", "TopK")
     }
+    scratch = tmp_path_factory.mktemp("examples")
+    model.save_pretrained(scratch / "model")
+    public |= {"scratch": str(scratch), "model_folder": str(scratch / "model")}
     return {**public, "model": model, "ids": torch.randint(3, 90, (1, 100)), "torch": torch}
 
 
-@pytest.mark.parametrize("module", ["hf_longtrunc.errors", *(f"hf_longtrunc.attention.{name}" for name in MODULES)])
+OTHERS = ["errors", "handles", *(f"hosting.{name}" for name in ("settings", "find_and_read", "generate", "folder"))]
+
+
+@pytest.mark.parametrize(
+    "module", [f"hf_longtrunc.{name}" for name in [*OTHERS, *(f"attention.{name}" for name in MODULES)]]
+)
 def test_examples_run(module, names):
     found = importlib.import_module(module)
     examples = [test for test in doctest.DocTestFinder().find(found, extraglobs=names) if test.examples]

@@ -21,7 +21,11 @@ def export(
     window: Window = None,
     sinks: Annotated[int, typer.Option(min=0, help="LM-Infinite's first tokens that stay visible.")] = 16,
     retrieval: Annotated[
-        Literal["for-chat"] | None, typer.Option(help="Also read the blocks that a chat's question points at.")
+        Literal["for-chat", "passages"] | None,
+        typer.Option(help="for-chat: also attend to blocks that a question points at; passages: find, and read those."),
+    ] = None,
+    finder: Annotated[
+        Literal["encoder", "bm25"] | None, typer.Option(help="Of passages: by meaning (the default) or by words.")
     ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="Sample by eta=0.002, epsilon=0.0009, top-n-sigma=1 or p-less.")
@@ -37,18 +41,30 @@ def export(
     from hf_longtrunc.pretrained import default_model_folder
 
     source = str(default_model_folder()) if model == "default" else model
-    blocks: Any = None if retrieval is None else TopBlocks.for_chat(load_tokenizer(source))
+    if finder is not None and retrieval != "passages":
+        raise typer.BadParameter("goes with --retrieval passages", param_hint="--finder")
+    if retrieval == "passages":
+        if technique == "dual-chunk":
+            raise typer.BadParameter(
+                "passages goes with --technique lm-infinite or streaming-llm", param_hint="--retrieval"
+            )
+        finder = finder or "encoder"
+    blocks: Any = TopBlocks.for_chat(load_tokenizer(source)) if retrieval == "for-chat" else None
     if technique == "dual-chunk":
         if window is not None:
             raise typer.BadParameter("goes with --technique lm-infinite or streaming-llm", param_hint="--window")
         chosen: Any = DualChunkAttention(retrieval=blocks)
     elif technique == "streaming-llm":
         if blocks is not None:
-            raise typer.BadParameter("goes with --technique lm-infinite or dual-chunk", param_hint="--retrieval")
+            raise typer.BadParameter(
+                "for-chat goes with --technique lm-infinite or dual-chunk", param_hint="--retrieval"
+            )
         chosen = StreamingLLM(num_sink_tokens=sinks, window_length=window)
     else:
         chosen = LMInfinite(num_sink_tokens=sinks, window_length=window, retrieval=blocks)
-    made = export_folder(source, folder, chosen, sampler=sampler, weights=weights, cache_bytes=cache_mib * 2**20)
+    made = export_folder(
+        source, folder, chosen, sampler=sampler, weights=weights, cache_bytes=cache_mib * 2**20, finder=finder
+    )
     results().print(f"{escape(str(made.folder))}: sha256 {made.sha256}")
     notes().print(f"next: hf-longtrunc serve {escape(str(made.folder))}")
 

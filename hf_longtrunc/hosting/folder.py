@@ -95,6 +95,7 @@ def export(
     sampler: str | None = None,
     weights: str = "link",
     cache_bytes: int = 2**30,
+    finder: str | None = None,
 ) -> Exported:
     """Write a model folder that every host of transformers generates with under a technique.
 
@@ -111,13 +112,16 @@ def export(
         weights: "link" them where they lie, "copy" them, or "none": code alone, for
             `generate(custom_generate=folder)` on a model that is loaded from elsewhere.
         cache_bytes: of the caches that are kept between requests; 0 keeps none.
+        finder: "encoder" or "bm25": a chat longer than the window is answered from the passage that its last question
+            points at, see `HostSettings`.
 
     Raises:
         FileExistsError: `folder` holds something.
         TypeError, ValueError: an argument that cannot be, or a model that is no causal one or runs code of its own.
 
-    Examples:
-        >>> export("Qwen/Qwen3-0.6B", "endless", LMInfinite(window_length=8192))  # doctest: +SKIP
+    >>> made = export(model_folder, f"{scratch}/endless", LMInfinite(window_length=64))
+    >>> sorted(path.name for path in made.folder.iterdir())
+    ['README.md', 'config.json', 'custom_generate', 'generation_config.json', 'model.safetensors']
     """
     one_of("weights", weights, ("link", "copy", "none"))
     out = Path(folder)
@@ -125,7 +129,7 @@ def export(
         raise FileExistsError(f"{out} exists and is not empty: name another folder, or delete it first")
     source = default_model_folder() if model is None else _source(model)
     technique = _with_window(technique, source)
-    settings = HostSettings(technique=technique, sampler=sampler, cache_bytes=cache_bytes)
+    settings = HostSettings(technique=technique, sampler=sampler, cache_bytes=cache_bytes, finder=finder)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         made = Path(scratch, "made")
@@ -151,6 +155,10 @@ def verify_export(folder: str | os.PathLike[str]) -> Exported:
     Raises:
         FileNotFoundError: the folder was not exported.
         ValueError: its code was changed, it holds other code, or its settings cannot be read.
+
+    >>> made = export(model_folder, f"{scratch}/checked", LMInfinite(window_length=64))
+    >>> verify_export(made.folder) == made
+    True
     """
     path = Path(folder, CODE)
     if not path.is_file():
@@ -250,11 +258,8 @@ def _write_card(made: Path, settings: HostSettings, source: str | os.PathLike[st
         sees = "The model sees the whole text, at the price of a cache that grows with it."
     else:
         sees = f"The model sees the first {technique.num_sink_tokens} and the last {reading.window:,} tokens of a text"
-        sees += (
-            " and forgets the rest."
-            if getattr(technique, "retrieval", None) is None
-            else ", and of the rest what a question asks for."
-        )
+        is_searched = settings.finder is not None or getattr(technique, "retrieval", None) is not None
+        sees += ", and of the rest what a question asks for." if is_searched else " and forgets the rest."
     section = _CARD.format(
         version=__version__,
         source=Path(source).name if Path(source).is_dir() else str(source),

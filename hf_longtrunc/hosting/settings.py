@@ -8,7 +8,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import hf_longtrunc as ours
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.hosting.find_and_read import FINDERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,14 +35,21 @@ class HostSettings:
         sampler: "eta=0.002", "epsilon=0.0009", "top-n-sigma=1" or "p-less", joined to everything that is sampled; None
             adds nothing.
         cache_bytes: of the caches that are kept between requests; 0 keeps none.
+        finder: "encoder" or "bm25": of a chat that is longer than the window, the passage that its last question points
+            at is read, and nothing else. With a technique that forgets; None lets the technique read the whole chat.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, or outside its range.
+
+    >>> settings = HostSettings(technique=LMInfinite(window_length=64), sampler="eta=0.002")
+    >>> HostSettings.from_json(settings.to_json()) == settings
+    True
     """
 
     technique: Any
     sampler: str | None = None
     cache_bytes: int = 2**30
+    finder: str | None = None
 
     def __post_init__(self) -> None:
         if type(self.technique) not in {getattr(ours, name) for name in TECHNIQUES.values()}:
@@ -53,6 +61,13 @@ class HostSettings:
             raise ValueError("technique must have a window_length here, got None: export() takes the model's own")
         self.processors()  # a wrong sampler is told here
         object.__setattr__(self, "cache_bytes", whole("cache_bytes", self.cache_bytes, least=0))
+        if self.finder is not None:
+            one_of("finder", self.finder, FINDERS)
+            if getattr(self.technique, "num_sink_tokens", None) is None or getattr(self.technique, "retrieval", None):
+                raise ValueError(
+                    "finder goes with LMInfinite(...) or StreamingLLM(...) without retrieval, got "
+                    f"{self.technique!r}, which forgets nothing"
+                )
 
     def processors(self) -> list[LogitsProcessor]:
         """Return the sampler's processor, or nothing."""
@@ -71,12 +86,14 @@ class HostSettings:
 
     def to_json(self) -> str:
         """Return the settings as JSON: what differs from a technique's defaults, with a format number."""
-        described = {
+        described: dict[str, Any] = {
             "format": FORMAT,
             "technique": _encoded(self.technique),
             "sampler": self.sampler,
             "cache_bytes": self.cache_bytes,
         }
+        if self.finder is not None:
+            described["finder"] = self.finder
         return json.dumps(described, indent=2)
 
     @classmethod

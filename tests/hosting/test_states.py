@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import threading
@@ -11,9 +12,9 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from hf_longtrunc import DualChunkAttention, LMInfinite
+from hf_longtrunc import AttentionTrace, DualChunkAttention, LMInfinite
 from hf_longtrunc.hosting import HostSettings, hosted_generate
-from hf_longtrunc.hosting.generate import _hosts
+from hf_longtrunc.hosting.generate import host_of
 from tests.conftest import tiny_config
 
 TECHNIQUE = LMInfinite(num_sink_tokens=2, window_length=16)
@@ -83,7 +84,7 @@ def test_bytes_are_bounded_and_the_least_recently_used_go(tiny_model):
     first, second, third = (text(60, seed=seed) for seed in (1, 2, 3))
     for ids in (first, second, first, third):  # the second is the least recently used
         answer(tiny_model, ids, settings)
-        assert _hosts[tiny_model].states.bytes <= 2 * one
+        assert host_of(tiny_model).states.bytes <= 2 * one
     assert [answer(tiny_model, ids, settings)[1] for ids in (first, third, second)] == [59, 59, 0]
     for limit in (one - 1, 0):
         small = HostSettings(technique=TECHNIQUE, cache_bytes=limit).to_json()
@@ -92,8 +93,8 @@ def test_bytes_are_bounded_and_the_least_recently_used_go(tiny_model):
 
 def _bytes_of_a_state(model) -> int:
     answer(model, text(60, seed=50))
-    size = _hosts[model].states.bytes
-    del _hosts[model]
+    size = host_of(model).states.bytes
+    del model._hf_longtrunc_host
     return size
 
 
@@ -137,7 +138,8 @@ def test_threads_get_what_each_gets_alone(tiny_model):
 
 
 def test_the_model_is_as_it_was_after_an_exception_too(tiny_model):
-    ids, before = text(60), dict(vars(tiny_model))
+    ids, host = text(60), host_of(tiny_model)
+    before = dict(vars(tiny_model))
     plain = tiny_model(ids).logits
     good = answer(tiny_model, ids)[0]
 
@@ -151,7 +153,7 @@ def test_the_model_is_as_it_was_after_an_exception_too(tiny_model):
     longer = torch.cat([ids, text(9, seed=7)], dim=1)
     with pytest.raises(Cancelled):
         hosted_generate(SETTINGS, tiny_model, longer, streamer=Streamer(), **NEW)
-    assert vars(tiny_model) == before
+    assert vars(tiny_model) == before == {**before, "_hf_longtrunc_host": host}
     assert torch.equal(tiny_model(ids).logits, plain)
     assert answer(tiny_model, ids)[0] == good
     assert answer(tiny_model, longer)[0] == anew(tiny_model, longer)
@@ -175,3 +177,54 @@ def test_what_is_forgotten_is_said(tiny_model, caplog):
     whole = HostSettings(technique=DualChunkAttention(trained_length=32)).to_json()
     assert hosted_generate(whole, tiny_model, text(60), **NEW).reading["kept"] == 60
     assert caplog.text == ""
+
+
+def test_a_model_is_patched_once_and_again_after_it_changed(tiny_model, monkeypatch):
+    attach, attached = LMInfinite.attach, []
+
+    def counted(technique, model):
+        attached.append(model)
+        return attach(technique, model)
+
+    monkeypatch.setattr(LMInfinite, "attach", counted)
+    ids, plain = text(60), tiny_model(text(60)).logits
+    for _ in range(3):
+        tokens, _ = answer(tiny_model, ids)
+        assert torch.equal(tiny_model(ids).logits, plain)
+    assert len(attached) == 1
+    with torch.no_grad():
+        tiny_model.lm_head.weight.mul_(-1)
+        plain = -plain
+    changed, _ = answer(tiny_model, ids)
+    assert changed == anew(tiny_model, ids) != tokens
+    assert len(attached) == 2
+    tiny_model.config.rms_norm_eps = 1e-3
+    answer(tiny_model, ids)
+    assert len(attached) == 3
+    tiny_model.model.forward = tiny_model.model.forward  # as accelerate's hooks do
+    answer(tiny_model, ids)
+    assert len(attached) == 4
+    copied = copy.deepcopy(tiny_model)
+    assert answer(copied, ids)[0] == answer(tiny_model, ids)[0]
+    assert len(attached) == 5
+    assert torch.equal(copied(ids).logits, plain)
+    handle = attach(TECHNIQUE, tiny_model)
+    with pytest.raises(ValueError, match="patched"):
+        answer(tiny_model, ids)
+    handle.detach()
+    answer(tiny_model, ids)
+
+
+def test_where_an_answer_attended(tiny_model):
+    ids = text(300)
+    output = hosted_generate(SETTINGS, tiny_model, ids, trace_attention=True, **NEW)
+    with TECHNIQUE(tiny_model) as handle, AttentionTrace(handle, stretch=64) as trace:
+        wanted = tiny_model.generate(ids, **NEW)
+    assert torch.equal(output.sequences, wanted.sequences)
+    mean = sum(record.mass[0] for record in trace.records) / len(trace.records)
+    attended = output.reading["attended"]
+    assert {each["start"] // 64 for each in attended} == {n for n, share in enumerate(mean.tolist()) if share > 0}
+    assert [each["share"] for each in attended] == sorted((each["share"] for each in attended), reverse=True)
+    for each in attended:
+        assert each["share"] == pytest.approx(float(mean[each["start"] // 64]), abs=1e-3)
+    assert sum(each["share"] for each in attended) == pytest.approx(1, abs=1e-3)

@@ -112,6 +112,12 @@ STEPS = [
         "serve_endless.py --text TEXT --parts serve --window 256 --out OUT",
     ),
     Step(
+        "hosts-receipts",
+        "The passages that an exported folder answers from, on novels and wordings that nothing was chosen on",
+        None,
+        "receipts.py --texts great_expectations.txt,pride_and_prejudice.txt --out OUT",
+    ),
+    Step(
         "eta-flag",
         "Eta on the full distribution and as transformers' flag behind top-k",
         "eta_flag.py --out OUT",

@@ -29,6 +29,8 @@ class Metadata(MetadataHookInterface):
         repository = str(self.config["repository"]).rstrip("/")
         if repository:
             metadata["urls"] = {name: repository + page for name, page in PAGES.items()}
+            if documentation := str(self.config.get("documentation", "")):
+                metadata["urls"]["Documentation"] = documentation
         text = Path(self.root, "README.md").read_text(encoding="utf-8")
         metadata["readme"] = {"content-type": "text/markdown", "text": absolute(text, repository)}
 

@@ -32,7 +32,7 @@ def test_block_runs(block, model_folder, monkeypatch, tmp_path):  # noqa: F811
 
     monkeypatch.setattr(pretrained, "default_model_folder", lambda: Path(model_folder))
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "<documentation>", "exec"), {"__name__": "documentation"})
+    exec(compile(block, "<documentation>", "exec", dont_inherit=True), {"__name__": "documentation"})
 
 
 @pytest.mark.real_model
@@ -63,6 +63,13 @@ def test_every_picture_and_relative_link_exists():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} points to {target}, which is not there"
+
+
+def test_pictures_are_what_their_script_draws():
+    drawn = runpy.run_path(str(ROOT / "scripts" / "pictures.py"))["schematic"]()
+    assert len(drawn) >= 4
+    for name, picture in drawn.items():
+        assert (DOCS / "assets" / f"{name}.svg").read_text(encoding="utf-8") == picture, name
 
 
 def test_the_tree_of_contributing_names_what_there_is():

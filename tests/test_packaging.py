@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,3 +28,19 @@ def test_the_readme_of_a_package_has_no_relative_target(tmp_path, repository):
         assert metadata["urls"]["Issues"] == f"{base}/issues"
         assert f"({base}/raw/HEAD/docs/evidence/perplexity/perplexity.png)" in text
         assert f"({base}/blob/HEAD/docs/choosing.md)" in text
+
+
+def test_the_pages_link_to_the_repository_and_have_a_sitemap_once_addresses_are_set():
+    hooks = runpy.run_path(str(ROOT / "scripts" / "pages.py"))
+    for repository, documentation in [("", ""), ("https://example.org/who/what", "https://example.org/pages")]:
+        config = SimpleNamespace(repo_url=None, repo_name=None, site_url=None)
+        hooks["set_addresses"](config, repository, documentation)
+        assert config.repo_url == (repository or None)
+        assert config.site_url == (f"{documentation}/" if documentation else None)
+
+
+def test_a_notebook_links_to_pages_from_where_it_is_built():
+    hooks = runpy.run_path(str(ROOT / "scripts" / "pages.py"))
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="notebooks/sampling.ipynb"))
+    built = hooks["on_page_content"]('<a href="../eta.md">, <a href="../results/sampling.md#which-sampler">', page)
+    assert built == '<a href="../../eta/">, <a href="../../results/sampling/#which-sampler">'

@@ -81,7 +81,7 @@ def plot_scores(records: Sequence[Any], across: str, down: Sequence[str], *, ins
         for axes, column in zip(row, columns, strict=True):
             _heat_map(axes, by_column.get(column, []), lengths, rows, inside)
             axes.set_title("\n".join([str(column), *names]), fontsize=9)
-        row[0].set_ylabel(inside)
+        row[0].set_ylabel("kind of question" if inside == "battery" else inside)
     for axes in grid[-1]:
         axes.set_xlabel("prompt (tokens)")
     return [axes for row in grid for axes in row]

@@ -14,7 +14,6 @@ from hf_longtrunc.cli.common import (
     Model,
     check_outputs,
     load,
-    notes,
     print_json,
     read_text,
     results,
@@ -34,11 +33,11 @@ class Part(str, Enum):
     past_window = "past-window"
 
 
-QUICK = [Part.sampling, Part.bat, Part.packing, Part.cream]
+QUICK = [Part.sampling, Part.packing, Part.past_window]
 
 
 def demo(
-    parts: Annotated[list[Part] | None, typer.Argument(help="Left out: every part that takes no minutes.")] = None,
+    parts: Annotated[list[Part] | None, typer.Argument(help="Left out: sampling, packing and past-window.")] = None,
     model: Model = None,
     prompt: Annotated[str | None, typer.Option(help="sampling, bat: text to continue.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="sampling: tokens that each sampler draws.")] = 80,
@@ -56,7 +55,7 @@ def demo(
     [b]bat[/b]: basis-aware truncation, and the tokens that it kept below eta's threshold; half a minute.
     [b]packing[/b]: docstrings packed into rows, and that no document sees another; ten seconds.
     [b]cream[/b]: position ids drawn by CREAM and PoSE, and the distances that they teach; five seconds, no model.
-    [b]past-window[/b]: a text longer than the trained window, unmodified and under LM-Infinite; some four minutes.
+    [b]past-window[/b]: a text longer than the trained window, unmodified and under LM-Infinite; two minutes.
     """
     chosen = [part for part in Part if part in (parts or QUICK)]
     if not 0 < epsilon < 1:
@@ -69,7 +68,7 @@ def demo(
     pages = [f"{part.value}.html" for part in (Part.sampling, Part.bat) if part in chosen]
     check_outputs(output_dir, *(pictures[part] for part in chosen), *pages, force=force)
     source = None if text is None else read_text(text)
-    from hf_longtrunc.cli import demo_parts
+    from hf_longtrunc.cli import demo_long, demo_parts
 
     console = results(is_quiet=as_json)
     loaded: Any
@@ -84,12 +83,11 @@ def demo(
         Part.bat: lambda: demo_parts.bat_part(loaded, tokenizer, output_dir, prompt=prompt, seed=seed, console=console),
         Part.packing: lambda: demo_parts.packing_part(loaded, tokenizer, output_dir, console=console),
         Part.cream: lambda: demo_parts.cream_part(output_dir, seed=seed, console=console),
-        Part.past_window: lambda: demo_parts.past_the_window(
+        Part.past_window: lambda: demo_long.past_the_window(
             loaded, tokenizer, output_dir, text=source, console=console
         ),
     }
     shown = {part.value: shows[part]() for part in chosen}
     if as_json:
         print_json(shown)
-    if Part.past_window not in chosen:
-        notes().print("[dim]next: hf-longtrunc demo past-window reads beyond the trained window (some minutes)[/dim]")
+    demo_parts.last_screen(shown, output_dir, console)

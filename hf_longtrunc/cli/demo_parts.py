@@ -10,7 +10,6 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from io import StringIO
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from hf_longtrunc import (
     BestFitPackingCollator,
     CreamPositions,
     EtaLogitsProcessor,
-    LMInfinite,
     PackedDataset,
     SoftmaxBasis,
     TruncationRecord,
@@ -39,8 +37,6 @@ from hf_longtrunc import (
     pose_positions,
 )
 from hf_longtrunc.cli.common import draw_without_a_screen, notes, save_picture
-from hf_longtrunc.cli.ppl import compare, read_tokens
-from hf_longtrunc.evaluation import python_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,7 +89,7 @@ def sampling_part(
         f"top-p {top_p:g}": {"top_p": top_p},
         f"eta {epsilon:g}": {"logits_processor": [EtaLogitsProcessor(epsilon)]},
     }
-    _heading(console, "Truncation sampling: what each sampler cuts")
+    heading(console, "Truncation sampling: what each sampler cuts")
     console.print(f"[dim]prompt[/dim]  {escape(prompt)}")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     runs = []
@@ -122,7 +118,7 @@ def bat_part(
     console: Console,
 ) -> dict[str, object]:
     """Continue `prompt` by basis-aware truncation and show the tokens that it kept below eta's threshold."""
-    _heading(console, "Basis-aware truncation: tokens kept because it is proved that they belong")
+    heading(console, "Basis-aware truncation: tokens kept because it is proved that they belong")
     with notes().status(f"softmax basis of rank {rank}"):
         basis = SoftmaxBasis.from_model(model, rank)
     processor = BasisAwareLogitsProcessor(basis, epsilon, mode="mask")
@@ -255,7 +251,7 @@ def packing_part(
 ) -> dict[str, object]:
     """Pack the docstrings of Python's standard library, and show that a packed document is the document alone."""
     seq_length = min(seq_length, model.config.max_position_embeddings)
-    _heading(console, "Best-fit packing: no unnecessary cut, no document sees another")
+    heading(console, "Best-fit packing: no unnecessary cut, no document sees another")
     with notes().status("tokenizing the standard library's docstrings"):
         documents = [{"input_ids": tokenizer(text)["input_ids"]} for text in _docstrings()]
     packed: PackedDataset = pack(documents, seq_length, tokenizer)
@@ -301,7 +297,7 @@ def cream_part(
     folder: Path, *, window: int = 4096, factor: int = 8, draws: int = 1000, seed: int = 0, console: Console
 ) -> dict[str, object]:
     """Draw position ids by CREAM, PoSE and not at all, and show which distances a model would meet in training."""
-    _heading(console, "CREAM: the distances of a long window in documents of a short one")
+    heading(console, "CREAM: the distances of a long window in documents of a short one")
     schemes: dict[str, Any] = {"CREAM": CreamPositions(), "PoSE": pose_positions, "contiguous": contiguous_positions}
     with notes().status(f"drawing {draws:,} documents by each scheme"):
         seen = {name: distances_seen(scheme, window, window, factor, draws, seed) for name, scheme in schemes.items()}
@@ -356,18 +352,41 @@ def _coverage_picture(
     save_picture(figure, folder / CREAM)
 
 
-def past_the_window(
-    model: Any, tokenizer: Any, folder: Path, *, text: str | None = None, tokens: int = 12_288, console: Console
-) -> list[dict[str, object]]:
-    """Read a text to half as far again as the model's window, unmodified and under LM-Infinite.
+def last_screen(shown: dict[str, Any], folder: Path, console: Console) -> None:
+    """Say what the parts showed, with their own figures, and what to do next."""
+    heading(console, "What you saw")
+    if sampled := shown.get("sampling"):
+        refused = next(iter(run for key, run in sampled[0].items() if key.startswith("refused")))
+        console.print(
+            f"- Plain sampling drew {refused} of {sampled[0]['tokens']} tokens that eta refuses; eta kept "
+            f"{sampled[-1]['kept (median)']:,.0f} tokens a step (median). {folder / SAMPLING_PAGE} shows each step."
+        )
+    if rescued := shown.get("bat"):
+        console.print(
+            f"- Basis-aware truncation kept {rescued['rescued']:,} tokens below the threshold, each by a proof."
+        )
+    if packed := shown.get("packing"):
+        console.print(
+            f"- Packing cut {packed['truncated_documents']} of {packed['documents']:,} documents, concatenation "
+            f"{packed['truncated_by_concatenation']}; packed logits differ by {packed['difference from alone']:.0e}."
+        )
+    if cream := shown.get("cream"):
+        met = ", ".join(f"{name} {each['distances met']:.0%}" for name, each in cream.items())
+        console.print(f"- Distances of the long window that training at the short one meets: {met}.")
+    if read := shown.get("past-window"):
+        plain, ours = read["unmodified"], read["LM-Infinite"]
+        share = ours["cache bytes"] / plain["cache bytes"]
+        console.print(
+            f"- After {read['tokens']:,} tokens, of {read['trained window']:,} trained, the unmodified model answered "
+            f"'{escape(plain['answer'])}', and under LM-Infinite, with {share:.0%} of the cache, "
+            f"'{escape(ours['answer'])}'."
+        )
+    console.print("\n[bold]Next[/bold]: a model of your own with --model (a hub id or a folder), and")
+    console.print("  hf-longtrunc chat                       a conversation without end, at constant memory")
+    console.print('  hf-longtrunc ask a_text.txt "Who ...?"  a question about a text of any length')
+    console.print("  hf-longtrunc --help                     all commands")
 
-    The text is Python's own language reference unless one is given; the picture and the records go to `folder`. Cost:
-    two readings of `tokens` tokens.
-    """
-    _heading(console, "LM-Infinite: reading past the trained window")
-    input_ids = read_tokens(StringIO(python_reference() if text is None else text), tokenizer, tokens)
-    return [vars(record) for record in compare(model, input_ids, LMInfinite(), folder=folder, console=console)]
 
-
-def _heading(console: Console, title: str) -> None:
+def heading(console: Console, title: str) -> None:
+    """Print a part's title."""
     console.print(f"\n[bold]{title}[/bold]\n")

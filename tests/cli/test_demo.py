@@ -7,15 +7,17 @@ import json
 import re
 
 import pytest
+import torch
 from rich.console import Console
 
-from hf_longtrunc import load_pretrained
-from hf_longtrunc.cli.demo_parts import bat_part, past_the_window, sampling_part
+from hf_longtrunc import LMInfinite, load_pretrained
+from hf_longtrunc.cli.demo_long import past_the_window, read_and_answer
+from hf_longtrunc.cli.demo_parts import bat_part, sampling_part
 from hf_longtrunc.evaluation import PerplexityRecord, read_records
 from tests.command_line import invoke
 
 
-def test_demo_prints_three_texts_two_tables_and_writes_the_picture(model_folder, tmp_path):
+def test_demo_shows_samplers_packing_and_a_text_past_the_window(model_folder, tmp_path):
     result = invoke("demo", "--model", model_folder, "--max-new-tokens", "15", "--output-dir", str(tmp_path))
     assert result.exit_code == 0, result.output
     for part in (
@@ -27,13 +29,18 @@ def test_demo_prints_three_texts_two_tables_and_writes_the_picture(model_folder,
         "refused",
         "concatenation",
         "pieces: logits differ",
+        "perplexity by position",
+        "the same question at the end of it",
+        "cache, MiB",
     ):
         assert part in result.output
-    for picture in ("sampling.png", "packing.png"):
+    for picture in ("sampling.png", "packing.png", "perplexity.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    for page in ("sampling.html", "bat.html"):
-        assert str(tmp_path / page) in result.stderr
-        assert "eta 0.002" in (tmp_path / "sampling.html").read_text(encoding="utf-8")
+    assert str(tmp_path / "sampling.html") in result.stderr
+    assert "eta 0.002" in (tmp_path / "sampling.html").read_text(encoding="utf-8")
+    last = result.output[result.output.index("What you saw") :]
+    for said in ("Plain sampling drew", "Packing cut", "the unmodified model answered", "Next", "hf-longtrunc chat"):
+        assert said in last
 
 
 def test_demo_of_one_step(model_folder, tmp_path):
@@ -53,6 +60,7 @@ def test_demo_bat_shows_what_was_rescued_below_the_threshold(model_folder, tmp_p
         assert int(kept) >= 1
         assert int(rescued) >= 1 or float(probability) >= float(threshold) * 0.95
     assert (tmp_path / "bat.png").read_bytes().startswith(b"\x89PNG")
+    assert "BAT 0.03" in (tmp_path / "bat.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -70,14 +78,29 @@ def test_bad_options_are_named(option, value, message):
     assert message in " ".join(result.output.replace("│", " ").split())
 
 
-def test_the_demo_part_needs_no_text(tiny_folder, tmp_path):
+def test_the_long_part_needs_no_text(tiny_folder, tmp_path):
+    """Losses and answers are those of one forward over the whole text, unmodified and patched; a ring is smaller."""
     model, tokenizer = load_pretrained(tiny_folder)
     console = Console(file=io.StringIO(), width=120)
-    past_the_window(model, tokenizer, tmp_path, tokens=150, console=console)
+    shown = past_the_window(model, tokenizer, tmp_path, tokens=150, console=console)
     assert "LM-Infinite" in console.file.getvalue()
     assert "128-256" in console.file.getvalue()
-    assert len(read_records(tmp_path / "perplexity.jsonl", PerplexityRecord)) == 2 * 6
+    assert len(read_records(tmp_path / "perplexity.jsonl", PerplexityRecord)) == len(shown["records"])
     assert (tmp_path / "perplexity.png").exists()
+    assert shown["LM-Infinite"]["cache bytes"] < shown["unmodified"]["cache bytes"]
+
+
+def test_what_is_read_by_chunks_is_what_is_read_at_once(tiny_folder):
+    model, tokenizer = load_pretrained(tiny_folder)
+    ids = torch.randint(5, 50, (70,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), LMInfinite(num_sink_tokens=2, window_length=16)(model):
+        reading = read_and_answer(model, tokenizer, ids, "patched", chunk=13, most=5)
+        logits = model(ids[None], use_cache=False).logits[0].float()
+        answer = model.generate(ids[None], max_new_tokens=5, do_sample=False)[0, 70:]
+    torch.testing.assert_close(
+        reading.losses, torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+    )
+    assert tokenizer.decode(answer, skip_special_tokens=True).strip().startswith(reading.answer)
 
 
 def test_the_demo_as_json(model_folder, tmp_path):

@@ -184,12 +184,20 @@ def check_positions(position_ids: Any, real: Tensor | None, past: int, new: int)
         does_continue = (first == past) | (first == counted)
         if real is not None:
             does_continue = does_continue | ~real[:, past].to(first.device)
-    if not (bool(is_step.all()) and bool(does_continue.all())):
+    if bool(is_step.all()) and bool(does_continue.all()):
+        return
+    if past and new > 1 and bool((position_ids[..., 0] == 0).all()):
         raise ValueError(
-            "position_ids must count up by one within a row, and go on from the tokens that the cache holds, on a "
-            "patched model, which counts distances in tokens: packed rows, position_ids that jump (CREAM), and an "
-            "image's or a video's that count in time, height and width (M-RoPE) cannot be combined with it"
+            f"this forward brings the text from its first token on, and the cache holds {past} tokens of it already: "
+            "transformers' assisted decoding so feeds a cache that it is given a second time. Leave the cache out, or "
+            "generate without drafts (prompt_lookup_num_tokens, assistant_model)"
         )
+    raise ValueError(
+        "position_ids must count up by one within a row, and go on from the tokens that the cache holds, on a patched "
+        "model, which counts distances in tokens: packed rows, position_ids that jump (CREAM), and an image's or a "
+        "video's that count in time, height and width (M-RoPE) cannot be combined with it. Leave position_ids out, or "
+        "detach first"
+    )
 
 
 def first_real(states: Tensor, positions: Tensor, count: int, is_padded: bool) -> Tensor:

@@ -79,15 +79,17 @@ class DecoderCall:
     def tokens_behind(self, ids: Sequence[int]) -> Tensor | None:
         """Return how many tokens follow each row's last occurrence of `ids` [batch], up to 64; -1 where there is none.
 
-        None where no ids are named or the call brings embeddings.
+        None where no ids are named. In a call that brings embeddings, those of `ids` are looked for.
         """
-        tokens = self.inputs.get("input_ids")
-        if tokens is None or not ids:
+        if not ids:
             return None
         if self.new < len(ids):  # a decoded token, for which no device is waited
-            return torch.full((len(tokens),), -1)
-        windows = tokens[:, -len(ids) - _DRAFTS :].unfold(1, len(ids), 1)  # [batch, places, ids]
-        is_there = (windows == windows.new_tensor(list(ids))).all(-1).flip(1)
+            return torch.full((self.batch,), -1)
+        tokens, wanted = self.inputs.get("input_ids"), torch.tensor(list(ids), device=self.device)
+        if tokens is None:
+            tokens, wanted = self.inputs["inputs_embeds"], self.decoder.get_input_embeddings()(wanted)
+        windows = tokens[:, -len(ids) - _DRAFTS :].unfold(1, len(ids), 1)  # [batch, places, (dim,) ids]
+        is_there = (windows == wanted.movedim(0, -1)).flatten(2).all(-1).flip(1)
         return torch.where(is_there.any(1), is_there.int().argmax(1), -1)
 
     def part(self, start: int, stop: int) -> DecoderCall:

@@ -135,6 +135,11 @@ class DualChunkAttention(PatchTechnique):
         return ChunkLaw(self.chunk_length, self.trained_length)
 
     @property
+    def max_drafts(self) -> int | None:
+        """Any number; with retrieval as many as read beside the token before them."""
+        return None if self.retrieval is None else self.retrieval.rows - 1
+
+    @property
     def rope_length(self) -> int:
         """The trained length."""
         return self.distances.trained_length

@@ -450,13 +450,18 @@ class AttentionPatch(Handle):
         most = self.resolved.max_drafts
         if most is None:
             return generator
+        reason = (
+            "whose cache can take back so many tokens"
+            if self.resolved.retrieval is None
+            else "of whose forward so many rows read distant keys beside the first"
+        )
         for name in ("num_assistant_tokens", "num_output_tokens"):
             drafted = getattr(generator, name, None)
             if drafted is not None and drafted > most:
                 option = "prompt_lookup_num_tokens" if name == "num_output_tokens" else name
                 raise ValueError(
-                    f"{option} must be at most {most} on a model patched by {type(self.technique).__name__}, whose "
-                    f"cache can take back so many tokens, got {drafted}"
+                    f"{option} must be at most {most} on a model patched by {type(self.technique).__name__}, {reason}, "
+                    f"got {drafted}"
                 )
         if getattr(generator, "num_assistant_tokens", None) is not None:
             update = generator.update_candidate_strategy

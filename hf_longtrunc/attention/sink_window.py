@@ -58,8 +58,9 @@ class SinkWindowTechnique(PatchTechnique):
 
     @property
     def max_drafts(self) -> int:
-        """As many as the ring can take back."""
-        return RingCacheLayer.ROLLBACK + 1
+        """As many as the ring can take back; with retrieval no more than read beside the token before them."""
+        most = RingCacheLayer.ROLLBACK + 1
+        return most if self.retrieval is None else min(most, self.retrieval.reading_rows(most + 1, False) - 1)
 
     @property
     def rope_length(self) -> int:

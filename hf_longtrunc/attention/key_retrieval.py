@@ -109,6 +109,10 @@ class Retrieval(ABC):
         """Return whether that layer looks at distant keys; layers count from 0."""
         return layer >= self.first_layer
 
+    def prefill_chunk(self, chunk: int, new: int) -> int:
+        """Return the tokens to read at once of a prompt of `new`, where `generate` was asked to read `chunk`."""
+        return chunk
+
     def for_layers(self, count: int) -> Retrieval:
         """Return the settings for a model of so many layers, with defaults that depend on it."""
         return self
@@ -303,6 +307,21 @@ class TopBlocks(Retrieval):
     def reading_rows(self, new: int, is_scoring: bool) -> int:
         """Return how many of the last rows look at distant keys: those that score, or those that read."""
         return self.ending_rows + self.voting_rows + self.contrast_rows if is_scoring else self.rows
+
+    def prefill_chunk(self, chunk: int, new: int) -> int:
+        """Return a number of at most `chunk` by which the last chunk holds all rows that score, read or are a baseline.
+
+        Raises:
+            ValueError: there is none.
+        """
+        needed = min(new, max(self.rows, self.reading_rows(new, is_scoring=True)))
+        for size in range(min(chunk, new), needed - 1, -1):
+            if (new - 1) % size + 1 >= needed:
+                return size
+        raise ValueError(
+            f"prefill_chunk_size={chunk} cuts the question of a prompt of {new} tokens, of which TopBlocks needs the "
+            f"last {needed} in one chunk: take more, or leave it out"
+        )
 
     def for_layers(self, count: int) -> TopBlocks:
         """Return the settings with the first layer that scores."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
@@ -159,6 +160,9 @@ class AttentionPatch(Handle):
         self.set(model, "_get_stopping_criteria", self._stopping_criteria)
         self.set(model, "init_continuous_batching", self._refuse_continuous_batching)
         self.set(model, "_prepare_cache_for_generation", self._prepare_cache)
+        prepare = type(model).prepare_inputs_for_generation
+        self.set(model, "prepare_inputs_for_generation", update_wrapper(partial(self._prepare_inputs), prepare))
+        self.set(model, "_prepare_attention_mask_for_generation", self._prepare_mask)
         self.set(model, "_get_candidate_generator", self._candidate_generator)
         self.refuse_copies(model, decoder, advice="detach first, copy or save, and attach again")
 
@@ -402,7 +406,35 @@ class AttentionPatch(Handle):
         for index in self._indices:
             if index < len(cache.layers):
                 self.resolved.check_cache_layer(cache.layers[index])
-        self._read_in_chunks(generation_config, model_kwargs)
+        chunk, retrieval = generation_config.prefill_chunk_size, self.resolved.retrieval
+        if chunk is None or retrieval is None:
+            self._read_in_chunks(generation_config, model_kwargs)
+        else:
+            mask = model_kwargs.get("attention_mask")
+            length = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[-1]
+            if length > cache.get_seq_length():
+                generation_config.prefill_chunk_size = retrieval.prefill_chunk(chunk, length - cache.get_seq_length())
+        return result
+
+    def _prepare_mask(self, tokens: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> Any:
+        """Build the mask that `generate` infers where none is given; a drafter's text holds no padding.
+
+        transformers would take a drafted token for padding that equals the pad token.
+        """
+        if getattr(generation_config, "is_assistant", False):
+            return tokens.new_ones(tokens.shape[:2], dtype=torch.long)
+        infer = type(self.model)._prepare_attention_mask_for_generation
+        return infer(self.model, tokens, generation_config, model_kwargs)
+
+    def _prepare_inputs(self, *args: Any, **inputs: Any) -> dict[str, Any]:
+        """Prepare the inputs of a forward with the cache that is given.
+
+        Phi-3 drops it where a text outgrows its original length, as its rotary frequencies change there: a patched
+        model's do not.
+        """
+        result: dict[str, Any] = type(self.model).prepare_inputs_for_generation(self.model, *args, **inputs)
+        if inputs.get(CACHE) is not None and result.get(CACHE) is None:
+            result = GenerationMixin.prepare_inputs_for_generation(self.model, *args, **inputs)
         return result
 
     def _replace_layers(self, cached: list[Any]) -> None:

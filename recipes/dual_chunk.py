@@ -19,7 +19,7 @@ import torch
 import typer
 from rich.console import Console
 
-from hf_longtrunc import DualChunkAttention, LMInfinite, load_pretrained, trained_length
+from hf_longtrunc import DualChunkAttention, LMInfinite, StreamingLLM, load_pretrained, trained_length
 from hf_longtrunc.evaluation import (
     append_records,
     compare_losses,
@@ -49,6 +49,7 @@ def main(
         "unmodified": nullcontext,
         RECOMPUTED: nullcontext,
         "LM-Infinite, a quarter": LMInfinite(window_length=trained // 4),
+        "StreamingLLM, a quarter": StreamingLLM(num_sink_tokens=16, window_length=trained // 4),
         "dual chunk, trained on half": DualChunkAttention(trained_length=trained // 2),
         "dual chunk": DualChunkAttention(),
         "dual chunk, log": DualChunkAttention(temperature="log"),

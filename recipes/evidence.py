@@ -160,6 +160,12 @@ STEPS = [
         None,
         'dual_chunk.py --text TEXT --only "window re-computed" --out OUT',
     ),
+    Step(
+        "streaming-llm",
+        "StreamingLLM with LM-Infinite's sinks and window, on the text of `dual-chunk`: perplexity by position",
+        None,
+        'dual_chunk.py --text TEXT --only "StreamingLLM, a quarter" --tokens 12288 --out OUT',
+    ),
     Step("dual-chunk-cost", "One layer under dual chunk attention", None, "benchmarks/dual_chunk.py"),
     Step(
         "reading",

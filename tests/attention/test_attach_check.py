@@ -102,10 +102,12 @@ def test_a_technique_with_one_wrong_path_is_refused_at_attach(plant, technique, 
 
 
 class Quantised(torch.nn.Linear):
-    """A linear layer whose inputs are rounded to eight bits for each token, as W8A8 does."""
+    """A linear layer whose inputs are rounded to a few levels for each token, as W8A8 does to 127 on either side."""
+
+    levels = 7
 
     def forward(self, x):
-        scale = x.detach().abs().amax(-1, keepdim=True).clamp_min(1e-9) / 7
+        scale = x.detach().abs().amax(-1, keepdim=True).clamp_min(1e-9) / self.levels
         return super().forward((x / scale).round() * scale)
 
 

@@ -1,4 +1,4 @@
-"""Hooks of MkDocs: formulas as MathML, links of notebooks that work in both places, addresses from pyproject.toml."""
+"""Hooks of MkDocs: formulas as MathML, links of notebooks, addresses from pyproject.toml, a word on own models."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+OWN_MODEL = "howto/your_model.md"
 PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 
@@ -33,6 +34,15 @@ def set_addresses(config: Any, repository: str, documentation: str) -> None:
         config.repo_url, config.repo_name = repository, "Repository"
     if documentation:
         config.site_url = documentation.rstrip("/") + "/"
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Say on each page that loads the default model what it is, and how to take another."""
+    source = page.file.src_uri
+    if "load_pretrained()" not in markdown or source.endswith((".ipynb", OWN_MODEL)):
+        return markdown
+    link = "../" * source.count("/") + OWN_MODEL
+    return f"{markdown}\n\n*`load_pretrained()` loads a small model for trying things: [take your own]({link}).*\n"
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:

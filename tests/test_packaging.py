@@ -44,3 +44,12 @@ def test_a_notebook_links_to_pages_from_where_it_is_built():
     page = SimpleNamespace(file=SimpleNamespace(src_uri="notebooks/sampling.ipynb"))
     built = hooks["on_page_content"]('<a href="../eta.md">, <a href="../results/sampling.md#which-sampler">', page)
     assert built == '<a href="../../eta/">, <a href="../../results/sampling/#which-sampler">'
+
+
+@pytest.mark.parametrize("source", ["eta.md", "howto/add_a_sampler.md"])
+def test_a_page_with_the_default_model_says_how_to_take_another(source):
+    hooks = runpy.run_path(str(ROOT / "scripts" / "pages.py"))
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=source))
+    link = "../" * source.count("/") + "howto/your_model.md"
+    assert f"]({link})" in hooks["on_page_markdown"]("model, tokenizer = load_pretrained()", page)
+    assert hooks["on_page_markdown"]("no model", page) == "no model"

@@ -38,7 +38,7 @@ def export(
     """Make a model folder that every host loads: transformers serve, pipeline, lm_eval, from_pretrained."""
     from hf_longtrunc import DualChunkAttention, LMInfinite, StreamingLLM, TopBlocks
     from hf_longtrunc.hosting import export as export_folder
-    from hf_longtrunc.pretrained import default_model_folder
+    from hf_longtrunc.pretrained import default_encoder_folder, default_model_folder
 
     source = str(default_model_folder()) if model == "default" else model
     if finder is not None and retrieval != "passages":
@@ -49,6 +49,8 @@ def export(
                 "passages goes with --technique lm-infinite or streaming-llm", param_hint="--retrieval"
             )
         finder = finder or "encoder"
+        if finder == "encoder":
+            default_encoder_folder()  # fetched now, not within the first request
     blocks: Any = TopBlocks.for_chat(load_tokenizer(source)) if retrieval == "for-chat" else None
     if technique == "dual-chunk":
         if window is not None:
@@ -66,7 +68,8 @@ def export(
         source, folder, chosen, sampler=sampler, weights=weights, cache_bytes=cache_mib * 2**20, finder=finder
     )
     results().print(f"{escape(str(made.folder))}: sha256 {made.sha256}")
-    notes().print(f"next: hf-longtrunc serve {escape(str(made.folder))}")
+    generate = f"model.generate(ids, custom_generate={str(made.folder)!r}, trust_remote_code=True)"
+    notes().print("next:", generate if weights == "none" else f"hf-longtrunc serve {made.folder}", markup=False)
 
 
 def verify(
@@ -95,7 +98,7 @@ def serve(
     device: Annotated[str, typer.Option(help="Such as cpu or cuda:0.")] = "auto",
     dtype: Annotated[str, typer.Option(help="Of the weights; auto is what they are saved in.")] = "auto",
 ) -> None:
-    """Verify an exported folder and run `transformers serve` on it; answers say what was read, kept and forgotten."""
+    """Verify an exported folder and run `transformers serve` on it; answers count tokens read, kept and forgotten."""
     from hf_longtrunc.extras import missing
     from hf_longtrunc.hosting import serve as serve_folder
 

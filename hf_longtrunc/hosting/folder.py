@@ -29,7 +29,7 @@ _TEMPLATE = '''"""`generate` under a technique of the package hf_longtrunc; the 
 
 Hosts of transformers run this file with trust_remote_code=True: `generate(custom_generate=FOLDER)`, `from_pretrained`,
 `pipeline`, `transformers serve`. Without trust_remote_code the model generates as it always did.
-`hf-longtrunc verify FOLDER` checks that this is the file that hf_longtrunc writes, and that no other code is beside it.
+`hf-longtrunc verify FOLDER` checks that hf_longtrunc wrote this file, and that the folder holds no other code.
 """
 
 try:
@@ -74,7 +74,7 @@ other_model.generate(input_ids, custom_generate=FOLDER, trust_remote_code=True)
 
 `model.generate` alone is changed: a forward by hand, log-likelihoods of lm_eval and continuous batching run the model
 as it is. To undo it, load the folder without `trust_remote_code`, or delete `custom_generate`.
-`hf-longtrunc verify FOLDER` checks the code, whose SHA-256 is `{sha256}`.
+`hf-longtrunc verify FOLDER` checks the code; its SHA-256 is `{sha256}`.
 """
 
 
@@ -150,7 +150,7 @@ def export(
 def verify_export(folder: str | os.PathLike[str]) -> Exported:
     """Check that the code in a folder is what `export` writes for the settings in it, and all the code there is.
 
-    Executes nothing. Weights are not checked, nor what is on the hub under the name of the model.
+    Executes nothing. Weights are not checked.
 
     Raises:
         FileNotFoundError: the folder was not exported.
@@ -200,7 +200,12 @@ def _source(model: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"model must be a folder or a hub id such as Qwen/Qwen3-0.6B, got {str(model)!r}")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model))
+    try:
+        return Path(snapshot_download(model))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"model {model!r} could not be fetched from the hub, and is no folder: {error}"
+        ) from error
 
 
 def _with_window(technique: Any, source: Path) -> Any:

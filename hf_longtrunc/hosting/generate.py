@@ -1,4 +1,4 @@
-"""What an exported folder's `custom_generate/generate.py` calls."""
+"""`generate` under the settings of an exported folder: its `custom_generate/generate.py` calls this."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger("hf_longtrunc")
 
-_ASKING = 128  # last tokens of a prompt that are read in one forward where a question chooses what is read again
-# Settings under which a call is not one row that is read from left to right: with what is no such setting.
+_ASKING = 128  # last tokens of a prompt that are read in one forward, so that retrieval sees the question whole
+# Settings that make a call more than one row read from left to right, and their neutral values.
 _PLAIN = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "prompt_lookup_num_tokens": None}
 _TEXT = {"input_ids", "attention_mask"}
 _STRETCH = 64  # tokens that are counted together where an answer's attention is asked for
@@ -46,8 +46,8 @@ class Reading:
         forgotten: how many it does not.
         window: the last tokens that it sees; None: all of them.
         reused: how many were read in an earlier request.
-        passages: what was read for the prompt's question instead of the prompt: `start` and `end` in characters of a
-            message of the user, `source` its number, from "0" on. Empty: none stood out; None: none was looked for.
+        passages: read for the prompt's question instead of the prompt: `start` and `end` in characters of a message of
+            the user, `source` its number, from "0" on. Empty: none stood out; None: none was looked for.
         attended: where the answer attended, most first: {"start", "end"} in tokens and {"share"} of its attention, the
             mean over its tokens, layers and heads; None: it was not asked for.
 
@@ -135,7 +135,7 @@ class _Host:
 
 
 def host_of(model: Any) -> _Host:
-    """Return what is kept of a model between calls."""
+    """Return the state of a model between calls."""
     host: _Host = vars(model).setdefault("_hf_longtrunc_host", _Host())
     return host
 
@@ -143,18 +143,18 @@ def host_of(model: Any) -> _Host:
 def hosted_generate(settings: str, model: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> object:
     """Generate as `model.generate` does, under the technique and sampler that an exported folder names.
 
-    The model is patched for the call and computes afterwards what it always did; calls on one model wait for each
-    other. The checks of patching are made once, and again after its weights or config changed. A call with
-    one text and nothing else (no beams, no padding, no cache of its own) goes on from the longest kept text that it
-    begins with, so that a turn of a chat costs what is new in it. With `return_dict_in_generate=True` the output has a
-    field `reading`, see `Reading`; a text of which something is forgotten is logged as a warning.
+    The model is patched for the call; calls on one model wait for each other. The checks of the patch are made once,
+    and again after the weights or the config changed. A call with one text and nothing else (no beams, no padding, no
+    cache of its own) continues the longest kept text that it begins with: a turn of a chat costs its new tokens only.
+    With `return_dict_in_generate=True` the output has a field `reading`, see `Reading`. Forgotten tokens are logged as
+    a warning.
 
     Args:
         settings: JSON, see `HostSettings`.
         model: a transformers causal language model.
         inputs: prompts [rows, n], as the first argument of `model.generate`.
         *args: the arguments of `model.generate` that follow.
-        **kwargs: likewise. `generation_config.cache_salt`, if there is one, shares kept texts only with calls of the
+        **kwargs: of `model.generate`. With `generation_config.cache_salt`, kept texts are shared only with calls of the
             same salt. `trace_attention=True` adds to `reading` where the answer attended, see `AttentionTrace`.
 
     Returns:
@@ -173,14 +173,14 @@ def hosted_generate(settings: str, model: Any, inputs: Tensor | None = None, *ar
     host = host_of(model)
     generate = partial(type(model).generate, model)
     with host.lock, ExitStack() as patches:
-        if host.is_generating:  # from inside: what reads ahead generates
+        if host.is_generating:  # a call from inside: reading ahead generates
             return generate(inputs, *args, **kwargs)
         patches.callback(setattr, host, "is_generating", False)
         host.is_generating = True
         config = _config(model, kwargs)
         notes = vars(config).pop("longtrunc_notes", None)
         is_traced = kwargs.pop("trace_attention", vars(config).pop("longtrunc_trace", False))
-        salt = getattr(config, "cache_salt", None)
+        salt = repr(getattr(config, "cache_salt", None))
         weights = weights_version(model)
         patch = patches.enter_context(host.patched(model, chosen.technique, weights))
         if processors := chosen.processors():
@@ -242,7 +242,7 @@ def _found(
     if settings.finder is None or not reading_of(settings.technique, ids.shape[1]).forgotten:
         return None
     tokenizer = tokenizer or host.tokenizer_of(model)
-    found = find_and_shorten(tokenizer, ids, settings.finder, salt)
+    found = find_and_shorten(getattr(tokenizer, "tokenizer", tokenizer), ids, settings.finder, salt)
     return None if found is not None and found[0].shape[1] > ids.shape[1] else found
 
 
@@ -323,7 +323,7 @@ def _config(model: Any, kwargs: dict[str, Any]) -> GenerationConfig:
 
 
 def _say(reading: Reading, technique: Any, notes: list[Reading] | None) -> None:
-    """Say what is read and what is forgotten: in the log, and to the server, which waits for no answer to its end."""
+    """Log what the model reads and forgets, and note it for the server, before the answer: a stream ends early."""
     if notes is not None:
         notes.append(reading)
     if reading.passages:

@@ -177,6 +177,7 @@ def test_the_page(chat_folder, tmp_path, monkeypatch, capsys):
     """Its blocks in their order, as a reader runs them: export in the shell, then every host, with a server."""
     pytest.importorskip("fastapi", reason="transformers[serving] is not installed")
     monkeypatch.setattr("hf_longtrunc.pretrained.default_model_folder", lambda: chat_folder)
+    monkeypatch.setattr("hf_longtrunc.pretrained.default_encoder_folder", lambda: chat_folder)
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text()
     lines = re.findall(r"^hf-longtrunc (export [^#\n]*)", page, re.MULTILINE)

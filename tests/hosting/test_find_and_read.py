@@ -101,6 +101,17 @@ def test_later_turns_find_in_earlier_messages_and_not_in_their_questions(host):
         assert "?" not in passage["text"]
 
 
+def test_the_best_passage_of_all_messages_is_read(host):
+    worse = f"{FILLER * 9}Some number was painted on a trunk. {FILLER * 4}"
+    question = "What number was painted on the trunk?"
+    for said, source in (([LONG, "Good.", worse, "Good."], "0"), ([worse, "Good.", LONG, "Good."], "1")):
+        _, reading, _ = ask(host, users(*said, question))
+        assert [passage["source"] for passage in reading["passages"]] == [source]
+        assert FACTS[1] in reading["passages"][0]["text"]
+    _, alone, _ = ask(host, users(f"{FILLER * 20}\nGood.", "Good.", worse, "Good.", question))
+    assert [passage["source"] for passage in alone["passages"]] == ["1"]  # it stands out too
+
+
 def test_where_nothing_is_found_the_technique_reads(host, caplog):
     for question in ("Zyx?", "Please summarize the whole story."):
         messages = users(f"{LONG}\n{question}")

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hf_longtrunc import DualChunkAttention, LMInfinite, StreamingLLM, TopBlocks, TopK
-from hf_longtrunc.hosting import HostSettings, export, verify_export
+from hf_longtrunc.hosting import HostSettings, export, serve, verify_export
 from tests.command_line import invoke, model_folder  # noqa: F401
 
 TECHNIQUE = LMInfinite(num_sink_tokens=4, window_length=32)
@@ -24,6 +24,7 @@ TECHNIQUE = LMInfinite(num_sink_tokens=4, window_length=32)
             sampler="p-less",
             cache_bytes=0,
         ),
+        HostSettings(technique=StreamingLLM(window_length=9), finder="bm25"),
     ],
     ids=repr,
 )
@@ -115,7 +116,7 @@ def test_verify(model_folder, tmp_path):  # noqa: F811
         verify_export(made.folder)
 
 
-def test_refusals(model_folder, tmp_path):  # noqa: F811
+def test_refusals(model_folder, tmp_path, monkeypatch):  # noqa: F811
     with pytest.raises(TypeError, match=r"technique must be one of LMInfinite\(...\), StreamingLLM"):
         export(model_folder, tmp_path / "out", TopK())
     with pytest.raises(TypeError, match="technique must be one of"):
@@ -136,6 +137,14 @@ def test_refusals(model_folder, tmp_path):  # noqa: F811
         export(made.folder, tmp_path / "again", TECHNIQUE)
     with pytest.raises(FileNotFoundError, match="is no exported folder"):
         verify_export(model_folder)
+    for broken in ({"finder": "bm52"}, {"finder": "bm25", "technique": DualChunkAttention()}):
+        with pytest.raises(ValueError, match=r"finder must be one of 'encoder', 'bm25'|finder goes with LMInfinite"):
+            export(model_folder, tmp_path / "x", **{"technique": TECHNIQUE, **broken})
+    with pytest.raises(FileNotFoundError, match="holds code alone: export it with weights"):
+        serve(export(model_folder, tmp_path / "code", TECHNIQUE, weights="none").folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="model 'no/such' could not be fetched"):
+        export("no/such", tmp_path / "x", TECHNIQUE)
     assert not (tmp_path / "again").exists()
 
 
@@ -151,4 +160,12 @@ def test_the_command_line(model_folder, tmp_path):  # noqa: F811
     assert f"has code with SHA-256 {made.sha256}" in refused.stderr
     assert invoke("export", model_folder, out).exit_code == 2
     assert invoke("export", model_folder, tmp_path / "x", "--technique", "dual-chunk", "--window", 3).exit_code == 2
+    assert invoke("export", model_folder, tmp_path / "x", "--finder", "bm25").exit_code == 2
+    for retrieval in ("passages", "for-chat"):
+        technique = {"passages": "dual-chunk", "for-chat": "streaming-llm"}[retrieval]
+        assert invoke("export", model_folder, tmp_path / "x", "--technique", technique, "--retrieval", retrieval)
+    passages = ("--retrieval", "passages", "--finder", "bm25", "--weights", "none")
+    told = invoke("export", model_folder, tmp_path / "x", "--window", 32, *passages)
+    assert "next: model.generate(ids, custom_generate=" in told.stderr
+    assert verify_export(tmp_path / "x").settings.finder == "bm25"
     assert json.loads(invoke("verify", out, "--json").stdout)["technique"] == repr(TECHNIQUE)

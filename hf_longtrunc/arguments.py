@@ -1,6 +1,6 @@
 """Numbers that a user passes: checked once, in one voice.
 
-Each function returns the value as a plain Python number, so that what comes in as `np.int64(8)` or as a torch scalar
+Each function returns the value as a plain Python number, so that `np.int64(8)` or a torch scalar
 is stored, compared and printed like 8. `True` is no number.
 """
 

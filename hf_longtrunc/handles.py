@@ -1,4 +1,4 @@
-"""What every technique that is put on a model hands back: a record of its changes, and the way back."""
+"""The record of a technique's changes to a model, with which they are undone."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Handle:
     """The changes that one technique has made to one model.
 
     `with technique(model) as handle:` takes them back at the end of the block, an exception included;
-    `handle = technique.attach(model)` keeps them until `handle.detach()`. `repr(handle)` says what was changed.
+    `handle = technique.attach(model)` keeps them until `handle.detach()`. `repr(handle)` names the changes.
 
     A technique subclasses this or makes one, and notes each change when it makes it: `set(owner, name, value)` for an
     attribute, `undo(function, *arguments)` for anything else. Changes are taken back in reverse order.
 
     Args:
-        technique: what is attached, as the repr is to call it.
+        technique: shown by the repr.
         model: the instance that is changed.
-        changed: what is changed in it, in words.
+        changed: the changed parts of the model, for the repr.
     """
 
     def __init__(self, technique: object, model: object, changed: str):

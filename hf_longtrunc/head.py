@@ -135,7 +135,7 @@ class LanguageModelHead:
         rows = slice(None, None, max(1, len(weight) // (2 * self.hidden_size + 64)))
         plain = self._states[
             :-2
-        ]  # one scale for all rows, as some quantise, would round these away beside the large one
+        ]  # one scale for all rows, as some quantise, would round these to zero next to the large one
         part, moved = weight[rows].double(), (self._embed(plain) - bias.float())[:, rows].T.double()
         left = moved - part @ torch.linalg.lstsq(part, moved, driver="gelsd").solution
         outside = (left.abs() > 32 * torch.finfo(self._dtype).eps * moved.abs().amax(0)).any()

@@ -1,4 +1,4 @@
-"""What every room asks of a model, once: what is inside its wrappers, its decoder, its rotations, its affine layers."""
+"""Questions about a model that several subpackages ask: its wrappers, decoder, rotary modules, affine layers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def cache_of(output: Any) -> Any:
 def unwrapped(model: Any) -> Any:
     """Return the transformers model inside PEFT, `torch.compile`, DDP, DataParallel and FSDP wrappers.
 
-    Anything else comes back as it is. The model inside shares its modules with the wrapper, so what is read from it is
-    true of both; whether hooks on it reach calls of the wrapper is another question, see `attachable`.
+    Anything else is returned unchanged. The inner model shares its modules with the wrapper; whether hooks on it reach
+    calls of the wrapper is another question, see `attachable`.
     """
     while not isinstance(model, PreTrainedModel):
         if hasattr(model, "get_base_model"):  # PEFT
@@ -47,7 +47,7 @@ def unwrapped(model: Any) -> Any:
 
 
 def attachable(model: Any, technique: str) -> PreTrainedModel:
-    """Return the transformers model whose modules `technique` is to change.
+    """Return the transformers model that `technique` can change.
 
     A PEFT, DDP, DataParallel or FSDP wrapper calls the modules of the model inside, so that one is returned.
 
@@ -65,15 +65,15 @@ def attachable(model: Any, technique: str) -> PreTrainedModel:
     while wrapper is not inside:
         if hasattr(wrapper, "_orig_mod"):
             raise ValueError(
-                f"{technique} cannot change a model that was compiled already, whose graphs were made without it: "
+                f"{technique} cannot change a compiled model, because its graphs were made without it: "
                 f"attach to the model inside, `model._orig_mod`, and compile that afterwards"
             )
         wrapper = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper.module
     compiled = [name for name, part in inside.named_modules() if _is_compiled(part)]
     if compiled:
         raise ValueError(
-            f"{technique} cannot change a model that was compiled already, whose graphs were made without it: "
-            f"{compiled[0] or 'it'} was, in place; load the model anew, attach, and compile that afterwards"
+            f"{technique} cannot change a compiled model, because its graphs were made without it: "
+            f"{compiled[0] or 'it'} was, in place; load the model again, attach, and compile that afterwards"
         )
     return inside  # type: ignore[no-any-return]
 
@@ -185,7 +185,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def weights_version(model: nn.Module) -> tuple[object, ...]:
-    """Return a value that changes when a model's weights do, for what was computed with them and is to be used again.
+    """Return a value that changes with a model's weights: a key for results that were computed with them.
 
     It says where each weight lies and how often it was written to, which adapters are active, and how many steps
     optimizers took. What writes past torch's version counters (`parameter.data`) is not seen. Cost: some microseconds

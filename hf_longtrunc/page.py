@@ -15,8 +15,8 @@ def write(path: Path, content: str, data: object, *, title: str, prompt: str) ->
     """Write a page and return its path.
 
     Args:
-        path: a file, written anew.
-        content: markup, styles and script of what is shown, which finds `data` and the frame's functions.
+        path: of the file, which is overwritten.
+        content: markup, styles and script; the script can use `data` and the frame's functions.
         data: what `json` can write.
         title: of the page; `<!--title-->` in `content` too.
         prompt: a text for `<!--prompt-->` in `content`.

@@ -12,7 +12,7 @@ _LONGEST = 8  # tokens: a character that so many do not finish is none
 
 
 def pieces(tokenizer: Any, ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text that each token adds to what stands before it, its leading space included.
+    """Yield the text that each token adds to the tokens before it, its leading space included.
 
     A token that ends inside a character adds nothing, and the one that ends the character adds all of it. Holds a few
     tokens at a time, so `ids` may be without end.
@@ -38,7 +38,7 @@ def piece_by_token(tokenizer: Any, tokens: Iterable[int]) -> dict[int, str]:
 
 
 def _before(tokenizer: Any) -> list[int]:
-    """Return tokens to decode others behind: many tokenizers strip the space that a text begins with."""
+    """Return tokens to decode before others: many tokenizers strip the space that a text begins with."""
     return list(tokenizer("a", add_special_tokens=False)["input_ids"])
 
 

@@ -87,7 +87,7 @@ def load_encoder(
     """Load a sentence encoder and its tokenizer, for `SentenceEncoder`.
 
     Args:
-        name_or_path: a hub id or a folder of an encoder whose sentence vector is the mean of its states; None takes
+        name_or_path: a hub id or a folder of an encoder with mean pooling; None takes
             all-MiniLM-L6-v2, fetched on first use.
         device: None takes CUDA when there is one, else the CPU.
 

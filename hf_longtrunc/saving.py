@@ -1,8 +1,8 @@
 """Files written so that a process killed at any moment leaves the old content or the new, whole.
 
-A writer fills a file in a hidden folder beside its destination, syncs it to the disk and renames it. It holds a lock on
-the hidden folder, which ends with the process, so that the next writer removes hidden folders of killed ones. Windows
-and network disks have no such locks: hidden folders of killed processes stay there.
+A writer fills a file in a hidden folder next to its destination, syncs it to the disk and renames it. It holds a lock
+on the hidden folder, which ends with the process, so that the next writer removes hidden folders of killed ones.
+Windows and network disks have no such locks: hidden folders of killed processes stay there.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def template_parts(tokenizer: Any, messages: Sequence[dict[str, str]], *marks: str) -> list[str]:
-    """Return what stands before, between and behind `marks` in a conversation, up to where the answer begins.
+    """Return the template's text before, between and after `marks` in a conversation, up to the answer.
 
     Args:
         tokenizer: has a chat template.

@@ -27,7 +27,7 @@ MISTAKES = (ImportError, OSError, OverflowError, TypeError, ValueError)  # what 
 
 
 class Commands(TyperGroup):
-    """Subcommands whose errors are one line on stderr and exit code 2."""
+    """Subcommands that report an error as one line on stderr, with exit code 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Run the command line and exit."""
@@ -49,7 +49,7 @@ class Commands(TyperGroup):
         """Run the subcommand that `ctx` names."""
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # nobody reads any more, as behind `| head`: typer ends quietly
+        except BrokenPipeError:  # the reader has left, as `| head` does: typer ends quietly
             raise
         except MISTAKES as error:
             if ctx.params["traceback"]:

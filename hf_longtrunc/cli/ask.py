@@ -24,7 +24,7 @@ def ask(
     also: Annotated[list[str] | None, typer.Option("--also", help="One more text to look in; can be repeated.")] = None,
     finder: Annotated[FinderName, typer.Option(help="By meaning, by words, or both.")] = "encoder",
     encoder: Annotated[str | None, typer.Option(help="Hub id or folder; all-MiniLM-L6-v2 if left out.")] = None,
-    index: Annotated[Path | None, typer.Option(help="Folder that keeps what was indexed, for the next time.")] = None,
+    index: Annotated[Path | None, typer.Option(help="Folder that keeps the index for the next time.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Passages that are read at most.")] = 1,
     context: Annotated[int, typer.Option(min=0, help="Characters around a passage that are read too.")] = 0,
     hops: Annotated[int, typer.Option(min=1, max=2, help="2 looks again with the first passage's words.")] = 1,

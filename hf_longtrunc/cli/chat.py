@@ -31,7 +31,7 @@ HELP = {
     "/save PATH": "write the conversation as JSON lines",
     "/reset": "forget the conversation",
     "/status": "tokens seen, cache, speed",
-    "/quit": "or Ctrl-D. Ctrl-C ends a reply or the reading of a message: what was read stays",
+    "/quit": "or Ctrl-D. Ctrl-C ends a reply or the reading of a message: its start stays",
 }
 _CHUNK = 256  # tokens a forward while reading
 _MARK = "longtrunc-reply"
@@ -42,7 +42,8 @@ def chat(
     window: Window = None,
     sinks: Sinks = 16,
     blocks: Annotated[
-        bool, typer.Option("--blocks", help="Keep all of it and read its best blocks: finds what is far back; grows.")
+        bool,
+        typer.Option("--blocks", help="Keep everything and attend to its best blocks: finds distant facts; grows."),
     ] = False,
     sampler: Annotated[str, typer.Option(help="As /sampler takes it.")] = "eta 0.002",
     system: Annotated[str | None, typer.Option(help="What the model is told first, in its chat template.")] = None,
@@ -200,7 +201,7 @@ class Conversation:
     def say(self, text: str, should_stop: Event, *, progress: bool = False) -> bool:
         """Let the model read a user's message; return whether it came to its end.
 
-        Where it did not, `messages` has what was read, and an empty reply to it.
+        Otherwise `messages` has the part that was read, and an empty reply.
         """
         import torch
         from tqdm.auto import tqdm
@@ -285,7 +286,7 @@ class Conversation:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
     def _turn(self, text: str) -> str:
-        """Return what stands between the last token that was fed and the reply to `text`."""
+        """Return the prompt text between the last token that was fed and the reply to `text`."""
         before = self.messages if self._cache is None else []
         if not self._has_template:
             return "".join([*(message["content"] for message in before), text])
@@ -293,11 +294,11 @@ class Conversation:
         if self._cache is None:
             first = [] if self.system is None else [{"role": "system", "content": self.system}]
             return str(self._rendered([*first, *before, user]))
-        # What the template puts behind a reply and before the next one is the same whatever was said.
+        # The template's text between a reply and the next one does not depend on the messages.
         marked = [{"role": role, "content": _MARK} for role in ("user", "assistant")]
         parts = self._rendered([*marked, user]).split(_MARK, 2)
         if len(parts) < 3:
-            raise ValueError("the chat template does not repeat what was said: take another model, or /reset")
+            raise ValueError("the chat template does not repeat messages unchanged: take another model, or /reset")
         return parts[1] + parts[2] if self.unread else parts[2]
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
@@ -310,7 +311,7 @@ class Conversation:
 
 
 class Talk:
-    """The commands and messages of one user, with what was set for them."""
+    """A chat session: one user's commands, messages and settings."""
 
     _index: TextIndex | None
 
@@ -363,7 +364,7 @@ class Talk:
         self._status(f" (interrupted{unread})" if interrupted.is_set() else "")
 
     def _message(self, line: str) -> str:
-        """Return what the model is to read for a line: with a short file, or with what stands out in a long one."""
+        """Return the message that the model reads for a line: with a short file, or the best passage of a long one."""
         from hf_longtrunc.asking.answers import NOT_FOUND, find_passages
         from hf_longtrunc.asking.prompt import PROMPT, fill_prompt
 
@@ -391,7 +392,7 @@ class Talk:
         else:
             self._index = TextIndex(text, default_finder(), progress=is_watched())
             notes().print(
-                f"{escape(path)}: {len(text):,} characters, of which each message reads what stands out, until /reset"
+                f"{escape(path)}: {len(text):,} characters, of which each message reads the best passage, until /reset"
             )
 
     def _choose(self, name: str) -> None:

@@ -60,6 +60,6 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         raise typer.BadParameter(f"rows are a folder, jsonl, json or parquet, got {path}", param_hint="--rows")
     if isinstance(rows, dict) or not {"position_ids", "seq_lengths"} & set(rows.column_names):
         raise typer.BadParameter(
-            f"{path} holds no packed rows: they have position_ids or seq_lengths beside input_ids", param_hint="--rows"
+            f"{path} holds no packed rows: they have position_ids or seq_lengths next to input_ids", param_hint="--rows"
         )
     return [rows[index] for index in range(min(2, len(rows)))]

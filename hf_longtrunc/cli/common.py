@@ -36,7 +36,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 Force = Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")]
 
 _CONVERT = "convert it, e.g. with iconv -f {} -t utf-8"
-_PIPED = 10_000  # columns: what is read by a program is not wrapped
+_PIPED = 10_000  # columns: output to a program is not wrapped
 
 
 def results(*, is_quiet: bool = False) -> Console:
@@ -195,8 +195,8 @@ def save_picture(figure: Figure, path: Path) -> None:
 
     from hf_longtrunc.saving import replacing
 
-    with replacing(path) as beside:
-        figure.savefig(beside, dpi=130)
+    with replacing(path) as written:
+        figure.savefig(written, dpi=130)
     plt.close(figure)
     notes().print(f"picture: [bold]{escape(str(path))}[/bold]")
 

@@ -52,7 +52,7 @@ class DType(str, Enum):
 
 
 class Column(str, Enum):
-    """What is written beside the boundaries."""
+    """Columns that are written in addition to the boundaries."""
 
     INPUT_IDS = "input_ids"
     LABELS = "labels"
@@ -83,13 +83,13 @@ def pack(
     dtype: Annotated[DType, typer.Option(help="Of the written columns; int32 takes half the place.")] = DType.INT64,
     columns: Annotated[
         list[Column],
-        typer.Option(help="What is written beside the boundaries; labels are needed where there are masks."),
+        typer.Option(help="Columns in addition to the boundaries; labels are needed where there are masks."),
     ] = [Column.INPUT_IDS, Column.LABELS],  # noqa: B006
     output_dir: Annotated[Path, typer.Option(help="Where dataset and picture go.")] = Path("packed"),
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Pack documents into rows without one unnecessary cut; what it did, beside concatenating and slicing them."""
+    """Pack documents into rows without one unnecessary cut, and compare with concatenating and slicing them."""
     files = [name for file in files for name in _matching(file)]
     check_outputs(output_dir, "packing.png", "dataset", force=force)
     from hf_longtrunc import pack, packing_table, plot_packing

@@ -88,8 +88,8 @@ def scrolls(
     scores = {arm: evaluate(name, predictions(records, arm), rows) for arm in (*arms, *whole)}
     for (arm, what), file in written.items():
         content = scores[arm] if what == "metrics" else predictions(records, arm)
-        with replacing(output_dir / file) as beside:
-            beside.write_text(json.dumps(content, indent=4), encoding="utf-8")
+        with replacing(output_dir / file) as partial:
+            partial.write_text(json.dumps(content, indent=4), encoding="utf-8")
     draw_without_a_screen()
     figure: Any = plot_scrolls(scores).figure
     save_picture(figure, output_dir / f"{name}.png")

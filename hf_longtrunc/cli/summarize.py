@@ -56,7 +56,7 @@ def _prefix(model: Any, given: str | None) -> str:
 def _show(
     title: str, model: Any, tokenizer: Any, inputs: BatchEncoding | dict[str, Tensor], settings: dict[str, Any]
 ) -> None:
-    """Print the summary on stdout, and on stderr what was read and how long it took."""
+    """Print the summary on stdout; tokens read and seconds on stderr."""
     since = time.perf_counter()
     accepted = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
     with notes().status("summarizing"):

@@ -1,7 +1,7 @@
-"""A chat that is too long for the window: what its last question points at is found, and read alone.
+"""Answer a chat that is longer than the window from the passage that its last question asks for.
 
-The prompt of a host is tokens. They are taken apart by the chat template: the user's messages are what is searched, and
-the end of the last one is the question. The question and the passage that stands out for it become a short chat.
+A host passes a prompt as tokens. The chat template separates the user's messages, which are searched; the end of the
+last one is the question. The question and the best passage become a short chat, which the model reads instead.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Chat(NamedTuple):
     """A rendered chat, taken apart.
 
     Attributes:
-        head: what stands before the user's first message.
-        opens: what the template puts before a message of the user.
+        head: the text before the user's first message, such as a system prompt.
+        opens: the template's text before a message of the user.
         messages: those of the user.
-        closes: what the template puts between the last one and the answer.
+        closes: the template's text between the last message and the answer.
     """
 
     head: str

@@ -39,7 +39,7 @@ class States:
 
     A conversation comes back whole with every request. Its tokens are the address: a request that begins as a kept
     text did goes on from there, whoever sends it. Of each conversation the last two states are kept, so that its last
-    message can be edited. Caches are copied in and out: what is kept is never written to.
+    message can be edited. Caches are copied in and out: kept ones are never written to.
 
     Not safe under threads: the caller holds a lock.
     """
@@ -58,7 +58,7 @@ class States:
         """Return a cache of the first tokens of `ids` [n], how many they are, and the number of its state.
 
         Args:
-            address: what the contents of a cache depend on beside its tokens.
+            address: everything except the tokens that a cache's contents depend on.
             ids: on the CPU.
             most: tokens that the cache may have read; later ones are taken back.
 

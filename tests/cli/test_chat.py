@@ -329,7 +329,7 @@ def test_a_long_file_is_talked_about_passage_by_passage(model, tokenizer, monkey
     assert said == ["the sea\n\nwhat", "and", prompt, "elephants", "three"]
     told = capsys.readouterr().err
     assert "7 characters, read with your next message" in told
-    assert f"{len(TEXT)} characters, of which each message reads what stands out, until /reset" in told
+    assert f"{len(TEXT)} characters, of which each message reads the best passage, until /reset" in told
     assert told.count("no passage stands out") == 1
     assert told.count("growing") == 0
     assert "name a file: /file PATH" in told
@@ -393,7 +393,7 @@ def test_pasted_lines_are_one_message_and_the_arrow_brings_it_back(model_folder,
         chat.wait_for("tokens seen")
         chat.wait_for(PROMPT)
         chat.type("/help\r")
-        chat.wait_for("what was read stays")
+        chat.wait_for("its start stays")
         assert max(map(len, re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", chat.shown).splitlines()), default=0) <= 60
         chat.wait_for(PROMPT)
         chat.type(f"/save {saved}\r")

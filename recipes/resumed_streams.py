@@ -1,30 +1,36 @@
-"""Random streams, stopped at every row and resumed: the rows that follow are those of the run that was not stopped.
+"""Random streams, stopped at every row and resumed: the rows that follow equal those of the run that was not stopped.
 
-    python recipes/resumed_streams.py --streams 1000
-    python recipes/resumed_streams.py --streams 60 --loaders       # with torchdata's StatefulDataLoader, real workers
+    python recipes/resumed_streams.py --streams 1000               # workers and ranks in one process
+    python recipes/resumed_streams.py --streams 30 --loaders       # torchdata's StatefulDataLoader, worker processes
+    python recipes/resumed_streams.py --streams 12 --loaders --gloo    # in two processes with gloo, too
 
-A stream is drawn at random: documents, row length, pool, rounds, what becomes of long documents, and a source that can
-be read again or a `datasets.IterableDataset`, shuffled by the epoch or not. It is read for two epochs by 1 or 2 ranks
-with 0, 2 or 4 workers each. After every row of both epochs, and between them before and after `set_epoch`, a new stream
-takes the state: it must give the rest of its epoch, and then the whole next one.
+A stream is drawn at random: documents, row length, pool, rounds, what is done with long documents, and a source. That
+is an iterable, a `datasets.IterableDataset` with a shuffle buffer, or one without: of one source or several, mapped in
+batches, filtered, formatted, made by a generator. It is read for two epochs by 1 or 2 ranks with 0, 2 or 4 workers. A
+new stream takes the state before the first row, after every row, and before and after `set_epoch` between the epochs.
+It must return the rest of its epoch; from an end or a beginning on, the next epoch too.
 
-Cost: some 10 CPU minutes for 1,000 streams. Without `--loaders`, workers are told apart as torch tells them, in one
-process.
-Expect: "all equal" in every line.
+Without `--loaders`, a worker is what `torch.utils.data.get_worker_info()` says, set in one process; a rank is a share
+by `split_dataset_by_node`. The streams run the same code in both cases. Cost: some 5 CPU minutes for 1,000 streams;
+`--first` and `--streams` do a part. Expect: "all equal" in every line.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
+import tempfile
 import time
 from functools import cache
 from importlib import import_module
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
+import torch
 from datasets.distributed import split_dataset_by_node
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +44,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 EPOCHS = 2
+WAYS = [(workers, ranks) for workers in (0, 2, 4) for ranks in (1, 2)]
+KINDS = ("an iterable", "a shuffle buffer", "the source's own state")
 
 
 class Examples:
@@ -53,72 +61,164 @@ class Examples:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="number of the first stream")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--loaders", action="store_true", help="torchdata's loader, with processes as workers")
+    parser.add_argument("--gloo", action="store_true", help="two ranks are two processes, which gather their documents")
     arguments = parser.parse_args()
-    ways = [(workers, ranks) for workers in (0, 2, 4) for ranks in (1, 2)]
-    table = Table(title="resumed after every row, and between epochs", title_justify="left")
-    for heading in ("workers", "ranks", "streams", "resumed", "rows compared", "", "seconds"):
+    datasets.disable_progress_bars()
+    numbers = range(arguments.first, arguments.first + arguments.streams)
+    if arguments.gloo:
+        with tempfile.TemporaryDirectory() as folder:
+            at = Path(folder, "counts.npy")
+            torch.multiprocessing.spawn(in_a_process, (str(at), numbers, arguments.seed), nprocs=2)
+            counts = np.load(at)
+    else:
+        counts = counted(numbers, arguments.seed, range(2), by_loader=arguments.loaders)
+    what = "StatefulDataLoader, worker processes" if arguments.loaders or arguments.gloo else "in one process"
+    title = f"streams {numbers[0]} to {numbers[-1]}, {what}{', two gloo processes' if arguments.gloo else ''}"
+    table = Table(title=title, title_justify="left")
+    for heading in ("workers", "ranks", "source", "streams", "resumed", "rows compared", "", "CPU s"):
         table.add_column(heading, justify="right")
-    for way, (workers, ranks) in enumerate(ways):
-        since, counts = time.perf_counter(), np.zeros(2, np.int64)
-        numbers = range(way, arguments.streams, len(ways))
-        for number in numbers:
-            for rank in range(ranks):
-                if arguments.loaders:
-                    counts += loaded((arguments.seed, number), workers, rank, ranks)
-                    continue
-                for worker in range(max(workers, 1)):
-                    counts += resumed((arguments.seed, number), (worker, workers), rank, ranks)
-        seconds = time.perf_counter() - since
-        table.add_row(
-            *(str(value) for value in (workers, ranks, len(numbers))),
-            *(f"{count:,}" for count in counts),
-            "all equal",
-            f"{seconds:.0f}",
-        )
+    for (workers, ranks), of_kinds in zip(WAYS, counts, strict=True):
+        for kind, (streams, resumes, rows, seconds) in zip(KINDS, of_kinds, strict=True):
+            if streams:
+                numbers_of = (f"{streams:,.0f}", f"{resumes:,.0f}", f"{rows:,.0f}", "all equal", f"{seconds:.0f}")
+                table.add_row(str(workers), str(ranks), kind, *numbers_of)
+    totals = (f"{total:,.0f}" for total in counts.sum(axis=(0, 1))[:3])
+    table.add_row("", "", "all", *totals, "all equal", f"{counts[..., 3].sum():.0f}")
     Console(width=100).print(table)
+
+
+def counted(numbers: range, seed: int, own_ranks: range, *, by_loader: bool) -> NDArray[np.float64]:
+    """Return streams, resumes, rows compared and CPU seconds [way, kind of source, 4]."""
+    counts = np.zeros((len(WAYS), len(KINDS), 4))
+    for number in numbers:
+        (workers, ranks), since = WAYS[number % len(WAYS)], time.process_time()
+        found = np.zeros(2)
+        for rank in [rank for rank in own_ranks if rank < ranks]:
+            if by_loader:
+                found += loaded((seed, number), workers, rank, ranks)
+            else:
+                for worker in range(max(workers, 1)):
+                    found += resumed((seed, number), (worker, workers), rank, ranks)
+        documents_of.cache_clear()
+        seconds = time.process_time() - since
+        counts[number % len(WAYS), kind_of((seed, number))] += (1, *found, seconds)
+    return counts
+
+
+def in_a_process(rank: int, at: str, numbers: range, seed: int) -> None:
+    """Resume the streams of one of two ranks, and check that both together read every document."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29547")
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    ours = [number for number in numbers if WAYS[number % len(WAYS)][1] == 2]
+    counts = sum(counted(range(number, number + 1), seed, range(rank, rank + 1), by_loader=True) for number in ours)
+    for number in ours:
+        both: list[Any] = [None, None]
+        torch.distributed.all_gather_object(both, sum(map(len, documents_read((seed, number), rank))))
+        whole = sum(map(len, documents_read((seed, number), 0, ranks=1)))
+        assert sum(both) == whole, f"stream {number}: two ranks read {both} tokens of {whole}"
+    shared = torch.as_tensor(counts)
+    shared[..., 0] /= 2
+    torch.distributed.all_reduce(shared)
+    if rank == 0:
+        np.save(at, shared.numpy())
+    torch.distributed.destroy_process_group()
+
+
+def documents_read(seed: tuple[int, int], rank: int, ranks: int = 2) -> list[list[int]]:
+    return [row["input_ids"] for row in stream_of(seed, rank, ranks).source]
 
 
 @cache
 def documents_of(seed: tuple[int, int]) -> datasets.Dataset:
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, int(rng.integers(3, 60)), int(rng.integers(4, 40)))
+    lengths = rng.integers(1, int(rng.integers(3, 30)), int(rng.integers(4, 16)))
     documents = [rng.integers(1, 999, length).tolist() for length in lengths]
     # Each worker of each rank has one to pack.
-    return datasets.Dataset.from_dict({"input_ids": [*documents, *[[1, 2, 3, 4]] * 8]})
+    return datasets.Dataset.from_dict({"input_ids": [*documents, *[[1, 2, 3, 4]] * 16]})
+
+
+def kind_of(seed: tuple[int, int]) -> int:
+    return int(np.random.default_rng((*seed, 2)).choice(len(KINDS), p=[0.25, 0.25, 0.5]))
 
 
 def stream_of(seed: tuple[int, int], rank: int, ranks: int) -> PackedStream:
     """Return the stream of a seed, for a rank."""
-    rng, documents = np.random.default_rng((*seed, 1)), documents_of(seed)
+    rng, documents, kind = np.random.default_rng((*seed, 1)), documents_of(seed), kind_of(seed)
     source: Any
-    seq_length = int(rng.integers(4, 40))
-    if rng.random() < 0.5:
-        whole = documents.to_iterable_dataset(num_shards=8)
-        if rng.random() < 0.7:
-            whole = whole.shuffle(seed=int(rng.integers(99)), buffer_size=int(rng.integers(1, 50)))
-        source, sharding = split_dataset_by_node(whole, rank, ranks), "source"
+    seq_length, by = int(rng.integers(4, 40)), "source"
+    if kind == 0:
+        source, by = Examples(documents.to_list(), rank, ranks), "documents"
     else:
-        source, sharding = Examples(documents.to_list(), rank, ranks), "documents"
+        whole = documents.to_iterable_dataset(num_shards=8)
+        whole = whole.shuffle(seed=int(rng.integers(99)), buffer_size=int(rng.integers(1, 50))) if kind == 1 else whole
+        source = split_dataset_by_node(chained(whole, documents, rng) if kind == 2 else whole, rank, ranks)
     options: dict[str, Any] = {
-        "sharding": sharding,
+        "sharding": by,
         "long": str(rng.choice(["split", "split", "truncate", "drop"])),
         "min_piece": int(rng.integers(1, 3)),
         "seed": None if rng.random() < 0.2 else int(rng.integers(9)),
-        "pool_size": int(rng.integers(1, 60)),
+        "pool_size": int(rng.integers(1, 30)),
+        "pool_tokens": int(rng.integers(16, 4000)) if rng.random() < 0.5 else None,
         "max_rounds": int(rng.integers(1, 8)),
         "eos_token_id": None if rng.random() < 0.5 else 0,
     }
     return PackedStream(source, seq_length, **options)
 
 
+def chained(whole: datasets.IterableDataset, documents: datasets.Dataset, rng: np.random.Generator) -> Any:
+    """Put some of datasets' operations after a source: those after which it still knows its place."""
+    if rng.random() < 0.3:
+        lists = documents["input_ids"][:]
+        whole = datasets.IterableDataset.from_generator(
+            generated, gen_kwargs={"lists": [lists[n::8] for n in range(8)]}
+        )
+    if rng.random() < 0.4:
+        other = documents.to_iterable_dataset(num_shards=8)
+        joined = [whole.map(first_half), other.map(last_half)]
+        whole = (
+            datasets.concatenate_datasets(joined)
+            if rng.random() < 0.5
+            else datasets.interleave_datasets(
+                joined, probabilities=[0.3, 0.7], seed=1, stopping_strategy="all_exhausted_without_replacement"
+            )
+        )
+    if rng.random() < 0.5:
+        whole = whole.map(doubled, batched=True, batch_size=int(rng.integers(1, 9)))
+    if rng.random() < 0.3:
+        whole = whole.filter(is_odd)
+    return whole.with_format("numpy") if rng.random() < 0.3 else whole
+
+
+def generated(lists: list[list[list[int]]]) -> Iterator[dict[str, Any]]:
+    for some in lists:
+        for tokens in some:
+            yield {"input_ids": tokens}
+
+
+def first_half(row: dict[str, Any]) -> dict[str, Any]:
+    return {"input_ids": row["input_ids"][: len(row["input_ids"]) // 2 + 1]}
+
+
+def last_half(row: dict[str, Any]) -> dict[str, Any]:
+    return {"input_ids": row["input_ids"][len(row["input_ids"]) // 2 :]}
+
+
+def doubled(batch: dict[str, Any]) -> dict[str, Any]:
+    return {"input_ids": [tokens for tokens in batch["input_ids"] for _ in range(1 + len(tokens) % 2)]}
+
+
+def is_odd(row: dict[str, Any]) -> bool:
+    return len(row["input_ids"]) % 4 != 1
+
+
 def resumed(seed: tuple[int, int], worker: tuple[int, int], rank: int, ranks: int) -> NDArray[np.int64]:
     """Resume one worker's share everywhere; return how often, and how many rows were compared."""
     number, workers = worker
     said: Any = {"id": number, "num_workers": workers, "seed": 0, "dataset": None}
-    info = torchs_worker.WorkerInfo(**said) if workers else None
-    torchs_worker._worker_info = info
+    torchs_worker._worker_info = torchs_worker.WorkerInfo(**said) if workers else None
     try:
         stream = stream_of(seed, rank, ranks)
         states: list[tuple[int, int, bytes]] = []
@@ -135,7 +235,8 @@ def resumed(seed: tuple[int, int], worker: tuple[int, int], rank: int, ranks: in
         for epoch, taken, state in states:
             stream = stream_of(seed, rank, ranks)
             stream.load_state_dict(pickle.loads(state))
-            wanted = [epochs[epoch][taken:], *epochs[epoch + 1 :]]
+            goes_on = taken in (0, 1, len(epochs[epoch]))
+            wanted = [epochs[epoch][taken:], *(epochs[epoch + 1 :] if goes_on else ())]
             for ahead, rows in enumerate(wanted):
                 stream.set_epoch(epoch + ahead)
                 found = [row["input_ids"].tolist() for row in stream]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tracemalloc
 from collections import Counter
 from itertools import islice
 
@@ -14,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hf_longtrunc import BestFitPackingCollator, PackedStream, best_fit_decreasing, pack
+from hf_longtrunc.data import documents
 from tests.data.corpora import raw_examples, token_lists
 from tests.data.test_dataset import Tokenizer, documents_of, expected
 
@@ -314,3 +316,81 @@ def test_a_document_that_loses_every_target_is_told():
         list(PackedStream(masked, SEQ_LENGTH, long="truncate"))
     assert len(told) == 1
     list(PackedStream(masked, SEQ_LENGTH))  # split: kept
+
+
+def known():
+    """Return a stream of datasets that knows its place: two sources, mapped in batches and filtered."""
+    parts = [datasets.Dataset.from_list(raw_examples(LENGTHS[i::2])).to_iterable_dataset(num_shards=4) for i in (0, 1)]
+    mixed = datasets.interleave_datasets(parts, stopping_strategy="all_exhausted_without_replacement")
+    return mixed.map(lambda batch: batch, batched=True, batch_size=7).filter(lambda row: len(row["input_ids"]) != 9)
+
+
+def test_a_source_that_knows_its_place_is_not_read_again(monkeypatch):
+    """Resumed, a stream reads what its last round read, and not what came before."""
+    whole = lists(stream(known()))
+    read = []
+    monkeypatch.setattr(
+        "hf_longtrunc.data.stream.read_document",
+        lambda row, where: read.append(where) or documents.read_document(row, where),
+    )
+    interrupted = stream(known())
+    head = lists(islice(interrupted, 250))
+    state = pickle.loads(pickle.dumps(interrupted.state_dict()))
+    assert state["source"] is not None
+    read.clear()
+    resumed = resumed_from(interrupted, known())
+    rows = iter(resumed)
+    first = next(rows)["input_ids"].tolist()
+    assert len(read) <= 50
+    assert read[0] == f"document {state['read']} of the stream"
+    assert [*head, first, *lists(rows)] == whole
+
+
+def test_readers_of_the_same_data_do_not_move_a_streams_place():
+    """datasets keeps the place of a stream in objects that all of its views share."""
+    source = known()
+    rows = stream(source)
+    whole, place = lists(rows), iter(rows)
+    other, peek = iter(stream(source)), iter(source.take(30))
+    head = []
+    for _ in range(150):
+        head.append(next(place)["input_ids"].tolist())
+        state = rows.state_dict()
+        next(other), next(peek, None)
+    resumed = stream(known())
+    resumed.load_state_dict(state)
+    assert head + lists(resumed) == whole
+    assert lists(resumed) == whole
+    assert len(list(source)) == sum(length != 9 for length in LENGTHS)
+
+
+def tables():
+    return known().with_format("arrow").map(lambda table: table, batched=True).with_format(None)
+
+
+@pytest.mark.parametrize("inexact", [shuffled, tables])
+def test_a_state_that_is_not_exact_is_not_relied_on(inexact):
+    rows = stream(inexact())
+    whole = lists(rows)
+    head = lists(islice(rows, 150))
+    assert rows.state_dict()["source"] is None
+    assert head + lists(resumed_from(rows, inexact())) == whole
+
+
+def test_a_state_with_the_sources_own_wants_such_a_source():
+    rows = stream(known())
+    list(islice(rows, 150))
+    with pytest.raises(ValueError, match="the state was taken of a stream of datasets that knows its place"):
+        list(resumed_from(rows, Source()))
+
+
+def test_a_pool_is_bounded_in_tokens():
+    rng = np.random.default_rng(0)
+    source = ({"input_ids": rng.integers(1, 99, 1000)} for _ in range(300))
+    rows, budget = PackedStream(source, 1536, pool_tokens=100_000), 16 * 100_000
+    tracemalloc.start()
+    found = sum(len(row["input_ids"]) for row in rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == 300_000
+    assert peak <= 1.2 * budget

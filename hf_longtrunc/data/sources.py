@@ -1,0 +1,42 @@
+"""Streams of datasets that can be resumed by their own state, each in a copy whose state no other iterator moves."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+_INNER = ("_ex_iterable", "ex_iterable", "_interleaved", "ex_iterables")
+
+
+def resumable_copy(source: Any) -> Any:
+    """Return a copy of a `datasets.IterableDataset` that shares its data, not its state; None if its state is inexact.
+
+    `state_dict()` of the copy says which example comes next. datasets keeps that in objects which all views of a stream
+    share, so that `stream.take(100)`, read in between, would move the state of `stream.skip(100)`.
+
+    None for other sources, for a shuffle buffer, whose content the state leaves out, and for Arrow tables, of which a
+    batched `map` may skip one.
+    """
+    library = sys.modules.get("datasets")  # none of its streams can exist without it
+    if library is None or not isinstance(source, library.IterableDataset) or not hasattr(source, "_ex_iterable"):
+        return None
+    try:
+        return _copied(source)
+    except _InexactError:
+        return None
+
+
+class _InexactError(Exception):
+    pass
+
+
+def _copied(part: Any) -> Any:
+    if isinstance(part, list):
+        return [_copied(one) for one in part]
+    formatting = getattr(part, "formatting", None) or getattr(part, "_formatting", None)
+    if "Shuffled" in type(part).__name__ or getattr(formatting, "is_table", False):
+        raise _InexactError
+    copied = object.__new__(type(part))
+    inner = {name: value for name, value in vars(part).items() if name in _INNER and value is not None}
+    vars(copied).update(vars(part), **{name: _copied(value) for name, value in inner.items()})
+    return copied

@@ -71,7 +71,8 @@ def main() -> None:
     if arguments.gloo:
         with tempfile.TemporaryDirectory() as folder:
             at = Path(folder, "counts.npy")
-            torch.multiprocessing.spawn(in_a_process, (str(at), numbers, arguments.seed), nprocs=2)
+            processes: Any = torch.multiprocessing
+            processes.spawn(in_a_process, (str(at), numbers, arguments.seed), nprocs=2)
             counts = np.load(at)
     else:
         counts = counted(numbers, arguments.seed, range(2), by_loader=arguments.loaders)
@@ -172,19 +173,17 @@ def chained(whole: datasets.IterableDataset, documents: datasets.Dataset, rng: n
     """Put some of datasets' operations after a source: those after which it still knows its place."""
     if rng.random() < 0.3:
         lists = documents["input_ids"][:]
-        whole = datasets.IterableDataset.from_generator(
-            generated, gen_kwargs={"lists": [lists[n::8] for n in range(8)]}
-        )
+        lists_of = {"lists": [lists[n::8] for n in range(8)]}
+        whole = datasets.IterableDataset.from_generator(generated, gen_kwargs=lists_of)
     if rng.random() < 0.4:
         other = documents.to_iterable_dataset(num_shards=8)
         joined = [whole.map(first_half), other.map(last_half)]
-        whole = (
-            datasets.concatenate_datasets(joined)
-            if rng.random() < 0.5
-            else datasets.interleave_datasets(
-                joined, probabilities=[0.3, 0.7], seed=1, stopping_strategy="all_exhausted_without_replacement"
-            )
-        )
+        shares, stop = [0.3, 0.7] if rng.random() < 0.7 else None, "all_exhausted_without_replacement"
+        whole = datasets.interleave_datasets(joined, probabilities=shares, seed=1, stopping_strategy=stop)
+    if rng.random() < 0.3:
+        whole = whole.skip(int(rng.integers(0, 3))).take(int(rng.integers(20, 99)))
+    if rng.random() < 0.2:
+        whole = whole.select_columns(["input_ids"]).repeat(2)
     if rng.random() < 0.5:
         whole = whole.map(doubled, batched=True, batch_size=int(rng.integers(1, 9)))
     if rng.random() < 0.3:

@@ -67,13 +67,13 @@ class BestFitPackingCollator:
     ) -> None:
         self.seq_length = whole("seq_length", seq_length, least=1)
         one_of("layout", layout, ("auto", "rows", "flat"))
-        padding = _padding_token(tokenizer)
+        padding = padding_token(tokenizer)
         self.pad_token_id = padding if pad_token_id is None else whole("pad_token_id", pad_token_id, least=0)
         if model is not None and not hasattr(unwrapped(model), "config"):
             raise TypeError(f"model must be a transformers model or None, got {type(model).__name__}")
         self.layout = _layout_for(model) if layout == "auto" else layout
         if model is not None:
-            _warn_beyond_window(
+            warn_beyond_window(
                 self.seq_length, getattr(unwrapped(model).config, "max_position_embeddings", None), "model"
             )
         self._reach = None if model is None else _tokens_before_temperature(model)
@@ -181,7 +181,8 @@ def _is_packed(example: Any) -> bool:
     return isinstance(example, Mapping) and any(example.get(name) is not None for name in BOUNDARIES)
 
 
-def _padding_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
+def padding_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """Return a tokenizer's padding token, or its EOS, or 0."""
     check_tokenizer(tokenizer)
     for token in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)):
         if token is not None:
@@ -238,7 +239,8 @@ def _refuse_dispatcher() -> None:
         )
 
 
-def _warn_beyond_window(seq_length: int, window: int | None, owner: str) -> None:
+def warn_beyond_window(seq_length: int, window: int | None, owner: str) -> None:
+    """Warn if rows are longer than what a model or a tokenizer knows."""
     if window is not None and seq_length > window:
         warnings.warn(
             f"seq_length = {seq_length} is more than the {owner}'s maximum of {window} tokens: a document of that "

@@ -1,10 +1,14 @@
-"""The documents of a `datasets.Dataset`, read from its Arrow table without copying it."""
+"""Documents by index: those of a `datasets.Dataset`, read from its Arrow table without copying it, and of any other."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Mapping, Sized
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from torch.utils.data import IterableDataset
 
 from hf_longtrunc.data.documents import COLUMNS, MASKS, Document, read_document, refuse_unreadable
 
@@ -13,6 +17,76 @@ if TYPE_CHECKING:
 
     import datasets
     from numpy.typing import NDArray
+
+    from hf_longtrunc.data.documents import Ending
+
+
+class Documents(Protocol):
+    """Documents by index, of known lengths."""
+
+    columns: list[str]
+
+    def __len__(self) -> int: ...
+
+    def lengths(self, ending: Ending) -> NDArray[np.int64]:
+        """Return the tokens of every document, its end included."""
+
+    def __getitem__(self, index: int) -> Document: ...
+
+
+def has_rows(dataset: object) -> bool:
+    """Tell whether a dataset has a length and rows by number."""
+    is_indexed = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
+    return is_indexed and not isinstance(dataset, (str, bytes, IterableDataset))
+
+
+def documents_of(dataset: Any) -> Documents:
+    """Return the documents of a dataset that has rows.
+
+    Raises:
+        TypeError, ValueError: it is empty, has no `input_ids`, or columns that cannot be read.
+    """
+    library = sys.modules.get("datasets")  # a datasets.Dataset cannot exist without it
+    # The table does not hold what a transform makes of its rows.
+    if library is not None and isinstance(dataset, library.Dataset) and dataset.format["type"] != "custom":
+        return ArrowDocuments(dataset)
+    return SizedDocuments(dataset)
+
+
+class SizedDocuments:
+    """The documents of any dataset with `len` and indices."""
+
+    def __init__(self, dataset: Any) -> None:
+        if not len(dataset):
+            raise ValueError("the dataset is empty: there are no documents to pack")
+        self.dataset = dataset
+        self.columns = list(self._example(0))  # of the first row; another may lack some of them
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def lengths(self, ending: Ending) -> NDArray[np.int64]:
+        """Return the tokens of every document, its end included; all are read."""
+        lengths = (len(ending.close(self[i]).input_ids) for i in range(len(self.dataset)))
+        return np.fromiter(lengths, np.int64, len(self.dataset))
+
+    def __getitem__(self, index: int) -> Document:
+        return read_document(self._example(index), f"row {index}")
+
+    def _example(self, index: int) -> Mapping[str, Any]:
+        try:
+            example = self.dataset[index]
+        except KeyError as error:
+            raise TypeError(
+                f"dataset must give its rows by number, and {type(self.dataset).__name__} knows no row {index}; make a "
+                "datasets.Dataset of it (Dataset.from_pandas, Dataset.from_dict)"
+            ) from error
+        if not isinstance(example, Mapping):
+            raise TypeError(
+                f"row {index} of the dataset must be a mapping of columns, got {type(example).__name__}; "
+                'give rows as {"input_ids": [...]}'
+            )
+        return example
 
 
 class ArrowDocuments:
@@ -36,8 +110,8 @@ class ArrowDocuments:
         refuse_unreadable(self.columns, "the dataset")
         self._open()
 
-    def lengths(self, eos_token_id: int | None) -> NDArray[np.int64]:
-        """Return the tokens of every document, a missing EOS included."""
+    def lengths(self, ending: Ending) -> NDArray[np.int64]:
+        """Return the tokens of every document, its end included."""
         input_ids = self._lists["input_ids"]
         lengths = self._rows(input_ids.lengths)
         for name, column in self._lists.items():
@@ -49,14 +123,14 @@ class ArrowDocuments:
                 raise ValueError(
                     f"row {row}: column {name!r} has {others[row]} entries, 'input_ids' has {lengths[row]}"
                 )
-        if eos_token_id is not None:
-            lengths = lengths + ((lengths > 0) & (self._rows(input_ids.last()) != eos_token_id))
+        last = lengths if ending.eos_token_id is None else self._rows(input_ids.last())
+        lengths = ending.lengths(lengths, last)
         if "attention_mask" in self._lists:
             is_padded = np.zeros(len(input_ids.lengths), np.bool_)
             is_padded[self._lists["attention_mask"].rows_with(lambda values: values != 1)] = True
             padded = np.flatnonzero(self._rows(is_padded))
             lengths = lengths.copy()
-            lengths[padded] = [len(self[row].ending_with(eos_token_id).input_ids) for row in padded.tolist()]
+            lengths[padded] = [len(ending.close(self[row]).input_ids) for row in padded.tolist()]
         return lengths
 
     def __len__(self) -> int:
@@ -68,30 +142,44 @@ class ArrowDocuments:
         return list(self._lists) == ["input_ids"]
 
     def gather(
-        self, documents: NDArray[Any], starts: NDArray[Any], lengths: NDArray[Any], eos_token_id: int | None
-    ) -> NDArray[Any]:
-        """Return the tokens of pieces of plain documents, one after another; `lengths` may count an EOS put behind.
+        self,
+        documents: NDArray[Any],
+        starts: NDArray[Any],
+        lengths: NDArray[Any],
+        eos_token_id: int | None,
+        tokens: NDArray[Any],
+    ) -> None:
+        """Copy the tokens of pieces of plain documents into `tokens`, one after another.
 
-        They come in the table's integers, or in signed ones that hold these, the EOS and a label of -100.
+        `lengths` may count an EOS put behind a document.
 
         Raises:
-            ValueError: a token is negative or more than 64 bits hold; the document is named.
+            ValueError: a token is negative, or more than the integers of `tokens` hold.
 
         Cost: a copy of every piece out of its place in the table, and half a microsecond a piece.
         """
         rows, column = documents if self._indices is None else self._indices[documents], self._lists["input_ids"]
         chunks, begins, sizes = column.places(rows)
         given, ends = np.minimum(lengths, sizes - starts), np.cumsum(lengths)
-        tokens = np.empty(int(lengths.sum()), column.signed_type(eos_token_id or 0))
         where = (chunks, begins + starts, ends - lengths, given)
-        for chunk, begin, place, count in zip(*(array.tolist() for array in where), strict=True):
+        pieces = list(zip(*(array.tolist() for array in where), strict=True))
+        least, most = column.range
+        if least < 0 or most > np.iinfo(tokens.dtype).max:  # somewhere in the table; not where the pieces lie, perhaps
+            self._check(documents, pieces, tokens.dtype)
+        for chunk, begin, place, count in pieces:
             tokens[place : place + count] = column.values[chunk][begin : begin + count]
-        if eos_token_id is not None:
-            tokens[ends[given < lengths] - 1] = eos_token_id
-        if tokens.min(initial=0) < 0:
-            for document in np.unique(documents).tolist():
+        is_ended = given < lengths
+        if is_ended.any():
+            check_token(int(eos_token_id or 0), tokens.dtype)
+            tokens[ends[is_ended] - 1] = eos_token_id
+
+    def _check(self, documents: NDArray[Any], pieces: list[tuple[int, ...]], dtype: np.dtype[Any]) -> None:
+        values = self._lists["input_ids"].values
+        for document, (chunk, begin, _, count) in zip(documents.tolist(), pieces, strict=True):
+            piece = values[chunk][begin : begin + count]
+            if piece.min(initial=0) < 0 or piece.max(initial=0) >= 2**63:
                 self[document]  # raises where the token is
-        return tokens
+            check_token(int(piece.max(initial=0)), dtype)
 
     def __getitem__(self, index: int) -> Document:
         row = index if self._indices is None else int(self._indices[index])
@@ -155,10 +243,13 @@ class _ListColumn:
         """Return the chunks of lists, where they begin among its values, and their lengths: 0 for a missing list."""
         return np.searchsorted(self._bounds, rows, side="right") - 1, self._begins[rows], self.lengths[rows]
 
-    def signed_type(self, token: int) -> np.dtype[Any]:
-        """Return the smallest signed integers that hold the entries, a token and labels; 64 bits for unsigned 64."""
-        kind = self.values[0].dtype
-        return np.dtype(np.int64) if kind.itemsize == 8 else np.result_type(kind, np.int16, np.min_scalar_type(~token))
+    @cached_property
+    def range(self) -> tuple[int, int]:
+        """The least and the greatest entry of the column, or 0."""
+        return (
+            min(int(values.min(initial=0)) for values in self.values),
+            max(int(values.max(initial=0)) for values in self.values),
+        )
 
     def last(self) -> NDArray[Any]:
         """Return the last entry of every list; 0 where it has none."""
@@ -186,3 +277,9 @@ class _ListColumn:
 def _flat(chunk: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     values = chunk.values.fill_null(0) if chunk.values.null_count else chunk.values
     return values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
+
+
+def check_token(token: int, dtype: np.dtype[Any]) -> None:
+    """Raise ValueError if integers of a dtype do not hold a token."""
+    if token > np.iinfo(dtype).max:
+        raise ValueError(f'token {token} is more than {dtype} holds; pass dtype="int64"')

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import secrets
-import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, TypedDict, overload
 
 import numpy as np
-from torch.utils.data import Dataset as TorchDataset, IterableDataset
+from torch.utils.data import Dataset as TorchDataset
 
 from hf_longtrunc.arguments import one_of, whole
-from hf_longtrunc.data.collators import check_tokenizer
-from hf_longtrunc.data.columns import ArrowDocuments
-from hf_longtrunc.data.documents import BOUNDARIES, COLUMNS, IGNORE, LOSS_MASKS, Document, join, read_document
-from hf_longtrunc.data.packing import Packing, best_fit_decreasing, checked_options
+from hf_longtrunc.data.collators import check_tokenizer, padding_token, warn_beyond_window
+from hf_longtrunc.data.columns import ArrowDocuments, check_token, documents_of, has_rows
+from hf_longtrunc.data.documents import BOUNDARIES, COLUMNS, IGNORE, LOSS_MASKS, Document, checked_ending, join
+from hf_longtrunc.data.packing import Packing, best_fit_decreasing, checked_options, row_order
 from hf_longtrunc.data.stream import PackedStream
-from hf_longtrunc.data.writing import WRITTEN, import_datasets, write_rows
+from hf_longtrunc.data.writing import WRITTEN, import_datasets, refuse_own_folder, write_rows
 
 if TYPE_CHECKING:
     import os
@@ -28,22 +27,14 @@ if TYPE_CHECKING:
     import datasets
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Unpack
 
-    from hf_longtrunc.data.documents import Tokens
+    from hf_longtrunc.data.columns import Documents
+    from hf_longtrunc.data.documents import Ending, Tokens
     from hf_longtrunc.data.packing import LongDocuments
     from hf_longtrunc.data.stream import Sharding
 
 logger = logging.getLogger(__name__)
-
-
-class _Documents(Protocol):
-    columns: list[str]
-
-    def __len__(self) -> int: ...
-
-    def lengths(self, eos_token_id: int | None) -> NDArray[np.int64]: ...
-
-    def __getitem__(self, index: int) -> Document: ...
 
 
 class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
@@ -60,6 +51,7 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         dataset: the documents, as for `pack()`.
         packing: the plan for their lengths, EOS included.
         tokenizer: its EOS is put behind every document that does not end with it; the plan must have counted it.
+        pad_document_to: as for `pack()`; the plan must have counted the padding.
         seed: orders the rows; None keeps the plan's order, the fullest pieces first.
         row_multiple: rows are added until their number is a multiple of this: each is the last piece of a row of
             several; where there are none, padding only, which is warned of.
@@ -76,27 +68,26 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         packing: Packing,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        pad_document_to: int = 1,
         seed: int | None = 0,
         row_multiple: int = 1,
     ) -> None:
-        check_tokenizer(tokenizer)
         seed = None if seed is None else whole("seed", seed, least=0)
         row_multiple = whole("row_multiple", row_multiple, least=1)
-        eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
-        if not isinstance(packing, Packing) or not _is_indexed(dataset):
+        if not isinstance(packing, Packing) or not has_rows(dataset):
             raise TypeError(
                 "PackedDataset wants a dataset with a length and a plan for it (best_fit_decreasing, "
                 f"Packing.from_pretrained), got {type(dataset).__name__} and {type(packing).__name__}"
             )
-        documents = _documents(dataset)
-        _check_plan(documents, packing, eos_token_id)
-        self._set(documents, packing, eos_token_id, *_row_order(packing, row_multiple, seed))
+        ending, documents = _ending(tokenizer, pad_document_to, packing.seq_length), documents_of(dataset)
+        _check_plan(documents, packing, ending)
+        self._set(documents, packing, ending, *row_order(packing, row_multiple, seed))
 
     def _set(
         self,
-        documents: _Documents,
+        documents: Documents,
         packing: Packing,
-        eos_token_id: int | None,
+        ending: Ending,
         order: NDArray[np.int64],
         donors: Sequence[int],
     ) -> PackedDataset:
@@ -104,7 +95,7 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         self._documents = documents
         self._order = order
         self._donors = donors  # rows whose last piece is a row of its own
-        self.eos_token_id = eos_token_id
+        self.ending = ending  # of every document
         return self
 
     def __len__(self) -> int:
@@ -127,7 +118,7 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         first = whole("index", index, least=0, most=num_shards - 1)
         shard = PackedDataset.__new__(PackedDataset)
         order = self._order[first::num_shards]
-        return shard._set(self._documents, self.packing, self.eos_token_id, order, self._donors)
+        return shard._set(self._documents, self.packing, self.ending, order, self._donors)
 
     def materialize(
         self,
@@ -144,7 +135,7 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
                 when the new ones are whole. None takes a new folder in the cache of datasets. The documents' own
                 folder is refused.
             num_proc: processes, each of which writes a file of its own.
-            dtype: of all columns; "int32" takes half the place.
+            dtype: of `input_ids` and `labels`; "int32" takes half the place. Boundaries are always int32.
             columns: what is written beside the boundaries, `position_ids` and `seq_lengths`: Trainer keeps the first of
                 them only, TRL's SFTTrainer the second. `input_ids` alone says the rest where no labels and no masks
                 were given.
@@ -163,7 +154,7 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         num_proc = min(whole("num_proc", num_proc, least=1), max(len(self), 1))
         cache = Path(library.config.HF_DATASETS_CACHE, "packed", secrets.token_hex(8))
         at = cache if folder is None else Path(folder)
-        _refuse_own_folder(self._documents, at, library)
+        refuse_own_folder(self._documents, at, library)
         return write_rows(self, at, names, dtype, num_proc)
 
     def spans(self, first: int = 0, last: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -178,8 +169,9 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
 
     @property
     def teaching(self) -> list[str]:
-        """The documents' columns that say which tokens are learned."""
-        return sorted({"labels", *LOSS_MASKS} & set(self._documents.columns))
+        """What says which tokens are learned: columns of the documents, and their padding."""
+        padding = ["padding (pad_document_to)"] if self.ending.multiple > 1 else []
+        return sorted({"labels", *LOSS_MASKS} & set(self._documents.columns)) + padding
 
     def blocks(self, first: int, last: int, tokens: int) -> Iterator[tuple[int, int]]:
         """Cut rows `first` to `last` into blocks of about so many tokens."""
@@ -187,8 +179,23 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         for start in range(first, last, step):
             yield start, min(start + step, last)
 
-    def gather(self, first: int, last: int, *, with_labels: bool = True, dtype: str = "int64") -> FlatRows:
+    def gather(
+        self,
+        first: int,
+        last: int,
+        *,
+        with_labels: bool = True,
+        dtype: str = "int64",
+        empty: Callable[[str, int, str], NDArray[Any]] = lambda name, size, dtype: np.empty(size, dtype),
+    ) -> FlatRows:
         """Return the tokens of rows `first` to `last`, one after another.
+
+        Args:
+            first: row of this view.
+            last: row behind the last one.
+            with_labels: whether labels are returned; else they are `input_ids`.
+            dtype: of both.
+            empty: makes the arrays of a name, a size and a dtype; a writer reuses them.
 
         Raises:
             ValueError: a token that `dtype` does not hold; labels left out that are not the tokens.
@@ -199,14 +206,13 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         lengths = self.packing.length[flat].astype(np.int64)
         ends = np.cumsum(lengths)
         tokens = np.diff(np.append(0, ends)[np.append(0, np.cumsum(counts))])
-        if isinstance(self._documents, ArrowDocuments) and self._documents.is_plain:
-            gathered = self._documents.gather(
-                self.packing.document[flat], self.packing.start[flat], lengths, self.eos_token_id
-            )
-            input_ids = _as_type(gathered, dtype)
-            labels = input_ids
+        if isinstance(self._documents, ArrowDocuments) and self._documents.is_plain and self.ending.multiple == 1:
+            pieces = self.packing.document[flat], self.packing.start[flat], lengths
+            input_ids = labels = empty("input_ids", int(lengths.sum()), dtype)
+            self._documents.gather(*pieces, self.ending.eos_token_id, input_ids)
             if with_labels:
-                labels = input_ids.copy()
+                labels = empty("labels", len(input_ids), dtype)
+                labels[:] = input_ids
                 labels[ends - lengths] = IGNORE
             return FlatRows(input_ids, labels, tokens, lengths, counts)
         joined = join([self._piece(int(piece)) for piece in flat])
@@ -216,8 +222,9 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
                 "labels cannot be left out: some documents have labels or masks of their own, and without labels every "
                 "token would be learned"
             )
-        input_ids, labels = (_as_type(joined[name], dtype) for name in ("input_ids", "labels"))
-        return FlatRows(input_ids, labels, tokens, lengths, counts)
+        for name in ("input_ids", "labels"):
+            check_token(int(joined[name].max(initial=0)), np.dtype(dtype))
+        return FlatRows(joined["input_ids"].astype(dtype), joined["labels"].astype(dtype), tokens, lengths, counts)
 
     def _checked_columns(self, columns: Sequence[str]) -> tuple[str, ...]:
         given = (columns,) if isinstance(columns, str) else columns
@@ -239,19 +246,13 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
 
     def _piece(self, piece: int) -> Document:
         packing = self.packing
-        document = self._documents[int(packing.document[piece])].ending_with(self.eos_token_id)
+        document = self.ending.close(self._documents[int(packing.document[piece])])
         if len(document.input_ids) != packing.document_lengths[packing.document[piece]]:
             raise ValueError(
                 f"document {int(packing.document[piece])} has {len(document.input_ids)} tokens and the plan counted "
                 f"on {int(packing.document_lengths[packing.document[piece]])}: it was made for another dataset"
             )
         return document.cut(int(packing.start[piece]), int(packing.length[piece]))
-
-
-def _as_type(tokens: NDArray[Any], dtype: str) -> NDArray[Any]:
-    if tokens.itemsize > np.dtype(dtype).itemsize and tokens.max(initial=0) > np.iinfo(dtype).max:
-        raise ValueError(f'token {tokens.max()} is more than {dtype} holds; pass dtype="int64"')
-    return tokens.astype(dtype, copy=False)
 
 
 class FlatRows(NamedTuple):
@@ -278,44 +279,31 @@ class IndexedDataset(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+class _Options(TypedDict, total=False):
+    long: LongDocuments
+    min_piece: int
+    seed: int | None
+    row_multiple: int
+    pad_document_to: int
+    pool_size: int
+    pool_tokens: int | None
+    sharding: Sharding
+
+
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase | None"
+
+
 @overload
 def pack(
-    dataset: Mapping[str, IndexedDataset],
-    seq_length: int,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    long: LongDocuments = "split",
-    min_piece: int = 2,
-    seed: int | None = 0,
-    row_multiple: int = 1,
-    pool_size: int = 8192,
-    sharding: Sharding = "auto",
+    dataset: Mapping[str, IndexedDataset], seq_length: int, tokenizer: Tokenizer = None, **options: Unpack[_Options]
 ) -> dict[str, PackedDataset]: ...
 @overload
 def pack(
-    dataset: IndexedDataset,
-    seq_length: int,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    long: LongDocuments = "split",
-    min_piece: int = 2,
-    seed: int | None = 0,
-    row_multiple: int = 1,
-    pool_size: int = 8192,
-    sharding: Sharding = "auto",
+    dataset: IndexedDataset, seq_length: int, tokenizer: Tokenizer = None, **options: Unpack[_Options]
 ) -> PackedDataset: ...
 @overload
 def pack(
-    dataset: Iterable[Mapping[str, Any]],
-    seq_length: int,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    long: LongDocuments = "split",
-    min_piece: int = 2,
-    seed: int | None = 0,
-    row_multiple: int = 1,
-    pool_size: int = 8192,
-    sharding: Sharding = "auto",
+    dataset: Iterable[Mapping[str, Any]], seq_length: int, tokenizer: Tokenizer = None, **options: Unpack[_Options]
 ) -> PackedStream: ...
 def pack(
     dataset: Any,
@@ -326,7 +314,9 @@ def pack(
     min_piece: int = 2,
     seed: int | None = 0,
     row_multiple: int = 1,
+    pad_document_to: int = 1,
     pool_size: int = 8192,
+    pool_tokens: int | None = None,
     sharding: Sharding = "auto",
 ) -> PackedDataset | PackedStream | dict[str, Any]:
     """Pack a tokenized dataset's documents into rows of `seq_length` tokens by best-fit decreasing.
@@ -344,7 +334,11 @@ def pack(
         seed: orders the rows and decides among pieces of equal length; None keeps the algorithm's order.
         row_multiple: rows are added, as in `PackedDataset`, until their number is a multiple of this; with the number
             of processes times the batch size, no sampler repeats or drops a row.
-        pool_size: documents in the pool, for a stream.
+        pad_document_to: every document is filled up to a multiple of so many tokens, by the tokenizer's padding token
+            (or its EOS, or 0), never learned; boundaries are then multiples of it. Context parallelism over n ranks,
+            which cuts each document into 2 n equal parts, needs 2 n. `seq_length` must be a multiple.
+        pool_size: pieces in the pool, for a stream.
+        pool_tokens: tokens in the pool, for a stream, see `PackedStream`.
         sharding: who deals a stream's documents out among DataLoader workers, see `PackedStream`.
 
     Returns:
@@ -357,86 +351,47 @@ def pack(
     """
     seq_length, min_piece, seed = checked_options(seq_length, long, min_piece, seed)
     row_multiple = whole("row_multiple", row_multiple, least=1)
-    check_tokenizer(tokenizer)
+    ending = _ending(tokenizer, pad_document_to, seq_length)
     if isinstance(dataset, Mapping):
         _check_splits(dataset)
         options: dict[str, Any] = {"long": long, "min_piece": min_piece, "seed": seed, "row_multiple": row_multiple}
-        options |= {"pool_size": pool_size, "sharding": sharding}
+        options |= {"pad_document_to": pad_document_to}
+        options |= {"pool_size": pool_size, "pool_tokens": pool_tokens, "sharding": sharding}
         return {name: pack(split, seq_length, tokenizer, **options) for name, split in dataset.items()}
-    _warn_beyond_window(seq_length, tokenizer)
-    eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
-    if not _is_indexed(dataset):
+    # transformers writes 1e30 where a tokenizer knows no maximum.
+    warn_beyond_window(seq_length, getattr(tokenizer, "model_max_length", None), "tokenizer")
+    if not has_rows(dataset):
         _check_stream(dataset, row_multiple)
         return PackedStream(
             dataset,
             seq_length,
-            eos_token_id=eos_token_id,
+            eos_token_id=ending.eos_token_id,
             long=long,
             min_piece=min_piece,
             seed=seed,
+            pad_document_to=pad_document_to,
+            pad_token_id=ending.pad_token_id,
             pool_size=pool_size,
+            pool_tokens=pool_tokens,
             sharding=sharding,
         )
-    documents = _documents(dataset)
+    documents = documents_of(dataset)
     unused = sorted(set(documents.columns) - set(COLUMNS))
     if unused:
         logger.info("packing leaves out the columns %s", ", ".join(unused))
-    packing = best_fit_decreasing(
-        documents.lengths(eos_token_id), seq_length, long=long, min_piece=min_piece, seed=seed
-    )
+    packing = best_fit_decreasing(documents.lengths(ending), seq_length, long=long, min_piece=min_piece, seed=seed)
     packed = PackedDataset.__new__(PackedDataset)
-    packed._set(documents, packing, eos_token_id, *_row_order(packing, row_multiple, seed))
+    packed._set(documents, packing, ending, *row_order(packing, row_multiple, seed))
     if packed.teaching:
-        _warn_of_lost_targets(documents, packing, eos_token_id)
+        _warn_of_lost_targets(documents, packing, ending)
     return packed
 
 
-class _SizedDocuments:
-    """The documents of any dataset with `len` and indices."""
-
-    def __init__(self, dataset: Any) -> None:
-        if not len(dataset):
-            raise ValueError("the dataset is empty: there are no documents to pack")
-        self.dataset = dataset
-        self.columns = list(self._example(0))  # of the first row; another may lack some of them
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def lengths(self, eos_token_id: int | None) -> NDArray[np.int64]:
-        lengths = (len(self[i].ending_with(eos_token_id).input_ids) for i in range(len(self.dataset)))
-        return np.fromiter(lengths, np.int64, len(self.dataset))
-
-    def __getitem__(self, index: int) -> Document:
-        return read_document(self._example(index), f"row {index}")
-
-    def _example(self, index: int) -> Mapping[str, Any]:
-        try:
-            example = self.dataset[index]
-        except KeyError as error:
-            raise TypeError(
-                f"dataset must give its rows by number, and {type(self.dataset).__name__} knows no row {index}; make a "
-                "datasets.Dataset of it (Dataset.from_pandas, Dataset.from_dict)"
-            ) from error
-        if not isinstance(example, Mapping):
-            raise TypeError(
-                f"row {index} of the dataset must be a mapping of columns, got {type(example).__name__}; "
-                'give rows as {"input_ids": [...]}'
-            )
-        return example
-
-
-def _is_indexed(dataset: object) -> bool:
-    has_rows = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
-    return has_rows and not isinstance(dataset, (str, bytes, IterableDataset))
-
-
-def _documents(dataset: Any) -> _Documents:
-    library = sys.modules.get("datasets")  # a datasets.Dataset cannot exist without it
-    # What a transform makes of the rows is not in the table.
-    if library is not None and isinstance(dataset, library.Dataset) and dataset.format["type"] != "custom":
-        return ArrowDocuments(dataset)
-    return _SizedDocuments(dataset)
+def _ending(tokenizer: PreTrainedTokenizerBase | None, pad_document_to: int, seq_length: int) -> Ending:
+    """Return what is put behind documents, or raise TypeError or ValueError."""
+    check_tokenizer(tokenizer)
+    eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
+    return checked_ending(eos_token_id, pad_document_to, padding_token(tokenizer), seq_length)
 
 
 def _check_splits(splits: Mapping[str, Any]) -> None:
@@ -459,30 +414,7 @@ def _check_stream(dataset: object, row_multiple: int) -> None:
         raise ValueError("row_multiple needs a dataset of known length; a stream's rows cannot be counted beforehand")
 
 
-def _row_order(packing: Packing, row_multiple: int, seed: int | None) -> tuple[NDArray[np.int64], list[int]]:
-    """Return the order of the rows, those that are added included, and the rows that give them a piece."""
-    order = np.arange(-(-len(packing) // row_multiple) * row_multiple)
-    donors = _donors(packing, row_multiple)
-    return (order if seed is None else np.random.default_rng(seed).permutation(order)), donors
-
-
-def _donors(packing: Packing, row_multiple: int) -> list[int]:
-    """Choose the rows that give their last piece to a row of its own, those of most pieces first."""
-    missing = -len(packing) % row_multiple
-    counts = np.diff(packing.offsets)
-    last = packing.length[packing.items[packing.offsets[1:] - 1]]
-    able = np.flatnonzero((counts > 1) & (last > 1))  # a row of one token has no target
-    donors: list[int] = able[np.argsort(-counts[able], kind="stable")][:missing].tolist()
-    if len(donors) < missing:
-        warnings.warn(
-            f"row_multiple = {row_multiple} adds {missing - len(donors)} rows of padding only, which have no target: "
-            "no more rows hold several pieces. The loss of a batch of nothing else is NaN in an evaluation",
-            stacklevel=4,
-        )
-    return donors
-
-
-def _warn_of_lost_targets(documents: _Documents, packing: Packing, eos_token_id: int | None) -> None:
+def _warn_of_lost_targets(documents: Documents, packing: Packing, ending: Ending) -> None:
     """Warn of documents all of whose targets were cut off or dropped; only those that are not kept whole are read."""
     kept = np.bincount(packing.document, packing.length, len(packing.document_lengths))
     cut = np.flatnonzero((kept < packing.document_lengths) | (packing.document_lengths > packing.seq_length))
@@ -490,7 +422,7 @@ def _warn_of_lost_targets(documents: _Documents, packing: Packing, eos_token_id:
     bounds = np.searchsorted(packing.document[order], np.stack([cut, cut + 1]))
     lost = 0
     for document, first, last in zip(cut.tolist(), *bounds.tolist(), strict=True):
-        content = documents[document].ending_with(eos_token_id)
+        content = ending.close(documents[document])
         pieces = (content.cut(int(packing.start[p]), int(packing.length[p])) for p in order[first:last])
         lost += content.cut(0, len(content.labels)).teaches and not any(piece.teaches for piece in pieces)
     if lost:
@@ -501,44 +433,16 @@ def _warn_of_lost_targets(documents: _Documents, packing: Packing, eos_token_id:
         )
 
 
-def _check_plan(documents: _Documents, packing: Packing, eos_token_id: int | None) -> None:
+def _check_plan(documents: Documents, packing: Packing, ending: Ending) -> None:
     if len(documents) != len(packing.document_lengths):
         raise ValueError(
             f"the plan was made for {len(packing.document_lengths)} documents, the dataset has {len(documents)}"
         )
     if not isinstance(documents, ArrowDocuments):
         return  # their lengths would cost a reading of all; each is checked when it is gathered
-    differ = np.flatnonzero(documents.lengths(eos_token_id) != packing.document_lengths)
+    differ = np.flatnonzero(documents.lengths(ending) != packing.document_lengths)
     if len(differ):
         raise ValueError(
             f"the plan was made for other documents: {len(differ)} have another length, the first of them is document "
-            f"{differ[0]}. Was the EOS of a tokenizer counted there, and is not here, or the other way round?"
-        )
-
-
-def _refuse_own_folder(documents: object, folder: Path, library: Any) -> None:
-    """Raise ValueError if rows would take the place of the documents that they are made of, or hide splits."""
-    if (folder / "dataset_dict.json").exists():
-        raise ValueError(
-            f"folder {str(folder)!r} holds splits, which the rows would hide: write them to another folder"
-        )
-    source: Any = documents
-    while source is not None and not isinstance(source, library.Dataset):  # torch's Subset has one too
-        source = getattr(source, "dataset", None)
-    files = () if source is None else source.cache_files
-    if any(Path(file["filename"]).resolve().parent == folder.resolve() for file in files):
-        raise ValueError(
-            f"folder must not be that of the documents, which the rows would replace, got {str(folder)!r}: write the "
-            "rows to another folder"
-        )
-
-
-def _warn_beyond_window(seq_length: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    # transformers writes 1e30 where a tokenizer knows no maximum.
-    window = getattr(tokenizer, "model_max_length", None)
-    if window is not None and seq_length > window:
-        warnings.warn(
-            f"seq_length = {seq_length} is more than the tokenizer's model_max_length of {window}: a document of that "
-            "length has positions that the model does not know",
-            stacklevel=3,
+            f"{differ[0]}. Were the EOS of a tokenizer or pad_document_to counted there and not here, or only here?"
         )

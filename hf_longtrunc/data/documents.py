@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_longtrunc.arguments import whole
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -50,12 +52,41 @@ class Document(NamedTuple):
         labels[:1] = IGNORE
         return Document(self.input_ids[start : start + length], labels)
 
-    def ending_with(self, eos_token_id: int | None) -> Document:
-        """Return the document with EOS behind it where it is missing, learned if the last token is."""
-        if eos_token_id is None or not len(self.input_ids) or self.input_ids[-1] == eos_token_id:
-            return self
-        label = IGNORE if self.labels[-1] == IGNORE else eos_token_id
-        return Document(np.append(self.input_ids, eos_token_id), np.append(self.labels, label))
+
+class Ending(NamedTuple):
+    """What is put behind every document: EOS where it is missing, then padding up to a multiple of so many tokens."""
+
+    eos_token_id: int | None = None
+    multiple: int = 1
+    pad_token_id: int = 0
+
+    def close(self, document: Document) -> Document:
+        """Return the document with its end: EOS is learned if the last token is, padding never is."""
+        (input_ids, labels), eos = document, self.eos_token_id
+        if eos is not None and len(input_ids) and input_ids[-1] != eos:
+            label = IGNORE if labels[-1] == IGNORE else eos
+            input_ids, labels = np.append(input_ids, eos), np.append(labels, label)
+        if padding := -len(input_ids) % self.multiple:
+            input_ids = np.append(input_ids, np.full(padding, self.pad_token_id))
+            labels = np.append(labels, np.full(padding, IGNORE))
+        return Document(input_ids, labels)
+
+    def lengths(self, lengths: Tokens, last: Tokens) -> Tokens:
+        """Return the lengths of closed documents, from their lengths and last tokens; an empty one stays empty."""
+        if self.eos_token_id is not None:
+            lengths = lengths + ((lengths > 0) & (last != self.eos_token_id))
+        return -(-lengths // self.multiple) * self.multiple
+
+
+def checked_ending(eos_token_id: object, multiple: object, pad_token_id: object, seq_length: int) -> Ending:
+    """Return an `Ending`, or raise TypeError or ValueError."""
+    eos = None if eos_token_id is None else whole("eos_token_id", eos_token_id, least=0)
+    ending = Ending(eos, whole("pad_document_to", multiple, least=1), whole("pad_token_id", pad_token_id, least=0))
+    if seq_length % ending.multiple:
+        raise ValueError(
+            f"seq_length must be a multiple of pad_document_to = {multiple}, as all pieces are, got {seq_length}"
+        )
+    return ending
 
 
 def read_document(columns: Mapping[str, Any], where: str) -> Document:

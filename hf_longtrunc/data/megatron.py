@@ -87,15 +87,16 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str], *, pad_t
     idx_at, bin_at = _paths(prefix)
     pad_token_id = whole("pad_token_id", pad_token_id, least=-1, most=2**31 - 1)
     with placing(bin_at, idx_at) as (tokens, index):
+        blocks, eos_token_id = token_blocks(rows, _FORMAT), rows.ending.eos_token_id
         highest, inside = pad_token_id, 0
-        for part in token_blocks(rows, _FORMAT):
+        for part in blocks:
             highest = max(highest, int(part.input_ids.max(initial=0)))
-            inside += _check_ends(part, rows.eos_token_id, pad_token_id)
+            inside += _check_ends(part, eos_token_id, pad_token_id)
         if highest >= 2**31:
             raise ValueError(f"token {highest} is more than int32 holds")
         if inside:
             warnings.warn(
-                f"EOS ({rows.eos_token_id}) lies {inside} times inside a document, as in chats of several turns: "
+                f"EOS ({eos_token_id}) lies {inside} times inside a document, as in chats of several turns: "
                 "Megatron tells documents apart by it, and begins one behind each",
                 stacklevel=2,
             )

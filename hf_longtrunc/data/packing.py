@@ -19,6 +19,7 @@ Invariants:
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from dataclasses import dataclass
@@ -230,6 +231,29 @@ def pack_in_order(lengths: ArrayLike, seq_length: int, *, long: LongDocuments = 
         offsets.append(int(np.searchsorted(ends, before + seq_length, side="right")))
     items = np.arange(len(length), dtype=document.dtype)
     return _packing(seq_length, items, np.array(offsets), document, start, length, lengths)
+
+
+def row_order(packing: Packing, row_multiple: int, seed: int | None) -> tuple[NDArray[np.int64], list[int]]:
+    """Return the order of the rows, those that are added included, and the rows that give them a piece."""
+    order = np.arange(-(-len(packing) // row_multiple) * row_multiple)
+    donors = _donors(packing, row_multiple)
+    return (order if seed is None else np.random.default_rng(seed).permutation(order)), donors
+
+
+def _donors(packing: Packing, row_multiple: int) -> list[int]:
+    """Choose the rows that give their last piece to a row of its own, those of most pieces first."""
+    missing = -len(packing) % row_multiple
+    counts = np.diff(packing.offsets)
+    last = packing.length[packing.items[packing.offsets[1:] - 1]]
+    able = np.flatnonzero((counts > 1) & (last > 1))  # a row of one token has no target
+    donors: list[int] = able[np.argsort(-counts[able], kind="stable")][:missing].tolist()
+    if len(donors) < missing:
+        warnings.warn(
+            f"row_multiple = {row_multiple} adds {missing - len(donors)} rows of padding only, which have no target: "
+            "no more rows hold several pieces. The loss of a batch of nothing else is NaN in an evaluation",
+            stacklevel=4,
+        )
+    return donors
 
 
 def _packing(seq_length: int, *arrays: Indices) -> Packing:

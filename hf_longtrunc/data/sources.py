@@ -6,6 +6,12 @@ import sys
 from typing import Any
 
 _INNER = ("_ex_iterable", "ex_iterable", "_interleaved", "ex_iterables")
+# Parts of such streams that were resumed at random places and were exact, `...ExamplesIterable` or `...Iterable`
+# (recipes/resumed_streams.py). Concatenations were not: with workers or epochs, their state may be of another order.
+_EXACT = (
+    "Arrow", "CyclingMultiSources", "Filtered", "Formatted", "Mapped", "RandomlyCyclingMultiSources", "RebatchedArrow",
+    "Repeat", "SelectColumns", "Skip", "Step", "Take", "",
+)  # fmt: skip
 
 
 def resumable_copy(source: Any) -> Any:
@@ -14,8 +20,8 @@ def resumable_copy(source: Any) -> Any:
     `state_dict()` of the copy says which example comes next. datasets keeps that in objects which all views of a stream
     share, so that `stream.take(100)`, read in between, would move the state of `stream.skip(100)`.
 
-    None for other sources, for a shuffle buffer, whose content the state leaves out, and for Arrow tables, of which a
-    batched `map` may skip one.
+    None for other sources and for streams with an operation that is not known to be exact: a shuffle buffer, whose
+    content the state leaves out, a concatenation, Arrow tables, of which a batched `map` may skip one.
     """
     library = sys.modules.get("datasets")  # none of its streams can exist without it
     if library is None or not isinstance(source, library.IterableDataset) or not hasattr(source, "_ex_iterable"):
@@ -34,7 +40,8 @@ def _copied(part: Any) -> Any:
     if isinstance(part, list):
         return [_copied(one) for one in part]
     formatting = getattr(part, "formatting", None) or getattr(part, "_formatting", None)
-    if "Shuffled" in type(part).__name__ or getattr(formatting, "is_table", False):
+    name = type(part).__name__.removesuffix("Iterable").removesuffix("Examples")
+    if getattr(formatting, "is_table", False) or (name not in _EXACT and not hasattr(part, "_ex_iterable")):
         raise _InexactError
     copied = object.__new__(type(part))
     inner = {name: value for name, value in vars(part).items() if name in _INNER and value is not None}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_longtrunc.data.documents import BOUNDARIES
 from hf_longtrunc.extras import missing
 from hf_longtrunc.saving import abandoned, held, replacing
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import datasets
+    from numpy.typing import NDArray
 
     from hf_longtrunc.data.dataset import FlatRows, PackedDataset
 
@@ -82,6 +84,23 @@ def token_blocks(rows: PackedDataset, whose: str) -> Iterator[FlatRows]:
     return (rows.gather(*bounds, with_labels=False) for bounds in rows.blocks(0, len(rows), _TOKENS))
 
 
+def refuse_own_folder(documents: object, folder: Path, library: Any) -> None:
+    """Raise ValueError if rows would take the place of the documents that they are made of, or hide splits."""
+    if (folder / "dataset_dict.json").exists():
+        raise ValueError(
+            f"folder {str(folder)!r} holds splits, which the rows would hide: write them to another folder"
+        )
+    source: Any = documents
+    while source is not None and not isinstance(source, library.Dataset):  # torch's Subset has one too
+        source = getattr(source, "dataset", None)
+    files = () if source is None else source.cache_files
+    if any(Path(file["filename"]).resolve().parent == folder.resolve() for file in files):
+        raise ValueError(
+            f"folder must not be that of the documents, which the rows would replace, got {str(folder)!r}: write the "
+            "rows to another folder"
+        )
+
+
 def import_datasets(what: str) -> Any:
     """Return the module `datasets`, or say what to install."""
     try:
@@ -120,30 +139,33 @@ def _write(
     import pyarrow as pa
 
     library = import_datasets("writing rows")
-    schema = library.Features({name: library.List(library.Value(dtype)) for name in columns}).arrow_schema
+    buffers: dict[str, NDArray[Any]] = {}
+
+    def reused(name: str, size: int, kind: str) -> NDArray[Any]:
+        """Return an array that the next block overwrites: new memory costs more than filling it."""
+        if len(buffers.get(name, ())) < size:
+            buffers[name] = np.empty(size, kind)
+        return buffers[name][:size]
+
+    kinds = {name: "int32" if name in BOUNDARIES else dtype for name in columns}
+    schema = library.Features({name: library.List(library.Value(kind)) for name, kind in kinds.items()}).arrow_schema
+    steps = np.arange(rows.packing.seq_length, dtype=np.int32)
     with path.open("r+b") as file:
         with pa.ipc.new_stream(file, schema) as out:
             for start, stop in rows.blocks(first, last, _TOKENS):
-                flat = rows.gather(start, stop, with_labels="labels" in columns, dtype=dtype)
+                flat = rows.gather(start, stop, with_labels="labels" in columns, dtype=dtype, empty=reused)
+                values: dict[str, Any] = {"input_ids": flat.input_ids, "labels": flat.labels}
+                values["seq_lengths"] = flat.piece_lengths.astype(np.int32)
+                values["position_ids"] = positions = reused("position_ids", len(flat.input_ids), "int32")
+                np.concatenate([steps[:0], *(steps[:n] for n in flat.piece_lengths.tolist())], out=positions)
+                counts = {name: flat.pieces if name == "seq_lengths" else flat.tokens for name in columns}
                 arrays = [
-                    pa.ListArray.from_arrays(
-                        np.append(0, np.cumsum(lengths)).astype(np.int32), pa.array(values.astype(dtype, copy=False))
-                    )
-                    for values, lengths in (_column(flat, name) for name in columns)
+                    pa.ListArray.from_arrays(np.append(0, np.cumsum(counts[name])).astype(np.int32), values[name])
+                    for name in columns
                 ]
                 out.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
                 progress(stop - start)
         os.fsync(file.fileno())
-
-
-def _column(flat: Any, name: str) -> tuple[Any, Any]:
-    """Return a column's values and the number of them in every row."""
-    if name == "seq_lengths":
-        return flat.piece_lengths, flat.pieces
-    if name == "position_ids":
-        steps = np.arange(flat.piece_lengths.max(initial=0), dtype=flat.input_ids.dtype)
-        return np.concatenate([steps[:0], *(steps[:length] for length in flat.piece_lengths.tolist())]), flat.tokens
-    return getattr(flat, name), flat.tokens
 
 
 def _commit(folder: Path, paths: list[Path], library: Any) -> None:

@@ -286,7 +286,7 @@ def test_bad_row_multiple(bad):
 def test_rows_beyond_the_tokenizers_maximum_are_warned_of():
     tokenizer = Tokenizer()
     tokenizer.model_max_length = 32
-    with pytest.warns(UserWarning, match="seq_length = 64 is more than the tokenizer's model_max_length of 32"):
+    with pytest.warns(UserWarning, match="seq_length = 64 is more than the tokenizer's maximum of 32"):
         pack(arrow(), 64, tokenizer)
 
 

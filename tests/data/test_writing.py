@@ -252,7 +252,7 @@ def test_a_plan_for_other_documents_is_refused():
     plan = pack(arrow(), SEQ_LENGTH).packing
     with pytest.raises(ValueError, match=r"made for 83 documents, the dataset has 2"):
         PackedDataset(arrow([4, 5]), plan)
-    with pytest.raises(ValueError, match=r"made for other documents: 83 have another length.*Was the EOS"):
+    with pytest.raises(ValueError, match=r"made for other documents: 83 have another length.*Were the EOS"):
         PackedDataset(arrow(), plan, tokenizer=Tokenizer())
     others = PackedDataset(raw_examples([5] * 83), plan)
     with pytest.raises(ValueError, match=r"document \d+ has 5 tokens and the plan counted on \d+"):

@@ -66,6 +66,10 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self._call("Emulation.setEmulatedMedia", features=[scheme])
 
+    def block(self, *patterns: str) -> None:
+        """Load nothing from addresses like these, from now on."""
+        self._call("Network.setBlockedURLs", urls=list(patterns))
+
     def open(self, path: Path) -> None:
         """Open a file and wait until it is loaded."""
         self.events.clear()

@@ -135,10 +135,10 @@ def documents_read(seed: tuple[int, int], rank: int, ranks: int = 2) -> list[lis
 @cache
 def documents_of(seed: tuple[int, int]) -> datasets.Dataset:
     rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, int(rng.integers(3, 30)), int(rng.integers(4, 16)))
+    lengths = rng.integers(1, int(rng.integers(3, 30)), int(rng.integers(3, 12)))
     documents = [rng.integers(1, 999, length).tolist() for length in lengths]
     # Each worker of each rank has one to pack.
-    return datasets.Dataset.from_dict({"input_ids": [*documents, *[[1, 2, 3, 4]] * 16]})
+    return datasets.Dataset.from_dict({"input_ids": [*documents, *[[1, 2, 3, 4]] * 8]})
 
 
 def kind_of(seed: tuple[int, int]) -> int:

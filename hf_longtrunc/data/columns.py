@@ -123,8 +123,8 @@ class ArrowDocuments:
                 raise ValueError(
                     f"row {row}: column {name!r} has {others[row]} entries, 'input_ids' has {lengths[row]}"
                 )
-        last = lengths if ending.eos_token_id is None else self._rows(input_ids.last())
-        lengths = ending.lengths(lengths, last)
+        ends = () if ending.eos_token_id is None else (self._rows(input_ids.last(back)) for back in (1, 2))
+        lengths = ending.lengths(lengths, *(ends or (lengths, lengths)))
         if "attention_mask" in self._lists:
             is_padded = np.zeros(len(input_ids.lengths), np.bool_)
             is_padded[self._lists["attention_mask"].rows_with(lambda values: values != 1)] = True
@@ -251,13 +251,13 @@ class _ListColumn:
             max(int(values.max(initial=0)) for values in self.values),
         )
 
-    def last(self) -> NDArray[Any]:
-        """Return the last entry of every list; 0 where it has none."""
+    def last(self, back: int) -> NDArray[Any]:
+        """Return the last entry of every list, or the second last (`back` = 2); -1 where it has none."""
         parts = []
         for values, offsets in self._chunks:
-            last = np.zeros(len(offsets) - 1, np.int64)
-            filled = offsets[1:] > offsets[:-1]
-            last[filled] = values[offsets[1:][filled] - 1]
+            last = np.full(len(offsets) - 1, -1, np.int64)
+            filled = offsets[1:] >= offsets[:-1] + back
+            last[filled] = values[offsets[1:][filled] - back]
             parts.append(last)
         return np.concatenate(parts)
 

@@ -327,8 +327,8 @@ def pack(
             is packed as a stream. Columns: `input_ids`; `labels`, `attention_mask` (its zeros are padding and cut off),
             `assistant_masks` and `completion_mask` (folded into the labels) are used where present, others are not.
         seq_length: tokens in a row.
-        tokenizer: its EOS is put behind every document that does not end with it, before anything is cut; None leaves
-            the documents as they are.
+        tokenizer: its EOS is put behind every document that does not end with it, or with it and a newline, as chat
+            templates write it; before anything is cut. None leaves the documents as they are.
         long: what becomes of a document longer than a row: "split", "truncate", "drop" or "error".
         min_piece: shorter pieces are left out and counted; 1 keeps every token.
         seed: orders the rows and decides among pieces of equal length; None keeps the algorithm's order.
@@ -371,6 +371,7 @@ def pack(
             seed=seed,
             pad_document_to=pad_document_to,
             pad_token_id=ending.pad_token_id,
+            newline_token_id=ending.newline_token_id,
             pool_size=pool_size,
             pool_tokens=pool_tokens,
             sharding=sharding,
@@ -391,7 +392,9 @@ def _ending(tokenizer: PreTrainedTokenizerBase | None, pad_document_to: int, seq
     """Return what is put behind documents, or raise TypeError or ValueError."""
     check_tokenizer(tokenizer)
     eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
-    return checked_ending(eos_token_id, pad_document_to, padding_token(tokenizer), seq_length)
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"] if callable(tokenizer) else ()
+    newline_token_id = newline[-1] if newline else None
+    return checked_ending(seq_length, eos_token_id, pad_document_to, padding_token(tokenizer), newline_token_id)
 
 
 def _check_splits(splits: Mapping[str, Any]) -> None:

@@ -54,16 +54,21 @@ class Document(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """What is put behind every document: EOS where it is missing, then padding up to a multiple of so many tokens."""
+    """What is put behind every document: EOS where it is missing, then padding up to a multiple of so many tokens.
+
+    A document that ends with EOS and a newline, as chat templates write the last turn, is not missing it.
+    """
 
     eos_token_id: int | None = None
     multiple: int = 1
     pad_token_id: int = 0
+    newline_token_id: int | None = None
 
     def close(self, document: Document) -> Document:
         """Return the document with its end: EOS is learned if the last token is, padding never is."""
         (input_ids, labels), eos = document, self.eos_token_id
-        if eos is not None and len(input_ids) and input_ids[-1] != eos:
+        second_last = input_ids[-2] if len(input_ids) > 1 else -1
+        if eos is not None and len(input_ids) and not self._has_eos(input_ids[-1], second_last):
             label = IGNORE if labels[-1] == IGNORE else eos
             input_ids, labels = np.append(input_ids, eos), np.append(labels, label)
         if padding := -len(input_ids) % self.multiple:
@@ -71,17 +76,25 @@ class Ending(NamedTuple):
             labels = np.append(labels, np.full(padding, IGNORE))
         return Document(input_ids, labels)
 
-    def lengths(self, lengths: Tokens, last: Tokens) -> Tokens:
+    def lengths(self, lengths: Tokens, last: Tokens, second_last: Tokens) -> Tokens:
         """Return the lengths of closed documents, from their lengths and last tokens; an empty one stays empty."""
         if self.eos_token_id is not None:
-            lengths = lengths + ((lengths > 0) & (last != self.eos_token_id))
+            lengths = lengths + ((lengths > 0) & ~self._has_eos(last, second_last))
         return -(-lengths // self.multiple) * self.multiple
 
+    def _has_eos(self, last: Any, second_last: Any) -> Any:
+        eos, newline = self.eos_token_id, -1 if self.newline_token_id is None else self.newline_token_id
+        return (last == eos) | ((last == newline) & (second_last == eos))
 
-def checked_ending(eos_token_id: object, multiple: object, pad_token_id: object, seq_length: int) -> Ending:
+
+def checked_ending(seq_length: int, eos: object, multiple: object, pad_token_id: object, newline: object) -> Ending:
     """Return an `Ending`, or raise TypeError or ValueError."""
-    eos = None if eos_token_id is None else whole("eos_token_id", eos_token_id, least=0)
-    ending = Ending(eos, whole("pad_document_to", multiple, least=1), whole("pad_token_id", pad_token_id, least=0))
+    ending = Ending(
+        None if eos is None else whole("eos_token_id", eos, least=0),
+        whole("pad_document_to", multiple, least=1),
+        whole("pad_token_id", pad_token_id, least=0),
+        None if newline is None else whole("newline_token_id", newline, least=0),
+    )
     if seq_length % ending.multiple:
         raise ValueError(
             f"seq_length must be a multiple of pad_document_to = {multiple}, as all pieces are, got {seq_length}"

@@ -124,7 +124,8 @@ def _check_ends(rows: FlatRows, eos_token_id: int | None, pad_token_id: int) -> 
         end = rows.input_ids[ends[wrong.argmax()] - 1]
         raise ValueError(
             "Megatron tells documents apart by the EOS at their ends, and a document that another follows ends with "
-            f"{end}: give pack() the tokenizer, whose EOS it puts there, got {eos_token_id}"
+            f"{end}: give pack() the tokenizer, whose EOS it puts there, got {eos_token_id}. Leave out a newline "
+            "that a chat template writes behind the last EOS"
         )
     if (rows.input_ids == pad_token_id).any():
         raise ValueError(

@@ -85,6 +85,7 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         max_rounds: rounds that a piece may wait before its row goes out as it is.
         pad_document_to: every document is filled up to a multiple of so many tokens, as for `pack()`.
         pad_token_id: fills them up.
+        newline_token_id: a document that ends with EOS and this token gets no second EOS.
         sharding: who deals the documents out among several DataLoader workers. "documents": each worker takes every
             n-th of them here. "source": the source gives each worker its own, by `get_worker_info()`. "auto" takes
             "source" for a `datasets.IterableDataset`, and under several workers asks for one of the two where it is
@@ -109,13 +110,14 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         max_rounds: int = 16,
         pad_document_to: int = 1,
         pad_token_id: int = 0,
+        newline_token_id: int | None = None,
         sharding: Sharding = "auto",
     ) -> None:
         if not isinstance(source, Iterable) or isinstance(source, (str, bytes, Mapping)):
             raise TypeError(f"source must be an iterable of tokenized documents, got {type(source).__name__}")
         self.source: Any = source
         self.seq_length, self.min_piece, self.seed = checked_options(seq_length, long, min_piece, seed)
-        self.ending = checked_ending(eos_token_id, pad_document_to, pad_token_id, self.seq_length)
+        self.ending = checked_ending(self.seq_length, eos_token_id, pad_document_to, pad_token_id, newline_token_id)
         self.long = long
         self.pool_size = whole("pool_size", pool_size, least=1)
         tokens = max(2**24, 64 * self.seq_length) if pool_tokens is None else pool_tokens
@@ -180,9 +182,7 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
 
     def _settings(self) -> dict[str, Any]:
         """Return everything that the rows depend on, besides the source: plain values, for torch.load."""
-        eos_token_id, multiple, pad_token_id = self.ending
-        ending = {"eos_token_id": eos_token_id, "pad_document_to": multiple, "pad_token_id": pad_token_id}
-        return {name: getattr(self, name) for name in _SETTINGS} | ending
+        return {name: getattr(self, name) for name in _SETTINGS} | self.ending._asdict()
 
     def _epoch(self) -> int:
         """Return the epoch that comes next: that of `set_epoch`, or a later one that the source was set to."""
@@ -401,6 +401,8 @@ def _check_state(state: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError if the entries of a state are not of their kinds."""
     for name in ("given", "number", "read", "dropped_documents", "dropped_tokens"):
         whole(f"state[{name!r}]", state[name], least=0)
-    waiting = state["waiting"]
-    if not isinstance(state["settings"], Mapping) or not isinstance(waiting, bytes) or len(waiting) % _WAITING.itemsize:
+    waiting, source = state["waiting"], state["source"]
+    is_saved = isinstance(source, Mapping) and all(isinstance(source.get(name), bytes) for name in ("sizes", "tokens"))
+    is_whole = isinstance(waiting, bytes) and not len(waiting) % _WAITING.itemsize and (source is None or is_saved)
+    if not isinstance(state["settings"], Mapping) or not is_whole:
         raise ValueError("state is not what state_dict() returned: its settings or the pieces that wait are damaged")

@@ -52,8 +52,8 @@ class CreamCollator(TrainerCallback):
 
     It is a `TrainerCallback` too: with `Trainer(..., data_collator=collator, callbacks=[collator])` every epoch draws
     anew (else call `set_epoch`), and training a model that is not attached stops at once. Training a PEFT adapter warns
-    if its base model, loaded anew, reads another window: the checkpoints hold none. A collator that nobody tells the
-    epoch warns when its first document comes back.
+    if its base model, loaded anew, reads another window: the checkpoints hold none. Without an epoch the collator warns
+    when its first document comes a second time.
 
     Raises:
         TypeError, ValueError: a bad argument; a batch without `input_ids`, with a document longer than the window, or
@@ -129,15 +129,15 @@ class CreamCollator(TrainerCallback):
         return _checked_ids(ids, len(tokens), self.window * self.factor)
 
     def _watch(self, document: Tensor) -> None:
-        """Warn once if the first document comes again and nobody has said that an epoch has passed."""
+        """Warn once if the first document comes a second time and no epoch was set."""
         if not self._first_document.any():
             self._first_document.copy_(document)
         elif torch.equal(self._first_document, document) and self.scheme != "contiguous":
             self._epoch.fill_(0)
             warnings.warn(
-                "CreamCollator meets its first document again and has not been told of a new epoch: every epoch would "
-                "see the same positions. Give the collator to Trainer a second time, callbacks=[collator], or call "
-                "set_epoch(epoch) before each epoch (set_epoch(0) if this is meant)",
+                "CreamCollator gets its first document a second time, and no epoch was set: this is a second epoch, "
+                "with the same positions, or the data hold the document twice. For new positions in every epoch "
+                "pass Trainer(callbacks=[collator]) or call set_epoch(epoch); set_epoch(0) ends this warning",
                 stacklevel=5,
             )
 
@@ -158,7 +158,7 @@ class CreamCollator(TrainerCallback):
             ValueError: it is compiled already, has no rotary modules (ALiBi, learned positions) or a CreamCollator
                 attached, or its `max_position_embeddings` is less than window * factor.
 
-        A model that reads more than window * factor tokens draws a warning: what lies beyond is never trained.
+        Warns if the model reads more than window * factor tokens: this training does not reach positions beyond.
         """
         if self._is_attached:
             raise ValueError("this CreamCollator is attached to a model already: detach() it first")
@@ -179,15 +179,15 @@ class CreamCollator(TrainerCallback):
         reach = self.window * self.factor
         if not isinstance(reads, int) or reads == reach:
             return
-        difference = f"the ids lie in [0, window * factor) = [0, {reach}), and the model's max_position_embeddings is"
+        lie = f"the ids lie in [0, window * factor) = [0, {reach}), and the model's max_position_embeddings is {reads}"
         if reads < reach:
             raise ValueError(
-                f"{difference} {reads}: call extend_context(model, {self.factor}) before attach, and give as window "
-                "the max_position_embeddings from before it"
+                f"{lie}: call extend_context(model, {self.factor}) before attach, and give as window the "
+                "max_position_embeddings from before it"
             )
         warnings.warn(
-            f"{difference} {reads}: it is never trained on what lies beyond. Give as window the "
-            "max_position_embeddings from before extend_context, and the same factor",
+            f"{lie}: this training reaches no position from {reach} on. To train all of them, window * factor must be "
+            f"{reads}: window is max_position_embeddings before extend_context, factor that of extend_context",
             stacklevel=3,
         )
 

@@ -459,6 +459,7 @@ STATE = PackedStream([DOCUMENT], 8).state_dict()
         ({**STATE, "settings": None}, ValueError, "its settings or the pieces that wait are damaged"),
         ({**STATE, "waiting": b"abc"}, ValueError, "its settings or the pieces that wait are damaged"),
         ({**STATE, "waiting": "abc"}, ValueError, "its settings or the pieces that wait are damaged"),
+        ({**STATE, "source": {"sizes": b""}}, ValueError, "its settings or the pieces that wait are damaged"),
         ({**STATE, "given": -1}, ValueError, "'given'. must be a whole number of at least 0, got -1"),
         ({**STATE, "read": 1.5}, TypeError, "'read'. must be a whole number of at least 0, got 1.5"),
         ({**STATE, "number": "a"}, TypeError, "'number'. must be a whole number"),

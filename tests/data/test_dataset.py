@@ -312,3 +312,30 @@ def test_materialize_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install -e "\.\[train\]"'):
         packed.materialize()
+
+
+class ChatTokenizer(Tokenizer):
+    """A newline is token 90, as for SmolLM2, which writes one behind each turn's EOS."""
+
+    def __call__(self, text, add_special_tokens):
+        assert (text, add_special_tokens) == ("\n", False)
+        return {"input_ids": [90]}
+
+
+@pytest.mark.parametrize("kind", ["arrow", "list", "stream"])
+def test_a_chat_that_ends_with_eos_and_a_newline_gets_no_second_eos(kind):
+    chats = [[5, EOS, 90], [EOS, 90], [90], [EOS], [5, 90], [EOS, 90, 90], [5, EOS, 7], [6, EOS]]
+    rows = [{"input_ids": tokens} for tokens in chats]
+    source = {"arrow": datasets.Dataset.from_list(rows), "list": rows, "stream": iter(rows)}[kind]
+    packed = pack(source, 8, ChatTokenizer(), min_piece=1)
+    ended = [[90, EOS], [5, 90, EOS], [EOS, 90, 90, EOS], [5, EOS, 7, EOS], [5, EOS, 90], [EOS, 90], [EOS], [6, EOS]]
+    assert documents_of(packed) == Counter(map(tuple, ended))
+
+
+def test_the_packages_own_model_ends_a_chat_once(real_tokenizer):
+    tokenizer = real_tokenizer
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    ids = tokenizer.apply_chat_template(turns, return_dict=False)
+    assert tokenizer.decode(ids).endswith("Hi<|im_end|>\n")
+    (row,) = pack([{"input_ids": ids}], 64, tokenizer)
+    assert row["input_ids"].tolist() == ids

@@ -1,4 +1,4 @@
-"""Scoring and selecting keys of the whole text, for queries whose window has lost them.
+"""Scoring and selecting keys of the whole text, for queries that no longer have them in their window.
 
 Every key is scored as if it stood at one constant distance D_k from the query, <R(D_k) q, k> with k un-rotated, so that
 its place in the text does not matter. `key_retrieval.py` says what this is for.
@@ -33,22 +33,42 @@ class UnrotatedKV(NamedTuple):
     positions: Tensor
 
 
-class DistantScoring(NamedTuple):
-    """How a query scores distant keys: at one distance, with the layer's scoring.
+class DistantKeys(NamedTuple):
+    """The keys outside sinks and window that one layer offers to its queries, and how they are scored.
 
     Attributes:
-        distance: D_k.
+        text: keys and values of the whole text, on any device.
+        scoring: of the layer.
         num_sink_tokens: S, which are left out.
         window: keys that are nearer than this are left out.
-        scoring: of the layer.
+        distance: D_k, at which every distant key is scored.
         first_query: queries before this position see none.
+        layer: the layer's index.
+        selection: what was selected for each row; None: nothing yet.
+        block_scores: collects the layer's scores during a scoring pass, else None.
     """
 
-    distance: int
+    text: UnrotatedKV
+    scoring: Scoring
     num_sink_tokens: int
     window: int
-    scoring: Scoring
+    distance: int = 0
     first_query: int = 0
+    layer: int = 0
+    selection: BlockSelection | None = None
+    block_scores: dict[int, Tensor] | None = None
+
+
+class KeyMultiplicity(NamedTuple):
+    """Keys that count for several.
+
+    Attributes:
+        positions: of them [batch, k], each once, counted from a row's first real token; -1 for none.
+        counts: how many keys each counts for [batch, k].
+    """
+
+    positions: Tensor
+    counts: Tensor
 
 
 def is_distant(
@@ -60,26 +80,22 @@ def is_distant(
 
 
 def top_k(
-    query: Float[Tensor, "batch heads n dim"],
-    query_positions: Int[Tensor, "rows n"],
-    text: UnrotatedKV,
-    k: int,
-    by: DistantScoring,
+    query: Float[Tensor, "batch heads n dim"], query_positions: Int[Tensor, "rows n"], distant: DistantKeys, k: int
 ) -> ExtraKeys:
     """Select each head's and row's k best distant keys; all of them where there are fewer.
 
     Args:
-        query: rotated to the distance at which it sees distant keys.
+        query: rotated at its own positions.
         query_positions: counted from each row's first real token; `rows` is the batch or 1.
-        text: on any device.
+        distant: the keys.
         k: keys a head and row.
-        by: distance, sinks, window and scoring.
 
     Returns:
         On the query's device; logits of -3e38 or so where a row found fewer.
     """
     batch, heads, n, _ = query.shape
-    best, index = _distant_scores(query, query_positions, text, by).topk(min(k, text.key.shape[2]), dim=-1)
+    text = distant.text
+    best, index = _distant_scores(query, query_positions, distant).topk(min(k, text.key.shape[2]), dim=-1)
     dim = text.value.shape[-1]
     flat = index.reshape(batch, text.value.shape[1], -1, 1).expand(-1, -1, -1, dim)  # a group's heads together
     value = text.value.gather(2, flat).view(batch, heads, n, -1, dim)
@@ -89,32 +105,31 @@ def top_k(
 def block_scores(
     query: Float[Tensor, "batch heads n dim"],
     query_positions: Int[Tensor, "rows n"],
-    text: UnrotatedKV,
+    distant: DistantKeys,
     normalizer: Float[Tensor, "batch heads n"],
     block_size: int,
-    by: DistantScoring,
     groups: Bool[Tensor, "groups rows n"],
 ) -> Float[Tensor, "batch heads groups blocks"]:
     """Return the attention weight that each head and a group's queries would give to each block of the text.
 
     Args:
-        query: rotated to the distance at which it sees distant keys.
+        query: rotated at its own positions.
         query_positions: counted from each row's first real token; padding is not counted.
-        text: on any device.
+        distant: the keys.
         normalizer: log-sum-exp of each query's logits with window and sinks.
         block_size: tokens a block; block b begins at position S + b * block_size.
-        by: distance, sinks, window and scoring.
         groups: which queries belong to each group.
 
     Returns:
         [batch, heads, groups, blocks]: the sum over a group's queries.
     """
-    scores = _distant_scores(query, query_positions, text, by)
+    text = distant.text
+    scores = _distant_scores(query, query_positions, distant)
     normalizer = normalizer.to(scores.device, scores.dtype)[..., None]
     total = torch.logaddexp(normalizer, scores.logsumexp(-1, keepdim=True))
     counted = (groups & (query_positions >= 0)).to(scores.device, scores.dtype).transpose(0, 1)
     weights = counted[:, None] @ (scores - total).exp()  # [batch, heads, groups, m]
-    block = ((text.positions - by.num_sink_tokens) // block_size).clamp_min(0)[:, None, None].expand(weights.shape)
+    block = ((text.positions - distant.num_sink_tokens) // block_size).clamp_min(0)[:, None, None].expand(weights.shape)
     count = -(-text.key.shape[2] // block_size)
     return weights.new_zeros(*weights.shape[:3], count).scatter_add(3, block, weights)
 
@@ -146,7 +161,7 @@ def select_blocks(
     """Select each row's `count` best blocks.
 
     Without a baseline the blocks of the largest total score are the best, and all get `emphasis`. With one, each head
-    contributes the ratio of its score v to what it gives the block anyway, v / (b + mean b + mean of all heads' b); a
+    contributes the ratio of its score v to its baseline weight, v / (b + mean b + mean of all heads' b); a
     block's contrast is the root mean square over heads, so the few heads that look for the answer count. Blocks below
     `least` are not read. The best block's multiplicity is its squared contrast, clamped to [1, emphasis]; the others
     are scaled by the ratio of squared contrasts.
@@ -178,34 +193,34 @@ def select_blocks(
 def block_keys(
     query: Float[Tensor, "batch heads n dim"],
     query_positions: Int[Tensor, "rows n"],
-    text: UnrotatedKV,
+    distant: DistantKeys,
     selection: BlockSelection,
     block_size: int,
     margin: int,
-    by: DistantScoring,
 ) -> ExtraKeys:
     """Return the keys of each row's selected blocks, for every head and query; arguments as for `block_scores`.
 
-    `margin` keys on either side of a block come with it. Each key is there once, with the largest emphasis of its
-    blocks, whose logarithm joins its logit.
+    `margin` keys on either side of a block come with it. Each key is there once. The logarithm of the
+    largest emphasis of its blocks joins its logit.
     """
-    device, heads = text.key.device, query.shape[1]
-    positions, emphasis = selected_positions(selection, block_size, margin, by.num_sink_tokens)
+    text, heads = distant.text, query.shape[1]
+    device = text.key.device
+    positions, emphasis = selected_positions(selection, block_size, margin, distant.num_sink_tokens)
     positions, emphasis = positions.to(device), emphasis.to(query.device)
     columns = (positions - text.positions[:, :1]).clamp(0, text.key.shape[2] - 1)[:, None, :, None]
     key, value = (
         x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])).to(query.device) for x in (text.key, text.value)
     )
-    part = UnrotatedKV(key, value, positions.to(query.device))
-    scores = _distant_scores(query, query_positions, part, by)
+    part = distant._replace(text=UnrotatedKV(key, value, positions.to(query.device)))
+    scores = _distant_scores(query, query_positions, part)
     scores = scores + emphasis.to(scores.dtype).log()[:, None, None]
     return ExtraKeys(scores, value.repeat_interleave(heads // value.shape[1], dim=1)[:, :, None])
 
 
 def selected_positions(
     selection: BlockSelection, block_size: int, margin: int, num_sink_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """Return the positions of selected keys [batch, k], each once and -1 for none, and their emphasis [batch, k]."""
+) -> KeyMultiplicity:
+    """Return the keys of selected blocks, `margin` keys on either side included, with their emphasis."""
     inside = torch.arange(-margin, block_size + margin, device=selection.blocks.device)
     positions = num_sink_tokens + selection.blocks[..., None] * block_size + inside
     positions = positions.masked_fill(selection.blocks[..., None] < 0, -1).flatten(1)
@@ -214,14 +229,16 @@ def selected_positions(
         positions, order = positions.sort(dim=-1, stable=True)
         is_repeated = torch.nn.functional.pad(positions[:, 1:] == positions[:, :-1], (1, 0))
         positions, emphasis = positions.masked_fill(is_repeated, -1), emphasis.gather(1, order)
-    return positions, emphasis
+    return KeyMultiplicity(positions, emphasis)
 
 
-def _distant_scores(query: Tensor, query_positions: Tensor, text: UnrotatedKV, by: DistantScoring) -> Tensor:
+def _distant_scores(query: Tensor, query_positions: Tensor, distant: DistantKeys) -> Tensor:
     """Logits [batch, heads, n, m], where the text is stored; the dtype's least number for keys that are not distant."""
+    text, scoring = distant.text, distant.scoring
     device = text.key.device
-    scores = constant_scores(query.to(device), text.key, by.distance, by.scoring)
+    query = scoring.rotate(query, distant.distance - query_positions).to(device)
+    scores = constant_scores(query, text.key, distant.distance, scoring)
     i = query_positions.to(device)
-    candidates = is_distant(i, text.positions, by.num_sink_tokens, by.window)
-    candidates = candidates & (i >= by.first_query)[..., None]
+    candidates = is_distant(i, text.positions, distant.num_sink_tokens, distant.window)
+    candidates = candidates & (i >= distant.first_query)[..., None]
     return scores.masked_fill(~candidates[:, None], torch.finfo(scores.dtype).min)

@@ -30,7 +30,7 @@ class CacheLaw:
 
     Attributes:
         technique: with its settings, as messages name it.
-        exact_length: the longest text whose keys are those of the unpatched model.
+        exact_length: the longest text with the same keys as in the unpatched model.
         frequencies: a fingerprint of the rotary frequencies; 0 for the model's own.
     """
 

@@ -1,4 +1,4 @@
-"""One forward pass as an immutable value: token positions, key layout, rotations to apply.
+"""Immutable values that travel to the layers: one forward's token positions, and one layer's queries, keys and values.
 
 The context is built once before the decoder runs, from the cache and the padding mask. It travels to the layers in the
 place of `attention_mask`. So a layer that is run again for its gradients gets the context of its own forward, and two
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field, replace
-from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hf_longtrunc.attention.padding import gather_columns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
+    from hf_longtrunc.attention.kernels import Scoring
     from hf_longtrunc.attention.key_retrieval import BlockScores
+    from hf_longtrunc.attention.rope import Rotation
 
 _thread = threading.local()
 _FULL = "full_attention"  # transformers' name for these layers, where a decoder has several kinds
@@ -105,14 +108,6 @@ def resolve_mask(mask: Any, padding: Any, context: MaskPlaceholder) -> Any:
     }
 
 
-class KeyLayout(Enum):
-    """The order in which a cache returns keys to this forward's queries."""
-
-    FULL = "all keys, in the order of the text"
-    SINKS_AND_WINDOW = "the sinks, then the window and the new tokens"
-    RING_BUFFER = "the slots of the ring, to one token"
-
-
 @dataclass(frozen=True, eq=False)
 class ForwardContext(MaskPlaceholder):
     """Immutable description of one forward.
@@ -120,14 +115,15 @@ class ForwardContext(MaskPlaceholder):
     Attributes:
         query_positions: of the last n columns [rows, n], in the order of `query_order`; negative for padding.
         last_position: of the last key [rows, 1].
-        layout: of the keys.
-        num_keys: how many of them each layer's cache returns.
+        num_keys: how many each layer's cache returns.
+        leading_sinks: how many sinks it returns before the other keys, which are in the order of the text.
         is_padded: whether some row begins with padding.
         query_order: each row's new columns, masked ones first [batch, n]; None if they come in that order.
-        key_order: likewise for the keys [batch, m], where the cache returns columns in the order of the call.
+        key_order: the same for the keys [batch, m], where the cache returns columns in the order of the call.
         is_shifted: whether some row's cached tokens moved over masked columns to its new ones.
         sink_rotations: for one token, cosines and sines that rotate the sinks to their distance, by id(rotation).
-        ring_slots: for one token, the slots that it sees [rows, S + L], None for all, and the slots' distances.
+        ring_slots: where the other keys are a ring's slots, for one token: the slots that it sees [rows, S + L], None
+            for all, and the slots' distances.
         cache_layers: the cache's layers that can hold a block selection, by layer index.
         block_scores: collects each layer's scores during `TopBlocks`' scoring pass; None otherwise.
         true_positions: of the new columns [rows, n], for layers that keep their own attention while the decoder gets
@@ -136,8 +132,8 @@ class ForwardContext(MaskPlaceholder):
 
     query_positions: Tensor
     last_position: Tensor
-    layout: KeyLayout
     num_keys: int
+    leading_sinks: int = 0
     is_padded: bool = False
     query_order: Tensor | None = None
     key_order: Tensor | None = None
@@ -151,6 +147,55 @@ class ForwardContext(MaskPlaceholder):
     def __getitem__(self, index: tuple[Any, ...]) -> ForwardContext:
         """Return the context of some of the queries."""
         return replace(self, query_positions=self.query_positions[:, index[2]])
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionLayer:
+    """What is known of one attention module.
+
+    Attributes:
+        index: its place among the decoder's layers; -1 where the module does not know it.
+        rotation: of its queries and keys; None where nothing rotates.
+        caches_keys: False where the cache holds what keys are made from (multi-head latent attention).
+    """
+
+    index: int
+    rotation: Rotation | None
+    caches_keys: bool = True
+
+
+class AttentionCall(NamedTuple):
+    """One layer's attention in one forward.
+
+    Attributes:
+        layer: the module's record.
+        query: [batch, heads, n, dim], rotated.
+        key: [batch, kv_heads, m, dim], as the layer's cache returns it.
+        value: [batch, kv_heads, m, value_dim].
+        context: of the forward.
+        scoring: of the module.
+    """
+
+    layer: AttentionLayer
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    context: ForwardContext
+    scoring: Scoring
+
+    def in_text_order(self) -> AttentionCall:
+        """Return the call with masked columns between tokens moved before each row's tokens."""
+        query, key, value, context = self.query, self.key, self.value, self.context
+        if context.key_order is not None:
+            key, value = gather_columns(key, context.key_order), gather_columns(value, context.key_order)
+        if context.query_order is not None:
+            query = gather_columns(query, context.query_order)
+        return self._replace(query=query, key=key, value=value)
+
+    def in_call_order(self, output: Tensor) -> Tensor:
+        """Return the output [batch, heads, n, value_dim] of `in_text_order` in the order of this call's queries."""
+        order = self.context.query_order
+        return output if order is None else gather_columns(output, order.argsort(dim=-1))
 
 
 def current_context() -> Any:

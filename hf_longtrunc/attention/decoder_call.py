@@ -1,4 +1,4 @@
-"""One call of a patched decoder: its arguments by name, and what can be read off them before it runs."""
+"""One call of a patched decoder: its arguments by name, its lengths and its padding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_longtrunc.attention.context import ForwardContext, KeyLayout, padding_of
+from hf_longtrunc.attention.context import ForwardContext, padding_of
 from hf_longtrunc.attention.padding import check_positions, checked_mask, from_first_token, text_order
 from hf_longtrunc.models import CACHE, bound
 
@@ -76,7 +76,7 @@ class DecoderCall:
         """Where the tokens are."""
         return self.like.device
 
-    def tokens_behind(self, ids: Sequence[int]) -> Tensor | None:
+    def tokens_after(self, ids: Sequence[int]) -> Tensor | None:
         """Return how many tokens follow each row's last occurrence of `ids` [batch], up to 64; -1 where there is none.
 
         None where no ids are named. In a call that brings embeddings, those of `ids` are looked for.
@@ -117,7 +117,7 @@ class DecoderCall:
 
 
 def full_context(call: DecoderCall) -> tuple[ForwardContext, Tensor]:
-    """Return the context of a call whose cache returns all keys in the order of the text, and its queries' positions.
+    """Return the context of a call with a cache that returns all keys in text order, and its queries' positions.
 
     The positions [rows, new] come in the order of the columns.
     """
@@ -126,16 +126,16 @@ def full_context(call: DecoderCall) -> tuple[ForwardContext, Tensor]:
     came = queries = from_first_token(columns, padding)
     query_order = None
     if call.real is not None and order is not None:
-        came, query_order = columns_as_they_came(columns, padding, call.real[:, call.past :])
+        came, query_order = positions_in_call_order(columns, padding, call.real[:, call.past :])
     last = from_first_token(columns[-1:], padding)
     is_padded = padding is not None
     context = ForwardContext(
-        queries, last, KeyLayout.FULL, call.past + call.new, is_padded, query_order=query_order, key_order=order
+        queries, last, call.past + call.new, is_padded=is_padded, query_order=query_order, key_order=order
     )
     return context, came
 
 
-def columns_as_they_came(columns: Tensor, padding: Tensor | None, now: Tensor) -> tuple[Tensor, Tensor]:
+def positions_in_call_order(columns: Tensor, padding: Tensor | None, now: Tensor) -> tuple[Tensor, Tensor]:
     """Return the positions of new columns [batch, n], -1 where `now` says there is no token, and their order."""
     assert padding is not None
     before = columns[-1] + 1 - padding - now.sum(-1)

@@ -1,7 +1,7 @@
 r"""Dual chunk attention: every key is seen, and no distance is larger than what the model was trained on.
 
 A model was trained on c positions. The text is cut into chunks of s < c tokens. With positions counted from a row's
-first real token, key j stands at j mod s for good, and a query i meets it from
+first real token, key j is rotated at j mod s once and for all, and a query i sees it from
 
     i mod s                          in its own chunk: the true distance
     min(i mod s + s, c - 1)          in the chunk before: the true one as long as the trained positions last
@@ -10,7 +10,7 @@ first real token, key j stands at j mod s for good, and a query i meets it from
 in one softmax over all keys j <= i. `ChunkLaw` is the one place where this is written. So a cached key never changes,
 and a text of at most s tokens is read as the model was trained to read it.
 
-Each block of queries takes at most four kernel calls, whose outputs are merged: earlier chunks, the chunk before, its
+Each block of queries takes at most four kernel calls, merged into one softmax: earlier chunks, the chunk before, its
 own chunk before the block, and the block itself. No n x n tensor exists.
 
 Some keys may count for several (`KeyMultiplicity`): a key of multiplicity e is in these calls once, and in further
@@ -24,31 +24,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hf_longtrunc.attention.block_scores import KeyMultiplicity
 from hf_longtrunc.attention.softmax_merge import ROWS_SCORED, AttentionPart, merge_attention, scores_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from jaxtyping import Bool, Float, Int
 
-    Rotate = Callable[[Tensor, Tensor], Tensor]
+    from hf_longtrunc.attention.kernels import Scoring
+    from hf_longtrunc.attention.rope import Rotation
 
-
-class KeyMultiplicity(NamedTuple):
-    """Keys that count for several.
-
-    Attributes:
-        positions: of them [batch, k], each once, counted from a row's first real token; -1 for none.
-        counts: how many keys each counts for [batch, k], more than 1.
-    """
-
-    positions: Tensor
-    counts: Tensor
+    # Keys and values [rows, kv_heads, k, ..], and how often each counts.
+    RepeatedKeys = tuple[Tensor, Tensor, KeyMultiplicity]
 
 
 @dataclass(frozen=True)
@@ -101,24 +95,6 @@ class ChunkLaw:
         return torch.where(apart == 0, own, torch.where(apart == 1, near, far)) - self.key_position(j)
 
 
-class Chunks(NamedTuple):
-    """How a layer computes dual chunk attention.
-
-    Attributes:
-        law: of distances.
-        scaling: factor of the dot products.
-        rotate: `rotate(x, offsets)` rotates x [batch, heads, n, dim] by offsets [rows, n] positions.
-        softcap: c in c * tanh(score / c), or None.
-        null_logits: a learned logit of each query head [heads] that joins the softmax and carries no value, or None.
-    """
-
-    law: ChunkLaw
-    scaling: float
-    rotate: Rotate
-    softcap: float | None = None
-    null_logits: Tensor | None = None
-
-
 def sharpness(
     positions: Int[Tensor, "rows n"], trained: int, temperature: str, dtype: torch.dtype
 ) -> Float[Tensor, "rows n"]:
@@ -126,8 +102,8 @@ def sharpness(
 
     The more keys, the flatter a softmax of the same scores. "log" multiplies by log(i + 1) / log c, which keeps the
     entropy in step (Chiang and Cholak 2022, arXiv 2202.12172, section 5.3); "yarn" by (0.1 log((i + 1) / c) + 1)^2,
-    what was fitted to Llamas on stretched positions (Peng et al. 2023, arXiv 2309.00071, equation 22, whose factor of
-    extension is one number, here each query's own).
+    which was fitted to Llamas on stretched positions (Peng et al. 2023, arXiv 2309.00071, equation 22; its factor of
+    extension is one number, here each query has its own).
     """
     keys = (positions + 1).clamp_min(trained).to(dtype)
     if temperature == "log":
@@ -140,7 +116,8 @@ def dual_chunk_attention(
     key: Float[Tensor, "batch kv_heads m dim"],
     value: Float[Tensor, "batch kv_heads m value_dim"],
     padding: Int[Tensor, " batch"] | None,
-    chunks: Chunks,
+    law: ChunkLaw,
+    scoring: Scoring,
     multiplicity: KeyMultiplicity | None = None,
 ) -> Float[Tensor, "batch heads n value_dim"]:
     """Attend from the last n of m tokens.
@@ -150,18 +127,21 @@ def dual_chunk_attention(
         key: rotated at j mod s, in the order of the text; the last n are the queries' own.
         value: of the keys.
         padding: columns before each row's first real token; None where there are none.
-        chunks: lengths, scaling and rotation.
-        multiplicity: keys that count for several, if they stand before all queries; None: there are none.
+        law: of distances.
+        scoring: of the layer, without slopes and dropout.
+        multiplicity: keys that count for several, if they come before all queries; None: there are none.
 
     Returns:
         [batch, heads, n, value_dim] in the dtype of `query`; zeros for padding. Rows of one padding go together: each
         other padding in the batch costs a pass of its own.
     """
+    if padding is None:
+        return _same_padding(query, key, value, 0, law, scoring, multiplicity)
     output = query.new_zeros(*query.shape[:3], value.shape[-1])
     for rows, columns in _by_padding(padding, query):
         q, k, v = (_select_rows(x, rows) for x in (query, key, value))
         of_rows = None if multiplicity is None else KeyMultiplicity(*(_select_rows(x, rows) for x in multiplicity))
-        attended = _same_padding(q, k, v, columns, chunks, of_rows)
+        attended = _same_padding(q, k, v, columns, law, scoring, of_rows)
         output = attended if rows is None else output.index_copy(0, rows, attended)
     return output
 
@@ -170,7 +150,8 @@ def chunk_block_scores(
     query: Float[Tensor, "batch heads n dim"],
     key: Float[Tensor, "batch kv_heads m dim"],
     padding: Int[Tensor, " batch"] | None,
-    chunks: Chunks,
+    law: ChunkLaw,
+    scoring: Scoring,
     groups: Bool[Tensor, "groups rows n"],
     num_sink_tokens: int,
     block_size: int,
@@ -180,9 +161,10 @@ def chunk_block_scores(
 
     Args:
         query: of the last n of m tokens, as for `dual_chunk_attention`.
-        key: likewise.
-        padding: likewise.
-        chunks: likewise.
+        key: as there.
+        padding: as there.
+        law: of distances.
+        scoring: of the layer.
         groups: which queries belong to each group; `rows` is the batch or 1.
         num_sink_tokens: keys at the beginning of a row that belong to no block.
         block_size: keys a block; block b begins at position num_sink_tokens + b * block_size.
@@ -199,7 +181,7 @@ def chunk_block_scores(
         q, k, member = (_select_rows(x, rows) for x in (query, key, belongs))
         complete = max(0, key.shape[2] - columns - last - num_sink_tokens) // block_size
         inside = slice(num_sink_tokens, num_sink_tokens + complete * block_size)
-        for start, weights in _weights(q, k, columns, chunks):
+        for start, weights in _weights(q, k, columns, law, scoring):
             by_block = weights[..., inside].reshape(*weights.shape[:3], complete, block_size).sum(-1)
             part = member[..., start : start + by_block.shape[2]] @ by_block
             part = torch.nn.functional.pad(part, (0, count - complete))
@@ -220,31 +202,37 @@ def _by_padding(padding: Tensor | None, like: Tensor) -> Iterator[tuple[Tensor |
 
 
 def _same_padding(
-    query: Tensor, key: Tensor, value: Tensor, padding: int, chunks: Chunks, multiplicity: KeyMultiplicity | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    padding: int,
+    law: ChunkLaw,
+    scoring: Scoring,
+    multiplicity: KeyMultiplicity | None,
 ) -> Tensor:
     """`dual_chunk_attention` of rows that all begin at column `padding`."""
     blank, begin = _begin(query, key, padding)
     query, key, value = query[:, :, blank:], key[:, :, padding:], value[:, :, padding:]
     outputs = [query.new_zeros(*query.shape[:2], blank, value.shape[-1])] if blank else []
     repeated = None if multiplicity is None else _repeated_keys(key, value, multiplicity, begin)
-    for start, stop in _blocks(begin, key.shape[2], chunks.law.chunk_length):
+    for start, stop in _blocks(begin, key.shape[2], law.chunk_length):
         block = query[:, :, start - begin : stop - begin]
-        parts = list(_parts(block, key, value, start, stop, chunks, repeated))
-        outputs.append(merge_attention(parts, chunks.scaling, chunks.null_logits))
+        parts = list(_parts(block, key, value, start, stop, law, scoring, repeated))
+        outputs.append(merge_attention(parts, scoring))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
-def _weights(query: Tensor, key: Tensor, padding: int, chunks: Chunks) -> Iterator[tuple[int, Tensor]]:
+def _weights(query: Tensor, key: Tensor, padding: int, law: ChunkLaw, scoring: Scoring) -> Iterator[tuple[int, Tensor]]:
     """Yield where a block of queries starts among them, and their attention weights [rows, heads, queries, m]."""
     blank, begin = _begin(query, key, padding)
     query, key = query[:, :, blank:], key[:, :, padding:]
-    for start, stop in _blocks(begin, key.shape[2], chunks.law.chunk_length):
+    for start, stop in _blocks(begin, key.shape[2], law.chunk_length):
         for first in range(start, stop, ROWS_SCORED):
             last = min(first + ROWS_SCORED, stop)
-            parts = _parts(query[:, :, first - begin : last - begin], key, key, first, last, chunks, None)
-            scores = torch.cat([scores_of(part, 0, chunks.scaling) for part in parts], dim=-1)
-            if chunks.null_logits is not None:
-                null = chunks.null_logits.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+            parts = _parts(query[:, :, first - begin : last - begin], key, key, first, last, law, scoring, None)
+            scores = torch.cat([scores_of(part, 0, scoring) for part in parts], dim=-1)
+            if scoring.null_logits is not None:
+                null = scoring.null_logits.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
                 scores = torch.cat([scores, null], dim=-1)
             yield (
                 blank + first - begin,
@@ -268,61 +256,78 @@ def _blocks(start: int, stop: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 def _parts(
-    query: Tensor, key: Tensor, value: Tensor, start: int, stop: int, chunks: Chunks, repeated: _RepeatedKeys | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: int,
+    stop: int,
+    law: ChunkLaw,
+    scoring: Scoring,
+    repeated: RepeatedKeys | None,
 ) -> Iterator[AttentionPart]:
     """Yield the kernel calls of queries start..stop, which lie in one chunk, in the order of their keys."""
-    law, rotate, softcap = chunks.law, chunks.rotate, chunks.softcap
     own = start - start % law.chunk_length
     before = max(0, own - law.chunk_length)
-    inside = torch.arange(start - own, stop - own, device=query.device)[None]
 
     def parts(first: int, last: int, rotated: Tensor) -> Iterator[AttentionPart]:
-        yield AttentionPart(rotated, key[:, :, first:last], value[:, :, first:last], softcap=softcap)
-        yield from _repetitions(rotated, repeated, first, last, softcap)
+        yield AttentionPart(rotated, key[:, :, first:last], value[:, :, first:last])
+        yield from _repetitions(rotated, repeated, first, last)
 
     if own:
-        near, far = law.query_position(inside, 1) - inside, law.query_position(inside, 2) - inside
-        if before:  # both rotations at once: a token has little else to do
-            both = rotate(torch.cat([query, query], dim=2), torch.cat([far, near], dim=1))
-            yield from parts(0, before, both[:, :, : query.shape[2]])
-            near_query = both[:, :, query.shape[2] :]
-        else:
-            near_query = rotate(query, near)
+        far_query, near_query = _to_earlier_chunks(query, start, stop, law, scoring.rotation)
+        if before:
+            yield from parts(0, before, far_query)
         yield from parts(before, own, near_query)
     if stop - start == 1:  # which sees all of its chunk so far
         yield from parts(own, stop, query)
         return
     if own < start:
         yield from parts(own, start, query)
-    yield AttentionPart(query, key[:, :, start:stop], value[:, :, start:stop], "causal", softcap=softcap)
+    yield AttentionPart(query, key[:, :, start:stop], value[:, :, start:stop], "causal")
 
 
-class _RepeatedKeys(NamedTuple):
-    """Keys that count for several, of rows of one padding: [rows, kv_heads, k, ..], positions and counts [rows, k]."""
+def _to_earlier_chunks(
+    query: Tensor, start: int, stop: int, law: ChunkLaw, rotation: Rotation | None
+) -> tuple[Tensor, Tensor]:
+    """Return queries start..stop rotated for keys of all earlier chunks but the last, and for those of the last."""
+    if rotation is None:
+        return query, query
+    is_one = stop - start == 1 and not torch.compiler.is_compiling()
+    offsets = _offsets_of_token if is_one else _offsets
+    cos, sin = offsets(start, stop, law, rotation, query.dtype, query.device, torch.is_inference_mode_enabled())
+    far, near = rotation.apply(torch.cat([query, query], dim=2), cos, sin).chunk(2, dim=2)
+    return far, near
 
-    key: Tensor
-    value: Tensor
-    positions: Tensor
-    counts: Tensor
+
+def _offsets(
+    start: int, stop: int, law: ChunkLaw, rotation: Rotation, dtype: torch.dtype, device: torch.device, _: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of `_to_earlier_chunks` [1, 1, 2n, 2f]: of the far rotations, then of the near."""
+    inside = torch.arange(start, stop, device=device)[None] % law.chunk_length
+    far, near = law.query_position(inside, 2) - inside, law.query_position(inside, 1) - inside
+    return rotation.cos_sin(torch.cat([far, near], dim=1), dtype)
 
 
-def _repeated_keys(key: Tensor, value: Tensor, multiplicity: KeyMultiplicity, begin: int) -> _RepeatedKeys:
+# Those of the token that is decoded, which are the same in all layers that share a rotation.
+_offsets_of_token = lru_cache(maxsize=8)(_offsets)
+
+
+def _repeated_keys(key: Tensor, value: Tensor, multiplicity: KeyMultiplicity, begin: int) -> RepeatedKeys:
     """Take the keys that count for several, where they stand before position `begin`."""
     positions = multiplicity.positions.to(key.device)
     columns = positions.clamp(0, key.shape[2] - 1)[:, None, :, None]
     k, v = (x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])) for x in (key, value))
     counts = multiplicity.counts.to(key.device, torch.promote_types(key.dtype, torch.float32))
-    return _RepeatedKeys(k, v, positions.masked_fill(positions >= begin, -1), counts)
+    return k, v, KeyMultiplicity(positions.masked_fill(positions >= begin, -1), counts)
 
 
-def _repetitions(
-    query: Tensor, repeated: _RepeatedKeys | None, first: int, last: int, softcap: float | None
-) -> Iterator[AttentionPart]:
+def _repetitions(query: Tensor, repeated: RepeatedKeys | None, first: int, last: int) -> Iterator[AttentionPart]:
     """Yield the repeated keys first..last as often as they count beyond once; nothing where there are none."""
     if repeated is None:
         return
-    is_here = (first <= repeated.positions) & (repeated.positions < last) & (repeated.counts > 1)
+    key, value, (positions, counts) = repeated
+    is_here = (first <= positions) & (positions < last) & (counts > 1)
     if bool(is_here.any()):
-        bias = torch.where(is_here, (repeated.counts - 1).clamp_min(0).log(), -torch.inf)
+        bias = torch.where(is_here, (counts - 1).clamp_min(0).log(), -torch.inf)
         bias = bias.clamp_min(torch.finfo(bias.dtype).min / 2)
-        yield AttentionPart(query, repeated.key, repeated.value, bias=bias, softcap=softcap)
+        yield AttentionPart(query, key, value, bias=bias)

@@ -10,21 +10,18 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from hf_longtrunc.arguments import one_of, whole
-from hf_longtrunc.attention.block_scores import selected_positions
+from hf_longtrunc.attention.block_scores import KeyMultiplicity, selected_positions
 from hf_longtrunc.attention.cache_law import guard
 from hf_longtrunc.attention.context import PASSTHROUGH, ForwardContext, current_context
 from hf_longtrunc.attention.decoder_call import full_context
 from hf_longtrunc.attention.dual_chunk import (
     ChunkLaw,
-    Chunks,
-    KeyMultiplicity,
     chunk_block_scores,
     dual_chunk_attention,
     sharpness,
 )
 from hf_longtrunc.attention.key_retrieval import TopBlocks
 from hf_longtrunc.attention.lm_infinite import trained_length
-from hf_longtrunc.attention.padding import gather_columns
 from hf_longtrunc.attention.patch import PatchTechnique
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.attention.rope import exact_forward
@@ -38,12 +35,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from hf_longtrunc.attention.cache_law import CacheLaw
-    from hf_longtrunc.attention.context import MaskPlaceholder
+    from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, MaskPlaceholder
     from hf_longtrunc.attention.decoder_call import DecoderCall
-    from hf_longtrunc.attention.kernels import Scoring
     from hf_longtrunc.attention.key_retrieval import BlockScores
     from hf_longtrunc.attention.probe import ProbeResult
-    from hf_longtrunc.attention.technique import AttentionLayer
     from hf_longtrunc.handles import Handle
 
 _SINKS = 16  # first tokens that every token attends to, whatever is asked: no block holds them
@@ -53,10 +48,10 @@ _SINKS = 16  # first tokens that every token attends to, whatever is asked: no b
 class DualChunkAttention(PatchTechnique):
     """The whole text at distances that the model was trained on, without training.
 
-    The text is cut into chunks of `chunk_length` tokens. Keys of a query's own chunk stand at their true distance,
-    those of the chunk before at the true one as long as it is trained, and all earlier ones in their order at the end
-    of what is trained. Nothing is left out: memory and time are those of full attention, with the cache that the model
-    has anyway. A text of at most `chunk_length` tokens is the unmodified model, to the bit (Falcon: to rounding).
+    The text is cut into chunks of `chunk_length` tokens. Keys of a query's own chunk are seen at their true
+    distance, those of the chunk before too as long as it is a trained one, and all earlier ones in their order at the
+    largest trained distances. Nothing is left out: memory and time are those of full attention, and so is the cache.
+    Texts of at most `chunk_length` tokens are computed by the unmodified model itself (Falcon: equal up to rounding).
 
     >>> with DualChunkAttention(chunk_length=48)(model):
     ...     answer = model.generate(ids, max_new_tokens=4, do_sample=False)
@@ -167,9 +162,9 @@ class DualChunkAttention(PatchTechnique):
             raise UnsupportedModelError("none of its layers has rotary positions, so there is no distance to limit")
         if self.retrieval is None:
             return self
-        can_crop = found.states is None and not found.windowed
-        self.retrieval.check(list(found.indices.values()), not found.cached_otherwise, can_crop)
-        return replace(self, retrieval=self.retrieval.for_layers(max(found.indices.values()) + 1))
+        can_crop = not found.has_states and not found.windowed
+        retrieval: Any = found.check_retrieval(self.retrieval, can_crop)
+        return replace(self, retrieval=retrieval)
 
     def tiny(self) -> Self:
         """Return the technique at chunks of three tokens."""
@@ -249,32 +244,24 @@ class DualChunkAttention(PatchTechnique):
         )
         return context, self.distances.key_position(positions.clamp_min(0))
 
-    def attend(
-        self,
-        layer: AttentionLayer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        context: ForwardContext,
-        scoring: Scoring,
-    ) -> Tensor:
+    def attend(self, call: AttentionCall) -> Tensor:
         """Attend to all keys so far; queries and keys come rotated at their positions mod s, as the columns came."""
+        scoring, context = call.scoring, call.context
         if scoring.slopes is not None or scoring.dropout:
             raise UnsupportedModelError(
                 "DualChunkAttention merges attention calls, and this layer has ALiBi slopes or attention dropout: set "
                 "its attention dropout to 0, or take LMInfinite"
             )
-        if key.shape[2] != context.num_keys:
+        if call.key.shape[2] != context.num_keys:
             raise ValueError(
-                f"the cache returns {key.shape[2]} keys where {context.num_keys} were expected: DualChunkAttention "
-                "needs a cache that grows; take DynamicCache or leave it to generate()"
+                f"the cache returns {call.key.shape[2]} keys where {context.num_keys} were expected: "
+                "DualChunkAttention needs a cache that grows; take DynamicCache or leave it to generate()"
             )
+        text = call.in_text_order()
+        query, key, value = text.query, text.key, text.value
         if not query.dtype == key.dtype == value.dtype:  # under autocast, which rotates queries and keys in fp32
             query, key = query.to(value.dtype), key.to(value.dtype)
-        if context.key_order is not None:
-            key, value = gather_columns(key, context.key_order), gather_columns(value, context.key_order)
-        query = query if context.query_order is None else gather_columns(query, context.query_order)
-        law = self.distances
+        law, retrieval = self.distances, self.retrieval
         if self.temperature is not None:
             wide = torch.promote_types(query.dtype, torch.float32)
             factor = sharpness(context.query_positions.to(query.device), law.trained_length, self.temperature, wide)
@@ -282,70 +269,53 @@ class DualChunkAttention(PatchTechnique):
         padding = None
         if context.is_padded:
             padding = (context.num_keys - 1 - context.last_position[:, 0]).expand(len(query))
-        rotate = _unrotated if layer.rotation is None else layer.rotation.rotate
-        chunks = Chunks(law, scoring.scaling, rotate, scoring.softcap, scoring.null_logits)
-        if self.retrieval is not None and context.block_scores is not None:
-            self._score(layer.index, query, key, padding, chunks, context, self.retrieval)
-        output = self._output(layer.index, query, key, value, padding, chunks, context)
-        return output if context.query_order is None else gather_columns(output, context.query_order.argsort(dim=-1))
+        attend = partial(dual_chunk_attention, padding=padding, law=law, scoring=scoring)
+        if retrieval is None:
+            return call.in_call_order(attend(query, key, value))
+        if context.block_scores is not None:
+            self._score(retrieval, call, query, key, padding)
+        multiplicity = self._multiplicity(retrieval, call)
+        if multiplicity is None:
+            return call.in_call_order(attend(query, key, value))
+        plain, end = max(0, query.shape[2] - retrieval.rows), key.shape[2] - retrieval.rows
+        output = attend(query[:, :, plain:], key, value, multiplicity=multiplicity)
+        if plain:
+            before = attend(query[:, :, :plain], key[:, :, :end], value[:, :, :end])
+            output = torch.cat([before, output], dim=2)
+        return call.in_call_order(output)
 
-    def _output(
-        self,
-        index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        padding: Tensor | None,
-        chunks: Chunks,
-        context: ForwardContext,
-    ) -> Tensor:
-        """Attend; the last rows to selected keys as often as these count, unless this is a scoring pass."""
-        multiplicity = self._multiplicity(index, context)
-        if multiplicity is None or self.retrieval is None:
-            return dual_chunk_attention(query, key, value, padding, chunks)
-        plain = max(0, query.shape[2] - self.retrieval.rows)
-        output = dual_chunk_attention(query[:, :, plain:], key, value, padding, chunks, multiplicity)
-        if not plain:
-            return output
-        end = key.shape[2] - self.retrieval.rows
-        first = dual_chunk_attention(query[:, :, :plain], key[:, :, :end], value[:, :, :end], padding, chunks)
-        return torch.cat([first, output], dim=2)
-
-    def _multiplicity(self, index: int, context: ForwardContext) -> KeyMultiplicity | None:
-        """Return which keys count for several in this layer."""
-        held, retrieval = context.cache_layers.get(index), self.retrieval
-        selection = None if held is None else held.selection
-        if selection is None or retrieval is None or context.block_scores is not None:
+    @staticmethod
+    def _multiplicity(retrieval: TopBlocks, call: AttentionCall) -> KeyMultiplicity | None:
+        """Return which keys count for several in this layer; None: none, or this is a scoring pass."""
+        index, context = call.layer.index, call.context
+        selection = getattr(context.cache_layers.get(index), "selection", None)
+        if selection is None or context.block_scores is not None or not retrieval.reads(index, is_scoring=False):
             return None
-        if not retrieval.reads(index, is_scoring=False):
-            return None
-        return KeyMultiplicity(*selected_positions(selection, retrieval.block_size, retrieval.margin, _SINKS))
+        return selected_positions(selection, retrieval.block_size, retrieval.margin, _SINKS)
 
     def _score(
-        self,
-        index: int,
-        query: Tensor,
-        key: Tensor,
-        padding: Tensor | None,
-        chunks: Chunks,
-        context: ForwardContext,
-        retrieval: TopBlocks,
+        self, retrieval: TopBlocks, call: AttentionCall, query: Tensor, key: Tensor, padding: Tensor | None
     ) -> None:
-        """Collect what scoring rows, and those before, give to each block."""
+        """Collect the weight that scoring rows, and those before, give to each block."""
+        index, context = call.layer.index, call.context
         if context.block_scores is None or not retrieval.reads(index, is_scoring=True):
             return
         rows = retrieval.reading_rows(query.shape[2], is_scoring=True)
         positions = context.query_positions[:, -rows:].to(query.device)
         groups = retrieval.groups(positions, context.last_position.to(query.device))
-        last = retrieval.rows + retrieval.margin  # rows that read must stand after what they read
+        last = retrieval.rows + retrieval.margin  # rows that read come after what they read
         scores = chunk_block_scores(
-            query[:, :, -rows:], key, padding, chunks, groups, _SINKS, retrieval.block_size, last
+            query[:, :, -rows:],
+            key,
+            padding,
+            self.distances,
+            call.scoring,
+            groups,
+            _SINKS,
+            retrieval.block_size,
+            last,
         )
         retrieval.collect(context.block_scores, index, scores, groups)
-
-
-def _unrotated(x: Tensor, offsets: Tensor) -> Tensor:
-    return x
 
 
 def _depends_on_length(config: Any) -> bool:

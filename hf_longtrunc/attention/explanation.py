@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from hf_longtrunc.attention.generation import replace_layers
 from hf_longtrunc.attention.probe import hidden_states
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.models import few_tokens
@@ -59,7 +60,7 @@ class Explanation:
         constant, growing = _cache_bytes(patch)
         left = len(found.windowed)
         others = f", {left} with a sliding window of their own as they are" if left else ""
-        states = ", recurrent layers as they are" if found.states is not None else ""
+        states = ", recurrent layers as they are" if found.has_states else ""
         return cls(
             technique=repr(technique),
             supported=True,
@@ -78,7 +79,7 @@ class Explanation:
             if technique.max_drafts is None
             else f"up to {technique.max_drafts} drafted tokens at a time",
             compile="handle.compile() compiles the step of one token"
-            if technique.compiles_decode and technique.retrieval is None and found.states is None
+            if technique.compiles_decode and technique.retrieval is None and not found.has_states
             else "no handle.compile()",
             constant_bytes=constant,
             bytes_per_token=growing,
@@ -99,7 +100,7 @@ def _cache_bytes(patch: Any) -> tuple[int, int]:
         index: (each.keys.to("meta"), each.values.to("meta")) for index, each in ordinary.items() if each.is_initialized
     }
     layers = DynamicCache(config=patch.decoder.config).layers
-    patch._replace_layers(layers)
+    replace_layers(patch, layers)
     constant = growing = 0
     for index, (keys, values) in states.items():
         ring = layers[index]

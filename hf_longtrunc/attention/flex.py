@@ -1,7 +1,7 @@
 """Λ-attention as one FlexAttention kernel: for prompts on CUDA.
 
-The sinks stand before the keys, their logits are computed beside (n S dot products) and put in the place of the
-kernel's own by the score modification; the block mask names, for each block of queries, the sinks' blocks and those
+The sinks come before the keys. Their logits are computed apart (n S dot products), and the score modification puts them
+in place of the kernel's own; the block mask names, for each block of queries, the sinks' blocks and those
 that its windows span. It is built from these indices: the n x n booleans that `create_block_mask` goes through take
 128 GiB at 131,072 tokens.
 """
@@ -38,10 +38,10 @@ def flex_lambda_attention(
 
     Args:
         query: rotated at its own positions.
-        key: likewise, in the order of the text and ending with the queries' own.
+        key: rotated too, in the order of the text; the last n belong to the queries.
         value: of the keys.
         query_positions: counted from each row's first real token.
-        key_positions: likewise.
+        key_positions: counted in the same way.
         far: the sinks' logits [batch, heads, n, S] and values [batch, kv_heads, S, value_dim], None without sinks.
         window: L.
         scaling: of the dot products; `far` has it already.

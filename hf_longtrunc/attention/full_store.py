@@ -111,11 +111,11 @@ class FullStoreCacheLayer(RingCacheLayer):  # type: ignore[no-untyped-call]
 ArchiveCacheLayer = FullStoreCacheLayer  # its public name since 0.1
 
 
-_State: Any = LinearAttentionLayer  # whose methods have no types
+_State: Any = LinearAttentionLayer  # its methods have no types
 
 
 class _WithState(_State):  # type: ignore[misc]
-    """A state in one cache layer with a ring, the class that stands behind this one in the order of inheritance."""
+    """A state in one cache layer with a ring, the next class in the order of inheritance."""
 
     is_compileable = False
     device: Any = None  # of the state; the ring's own is a property

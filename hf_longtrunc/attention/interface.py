@@ -16,6 +16,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from hf_longtrunc.attention.context import (
     MORE_THAN_CAUSAL,
     PASSTHROUGH,
+    AttentionCall,
     DeferredMask,
     ForwardContext,
     current_context,
@@ -63,9 +64,10 @@ def _attention(
         )
     if isinstance(attention_mask, ForwardContext):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scoring = Scoring(scale, kwargs.get("softcap"), None, kwargs.get("s_aux"), dropout)
-        output = module._hf_longtrunc_attend(query, key, value, attention_mask, scoring)
-        return output.transpose(1, 2).contiguous(), None
+        layer = module._hf_longtrunc_layer
+        scoring = Scoring(scale, kwargs.get("softcap"), None, kwargs.get("s_aux"), dropout, layer.rotation)
+        call = AttentionCall(layer, query, key, value, attention_mask, scoring)
+        return module._hf_longtrunc_attend(call).transpose(1, 2).contiguous(), None
     probe = current_context()
     if isinstance(probe, ArchitectureProbe):
         output = probe.attend(module, query, key, value, attention_mask, None)

@@ -8,16 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_longtrunc.attention.softmax_merge import grouped_matmul, soft_capped
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jaxtyping import Bool, Float, Int
 
+    from hf_longtrunc.attention.rope import Rotation
+
 
 class Scoring(NamedTuple):
-    """How a pair becomes a logit: scaling * <q, k>, soft-capped, minus slope * distance.
+    """How a layer makes a logit of a query and a key: scaling * <q, k>, soft-capped, minus slope * distance.
 
     Attributes:
         scaling: factor of the dot product.
@@ -25,6 +25,7 @@ class Scoring(NamedTuple):
         slopes: ALiBi's slope of each query head [heads], or None.
         null_logits: a learned logit of each query head [heads] that joins the softmax and carries no value, or None.
         dropout: probability that an attention weight is dropped.
+        rotation: of queries and keys; None for layers without rotary positions.
     """
 
     scaling: float
@@ -32,11 +33,16 @@ class Scoring(NamedTuple):
     slopes: Tensor | None = None
     null_logits: Tensor | None = None
     dropout: float = 0.0
+    rotation: Rotation | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether an ordinary attention kernel computes it."""
         return self.softcap is None and self.slopes is None and self.null_logits is None
+
+    def rotate(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Rotate x [batch, heads, n, dim] by offsets [rows, n] positions, where anything rotates."""
+        return x if self.rotation is None else self.rotation.rotate(x, offsets)
 
 
 class ExtraKeys(NamedTuple):
@@ -179,3 +185,14 @@ def grouped_scores(
     """Return the dot products, in fp32 or better, of each query head with its group's key head."""
     wide = torch.promote_types(query.dtype, torch.float32)
     return grouped_matmul(query.to(wide), key.to(wide).transpose(-1, -2))
+
+
+def soft_capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Return c * tanh(score / c); the scores where there is no cap c."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def grouped_matmul(x: Float[Tensor, "batch heads n k"], y: Float[Tensor, "batch kv_heads k m"]) -> Tensor:
+    """Return x times its group's y [batch, heads, n, m]."""
+    batch, heads, n, k = x.shape
+    return (x.reshape(batch, y.shape[1], -1, k) @ y).view(batch, heads, n, y.shape[-1])

@@ -1,4 +1,4 @@
-r"""Key retrieval: which of the keys that window and sinks have lost a query sees all the same.
+r"""Key retrieval: which keys outside sinks and window a query sees in addition.
 
 For a query at position i the *distant* keys are S <= j <= i - L. Each is scored as if it stood at one constant distance
 D_k, <R(D_k) q, k> with k un-rotated, so that its place in the text does not matter. Selected keys join the softmax of
@@ -23,15 +23,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_longtrunc.arguments import number, one_of, whole
 from hf_longtrunc.attention.block_scores import (
     BlockSelection,
-    DistantScoring,
-    UnrotatedKV,
+    DistantKeys,
     block_keys,
     block_scores,
     select_blocks,
@@ -46,41 +45,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hf_longtrunc.attention.decoder_call import DecoderCall
-    from hf_longtrunc.attention.kernels import ExtraKeys, Scoring
-    from hf_longtrunc.attention.rope import Rotation
+    from hf_longtrunc.attention.kernels import ExtraKeys
 
 STORES = ("device", "cpu")
 # Each layer's scores [batch, heads, 2, blocks + 1]: the attention weight of each block, from rows that score and from
 # the baseline rows before them, and how many rows these were.
 BlockScores = dict[int, "Tensor"]
-
-
-class LayerState(NamedTuple):
-    """What one layer offers to the rows that read.
-
-    Attributes:
-        layer: its index.
-        text: keys and values.
-        rotation: of queries; None where nothing rotates.
-        scoring: of the layer.
-        num_sink_tokens: S.
-        window: L.
-        selection: what was selected for each row; None: nothing yet.
-        block_scores: collects the layer's scores during a scoring pass, else None.
-    """
-
-    layer: int
-    text: UnrotatedKV
-    rotation: Rotation | None
-    scoring: Scoring
-    num_sink_tokens: int
-    window: int
-    selection: BlockSelection | None = None
-    block_scores: BlockScores | None = None
-
-    def query_at(self, query: Tensor, positions: Tensor, away: int) -> Tensor:
-        """Return queries rotated to one distance from un-rotated keys."""
-        return query if self.rotation is None else self.rotation.rotate(query, away - positions)
 
 
 class Retrieval(ABC):
@@ -99,7 +69,7 @@ class Retrieval(ABC):
         """Return how many of the last of `new` rows look at distant keys."""
 
     @abstractmethod
-    def read(self, state: LayerState, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
+    def read(self, distant: DistantKeys, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
         """Return the extra keys of queries [batch, heads, n, dim] at positions [rows, n].
 
         `logits` [batch, heads, n, S + m] are those of window and sinks, which the same softmax holds.
@@ -192,11 +162,9 @@ class TopK(Retrieval):
         """Return how many of the last of `new` rows look at distant keys."""
         return new if self.rows is None else self.rows
 
-    def read(self, state: LayerState, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
+    def read(self, distant: DistantKeys, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
         """Return the k best keys of each head and row."""
-        away = self.seen_at(state.window)
-        by = DistantScoring(away, state.num_sink_tokens, state.window, state.scoring)
-        return top_k(state.query_at(query, positions, away), positions, state.text, self.k, by)
+        return top_k(query, positions, distant._replace(distance=self.seen_at(distant.window)), self.k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +186,7 @@ class TopBlocks(Retrieval):
         emphasis: how many keys each selected key counts for in the softmax; 1 leaves it at its score.
         first_layer: the first layer that reads.
         first_voting_layer: the first layer that scores; None takes two fifths of the model's layers (12 of 30), and
-            never less than `first_layer`. Lower layers look at what is salient, not at what is asked.
+            never less than `first_layer`. Lower layers attend to salient tokens, whatever the question is.
         voting_rows: how many of a forward's last rows score. In our runs recall fell when more rows scored.
         rows: how many of a forward's last rows read: `voting_rows` to 64, as many as the ring can take back. The whole
             question should be among them.
@@ -232,7 +200,7 @@ class TopBlocks(Retrieval):
             relative to it (see `select_blocks`) and emphasised by that much, the best by `emphasis` at most; blocks
             below `least_contrast` are ignored. 0 ranks by the total attention of all heads.
         least_contrast: see `contrast_rows`.
-        margin: keys on either side of a block that are read with it, lest a number be cut in two.
+        margin: keys on either side of a block that are read with it, so that no number is cut in two.
         store: as for `TopK`.
 
     Cost: O(n) memory; `rows` rows more and O(n) time a selection; a decoded token costs blocks * block_size keys more.
@@ -290,7 +258,7 @@ class TopBlocks(Retrieval):
                 "TopBlocks.for_chat takes the model's tokenizer, whose chat template it reads, got "
                 f"{type(tokenizer).__name__}"
             )
-        ending = ids_behind_question(tokenizer)
+        ending = ids_after_question(tokenizer)
         chat = {"ending_rows": len(ending), "ending_ids": ending, "contrast_rows": 64, "margin": 16}
         return cls(**{**chat, "voting_rows": 12, "blocks": 4, "emphasis": 8.0, "rows": 48, **options})
 
@@ -360,7 +328,7 @@ class TopBlocks(Retrieval):
         """Run the call, select from its last rows' scores, take the last rows back and run them with the selection."""
         if call.new == 1:
             return run(call, None)
-        behind = call.tokens_behind(self.ending_ids)
+        behind = call.tokens_after(self.ending_ids)
         asks = None if behind is None else behind >= 0
         if asks is not None and not bool(asks.any()):
             return run(call, None)
@@ -390,21 +358,20 @@ class TopBlocks(Retrieval):
         score, baseline = (scores[..., :-1] / scores[..., -1:].clamp_min(1)).unbind(2)
         return select_blocks(score, baseline, self.blocks, self.emphasis, self.least_contrast, total)
 
-    def read(self, state: LayerState, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
+    def read(self, distant: DistantKeys, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
         """Score the blocks during a scoring pass, and return the selected blocks' keys otherwise."""
-        away, sinks, window = self.seen_at(state.window), state.num_sink_tokens, state.window
-        if state.block_scores is None and state.selection is None:
-            return None
-        query = state.query_at(query, positions, away)
-        by = DistantScoring(away, sinks, min(away, window), state.scoring, window + sinks)
-        if state.block_scores is not None:
-            last = state.text.positions[..., -1:].to(positions.device)
+        collected, selection, window = distant.block_scores, distant.selection, distant.window
+        away, first_query = self.seen_at(window), window + distant.num_sink_tokens
+        distant = distant._replace(distance=away, window=min(away, window), first_query=first_query)
+        if collected is not None:
+            last = distant.text.positions[..., -1:].to(positions.device)
             groups = self.groups(positions, last)
-            scores = block_scores(query, positions, state.text, logits.logsumexp(-1), self.block_size, by, groups)
-            self.collect(state.block_scores, state.layer, scores, groups)
+            scores = block_scores(query, positions, distant, logits.logsumexp(-1), self.block_size, groups)
+            self.collect(collected, distant.layer, scores, groups)
             return None
-        assert state.selection is not None
-        return block_keys(query, positions, state.text, state.selection, self.block_size, self.margin, by)
+        if selection is None:
+            return None
+        return block_keys(query, positions, distant, selection, self.block_size, self.margin)
 
     def groups(self, positions: Tensor, last: Tensor) -> Tensor:
         """Return which of the last rows score, and which give the baseline [2, rows, n]; padding does neither.
@@ -433,8 +400,8 @@ def _followed_by(first: Any, second: Any, dropped: int = 0) -> Any:
     return second
 
 
-def ids_behind_question(tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens that a chat template puts behind a user's words up to the answer; none without one."""
+def ids_after_question(tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that a chat template puts between a user's words and the answer; none without a template."""
     if not getattr(tokenizer, "chat_template", None):
         return ()
     mark = "<<question>>"

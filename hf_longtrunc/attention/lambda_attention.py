@@ -11,8 +11,8 @@ there. Keys nearer than L are the *local* set. A sink outside the window belongs
 rotated query to distance D from the first sink, and R(-j) or R(0) the sinks, so the far set costs n S dot products.
 
 Invariants:
-- O(n (S + L)) time. A query block meets the S sinks and the L - 1 + block keys before its end. No n x n tensor exists.
-  Under autograd every block is recomputed in the backward pass.
+- O(n (S + L)) time. A block of queries sees the S sinks and the L - 1 + block keys before its end. No n x n tensor
+  exists. Under autograd every block is recomputed in the backward pass.
 - a position below zero is padding: as a key it is invisible; as a query its output is finite and has no meaning.
 - only differences of positions are used, so a row may start anywhere.
 
@@ -37,9 +37,9 @@ from hf_longtrunc.attention.kernels import (
     eager_attention,
     grouped_scores,
     sdpa_attention,
+    soft_capped,
 )
-from hf_longtrunc.attention.rope import Rotation  # noqa: TC001  tests check it at run time
-from hf_longtrunc.attention.softmax_merge import AttentionPart, MaskKind, merge_attention, soft_capped
+from hf_longtrunc.attention.softmax_merge import AttentionPart, MaskKind, merge_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -105,15 +105,15 @@ class SinkWindowLaw:
         """The first query position that sees every sink at its largest distance."""
         return self.max_distance + (1 - self.sink_spacing) * (self.num_sink_tokens - 1)
 
-    def far_query(self, query: Tensor, query_positions: Tensor, rotation: Rotation) -> Tensor:
+    def far_query(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor:
         """Return rotated queries, rotated on to the largest distance from the first sink."""
-        return rotation.rotate(query, self.max_distance - query_positions)
+        return scoring.rotate(query, self.max_distance - query_positions)
 
-    def far_key(self, key: Tensor, rotation: Rotation) -> Tensor:
-        """Return rotated sinks, rotated to where `far_query` meets each at its largest distance."""
+    def far_key(self, key: Tensor, scoring: Scoring) -> Tensor:
+        """Return rotated sinks, rotated so that `far_query` sees each at its largest distance."""
         if self.sink_spacing == 1:
             return key
-        return rotation.rotate(key, (self.sink_spacing - 1) * torch.arange(key.shape[2], device=key.device)[None])
+        return scoring.rotate(key, (self.sink_spacing - 1) * torch.arange(key.shape[2], device=key.device)[None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,15 +124,14 @@ class LambdaAttention:
 
     Attributes:
         query: [batch, heads, n, dim], rotated at its own positions.
-        key: [batch, kv_heads, m, dim], likewise, in the order of the text; the last n belong to the queries.
+        key: [batch, kv_heads, m, dim], rotated too, in the order of the text; the last n belong to the queries.
         value: [batch, kv_heads, m, value_dim]; value_dim may differ from dim.
         query_positions: [rows, n], counted from each row's first real token; `rows` is the batch, or 1 if all agree.
         key_positions: [rows, m], one step apart; negative is padding.
         sinks: keys [batch, kv_heads, S, dim] and values of positions 0..S-1, rotated there; None where no query has a
             position of `window_length` or more.
         law: of visibility and distance.
-        scoring: scale, cap, slopes.
-        rotation: of queries and keys; None for layers without rotary positions.
+        scoring: of the layer.
         read: `read(query, query_positions, logits)`, given the logits of sinks and window [batch, heads, n, S + m],
             returns the `ExtraKeys` of some queries; None: none.
         reading_rows: how many of the last queries have extra keys; they take the "eager" path.
@@ -147,7 +146,6 @@ class LambdaAttention:
     sinks: tuple[Tensor, Tensor] | None
     law: SinkWindowLaw
     scoring: Scoring
-    rotation: Rotation | None = None
     read: Callable[[Tensor, Tensor, Tensor], ExtraKeys | None] | None = None
     reading_rows: int = 0
     is_padded: bool = False
@@ -266,11 +264,9 @@ class LambdaAttention:
             parts.append(part(reach, first, "full"))
         if self.sinks is not None and int(self.query_positions[0, start]) >= law.window_length:
             key, value = self.sinks
-            if self.rotation is not None:
-                query = law.far_query(query, self.query_positions[:, start:stop], self.rotation)
-                key = law.far_key(key, self.rotation)
-            parts.append(AttentionPart(query, key, value))
-        return merge_attention(parts, self.scoring.scaling)
+            query = law.far_query(query, self.query_positions[:, start:stop], self.scoring)
+            parts.append(AttentionPart(query, law.far_key(key, self.scoring), value))
+        return merge_attention(parts, self.scoring)
 
     def _block(self, start: int, stop: int, path: str) -> Tensor:
         """Attend from queries start..stop to the keys that their windows span, and to the sinks."""
@@ -296,13 +292,11 @@ class LambdaAttention:
         assert self.sinks is not None
         law, scoring, key = self.law, self.scoring, self.sinks[0]
         j = torch.arange(key.shape[2], device=key.device)[None]
-        if self.rotation is None:
-            scores = grouped_scores(query, key)
-        else:
-            scores = grouped_scores(law.far_query(query, i, self.rotation), law.far_key(key, self.rotation))
-            if law.max_distance > law.window_length:  # some that left the window are not at their largest distance yet
-                is_near = (law.distance(i, j) == i[..., :, None] - j[..., None, :])[:, None]
-                scores = torch.where(is_near, grouped_scores(query, key), scores)
+        scores = grouped_scores(law.far_query(query, i, scoring), law.far_key(key, scoring))
+        if scoring.rotation is not None and law.max_distance > law.window_length:
+            # Some sinks that left the window are not at their largest distance yet.
+            is_near = (law.distance(i, j) == i[..., :, None] - j[..., None, :])[:, None]
+            scores = torch.where(is_near, grouped_scores(query, key), scores)
         scores = soft_capped(scores * scoring.scaling, scoring.softcap)
         if scoring.slopes is not None:
             scores = scores + alibi_bias(scoring.slopes, law.distance(i, j), query)

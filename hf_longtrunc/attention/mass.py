@@ -1,7 +1,7 @@
-"""Where an attention read: how much of its softmax each key got, from the very code that attends.
+"""The attention weight of each key, from the code that attends.
 
 An output is linear in the values, o = sum_j w_j v_j. With one number for the value of each key, its gradient by v_j is
-w_j, summed over the heads that share the key. So no second attention has to be kept in step with the first.
+w_j, summed over the heads that share the key. So no second attention has to be kept equal to the first.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def mass_of_keys(
     """Return the attention that each key is paid [batch, keys], summed over heads and queries.
 
     Args:
-        attend: takes a tensor [batch, kv_heads, keys, 1] in the place of each of `values`, and returns the output of
-            attention over all of them [batch, heads, n, 1].
-        values: whose keys are asked for.
+        attend: takes a tensor [batch, kv_heads, keys, 1] for each of `values`, and returns the output of attention
+            over all of them [batch, heads, n, 1].
+        values: of the keys.
         dtype: in which it is computed.
 
     Cost: the attention and its backward pass, with values of one number. Works under `torch.no_grad`, not under

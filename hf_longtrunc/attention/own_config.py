@@ -26,7 +26,7 @@ def give_own_configs(handle: Handle, model: Any, decoder: Any, name: str) -> lis
     memo: dict[int, Any] = {}
     originals: dict[int, PreTrainedConfig] = {}
     mine = {id(config) for part in decoder.modules() for config in _configs(part).values()}
-    mine.add(id(model.config.get_text_config(decoder=True)))  # by which a multimodal model asks for masks
+    mine.add(id(model.config.get_text_config(decoder=True)))  # a multimodal model asks for masks with it
     for module in model.modules():
         for attribute, config in _configs(module).items():
             handle.set(module, attribute, copy.deepcopy(config, memo))

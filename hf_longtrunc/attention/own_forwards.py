@@ -131,20 +131,6 @@ FORWARDS: dict[str, Callable[[Any, Attend], Callable[..., Any]]] = {
 }
 
 
-# What no probe can tell, by the name of the decoder's class.
-REFUSED: dict[str, str] = {
-    "DogeModel": (
-        "it adds to every score a bias that it makes from that key's value, and drops keys by it: what a token sees is "
-        "no matter of distance"
-    ),
-    "GPTNeoModel": "it adds learned absolute positions to its tokens: there is no distance to limit",
-    "MiniMaxModel": (
-        "its cache is a class of its own that its forward makes: it has no place for a ring, and it counts tokens in "
-        "the first layer, which in the released models is a linear one and counts none"
-    ),
-}
-
-
 def own_forward(module: nn.Module) -> Callable[[Any, Attend], Callable[..., Any]] | None:
     """Return the entry of `FORWARDS` for this module or a class that it derives from, None if there is none."""
     names = [cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models.")]

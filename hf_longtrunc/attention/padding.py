@@ -141,7 +141,7 @@ def left_padding(real: Tensor) -> Tensor:
 def text_order(real: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Return the padding of each row [batch] of a whole text, and the order of its columns, those of no token first.
 
-    The padding is None where there is none, the order where all of it stands on the left.
+    The padding is None where there is none, the order where all padding is on the left.
     """
     if real is None:
         return None, None

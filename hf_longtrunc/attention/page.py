@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_CELLS = 600  # of a strip: more would not be told apart
+_CELLS = 600  # of a strip: more could not be seen apart
 _PARTS = 100_000  # in which shares are written
 _NOT_SEEN = -1
 

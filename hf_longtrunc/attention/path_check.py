@@ -16,17 +16,17 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from hf_longtrunc.attention.cache_law import CacheLaw
+from hf_longtrunc.attention.context import AttentionCall, AttentionLayer
 from hf_longtrunc.attention.decoder_call import DecoderCall
 from hf_longtrunc.attention.kernels import Scoring
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.attention.rope import Rotation
-from hf_longtrunc.attention.technique import AttentionLayer
 from hf_longtrunc.errors import UnsupportedModelError
 from hf_longtrunc.models import CACHE
 
 if TYPE_CHECKING:
     from hf_longtrunc.attention.probe import ProbeResult
-    from hf_longtrunc.attention.technique import Technique
+    from hf_longtrunc.attention.technique import DistanceLaw, Technique
 
 _TOKENS = 14
 _PARTS = (_TOKENS,), (8, 1, 1, 3, 1), (2, 1, 1, 1, 7, 2)  # tokens of each forward
@@ -61,14 +61,13 @@ def _error(technique: Technique, kind: tuple[Any, ...] | None) -> float:
     query, key, value = (
         torch.randn(1, heads, _TOKENS, dim, generator=generator, dtype=torch.float64) for heads in (2, 1, 1)
     )
-    expected = pairwise_attention(query, key, value, technique.distances, rotation, _SCALING)
-    outputs = [_computed(technique, rotation, query, key, value, parts) for parts in (*_PARTS, None)]
+    scoring = Scoring(_SCALING, rotation=rotation)
+    expected = pairwise_attention(query, key, value, technique.distances, scoring)
+    outputs = [_computed(technique, scoring, (query, key, value), parts) for parts in (*_PARTS, None)]
     return max(float((output - expected).abs().max()) for output in outputs)
 
 
-def pairwise_attention(
-    query: Tensor, key: Tensor, value: Tensor, law: Any, rotation: Rotation | None, scaling: float
-) -> Tensor:
+def pairwise_attention(query: Tensor, key: Tensor, value: Tensor, law: DistanceLaw, scoring: Scoring) -> Tensor:
     """Return attention by the definition: every pair rotated to its own distance, one softmax over visible keys.
 
     Args:
@@ -76,27 +75,22 @@ def pairwise_attention(
         key: un-rotated, [1, 1, n, dim].
         value: [1, 1, n, value_dim].
         law: says what is visible, and at which distance.
-        rotation: None rotates nothing.
-        scaling: of the dot products.
+        scoring: scaling and rotation.
     """
     places = torch.arange(query.shape[2])
     distances, scores = law.distance(places, places), []
     for j in range(query.shape[2]):
-        rotated = query if rotation is None else rotation.rotate(query, distances[:, j][None])
-        scores.append((rotated * key[:, :, j : j + 1]).sum(-1) * scaling)
+        rotated = scoring.rotate(query, distances[:, j][None])
+        scores.append((rotated * key[:, :, j : j + 1]).sum(-1) * scoring.scaling)
     masked = torch.stack(scores, dim=-1).masked_fill(~law.visible(places, places), -torch.inf)
     return masked.softmax(-1) @ value
 
 
 def _computed(
-    technique: Technique,
-    rotation: Rotation | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    parts: tuple[int, ...] | None,
+    technique: Technique, scoring: Scoring, states: tuple[Tensor, Tensor, Tensor], parts: tuple[int, ...] | None
 ) -> Tensor:
     """Return what the technique computes in forwards of so many tokens; None: in one, without a cache."""
+    rotation = scoring.rotation
     layer = AttentionLayer(0, rotation)
     found: Any = SimpleNamespace(distinct_rotations=() if rotation is None else (rotation,), windowed=frozenset())
     cached = None
@@ -107,14 +101,14 @@ def _computed(
     for new in parts or (_TOKENS,):
         stop = start + new
         at = technique.distances.key_position(torch.arange(start, stop))[None]
-        q, k, v = (x[:, :, start:stop] for x in (query, key, value))
-        q, k = (x if rotation is None else rotation.rotate(x, at) for x in (q, k))
+        q, k, v = (x[:, :, start:stop] for x in states)
+        q, k = scoring.rotate(q, at), scoring.rotate(k, at)
         inputs = {} if cached is None else {CACHE: SimpleNamespace(layers=[cached])}
         call = DecoderCall(None, inputs, new, start, None, q.new_empty(0))
         context: Any = technique.context(call, found, None, passthrough=False)[0]
         if cached is not None:
             k, v = cached.update(k, v)
-        outputs.append(technique.attend(layer, q, k, v, context, Scoring(_SCALING)))
+        outputs.append(technique.attend(AttentionCall(layer, q, k, v, context, scoring)))
         if isinstance(cached, RingCacheLayer):
             cached.commit()
         start = stop

@@ -1,8 +1,10 @@
-"""Finding out, by experiment, how each layer of a model rotates queries and keys, and what its states can do."""
+"""Finding out by experiment how each layer of a model rotates queries and keys, and what its states can do."""
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,14 +12,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from hf_longtrunc.attention.context import MaskPlaceholder, PlaceholderError, set_context
-from hf_longtrunc.attention.rope import candidate_rotations, find_rotation
+from hf_longtrunc.attention.context import AttentionLayer, MaskPlaceholder, PlaceholderError, set_context
+from hf_longtrunc.attention.own_forwards import own_forward
+from hf_longtrunc.attention.rope import candidate_rotations, exact_forward, exact_rotaries, find_rotation
 from hf_longtrunc.errors import UnsupportedModelError
+from hf_longtrunc.handles import Handle
 from hf_longtrunc.models import CACHE, disagreement, evaluating, few_tokens, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Set as AbstractSet
 
+    from hf_longtrunc.attention.key_retrieval import Retrieval
     from hf_longtrunc.attention.rope import ExactRotary, Rotation
 
 
@@ -26,37 +31,73 @@ class ProbeResult:
     """What a probe has found out about a decoder.
 
     Attributes:
-        rotations: of each attention module with full attention; None where nothing rotates.
-        indices: its place among the decoder's layers; -1 where that could not be told.
-        cached_otherwise: the modules that cache what their keys are made from (multi-head latent attention).
+        layers: the attention modules with full attention, with a record of each.
         windowed: the modules that were trained with a sliding window.
         exact: the rotary modules, and what answers in their place with exact angles.
-        states: what recurrent and convolutional layers carry; None where there are none.
+        has_states: whether recurrent or convolutional layers carry a state.
+        states_go_on: whether a forward of several tokens goes on from it. Jamba and Zamba start again there, patched or
+            not.
         own_forwards: whether some module's whole forward is replaced by one of ours.
         frequencies: fingerprint of the rotary frequencies, where they are not those of a short text; 0 elsewhere.
     """
 
-    rotations: Mapping[nn.Module, Rotation | None]
-    indices: Mapping[nn.Module, int]
-    cached_otherwise: AbstractSet[nn.Module]
+    layers: Mapping[nn.Module, AttentionLayer]
     windowed: AbstractSet[nn.Module]
     exact: Mapping[nn.Module, dict[str | None, ExactRotary]]
-    states: States | None
+    has_states: bool
+    states_go_on: bool
     own_forwards: bool
     frequencies: int
 
-    @property
+    @cached_property
     def distinct_rotations(self) -> tuple[Rotation, ...]:
-        """The rotations, each once."""
-        return tuple({id(each): each for each in self.rotations.values() if each is not None}.values())
+        """The rotations of the layers, each once."""
+        rotations = (layer.rotation for layer in self.layers.values())
+        return tuple({id(each): each for each in rotations if each is not None}.values())
+
+    def check_retrieval(self, retrieval: Retrieval, can_crop: bool) -> Retrieval:
+        """Return the retrieval with defaults for these layers; refuse one that they cannot serve."""
+        indices = [layer.index for layer in self.layers.values()]
+        retrieval.check(indices, all(layer.caches_keys for layer in self.layers.values()), can_crop)
+        return retrieval.for_layers(max(indices) + 1)
+
+    def check_states(self, real: Tensor | None, past: int, new: int) -> None:
+        """Refuse a forward after which the model's states would not be those of each row's tokens.
+
+        Args:
+            real: where there are tokens [batch, past + new]; None: everywhere.
+            past: columns seen.
+            new: columns to come.
+
+        Raises:
+            ValueError: the message says what to do.
+        """
+        if past and new > 1 and not self.states_go_on:
+            raise ValueError(
+                f"this model's recurrent layers forget their state in a forward of several tokens behind others, "
+                f"patched or not, and this one brings {new} behind {past}: give the whole text at once (without "
+                "prefill_chunk_size, and with a new cache), or go on token by token"
+            )
+        if real is None or not self.has_states:
+            return
+        if bool((real[:, 1:] < real[:, :-1]).any()):
+            raise ValueError(
+                "attention_mask has zeros behind a row's first token, and this model has recurrent or convolutional "
+                "layers, whose state runs on over them: pad on the left alone, and continue rows one by one"
+            )
+        if new == 1 and not bool(real[:, -1].all()):
+            raise ValueError(
+                "attention_mask says that this one token of a row is padding, and transformers shows no mask to "
+                "recurrent layers in a forward of one token: give a row's padding together with its first token"
+            )
 
 
 class ArchitectureProbe(MaskPlaceholder):
-    """Two forwards of a decoder, at angle zero and at known angles, whose attention hands its queries and keys here.
+    """Two forwards of a decoder, at angle zero and at known angles, that record the queries and keys of each layer.
 
-    Attention answers zero meanwhile, so both forwards hand every layer the same input; and four times the same token
-    makes a layer give itself away that mixes tokens outside attention or adds absolute positions. Where layers carry a
-    state they do mix tokens, so there positions are shifted from one forward to the other instead.
+    Attention returns zero meanwhile, so every layer gets the same input in both forwards. The input is one token four
+    times: a layer that mixes tokens outside attention or adds absolute positions makes their queries differ. Layers
+    with a state do mix tokens, so there positions are shifted from one forward to the other instead.
 
     Args:
         decoder: the model that holds the layers.
@@ -69,9 +110,10 @@ class ArchitectureProbe(MaskPlaceholder):
         self.has_states = has_states
         self.sources = sources
         self.windowed: set[nn.Module] = set()  # trained with a sliding window
-        self.indices: dict[nn.Module, int] = {}  # of the layers; -1 where neither module nor cache says which it is
+        self._indices: dict[nn.Module, int] = {}  # of the layers; -1 where neither module nor cache says which it is
         self._captured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._cache = _NotingCache()
+        self._cache: Any = None
+        self._stored_last = -1  # the layer that stored its keys last
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scoring: Any) -> Tensor:
         """Keep what a layer's attention was called with, [batch, heads, n, dim] each, and return zeros.
@@ -84,13 +126,13 @@ class ArchitectureProbe(MaskPlaceholder):
                 raise UnsupportedModelError("a layer runs several times in a forward")
             self._captured[module] = query, key
             index = getattr(module, "layer_idx", None)
-            self.indices[module] = self._cache.latest if index is None or index < 0 else index
+            self._indices[module] = self._stored_last if index is None or index < 0 else index
         else:
             self.windowed.add(module)
         return query.new_zeros(*query.shape[:3], value.shape[-1])
 
-    def rotations(self) -> dict[nn.Module, Rotation | None]:
-        """Return the rotation of each layer that was recorded, None for one that rotates nothing.
+    def layers(self) -> dict[nn.Module, AttentionLayer]:
+        """Return a record of each layer that was called.
 
         Raises:
             UnsupportedModelError: no layer was, or one does what no rotation explains.
@@ -114,26 +156,30 @@ class ArchitectureProbe(MaskPlaceholder):
                 )
         kinds = {(states.shape[-1], states.device) for states in unrotated.values()}
         candidates = {kind: candidate_rotations(*kind, self.sources) for kind in kinds}
-        return {
-            module: find_rotation(states, rotated[module], candidates[states.shape[-1], states.device])
-            for module, states in unrotated.items()
-        }
+        layers = {}
+        for module, states in unrotated.items():
+            rotation = find_rotation(states, rotated[module], candidates[states.shape[-1], states.device])
+            index, (_, key) = self._indices[module], self._captured[module]
+            layers[module] = AttentionLayer(index, rotation, self._caches(key, index))
+        return layers
 
-    def cached_otherwise(self) -> set[nn.Module]:
-        """Return the layers that cached something else than the keys that they attended with in the last forward.
-
-        What these are made from: multi-head latent attention.
-        """
-        layers = self._cache.layers
-        return {
-            module for module, (_, key) in self._captured.items() if not _is_cached(key, layers, self.indices[module])
-        }
+    def _caches(self, key: Tensor, index: int) -> bool:
+        """Return whether the cache holds these keys of the last forward, or what they are made from."""
+        cached = self._cache.layers[index : index + 1] if index >= 0 else []
+        return all(layer.keys is None or torch.equal(layer.keys, key) for layer in cached)
 
     def _states(self, factor: float, first: int) -> dict[nn.Module, Tensor]:
         """Return each layer's queries and keys from position `first`, turned by `factor` times the probe angles."""
         vocabulary = self.decoder.get_input_embeddings().weight.shape[0]
         self._captured = {}
-        self._cache = _NotingCache(config=self.decoder.config)
+        self._cache = DynamicCache(config=self.decoder.config)
+        store = self._cache.update
+
+        def noted(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+            self._stored_last = layer_idx
+            return store(keys, values, layer_idx, *args, **kwargs)
+
+        self._cache.update = noted
         for source in self.sources:
             source.probing = factor
         before = set_context(self)
@@ -160,21 +206,35 @@ class ArchitectureProbe(MaskPlaceholder):
         return {module: torch.cat(states, dim=1) for module, states in self._captured.items()}
 
 
-class _NotingCache(DynamicCache):
-    """A cache that notes which layer stored its keys last."""
+def probe(decoder: Any, rope_length: int) -> ProbeResult:
+    """Find out how each layer's attention rotates, what its caches hold and what its states do.
 
-    latest = -1
+    Frequencies that depend on the running length are taken at `rope_length` tokens.
+    """
+    has_states, states_go_on = states_of(decoder)
+    with Handle("a probe", decoder, "rotary modules") as probing:
+        exact = dict(exact_rotaries(decoder, rope_length))
+        for module, rotaries in exact.items():
+            probing.set(module, "forward", exact_forward(rotaries))
+        sources = [source for rotaries in exact.values() for source in rotaries.values()]
+        experiment = ArchitectureProbe(decoder, sources, has_states)
+        own = {module: build for module in decoder.modules() if (build := own_forward(module)) is not None}
+        for module, build in own.items():
+            probing.set(module, "forward", build(module, partial(experiment.attend, module)))
+        layers = experiment.layers()
+    short = dict(exact_rotaries(decoder, 1))
+    windowed = frozenset(experiment.windowed)
+    return ProbeResult(layers, windowed, exact, has_states, states_go_on, bool(own), _fingerprint(exact, short))
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self.latest = layer_idx
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-
-def _is_cached(key: Tensor, layers: list[Any], index: int) -> bool:
-    cached = [layer.keys for layer in layers[index : index + 1] if index >= 0 and layer.keys is not None]
-    return all(keys.shape == key.shape and torch.equal(keys, key) for keys in cached)
+def _fingerprint(frozen: Any, short: Any) -> int:
+    """Return a number for rotary frequencies that are not those of a short text; 0 where they are."""
+    result = 0
+    for module, rotaries in frozen.items():
+        for layer_type, rotary in rotaries.items():
+            if not torch.equal(rotary.frequencies, short[module][layer_type].frequencies):
+                result = zlib.crc32(rotary.frequencies.cpu().numpy().tobytes(), result)
+    return result
 
 
 def hidden_states(decoder: Any, ids: Tensor, cache: Any = None, **inputs: Any) -> Tensor:
@@ -184,55 +244,16 @@ def hidden_states(decoder: Any, ids: Tensor, cache: Any = None, **inputs: Any) -
     return hidden
 
 
-@dataclass(frozen=True)
-class States:
-    """The states that a model's layers carry.
+def states_of(decoder: Any) -> tuple[bool, bool]:
+    """Return whether layers of a decoder carry states, and whether a forward of several tokens goes on from them.
 
-    Attributes:
-        go_on: whether a forward of several tokens goes on from them. Jamba and Zamba start anew there, patched or not.
+    Three short forwards and their repetition with other states find it out.
     """
-
-    go_on: bool
-
-    def check(self, real: Tensor | None, past: int, new: int) -> None:
-        """Refuse a forward whose states would not be those of each row's tokens.
-
-        Args:
-            real: where there are tokens [batch, past + new]; None: everywhere.
-            past: columns seen.
-            new: columns to come.
-
-        Raises:
-            ValueError: the message says what to do.
-        """
-        if past and new > 1 and not self.go_on:
-            raise ValueError(
-                f"this model's recurrent layers forget their state in a forward of several tokens behind others, "
-                f"patched or not, and this one brings {new} behind {past}: give the whole text at once (without "
-                "prefill_chunk_size, and with a new cache), or go on token by token"
-            )
-        if real is None:
-            return
-        if bool((real[:, 1:] < real[:, :-1]).any()):
-            raise ValueError(
-                "attention_mask has zeros behind a row's first token, and this model has recurrent or convolutional "
-                "layers, whose state runs on over them: pad on the left alone, and continue rows one by one"
-            )
-        if new == 1 and not bool(real[:, -1].all()):
-            raise ValueError(
-                "attention_mask says that this one token of a row is padding, and transformers shows no mask to "
-                "recurrent layers in a forward of one token: give a row's padding together with its first token"
-            )
-
-
-def states_of(decoder: Any) -> States | None:
-    """Return what the states of a decoder can do, by three short forwards and their repetition; None without any."""
-    if not any(
-        isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=decoder.config).layers
-    ):
-        return None
+    layers = DynamicCache(config=decoder.config).layers
+    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+        return False, True
     as_they_are, changed = (_continued(decoder, factor) for factor in (1.0, 1e3))
-    return States(go_on=disagreement(as_they_are, changed) is not None)
+    return True, disagreement(as_they_are, changed) is not None
 
 
 def _continued(decoder: Any, factor: float) -> Tensor:

@@ -49,7 +49,7 @@ class AuxiliaryBuffers(NamedTuple):
 
     Attributes:
         rollback_keys: [batch, heads, ROLLBACK, dim]: at c mod ROLLBACK, what column c overwrote.
-        rollback_values: likewise.
+        rollback_values: the same for values.
         sink_keys: at their own positions [batch, heads, S, dim].
         sink_halves: `Rotation.rotate_half` of them [batch, heads, S, 2f]; None: nothing rotates.
     """

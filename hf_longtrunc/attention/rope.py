@@ -3,9 +3,9 @@
 A model file rotates queries and keys inside its attention, in a layout of its own, and caches rotated keys. That stays
 as it is. Two things are needed in addition.
 
-1. *Exact angles.* Model files multiply position and frequency in fp32, whose error grows with the position (0.2 radians
-   at 1e7). In a patched model the rotary modules answer with angles computed in fp64 (`ExactRotary`), so a query and a
-   key stand at their true distance at any position.
+1. *Exact angles.* Model files multiply position and frequency in fp32, where the error grows with the position (0.2
+   radians at 1e7). In a patched model the rotary modules answer with angles computed in fp64 (`ExactRotary`), so a
+   query and a key are at their true distance at any position.
 2. *Rotating a rotated vector further* (`Rotation.rotate`), to place a sink at the maximum distance. The layout is found
    by experiment: one forward with all angles zero, one with a known angle per frequency (`probe.py`). A model that no
    known layout explains is refused.
@@ -108,7 +108,7 @@ class ExactRotary:
         module: the model's rotary module.
         layer_type: which of its frequency sets, for a module that has several; None for one that has one.
         window: frequencies that depend on the running length are taken at this length.
-        generator: draws `probe_angles` [f], by which the layers that use this module are recognised.
+        generator: draws `probe_angles` [f], which identify the layers that use this module.
 
     While `probing` is a number, every angle is that multiple of `probe_angles`, whatever the position.
 

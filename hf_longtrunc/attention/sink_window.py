@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer, StaticLayer
 
-from hf_longtrunc.attention.block_scores import UnrotatedKV
-from hf_longtrunc.attention.context import ForwardContext, KeyLayout
-from hf_longtrunc.attention.decoder_call import columns_as_they_came, full_context
+from hf_longtrunc.attention.block_scores import DistantKeys, UnrotatedKV
+from hf_longtrunc.attention.context import ForwardContext
+from hf_longtrunc.attention.decoder_call import full_context, positions_in_call_order
 from hf_longtrunc.attention.full_store import FullStoreCacheLayer, FullStoreStateCacheLayer, RingStateCacheLayer
 from hf_longtrunc.attention.kernels import single_query_attention
-from hf_longtrunc.attention.key_retrieval import LayerState
 from hf_longtrunc.attention.lambda_attention import PATHS, LambdaAttention, SinkWindowLaw
-from hf_longtrunc.attention.padding import RowShift, first_real, from_first_token, gather_columns
+from hf_longtrunc.attention.padding import RowShift, first_real, from_first_token
 from hf_longtrunc.attention.patch import PatchTechnique
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.attention.rope import exact_forward
@@ -29,12 +28,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from hf_longtrunc.attention.cache_law import CacheLaw
-    from hf_longtrunc.attention.context import MaskPlaceholder
+    from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, MaskPlaceholder
     from hf_longtrunc.attention.decoder_call import DecoderCall
-    from hf_longtrunc.attention.kernels import ExtraKeys, Scoring
+    from hf_longtrunc.attention.kernels import ExtraKeys
     from hf_longtrunc.attention.key_retrieval import BlockScores
     from hf_longtrunc.attention.probe import ProbeResult
-    from hf_longtrunc.attention.technique import AttentionLayer
     from hf_longtrunc.handles import Handle
 
 
@@ -90,9 +88,8 @@ class SinkWindowTechnique(PatchTechnique):
         """Return the technique with the retrieval's defaults for so many layers."""
         if self.retrieval is None:
             return self
-        indices = list(found.indices.values())
-        self.retrieval.check(indices, not found.cached_otherwise, found.states is None)
-        return replace(self, retrieval=self.retrieval.for_layers(max(indices) + 1))  # type: ignore[type-var]
+        retrieval = found.check_retrieval(self.retrieval, can_crop=not found.has_states)
+        return replace(self, retrieval=retrieval)  # type: ignore[type-var]
 
     def tiny_paths(self) -> Sequence[Self]:
         """Return `tiny` once for each path of a prompt's attention."""
@@ -178,14 +175,13 @@ class SinkWindowTechnique(PatchTechnique):
         came = queries = from_first_token(columns, state.padding)
         query_order = None
         if call.real is not None and shift is not None and shift.order is not None:
-            came, query_order = columns_as_they_came(columns, state.padding, call.real[:, past:])
+            came, query_order = positions_in_call_order(columns, state.padding, call.real[:, past:])
         sink_rotations: dict[int, tuple[Tensor, Tensor]] = {}
-        layout = KeyLayout.FULL if past == 0 else KeyLayout.SINKS_AND_WINDOW if new > 1 else KeyLayout.RING_BUFFER
         slots = None
         if new == 1:
             j = ring.key_positions(state, device)
             distances = law.distance(queries, j)[:, 0]
-            if layout is KeyLayout.RING_BUFFER:
+            if past:
                 slots = None if ring.sees_every_slot(state) else self._visible_slots(queries, j), distances
             offsets = (queries - j - distances)[:, : self.num_sink_tokens].clamp_min(0)
             for rotation in {*found.distinct_rotations, *(each.rotation for each in rings)}:  # an earlier patch's rings
@@ -197,8 +193,8 @@ class SinkWindowTechnique(PatchTechnique):
         context = ForwardContext(
             query_positions=queries,
             last_position=from_first_token(columns[-1:], state.padding),
-            layout=layout,
             num_keys=new if past == 0 else ring.keys_returned(new),
+            leading_sinks=self.num_sink_tokens if past else 0,
             is_padded=state.padding is not None,
             query_order=query_order,
             key_order=query_order if past == 0 else None,
@@ -228,58 +224,41 @@ class SinkWindowTechnique(PatchTechnique):
 
     # -- one layer -----------------------------------------------------------------------------------------------------
 
-    def attend(
-        self,
-        layer: AttentionLayer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        context: ForwardContext,
-        scoring: Scoring,
-    ) -> Tensor:
-        """Attend to sinks and window; keys come laid out as `context.layout` says, rotated at their own positions."""
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Attend to sinks and window; keys come rotated at their own positions."""
+        context, key = call.context, call.key
         if key.shape[2] != context.num_keys:
             raise ValueError(
                 f"the cache returns {key.shape[2]} keys where {context.num_keys} were expected: this kind of "
                 f"cache cannot be used on a model patched by {type(self).__name__}; take DynamicCache or leave it to "
                 "generate()"
             )
-        if context.layout is KeyLayout.RING_BUFFER:
-            assert context.ring_slots is not None
-            seen, distances = (None if each is None else each.to(query.device) for each in context.ring_slots)
-            assert distances is not None
-            sinks = slice(self.num_sink_tokens)
-            if not layer.caches_keys and layer.rotation is not None and sinks.stop:
-                cos, sin = (each.to(key.device) for each in context.sink_rotations[id(layer.rotation)])
-                key[:, :, sinks] = layer.rotation.apply(key[:, :, sinks], cos, sin)
-            read = self._reader(layer, key, value, None, context, scoring)
-            reads = None if read is None else partial(read, query, context.query_positions.to(query.device))
-            return single_query_attention(query, key, value, distances, seen, scoring, reads)
-        if context.query_order is None:
-            return self._attend_to_text(layer, query, key, value, context, scoring)
-        # Masked columns between tokens: each row's tokens move behind them, and its outputs back.
-        if context.key_order is not None:
-            key, value = gather_columns(key, context.key_order), gather_columns(value, context.key_order)
-        query = gather_columns(query, context.query_order)
-        output = self._attend_to_text(layer, query, key, value, context, scoring)
-        return gather_columns(output, context.query_order.argsort(dim=-1))
+        if context.ring_slots is None:
+            return call.in_call_order(self._over_text(call.in_text_order()).compute(self.path))
+        query, layer, rotation, sinks = call.query, call.layer, call.scoring.rotation, slice(self.num_sink_tokens)
+        seen, distances = context.ring_slots
+        if not layer.caches_keys and rotation is not None and sinks.stop:
+            cos, sin = (each.to(key.device) for each in context.sink_rotations[id(rotation)])
+            key[:, :, sinks] = rotation.apply(key[:, :, sinks], cos, sin)
+        read = self._reader(call, None)
+        return single_query_attention(
+            query,
+            key,
+            call.value,
+            distances.to(query.device),
+            None if seen is None else seen.to(query.device),
+            call.scoring,
+            None if read is None else partial(read, query, context.query_positions.to(query.device)),
+        )
 
-    def _attend_to_text(
-        self,
-        layer: AttentionLayer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        context: ForwardContext,
-        scoring: Scoring,
-    ) -> Tensor:
-        """Attend to keys in the order of the text, or to the sinks and the end of the text behind them."""
-        law, sinks = self.distances, self.num_sink_tokens
-        leading = sinks if context.layout is KeyLayout.SINKS_AND_WINDOW else 0
+    def _over_text(self, call: AttentionCall) -> LambdaAttention:
+        """Return the attention to keys in the order of the text, or to the sinks and the end of the text after them."""
+        law, context, query, key, value = self.distances, call.context, call.query, call.key, call.value
+        sinks, leading = self.num_sink_tokens, context.leading_sinks
         i = context.query_positions.to(query.device)
         j = context.last_position.to(query.device)
         j = j - torch.arange(key.shape[2] - leading - 1, -1, -1, device=query.device)
-        read = self._reader(layer, key, value, j, context, scoring)
+        read = self._reader(call, j)
         if leading:
             far = key[:, :, :sinks], value[:, :, :sinks]
             key, value = key[:, :, sinks:], value[:, :, sinks:]
@@ -288,7 +267,7 @@ class SinkWindowTechnique(PatchTechnique):
         rows = 0
         if self.retrieval is not None:
             rows = self.retrieval.reading_rows(query.shape[2], context.block_scores is not None)
-        call = LambdaAttention(
+        return LambdaAttention(
             query=query,
             key=key,
             value=value,
@@ -296,43 +275,41 @@ class SinkWindowTechnique(PatchTechnique):
             key_positions=j,
             sinks=far if sinks and (leading or key.shape[2] > law.window_length) else None,
             law=law,
-            scoring=scoring,
-            rotation=layer.rotation,
+            scoring=call.scoring,
             read=read,
             reading_rows=rows,
             is_padded=context.is_padded,
         )
-        return call.compute(self.path)
 
     def _reader(
-        self,
-        layer: AttentionLayer,
-        key: Tensor,
-        value: Tensor,
-        j: Tensor | None,
-        context: ForwardContext,
-        scoring: Scoring,
+        self, call: AttentionCall, j: Tensor | None
     ) -> Callable[[Tensor, Tensor, Tensor], ExtraKeys | None] | None:
         """Return what finds the extra keys of this layer's queries; None if there are none.
 
         Without a store they are searched in the layer's own keys, at j [rows, m] in the order of the text.
         """
-        retrieval, is_scoring = self.retrieval, context.block_scores is not None
-        if retrieval is None or not retrieval.reads(layer.index, is_scoring):
+        retrieval, context, key = self.retrieval, call.context, call.key
+        index, block_scores = call.layer.index, context.block_scores
+        if retrieval is None or not retrieval.reads(index, block_scores is not None):
             return None
-        window, store = self.distances.window_length, context.cache_layers.get(layer.index)
+        window, store = self.distances.window_length, context.cache_layers.get(index)
         if (key.shape[2] if store is None else store.held) <= window + self.num_sink_tokens:
             return None
         if store is not None:
-            text = store.text()
+            text, selection = store.text(), store.selection
         else:
             assert j is not None
-            text = UnrotatedKV(key if layer.rotation is None else layer.rotation.rotate(key, -j), value, j)
-        selection = None if store is None else store.selection
-        state = LayerState(
-            layer.index, text, layer.rotation, scoring, self.num_sink_tokens, window, selection, context.block_scores
+            text, selection = UnrotatedKV(call.scoring.rotate(key, -j), call.value, j), None
+        distant = DistantKeys(
+            text,
+            call.scoring,
+            self.num_sink_tokens,
+            window,
+            layer=index,
+            selection=selection,
+            block_scores=block_scores,
         )
-        return partial(retrieval.read, state)
+        return partial(retrieval.read, distant)
 
 
 def _refuse_lost(ring: RingCacheLayer, past: int, shift: RowShift) -> None:

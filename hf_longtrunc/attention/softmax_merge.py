@@ -17,10 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_longtrunc.attention.kernels import grouped_matmul, soft_capped
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from jaxtyping import Float
+
+    from hf_longtrunc.attention.kernels import Scoring
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -31,7 +35,7 @@ ROWS_SCORED = 256  # queries of a part that are scored together where no kernel 
 
 
 MaskKind = Literal["full", "causal", "anticausal"]
-_Kind = tuple[MaskKind, "Tensor | None", "float | None"]  # mask, bias and softcap of a part
+_Kind = tuple[MaskKind, "Tensor | None"]  # mask and bias of a part
 
 
 class AttentionPart(NamedTuple):
@@ -45,7 +49,6 @@ class AttentionPart(NamedTuple):
             Each query must see at least one key.
         bias: joins the logits of all queries [batch, m]: the logarithm of a key's multiplicity. For few keys, as they
             are scored without a kernel.
-        softcap: c in c * tanh(score / c), or None; scored without a kernel too.
     """
 
     query: Tensor
@@ -53,47 +56,47 @@ class AttentionPart(NamedTuple):
     value: Tensor
     mask: MaskKind = "full"
     bias: Tensor | None = None
-    softcap: float | None = None
 
 
-def merge_attention(
-    parts: Sequence[AttentionPart], scaling: float, null_logits: Float[Tensor, " heads"] | None = None
-) -> Float[Tensor, "batch heads n value_dim"]:
+def merge_attention(parts: Sequence[AttentionPart], scoring: Scoring) -> Float[Tensor, "batch heads n value_dim"]:
     """Attend over the keys of all parts in one softmax; the result has the queries' dtype.
 
     Args:
         parts: at least one, with equally many queries each. Every query must see a key in one of them.
-        scaling: factor of the dot products.
-        null_logits: a learned logit of each query head that joins the softmax and carries no value, or None.
+        scoring: scaling, soft cap and null logits of the layer.
 
     Cost: that of the parts' kernel calls. No tensor of n x m exists on a CPU, where a kernel returns the log-sum-exp;
-    elsewhere 256 queries are scored at a time.
+    elsewhere, and for soft caps, 256 queries are scored at a time.
     """
     tensors = [tensor for part in parts for tensor in (part.query, part.key, part.value)]
+    null_logits = scoring.null_logits
     learned = tensors if null_logits is None else [*tensors, null_logits]
     if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)):
-        return _merge(parts, scaling, null_logits)[0]
-    kinds = [(part.mask, part.bias, part.softcap) for part in parts]
-    output: Tensor = _Merge.apply(scaling, kinds, null_logits, *tensors)  # type: ignore[no-untyped-call]
+        return _merge(parts, scoring)[0]
+    kinds = [(part.mask, part.bias) for part in parts]
+    output: Tensor = _Merge.apply(scoring, kinds, null_logits, *tensors)  # type: ignore[no-untyped-call]
     return output
 
 
-def _merge(parts: Sequence[AttentionPart], scaling: float, null_logits: Tensor | None) -> tuple[Tensor, Tensor]:
+def _merge(parts: Sequence[AttentionPart], scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Return the output over the keys of all parts, and each part's log-sum-exp [parts, batch, heads, n].
 
     The null logits, where there are any, are the last of the log-sum-exps.
     """
-    answers = [_attended(part, scaling) for part in parts]
-    each = [lse for _, lse in answers]
-    if null_logits is not None:
-        each.append(null_logits.to(each[0].dtype)[None, :, None].expand_as(each[0]))
+    outputs, each = [], []
+    for part in parts:
+        output, lse = _attended(part, scoring)
+        outputs.append(output)
+        each.append(lse)
+    if scoring.null_logits is not None:
+        each.append(scoring.null_logits.to(each[0].dtype)[None, :, None].expand_as(each[0]))
     sums = torch.stack(each)
     if len(each) == 1:
-        return answers[0][0], sums
-    output = torch.zeros_like(answers[0][0], dtype=sums.dtype)
-    for (of_part, _), weight in zip(answers, sums.softmax(0)[: len(answers), ..., None], strict=True):
-        output.addcmul_(of_part.to(sums.dtype), weight)
-    return output.to(parts[0].query.dtype), sums
+        return outputs[0], sums
+    merged = torch.zeros_like(outputs[0], dtype=sums.dtype)
+    for output, weight in zip(outputs, sums.softmax(0)[: len(outputs), ..., None], strict=True):
+        merged.addcmul_(output.to(sums.dtype), weight)
+    return merged.to(parts[0].query.dtype), sums
 
 
 class _Merge(torch.autograd.Function):
@@ -101,11 +104,11 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, scaling: float, kinds: Sequence[_Kind], null_logits: Tensor | None, *tensors: Tensor
+        ctx: Any, scoring: Scoring, kinds: Sequence[_Kind], null_logits: Tensor | None, *tensors: Tensor
     ) -> Tensor:
-        output, sums = _merge(_parts(tensors, kinds), scaling, null_logits)
+        output, sums = _merge(_parts(tensors, kinds), scoring)
         ctx.save_for_backward(null_logits, *tensors, output, sums.logsumexp(0))
-        ctx.scaling, ctx.kinds = scaling, kinds
+        ctx.scoring, ctx.kinds = scoring._replace(null_logits=None), kinds
         return output
 
     @staticmethod
@@ -117,7 +120,7 @@ class _Merge(torch.autograd.Function):
             delta = (grads[0].to(total.dtype) * output.to(total.dtype)).sum(-1)
             to_null = -((null_logits.to(total.dtype)[:, None] - total).exp() * delta).sum((0, 2)).to(null_logits.dtype)
         for part in _parts(tensors, ctx.kinds):
-            gradients.extend(_gradients(part, ctx.scaling, grads[0], output, total))
+            gradients.extend(_gradients(part, ctx.scoring, grads[0], output, total))
         return None, None, to_null, *gradients
 
 
@@ -126,20 +129,20 @@ def _parts(tensors: Sequence[Tensor], kinds: Sequence[_Kind]) -> list[AttentionP
     return [AttentionPart(query, key, value, *kind) for query, key, value, kind in each]
 
 
-def _has_kernel(part: AttentionPart) -> bool:
+def _has_kernel(part: AttentionPart, scoring: Scoring) -> bool:
     has_one_width = part.query.shape[-1] == part.value.shape[-1]
-    is_plain = part.bias is None and part.softcap is None
+    is_plain = part.bias is None and scoring.softcap is None
     return _KERNEL_IS_TRIED and part.query.device.type == "cpu" and has_one_width and is_plain
 
 
-def _attended(part: AttentionPart, scaling: float) -> tuple[Tensor, Tensor]:
+def _attended(part: AttentionPart, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Return the output [batch, heads, n, value_dim] of one part and its log-sum-exp [batch, heads, n]."""
-    if _has_kernel(part):
-        output, lse = _FLASH(*_in_order(part), 0.0, part.mask != "full", scale=scaling)
+    if _has_kernel(part, scoring):
+        output, lse = _FLASH(*_in_order(part), 0.0, part.mask != "full", scale=scoring.scaling)
         return (output.flip(2), lse.flip(2)) if part.mask == "anticausal" else (output, lse)
     outputs, sums = [], []
     for start in range(0, part.query.shape[2], ROWS_SCORED):
-        scores = scores_of(part, start, scaling)
+        scores = scores_of(part, start, scoring)
         value = part.value.to(scores.dtype)
         lse = scores.logsumexp(-1)
         outputs.append(grouped_matmul((scores - lse[..., None]).exp(), value).to(part.query.dtype))
@@ -148,14 +151,14 @@ def _attended(part: AttentionPart, scaling: float) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(
-    part: AttentionPart, scaling: float, grad: Tensor, output: Tensor, total: Tensor
+    part: AttentionPart, scoring: Scoring, grad: Tensor, output: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return one part's gradients of query, key and value, given the merged output and log-sum-exp."""
-    if _has_kernel(part):
+    if _has_kernel(part, scoring):
         backwards = part.mask == "anticausal"
         grad, output, total = (x.flip(2) if backwards else x for x in (grad, output, total))
         answer = _FLASH_BACKWARD(
-            grad.contiguous(), *_in_order(part), output, total, 0.0, part.mask != "full", scale=scaling
+            grad.contiguous(), *_in_order(part), output, total, 0.0, part.mask != "full", scale=scoring.scaling
         )
         query, key, value = (x.flip(2) if backwards else x for x in answer)
         return query, key, value
@@ -165,13 +168,13 @@ def _gradients(
     to_query, to_key, to_value = [], torch.zeros_like(key), torch.zeros_like(value)
     for start in range(0, part.query.shape[2], ROWS_SCORED):
         rows = slice(start, start + ROWS_SCORED)
-        scores = scores_of(part, start, scaling)
+        scores = scores_of(part, start, scoring)
         weights = (scores - total[:, :, rows, None]).exp()
         upstream = grad[:, :, rows].to(wide)
-        inner = weights * (grouped_matmul(upstream, value.transpose(-1, -2)) - delta[:, :, rows]) * scaling
-        if part.softcap is not None:  # the derivative of c * tanh(s / c)
+        inner = weights * (grouped_matmul(upstream, value.transpose(-1, -2)) - delta[:, :, rows]) * scoring.scaling
+        if scoring.softcap is not None:  # the derivative of c * tanh(s / c)
             capped = scores if part.bias is None else scores - part.bias[:, None, None]
-            inner = inner * (1 - (capped.masked_fill(weights == 0, 0) / part.softcap).square())
+            inner = inner * (1 - (capped.masked_fill(weights == 0, 0) / scoring.softcap).square())
         to_query.append(grouped_matmul(inner, key))
         to_key += _sum_over_group(inner, part.query[:, :, rows].to(wide), key.shape[1])
         to_value += _sum_over_group(weights, upstream, key.shape[1])
@@ -180,15 +183,16 @@ def _gradients(
 
 def _in_order(part: AttentionPart) -> tuple[Tensor, ...]:
     """Return queries, keys and values for a causal kernel: "anticausal" is "causal" backwards."""
-    tensors = part.query, part.key, part.value
-    return tuple(x.flip(2) for x in tensors) if part.mask == "anticausal" else tensors
+    if part.mask == "anticausal":
+        return part.query.flip(2), part.key.flip(2), part.value.flip(2)
+    return part.query, part.key, part.value
 
 
-def scores_of(part: AttentionPart, start: int, scaling: float) -> Float[Tensor, "batch heads n m"]:
+def scores_of(part: AttentionPart, start: int, scoring: Scoring) -> Float[Tensor, "batch heads n m"]:
     """Return the logits of up to 256 queries of a part from `start` on, in fp32 or better."""
     wide = torch.promote_types(part.query.dtype, torch.float32)
     query = part.query[:, :, start : start + ROWS_SCORED].to(wide)
-    scores = soft_capped(grouped_matmul(query, part.key.to(wide).transpose(-1, -2)) * scaling, part.softcap)
+    scores = soft_capped(grouped_matmul(query, part.key.to(wide).transpose(-1, -2)) * scoring.scaling, scoring.softcap)
     if part.bias is not None:
         scores = scores + part.bias[:, None, None]
     if part.mask != "full":
@@ -196,17 +200,6 @@ def scores_of(part: AttentionPart, start: int, scaling: float) -> Float[Tensor, 
         ahead = start + part.key.shape[2] - part.query.shape[2]
         scores = scores.masked_fill(ones.triu(start + 1) if part.mask == "causal" else ones.tril(ahead - 1), -torch.inf)
     return scores
-
-
-def soft_capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """Return c * tanh(score / c); the scores where there is no cap c."""
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
-def grouped_matmul(x: Float[Tensor, "batch heads n k"], y: Float[Tensor, "batch kv_heads k m"]) -> Tensor:
-    """Return x times its group's y [batch, heads, n, m]."""
-    batch, heads, n, k = x.shape
-    return (x.reshape(batch, y.shape[1], -1, k) @ y).view(batch, heads, n, y.shape[-1])
 
 
 def _sum_over_group(x: Tensor, y: Tensor, groups: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
@@ -20,28 +20,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from hf_longtrunc.attention.cache_law import CacheLaw
-    from hf_longtrunc.attention.context import ForwardContext, MaskPlaceholder
+    from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, MaskPlaceholder
     from hf_longtrunc.attention.decoder_call import DecoderCall
-    from hf_longtrunc.attention.kernels import Scoring
     from hf_longtrunc.attention.key_retrieval import BlockScores, Retrieval
     from hf_longtrunc.attention.probe import ProbeResult
-    from hf_longtrunc.attention.rope import Rotation
     from hf_longtrunc.handles import Handle
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionLayer:
-    """What is known of one attention module.
-
-    Attributes:
-        index: its place among the decoder's layers; -1 where the module does not know it.
-        rotation: of its queries and keys; None where nothing rotates.
-        caches_keys: False where the cache holds what keys are made from (multi-head latent attention).
-    """
-
-    index: int
-    rotation: Rotation | None
-    caches_keys: bool = True
 
 
 class DistanceLaw(Protocol):
@@ -137,7 +120,7 @@ class Technique(ABC):
         """Return the technique with its lengths resolved for one model.
 
         Raises:
-            ValueError: they do not fit together, or the model's config does not say what is needed.
+            ValueError: they do not fit together, or the model's config does not say the trained length.
         """
 
     @abstractmethod
@@ -170,7 +153,7 @@ class Technique(ABC):
             call: to be run.
             found: about the model.
             block_scores: collects scores of a scoring pass; None otherwise.
-            passthrough: whether a call that the model itself computes alike may be left to it.
+            passthrough: whether a call that the unpatched model computes equally may be left to it.
         """
 
     @abstractmethod
@@ -179,7 +162,7 @@ class Technique(ABC):
 
         Args:
             ordinary: a `DynamicLayer`, or one with a state.
-            layer: whose keys it holds.
+            layer: its module's record.
             law: of its keys.
             shares_keys: whether several layers of the model read one cache layer.
         """
@@ -201,22 +184,5 @@ class Technique(ABC):
         """
 
     @abstractmethod
-    def attend(
-        self,
-        layer: AttentionLayer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        context: ForwardContext,
-        scoring: Scoring,
-    ) -> Tensor:
-        """Return the attention [batch, heads, n, value_dim] of one forward's queries.
-
-        Args:
-            layer: the module's record.
-            query: [batch, heads, n, dim], rotated.
-            key: [batch, kv_heads, m, dim], as the layer's cache returns it.
-            value: [batch, kv_heads, m, value_dim].
-            context: of the forward.
-            scoring: of the module.
-        """
+    def attend(self, call: AttentionCall) -> Tensor:
+        """Return the attention [batch, heads, n, value_dim] of one layer's queries in one forward."""

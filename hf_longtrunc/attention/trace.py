@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hf_longtrunc.arguments import whole
-from hf_longtrunc.attention.context import KeyLayout
 from hf_longtrunc.attention.full_store import FullStoreCacheLayer
 from hf_longtrunc.attention.key_retrieval import TopBlocks
 from hf_longtrunc.attention.mass import by_stretch, mass_of_keys
-from hf_longtrunc.attention.padding import gather_columns
 from hf_longtrunc.attention.page import write_page
 from hf_longtrunc.attention.patch import AttentionPatch
 from hf_longtrunc.handles import Handle
@@ -26,10 +25,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
-    from hf_longtrunc.attention.block_scores import BlockSelection, UnrotatedKV
-    from hf_longtrunc.attention.context import ForwardContext
-    from hf_longtrunc.attention.kernels import Scoring
-    from hf_longtrunc.attention.technique import AttentionLayer, Technique
+    from hf_longtrunc.attention.context import AttentionCall, ForwardContext
+    from hf_longtrunc.attention.technique import Technique
 
 
 @dataclass(eq=False)
@@ -87,10 +84,10 @@ class AttentionTrace(Handle):
         self._patch = handle
         _refuse_untraceable(handle)
         model, decoder = handle.model, handle.decoder
-        super().__init__("AttentionTrace", model, "its attention layers tell what they read")
+        super().__init__("AttentionTrace", model, "its attention layers record what they read")
         with self.or_nothing():
             for module, layer in handle.layers.items():
-                handle.route(self, module, partial(self._attend, layer))
+                handle.route(self, module, layer, self._attend)
             self.set(decoder, "_hf_longtrunc_trace", self)
             self.set(handle, "passthrough", False)  # a short text is to be read by layers that can be listened to
             self.set(decoder, "forward", update_wrapper(partial(self._forward), decoder.forward))
@@ -102,30 +99,29 @@ class AttentionTrace(Handle):
         inputs = bound(self._patch.decoder, args, inputs)
         if torch.is_inference_mode_enabled():
             raise ValueError("AttentionTrace cannot count under torch.inference_mode(): use torch.no_grad()")
-        counter = self._thread.counter = _AttentionCounter(self.stretch)
+        read: list[tuple[ForwardContext, int, AttentionRecord]] = []  # of each layer, with its number of heads
+        self._thread.read = read
         try:
             output = self._patch.forward(**inputs)
         finally:
-            self._thread.counter = None
-        if counter.heads:
-            self.records.append(counter.record(inputs.get("input_ids")))
+            self._thread.read = None
+        if read:
+            context, _, last = read[-1]
+            layers = [(n, each.mass) for ran, n, each in read if ran.last_position is context.last_position]
+            mass = torch.stack([mass for _, mass in layers]).sum(0) / sum(heads for heads, _ in layers)
+            token, order = inputs.get("input_ids"), context.query_order
+            if token is not None:
+                token = (token if order is None else token.gather(1, order.to(token.device)))[:, -1].cpu()
+            self.records.append(replace(last, token=token, mass=mass))
         return output
 
-    def _attend(
-        self,
-        layer: AttentionLayer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        context: ForwardContext,
-        scoring: Scoring,
-    ) -> Tensor:
-        """Attend as the technique does, and count what the last query of a forward reads, but for a scoring pass."""
+    def _attend(self, call: AttentionCall) -> Tensor:
+        """Attend as the technique does, and record what the last query reads, except in a scoring pass."""
         technique = self._patch.resolved
-        counter = getattr(self._thread, "counter", None)  # None where a layer is run again for its gradients
-        if counter is not None and context.block_scores is None:
-            counter.add(technique, layer, query, key, value, context, scoring)
-        return technique.attend(layer, query, key, value, context, scoring)
+        read = getattr(self._thread, "read", None)  # None where a layer is run again for its gradients
+        if read is not None and call.context.block_scores is None:
+            read.append((call.context, call.query.shape[1], _layer_record(technique, call, self.stretch)))
+        return technique.attend(call)
 
     def to_html(
         self,
@@ -147,7 +143,7 @@ class AttentionTrace(Handle):
         Args:
             tokenizer: of the model.
             ids: of one row's prompt and answer, without padding.
-            path: a file, written anew.
+            path: a file, overwritten if it exists.
             prompt_length: how many of the ids are the prompt.
             row: of the batch.
             prompt: shown above the strip: the question, say.
@@ -192,104 +188,50 @@ def _refuse_untraceable(handle: AttentionPatch) -> None:
         raise ValueError("this model has an AttentionTrace already: detach that first")
 
 
-class _AttentionCounter:
-    """What the last token of a running forward has read in the layers so far.
+def _layer_record(technique: Technique, call: AttentionCall, stretch: int) -> AttentionRecord:
+    """Return what the last query of a layer read; its mass is summed over the heads."""
+    context, held = call.context, call.context.cache_layers.get(call.layer.index)
+    last = context.last_position[:, 0].expand(len(call.value)).cpu()
+    mass = torch.zeros(len(last), int(last.max()) // stretch + 1, dtype=torch.float64)
+    for of_keys, positions in _masses(technique, call, held):
+        mass += by_stretch(of_keys, positions, stretch, mass.shape[1]).cpu()
+    blocks = None
+    if held is not None and held.selection is not None and isinstance(technique.retrieval, TopBlocks):
+        blocks = _spans(held.selection.blocks, technique.retrieval, technique.first_block)
+    return AttentionRecord(last, None, mass, blocks)
 
-    Attributes:
-        heads: how many, of all layers.
+
+def _masses(technique: Technique, call: AttentionCall, held: Any) -> list[tuple[Tensor, Tensor]]:
+    """Return the attention that the last query pays to keys [batch, m], and their positions [rows, m].
+
+    `held` is the layer's cache: keys of its full store, where it has one, are read too.
     """
-
-    def __init__(self, stretch: int):
-        self.stretch, self.heads = stretch, 0
-        self.mass: Tensor | None = None
-        self.context: ForwardContext | None = None
-        self.blocks: Tensor | None = None
-
-    def add(
-        self,
-        technique: Technique,
-        layer: AttentionLayer,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        context: ForwardContext,
-        scoring: Scoring,
-    ) -> None:
-        """Count one layer's attention."""
-        held = context.cache_layers.get(layer.index)
-        masses = _masses(technique, layer, query, key, value, context, scoring, held)
-        if self.mass is None:
-            stretches = int(context.last_position.max()) // self.stretch + 1
-            self.mass = torch.zeros(len(value), stretches, dtype=torch.float64)
-        for mass, positions in masses:
-            self.mass += by_stretch(mass, positions, self.stretch, self.mass.shape[1]).cpu()
-        self.heads += query.shape[1]
-        self.context = context
-        if held is not None and held.selection is not None and isinstance(technique.retrieval, TopBlocks):
-            self.blocks = _spans(held.selection.blocks, technique.retrieval, technique.first_block)
-
-    def record(self, ids: Tensor | None) -> AttentionRecord:
-        """Return the mean over all heads."""
-        assert self.mass is not None
-        assert self.context is not None
-        batch, order = len(self.mass), self.context.query_order
-        token = None
-        if ids is not None:
-            token = (ids if order is None else ids.gather(1, order.to(ids.device)))[:, -1].cpu()
-        last = self.context.last_position[:, 0].expand(batch).cpu()
-        return AttentionRecord(last, token, self.mass / self.heads, self.blocks)
-
-
-class _StoreView(NamedTuple):
-    """A cache's full store with other values, as a layer reads it."""
-
-    held: int
-    selection: BlockSelection | None
-    kv: UnrotatedKV
-
-    def text(self) -> UnrotatedKV:
-        """Return the text."""
-        return self.kv
-
-
-def _masses(
-    technique: Technique,
-    layer: AttentionLayer,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    context: ForwardContext,
-    scoring: Scoring,
-    held: Any,
-) -> list[tuple[Tensor, Tensor]]:
-    """Return the attention that the last query pays to keys [batch, m], and their positions [rows, m]."""
     text = held.text() if isinstance(held, FullStoreCacheLayer) else None
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    query = query if context.query_order is None else gather_columns(query, context.query_order)
-    key = key if context.key_order is None else gather_columns(key, context.key_order)
-    value = value if context.key_order is None else gather_columns(value, context.key_order)
-    last, scoring = query[:, :, -1:].to(dtype, copy=True), scoring._replace(dropout=0.0)
-    context = replace(context, query_positions=context.query_positions[:, -1:], query_order=None, key_order=None)
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    call = call.in_text_order()
+    positions = call.context.query_positions[:, -1:]
+    context = replace(call.context, query_positions=positions, query_order=None, key_order=None)
+    query, scoring = call.query[:, :, -1:].to(dtype, copy=True), call.scoring._replace(dropout=0.0)
 
     def attend(values: Tensor, of_text: Tensor | None = None) -> Tensor:
         shown = context
-        if text is not None and of_text is not None:
-            view = _StoreView(held.held, held.selection, text._replace(value=of_text))
-            shown = replace(context, cache_layers={layer.index: view})
-        return technique.attend(layer, last, key.to(dtype, copy=True), values, shown, scoring)
+        if of_text is not None:
+            view = copy.copy(held)
+            view.store_values = of_text
+            shown = replace(context, cache_layers={call.layer.index: view})
+        key = call.key.to(dtype, copy=True)
+        return technique.attend(call._replace(query=query, key=key, value=values, context=shown, scoring=scoring))
 
-    values = [value] if text is None else [value, text.value]
+    values = [call.value] if text is None else [call.value, text.value]
     first, *rest = mass_of_keys(attend, *values, dtype=dtype)
-    sinks = getattr(technique, "num_sink_tokens", 0) if context.layout is not KeyLayout.FULL else 0
-    own = first, _positions(context, key.shape[2], sinks)
+    own = first, _positions(context, call.key.shape[2])
     return [own, *((mass, text.positions) for mass in rest if text is not None)]
 
 
-def _positions(context: ForwardContext, count: int, sinks: int) -> Tensor:
+def _positions(context: ForwardContext, count: int) -> Tensor:
     """Return the positions [rows, count] of the keys that a cache returns; those of empty slots mean nothing."""
-    device = context.last_position.device
-    if context.layout is KeyLayout.RING_BUFFER:
-        assert context.ring_slots is not None
+    device, sinks = context.last_position.device, context.leading_sinks
+    if context.ring_slots is not None:
         others = context.query_positions - context.ring_slots[1][:, sinks:].to(device)
     else:
         others = context.last_position - torch.arange(count - sinks - 1, -1, -1, device=device)

@@ -17,7 +17,9 @@ import typer
 from rich.console import Console
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_longtrunc.attention.dual_chunk import ChunkLaw, Chunks, KeyMultiplicity, dual_chunk_attention
+from hf_longtrunc.attention.block_scores import KeyMultiplicity
+from hf_longtrunc.attention.dual_chunk import ChunkLaw, dual_chunk_attention
+from hf_longtrunc.attention.kernels import Scoring
 from hf_longtrunc.attention.rope import Rotation
 from hf_longtrunc.evaluation.display import new_table
 
@@ -53,14 +55,14 @@ def sides(new: int, keys: int, device: str, chosen: bool) -> tuple[Callable[[], 
 
     query, key, value = tokens(HEADS, new), tokens(GROUPS, keys), tokens(GROUPS, keys)
     frequencies = 100_000.0 ** (-torch.arange(WIDTH // 2, dtype=torch.float64, device=device) / (WIDTH // 2))
-    chunks = Chunks(ChunkLaw(CHUNK, TRAINED), WIDTH**-0.5, Rotation(frequencies).rotate)
+    law, scoring = ChunkLaw(CHUNK, TRAINED), Scoring(WIDTH**-0.5, rotation=Rotation(frequencies))
     emphasis = None
     if chosen:
         positions = torch.randperm(keys // 2, device=device, generator=draw)[None, :KEYS_CHOSEN]
         emphasis = KeyMultiplicity(positions, torch.full(positions.shape, 8.0, device=device))
 
     def ours() -> object:
-        return dual_chunk_attention(query, key, value, None, chunks, emphasis)
+        return dual_chunk_attention(query, key, value, None, law, scoring, emphasis)
 
     def full() -> object:
         return scaled_dot_product_attention(query, key, value, is_causal=new > 1, enable_gqa=True)

@@ -66,8 +66,8 @@ class Layer(NamedTuple):
 
     @property
     def scoring(self) -> Scoring:
-        """Scale of the dot products."""
-        return Scoring(self.dim**-0.5)
+        """Scale of the dot products, and the rotation."""
+        return Scoring(self.dim**-0.5, rotation=self.rotation)
 
     def tokens(self, n: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """Return random queries, keys and values of n tokens."""
@@ -145,13 +145,12 @@ def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
     query, key, value = layer.tokens(n)
     positions = torch.arange(n, device=layer.device)[None]
     sinks = key[:, :, : layer.sinks], value[:, :, : layer.sinks]
-    rotation = layer.rotation
 
     def full() -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
     def windowed(path: str, sinks: tuple[Tensor, Tensor] | None) -> Tensor:
-        call = LambdaAttention(*(query, key, value, positions, positions), sinks, layer.law, layer.scoring, rotation)
+        call = LambdaAttention(*(query, key, value, positions, positions), sinks, layer.law, layer.scoring)
         return call.compute(path)
 
     sides: dict[str, Callable[[], object]] = {"full": full}

@@ -15,11 +15,26 @@ from hf_longtrunc.attention.lambda_attention import LambdaAttention, SinkWindowL
 
 
 def lambda_attention(
-    query, key, value, i, j, *, sinks, window, max_distance, spacing=0, path="auto", block_size=512, **call
+    query,
+    key,
+    value,
+    i,
+    j,
+    *,
+    sinks,
+    window,
+    max_distance,
+    scoring,
+    rotation,
+    spacing=0,
+    path="auto",
+    block_size=512,
+    **call,
 ):
     """Attention of LM-Infinite (spacing 0) or StreamingLLM (1) over tensors, by one of its paths."""
     law = SinkWindowLaw(0 if sinks is None else sinks[0].shape[2], window, max_distance, spacing)
-    return LambdaAttention(query, key, value, i, j, sinks, law, **call).compute(path, block_size)
+    scoring = scoring._replace(rotation=rotation)
+    return LambdaAttention(query, key, value, i, j, sinks, law, scoring, **call).compute(path, block_size)
 
 
 def is_visible(i: int, j: int, sinks: int, window: int) -> bool:

@@ -36,7 +36,7 @@ def llama():
 
 @pytest.fixture
 def unchecked():
-    """Paths are tried once for each kind of rotation: here they are tried anew."""
+    """Paths are tried once for each kind of rotation, models once for each technique: here they are tried again."""
     path_check._error.cache_clear()
     yield
     path_check._error.cache_clear()
@@ -46,8 +46,8 @@ def unchecked():
 class OneFarther(SinkWindowLaw):
     """Another distance than its definition says, in one place."""
 
-    def far_query(self, query, query_positions, rotation):
-        return rotation.rotate(query, self.max_distance + 1 - query_positions)
+    def far_query(self, query, query_positions, scoring):
+        return scoring.rotate(query, self.max_distance + 1 - query_positions)
 
 
 def plant_far(monkeypatch):

@@ -8,13 +8,13 @@ import random
 import pytest
 import torch
 
+from hf_longtrunc.attention.block_scores import KeyMultiplicity
 from hf_longtrunc.attention.dual_chunk import (
     ChunkLaw,
-    Chunks,
-    KeyMultiplicity,
     chunk_block_scores,
     dual_chunk_attention,
 )
+from hf_longtrunc.attention.kernels import Scoring
 from hf_longtrunc.attention.rope import Rotation
 from hf_longtrunc.attention.softmax_merge import AttentionPart, merge_attention
 
@@ -75,8 +75,8 @@ def placed_as_cached(tensors, padding, chunk, trained):
     positions = torch.arange(m)[None] - torch.tensor(padding)[:, None]
     placed = positions.clamp_min(0) % chunk
     turned = turn.rotate(query, placed[:, m - n :]), turn.rotate(key, placed)
-    chunks = Chunks(ChunkLaw(chunk, trained), 0.4, turn.rotate)
-    return *turned, value, torch.tensor(padding) if any(padding) else None, chunks
+    layer = ChunkLaw(chunk, trained), Scoring(0.4, rotation=turn)
+    return *turned, value, torch.tensor(padding) if any(padding) else None, *layer
 
 
 def run(tensors, padding, chunk, trained, emphasis=None):
@@ -124,8 +124,8 @@ def test_blocks_get_the_attention_that_the_definition_pays_them(seed):
             paid = weights[row, :, :, sinks + block * size :][..., :size].sum(-1)
             for group in range(2):
                 expected[row, :, group, block] = paid[:, groups[group].expand(batch, -1)[row]].sum(-1)
-    query, key, _, pad, chunks = placed_as_cached(tensors, padding, chunk, trained)
-    got = chunk_block_scores(query, key, pad, chunks, groups, sinks, size, last)
+    query, key, _, pad, law, scoring = placed_as_cached(tensors, padding, chunk, trained)
+    got = chunk_block_scores(query, key, pad, law, scoring, groups, sinks, size, last)
     assert torch.allclose(got, expected, rtol=0, atol=1e-12)
 
 
@@ -183,6 +183,6 @@ def test_half_precision_errs_like_one_call(dtype):
     together = torch.nn.functional.scaled_dot_product_attention(
         query.double(), key.double(), value.double(), scale=0.3, enable_gqa=True
     )
-    one = merge_attention([AttentionPart(query, key, value)], 0.3).double()
-    error, bound = (merge_attention(parts, 0.3).double() - together).abs().max(), (one - together).abs().max()
+    one = merge_attention([AttentionPart(query, key, value)], Scoring(0.3)).double()
+    error, bound = (merge_attention(parts, Scoring(0.3)).double() - together).abs().max(), (one - together).abs().max()
     assert error <= 2 * bound + torch.finfo(dtype).eps * together.abs().max()

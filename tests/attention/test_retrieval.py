@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from transformers import DynamicCache
 
 from hf_longtrunc import ArchiveCacheLayer, LambdaCacheLayer, LMInfinite, TopBlocks, TopK
-from hf_longtrunc.attention.block_scores import DistantScoring, UnrotatedKV, select_blocks, top_k
+from hf_longtrunc.attention.block_scores import DistantKeys, UnrotatedKV, select_blocks, top_k
 from hf_longtrunc.attention.kernels import Scoring
 from hf_longtrunc.attention.rope import Rotation
 
@@ -43,8 +43,9 @@ def attended(query, key, value, sinks, window, scoring, k, away, rows):
     i = torch.arange(query.shape[2])[None]
 
     def read(queries, positions, scores):
-        turned = ROTATION.rotate(queries, away - positions)
-        return top_k(turned, positions, UnrotatedKV(key, value, i), k, DistantScoring(away, sinks, window, scoring))
+        text = UnrotatedKV(key, value, i)
+        distant = DistantKeys(text, scoring._replace(rotation=ROTATION), sinks, window, distance=away)
+        return top_k(queries, positions, distant, k)
 
     rotated = ROTATION.rotate(key, i)
     return lambda_attention(

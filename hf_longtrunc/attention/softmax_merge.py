@@ -138,7 +138,11 @@ def _has_kernel(part: AttentionPart, scoring: Scoring) -> bool:
 def _attended(part: AttentionPart, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Return the output [batch, heads, n, value_dim] of one part and its log-sum-exp [batch, heads, n]."""
     if _has_kernel(part, scoring):
-        output, lse = _FLASH(*_in_order(part), 0.0, part.mask != "full", scale=scoring.scaling)
+        query, key, value = _in_order(part)
+        if part.mask == "full":  # a group's heads become the queries of their key head, which is read once
+            query = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+        output, lse = _FLASH(query, key, value, 0.0, part.mask != "full", scale=scoring.scaling)
+        output, lse = output.reshape(part.query.shape), lse.reshape(part.query.shape[:-1])
         return (output.flip(2), lse.flip(2)) if part.mask == "anticausal" else (output, lse)
     outputs, sums = [], []
     for start in range(0, part.query.shape[2], ROWS_SCORED):

@@ -26,7 +26,13 @@ from hf_longtrunc.attention.interface import register, unregister
 from hf_longtrunc.attention.own_config import give_own_configs
 from hf_longtrunc.attention.own_forwards import own_forward
 from hf_longtrunc.attention.path_check import check_paths
-from hf_longtrunc.attention.probe import hidden_states, probe
+from hf_longtrunc.attention.probe import (
+    hidden_states,
+    identity_of,
+    probe,
+    recall,
+    remember,
+)
 from hf_longtrunc.attention.refusals import refuse_model
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.attention.technique import Technique
@@ -49,7 +55,8 @@ class PatchTechnique(Technique):
     def attach(self, model: Any) -> AttentionPatch:
         """Patch `model`, a transformers causal language model or a PEFT or DDP wrapper of one, until `detach()`.
 
-        Runs a few forwards of at most eight tokens to find how each layer rotates its queries and keys.
+        Runs a few forwards of at most eight tokens to find how each layer rotates its queries and keys. The same
+        technique on the same model, unchanged since, runs none.
 
         Raises:
             TypeError: it is no such model.
@@ -122,13 +129,15 @@ class AttentionPatch(Handle):
         """Put everything in place; refuse a model that computes something else on a few tokens than before."""
         decoder, model = self.decoder, self.model
         refuse_model(model, decoder, type(self.technique).__name__)
+        key, identity = self.resolved, identity_of(decoder)
+        known = recall(decoder, key, identity)
         self._original = decoder.config._attn_implementation
         self._configs = give_own_configs(self, model, decoder, self._name)
         register(self._name, self._original)
         self.undo(unregister, self._name)
         weakref.finalize(model, unregister, self._name)
         self.set(decoder, "_hf_longtrunc_patch", self)
-        self.found = probe(decoder, self.resolved.rope_length)
+        self.found = known or probe(decoder, self.resolved.rope_length)
         self.resolved = self.resolved.check(self.found)
         law = self.resolved.distances
         frequencies = self.found.frequencies
@@ -136,7 +145,7 @@ class AttentionPatch(Handle):
         check_paths(self.resolved, self.found)
         self.resolved.prepare(self, decoder, self.found)
         ids = few_tokens(decoder, self.resolved.rope_length)
-        before = self._natively(ids)
+        before = None if known else self._natively(ids)
         for module, layer in self.found.layers.items():
             self.route(self, module, layer, self.resolved.attend)
         self._run_decoder = decoder.forward
@@ -144,8 +153,9 @@ class AttentionPatch(Handle):
         self.layer_indices = sorted({layer.index for layer in self.found.layers.values() if layer.index >= 0})
         enter = partial(self.run, None, None) if self.resolved.retrieval is None else partial(self.forward)
         self.set(decoder, "forward", update_wrapper(enter, decoder.forward))
-        # Texts of every length take our attention here, so a layer that it cannot serve is seen.
-        self._compare(ids, before)
+        if before is not None:  # texts of every length take our attention here, so a layer that it cannot serve is seen
+            self._compare(ids, before)
+            remember(decoder, key, identity, self.found)
         self.passthrough = self.resolved.retrieval is None and not self.found.own_forwards
         adapt_generate(self)
         self.refuse_copies(model, decoder, advice="detach first, copy or save, and attach again")

@@ -6,6 +6,7 @@ import zlib
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from hf_longtrunc.attention.own_forwards import own_forward
 from hf_longtrunc.attention.rope import candidate_rotations, exact_forward, exact_rotaries, find_rotation
 from hf_longtrunc.errors import UnsupportedModelError
 from hf_longtrunc.handles import Handle
-from hf_longtrunc.models import CACHE, disagreement, evaluating, few_tokens, parameters_of
+from hf_longtrunc.models import CACHE, disagreement, evaluating, few_tokens, parameters_of, weights_version
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Set as AbstractSet
@@ -90,6 +91,37 @@ class ProbeResult:
                 "attention_mask says that this one token of a row is padding, and transformers shows no mask to "
                 "recurrent layers in a forward of one token: give a row's padding together with its first token"
             )
+
+
+# Of each decoder, by technique: what was checked, and what was found. A value holds no decoder: it would never go.
+_checked: WeakKeyDictionary[nn.Module, dict[object, tuple[object, ProbeResult]]] = WeakKeyDictionary()
+
+
+def identity_of(decoder: Any) -> object:
+    """Return a value that changes with weights, config, classes and settings of a decoder, on which a probe depends.
+
+    None where a hook or a replaced forward could change what it computes without a trace.
+    """
+    parts: list[object] = [str(decoder.config.to_dict()), decoder.config._attn_implementation]
+    for module in decoder.modules():
+        state = vars(module)
+        if "forward" in state or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        settings = ((name, value) for name, value in state.items() if isinstance(value, (bool, int, float, str)))
+        parts += [type(module).forward, *(each for each in settings if each[0] != "training")]
+    return (weights_version(decoder), *parts)
+
+
+def recall(decoder: Any, technique: object, identity: object) -> ProbeResult | None:
+    """Return what an earlier attach of the same technique found about the same decoder; None if it may have changed."""
+    earlier, found = _checked.get(decoder, {}).get(technique, (None, None))
+    return found if identity is not None and identity == earlier else None
+
+
+def remember(decoder: Any, technique: object, identity: object, found: ProbeResult) -> None:
+    """Keep what was found for the next `recall`, as long as the decoder lives."""
+    if identity is not None:
+        _checked.setdefault(decoder, {})[technique] = identity, found
 
 
 class ArchitectureProbe(MaskPlaceholder):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, replace
+from functools import wraps
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from hf_longtrunc import (
     TopK,
     UnsupportedModelError,
 )
-from hf_longtrunc.attention import dual_chunk, lambda_attention, path_check
+from hf_longtrunc.attention import dual_chunk, lambda_attention, path_check, probe
 from hf_longtrunc.attention.lambda_attention import SinkWindowLaw
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.models import cache_of
@@ -38,8 +41,10 @@ def llama():
 def unchecked():
     """Paths are tried once for each kind of rotation, models once for each technique: here they are tried again."""
     path_check._error.cache_clear()
+    probe._checked.clear()
     yield
     path_check._error.cache_clear()
+    probe._checked.clear()
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,49 @@ def test_a_technique_with_one_wrong_path_is_refused_at_attach(plant, technique, 
     path_check._error.cache_clear()
     with technique(llama):
         pass
+
+
+def test_an_unchanged_model_is_probed_once_and_a_changed_one_again(unchecked, monkeypatch):
+    model, ran = tiny_model("llama").requires_grad_(False), []
+    decoder, run = model.model, type(model.model).forward
+    counted = wraps(run)(lambda *args, **kwargs: ran.append(1) or run(*args, **kwargs))
+    monkeypatch.setattr(type(decoder), "forward", counted)
+
+    def forwards(technique=ARM):
+        ran.clear()
+        with technique(model):
+            return len(ran)
+
+    assert forwards() > 0
+    assert forwards() == 0
+    assert forwards(DualChunkAttention()) > 0
+    assert forwards() == 0
+    changes = {
+        "weights": lambda: decoder.layers[0].self_attn.q_proj.weight.mul_(1.0),
+        "config": lambda: setattr(model.config, "rms_norm_eps", 1e-7),
+        "a module's settings": lambda: setattr(decoder.layers[1].self_attn, "scaling", 0.5),
+        "dtype": lambda: model.double(),
+        "attention": lambda: model.set_attn_implementation("eager"),
+        "layers": lambda: decoder.layers.pop(1),
+    }
+    for what, change in changes.items():
+        change()
+        assert forwards() > 0, what
+        assert forwards() == 0, what
+    decoder.norm.register_forward_hook(lambda *_: None)
+    assert [forwards() > 0, forwards() > 0] == [True, True]
+
+
+def test_what_is_remembered_of_a_model_goes_with_it(unchecked):
+    model = tiny_model("llama")
+    with ARM(model):
+        pass
+    assert len(probe._checked) == 1
+    gone = weakref.ref(model.model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert len(probe._checked) == 0
 
 
 class Quantised(torch.nn.Linear):

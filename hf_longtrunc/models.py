@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 # What forwards, `generate` and their outputs call the cache of keys and values: transformers 5.24 renamed it.
 # A call says `model(ids, **{CACHE: cache})`, and `cache_of(output)` reads it.
@@ -107,7 +107,13 @@ def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
 
 def parameters_of(module: Any) -> list[str]:
     """Return the names of the arguments of a module's forward, in order; of its class, whatever wraps the instance."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+    return list(_parameters(type(module).forward))
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of a method's arguments but the first; cached, as each forward of a patched model asks."""
+    return tuple(inspect.signature(function).parameters)[1:]
 
 
 def bound(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -10,17 +10,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_longtrunc
+from hf_longtrunc.models import cache_of
 
-MODULES = [
-    *(
-        "dual_chunk",
-        "dual_chunk_attention",
-        "key_retrieval",
-        "lambda_attention",
-        "lm_infinite",
-        "patch",
-    ),
-    *("rope", "streaming_llm"),
+from .cross_attention.seq2seq_models import tiny_seq2seq
+
+ATTENTION = [
+    *("dual_chunk", "dual_chunk_attention", "explanation", "full_store", "key_retrieval", "lambda_attention"),
+    *("lm_infinite", "patch", "ring_cache", "rope", "streaming_llm", "trace"),
 ]
 
 
@@ -33,20 +29,21 @@ def names(tmp_path_factory):
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     model.generation_config.eos_token_id = None
-    public = {
-        name: getattr(hf_longtrunc, name) for name in ("LMInfinite", "StreamingLLM", "DualChunkAttention", "TopK")
-    }
+    techniques = "LMInfinite", "StreamingLLM", "DualChunkAttention", "TopK"
+    public = {"cache_of": cache_of, "seq2seq": tiny_seq2seq(vocab_size=96)}
+    public |= {name: getattr(hf_longtrunc, name) for name in techniques}
     scratch = tmp_path_factory.mktemp("examples")
     model.save_pretrained(scratch / "model")
     public |= {"scratch": str(scratch), "model_folder": str(scratch / "model")}
     return {**public, "model": model, "ids": torch.randint(3, 90, (1, 100)), "torch": torch}
 
 
-OTHERS = ["errors", "handles", *(f"hosting.{name}" for name in ("settings", "find_and_read", "generate", "folder"))]
+OTHERS = ["errors", "handles", "cross_attention.datastore", "cross_attention.unlimiformer"]
+OTHERS += [*(f"hosting.{name}" for name in ("settings", "find_and_read", "generate", "folder"))]
 
 
 @pytest.mark.parametrize(
-    "module", [f"hf_longtrunc.{name}" for name in [*OTHERS, *(f"attention.{name}" for name in MODULES)]]
+    "module", [f"hf_longtrunc.{name}" for name in [*OTHERS, *(f"attention.{name}" for name in ATTENTION)]]
 )
 def test_examples_run(module, names):
     found = importlib.import_module(module)

@@ -18,6 +18,10 @@ from hf_longtrunc.models import few_tokens
 class Explanation:
     """What holds for one model under one technique; `print` shows a line for each field.
 
+    >>> told = DualChunkAttention(chunk_length=48).explain(model)
+    >>> told.supported, told.cache_bytes(1000)
+    (True, 256000)
+
     Attributes:
         technique: with its lengths for this model.
         supported: whether the model can be patched.

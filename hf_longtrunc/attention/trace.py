@@ -51,14 +51,17 @@ class AttentionRecord:
 class AttentionTrace(Handle):
     """A record of what a patched model reads, until `detach()` or the end of a `with` block.
 
-    `with DualChunkAttention()(model) as handle, AttentionTrace(handle) as trace:`, then `model.generate(...)` and
-    `trace.to_html(tokenizer, sequences[0], "read.html", prompt_length=...)`. Afterwards the model is as it was, and
-    the records stay. What the model computes does not change, but that a text within one chunk of dual chunk attention
-    is read by our attention too, the same to rounding.
+    >>> with LMInfinite(window_length=64)(model) as handle, AttentionTrace(handle) as trace, torch.no_grad():
+    ...     answer = model.generate(ids, max_new_tokens=3, do_sample=False)
+    >>> trace.records[0].mass.shape  # of the prompt's last token: a share for each 64 tokens of the text
+    torch.Size([1, 2])
 
-    Each forward is recorded at its last token: a prompt's, from which the answer's first token is made, and every
-    decoded one's. Cost: of those tokens each layer's attention and its backward pass, with values of one number; the
-    shares of a forward are stored on the CPU, a number for each stretch.
+    `to_html` writes the records as a page. They stay after the trace is detached. Logits do not change, but a text
+    within one chunk of dual chunk attention is computed by our attention too, equal up to rounding.
+
+    Each forward is recorded at its last token: that of a prompt, which the answer's first token is predicted from, and
+    every decoded one. Cost: for these tokens, each layer's attention and its backward pass with values of one number.
+    The shares of a forward are stored on the CPU, a number for each stretch.
 
     Args:
         handle: what `LMInfinite(...).attach(model)` or `DualChunkAttention(...).attach(model)` returned.

@@ -84,8 +84,8 @@ class CrossAttention:
 def cross_attention_modules(decoder: nn.Module, run: Callable[[], Any]) -> list[CrossAttention]:
     """Return the modules of `decoder` that are given encoder states while `run()` runs it.
 
-    Only those count whose query, key, value and output projections are found by a known name, and whose arguments
-    hold a mask over the encoder states alone.
+    Query, key, value and output projections must have known names, and one argument must be a mask over the encoder
+    states alone.
     """
     found: dict[nn.Module, CrossAttention] = {}
 

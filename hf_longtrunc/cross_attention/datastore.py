@@ -54,7 +54,12 @@ class Store(Protocol):
 class Datastore:
     """Exact search over `states` [n, width], of any dtype and on any device.
 
-    `search` costs queries * n * width multiplications and 64 MB beside the states; states are read once for some
+    >>> store = Datastore(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]))
+    >>> scores, ids = store.search(torch.tensor([[1.0, 0.5]]), k=2)
+    >>> ids.tolist(), scores.tolist()
+    ([[2, 0]], [[2.0, 1.0]])
+
+    `search` costs queries * n * width multiplications and 64 MB in addition to the states, which are read once for some
     hundred queries. Both methods carry gradients to states, queries and weights.
     """
 

@@ -42,7 +42,7 @@ class _Piece(NamedTuple):
 def long_encoder(encoder: Any, window: int, overlap: float, encode_batch: int) -> Callable[..., Any]:
     """Return a forward for `encoder` that reads inputs of more than `window` tokens in overlapping windows.
 
-    Each row is encoded from its first to its last real token, whatever padding stands around them; states of padding
+    Each row is encoded from its first to its last real token, whatever padding surrounds them; states of padding
     are zero. Every argument that has a number per token is cut into the same windows. Of a long input only
     `last_hidden_state` is returned. An input of up to `window` tokens goes to the encoder's own forward, as it came.
     """
@@ -89,9 +89,9 @@ def _batches(pieces: list[_Piece], size: int) -> Iterator[list[_Piece]]:
     with logging.tqdm(
         total=len(pieces), desc="encoding", unit="window", delay=_SECONDS_BEFORE_PROGRESS, leave=False
     ) as bar:
-        for alike in by_length.values():
-            for start in range(0, len(alike), size):
-                batch = alike[start : start + size]
+        for same_length in by_length.values():
+            for start in range(0, len(same_length), size):
+                batch = same_length[start : start + size]
                 yield batch
                 bar.update(len(batch))
 

@@ -32,8 +32,8 @@ class LongInputReader:
     """The parts of a model's forward and of `generate` that differ for long inputs.
 
     What one forward knows (its texts, and whether it reads random states) goes from `before_decoder` to the layers as
-    the mask [rows, 1, 1, n] and its dtype, which transformers hands through as it is. So forwards of several threads
-    do not meet, and a layer that activation checkpointing runs again, much later, does what it did.
+    the mask [rows, 1, 1, n] and its dtype, which transformers passes on unchanged. So forwards of several threads are
+    independent, and a layer that activation checkpointing runs again later computes the same.
 
     Attributes:
         window: tokens that the encoder reads at a time; a text of no more is attended to whole.

@@ -20,7 +20,7 @@ class Texts(NamedTuple):
     Attributes:
         mask: [rows, 1, 1, n], true where a state is searched.
         stores: one a row.
-        version: of the states' memory, which counts what is written into it in place.
+        version: of the states' memory; each write in place changes it.
     """
 
     mask: Tensor
@@ -31,7 +31,7 @@ class Texts(NamedTuple):
 class KnownTexts:
     """Texts by the tensor that holds their states.
 
-    A text is looked up by what it is, not by which was read last: several generations, in several threads or in turns,
+    A text is looked up by its content, not by which was read last: several generations, in several threads or in turns,
     each find their own. An entry does not keep its states alive. `generate()` holds them until it returns or raises,
     and with them goes the entry.
 
@@ -53,7 +53,7 @@ class KnownTexts:
     def of(self, states: Tensor, mask: Tensor) -> Texts:
         """Return the texts that `states` [rows, n, width] hold, without gradients, built if they are not known.
 
-        A text whose mask [rows, 1, 1, n] has changed, or whose states were overwritten, is built anew.
+        A text whose mask [rows, 1, 1, n] has changed, or whose states were overwritten, is built again.
         """
         known = self._known.get(states)
         version = 0 if states.is_inference() else states._version

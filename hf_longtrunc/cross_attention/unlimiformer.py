@@ -40,9 +40,12 @@ class Unlimiformer:
     """Inputs of any length for a pretrained encoder-decoder: every cross-attention head reads its own best states.
 
     The text is encoded in overlapping windows by the unmodified encoder, and each head of each decoder layer attends
-    to the `top_k` encoder states that score highest for its query, wherever they stand. No weights change. An input of
-    up to `window` tokens is the unmodified model, to the bit. Memory: one copy of the encoder states, shared by all
-    layers, heads and beams; time: one pass over them per layer and step.
+    to the `top_k` encoder states that score highest for its query, anywhere in the text. No weights change. An input of
+    up to `window` tokens is computed by the unmodified model itself. Memory: one copy of the encoder states, shared by
+    all layers, heads and beams; time: one pass over them per layer and step.
+
+    >>> with Unlimiformer(top_k=8, window=32)(seq2seq):
+    ...     answer = seq2seq.generate(ids, max_new_tokens=4, do_sample=False)  # of 100 tokens
 
     Args:
         top_k: states that a head attends to; None takes `window`, as the paper does. A text of up to `window` tokens

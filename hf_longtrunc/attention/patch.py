@@ -26,13 +26,7 @@ from hf_longtrunc.attention.interface import register, unregister
 from hf_longtrunc.attention.own_config import give_own_configs
 from hf_longtrunc.attention.own_forwards import own_forward
 from hf_longtrunc.attention.path_check import check_paths
-from hf_longtrunc.attention.probe import (
-    hidden_states,
-    identity_of,
-    probe,
-    recall,
-    remember,
-)
+from hf_longtrunc.attention.probe import hidden_states, identity_of, probe, recall, remember, states_of
 from hf_longtrunc.attention.refusals import refuse_model
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.attention.technique import Technique
@@ -131,13 +125,14 @@ class AttentionPatch(Handle):
         refuse_model(model, decoder, type(self.technique).__name__)
         key, identity = self.resolved, identity_of(decoder)
         known = recall(decoder, key, identity)
+        states = (False, True) if known else states_of(decoder)  # by the model's own attention
         self._original = decoder.config._attn_implementation
         self._configs = give_own_configs(self, model, decoder, self._name)
         register(self._name, self._original)
         self.undo(unregister, self._name)
         weakref.finalize(model, unregister, self._name)
         self.set(decoder, "_hf_longtrunc_patch", self)
-        self.found = known or probe(decoder, self.resolved.rope_length)
+        self.found = known or probe(decoder, self.resolved.rope_length, *states)
         self.resolved = self.resolved.check(self.found)
         law = self.resolved.distances
         frequencies = self.found.frequencies

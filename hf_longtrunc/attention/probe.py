@@ -238,12 +238,15 @@ class ArchitectureProbe(MaskPlaceholder):
         return {module: torch.cat(states, dim=1) for module, states in self._captured.items()}
 
 
-def probe(decoder: Any, rope_length: int) -> ProbeResult:
-    """Find out how each layer's attention rotates, what its caches hold and what its states do.
+def probe(decoder: Any, rope_length: int, has_states: bool, states_go_on: bool) -> ProbeResult:
+    """Find out how each layer's attention rotates and what its caches hold.
 
-    Frequencies that depend on the running length are taken at `rope_length` tokens.
+    Args:
+        decoder: with the attention and the mask function of its patch installed.
+        rope_length: frequencies that depend on the running length are taken at this length.
+        has_states: from `states_of`, as is the next.
+        states_go_on: whether a forward of several tokens goes on from them.
     """
-    has_states, states_go_on = states_of(decoder)
     with Handle("a probe", decoder, "rotary modules") as probing:
         exact = dict(exact_rotaries(decoder, rope_length))
         for module, rotaries in exact.items():

@@ -167,6 +167,7 @@ STEPS = [
         'dual_chunk.py --text TEXT --only "StreamingLLM, a quarter" --tokens 12288 --out OUT',
     ),
     Step("dual-chunk-cost", "One layer under dual chunk attention", None, "benchmarks/dual_chunk.py"),
+    Step("decode-cost", "A decoded token of all layers, as it is and patched", None, "benchmarks/decode.py --out OUT"),
     Step(
         "reading",
         "Facts that a novel states once, asked for in a chat: dual chunk attention alone and with blocks",

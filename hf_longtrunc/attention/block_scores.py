@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_longtrunc.attention.kernels import ExtraKeys, Scoring, constant_scores
+from hf_longtrunc.attention.kernels import ExtraKeys, Scoring, grouped_scores, soft_capped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -237,7 +237,9 @@ def _distant_scores(query: Tensor, query_positions: Tensor, distant: DistantKeys
     text, scoring = distant.text, distant.scoring
     device = text.key.device
     query = scoring.rotate(query, distant.distance - query_positions).to(device)
-    scores = constant_scores(query, text.key, distant.distance, scoring)
+    scores = soft_capped(grouped_scores(query, text.key) * scoring.scaling, scoring.softcap)
+    if scoring.slopes is not None:
+        scores = scores - scoring.slopes.to(scores.device, scores.dtype)[:, None, None] * distant.distance
     i = query_positions.to(device)
     candidates = is_distant(i, text.positions, distant.num_sink_tokens, distant.window)
     candidates = candidates & (i >= distant.first_query)[..., None]

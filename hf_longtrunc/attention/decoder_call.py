@@ -123,16 +123,16 @@ def full_context(call: DecoderCall) -> tuple[ForwardContext, Tensor]:
     """
     columns = torch.arange(call.past, call.past + call.new, device=call.device)
     padding, order = text_order(call.real)
-    came = queries = from_first_token(columns, padding)
+    positions = queries = from_first_token(columns, padding)
     query_order = None
     if call.real is not None and order is not None:
-        came, query_order = positions_in_call_order(columns, padding, call.real[:, call.past :])
+        positions, query_order = positions_in_call_order(columns, padding, call.real[:, call.past :])
     last = from_first_token(columns[-1:], padding)
     is_padded = padding is not None
     context = ForwardContext(
         queries, last, call.past + call.new, is_padded=is_padded, query_order=query_order, key_order=order
     )
-    return context, came
+    return context, positions
 
 
 def positions_in_call_order(columns: Tensor, padding: Tensor | None, now: Tensor) -> tuple[Tensor, Tensor]:

@@ -245,7 +245,7 @@ class DualChunkAttention(PatchTechnique):
         return context, self.distances.key_position(positions.clamp_min(0))
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Attend to all keys so far; queries and keys come rotated at their positions mod s, as the columns came."""
+        """Attend to all keys so far; queries and keys are rotated at their positions mod s, in column order."""
         scoring, context = call.scoring, call.context
         if scoring.slopes is not None or scoring.dropout:
             raise UnsupportedModelError(

@@ -56,7 +56,7 @@ def _attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """Compute attention by the context that came as the mask; other layers get the model's own."""
+    """Compute attention by the context that travels as the mask; other layers get the model's own."""
     if isinstance(attention_mask, DeferredMask):
         raise ValueError(
             "layers of a patched model were run outside its decoder's forward, in which positions are "

@@ -90,19 +90,6 @@ def single_query_attention(
     return eager_attention(query, key, value, seen, scoring, None, bias, read)
 
 
-def constant_scores(
-    query: Float[Tensor, "batch heads n dim"],
-    key: Float[Tensor, "batch kv_heads m dim"],
-    away: int,
-    scoring: Scoring,
-) -> Float[Tensor, "batch heads n m"]:
-    """Logits of queries that are rotated to one distance `away` with un-rotated keys."""
-    scores = soft_capped(grouped_scores(query, key) * scoring.scaling, scoring.softcap)
-    if scoring.slopes is None:
-        return scores
-    return scores - scoring.slopes.to(scores.device, scores.dtype)[:, None, None] * away
-
-
 def eager_attention(
     query: Tensor,
     key: Tensor,

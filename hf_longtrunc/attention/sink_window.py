@@ -164,18 +164,18 @@ class SinkWindowTechnique(PatchTechnique):
         """Plan a forward: positions, where each ring writes, and how it returns keys."""
         rings = [layer for layer in call.cache_layers if isinstance(layer, RingCacheLayer)]
         if not rings:
-            context, came = full_context(call)
+            context, positions = full_context(call)
             self._refuse_gaps(found, context)
-            return replace(context, block_scores=block_scores), came.clamp_min(0)
+            return replace(context, block_scores=block_scores), positions.clamp_min(0)
         past, new, device, ring, law = call.past, call.new, call.device, rings[0], self.distances
         columns = torch.arange(past, past + new, device=device)
         state, shift = ring.padding_state.append(call.real, past, new)
         if shift is not None:
             _refuse_lost(ring, past, shift)
-        came = queries = from_first_token(columns, state.padding)
+        positions = queries = from_first_token(columns, state.padding)
         query_order = None
         if call.real is not None and shift is not None and shift.order is not None:
-            came, query_order = positions_in_call_order(columns, state.padding, call.real[:, past:])
+            positions, query_order = positions_in_call_order(columns, state.padding, call.real[:, past:])
         sink_rotations: dict[int, tuple[Tensor, Tensor]] = {}
         slots = None
         if new == 1:
@@ -207,7 +207,7 @@ class SinkWindowTechnique(PatchTechnique):
             block_scores=block_scores,
         )
         self._refuse_gaps(found, context)
-        return context, came.clamp_min(0)
+        return context, positions.clamp_min(0)
 
     def _refuse_gaps(self, found: ProbeResult, context: ForwardContext) -> None:
         if found.windowed and (context.query_order is not None or context.is_shifted):

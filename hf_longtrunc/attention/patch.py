@@ -129,8 +129,7 @@ class AttentionPatch(Handle):
         self._original = decoder.config._attn_implementation
         self._configs = give_own_configs(self, model, decoder, self._name)
         register(self._name, self._original)
-        self.undo(unregister, self._name)
-        weakref.finalize(model, unregister, self._name)
+        self.undo(weakref.finalize(model, unregister, self._name))  # at detach, or when the model goes
         self.set(decoder, "_hf_longtrunc_patch", self)
         self.found = known or probe(decoder, self.resolved.rope_length, *states)
         self.resolved = self.resolved.check(self.found)

@@ -55,13 +55,13 @@ def generations(model: PreTrainedModel) -> tuple[Graphs, int]:
 
         def answers() -> list[torch.Tensor]:
             return [
-                model.generate(ids, attention_mask=mask, max_new_tokens=25, **GREEDY)
+                model.generate(ids, attention_mask=mask, max_new_tokens=12, **GREEDY)
                 for ids, mask in zip(prompts, masks, strict=True)
             ]
 
         plain, graphs = answers(), Graphs()
         handle.compile(backend=graphs, fullgraph=True, dynamic=False)
-        first = [model.generate(prompts[i], attention_mask=masks[i], max_new_tokens=25, **GREEDY) for i in (0, 1)]
+        first = [model.generate(prompts[i], attention_mask=masks[i], max_new_tokens=12, **GREEDY) for i in (0, 1)]
         assert all(map(torch.equal, first, plain))
         taken = len(graphs.numbers)
         assert all(map(torch.equal, answers(), plain))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from hf_longtrunc.attention.padding import PaddingState
 from hf_longtrunc.attention.ring_cache import LambdaCacheLayer
@@ -84,7 +84,6 @@ def give(ring: LambdaCacheLayer, tape: Tape, n: int) -> None:
 MOVES = st.lists(st.one_of(st.integers(1, 30), st.integers(-9, -1), st.just(1)), min_size=1, max_size=30)
 
 
-@settings(max_examples=300, deadline=None)
 @given(moves=MOVES, sinks=st.integers(0, 4), window=st.integers(1, 12), padding=st.lists(st.integers(0, 5), max_size=2))
 def test_whatever_comes_and_goes_the_ring_hands_out_sinks_and_window(moves, sinks, window, padding):
     padding = [0, *padding]

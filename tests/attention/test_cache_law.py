@@ -33,19 +33,11 @@ def by_ids(model, tokens, cache):
     return model(tokens, **{CACHE: cache}).logits
 
 
-def by_embeddings(model, tokens, cache):
-    return model(inputs_embeds=model.get_input_embeddings()(tokens), **{CACHE: cache}).logits
-
-
 def by_decoder(model, tokens, cache):
     return model.lm_head(model.model(tokens, None, None, cache)[0])
 
 
-def by_an_older_name(model, tokens, cache):
-    return model.lm_head(model.model(tokens, past_key_values=cache)[0])
-
-
-DOORS = [by_ids, by_embeddings, by_decoder, by_an_older_name]
+DOORS = [by_ids, by_decoder]  # test_pairwise.py has more
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +45,6 @@ def llama():
     return model_of("llama")
 
 
-@pytest.mark.filterwarnings("ignore:.*past_key_values.*")
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("second", ARMS)
 @pytest.mark.parametrize("first", ARMS)

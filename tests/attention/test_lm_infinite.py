@@ -360,7 +360,7 @@ def test_decoding_neither_copies_the_ring_nor_masks_a_full_one(family):
 
 def test_generate_with_and_without_cache_agree(model):
     ids = prompt(25)
-    options = {"max_new_tokens": 100, "do_sample": False}
+    options = {"max_new_tokens": 40, "do_sample": False}
     with SETTINGS(model):
         cached = model.generate(ids, **options)
         assert torch.equal(cached, model.generate(ids, **{CACHE: DynamicCache(config=model.config)}, **options))
@@ -370,7 +370,7 @@ def test_generate_with_and_without_cache_agree(model):
 
 
 def test_beam_search(model):
-    options = {"max_new_tokens": 30, "do_sample": False, "num_beams": 3, "num_return_sequences": 3}
+    options = {"max_new_tokens": 12, "do_sample": False, "num_beams": 3, "num_return_sequences": 3}
     ids = prompt(25, batch=2)
     with SETTINGS(model):
         assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
@@ -387,7 +387,7 @@ def test_beam_search_with_padding(llama):
 def test_assisted_and_prompt_lookup_decoding(llama):
     ids = prompt(8).repeat(1, 4)
     # Token 0 is padding: an assistant's generate() takes it for a column without a token.
-    options = {"max_new_tokens": 120, "do_sample": False, "suppress_tokens": [0]}
+    options = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [0]}
     assistant = model_of("llama")
     with SETTINGS(llama):
         greedy = llama.generate(ids, **options)
@@ -424,10 +424,10 @@ def test_rows_of_a_cache_can_be_repeated_and_chosen(llama):
 
 def test_compiled_decoding_is_two_graphs_without_a_number_that_changes():
     """One until the ring is full, one from then on; `generate` adds none for other prompts."""
-    command = [sys.executable, "-m", "tests.attention.compiled_decode", "40"]
+    command = [sys.executable, "-m", "tests.attention.compiled_decode", "24"]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     steps, generations, elsewhere = result.stdout.splitlines() or [result.stderr, "", ""]
-    assert steps == "40 tokens: 2 graphs, numbers that they take: 0", steps
+    assert steps == "24 tokens: 2 graphs, numbers that they take: 0", steps
     assert generations == "generate: 2 graphs, 0 later, numbers: 0"
     assert elsewhere == "caches from elsewhere go on: True"
 

@@ -92,7 +92,7 @@ def conversation(seed, turns, width):
 def test_masked_columns_anywhere_are_no_tokens(family, technique, kind):
     """In every turn: on the left, on the right or between tokens, the rows each on their own."""
     model = model_of(family)
-    for seed in range(6):
+    for seed in range(3):
         parts, masks, texts = conversation(seed, 5, 3 * L)
         mask = torch.cat(masks, dim=1)
         with technique(model):
@@ -434,14 +434,14 @@ def test_four_threads_on_one_model_say_what_each_says_alone(llama, technique, le
 
             tasks = [task(text) for text in texts]
             alone = [task() for task in tasks]
-            for _ in range(5):
+            for _ in range(2):
                 assert all(map(torch.equal, in_threads(tasks), alone))
     finally:
         sys.setswitchinterval(before)
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("kind", ["plain", "padded", "TopBlocks"])
+@pytest.mark.parametrize("kind", ["padded", "TopBlocks"])
 def test_four_threads_on_the_real_model(real_model, kind):
     """HF_LONGTRUNC_GENERATIONS=50 gives each thread fifty."""
     model, tokenizer = real_model
@@ -457,7 +457,7 @@ def test_four_threads_on_the_real_model(real_model, kind):
 
         def task(text):
             ids, mask = padded(text, 9 if kind == "padded" else 0)
-            return lambda: model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+            return lambda: model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
 
         tasks = [task(text) for text in texts]
         alone = [task() for task in tasks]
@@ -468,12 +468,11 @@ def test_four_threads_on_the_real_model(real_model, kind):
 # -- wrappers and ranks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["tensor_parallel", "ddp", "fully_shard"])
-def test_two_ranks(what, tmp_path):
-    command = [sys.executable, "-m", "tests.attention.two_ranks", what, str(tmp_path / "store")]
+def test_two_ranks(tmp_path):
+    command = [sys.executable, "-m", "tests.attention.two_ranks", str(tmp_path / "store")]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "right" in result.stdout
+    assert result.stdout.split() == ["tensor_parallel", "ddp", "fully_shard"]
 
 
 # -- one token -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Run by a test in a process of its own: LM-Infinite on two ranks, `python -m tests.attention.two_ranks WHAT STORE`."""
+"""Run by a test in a process of its own: LM-Infinite on two ranks, `python -m tests.attention.two_ranks STORE`."""
 
 from __future__ import annotations
 
@@ -81,23 +81,25 @@ def fully_shard(folder: str) -> None:
         PLAIN.attach(model)
 
 
-def run(rank: int, what: str, store: str, folder: str) -> None:
+def run(rank: int, store: str, folder: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    globals()[what](folder)
-    dist.barrier()
+    for check in (tensor_parallel, ddp, fully_shard):
+        check(folder)
+        dist.barrier()
+        if rank == 0:
+            print(check.__name__, flush=True)
     dist.destroy_process_group()
 
 
 def main() -> None:
-    what, store = sys.argv[1:]
+    (store,) = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(CONFIG).save_pretrained(folder)
-        mp.spawn(run, (what, store, folder), nprocs=2)
-    print("right")
+        mp.spawn(run, (store, folder), nprocs=2)
 
 
 if __name__ == "__main__":

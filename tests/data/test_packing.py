@@ -8,7 +8,7 @@ from inspect import unwrap
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from hf_longtrunc import PackedDataset, pack_in_order
 from hf_longtrunc.data import packing as packing_module
@@ -127,7 +127,6 @@ def test_cuts_by_concatenation_are_those_of_the_sliced_stream(lengths, seq_lengt
 
 
 @given(st.lists(st.integers(0, 30), min_size=33, max_size=33).filter(any))
-@settings(max_examples=50)
 def test_a_plan_needs_the_histogram_only(histogram):
     lengths = [size for size in range(1, 33) for _ in range(histogram[size])]
     if not lengths:

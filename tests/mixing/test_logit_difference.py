@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from hf_longtrunc.mixing.logit_difference import (
     contrast,
@@ -55,7 +55,6 @@ def close(ours, theirs):
     torch.testing.assert_close(ours.double(), theirs.double(), atol=2e-5, rtol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
 @given(seeds, shapes, st.floats(0, 2), st.floats(0.01, 1))
 def test_each_formula_against_loops(seed, shape, strength, share):
     p, q, r = three(seed, shape)
@@ -85,7 +84,6 @@ def test_each_formula_against_loops(seed, shape, strength, share):
     )
 
 
-@settings(max_examples=40, deadline=None)
 @given(seeds, shapes, st.floats(0.005, 1))
 def test_filters_against_loops(seed, shape, rate):
     p, q, _ = three(seed, shape)
@@ -105,7 +103,6 @@ def test_filters_against_loops(seed, shape, rate):
     close(keep_tail(difference, likely, p), by_rows(kept, difference, likely, p))
 
 
-@settings(max_examples=40, deadline=None)
 @given(seeds, shapes, st.floats(0, 2), st.floats(0.005, 1))
 def test_every_result_is_normalised_and_scoring_is_finite(seed, shape, strength, rate):
     p, q, r = three(seed, shape)

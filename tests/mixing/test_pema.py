@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -105,7 +105,6 @@ def mixture_in_loops(pema, scores, share):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(2, 12), st.booleans())
 def test_the_mixture_is_the_loop_and_a_distribution(seed, rows, vocab, is_cut):
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from hf_longtrunc.mixing.prefixes import address, common_prefix
 
@@ -28,7 +28,6 @@ def naive(cached, new):
 matrices = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(0, 10_000))
 
 
-@settings(max_examples=300, deadline=None)
 @given(matrices, matrices)
 def test_against_loops(old, new):
     draw = [

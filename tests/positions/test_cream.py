@@ -8,7 +8,7 @@ from statistics import NormalDist
 import jaxtyping
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from scipy.stats import chisquare, kstest
 
 from hf_longtrunc import (
@@ -109,7 +109,6 @@ def test_ids_are_those_of_the_definition(official):
         assert script.asked == [(0, 1), (low, high)]
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_invariants(data):
     window = data.draw(st.integers(1, 300))

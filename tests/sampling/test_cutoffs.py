@@ -7,7 +7,7 @@ import math
 import jaxtyping
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from hf_longtrunc.sampling import cutoffs
 from hf_longtrunc.sampling.cutoffs import bar_of, below, softmax_rows
@@ -76,7 +76,6 @@ def test_min_tokens_to_keep_is_the_top_of_the_row_with_ties(row, epsilon, minimu
 
 
 @given(ROWS, st.floats(-1000, 1000))
-@settings(max_examples=50)
 def test_a_constant_added_to_a_row_changes_nothing_beyond_rounding(row, shift):
     rows, shifted = softmax_rows(torch.tensor([row])), softmax_rows(torch.tensor([row]) + shift)
     assert shifted.entropy.item() == pytest.approx(rows.entropy.item(), abs=5e-3)

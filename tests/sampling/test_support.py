@@ -247,7 +247,7 @@ def test_rank_zero_is_the_plain_threshold(tau):
 
 
 @given(seed=st.integers(0, 10_000), tau=st.floats(1e-3, 0.3))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_more_directions_only_add_tokens_and_the_plain_set_is_in_all(seed, tau):
     basis, scores = random_basis(150, 12, seed), random_scores(150, seed, 2.5)
     kept = scores.softmax(-1) >= tau
@@ -258,7 +258,7 @@ def test_more_directions_only_add_tokens_and_the_plain_set_is_in_all(seed, tau):
 
 
 @given(seed=st.integers(0, 10_000), tau=st.floats(1e-4, 0.3), columns=st.sampled_from([8, 64, 512]))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_the_set_is_that_of_single_checks_whatever_the_columns(seed, tau, columns):
     basis, scores = random_basis(400, 6, seed), random_scores(400, seed, 2.5)
     kept = SupportChecker(basis, columns=columns).kept(scores, tau, floor=0.0)

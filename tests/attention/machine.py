@@ -307,9 +307,11 @@ def main() -> None:
         first = steps
         while steps - first < wanted // len(chosen):
             run(family, 20, 30, derandomize=False, kind=kind)
-        print(f"{family}{kind.under}: {steps - first} forwards", flush=True)
-    for name, error in sorted(worst.items()):
-        print(f"worst relative error, {name}: {error:.1e}", flush=True)
+        name = family + kind.under
+        errors = [f"{worst[each]:.1e}" for each in (name, f"{name}, definition") if each in worst]
+        print(
+            f"{name}: {steps - first} forwards, worst relative error {', by the definition '.join(errors)}", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -306,7 +306,7 @@ def main() -> None:
     for family, kind in chosen:
         first = steps
         while steps - first < wanted // len(chosen):
-            run(family, 20, 30, derandomize=False, kind=kind)
+            run(family, 5, 30, derandomize=False, kind=kind)
         name = family + kind.under
         errors = [f"{worst[each]:.1e}" for each in (name, f"{name}, definition") if each in worst]
         print(

@@ -104,15 +104,17 @@ def parse_chat(tokenizer: Any, ids: list[int]) -> Chat | None:
 def question_span(message: str) -> tuple[int, int] | None:
     r"""Return (start, end) of the question in a message; None if none is seen.
 
-    A message of at most 600 characters is the question. Of a longer one it is the last line, the first line or the
-    last sentence that ends in a question mark, in this order, or else a last line after the end of a sentence.
+    A message of at most 600 characters is the question if it has a question mark or more than five words: "Thank you."
+    asks nothing. Of a longer one the question is the last line, the first line or the last sentence that ends in a
+    question mark, in this order, or else a last line of more than five words after a blank one or the end of a
+    sentence.
 
     >>> message = "It rained, and nobody went out. " * 30 + "\nWho went out?"
     >>> message[slice(*question_span(message))]
     'Who went out?'
     """
     if len(message) <= LONGEST:
-        return 0, len(message)
+        return (0, len(message)) if _asks(message) else None
     lines = [found.span() for found in re.finditer(r"\S[^\n]*", message)]
     *_, sentence = sentence_spans(message)
     for start, end in (lines[-1], lines[0], sentence):
@@ -120,7 +122,11 @@ def question_span(message: str) -> tuple[int, int] | None:
             return start, end
     start, end = lines[-1]
     is_apart = _APART.search(message[:start]) is not None
-    return (start, end) if is_apart and end - start <= LONGEST else None
+    return (start, end) if is_apart and end - start <= LONGEST and _asks(message[start:end]) else None
+
+
+def _asks(text: str) -> bool:
+    return "?" in text or "\uff1f" in text or len(text.split()) > 5
 
 
 def searched(messages: list[str]) -> Iterator[tuple[int, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tokenizers import decoders
@@ -41,7 +43,10 @@ def host():
     torch.manual_seed(3)
     tokenizer = letters()
     tokenizer.chat_template = TEMPLATE
-    return LlamaForCausalLM(tiny_config(vocab_size=len(tokenizer))).eval(), tokenizer
+    model = LlamaForCausalLM(tiny_config(vocab_size=len(tokenizer))).eval()
+    reference = copy.deepcopy(model)
+    with TECHNIQUE(reference):
+        yield model, tokenizer, reference
 
 
 def rendered(tokenizer, messages):
@@ -55,7 +60,7 @@ def users(*texts):
 
 
 def ask(host, messages, settings=SETTINGS, **options):
-    model, tokenizer = host
+    model, tokenizer, _ = host
     ids = rendered(tokenizer, messages)
     output = hosted_generate(
         settings, model, ids, tokenizer=tokenizer, return_dict_in_generate=True, **{**NEW, **options}
@@ -65,10 +70,8 @@ def ask(host, messages, settings=SETTINGS, **options):
 
 
 def patched(host, messages, **options):
-    model, tokenizer = host
-    ids = rendered(tokenizer, messages)
-    with TECHNIQUE(model):
-        return model.generate(ids, **{**NEW, **options})[:, ids.shape[1] :].tolist()
+    ids = rendered(host[1], messages)
+    return host[2].generate(ids, **{**NEW, **options})[:, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("question", ["What number was on the trunk of Silas?", "Was the peacock of Hester Quill?"])
@@ -128,11 +131,10 @@ def test_where_nothing_is_found_the_technique_reads(host, caplog):
 
 
 def test_calls_with_several_rows_or_a_prompt_that_is_no_chat(host):
-    model, tokenizer = host
+    model, tokenizer, reference = host
     ids = rendered(tokenizer, users(f"{LONG}\nWho had the trunk?"))
     for other in (ids.repeat(2, 1), ids[:, :-3]):
-        with TECHNIQUE(model):
-            wanted = model.generate(other, **NEW)
+        wanted = reference.generate(other, **NEW)
         assert torch.equal(hosted_generate(SETTINGS, model, other, tokenizer=tokenizer, **NEW), wanted)
 
 
@@ -144,7 +146,7 @@ def test_lengths_count_the_whole_prompt(host):
 
 
 def test_a_tokenizer_without_a_template_and_one_from_the_folder(host, tmp_path):
-    model, _ = host
+    model, _, reference = host
     tokenizer = letters()
     text = f"{LONG}\nWhat number was on the trunk?"
     ids = tokenizer(text, return_tensors="pt").input_ids
@@ -159,8 +161,7 @@ def test_a_tokenizer_without_a_template_and_one_from_the_folder(host, tmp_path):
     (passage,) = found.reading["passages"]
     assert FACTS[1] in passage["text"]
     prompt = f"{fill_prompt(PROMPT, [Passage(**{**passage, 'source': ''})], text[len(LONG) + 1 :])}"
-    with TECHNIQUE(model):
-        wanted = model.generate(tokenizer(f"{prompt}\nAnswer:", return_tensors="pt").input_ids, **NEW)
+    wanted = reference.generate(tokenizer(f"{prompt}\nAnswer:", return_tensors="pt").input_ids, **NEW)
     assert found.sequences[0, -5:].tolist() == wanted[0, -5:].tolist()
 
 
@@ -188,7 +189,7 @@ def test_the_question_in_a_message(message, question):
 
 
 def test_prompts_come_apart_as_they_were_put_together(host):
-    _, tokenizer = host
+    tokenizer = host[1]
     draw = torch.Generator().manual_seed(1)
     for turns in (1, 3, 5):
         texts = [

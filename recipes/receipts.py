@@ -4,10 +4,10 @@
 
 exports the model with LM-Infinite and a finder. Its chats are one message: a stretch of a novel that states a fact of
 each kind once (`hf_longtrunc.evaluation.find_and_read.FactText`, phrasings that nothing was chosen on), and a question
-about it. Questions about a novel's first stretch are sent to the folder one by one, and timed. The prompts that the
-folder makes for the others are answered together, which takes a third of the time; so are those of the first stretch,
-and how many answers are the same is printed. An answer is right if it holds the value asked for and no other fact's. A
-question for which no passage stands out is counted, and not answered.
+about it. The prompts that the folder makes for a stretch's questions are answered together, which takes a third of the
+time. Questions about the first stretch are also sent to the folder one by one, timed, and the answers compared. An
+answer is right if it holds the value asked for and no other fact's. A question for which no passage stands out is
+counted, and not answered.
 
 Cost: with SmolLM2-135M-Instruct on one CPU core three minutes. A run that was cut off goes on where it stopped.
 Expect: the right passage in at least 90 % of right answers; finding at most 10 % of an answer's time.
@@ -74,6 +74,7 @@ def main(
     window: Annotated[int, typer.Option(help="LM-Infinite's.")] = 1024,
     finder: Annotated[str, typer.Option(help="encoder or bm25")] = "encoder",
     part: Annotated[str, typer.Option(help="Whose phrasings: choose or report.")] = "report",
+    timed: Annotated[int, typer.Option(help="Stretches whose questions are sent one by one too.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the records.")] = Path("receipts"),
 ) -> None:
     torch.set_num_threads(1)
@@ -85,14 +86,16 @@ def main(
         model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
         cells = [(Path(text), trial) for text in texts.split(",") for trial in range(each)]
-        for novel, trial in tqdm(cells, disable=not sys.stderr.isatty()):
+        for number, (novel, trial) in enumerate(tqdm(cells, disable=not sys.stderr.isatty())):
             if (novel.stem, trial) not in known:
                 text = FactText(novel.read_text(encoding="utf-8"), tokenizer, length, trial, part=part)
-                append_records(path, asked(model, tokenizer, technique, finder, text, novel.stem))
+                append_records(path, asked(model, tokenizer, technique, finder, text, novel.stem, number < timed))
     report(read_records(path, Receipt))
 
 
-def asked(model: Any, tokenizer: Any, technique: Any, finder: str, text: FactText, novel: str) -> list[Receipt]:
+def asked(
+    model: Any, tokenizer: Any, technique: Any, finder: str, text: FactText, novel: str, is_timed: bool
+) -> list[Receipt]:
     """Return the records of a text's questions."""
     questions = [each for each in text.questions if each.kind not in (*NOTHING, "follow-up", "two hops")]
     prompts, found, finding = [], [], []
@@ -113,7 +116,7 @@ def asked(model: Any, tokenizer: Any, technique: Any, finder: str, text: FactTex
         answer = next(answers) if passages else None
         passage = passages[0].text if passages else ""
         hosted, seconds = None, None
-        if text.trial == 0 and passages:
+        if is_timed and passages:
             since = time.process_time()
             output = model.generate(prompts[number], tokenizer=tokenizer, return_dict_in_generate=True, **SETTINGS)
             seconds = round(time.process_time() - since, 3)

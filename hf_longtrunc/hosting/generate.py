@@ -33,19 +33,19 @@ _ASKING = 128  # last tokens of a prompt that are read in one forward, so that r
 _PLAIN = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "prompt_lookup_num_tokens": None}
 _TEXT = {"input_ids", "attention_mask"}
 _STRETCH = 64  # tokens that are counted together where an answer's attention is asked for
-_MOST = 8  # such stretches that are told
+_MOST = 8  # such stretches in a reading
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What of a prompt a technique lets the model see.
+    """How much of a prompt the model sees under a technique.
 
     Attributes:
         read: tokens of the prompt.
-        kept: how many of them the model sees while it answers, or can look up.
-        forgotten: how many it does not.
+        kept: those of them that the model sees while it answers, or can look up.
+        forgotten: the others.
         window: the last tokens that it sees; None: all of them.
-        reused: how many were read in an earlier request.
+        reused: how many an earlier request had read.
         passages: read for the prompt's question instead of the prompt: `start` and `end` in characters of a message of
             the user, `source` its number, from "0" on. Empty: none stood out; None: none was looked for.
         attended: where the answer attended, most first: {"start", "end"} in tokens and {"share"} of its attention, the
@@ -70,7 +70,7 @@ class Reading:
 
 
 def reading_of(technique: Any, tokens: int, reused: int = 0) -> Reading:
-    """Return what of a prompt of so many tokens a model sees under a technique.
+    """Return how much of a prompt of so many tokens a model sees under a technique.
 
     >>> reading_of(LMInfinite(num_sink_tokens=16, window_length=64), 100).forgotten
     20
@@ -155,7 +155,8 @@ def hosted_generate(settings: str, model: Any, inputs: Tensor | None = None, *ar
         inputs: prompts [rows, n], as the first argument of `model.generate`.
         *args: the arguments of `model.generate` that follow.
         **kwargs: of `model.generate`. With `generation_config.cache_salt`, kept texts are shared only with calls of the
-            same salt. `trace_attention=True` adds to `reading` where the answer attended, see `AttentionTrace`.
+            same salt. `trace_attention=True` adds to `reading` where the answer attended, see `AttentionTrace`; not
+            where a passage is read instead of the prompt.
 
     Returns:
         What `model.generate` returns.

@@ -51,6 +51,14 @@ class DecoderCall:
         tokens = inputs["inputs_embeds"] if tokens is None else tokens
         cache = inputs.get(CACHE)
         new, past = int(tokens.shape[1]), 0 if cache is None else int(cache.get_seq_length())
+        positions = inputs.get("position_ids")
+        if isinstance(positions, Tensor) and not positions.shape[-1]:  # of generate(inputs_embeds, prefill_chunk_size)
+            inputs["position_ids"] = None
+        if not new:
+            raise ValueError(
+                "this forward brings no token: transformers' generate() does so for inputs_embeds with an "
+                "assistant. Pass input_ids, or leave the assistant out"
+            )
         real = checked_mask(padding_of(inputs.get("attention_mask")), past + new)
         check_positions(inputs.get("position_ids"), real, past, new)
         return cls(decoder, inputs, new, past, real, tokens.new_empty(0, dtype=decoder.dtype))

@@ -522,3 +522,17 @@ def test_a_question_is_not_cut_by_chunks(name):
             assert torch.equal(in_chunks, whole), chunk
         with pytest.raises(ValueError, match="prefill_chunk_size=4 cuts the question of a prompt of 33"):
             model.generate(ids, max_new_tokens=NEW, do_sample=False, prefill_chunk_size=4)
+
+
+@pytest.mark.transformers_own_deprecation("Passing `generation_config` together")
+@pytest.mark.parametrize("name", ["lm-infinite", "chunks", "chunks for chat"])
+def test_generate_from_embeddings_is_generate_from_ids_or_a_sentence(name):
+    model, ids = patchable("default"), text_of(1)
+    embeddings = {"inputs_embeds": model.get_input_embeddings()(ids), "attention_mask": torch.ones_like(ids)}
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    with patched(name, model):
+        for option in ({"prefill_chunk_size": 8}, {"prompt_lookup_num_tokens": 3}, {"num_beams": 2}):
+            expected = model.generate(ids, **options, **option)[:, LENGTH:]
+            assert torch.equal(model.generate(**embeddings, **options, **option), expected)
+        with pytest.raises(ValueError, match=r"brings no token.*Pass input_ids"):
+            model.generate(**embeddings, **options, assistant_model=model)

@@ -82,13 +82,18 @@ def load_pretrained(
 
 
 def load_encoder(
-    name_or_path: str | os.PathLike[str] | None = None, *, device: torch.device | str | None = None
+    name_or_path: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a sentence encoder and its tokenizer, for `SentenceEncoder`.
 
     Args:
         name_or_path: a hub id or a folder of an encoder with mean pooling; None takes
             all-MiniLM-L6-v2, fetched on first use.
+        dtype: of the weights; None takes bfloat16 where the device computes in it, else float32. On a CPU that does,
+            bfloat16 reads twice as many tokens a second, and a vector's cosine with that of float32 is .9999.
         device: None takes CUDA when there is one, else the CPU.
 
     Raises:
@@ -96,8 +101,17 @@ def load_encoder(
     """
     source = default_encoder_folder() if name_or_path is None else name_or_path
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model: Any = AutoModel.from_pretrained(source, dtype=torch.float32)
+    dtype = dtype or (torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32)
+    model: Any = AutoModel.from_pretrained(source, dtype=dtype)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(source)
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is no slower than float32: on a CPU without instructions for it, it is."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities: Any = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.12 on
+    return bool(device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
 
 
 def cached_model_folder(name: str = "SmolLM2-135M-Instruct") -> Path:

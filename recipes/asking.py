@@ -1,12 +1,12 @@
-"""What `ask` finds and answers in long novels, under several finders that share one prompt, and with the fact in hand.
+"""What `ask` finds and answers in long novels, beside each of its finders alone, and with the fact in hand.
 
-    python recipes/asking.py --texts a_novel.txt,another.txt --lengths 7500,12000,16000 --each 3 --out asking
+    python recipes/asking.py --texts a_novel.txt,another.txt --lengths 7500,12000,16000 --each 4 --out asking
 
-Every text holds a fact of each kind, and others of its kind about other people; see `FactText`. Settings were chosen on
-`--part choose`, which has other phrasings than `--part report`, and on other novels. A run that was cut off goes on
-where it stopped: records are appended to OUT/records.jsonl.
+Every text holds a fact of each kind, and others of its kind about other people; see `FactText`. All arms have one
+prompt. Settings were chosen on `--part choose`, which has other phrasings than `--part report`, and on other novels. A
+run that was cut off goes on where it stopped: records are appended to OUT/records.jsonl.
 
-Cost: with SmolLM2-135M-Instruct on one idle CPU core a text of 16,000 tokens takes a minute, most of it answers.
+Cost: with SmolLM2-135M-Instruct on one idle CPU core a text of 16,000 tokens takes half a minute.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import typer
 from rich.console import Console
 
 from hf_longtrunc import BM25, Fused, SentenceEncoder, load_encoder, load_pretrained
+from hf_longtrunc.asking.answers import CONTEXT
 from hf_longtrunc.evaluation import find_and_read_table, paired_test, run_find_and_read
+from hf_longtrunc.evaluation.find_and_read import KINDS, SHARED, turns_test
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,14 +45,15 @@ class Remembering(SentenceEncoder):
 def main(
     texts: Annotated[str, typer.Option(help="Novels, separated by commas.")],
     lengths: Annotated[str, typer.Option(help="Tokens of a text.")] = "7500,12000,16000",
-    arms: Annotated[str, typer.Option(help="encoder, bm25, fused")] = "encoder,bm25,fused",
+    arms: Annotated[str, typer.Option(help="ask, encoder, bm25")] = "ask,encoder,bm25",
     each: Annotated[int, typer.Option(help="Texts of each novel and length.")] = 3,
     part: Annotated[str, typer.Option(help="Whose phrasings: choose or report.")] = "report",
     read: Annotated[bool, typer.Option(help="Let the model answer; --no-read asks the finders alone.")] = True,
-    trailing: Annotated[bool, typer.Option("--trailing", help="End questions with one of 12 instructions.")] = False,
+    trailing: Annotated[bool, typer.Option("--trailing", help="Each question with 12 instructions.")] = False,
     conversations: Annotated[bool, typer.Option("--conversations", help="Four questions as turns too.")] = False,
+    kinds: Annotated[str, typer.Option(help="Of questions.")] = ",".join(KINDS),
     count: int = 1,
-    context: int = 0,
+    context: int = CONTEXT,
     hops: int = 1,
     model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Hub id or folder; all-MiniLM-L6-v2 if left out.")] = None,
@@ -60,7 +63,9 @@ def main(
     torch.set_num_threads(1)
     language_model, tokenizer = load_pretrained(model)
     by_meaning = Remembering(*load_encoder(encoder))
-    known: dict[str, Any] = {"encoder": by_meaning, "bm25": BM25(threshold=0), "fused": Fused(by_meaning, BM25())}
+    alone = Remembering(by_meaning.model, by_meaning.tokenizer, threshold=-1, matter_threshold=-2)  # nothing is refused
+    alone.encode = by_meaning.encode  # type: ignore[method-assign]
+    known: dict[str, Any] = {"ask": Fused(by_meaning, BM25()), "encoder": alone, "bm25": BM25(threshold=0)}
     if unknown := set(arms.split(",")) - set(known):
         raise typer.BadParameter(f"--arms takes {', '.join(known)}; got {', '.join(sorted(unknown))}")
     records = run_find_and_read(
@@ -75,6 +80,7 @@ def main(
         read=read,
         trailing=trailing,
         conversations=conversations,
+        kinds=kinds.split(","),
         count=count,
         context=context,
         hops=hops,
@@ -84,9 +90,14 @@ def main(
     console = Console(width=None if Console().is_terminal else 160)
     console.print(find_and_read_table(records))
     first, *others = arms.split(",")
-    for other in [*others, "oracle"] if read else []:
-        better, worse, p = paired_test(records, first, other)
-        console.print(f"right under {first} alone {better}, under {other} alone {worse}, sign test p = {p:.3g}")
+    for name, among in {"words shared": SHARED, "none shared": ("unshared",)}.items() if read else ():
+        some = [record for record in records if record.kind in among and record.turn == 1]
+        for other in [*others, "oracle"] if some else []:
+            better, worse, p = paired_test(some, first, other)
+            console.print(f"{name}: right under {first} alone {better}, {other} alone {worse}, McNemar p = {p:.3g}")
+    if conversations:
+        better, worse, p = turns_test(records, first)
+        console.print(f"turns 2 to 4: right as a turn alone {better}, as a first question alone {worse}, p = {p:.3g}")
 
 
 if __name__ == "__main__":

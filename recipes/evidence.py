@@ -42,13 +42,14 @@ class Step:
     """One claim: its folder, what is shown, the command at either size; TEXT and OUT stand for paths.
 
     A command is a script of this folder, `hf-longtrunc`, or `-m` and a module of the repository that one stands in.
-    A step without a quick form takes two CPU cores longer than `--quick` may, and runs if it is named.
+    A step without a quick form takes two CPU cores longer than `--quick` may, and runs if it is named. One without a
+    command is history: its records and page stay, and the recipe went; git has it.
     """
 
     name: str
     shows: str
     quick: str | None
-    full: str
+    full: str | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ class Run:
 
 
 NOVELS = "great_expectations.txt,pride_and_prejudice.txt"
-FACTS = '"magic number,own words,two values,ship"'
 STEPS = [
     Step(
         "samplers",
@@ -172,54 +172,55 @@ STEPS = [
         "reading",
         "Facts that a novel states once, asked for in a chat: dual chunk attention alone and with blocks",
         None,
-        f"reading.py --texts {NOVELS} --lengths 4000,7500 --each 10 --arms dual-chunk,both "
-        f"--batteries {FACTS} --out OUT",
-    ),
-    Step(
-        "reading-long",
-        "The same past the trained window",
         None,
-        f"reading.py --texts {NOVELS} --lengths 12000,16000 --each 10 --arms dual-chunk,both "
-        f"--batteries {FACTS} --out OUT",
     ),
+    Step("reading-long", "The same past the trained window", None, None),
     Step(
         "reading-beside",
         "What that reading costs: facts right before their question, a second turn, a text that goes on",
         None,
-        f"reading.py --texts {NOVELS} --lengths 4000,7500 --each 2 --arms dual-chunk,both "
-        '--batteries "recent magic number,recent own words,second turn,continuation" --out OUT',
+        None,
     ),
     Step(
         "reading-window",
         "Facts all over a text inside the window: the model alone, with blocks, and LM-Infinite with TopBlocks",
         None,
-        f"reading.py --texts {NOVELS} --lengths 7500 --each 10 --arms dual-chunk,both,chat,blocks "
-        f"--batteries {FACTS} --out OUT",
-    ),
-    Step(
-        "reading-32k",
-        "Facts in four times the trained window",
         None,
-        f"reading.py --texts {NOVELS.split(',')[0]} --lengths 32000 --each 3 --arms both --batteries {FACTS} --out OUT",
     ),
+    Step("reading-32k", "Facts in four times the trained window", None, None),
     Step(
         "asking-choose",
         "What `ask` finds and answers on the novels and wordings that its settings were chosen on",
         None,
-        "asking.py --part choose --texts bleak_house.txt,moby_dick.txt --lengths 7500 --each 3 --out OUT",
+        "asking.py --part choose --texts bleak_house.txt,moby_dick.txt --lengths 7500 --each 4 --out OUT",
     ),
     Step(
         "asking",
-        "What `ask` finds and answers in a novel and wordings that nothing was chosen on",
+        "What `ask` finds and answers in novels and wordings that nothing was chosen on",
         None,
-        "asking.py --texts great_expectations.txt --lengths 7500,16000 --each 2 --out OUT",
+        f"asking.py --texts {NOVELS},middlemarch.txt --lengths 7500,12000,16000 --each 4 --conversations --out OUT",
     ),
     Step(
-        "asking-all",
-        "The same on three novels, and as conversations: hours",
+        "asking-trailing",
+        "Right passages when one of twelve instructions follows the question",
         None,
-        f"asking.py --texts {NOVELS},middlemarch.txt --lengths 7500,12000,16000 --each 3 --conversations --out OUT",
+        f"asking.py --texts {NOVELS},middlemarch.txt --lengths 12000 --each 4 --trailing --no-read --arms ask "
+        "--out OUT",
     ),
+    Step(
+        "asking-hops",
+        "Facts in two places, found one after the other",
+        None,
+        f'asking.py --texts {NOVELS},middlemarch.txt --lengths 7500 --each 6 --kinds "two hops" --hops 2 --arms ask '
+        "--out OUT",
+    ),
+    Step(
+        "asking-long",
+        "`ask` on 128,000 and a million tokens: right passages, time, memory, a saved index",
+        None,
+        f"asking_long.py --texts {NOVELS},middlemarch.txt,david_copperfield.txt,sherlock_holmes.txt --out OUT",
+    ),
+    Step("ruler", "Six of RULER's tasks past the trained window: `ask`", None, "ruler.py --arms ask --out OUT"),
     Step(
         "memory",
         "LM-Infinite over a long stream: memory and time",
@@ -445,7 +446,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("evidence"),
 ) -> None:
     named = None if steps is None else steps.split(",")
-    unknown = set(named or ()) - {step.name for step in STEPS}
+    unknown = set(named or ()) - {step.name for step in STEPS if step.quick or step.full}
     if unknown:
         raise typer.BadParameter(f"no such step: {', '.join(sorted(unknown))}", param_hint="--steps")
     for step in STEPS:

@@ -11,7 +11,7 @@ import torch
 
 from hf_longtrunc.arguments import whole
 from hf_longtrunc.asking.index import TextIndex
-from hf_longtrunc.asking.prompt import PROMPT, chat_ids, check_prompt, fill_prompt, is_about_the_whole
+from hf_longtrunc.asking.prompt import PROMPT, chat_ids, check_prompt, fill_prompt, is_about_the_whole, what_is_asked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.asking.finders import Finder
     from hf_longtrunc.asking.passages import Passage
 
+CONTEXT = 150  # characters around a unit: a fact may take two sentences
 _SPREAD = 8  # units that stand for a whole text
 NOT_FOUND = "no passage stands out; answered without the text"
 
@@ -57,7 +58,7 @@ def ask(
     *,
     finder: Finder | None = None,
     count: int = 1,
-    context: int = 0,
+    context: int = CONTEXT,
     hops: int = 1,
     prompt: str = PROMPT,
     follow_up: bool = False,
@@ -79,7 +80,7 @@ def ask(
         questions: one or several.
         finder: finds the passages; None takes `SentenceEncoder` of `load_encoder()`. Not with a `TextIndex`.
         count: passages at most. More than one made SmolLM2-135M-Instruct answer worse.
-        context: characters of the text on either side that are read with a passage's unit, to whole units.
+        context: whole sentences within so many characters on either side of a passage's unit are read with it.
         hops: 2 looks again with the words of the first passage, and reads both.
         prompt: holds {passages} and {question}.
         follow_up: each question may refer to the one before it. One that does is read with that turn; one that does
@@ -132,25 +133,30 @@ def find_passages(
     turns: Sequence[tuple[str, str]] = (),
     *,
     count: int = 1,
-    context: int = 0,
+    context: int = CONTEXT,
     hops: int = 1,
 ) -> tuple[list[Passage], list[tuple[str, str]]]:
     """Return what is read for a question, the best first, and the turn before it if it is a follow-up; see `ask`."""
     if is_about_the_whole(question):
         return index.spread(_SPREAD), []
-    before = list(turns[-1:]) if turns and index.follows(question, turns[-1][0]) else []
-    found = index.find(question, before=before[0][0] if before else None, count=count, context=context)
+    asked, earlier = what_is_asked(question), what_is_asked(turns[-1][0]) if turns else None
+    before = list(turns[-1:]) if earlier is not None and index.follows(asked, earlier) else []
+    found = index.find(asked, before=earlier if before else None, count=count, context=context)
     if hops == 2 and found:
-        found += index.find(f"{question} {found[0].text}", count=count, context=context, besides=found)
+        found += index.find(f"{asked} {found[0].text}", count=count, context=context, besides=found)
     return found, before
 
 
-def default_finder() -> Finder:
-    """Return the finder that found most on wordings that nothing was chosen on."""
-    from hf_longtrunc.asking.finders import SentenceEncoder
+def default_finder(encoder: str | None = None) -> Finder:
+    """Return the finder that found most on wordings that nothing was chosen on: by meaning, and a little by words.
+
+    Args:
+        encoder: a hub id or a folder; None takes all-MiniLM-L6-v2.
+    """
+    from hf_longtrunc.asking.finders import BM25, Fused, SentenceEncoder
     from hf_longtrunc.pretrained import load_encoder
 
-    return SentenceEncoder(*load_encoder())
+    return Fused(SentenceEncoder(*load_encoder(encoder)), BM25())
 
 
 def peak_bytes(model: Any) -> int | None:

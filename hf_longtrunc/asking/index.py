@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_longtrunc.arguments import whole
+from hf_longtrunc.asking.names import Capitals, has_a_name, without_names
 from hf_longtrunc.asking.passages import Passage, grow, unit_spans
 from hf_longtrunc.saving import load_folder, save_folder
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _KIND = "text_index"
 _FOLLOWS = 0.8  # chosen on 12 follow-ups, which it all finds, of two novels
+_NEAR = 8  # units around one that may have the name of whom it tells
 
 
 class TextIndex:
@@ -54,6 +56,7 @@ class TextIndex:
         self.finder = finder
         self._spans = {name: unit_spans(document) for name, document in self.documents.items()}
         self._units = [(name, n) for name, spans in self._spans.items() for n in range(len(spans))]
+        self._capitals = Capitals(self.documents.values())
         self._scorer = finder.read([self._text(name, n) for name, n in self._units], saved, progress=progress)
 
     def __len__(self) -> int:
@@ -75,7 +78,7 @@ class TextIndex:
             question: what is asked.
             before: the question before it, if this is a follow-up (`follows`): a unit's score is the smaller of both.
             count: how many units at most; passages that touch become one.
-            context: characters of neighbouring units on either side of a unit.
+            context: characters on either side of a unit, of whose sentences the whole ones are read.
             besides: passages that were found before, which are not found again.
         """
         scores, least = self._scorer.score(question), self.finder.threshold
@@ -88,9 +91,25 @@ class TextIndex:
         best = scores.topk(min(whole("count", count, least=1), len(scores)))
         found: list[Passage] = []
         for score, n in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            if score > least:
+            if score > least and (besides or self._is_about(n, question, before or "")):
                 self._add(found, n, score, whole("context", context, least=0))
         return found
+
+    def _is_about(self, unit: int, question: str, before: str) -> bool:
+        """Whether a unit is about whom a question, or the one before it, names, and about the matter too."""
+        names = self._capitals.names(question) + self._capitals.names(before)
+        if not names:
+            return True
+        name, n = self._units[unit]
+        spans = self._spans[name]
+        start, end = spans[max(n - _NEAR, 0)][0], spans[min(n + _NEAR, len(spans) - 1)][1]
+        if not has_a_name(names, self.documents[name][start:end]):
+            return False
+        least = getattr(self.finder, "matter_threshold", None)
+        if least is None:
+            return True
+        matter = self.finder.read([without_names(names, self._text(name, n))])
+        return matter.score(without_names(names, question)).item() > float(least)
 
     def follows(self, question: str, before: str) -> bool:
         """Whether a question is a follow-up: some unit is about both, and nearly as good as any for this one alone.
@@ -137,16 +156,15 @@ class TextIndex:
     def _add(self, found: list[Passage], unit: int, score: float, context: int) -> None:
         """Append the passage around a unit, or widen one that it touches."""
         name, n = self._units[unit]
-        spans = self._spans[name]
-        first, last = grow(spans, n, context)
+        document = self.documents[name]
+        start, end = grow(document, *self._spans[name][n], context)
         for at, other in enumerate(found):
-            touches = spans[max(first - 1, 0)][0] < other.end and other.start < spans[min(last + 1, len(spans) - 1)][1]
-            if other.source == name and touches:
-                start, end = min(spans[first][0], other.start), max(spans[last][1], other.end)
-                found[at] = Passage(start, end, self.documents[name][start:end], max(score, other.score), name)
+            between = document[min(end, other.end) : max(start, other.start)]
+            if other.source == name and not between.strip():
+                start, end = min(start, other.start), max(end, other.end)
+                found[at] = Passage(start, end, document[start:end], max(score, other.score), name)
                 return
-        start, end = spans[first][0], spans[last][1]
-        found.append(Passage(start, end, self.documents[name][start:end], score, name))
+        found.append(Passage(start, end, document[start:end], score, name))
 
 
 def documents_of(text: str | Mapping[str, str]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """A text cut into units that a finder scores, and the best units grown to passages that a model reads.
 
-A unit is a sentence or several short ones, never longer than `LONGEST` characters. A passage is a unit with its
-neighbours, whole units on either side; passages that touch are one. Everything is a span of characters, so that a
+A unit is a sentence or several short ones, never longer than `LONGEST` characters. A passage is a unit with whole
+sentences on either side; passages that touch are one. Everything is a span of characters, so that a
 passage can be shown where it stands.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 SHORTEST, LONGEST = 40, 600
 _BREAK = re.compile(
@@ -41,10 +41,14 @@ class Passage:
 
 
 def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of each sentence; paragraphs end sentences, common abbreviations and initials do not."""
+    """Yield (start, end) of each sentence.
+
+    Paragraphs end sentences; common abbreviations and initials do not, nor what goes on with a small letter.
+    """
     start = 0
     for found in _BREAK.finditer(text):
-        if _ABBREVIATION.search(text, max(start, found.start() - 10), found.start()):
+        goes_on = text[found.end() : found.end() + 1].islower() and found[0].count("\n") < 2
+        if goes_on or _ABBREVIATION.search(text, max(start, found.start() - 10), found.start()):
             continue
         yield from _stripped(text, start, found.end())
         start = found.end()
@@ -74,14 +78,17 @@ def unit_spans(text: str) -> list[tuple[int, int]]:
     return units
 
 
-def grow(units: Sequence[tuple[int, int]], best: int, context: int) -> tuple[int, int]:
-    """Return (first, last) of the units around `best` that add at most `context` characters on either side."""
-    first = last = best
-    while first > 0 and units[best][0] - units[first - 1][0] <= context:
-        first -= 1
-    while last + 1 < len(units) and units[last + 1][1] - units[best][1] <= context:
-        last += 1
-    return first, last
+def grow(text: str, start: int, end: int, context: int) -> tuple[int, int]:
+    """Return the span with the whole sentences around it that lie within `context` characters on either side."""
+    first = max(start - context, 0)
+    before = [first + begin for begin, _ in sentence_spans(text[first:start])]
+    if first > 0:
+        before = before[1:]  # which may begin in the middle of a sentence
+    after = [end + last for _, last in sentence_spans(text[end : end + context + LONGEST])]
+    if end + context + LONGEST < len(text):
+        after = after[:-1]  # which may end in the middle of one
+    inside = [last for last in after if last <= end + context]
+    return min([start, *before]), max([end, *inside])
 
 
 def _stripped(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -64,3 +64,16 @@ def chat_ids(tokenizer: Any, turns: Sequence[tuple[str, str]], user: str) -> lis
 def is_about_the_whole(question: str) -> bool:
     """Whether a question asks about a text as a whole, in English words: a summary, the narrator, its theme."""
     return _WHOLE.search(question) is not None
+
+
+def what_is_asked(question: str) -> str:
+    """Return a question up to its last question mark, for finders: instructions that follow say nothing of the text.
+
+    Examples:
+        >>> what_is_asked("Ann had a hat. What colour was it? Answer in one word.")
+        'Ann had a hat. What colour was it?'
+        >>> what_is_asked("Tell me the colour of Ann's hat.")
+        "Tell me the colour of Ann's hat."
+    """
+    end = max(question.rfind(mark) for mark in "?\uff1f\u061f")
+    return question[: end + 1] if end > 0 else question

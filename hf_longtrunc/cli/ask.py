@@ -14,7 +14,7 @@ from hf_longtrunc.cli.common import AsJson, Model, check_file, is_watched, load,
 if TYPE_CHECKING:
     from hf_longtrunc.asking.finders import Finder
 
-FinderName = Literal["encoder", "bm25", "fused"]
+FinderName = Literal["fused", "encoder", "bm25"]
 
 
 def ask(
@@ -22,11 +22,11 @@ def ask(
     questions: Annotated[list[str], typer.Argument(help="One question or several.")],
     model: Model = None,
     also: Annotated[list[str] | None, typer.Option("--also", help="One more text to look in; can be repeated.")] = None,
-    finder: Annotated[FinderName, typer.Option(help="By meaning, by words, or both.")] = "encoder",
+    finder: Annotated[FinderName, typer.Option(help="By both, by meaning, or by words.")] = "fused",
     encoder: Annotated[str | None, typer.Option(help="Hub id or folder; all-MiniLM-L6-v2 if left out.")] = None,
     index: Annotated[Path | None, typer.Option(help="Folder that keeps the index for the next time.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Passages that are read at most.")] = 1,
-    context: Annotated[int, typer.Option(min=0, help="Characters around a passage that are read too.")] = 0,
+    context: Annotated[int, typer.Option(min=0, help="Characters around a passage that are read too.")] = 150,
     hops: Annotated[int, typer.Option(min=1, max=2, help="2 looks again with the first passage's words.")] = 1,
     follow_up: Annotated[bool, typer.Option("--follow-up", help="A question may refer to the one before it.")] = False,
     prompt: Annotated[Path | None, typer.Option(help="A file with {passages} and {question} in it.")] = None,
@@ -94,15 +94,15 @@ def ask(
 
 def finder_of(name: FinderName, encoder: str | None) -> Finder:
     """Return the finder that the options name."""
-    from hf_longtrunc import BM25, Fused, SentenceEncoder, load_encoder
+    from hf_longtrunc import BM25, SentenceEncoder, load_encoder
+    from hf_longtrunc.asking.answers import default_finder
 
     if name == "bm25":
         if encoder is not None:
             raise typer.BadParameter("goes with --finder encoder or fused", param_hint="--encoder")
         return BM25()
     with notes().status("loading the sentence encoder"):
-        by_meaning = SentenceEncoder(*load_encoder(encoder))
-    return by_meaning if name == "encoder" else Fused(by_meaning, BM25())
+        return default_finder(encoder) if name == "fused" else SentenceEncoder(*load_encoder(encoder))
 
 
 def indexed(text: str | dict[str, str], finder: Finder, folder: Path | None) -> Any:

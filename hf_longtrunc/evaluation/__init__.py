@@ -49,12 +49,6 @@ if TYPE_CHECKING:
         stream_losses as stream_losses,
         token_losses as token_losses,
     )
-    from hf_longtrunc.evaluation.questions import (
-        LongText as LongText,
-        plot_questions as plot_questions,
-        questions_table as questions_table,
-        run_questions as run_questions,
-    )
     from hf_longtrunc.evaluation.recall import (
         Fact as Fact,
         RecallRecord as RecallRecord,
@@ -105,7 +99,6 @@ _HOME = {
     "run_find_and_read": "hf_longtrunc.evaluation.find_and_read",
     "Haystack": "hf_longtrunc.evaluation.haystack",
     "KeyValuePrompts": "hf_longtrunc.evaluation.retrieval",
-    "LongText": "hf_longtrunc.evaluation.questions",
     "NeedlePrompts": "hf_longtrunc.evaluation.retrieval",
     "PasskeyPrompts": "hf_longtrunc.evaluation.passkey",
     "PasskeyRecord": "hf_longtrunc.evaluation.passkey",
@@ -139,8 +132,6 @@ _HOME = {
     "plot_retrieval": "hf_longtrunc.evaluation.retrieval",
     "plot_truncation": "hf_longtrunc.evaluation.truncation",
     "python_reference": "hf_longtrunc.evaluation.texts",
-    "plot_questions": "hf_longtrunc.evaluation.questions",
-    "questions_table": "hf_longtrunc.evaluation.questions",
     "read_ahead": "hf_longtrunc.evaluation.streaming",
     "read_records": "hf_longtrunc.evaluation.records",
     "recall_records": "hf_longtrunc.evaluation.recall",
@@ -150,7 +141,6 @@ _HOME = {
     "retrieval_tasks": "hf_longtrunc.evaluation.retrieval",
     "run_passkey": "hf_longtrunc.evaluation.passkey",
     "run_repetition": "hf_longtrunc.evaluation.truncation",
-    "run_questions": "hf_longtrunc.evaluation.questions",
     "run_retrieval": "hf_longtrunc.evaluation.retrieval",
     "start_stream": "hf_longtrunc.evaluation.streaming",
     "stream_losses": "hf_longtrunc.evaluation.perplexity",

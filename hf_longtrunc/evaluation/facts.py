@@ -1,4 +1,4 @@
-"""Facts in the words of old novels, and questions about them: the material of `LongText`.
+"""Facts in the words of old novels, and questions about them: the material of `FactText`.
 
 Every kind has eight or more phrasings of its statement and of its question, and both are cut in halves: settings are
 chosen on the phrasings of one half ("choose") and reported on those of the other ("report"). In "unshared" a statement
@@ -47,6 +47,8 @@ KINDS = {
             "It had cost {name} a shilling to have the number {value} put upon the {thing}.",
             "In the register {name}'s {thing} was entered under the number {value}, in red ink.",
             "{name} had caused the number {value} to be carved into the {thing}, against all advice.",
+            "{name} had a {thing} of the old make. Its number, {value}, could be read across the street.",
+            "The clerk looked for {name}'s {thing}. It stood in the list as number {value}.",
         ],
         [
             "What number was on {name}'s {thing}?",
@@ -71,6 +73,8 @@ KINDS = {
             "There hung behind the door a {value} {thing}, the property of {name}.",
             "For the fair {name} had bought a new {thing}, {value} from end to end.",
             "It rained, and {name}'s {value} {thing} was quite spoiled.",
+            "{name} had lost the {thing} on the moor. It was {value}, and there was not another like it.",
+            "Everybody turned to look at {name}'s {thing}. It was of a {value} that hurt the eyes.",
         ],
         [
             "What colour was {name}'s {thing}?",
@@ -95,6 +99,8 @@ KINDS = {
             "{name} had offered {value} guineas for a {thing}, and got it.",
             "It was whispered that {name} had parted with {value} guineas for a {thing}.",
             "For a {thing} of no great beauty {name} had counted down {value} guineas.",
+            "{name} would have the {thing} at any price. The price was {value} guineas.",
+            "“So the {thing} goes to {name},” cried the auctioneer. “It is yours for {value} guineas!”",
         ],
         [
             "How many guineas did {name} give for the {thing}?",
@@ -119,6 +125,8 @@ KINDS = {
             "{name} had learned as a child to make damaged {value} as good as new.",
             "There was no one like {name} for setting {value} to rights.",
             "The neighbours' {value}, whenever they failed, were put into the hands of {name}.",
+            "{name} had a workshop behind the church. Old {value} went in, and came out as sound as ever.",
+            "{name} was never idle. There were always some broken {value} to be made whole.",
         ],
         [
             "What did {name} repair for a living?",
@@ -143,6 +151,8 @@ KINDS = {
             "{name} always kept the {thing} {value}, where no thief would look.",
             "Nobody thought of looking {value}, where {name} had left the {thing}.",
             "With trembling hands {name} pushed the {thing} as far as it would go {value}.",
+            "“You may have the {thing},” said {name}. “You will find it {value}.”",
+            "{name} felt for the {thing}, and it was gone. Somebody had put it {value}.",
         ],
         [
             "Where was {name}'s {thing}?",
@@ -170,6 +180,8 @@ KINDS = {
             "{value} {thing}, and never spoke of it again.",
             "Before the month was out {value} {thing}.",
             "None of them would believe that {value} {thing}, but so it was.",
+            "Nobody suspected {value}. Yet it was this very person who {thing}.",
+            "“And who {thing}?” asked the judge. “It was {value},” said the witness, “and nobody else.”",
         ],
         [
             "Who {thing}?",
@@ -202,6 +214,8 @@ KINDS = {
             "{value}, where {name} was born, is a town of some size.",
             "{name}, born at {value} of honest parents, had come up by the coach.",
             "Nothing in {name}'s speech betrayed a birth at {value}.",
+            "“Is this your first visit to {value}?” they asked. “I was born here,” replied {name}.",
+            "{name} was born in a small town. Its name was {value}, and it had one street.",
         ],
         [
             "In which town was {name} born?",
@@ -243,14 +257,8 @@ TWO_HOPS = [
     *("In what street would you look for {name}'s landlord?", "Tell me the street where {name} was a lodger."),
 ]
 STREETS = [
-    "Tanner Street",
-    "Candle Lane",
-    "Drum Alley",
-    "Lime Row",
-    "Fish Hill",
-    "Cooper Street",
-    "Bell Yard",
-    "Oat Lane",
+    *("Tanner Street", "Candle Lane", "Drum Alley", "Lime Row"),
+    *("Fish Hill", "Cooper Street", "Bell Yard", "Oat Lane"),
 ]
 UNSHARED = [
     (
@@ -332,6 +340,86 @@ UNSHARED = [
         "Lightning struck the steeple in {value}.",
         "In which month was the church tower hit during the storm?",
         "March,June,August,October,November",
+    ),
+    (
+        "The baker's daughter eloped with a {value}.",
+        "Whom did the girl from the bread shop run away with and marry?",
+        "sailor,dentist,tenor,hatter,drummer",
+    ),
+    (
+        "They buried the old admiral's fortune beneath the {value}.",
+        "Where was the seaman's money hidden?",
+        "oak,pump,sundial,stable,dovecote",
+    ),
+    (
+        "A pedlar swore that he could cure baldness with {value}.",
+        "Which remedy did the hawker sell for loss of hair?",
+        "honey,tar,brandy,nettles,onions",
+    ),
+    (
+        "The tutor's favourite pupil drowned in the {value}.",
+        "In which river did the best student lose his life?",
+        "Severn,Thames,Tweed,Avon,Medway",
+    ),
+    (
+        "The dowager feared nothing in the world but {value}.",
+        "What was the elderly lady afraid of?",
+        "spiders,thunder,geese,bats,ghosts",
+    ),
+    (
+        "His nephew squandered everything at {value}.",
+        "Which pastime ruined the young relative?",
+        "cards,dice,billiards,chess,roulette",
+    ),
+    (
+        "The verger breakfasted on nothing but {value}.",
+        "What did the church servant eat in the morning?",
+        "radishes,herrings,gruel,cheese,figs",
+    ),
+    (
+        "The curate's sermon lasted {value} minutes by the watch.",
+        "How long did the young priest preach?",
+        "52,63,75,81,94",
+    ),
+    (
+        "The hangman's cottage was thatched with {value}.",
+        "What was the roof of the executioner's house made of?",
+        "reeds,heather,straw,turf,bracken",
+    ),
+    (
+        "The bride arrived at the altar on a {value}.",
+        "What animal carried the woman to her wedding?",
+        "mule,camel,pony,donkey,bullock",
+    ),
+    (
+        "The jailer kept the keys in a {value}.",
+        "In which vessel did the prison warder put what opens the cells?",
+        "teapot,bucket,basin,jug,kettle",
+    ),
+    (
+        "The physic tasted of {value}.",
+        "What was the flavour of the medicine?",
+        "aniseed,vinegar,rust,almonds,peppermint",
+    ),
+    (
+        "The blacksmith's forge burned down on a {value}.",
+        "On which day of the week did the fire destroy the smithy?",
+        "Monday,Tuesday,Thursday,Friday,Sunday",
+    ),
+    (
+        "The gamekeeper's wages were raised by {value} crowns.",
+        "How much more pay did the man who watched the pheasants get?",
+        "4,6,11,13,16",
+    ),
+    (
+        "The gardener had planted {value} round the pond.",
+        "Which flowers grew at the edge of the water?",
+        "tulips,lilies,asters,pansies,irises",
+    ),
+    (
+        "The mail was late because the axle had snapped near {value}.",
+        "Where did the accident that delayed the letters happen?",
+        "Oxford,Luton,Derby,Exeter,Durham",
     ),
 ]
 OFF_TOPIC = [

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import random
 import re
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
-from hf_longtrunc.asking.answers import find_passages
+from hf_longtrunc.asking.answers import CONTEXT, find_passages
 from hf_longtrunc.asking.prompt import PROMPT, chat_ids, fill_prompt
 from hf_longtrunc.evaluation import facts
 from hf_longtrunc.evaluation.display import new_table
@@ -25,7 +26,7 @@ from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from rich.table import Table
 
@@ -39,6 +40,7 @@ ORACLE = "oracle"
 SHARED = ("number", "attribute", "similar", "paraphrase", "place", "person", "birth")
 NOTHING = ("off-topic", "unknown name", "unsaid")
 KINDS = (*SHARED, "unshared", "two hops", "follow-up", *NOTHING)
+_UNSHARED = 7  # facts of a text whose question shares no word with them
 _TOGETHER = 16  # prompts that are answered in one batch
 
 
@@ -66,6 +68,11 @@ class Question(NamedTuple):
         lenient = bool(self.expected) and _holds(answer, self.expected)
         return float(lenient), float(lenient and not any(_holds(answer, value) for value in self.wrong))
 
+    def is_read_in(self, passages: Sequence[Passage]) -> bool:
+        """Whether all sentences that answer are in the passages; False where nothing answers."""
+        read = [" ".join(each.text.split()) for each in passages]
+        return bool(self.stated) and all(any(" ".join(s.split()) in part for part in read) for s in self.stated)
+
 
 class FactText:
     """A stretch of a novel with facts in it, and questions about them.
@@ -74,21 +81,21 @@ class FactText:
         novel: the text that facts are hidden in, at least ten times as long in characters as `length` in tokens.
         tokenizer: a fast one, in whose tokens the length is counted.
         length: of the text, in tokens, to within a few.
-        trial: which draw. The stretch begins at the same place for every length.
+        trial: which draw; another one in every novel. The stretch begins at the same place for every length.
         part: whose phrasings: "choose" or "report".
         seed: of the draws.
 
     Attributes:
         text: what is read.
-        questions: one of each kind, two of "unshared" and of "off-topic". The last of a conversation, "follow-up", is
-            about the person of the first, "number", and does not name them.
+        questions: one of each kind, seven of "unshared", two each of those that nothing answers. The last of a
+            conversation, "follow-up", is about the person of the first, "number", and does not name them.
 
     Raises:
         ValueError: the novel is too short.
     """
 
     def __init__(self, novel: str, tokenizer: Any, length: int, trial: int, *, part: str = "report", seed: int = 0):
-        draw = random.Random(f"{seed}/{part}/{trial}")
+        draw = random.Random(f"{seed}/{part}/{trial}/{zlib.crc32(novel.encode())}")
         self.length, self.trial, self.part = length, trial, part
         self.questions, stated = _drawn(draw, trial, part)
         start = _sentence_end(novel, int(draw.uniform(0.02, 0.3) * len(novel)))
@@ -153,8 +160,9 @@ def run_find_and_read(
     read: bool = True,
     trailing: bool = False,
     conversations: bool = False,
+    kinds: Collection[str] = KINDS,
     count: int = 1,
-    context: int = 0,
+    context: int = CONTEXT,
     hops: int = 1,
     prompt: str = PROMPT,
     path: str | os.PathLike[str] | None = None,
@@ -172,8 +180,9 @@ def run_find_and_read(
         part: whose phrasings: "choose" or "report".
         seed: of the draws.
         read: whether the model answers; False asks the finders alone.
-        trailing: end each question with one of twelve instructions.
+        trailing: ask each question twelve times, with one of twelve instructions after it.
         conversations: ask four questions of each text once more, as one conversation.
+        kinds: of questions that are asked.
         count: see `hf_longtrunc.ask`, which also says what the following are.
         context: likewise.
         hops: likewise.
@@ -197,11 +206,9 @@ def run_find_and_read(
     answered: dict[tuple[int, ...], str] = {}
     for name, length, trial in tqdm(cells, desc="texts", disable=not progress):
         text = FactText(novels[name], tokenizer, length, trial, part=part, seed=seed)
-        asked = [
-            (q, 1, f"{q.text} {facts.TRAILING[(trial + n) % 12]}" if trailing else q.text)
-            for n, q in enumerate(text.questions)
-            if q.kind != "follow-up"
-        ]
+        endings = [f" {each}" for each in facts.TRAILING] if trailing else [""]
+        alone = [q for q in text.questions if q.kind in kinds and q.kind != "follow-up"]
+        asked = [(q, 1, q.text + ending) for q in alone for ending in endings]
         talk = [
             next(q for q in text.questions if q.kind == kind) for kind in ("number", "follow-up", "place", "person")
         ]
@@ -241,8 +248,9 @@ def run_find_and_read(
                     record = FindAndReadRecord(**plan, **_result(q, ids, found, answered[ids] if read else None))
                     journal.add(record)
                     records.append(record)
-                first = next(n for n, (q, *_) in enumerate(group) if q == talk[turn - 1])
-                turns.append((talk[turn - 1].text, answered.get(prompts[first], "")))
+                if conversations:
+                    first = next(n for n, (q, *_) in enumerate(group) if q == talk[turn - 1])
+                    turns.append((talk[turn - 1].text, answered.get(prompts[first], "")))
     return records
 
 
@@ -258,27 +266,50 @@ def find_and_read_table(records: Sequence[FindAndReadRecord]) -> Table:
     lengths = sorted({record.length for record in records})
     groups = {kind: [r for r in records if r.kind == kind and r.turn == 1] for kind in KINDS}
     groups["words shared"] = [r for r in records if r.kind in SHARED and r.turn == 1]
+    groups["nothing answers"] = [r for r in records if r.kind in NOTHING and r.turn == 1]
     groups |= {f"turn {turn}": [r for r in records if r.turn == turn] for turn in (2, 3, 4)}
-    for name, inside in groups.items():
-        for length in lengths:
-            cells = [[r for r in inside if r.arm == arm and r.length == length] for arm in arms]
-            if any(cells):
-                table.add_row(name, f"{length:,}", *(_cell(cell) for cell in cells))
+    rows = [
+        (name, f"{at:,}", [r for r in inside if r.length == at]) for name, inside in groups.items() for at in lengths
+    ]
+    for name in ("words shared", "unshared"):
+        for depth in DEPTHS:
+            rows.append((f"{name}, at {depth:.0%}", "all", [r for r in groups[name] if r.depth == depth]))
+    rows += [
+        (name, "all", groups[name]) for name in ("words shared", "unshared", "two hops", *NOTHING, "nothing answers")
+    ]
+    for name, length, inside in rows:
+        if inside:
+            table.add_row(name, length, *(_cell([r for r in inside if r.arm == arm]) for arm in arms))
     return table
 
 
 def paired_test(records: Sequence[FindAndReadRecord], one: str, other: str) -> tuple[int, int, float]:
-    """Return how many questions only `one` answers, how many only `other`, and the exact two-sided sign test's p."""
-    from math import comb
-
+    """Return how many questions only `one` answers, how many only `other`, and p of McNemar's exact two-sided test."""
     keys = ("filler", "part", "length", "trial", "seed", "question", "turn")
     score: dict[str, dict[tuple[Any, ...], float]] = {one: {}, other: {}}
     for record in records:
         if record.arm in score and record.expected:
             score[record.arm][tuple(getattr(record, key) for key in keys)] = record.strict
-    both = score[one].keys() & score[other].keys()
-    better = sum(score[one][key] > score[other][key] for key in both)
-    worse = sum(score[one][key] < score[other][key] for key in both)
+    return _mcnemar(score[one], score[other])
+
+
+def turns_test(records: Sequence[FindAndReadRecord], arm: str) -> tuple[int, int, float]:
+    """As `paired_test`, of questions in turns 2 to 4 of a conversation against the same facts asked for alone."""
+    later: dict[tuple[Any, ...], float] = {}
+    alone: dict[tuple[Any, ...], float] = {}
+    for r in records:
+        if r.arm == arm and r.expected:
+            kind = "birth" if r.kind == "follow-up" else r.kind
+            (alone if r.turn == 1 else later)[r.filler, r.part, r.length, r.trial, r.seed, kind, r.expected] = r.strict
+    return _mcnemar(later, alone)
+
+
+def _mcnemar(one: Mapping[Any, float], other: Mapping[Any, float]) -> tuple[int, int, float]:
+    from math import comb
+
+    both = one.keys() & other.keys()
+    better = sum(one[key] > other[key] for key in both)
+    worse = sum(one[key] < other[key] for key in both)
     n = better + worse
     tail = sum(comb(n, k) for k in range(min(better, worse) + 1)) / 2**n
     return better, worse, min(1.0, 2 * tail)
@@ -310,9 +341,13 @@ def _passages(
 
 
 def _result(question: Question, ids: Sequence[int], found: Sequence[Passage], answer: str | None) -> dict[str, Any]:
-    right = bool(question.stated) and all(any(_within(s, each) for each in found) for s in question.stated)
     lenient, strict = question.scores(answer or "")
-    result = {"tokens_read": len(ids), "found": bool(found), "right": right, "expected": question.expected}
+    result = {
+        "tokens_read": len(ids),
+        "found": bool(found),
+        "right": question.is_read_in(found),
+        "expected": question.expected,
+    }
     return {**result, "answer": answer, "lenient": lenient, "strict": strict}
 
 
@@ -334,10 +369,6 @@ def _answer(
 
 def _holds(answer: str, value: str) -> bool:
     return re.search(rf"\b{re.escape(value.removesuffix('s'))}", answer, re.IGNORECASE) is not None
-
-
-def _within(sentence: str, passage: Passage) -> bool:
-    return " ".join(sentence.split()) in " ".join(passage.text.split())
 
 
 def _sentence_end(text: str, place: int) -> int:
@@ -378,9 +409,8 @@ def _drawn(draw: random.Random, trial: int, part: str) -> tuple[list[Question], 
         expected, *wrong = [value.split()[-1] for value in values]
         questions.append(Question(kind, depth, asks, (fact,), expected, tuple(wrong)))
     birth = questions[-1]
-    for n in range(2):
-        statement, asks, values_of = facts.half(facts.UNSHARED, part)[(2 * trial + n) % 8]
-        value, depth = draw.choice(values_of.split(",")), depth_of(7 + 2 * n)
+    for n, (statement, asks, values_of) in enumerate(draw.sample(facts.half(facts.UNSHARED, part), _UNSHARED)):
+        value, depth = draw.choice(values_of.split(",")), depth_of(n)
         questions.append(Question("unshared", depth, asks, (state(depth, statement.format(value=value)),), value))
     name, landlord = next(names), next(names)
     street, wrong_street = draw.sample(facts.STREETS, 2)
@@ -392,9 +422,11 @@ def _drawn(draw: random.Random, trial: int, part: str) -> tuple[list[Question], 
     expected, wrong_one = street.split()[0], wrong_street.split()[0]
     questions.append(Question("two hops", depth_of(9), asks, (hop, end), expected, (wrong_one,)))
     questions.append(birth._replace(kind="follow-up", text=draw.choice(facts.half(facts.FOLLOW_UPS, part))))
-    for kind, like, about in (("unknown name", "number", next(names)), ("unsaid", "attribute", first)):
-        asked = facts.KINDS[like]
-        asks = draw.choice(facts.half(asked.questions, part)).format(name=about, thing=draw.choice(asked.things))
-        questions.append(Question(kind, 0.0, asks))
+    kinds = [kind for kind in facts.KINDS if kind != "person"]
+    unsaid = draw.sample([kind for kind in kinds if kind not in ("number", "birth")], 2)  # which is said of the first
+    for nothing, about, likes in (("unknown name", next(names), draw.sample(kinds, 2)), ("unsaid", first, unsaid)):
+        for asked in (facts.KINDS[like] for like in likes):
+            asks = draw.choice(facts.half(asked.questions, part)).format(name=about, thing=draw.choice(asked.things))
+            questions.append(Question(nothing, 0.0, asks))
     questions += [Question("off-topic", 0.0, each) for each in draw.sample(facts.half(facts.OFF_TOPIC, part), 2)]
     return questions, stated

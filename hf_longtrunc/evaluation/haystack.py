@@ -72,36 +72,21 @@ class Haystack:
             opened: list[int] = self.tokenizer(opening).input_ids
             (asked,) = self._tokens_of([question])
         else:
-            opened, asked = self.conversation(opening, question, turns)
-        return [*opened, *self.text(length, needles, draw, beside=len(opened) + len(asked)), *asked]
-
-    def text(
-        self,
-        length: int,
-        needles: Sequence[tuple[float, str]],
-        draw: random.Random,
-        *,
-        beside: int = 0,
-        behind: int = 0,
-    ) -> list[int]:
-        """Return the tokens of filler with the needles in it, which with `beside` tokens around it has `length`.
-
-        Needles as for `prompt`, in the filler before its last `behind` tokens.
-        """
+            opened, asked = self._conversation(opening, question, turns)
         for depth, _ in needles:
             share("depth", depth)
         hidden = self._tokens_of([sentence for _, sentence in needles])
-        room = length - beside - behind - sum(map(len, hidden))
-        if room < 1:
-            raise ValueError(f"length must be at least {length - room + 1} tokens for this prompt, got {length}")
-        sentences = self._stretch(room + behind, draw.randrange(len(self._sentences)))
-        places = [_nearest_boundary(sentences, depth * room) for depth, _ in needles]
+        around = len(opened) + len(asked) + sum(map(len, hidden))
+        if length <= around:
+            raise ValueError(f"length must be at least {around + 1} tokens for this prompt, got {length}")
+        sentences = self._stretch(length - around, draw.randrange(len(self._sentences)))
+        places = [_nearest_boundary(sentences, depth * (length - around)) for depth, _ in needles]
         for index in sorted(range(len(places)), key=lambda index: (places[index], index), reverse=True):
             sentences.insert(places[index], hidden[index])
-        return [token for sentence in sentences for token in sentence]
+        return [*opened, *(token for sentence in sentences for token in sentence), *asked]
 
-    def conversation(self, opening: str, question: str, turns: Sequence[str] = ()) -> tuple[list[int], list[int]]:
-        """Return the tokens before and behind the filler of a conversation in the tokenizer's chat template."""
+    def _conversation(self, opening: str, question: str, turns: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Return the tokens before and after the filler of a conversation in the tokenizer's chat template."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("chat needs a tokenizer with a chat template, this one has none")
         filler = "<<filler>>"
@@ -109,14 +94,6 @@ class Haystack:
         messages += [{"role": ("assistant", "user")[n % 2], "content": turn} for n, turn in enumerate(turns)]
         before, behind = template_parts(self.tokenizer, messages, filler)
         return self._ids(before), self._ids(behind)
-
-    def turn(self, question: str) -> list[int]:
-        """Return the tokens of a conversation from the end of an answer to where that to `question` begins."""
-        answer = "<<answer>>"
-        said = [("user", "?"), ("assistant", answer), ("user", question)]
-        messages = [{"role": role, "content": content} for role, content in said]
-        _, behind = template_parts(self.tokenizer, messages, answer)
-        return self._ids(behind)
 
     def _ids(self, part: str) -> list[int]:
         """Return the tokens of a part of a conversation."""

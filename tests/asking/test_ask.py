@@ -26,7 +26,7 @@ def alone(model, tokenizer, prompt, new=6):
 def test_an_answer_reads_its_passage_right_before_its_question(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     index = TextIndex(TEXT, ByWord())
-    four, elephants = ask(model, tokenizer, index, ["Where is four ", "elephants"], max_new_tokens=6)
+    four, elephants = ask(model, tokenizer, index, ["Where is four ", "elephants"], context=0, max_new_tokens=6)
     prompt = f"{SENTENCES[3]}\n\nUsing only the passage above, answer in a few words: Where is four\nAnswer:"
     assert (four.text, four.tokens_read) == alone(model, tokenizer, prompt)
     assert (four.found, [each.text for each in four.passages]) == (True, [SENTENCES[3]])
@@ -34,7 +34,9 @@ def test_an_answer_reads_its_passage_right_before_its_question(model_and_tokeniz
     assert four.peak_bytes > 2**20
     assert (elephants.text, elephants.tokens_read) == alone(model, tokenizer, "elephants\nAnswer:")
     assert (elephants.found, elephants.passages) == (False, ())
-    assert ask(model, tokenizer, TEXT, "Where is four ", finder=ByWord(), max_new_tokens=6)[0].text == four.text
+    assert (
+        ask(model, tokenizer, TEXT, "Where is four ", finder=ByWord(), context=0, max_new_tokens=6)[0].text == four.text
+    )
 
 
 def test_several_passages_stand_with_the_best_last_and_their_source(model_and_tokenizer):
@@ -54,8 +56,8 @@ def test_a_second_hop_looks_with_the_words_of_the_first_passage(model_and_tokeni
     text = "Ezra lodged with a certain Mrs Quill for two years. Nothing is said in this sentence, as always. "
     text += "Quill had a shop in Lime Row."
     index = TextIndex(text, ByWord())
-    (one,) = ask(model, tokenizer, index, "Ezra", max_new_tokens=2)
-    (two,) = ask(model, tokenizer, index, "Ezra", hops=2, max_new_tokens=2)
+    (one,) = ask(model, tokenizer, index, "Ezra", context=0, max_new_tokens=2)
+    (two,) = ask(model, tokenizer, index, "Ezra", hops=2, context=0, max_new_tokens=2)
     assert [each.text[:5] for each in one.passages] == ["Ezra "]
     assert [each.text[:5] for each in two.passages] == ["Ezra ", "Quill"]
 

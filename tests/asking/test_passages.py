@@ -10,15 +10,17 @@ from hf_longtrunc.asking.passages import LONGEST, SHORTEST, grow, sentence_spans
 
 
 def test_sentences_end_where_a_reader_ends_them():
-    text = 'Mr. Smith, of St. Ives, "was there." J. R. came!\n\nCHAPTER II\n\nHe left… “Why?” 他走了。她来了。'
+    text = 'Mr. Smith, of St. Ives, "was there." J. R. came!\n\nCHAPTER II\n\nHe left… '
+    text += "“Why?” said she. “No!”\n\nand so 他走了。她来了。"
     assert [text[start:end] for start, end in sentence_spans(text)] == [
         *(
             'Mr. Smith, of St. Ives, "was there."',
             "J. R. came!",
             "CHAPTER II",
             "He left…",
-            "“Why?”",
-            "他走了。",
+            "“Why?” said she.",
+            "“No!”",
+            "and so 他走了。",
             "她来了。",
         ),
     ]
@@ -43,10 +45,24 @@ def test_short_sentences_go_together_and_long_ones_are_cut():
     assert all(end - start <= LONGEST for start, end in unit_spans("word " * 400))
 
 
-def test_a_passage_grows_by_whole_units():
-    units = [(0, 50), (51, 100), (101, 150), (151, 300)]
-    assert grow(units, 2, 0) == (2, 2)
-    assert grow(units, 2, 49) == (2, 2)
-    assert grow(units, 2, 50) == (1, 2)
-    assert grow(units, 2, 150) == (0, 3)
-    assert grow(units, 0, 1000) == (0, 3)
+def test_a_passage_grows_by_whole_sentences():
+    text = "One went out. Two came in and sat down. Three. The fourth said no more. Five is the last of them."
+    units = {n: text[start:end] for n, (start, end) in enumerate(sentence_spans(text))}
+
+    def grown(context, n=2):
+        start = text.index(units[n])
+        return text[slice(*grow(text, start, start + len(units[n]), context))]
+
+    assert grown(0) == "Three."
+    assert grown(25) == "Three. The fourth said no more."
+    assert grown(24) == "Three."  # half of a sentence is not read
+    assert grown(32) == " ".join(units[n] for n in (1, 2, 3))
+    assert grown(1000) == text
+    assert grown(14, n=1) == "One went out. Two came in and sat down. Three."
+    assert grown(1000, n=0) == grown(1000, n=4) == text
+
+
+def test_a_passage_does_not_grow_into_part_of_a_sentence_that_is_longer_than_what_is_looked_at():
+    text = f"One went out. {'word ' * 400}end. Two came in."
+    assert grow(text, 0, 13, 300) == (0, 13)
+    assert grow(text, len(text) - 12, len(text), 300) == (len(text) - 12, len(text))

@@ -26,8 +26,8 @@ def by_word(monkeypatch):
 def test_it_says_what_ask_says(file, model_folder, by_word):
     questions = ["Where is four ", "elephants"]
     model, tokenizer = load_pretrained(model_folder)
-    expected = ask(model, tokenizer, TextIndex(TEXT, ByWord()), questions, max_new_tokens=9)
-    options = ("--model", model_folder, "--max-new-tokens", 9)
+    expected = ask(model, tokenizer, TextIndex(TEXT, ByWord()), questions, context=0, max_new_tokens=9)
+    options = ("--model", model_folder, "--max-new-tokens", 9, "--context", 0)
     result = invoke("ask", file, *questions, *options, "--json")
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)

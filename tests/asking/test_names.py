@@ -1,0 +1,80 @@
+"""Names in questions, and passages about the right person and another matter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_longtrunc import BM25, TextIndex
+from hf_longtrunc.asking.finders import Scorer
+from hf_longtrunc.asking.names import Capitals, has_a_name, without_names
+
+TEXT = "There Ezra Quill rose. Where was it, she asked, and which way did NASA look? What a road! Ann fell."
+
+
+@pytest.mark.parametrize(
+    ("question", "names"),
+    [
+        ("Which hat did Ezra Quill's aunt wear?", ["Ezra", "Quill"]),
+        ("Ezra had a hat. What was it?", ["Ezra"]),  # the text has the first word as a name
+        ("Which way did the road go? Where?", []),
+        ("“Did old Mr Élan fall?”", ["Élan"]),
+        ("Tobias wore a hat.", []),  # opens a sentence, and the text does not have it
+        ("What did NASA see in I?", ["NASA"]),
+        ("", []),
+    ],
+)
+def test_a_name_is_a_word_with_a_capital_inside_a_sentence(question, names):
+    rest = "the long and short of it was that they all went away again"
+    assert Capitals([TEXT, rest * 3]).names(question) == names
+
+
+def test_in_a_text_that_capitalises_nouns_no_word_is_a_name():
+    german = ["Der Pfarrer hatte einen Pfau, und die Frau des Müllers sah den Dieb im Garten."]
+    assert Capitals(german).names("Wer hat den Pfau von Ezra Quill gestohlen?") == []
+
+
+def test_a_run_of_names_becomes_somebody():
+    assert (
+        without_names(["Ezra", "Quill"], "Was Ezra  Quill, or Quill's aunt,\nEzran?") == "Was he, or he's aunt, Ezran?"
+    )
+    assert without_names([], " a\n b ") == "a b"
+    assert has_a_name(["Ezra"], "to Ezra's")
+    assert not has_a_name(["Ezra"], "Ezran")
+    assert has_a_name([], "")
+
+
+FILLER = " ".join(f"Nobody in the whole village ever spoke of anything but barley number {n}." for n in range(40))
+FACTS = "Ezra Quill was born at Whitby in the year of frost. For the fair Ann Lee had bought a new coat, a green one. "
+
+
+@pytest.mark.parametrize(
+    ("question", "found"),
+    [
+        ("Where was Ezra Quill born?", "Ezra"),
+        ("What coat had Ann Lee bought?", "For the fair"),
+        ("What coat had Ezra Quill bought?", ""),  # Ann's coat is the best unit, and Ezra's birth is near
+        ("What coat had Tobias Pym bought?", ""),  # whom the text does not name
+        ("Which horse was Ann Lee fond of?", ""),  # what the text does not say
+    ],
+)
+def test_a_passage_is_about_whom_and_what_a_question_names(question, found):
+    pytest.importorskip("bm25s")
+    text = f"{FACTS.split('. ')[0]}. {FILLER} {FACTS.split('. ')[1]} {FILLER}"
+    passages = TextIndex(text, BM25()).find(question)
+    assert [each.text[: len(found)] for each in passages] == [found] * bool(found)
+
+
+def test_a_follow_up_has_the_names_of_the_question_before_it():
+    class Both:
+        identity, threshold, matter_threshold = "both", 0.0, 0.5
+
+        def read(self, units, saved=None, *, progress=False):
+            return Scorer(
+                lambda question: torch.tensor([float("born" in unit and "born" in question) for unit in units]), {}
+            )
+
+    index = TextIndex(FACTS + FILLER, Both())
+    assert index._is_about(0, "Where was this person born?", "What number had Ezra Quill's cart?")
+    assert not index._is_about(0, "Where was this person born?", "What number had Tobias Pym's cart?")
+    assert not index._is_about(0, "What did this person wear?", "What number had Ezra Quill's cart?")

@@ -34,14 +34,13 @@ from hf_longtrunc import (
     BM25,
     DualChunkAttention,
     LMInfinite,
-    SentenceEncoder,
     StreamingLLM,
     TextIndex,
     ask,
-    load_encoder,
     load_pretrained,
     trained_length,
 )
+from hf_longtrunc.asking.answers import default_finder
 from hf_longtrunc.evaluation import wilson_interval
 from hf_longtrunc.evaluation.display import new_table
 from hf_longtrunc.evaluation.harness import PatchedLM
@@ -116,7 +115,7 @@ def main(
         with ExitStack() as stack:
             if arm == "ask":
                 by_words = BM25()
-                lm: Any = AskLM(patched, tokenizer, by_words if finder == "bm25" else default(encoder))
+                lm: Any = AskLM(patched, tokenizer, by_words if finder == "bm25" else default_finder(encoder))
             else:
                 lm = stack.enter_context(
                     PatchedLM(patched, tokenizer=tokenizer, arm=patch, max_length=2**30, batch_size=1)
@@ -147,18 +146,18 @@ def loaded(source: str, arm: str, longest: int) -> tuple[Any, Any, Any]:
     return model, tokenizer, patches.get(arm)
 
 
-def default(encoder: str | None) -> Any:
-    """Return the finder that `ask` takes if none is named."""
-    return SentenceEncoder(*load_encoder(encoder))
-
-
 def measured(lm: Any, task: str, length: int, limit: int, source: str) -> dict[str, Any]:
     """Return the number of prompts and their mean score."""
     with ExitStack() as stack:  # the harness makes 500 prompts whatever `limit` says; the first ones are the same
         for module, name in _MAKERS.items():
             of = import_module(f"lm_eval.tasks.ruler.{module}")
             stack.enter_context(mock.patch.object(of, name, fewer(getattr(of, name), limit)))
-        manager = TaskManager(metadata={"tokenizer": source, "max_seq_lengths": [length]})
+        folder = Path(lm_eval.__file__).parent / "tasks" / "ruler"  # an index of all tasks takes seconds
+        manager = TaskManager(
+            metadata={"tokenizer": source, "max_seq_lengths": [length]},
+            include_path=str(folder),
+            include_defaults=False,
+        )
         found = lm_eval.simple_evaluate(
             model=lm, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=False
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from hf_longtrunc import ask, load_pretrained
 from hf_longtrunc.evaluation import FactText, facts, find_and_read_table, paired_test, run_find_and_read
-from hf_longtrunc.evaluation.find_and_read import BLOCK, DEPTHS, KINDS, Question
+from hf_longtrunc.evaluation.find_and_read import BLOCK, DEPTHS, KINDS, Question, turns_test
 from tests.asking.test_index import ByWord
 
 FUNCTION_WORDS = """
@@ -131,15 +132,12 @@ def test_a_run_answers_as_ask_does_and_goes_on(novel, model_and_tokenizer, tmp_p
     assert "words shared" in printed
     assert "turn 4" in printed
     assert "read " in printed
-    silent = run_find_and_read(model, tokenizer, **{**given, "conversations": False}, read=False, trailing=True)
+    silent = run_find_and_read(model, tokenizer, **{**given, "conversations": False}, read=False)
     assert {r.answer for r in silent} == {None}
-    assert all(any(r.question.endswith(t) for t in facts.TRAILING) for r in silent)
 
 
 def test_the_paired_test_is_the_sign_test(novel, model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
-    from dataclasses import replace
-
     (record, *_) = run_find_and_read(model, tokenizer, {"road": novel}, [1500], {"a": ByWord()}, read=False)
     records = []
     for n in range(12):
@@ -153,3 +151,24 @@ def test_the_paired_test_is_the_sign_test(novel, model_and_tokenizer):
     assert p == pytest.approx(binomtest(9, 10).pvalue)
     assert paired_test(records, "a", "a") == (0, 0, 1.0)
     assert torch.is_inference_mode_enabled() is False
+
+
+def test_later_turns_are_held_against_the_same_facts_asked_for_alone(novel, model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    given = {"novels": {"road": novel}, "lengths": [1500], "arms": {"a": ByWord()}, "conversations": True}
+    records = run_find_and_read(model, tokenizer, **given, read=False)
+    strict = {"place": (1.0, 0.0), "person": (1.0, 1.0), "birth": (0.0, 1.0), "follow-up": (0.0, 1.0)}
+    scored = [replace(r, strict=strict.get(r.kind, (1.0, 1.0))[r.turn > 1]) for r in records]
+    better, worse, p = turns_test(scored, "a")
+    assert (better, worse, p) == (1, 1, 1.0)  # the follow-up, and the place; the first turn is no pair
+
+
+def test_each_question_is_asked_with_twelve_instructions_and_some_kinds_alone(novel, model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    given = {"novels": {"road": novel}, "lengths": [1500], "arms": {"a": ByWord()}, "read": False}
+    records = run_find_and_read(model, tokenizer, **given, trailing=True, kinds=("birth", "two hops"))
+    assert len(records) == 2 * 2 * 12
+    assert {r.kind for r in records} == {"birth", "two hops"}
+    assert {instruction for instruction in facts.TRAILING for r in records if r.question.endswith(instruction)} == set(
+        facts.TRAILING
+    )

@@ -1,6 +1,6 @@
 """`ask` on texts of up to a million tokens: right passages, answers, time and memory, and a saved index.
 
-    python recipes/asking_long.py --texts a.txt,b.txt --lengths 16000,128000,1000000 --each 3,3,2 --out asking-long
+    python recipes/asking_long.py --texts a.txt,b.txt --lengths 16000,128000,1000000 --each 2,2,1 --out asking-long
 
 The texts are joined to one, facts are hidden in stretches of it (`FactText`), and `ask` is called as a user calls it.
 The first text of each length is indexed, timed, saved and loaded; the others add questions. Lengths ascend: a process
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -23,9 +24,10 @@ from rich.console import Console
 
 from hf_longtrunc import TextIndex, ask, load_pretrained
 from hf_longtrunc.asking.answers import default_finder, peak_bytes
-from hf_longtrunc.evaluation import FactText, append_records, wilson_interval
+from hf_longtrunc.evaluation import FactText, wilson_interval
 from hf_longtrunc.evaluation.display import new_table
 from hf_longtrunc.evaluation.find_and_read import SHARED
+from hf_longtrunc.evaluation.records import Journal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,6 +44,7 @@ class LongTextRecord:
     trial: int
     units: int
     index_seconds: float
+    index_processor_seconds: float
     question_seconds: list[float]
     peak_bytes: int
     kinds: list[str]
@@ -53,7 +56,7 @@ class LongTextRecord:
 def main(
     texts: Annotated[str, typer.Option(help="Novels, separated by commas.")],
     lengths: Annotated[str, typer.Option(help="Tokens of a text, ascending.")] = "16000,128000,1000000",
-    each: Annotated[str, typer.Option(help="Texts of each length.")] = "3,3,2",
+    each: Annotated[str, typer.Option(help="Texts of each length.")] = "2,2,1",
     model: Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
     encoder: Annotated[str | None, typer.Option(help="Hub id or folder; all-MiniLM-L6-v2 if left out.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for asking_long.jsonl.")] = Path("asking-long"),
@@ -61,40 +64,42 @@ def main(
     torch.set_num_threads(1)
     language_model, tokenizer = load_pretrained(model)
     novel = "\n\n".join(Path(text).read_text(encoding="utf-8") for text in texts.split(","))
-    records: list[LongTextRecord] = []
+    results = tuple(field.name for field in fields(LongTextRecord) if field.name not in ("finder", "length", "trial"))
+    journal, records = Journal(out / "asking_long.jsonl", LongTextRecord, results), []
+    finder = default_finder(encoder)
     for length, count in zip(map(int, lengths.split(",")), map(int, each.split(",")), strict=True):
-        finder = default_finder(encoder)
         for trial in range(count):
-            text = FactText(novel, tokenizer, length, trial)
-            started = time.perf_counter()
-            index = TextIndex(text.text, finder, progress=True)
-            seconds = time.perf_counter() - started
-            asked = [q for q in text.questions if q.kind in (*SHARED, "unshared")]
-            answers = ask(language_model, tokenizer, index, [q.text for q in asked], max_new_tokens=24)
-            same = None
-            if trial == 0:
-                with tempfile.TemporaryDirectory() as folder:
-                    index.save(folder)
-                    loaded = TextIndex.load(folder, text.text, finder)
-                again = ask(language_model, tokenizer, loaded, [q.text for q in asked[:8]], max_new_tokens=24)
-                same = [(a.text, a.passages) for a in again] == [(a.text, a.passages) for a in answers[:8]]
-            records.append(
-                LongTextRecord(
-                    finder=finder.identity,
-                    length=length,
-                    trial=trial,
-                    units=len(index),
-                    index_seconds=seconds,
-                    question_seconds=[round(answer.seconds, 3) for answer in answers],
-                    peak_bytes=peak_bytes(language_model) or 0,
-                    kinds=[q.kind for q in asked],
-                    right=[int(q.is_read_in(a.passages)) for q, a in zip(asked, answers, strict=True)],
-                    strict=[int(q.scores(a.text)[1]) for q, a in zip(asked, answers, strict=True)],
-                    loaded_answers_the_same=same,
-                )
-            )
-            append_records(out / "asking_long.jsonl", records[-1:])
+            measure = partial(measured, language_model, tokenizer, finder, novel, length, trial)
+            records.append(journal.once({"finder": finder.identity, "length": length, "trial": trial}, measure))
     Console(width=None if Console().is_terminal else 160).print(long_table(records))
+
+
+def measured(model: Any, tokenizer: Any, finder: Any, novel: str, length: int, trial: int) -> dict[str, Any]:
+    """Index one text, ask about it, and save and load the index of the first."""
+    text = FactText(novel, tokenizer, length, trial)
+    started = time.perf_counter(), time.process_time()
+    index = TextIndex(text.text, finder, progress=True)
+    seconds = time.perf_counter() - started[0], time.process_time() - started[1]
+    asked = [q for q in text.questions if q.kind in (*SHARED, "unshared")]
+    answers = ask(model, tokenizer, index, [q.text for q in asked], max_new_tokens=24)
+    same = None
+    if trial == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            index.save(folder)
+            loaded = TextIndex.load(folder, text.text, finder)
+        again = ask(model, tokenizer, loaded, [q.text for q in asked[:8]], max_new_tokens=24)
+        same = [(a.text, a.passages) for a in again] == [(a.text, a.passages) for a in answers[:8]]
+    return {
+        "units": len(index),
+        "index_seconds": round(seconds[0], 2),
+        "index_processor_seconds": round(seconds[1], 2),
+        "question_seconds": [round(answer.seconds, 3) for answer in answers],
+        "peak_bytes": peak_bytes(model) or 0,
+        "kinds": [q.kind for q in asked],
+        "right": [int(q.is_read_in(a.passages)) for q, a in zip(asked, answers, strict=True)],
+        "strict": [int(q.scores(a.text)[1]) for q, a in zip(asked, answers, strict=True)],
+        "loaded_answers_the_same": same,
+    }
 
 
 def long_table(records: Sequence[LongTextRecord]) -> Table:
@@ -106,7 +111,7 @@ def long_table(records: Sequence[LongTextRecord]) -> Table:
         "none shared: right passage",
         "right answer",
     )
-    headings += ("index s", "per token, ratio", "question s", "peak MiB", "ratio", "loaded same")
+    headings += ("index s", "processor s", "a token, ratio", "question s", "peak MiB", "ratio", "loaded same")
     table = new_table(*headings, title="ask on long texts: shares with 95 % interval and n")
     base = min(records, key=lambda record: (record.length, record.trial))
     for length in sorted({record.length for record in records}):
@@ -114,12 +119,13 @@ def long_table(records: Sequence[LongTextRecord]) -> Table:
         pairs = [p for r in own for p in zip(r.kinds, r.right, r.strict, strict=True)]
         shared, none = ([p for p in pairs if (p[0] in SHARED) is wanted] for wanted in (True, False))
         first = own[0]
-        ratio = (first.index_seconds / length) / (base.index_seconds / base.length)
+        ratio = (first.index_processor_seconds / length) / (base.index_processor_seconds / base.length)
         seconds = sorted(s for record in own for s in record.question_seconds)
         table.add_row(
             f"{length:,}",
             *(_share([int(p[k]) for p in some]) for some in (shared, none) for k in (1, 2)),
             f"{first.index_seconds:.1f}",
+            f"{first.index_processor_seconds:.1f}",
             f"{ratio:.2f}",
             f"{seconds[len(seconds) // 2]:.2f}",
             f"{max(r.peak_bytes for r in own) / 2**20:,.0f}",

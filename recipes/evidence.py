@@ -204,7 +204,7 @@ STEPS = [
         "asking-trailing",
         "Right passages when one of twelve instructions follows the question",
         None,
-        f"asking.py --texts {NOVELS},middlemarch.txt --lengths 12000 --each 4 --trailing --no-read --arms ask "
+        f"asking.py --texts {NOVELS},middlemarch.txt --lengths 12000 --each 2 --trailing --no-read --arms ask "
         "--out OUT",
     ),
     Step(

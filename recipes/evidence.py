@@ -198,7 +198,7 @@ STEPS = [
         "asking",
         "What `ask` finds and answers in novels and wordings that nothing was chosen on",
         None,
-        f"asking.py --texts {NOVELS},middlemarch.txt --lengths 7500,12000,16000 --each 4 --conversations --out OUT",
+        f"asking.py --texts {NOVELS},middlemarch.txt --lengths 7500,12000,16000 --each 2 --conversations --out OUT",
     ),
     Step(
         "asking-trailing",

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_longtrunc import best_fit_decreasing
-from hf_longtrunc.evaluation import RetrievalRecord, plot_questions, read_records
+from hf_longtrunc.evaluation import RetrievalRecord, read_records
+from hf_longtrunc.evaluation.heat_maps import plot_scores
 
 DOCS = Path(__file__).parent.parent / "docs"
 FOLDER = DOCS / "assets"
@@ -178,7 +179,8 @@ def facts() -> None:
     """Draw which facts were found, by kind of question and length."""
     names = {"dual-chunk": "dual chunk attention", "both": "and TopBlocks.for_chat"}
     records = read_records(DOCS / "evidence" / "reading" / "questions.jsonl", RetrievalRecord)
-    axes: list[Any] = plot_questions([replace(record, arm=names[record.arm]) for record in records])
+    named = [replace(record, arm=names[record.arm]) for record in records]
+    axes: list[Any] = plot_scores(named, "arm", [], inside="battery")
     axes[0].figure.savefig(FOLDER / "facts.png", dpi=130)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.asking.finders import Finder
     from hf_longtrunc.asking.passages import Passage
 
-CONTEXT = 150  # characters around a unit: a fact may take two sentences
+CONTEXT = 300  # characters of a sentence that a passage may grow by: a fact may take two
 _SPREAD = 8  # units that stand for a whole text
 NOT_FOUND = "no passage stands out; answered without the text"
 
@@ -80,7 +80,8 @@ def ask(
         questions: one or several.
         finder: finds the passages; None takes `SentenceEncoder` of `load_encoder()`. Not with a `TextIndex`.
         count: passages at most. More than one made SmolLM2-135M-Instruct answer worse.
-        context: whole sentences within so many characters on either side of a passage's unit are read with it.
+        context: the sentence before or after a passage's unit, of at most so many characters, is read too if the finder
+            then scores the passage higher. Reading more than the fact made SmolLM2-135M-Instruct answer worse.
         hops: 2 looks again with the words of the first passage, and reads both.
         prompt: holds {passages} and {question}.
         follow_up: each question may refer to the one before it. One that does is read with that turn; one that does

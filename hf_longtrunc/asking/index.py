@@ -9,7 +9,7 @@ import torch
 
 from hf_longtrunc.arguments import whole
 from hf_longtrunc.asking.names import Capitals, has_a_name, without_names
-from hf_longtrunc.asking.passages import Passage, grow, unit_spans
+from hf_longtrunc.asking.passages import Passage, neighbours, unit_spans
 from hf_longtrunc.saving import load_folder, save_folder
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class TextIndex:
             question: what is asked.
             before: the question before it, if this is a follow-up (`follows`): a unit's score is the smaller of both.
             count: how many units at most; passages that touch become one.
-            context: characters on either side of a unit, of whose sentences the whole ones are read.
+            context: the sentence before or after a unit, of at most so many characters, is part of its passage if the
+                finder then scores it higher: a fact may begin in one sentence and end in the next.
             besides: passages that were found before, which are not found again.
         """
         scores, least = self._scorer.score(question), self.finder.threshold
@@ -92,7 +93,8 @@ class TextIndex:
         found: list[Passage] = []
         for score, n in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             if score > least and (besides or self._is_about(n, question, before or "")):
-                self._add(found, n, score, whole("context", context, least=0))
+                span = self._grown(n, f"{before or ''} {question}".strip(), whole("context", context, least=0))
+                self._add(found, n, span, score)
         return found
 
     def _is_about(self, unit: int, question: str, before: str) -> bool:
@@ -124,7 +126,7 @@ class TextIndex:
         places = torch.linspace(0, len(self) - 1, min(whole("count", count, least=1), len(self)))
         found: list[Passage] = []
         for n in places.round().long().tolist():
-            self._add(found, n, 0.0, 0)
+            self._add(found, n, self._span(n), 0.0)
         return found
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -149,15 +151,28 @@ class TextIndex:
                 )
         return cls(text, finder, saved=tensors)
 
+    def _span(self, unit: int) -> tuple[int, int]:
+        name, n = self._units[unit]
+        return self._spans[name][n]
+
     def _text(self, name: str, n: int) -> str:
         start, end = self._spans[name][n]
         return self.documents[name][start:end]
 
-    def _add(self, found: list[Passage], unit: int, score: float, context: int) -> None:
-        """Append the passage around a unit, or widen one that it touches."""
-        name, n = self._units[unit]
+    def _grown(self, unit: int, question: str, context: int) -> tuple[int, int]:
+        """Return the span of a unit, or with the sentence before or after it if that matches the question better."""
+        (start, end), document = self._span(unit), self.documents[self._units[unit][0]]
+        first, last = neighbours(document, start, end, context)
+        spans = [(start, end), *[(first, end)] * (first < start), *[(start, last)] * (last > end)]
+        if len(spans) == 1:
+            return start, end
+        scores = self.finder.read([" ".join(document[slice(*span)].split()) for span in spans]).score(question)
+        return spans[int(scores.argmax())]
+
+    def _add(self, found: list[Passage], unit: int, span: tuple[int, int], score: float) -> None:
+        """Append a passage, or widen one that it touches."""
+        name, (start, end) = self._units[unit][0], span
         document = self.documents[name]
-        start, end = grow(document, *self._spans[name][n], context)
         for at, other in enumerate(found):
             between = document[min(end, other.end) : max(start, other.start)]
             if other.source == name and not between.strip():

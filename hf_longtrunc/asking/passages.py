@@ -1,8 +1,8 @@
-"""A text cut into units that a finder scores, and the best units grown to passages that a model reads.
+"""A text cut into units that a finder scores, and the best units made into passages that a model reads.
 
-A unit is a sentence or several short ones, never longer than `LONGEST` characters. A passage is a unit with whole
-sentences on either side; passages that touch are one. Everything is a span of characters, so that a
-passage can be shown where it stands.
+A unit is a sentence or several short ones, never longer than `LONGEST` characters. A passage is a unit, with the
+sentence before or after it if that belongs to what is asked; passages that touch are one. Everything is a span of
+characters, so that a passage can be shown where it stands.
 """
 
 from __future__ import annotations
@@ -78,17 +78,19 @@ def unit_spans(text: str) -> list[tuple[int, int]]:
     return units
 
 
-def grow(text: str, start: int, end: int, context: int) -> tuple[int, int]:
-    """Return the span with the whole sentences around it that lie within `context` characters on either side."""
-    first = max(start - context, 0)
+def neighbours(text: str, start: int, end: int, longest: int) -> tuple[int, int]:
+    """Return where the sentence before a span begins and where the one after it ends.
+
+    Where none of at most `longest` characters is there, it is the span's own start or end.
+    """
+    first = max(start - longest - 1, 0)
     before = [first + begin for begin, _ in sentence_spans(text[first:start])]
     if first > 0:
-        before = before[1:]  # which may begin in the middle of a sentence
-    after = [end + last for _, last in sentence_spans(text[end : end + context + LONGEST])]
-    if end + context + LONGEST < len(text):
-        after = after[:-1]  # which may end in the middle of one
-    inside = [last for last in after if last <= end + context]
-    return min([start, *before]), max([end, *inside])
+        before = before[1:]  # it may begin in the middle of a sentence
+    after = [end + last for _, last in sentence_spans(text[end : end + longest + LONGEST])]
+    if end + longest + LONGEST < len(text):
+        after = after[:-1]  # it may end in the middle of one
+    return before[-1] if before else start, after[0] if after and after[0] <= end + longest else end
 
 
 def _stripped(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -26,7 +26,7 @@ def ask(
     encoder: Annotated[str | None, typer.Option(help="Hub id or folder; all-MiniLM-L6-v2 if left out.")] = None,
     index: Annotated[Path | None, typer.Option(help="Folder that keeps the index for the next time.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Passages that are read at most.")] = 1,
-    context: Annotated[int, typer.Option(min=0, help="Characters around a passage that are read too.")] = 150,
+    context: Annotated[int, typer.Option(min=0, help="Longest sentence that a passage may grow by.")] = 300,
     hops: Annotated[int, typer.Option(min=1, max=2, help="2 looks again with the first passage's words.")] = 1,
     follow_up: Annotated[bool, typer.Option("--follow-up", help="A question may refer to the one before it.")] = False,
     prompt: Annotated[Path | None, typer.Option(help="A file with {passages} and {question} in it.")] = None,

@@ -58,11 +58,11 @@ def wilson_interval(mean: float, count: int, *, z: float = 1.959964) -> tuple[fl
     return (middle - half) / scale if mean > 0 else 0.0, (middle + half) / scale if mean < 1 else 1.0
 
 
-def plot_scores(records: Sequence[Any], across: str, down: Sequence[str]) -> list[Axes]:
+def plot_scores(records: Sequence[Any], across: str, down: Sequence[str], *, inside: str = "depth") -> list[Axes]:
     """Draw heat maps of mean scores over prompt length and depth, row by row; a cell says of how many prompts.
 
     A column of maps per value of the field `across`, a row of maps per value of the fields `down`, and in each map a
-    row per depth.
+    row per value of the field `inside`, depth unless it is named.
     """
     plt = import_pyplot("a picture")
     groups: dict[tuple[Any, ...], dict[Any, list[Any]]] = {}
@@ -71,16 +71,17 @@ def plot_scores(records: Sequence[Any], across: str, down: Sequence[str]) -> lis
         row.setdefault(getattr(record, across), []).append(record)
     columns = list(dict.fromkeys(getattr(record, across) for record in records))
     lengths = sorted({record.length for record in records})
-    rows = sorted({record.depth for record in records})
+    rows = list(dict.fromkeys(getattr(record, inside) for record in records))
+    rows = sorted(rows) if inside == "depth" else rows
     size = (1.5 + len(columns) * max(2.2, 1 + 0.6 * len(lengths)), 0.5 + len(groups) * (1.2 + 0.4 * len(rows)))
     _, grid = plt.subplots(
         len(groups), len(columns), sharex=True, sharey=True, squeeze=False, figsize=size, layout="constrained"
     )
     for row, (names, by_column) in zip(grid, groups.items(), strict=True):
         for axes, column in zip(row, columns, strict=True):
-            _heat_map(axes, by_column.get(column, []), lengths, rows)
+            _heat_map(axes, by_column.get(column, []), lengths, rows, inside)
             axes.set_title("\n".join([str(column), *names]), fontsize=9)
-        row[0].set_ylabel("depth")
+        row[0].set_ylabel("kind of question" if inside == "battery" else inside)
     for axes in grid[-1]:
         axes.set_xlabel("prompt (tokens)")
     return [axes for row in grid for axes in row]
@@ -91,10 +92,10 @@ def mean_score(records: Sequence[Any]) -> float:
     return sum(record.score for record in records) / len(records) if records else float("nan")
 
 
-def _heat_map(axes: Axes, records: Sequence[Any], lengths: Sequence[int], rows: Sequence[float]) -> None:
+def _heat_map(axes: Axes, records: Sequence[Any], lengths: Sequence[int], rows: Sequence[Any], field: str) -> None:
     cells: dict[tuple[int, int], list[Any]] = {(x, y): [] for x in range(len(lengths)) for y in range(len(rows))}
     for record in records:
-        cells[lengths.index(record.length), rows.index(record.depth)].append(record)
+        cells[lengths.index(record.length), rows.index(getattr(record, field))].append(record)
     means = [[mean_score(cells[x, y]) for x in range(len(lengths))] for y in range(len(rows))]
     axes.imshow(means, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     for (x, y), inside in cells.items():
@@ -103,4 +104,4 @@ def _heat_map(axes: Axes, records: Sequence[Any], lengths: Sequence[int], rows: 
             words = f"{means[y][x]:.2f}\nn = {len(inside)}"
             axes.text(x, y, words, ha="center", va="center", color=color, fontsize=8)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
-    axes.set_yticks(range(len(rows)), [f"{row:.0%}" for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{row:.0%}" if field == "depth" else str(row) for row in rows])

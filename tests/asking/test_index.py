@@ -35,8 +35,10 @@ def test_passages_are_the_best_units_with_their_places():
     assert TEXT[found.start : found.end] == found.text
     assert index.find("seven") == []
     assert [each.text for each in index.find("six six one", count=3)] == [SENTENCES[5], SENTENCES[0]]
-    (wide,) = index.find("three", context=70)
-    assert wide.text == " ".join(SENTENCES[1:4])
+    assert index.find("three", context=70) == [found]
+    (wide,) = index.find("three two three", context=70)
+    assert wide.text == " ".join(SENTENCES[1:3])
+    assert index.find("three two three", context=20)[0].text == SENTENCES[2]
     (joined,) = index.find("three four four", count=2)
     assert (joined.text, joined.score) == (" ".join(SENTENCES[2:4]), 2.0)
     assert index.find("three four four", besides=[joined]) == []

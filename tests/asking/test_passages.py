@@ -6,7 +6,7 @@ import random
 import re
 from itertools import pairwise
 
-from hf_longtrunc.asking.passages import LONGEST, SHORTEST, grow, sentence_spans, unit_spans
+from hf_longtrunc.asking.passages import LONGEST, SHORTEST, neighbours, sentence_spans, unit_spans
 
 
 def test_sentences_end_where_a_reader_ends_them():
@@ -45,24 +45,20 @@ def test_short_sentences_go_together_and_long_ones_are_cut():
     assert all(end - start <= LONGEST for start, end in unit_spans("word " * 400))
 
 
-def test_a_passage_grows_by_whole_sentences():
+def test_the_sentences_around_a_span_are_whole_and_not_too_long():
     text = "One went out. Two came in and sat down. Three. The fourth said no more. Five is the last of them."
-    units = {n: text[start:end] for n, (start, end) in enumerate(sentence_spans(text))}
+    sentences = [text[start:end] for start, end in sentence_spans(text)]
 
-    def grown(context, n=2):
-        start = text.index(units[n])
-        return text[slice(*grow(text, start, start + len(units[n]), context))]
+    def around(n, longest):
+        start = text.index(sentences[n])
+        first, last = neighbours(text, start, start + len(sentences[n]), longest)
+        return text[first:last]
 
-    assert grown(0) == "Three."
-    assert grown(25) == "Three. The fourth said no more."
-    assert grown(24) == "Three."  # half of a sentence is not read
-    assert grown(32) == " ".join(units[n] for n in (1, 2, 3))
-    assert grown(1000) == text
-    assert grown(14, n=1) == "One went out. Two came in and sat down. Three."
-    assert grown(1000, n=0) == grown(1000, n=4) == text
-
-
-def test_a_passage_does_not_grow_into_part_of_a_sentence_that_is_longer_than_what_is_looked_at():
-    text = f"One went out. {'word ' * 400}end. Two came in."
-    assert grow(text, 0, 13, 300) == (0, 13)
-    assert grow(text, len(text) - 12, len(text), 300) == (len(text) - 12, len(text))
+    assert around(2, 0) == around(2, 24) == "Three."
+    assert around(2, 25) == "Three. The fourth said no more."
+    assert around(2, 100) == " ".join(sentences[1:4])
+    assert around(0, 100) == " ".join(sentences[:2])
+    assert around(4, 100) == " ".join(sentences[3:])
+    long = f"One went out. {'word ' * 400}end. Two came in."
+    assert neighbours(long, 0, 13, 300) == (0, 13)
+    assert neighbours(long, len(long) - 12, len(long), 300) == (len(long) - 12, len(long))

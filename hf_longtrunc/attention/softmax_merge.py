@@ -139,7 +139,7 @@ def _attended(part: AttentionPart, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Return the output [batch, heads, n, value_dim] of one part and its log-sum-exp [batch, heads, n]."""
     if _has_kernel(part, scoring):
         query, key, value = _in_order(part)
-        if part.mask == "full":  # a group's heads become the queries of their key head, which is read once
+        if part.mask == "full" and query.shape[2] == 1:  # a group's heads are queries of one key head, read once
             query = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
         output, lse = _FLASH(query, key, value, 0.0, part.mask != "full", scale=scoring.scaling)
         output, lse = output.reshape(part.query.shape), lse.reshape(part.query.shape[:-1])

@@ -92,6 +92,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
     from hf_longtrunc.sampling.basis import SoftmaxBasis as SoftmaxBasis
     from hf_longtrunc.sampling.bat import BasisAwareLogitsProcessor as BasisAwareLogitsProcessor
+    from hf_longtrunc.sampling.by_name import sampler_by_name as sampler_by_name
     from hf_longtrunc.sampling.calls import sampling_settings as sampling_settings
     from hf_longtrunc.sampling.mask import (
         SamplingMask as SamplingMask,
@@ -114,10 +115,8 @@ if TYPE_CHECKING:
         SupportChecker as SupportChecker,
         critical_threshold as critical_threshold,
     )
-    from hf_longtrunc.sampling.trace import (
-        TruncationRecord as TruncationRecord,
-        TruncationTrace as TruncationTrace,
-    )
+    from hf_longtrunc.sampling.trace import TruncationTrace as TruncationTrace
+    from hf_longtrunc.sampling.trace_records import TruncationRecord as TruncationRecord
 
 __version__ = "0.2.0"
 
@@ -171,7 +170,7 @@ _HOME = {
     "TopHLogitsProcessor": "hf_longtrunc.sampling.processors",
     "TopK": "hf_longtrunc.attention.key_retrieval",
     "TopNSigmaLogitsProcessor": "hf_longtrunc.sampling.processors",
-    "TruncationRecord": "hf_longtrunc.sampling.trace",
+    "TruncationRecord": "hf_longtrunc.sampling.trace_records",
     "TruncationTrace": "hf_longtrunc.sampling.trace",
     "ULDCollator": "hf_longtrunc.mixing.uld",
     "ULDLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
@@ -200,6 +199,7 @@ _HOME = {
     "random_positions": "hf_longtrunc.positions.cream",
     "read_megatron": "hf_longtrunc.data.megatron",
     "reset_states": "hf_longtrunc.data.states",
+    "sampler_by_name": "hf_longtrunc.sampling.by_name",
     "sampling_settings": "hf_longtrunc.sampling.calls",
     "save_uld_assistant": "hf_longtrunc.mixing.uld",
     "train_pema": "hf_longtrunc.mixing.pema_processor",

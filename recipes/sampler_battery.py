@@ -57,6 +57,7 @@ from hf_longtrunc import (
     BasisAwareLogitsProcessor,
     EpsilonLogitsProcessor,
     EtaLogitsProcessor,
+    MinKLogitsProcessor,
     PLessLogitsProcessor,
     SoftmaxBasis,
     SupportChecker,
@@ -106,6 +107,7 @@ MAKERS: dict[str, Any] = {
     "min-p": MinPLogitsWarper,
     "typical": TypicalLogitsWarper,
     "top-h": lambda share: TopHLogitsWarper(min(share, 1.0)),
+    "min-k": lambda _: MinKLogitsProcessor(),
 }
 
 

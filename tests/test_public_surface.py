@@ -96,6 +96,7 @@ PUBLIC = {
         "random_positions",
         "read_megatron",
         "reset_states",
+        "sampler_by_name",
         "sampling_settings",
         "save_uld_assistant",
         "train_pema",

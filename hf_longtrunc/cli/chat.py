@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 HELP = {
     "/file PATH": "a text to talk about. One that half the window holds is read whole with your next message; of a "
     "longer one each message reads the passage that stands out for it, until /reset",
-    "/sampler NAME [X]": "eta 0.002, epsilon 0.0009, top-n-sigma 1, p-less, bat 0.002, top-p 0.9, min-p 0.05, plain, "
+    "/sampler NAME [X]": "eta 0.002, epsilon 0.0009, top-n-sigma 1, p-less, top-h 0.4, min-k 3, xtc 0.5, dry 0.8, "
+    "bat 0.002, top-p 0.9, min-p 0.05, plain, "
     "greedy",
     "/save PATH": "write the conversation as JSON lines",
     "/reset": "forget the conversation",
@@ -119,27 +120,27 @@ def processors_of(text: str, model: Any) -> list[Any] | None:
     import hf_longtrunc as ours
 
     name, _, value = text.strip().partition(" ")
-    makers: dict[str, tuple[float | None, Callable[[float], list[Any] | None]]] = {
-        "eta": (2e-3, lambda epsilon: [ours.EtaLogitsProcessor(epsilon)]),
-        "epsilon": (9e-4, lambda epsilon: [ours.EpsilonLogitsProcessor(epsilon)]),
-        "top-n-sigma": (1.0, lambda n: [ours.TopNSigmaLogitsProcessor(n)]),
-        "p-less": (None, lambda _: [ours.PLessLogitsProcessor()]),
+    others: dict[str, tuple[float | None, Callable[[float], list[Any] | None]]] = {
         "bat": (2e-3, lambda epsilon: [_basis_aware(epsilon, model)]),
         "top-p": (0.9, lambda p: [transformers.TopPLogitsWarper(p)]),
         "min-p": (0.05, lambda p: [transformers.MinPLogitsWarper(p)]),
         "plain": (None, lambda _: []),
         "greedy": (None, lambda _: None),
     }
-    if name not in makers:
-        raise ValueError(f"no such sampler: {name or 'none is named'}; there are {', '.join(makers)}")
-    default, make = makers[name]
-    if value and default is None:
-        raise ValueError(f"{name} takes no value, got {value}")
     try:
-        number = float(value) if value else default
+        number = float(value) if value else None
     except ValueError:
         raise ValueError(f"{name} takes a number, got {value}") from None
-    return make(number or 0.0)
+    if name in others:
+        default, make = others[name]
+        if value and default is None:
+            raise ValueError(f"{name} takes no value, got {value}")
+        return make((default or 0.0) if number is None else number)
+    try:
+        return [ours.sampler_by_name(name, number)]
+    except ValueError as error:
+        more = f"; chat has {', '.join(others)} too" if str(error).startswith("name ") else ""
+        raise ValueError(f"{error}{more}") from None
 
 
 def _basis_aware(epsilon: float, model: Any) -> Any:

@@ -27,9 +27,7 @@ def export(
     finder: Annotated[
         Literal["encoder", "bm25"] | None, typer.Option(help="Of passages: by meaning (the default) or by words.")
     ] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="Sample by eta=0.002, epsilon=0.0009, top-n-sigma=1 or p-less.")
-    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sample by eta=0.002, p-less or another sampler.")] = None,
     weights: Annotated[
         Literal["link", "copy", "none"], typer.Option(help="none: code alone, for generate(custom_generate=FOLDER).")
     ] = "link",

@@ -202,6 +202,21 @@ def _top_h_kept(rows: Ranked, top_h: float) -> Interval:
     return torch.zeros_like(last), last
 
 
+def _min_k_count(rows: Ranked) -> Tensor:
+    """Return how many tokens min-k keeps at its paper's tau, 3, which matters in nearly flat rows only."""
+    following = torch.nn.functional.pad(rows.surprisal[:, 1:], (0, 1), value=torch.inf)
+    places = torch.arange(1, following.shape[1] + 1)
+    steepest = torch.where(following.isfinite(), (following - rows.surprisal) / places, 0).argmax(-1) + 1
+    alive = rows.surprisal.isfinite()
+    extent = torch.where(alive, rows.surprisal, -torch.inf).amax(-1) - rows.surprisal[:, 0]
+    return torch.maximum(steepest, (3 / extent).floor().clamp_max(following.shape[1]).long()).minimum(alive.sum(-1))
+
+
+def _min_k_kept(rows: Ranked, _: float) -> Interval:
+    last = _min_k_count(rows)
+    return torch.zeros_like(last), last
+
+
 def _above(values: Tensor) -> Tensor:
     """Return the next number: these samplers keep what stands strictly below their parameter."""
     return values.nextafter(torch.tensor(torch.inf, dtype=values.dtype))
@@ -228,4 +243,5 @@ METHODS = {
     ),
     "typical": Method("typical_p", True, _typical_critical, _typical_kept),
     "top-h": Method("top_h", True, _top_h_critical, _top_h_kept),
+    "min-k": Method(None, False, lambda rows, rank: (rank >= _min_k_count(rows)).double(), _min_k_kept),
 }

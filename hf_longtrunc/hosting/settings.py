@@ -12,18 +12,11 @@ from hf_longtrunc.arguments import one_of, whole
 from hf_longtrunc.hosting.find_and_read import FINDERS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import LogitsProcessor
 
 FORMAT = 1
 TECHNIQUES = {"lm-infinite": "LMInfinite", "streaming-llm": "StreamingLLM", "dual-chunk": "DualChunkAttention"}
 _DATACLASSES = {**TECHNIQUES, "top-blocks": "TopBlocks", "top-k": "TopK"}  # all that "name" can stand for
-SAMPLERS = {
-    "eta": "EtaLogitsProcessor",
-    "epsilon": "EpsilonLogitsProcessor",
-    "top-n-sigma": "TopNSigmaLogitsProcessor",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +25,7 @@ class HostSettings:
 
     Args:
         technique: `LMInfinite(...)` or `StreamingLLM(...)`, with a `window_length`, or `DualChunkAttention(...)`.
-        sampler: "eta=0.002", "epsilon=0.0009", "top-n-sigma=1" or "p-less", joined to everything that is sampled; None
+        sampler: "eta=0.002", "p-less" or another name of `sampler_by_name`, joined to everything that is sampled; None
             adds nothing.
         cache_bytes: of the caches that are kept between requests; 0 keeps none.
         finder: "encoder" or "bm25": of a chat that is longer than the window, the passage that its last question points
@@ -74,15 +67,10 @@ class HostSettings:
         if self.sampler is None:
             return []
         name, _, value = str(self.sampler).partition("=")
-        makers: dict[str, Callable[[float], Any]] = {key: getattr(ours, kind) for key, kind in SAMPLERS.items()}
-        if name == "p-less" and not value:
-            return [ours.PLessLogitsProcessor()]
         try:
-            return [makers[name](float(value))]
-        except (KeyError, ValueError) as error:
-            known = ", ".join(f"{key}=NUMBER" for key in makers)
-            reason = f": {error}" if name in makers else ""
-            raise ValueError(f"sampler must be {known} or p-less, got {self.sampler!r}{reason}") from None
+            return [ours.sampler_by_name(name, float(value) if value else None)]
+        except ValueError as error:
+            raise ValueError(f"sampler must be a name or NAME=NUMBER, got {self.sampler!r}: {error}") from None
 
     def to_json(self) -> str:
         """Return the settings as JSON: what differs from a technique's defaults, with a format number."""

@@ -244,17 +244,16 @@ def _bar_of_rank(
     """Return the z of each row's last kept token, NaN for rows that are no distribution and those that are `off`.
 
     `count(head, which)` is handed the largest z of the rows `which`, in order [n, m], and returns how many of them to
-    keep and whether more of the row could change that; those rows are read further, in the end whole.
+    keep and whether the rest of the row cannot change that; the rows where it can are read further, in the end whole.
     """
     z = rows.z.reshape(-1, rows.z.shape[-1])
     bars = rows.log_total.reshape(-1, 1).masked_fill(off, torch.nan)
     which = (~bars.isnan()[:, 0]).nonzero()[:, 0]
     size = min(_HEAD, z.shape[-1])
     while len(which):
-        part = z if len(which) == len(z) else z[which]
-        head = _largest(part, size)
+        head = _largest(z if len(which) == len(z) else z[which], size)
         counts, is_settled = count(head, which)
-        is_settled = is_settled | (size == z.shape[-1])
+        is_settled |= size == z.shape[-1]
         last = head.gather(-1, counts.clamp(1, size)[:, None] - 1)
         bars[which] = torch.where(is_settled[:, None], last, bars[which])
         which, size = which[~is_settled], min(8 * size, z.shape[-1])
@@ -263,6 +262,13 @@ def _bar_of_rank(
 
 def _largest(z: Float[Tensor, "n vocab"], count: int) -> Float[Tensor, "n count"]:
     """Return the `count` largest of each row, in order."""
+    columns = z.shape[-1] // _FOLD
+    if 2 * count <= columns:
+        # Each lies in one of the `count` columns with the largest maxima, or there is a tie: fewer to put in order.
+        grid = z[:, : columns * _FOLD].reshape(len(z), _FOLD, columns)
+        best = grid.amax(1).topk(count, sorted=False).indices
+        found = grid.gather(2, best[:, None].expand(-1, _FOLD, -1)).flatten(1)
+        return torch.cat([found, z[:, columns * _FOLD :]], -1).topk(count).values
     if z.device.type != "cpu" or z.requires_grad or count <= _WHOLE_LEVEL:
         return z.topk(count).values
     # On values alone NumPy's sort takes a third of the time of torch's.

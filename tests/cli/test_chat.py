@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM
 
 from hf_longtrunc import EtaLogitsProcessor
 from hf_longtrunc.cli.chat import Conversation, Talk, _sizes, processors_of, technique_of
+from hf_longtrunc.sampling.by_name import SAMPLERS
 from tests.asking.test_index import SENTENCES, TEXT, ByWord
 from tests.command_line import invoke, letter_tokenizer
 from tests.conftest import tiny_config
@@ -199,12 +200,13 @@ def test_a_reading_that_is_interrupted_keeps_what_was_read(model, tokenizer, mon
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no such sampler: none is named; there are eta, epsilon"),
-        ("etta 1", "no such sampler: etta"),
+        ("", "name must be one of eta, epsilon.*got ''"),
+        ("etta 1", "got 'etta'; chat has bat"),
         ("eta much", "eta takes a number, got much"),
         ("eta 0", "epsilon must be a number above 0 and below 1"),
         ("bat 2", "epsilon must be a number above 0 and below 1"),
         ("plain 3", "plain takes no value, got 3"),
+        ("p-less 3", "p-less takes no value, got 3"),
         ("top-p 7", "top_p"),
     ],
 )
@@ -213,7 +215,7 @@ def test_samplers_that_are_none(text, said):
         processors_of(text, None)
 
 
-@pytest.mark.parametrize("name", ["eta", "epsilon", "top-n-sigma", "p-less", "bat 0.01", "top-p", "min-p", "plain"])
+@pytest.mark.parametrize("name", [*SAMPLERS, "bat 0.01", "top-p", "min-p", "plain"])
 def test_every_sampler_speaks(model, tokenizer, name):
     talk = conversation(model, tokenizer)
     talk.say("one", Event())

@@ -33,7 +33,7 @@ def test_match_prints_json_and_overwrites_nothing_by_itself(model_folder, tmp_pa
     shown = json.loads(result.stdout)
     assert (shown["tokens"], shown["rank"]) == (45, 3)
     assert [row["refused"] for row in shown["parameters"]] == [0.05, 0.1]  # one of 45 tokens is 2.2 %
-    assert list(shown["refused"]) == ["p-less", "p-less normalized"]
+    assert list(shown["refused"]) == ["p-less", "p-less normalized", "min-k"]
     assert invoke(*arguments).exit_code == 2
     assert invoke(*arguments, "--force").exit_code == 0
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TopHLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper
 
-from hf_longtrunc import EpsilonLogitsProcessor, EtaLogitsProcessor, PLessLogitsProcessor, TopNSigmaLogitsProcessor
+from hf_longtrunc import (
+    EpsilonLogitsProcessor,
+    EtaLogitsProcessor,
+    MinKLogitsProcessor,
+    PLessLogitsProcessor,
+    TopNSigmaLogitsProcessor,
+)
 from hf_longtrunc.evaluation.ranked import METHODS, kept_mass_and_entropy, rank_of, ranked
 
 SAMPLERS = {
@@ -22,6 +28,7 @@ SAMPLERS = {
     "min-p": (MinPLogitsWarper, [1e-3, 0.05, 0.5]),
     "typical": (TypicalLogitsWarper, [0.1, 0.6, 0.97]),
     "top-h": (TopHLogitsWarper, [0.1, 0.6, 0.97]),
+    "min-k": (lambda _: MinKLogitsProcessor(), [0.0]),
 }
 
 

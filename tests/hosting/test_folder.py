@@ -42,7 +42,7 @@ def test_settings_come_back(settings):
         ('{"format": 1, "technique": {"name": "lm-infinite", "future": 3}}', "cannot read the settings.*future"),
         ('{"format": 1, "technique": {"name": "os.system"}}', "cannot read the settings.*os.system"),
         ('{"format": 1, "technique": {"name": "top-k"}}', "technique must be one of LMInfinite"),
-        ('{"format": 1, "technique": {"name": "dual-chunk"}, "sampler": "eta"}', "sampler must be eta=NUMBER"),
+        ('{"format": 1, "technique": {"name": "dual-chunk"}, "sampler": "etta"}', "sampler must be a name or NAME=NUM"),
         ('{"format": 1, "technique": {"name": "lm-infinite"}}', "must have a window_length here"),
     ],
 )

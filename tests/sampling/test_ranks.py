@@ -11,10 +11,18 @@ import torch
 from hypothesis import given, strategies as st
 from transformers import TopHLogitsWarper
 
-from hf_longtrunc import DRYLogitsProcessor, MinKLogitsProcessor, TopHLogitsProcessor, XTCLogitsProcessor
+from hf_longtrunc import (
+    DRYLogitsProcessor,
+    MinKLogitsProcessor,
+    TopHLogitsProcessor,
+    XTCLogitsProcessor,
+    sampler_by_name,
+)
 from hf_longtrunc.sampling import cutoffs
+from hf_longtrunc.sampling.by_name import SAMPLERS
 from hf_longtrunc.sampling.cutoffs import Softmax, below, softmax_rows
 from hf_longtrunc.sampling.dry import repetitions
+from hf_longtrunc.serving.rows import truncate, wanted
 
 INF = math.inf
 ROWS = st.lists(st.floats(-30, 30, width=32) | st.just(-INF), min_size=1, max_size=40).filter(lambda r: max(r) > -INF)
@@ -280,3 +288,35 @@ def test_a_bar_of_nan_cuts_nothing():
         bar = cutoff.bar(rows, torch.tensor([[math.nan], [1.0]]))
         assert not below(rows.z, rows, bar)[0].any(), name
         assert bar[0].isnan(), name
+
+
+def test_samplers_by_name_are_the_processors_and_know_every_cutoff():
+    """One list: requests' names to engines, the command line's and exported folders' are read by the same function."""
+    assert {name.replace("_", "-") for name in cutoffs.CUTOFFS} <= set(SAMPLERS)
+    assert {"xtc", "dry"} <= set(SAMPLERS)
+    scores = spread_rows(40, 199, 0)
+    for name in cutoffs.CUTOFFS:
+        cut = truncate(scores, [wanted({name: 1 if "p_less" in name else 0.4})] * len(scores))
+        processor = sampler_by_name(name) if "p_less" in name else sampler_by_name(name, 0.4)
+        assert torch.equal(processor(None, scores), cut), name
+    assert isinstance(sampler_by_name(" XTC "), XTCLogitsProcessor)
+    assert sampler_by_name("min-k", 0).tau == 0
+    for name, value, message in [
+        ("etta", None, "name must be one of eta, epsilon.*got 'etta'"),
+        (3, None, "got 3"),
+        ("p-less", 0.5, "p-less takes no value, got 0.5"),
+        ("eta", 0.0, "epsilon must be a number above 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sampler_by_name(name, value)
+
+
+@pytest.mark.parametrize("size", [50, 8191, 8192, 8200, 20_001])
+def test_the_largest_of_a_row_are_those_of_a_sort(size):
+    """By columns or by a sort; with ties, -inf and a rest that fills no column."""
+    z = torch.randn(3, size, generator=torch.Generator().manual_seed(0))
+    z[0] = z[0].mul(2).round()
+    z[1, ::2], z[2, -1] = -INF, 9
+    for count in (1, 40, 128):
+        count = min(count, size)
+        assert torch.equal(cutoffs._largest(z, count), z.sort(-1, descending=True).values[:, :count])

@@ -1,0 +1,61 @@
+"""Samplers by name: the one list that the command line, exported folders and recipes read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_longtrunc.sampling.processors import (
+    DRYLogitsProcessor,
+    EpsilonLogitsProcessor,
+    EtaLogitsProcessor,
+    MinKLogitsProcessor,
+    PLessLogitsProcessor,
+    TopHLogitsProcessor,
+    TopNSigmaLogitsProcessor,
+    XTCLogitsProcessor,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import LogitsProcessor
+
+# What a name makes of a number, and the number if none is given; None: the sampler takes none.
+SAMPLERS: dict[str, tuple[Callable[[float], LogitsProcessor], float | None]] = {
+    "eta": (EtaLogitsProcessor, 2e-3),
+    "epsilon": (EpsilonLogitsProcessor, 9e-4),
+    "top-n-sigma": (TopNSigmaLogitsProcessor, 1.0),
+    "p-less": (lambda _: PLessLogitsProcessor(), None),
+    "p-less-norm": (lambda _: PLessLogitsProcessor(normalized=True), None),
+    "top-h": (TopHLogitsProcessor, 0.4),
+    "min-k": (MinKLogitsProcessor, 3.0),
+    "xtc": (lambda probability: XTCLogitsProcessor(0.1, probability), 0.5),
+    "dry": (DRYLogitsProcessor, 0.8),
+}
+
+
+def sampler_by_name(name: str, value: float | None = None) -> LogitsProcessor:
+    """Return the logits processor of a sampler that is given by name, as in a configuration file or a request.
+
+    >>> sampler_by_name("top_n_sigma", 1.5)
+    TopNSigmaLogitsProcessor(n=1.5)
+    >>> sampler_by_name("p-less")
+    PLessLogitsProcessor(normalized=False)
+
+    Args:
+        name: "eta", "epsilon", "top-n-sigma", "p-less", "p-less-norm", "top-h", "min-k", "xtc" or "dry"; the names of
+            requests to serving engines ("top_n_sigma") are read too.
+        value: the sampler's number: of "xtc" its probability (the threshold is 0.1), of "dry" its multiplier. None
+            takes a usual one. "p-less" and "p-less-norm" take none.
+
+    Raises:
+        ValueError: no such name; a number outside the sampler's range, or one for a sampler that takes none.
+        TypeError: a value that is no number.
+    """
+    key: Any = name.strip().lower().replace("_", "-") if isinstance(name, str) else name
+    if key not in SAMPLERS:
+        raise ValueError(f"name must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    make, usual = SAMPLERS[key]
+    if usual is None and value is not None:
+        raise ValueError(f"{key} takes no value, got {value!r}: leave it out")
+    return make(usual or 0.0) if value is None else make(value)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import LogitsProcessor
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_longtrunc.arguments import number, one_of
+from hf_longtrunc.mixing.cached_model import CachedModel, positions_of
 from hf_longtrunc.mixing.logit_difference import (
     contrast,
     exclude_tail,
@@ -19,22 +18,24 @@ from hf_longtrunc.mixing.logit_difference import (
     logit_difference,
     proxy,
 )
-from hf_longtrunc.mixing.prefixes import address, common_prefix
-from hf_longtrunc.models import CACHE, parameters_of, unwrapped, weights_version
+from hf_longtrunc.models import parameters_of, unwrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     FilterMode = Literal["exclude", "keep"]
 
-# Columns of a prompt that go through the model at a time: bounds the activations, not the cache.
-_CHUNK = 2048
 # What configs call the tokens in whose places images, videos and sounds go.
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
 
 
 class AuxiliaryModelLogitsProcessor(LogitsProcessor):
     """Base of the processors that read what other models say about the same text.
+
+    >>> class Average(AuxiliaryModelLogitsProcessor):
+    ...     def combine(self, target, *others):
+    ...         return (target + others[0]).log_softmax(-1)
+    >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[Average(model)])
 
     A subclass defines `combine(target, *others)`: log-probabilities [rows, V] in, log-probabilities out, one of
     `others` for each model. It may define `context` to let the models read something else than the target does.
@@ -72,7 +73,7 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
 
     def __init__(self, *models: Any, attention_mask: Tensor | None = None):
         self.attention_mask = attention_mask
-        self._models = [_CachedModel(model) for model in models]
+        self._models = [CachedModel(model) for model in models]
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -138,6 +139,9 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
 
 class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
     """Unlearning from logit difference: subtract an assistant that knows little but what is to be forgotten.
+
+    >>> processor = ULDLogitsProcessor(uld_assistant(model, num_layers=1), alpha=0.5)
+    >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[processor])
 
         log p' = log p - alpha log p_assistant  (over the likely tokens, renormalised)
 
@@ -209,6 +213,10 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
 class ContrastiveDecodingLogitsProcessor(AuxiliaryModelLogitsProcessor):
     """Contrastive decoding: among the likely tokens, prefer what the model knows better than a weaker one.
 
+    >>> amateur = model  # a smaller one
+    >>> contrastive = ContrastiveDecodingLogitsProcessor(amateur)
+    >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[contrastive])
+
         log p - log p_amateur  over the tokens with p >= alpha max p, renormalised
 
     Args:
@@ -236,6 +244,10 @@ class ContrastiveDecodingLogitsProcessor(AuxiliaryModelLogitsProcessor):
 class ProxyTuningLogitsProcessor(AuxiliaryModelLogitsProcessor):
     """Proxy-tuning: move a large model by what tuning changed in a small one.
 
+    >>> tuned, untuned = model, model  # small ones
+    >>> proxy = ProxyTuningLogitsProcessor(tuned, untuned)
+    >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[proxy])
+
         log p + alpha (log p_expert - log p_anti_expert), renormalised
 
     Args:
@@ -259,6 +271,9 @@ class ProxyTuningLogitsProcessor(AuxiliaryModelLogitsProcessor):
 
 class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
     """Classifier-free guidance that is right under beams: away from what the model would say to another prompt.
+
+    >>> guided = GuidanceLogitsProcessor(model, 1.5, ids)
+    >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[guided])
 
         log q + scale (log p - log q), renormalised,    q: the same continuation after the negative prompt
 
@@ -316,157 +331,18 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
         return guidance(target, unconditional, self.guidance_scale)
 
 
-class _Memory(threading.local):
-    """The KV cache of the rows that a thread read last, and the weights that made it."""
-
-    columns: Tensor | None = None  # [rows, columns], one number a column: `address`
-    cache: DynamicCache | None = None
-    weights: tuple[object, ...] = ()
-
-
-class _CachedModel:
-    """A causal language model with a KV cache in each thread."""
-
-    def __init__(self, model: Any):
-        config = getattr(unwrapped(model), "config", None)
-        if config is None or not callable(model):
-            raise TypeError(f"an auxiliary model must be a transformers model, got {type(model).__name__}")
-        if config.is_encoder_decoder:
-            raise ValueError(
-                f"{type(model).__name__} is an encoder-decoder, which reads no running text: the auxiliary model must "
-                "be a decoder-only language model"
-            )
-        self.model, self.inside = model, unwrapped(model)
-        self.tokens_fed = 0
-        self._takes = frozenset(parameters_of(self.inside))
-        self._cacheable = _has_attention_layers_only(config)
-        self._memory = _Memory()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_memory"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._memory = _Memory()
-
-    @property
-    def embeddings(self) -> int:
-        """How many token ids the model can read."""
-        return len(self.inside.get_input_embeddings().weight)
-
-    def reset(self) -> None:
-        """Forget the caches of all threads."""
-        self._memory = _Memory()
-
-    @torch.no_grad()
-    def next_log_probs(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """Return log-probabilities [rows, V], fp32, of the token after `input_ids` [rows, columns]."""
-        memory, weights = self._memory, self._weights()
-        ids, mask = input_ids.to(self.inside.device), mask.to(self.inside.device)
-        columns = address(ids, mask)
-        cache, start = self._matching_cache(memory, columns, weights)
-        memory.columns = memory.cache = None  # stays so if the model raises
-        logits = self._read(ids, mask, cache, start)
-        if cache is not None:
-            memory.columns, memory.cache, memory.weights = columns, cache, weights
-        return logits.float().log_softmax(-1)
-
-    def _weights(self) -> tuple[object, ...]:
-        """Return what keys and values depend on beside the text.
-
-        Raises:
-            ValueError: a module is in training mode.
-        """
-        if any(module.training for module in self.model.modules()):
-            raise ValueError(
-                "an auxiliary model is in training mode, or a module of it, where dropout changes it: call .eval() "
-                "on it"
-            )
-        return weights_version(self.model)
-
-    def leading_padding_mask(self, input_ids: Tensor) -> Tensor:
-        """Read a leading run of the padding id (EOS where there is none) as padding: [rows, columns] of 0 and 1."""
-        pad, bos = _special_id(self.inside, "pad_token_id"), _special_id(self.inside, "bos_token_id")
-        pad = _special_id(self.inside, "eos_token_id") if pad is None else pad
-        if pad is None:
-            return torch.ones_like(input_ids)
-        mask = input_ids.ne(pad).cumsum(-1).clamp_max(1)
-        if pad == bos and not mask.all():
-            raise ValueError(
-                f"a row begins with token {pad}, which is padding and BOS to the auxiliary model: pass attention_mask, "
-                "the one that generate() gets"
-            )
-        return mask
-
-    def _matching_cache(
-        self, memory: _Memory, columns: Tensor, weights: tuple[object, ...]
-    ) -> tuple[DynamicCache | None, int]:
-        """Return a cache of the first columns of every row, and how many: all but one at most."""
-        if not self._cacheable:
-            return None, 0
-        if memory.cache is None or memory.columns is None or memory.weights != weights:
-            return DynamicCache(), 0
-        length, rows = common_prefix(memory.columns, columns)
-        length = min(length, columns.shape[1] - 1)
-        if length == 0:
-            return DynamicCache(), 0
-        if rows is not None:
-            memory.cache.reorder_cache(rows)  # type: ignore[arg-type]
-        memory.cache.crop(length - memory.columns.shape[1])
-        return memory.cache, length
-
-    def _read(self, ids: Tensor, mask: Tensor, cache: DynamicCache | None, start: int) -> Tensor:
-        """Feed the columns from `start` on; return the last one's logits [rows, V]."""
-        if start == 0 and not mask.any(-1).all():
-            raise ValueError("a row is nothing but padding: the auxiliary model needs a token to read in every row")
-        positions = _positions(mask)
-        chunk = ids.shape[1] if cache is None else _CHUNK
-        for begin in range(start, ids.shape[1], chunk):
-            end = min(begin + chunk, ids.shape[1])
-            options = {"position_ids": positions[:, begin:end], "logits_to_keep": 1}
-            output = self.model(
-                input_ids=ids[:, begin:end],
-                attention_mask=mask[:, :end],
-                use_cache=cache is not None,
-                **{CACHE: cache},
-                **{name: value for name, value in options.items() if name in self._takes},
-            )
-            self.tokens_fed += len(ids) * (end - begin)
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-
 def _all_log_probs(model: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
     """Log-probabilities [texts, length, V], fp32, of the token after each one."""
     if model.training:
         raise ValueError("the model is in training mode, where dropout changes the losses: call .eval() on it")
     ids, mask = input_ids.to(model.device), mask.to(model.device)
-    options = {"position_ids": _positions(mask)} if "position_ids" in _forward_parameters(model) else {}
+    options = {"position_ids": positions_of(mask)} if "position_ids" in _forward_parameters(model) else {}
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     return torch.log_softmax(logits.float(), -1)
 
 
-def _positions(mask: Tensor) -> Tensor:
-    # [rows, columns] -> the place of each real token among the row's real ones
-    return (mask.cumsum(-1) - 1).clamp_min(0)
-
-
 def _forward_parameters(model: Any) -> frozenset[str]:
     return frozenset(parameters_of(unwrapped(model)))
-
-
-def _has_attention_layers_only(config: Any) -> bool:
-    layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
-    # An exact type: what derives from these keeps more than keys and values.
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
-def _special_id(model: Any, name: str) -> int | None:
-    for source in (getattr(model, "generation_config", None), model.config.get_text_config(decoder=True)):
-        value = getattr(source, name, None)
-        if value is not None:
-            return int(value[0] if isinstance(value, (list, tuple)) else value)
-    return None
 
 
 def _check_vocabulary(size: int, scores: Tensor) -> None:

@@ -43,6 +43,9 @@ _SETTINGS = ("hidden_size", "rank", "vocab_size", "layer_norm")
 class PEMAMemory:
     """What PEMA learns from: contexts as a model represents them, and the tokens that followed.
 
+    >>> PEMAMemory(hidden=torch.randn(3, 32), tokens=torch.tensor([4, 5, 6]), vocab_size=96)
+    PEMAMemory(3 rows of width 32, vocab_size=96)
+
     Attributes:
         hidden: [rows, width], the inputs of the model's output embedding, any floating dtype.
         tokens: [rows], int64, the next tokens.
@@ -109,6 +112,10 @@ class PEMAMemory:
 
 class PEMAAdapter(nn.Module):
     """The external part of PEMA: norm(B_pd A f) takes the place of f before the output embedding.
+
+    >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
+    >>> adapter(torch.randn(2, 32)).shape
+    torch.Size([2, 32])
 
     Args:
         hidden_size: width of f.

@@ -43,6 +43,9 @@ def build_pema_memory(
 ) -> PEMAMemory:
     """Run `model` over the examples and keep, for every target token, the state it is predicted from.
 
+    >>> build_pema_memory(model, [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}])
+    PEMAMemory(2 rows of width 32, vocab_size=96)
+
     Args:
         model: a decoder-only transformers language model; it runs in eval mode and is left in the mode it was in.
         examples: a `datasets.Dataset` or any iterable of {"input_ids": [...], "labels": [...]}, equally long, with -100
@@ -93,6 +96,10 @@ def train_pema(
 ) -> PEMAAdapter:
     """Train an adapter on a memory of `model`, whose output embedding is used and not changed.
 
+    >>> memory = build_pema_memory(model, [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}])
+    >>> train_pema(model, memory, rank=8, epochs=1)
+    PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
+
     Args:
         model: the model that the memory was built with.
         memory: from `build_pema_memory` or `PEMAMemory.from_pretrained`.
@@ -139,8 +146,9 @@ def train_pema(
 class PEMA:
     """Plug-in external memory adaptation: mix an adapter into what a model generates, at every step.
 
-        with PEMA(adapter)(model) as pema:
-            model.generate(**inputs, logits_processor=[pema])
+    >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
+    >>> with PEMA(adapter)(model) as pema:
+    ...     text = model.generate(ids, max_new_tokens=2, do_sample=False, logits_processor=[pema])
 
     P = lambda P_PEMA + (1 - lambda) P_LM; `PEMALogitsProcessor` says in which modes of generation, and at what cost.
 
@@ -177,8 +185,9 @@ class PEMA:
 class PEMALogitsProcessor(LogitsProcessor, Handle):
     """The logits processor that `PEMA(adapter)(model)` returns: P = lambda P_PEMA + (1 - lambda) P_LM, at every step.
 
-        with PEMALogitsProcessor(model, adapter) as pema:
-            model.generate(**inputs, logits_processor=[pema])
+    >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
+    >>> with PEMALogitsProcessor(model, adapter, interpolation=0.3) as pema:
+    ...     text = model.generate(ids, max_new_tokens=2, do_sample=False, logits_processor=[pema])
 
     The adapter reads the state that the model has just put into its output embedding, through a hook that stands from
     `attach()`, or the beginning of the block, to `detach()`, or its end, an exception included. Row by row the state

@@ -39,6 +39,9 @@ def uld_assistant(
     the target to another device or dtype afterwards parts them), its modules and its config are not: what patches or
     trains the one leaves the other alone. Give it the patches of the target, such as `LMInfinite`, too.
 
+    >>> assistant = uld_assistant(model, num_layers=1)
+    >>> text = model.generate(ids, max_new_tokens=2, logits_processor=[ULDLogitsProcessor(assistant)])
+
     Args:
         model: a decoder-only transformers model, or a wrapper of one.
         num_layers: layers that are kept; None takes a quarter, as the paper does (8 of 32).
@@ -77,6 +80,8 @@ def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
     """Write what was trained, which layers it stands on and which target it is for, as a safetensors file.
 
     The shared weights are not written: `load_uld_assistant` takes them from the target.
+
+    >>> save_uld_assistant(uld_assistant(model, num_layers=1), folder)
     """
     peft = _peft()
     adapter = {name: _plain(value) for name, value in assistant.peft_config[assistant.active_adapter].to_dict().items()}
@@ -86,6 +91,9 @@ def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
 
 def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> PeftModel:
     """Build the assistant that `save_uld_assistant` wrote, on the weights of `model`, its target, in eval mode.
+
+    >>> save_uld_assistant(uld_assistant(model, num_layers=1), folder)
+    >>> assistant = load_uld_assistant(model, folder)
 
     Raises:
         FileNotFoundError: the folder holds no assistant.
@@ -116,6 +124,9 @@ class ULDLoss:
 
     Mean over the supervised tokens of a batch (an accumulated one, on all processes) of -log q(token) where it is to
     be learned and beta CE(uniform, q) where nothing is to be known; `ULDCollator` says which is which in the labels.
+
+    >>> ULDLoss(beta=0.5)(model(ids), labels=ids).ndim
+    0
 
     Args:
         beta: weight of a retain token beside a forget token.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +22,7 @@ from hf_longtrunc.sampling.attach import rebuild_processor_list
 from hf_longtrunc.sampling.calls import WARPERS, neighbours
 from hf_longtrunc.sampling.cutoffs import softmax_rows
 from hf_longtrunc.sampling.page import write_page
+from hf_longtrunc.sampling.trace_records import TruncationRecord, step_candidates, step_columns
 
 if TYPE_CHECKING:
     import os
@@ -32,77 +33,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hf_longtrunc.handles import Handle
-
-    _Candidates = np.ndarray[Any, np.dtype[np.void]]
-    # (row, its tokens) -> margins of their proofs
-    _Prove = Callable[[int, np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+    from hf_longtrunc.sampling.trace_records import Prove
 
 # Speculative decoding asks about several positions ahead and may take them back; it runs at batch size 1 only.
 _OPEN_STEPS_OF_ONE_ROW = 64
-# A token on the bar to fp32 rounding is neither above nor below it.
-_ON_THE_BAR = 1e-5
-_CANDIDATE = np.dtype([("token", np.int32), ("probability", np.float32), ("kept", np.bool_), ("margin", np.float32)])
-
-
-@dataclass(frozen=True)
-class TruncationRecord:
-    """One row of scores as a truncation sampler met it; probabilities are those before the first processor.
-
-    Attributes:
-        run: which generation, counted from 0; a new prompt starts a new one.
-        row: row of the batch (under beam search: the beam's slot).
-        position: tokens before this one, padding included.
-        entropy: of the full distribution, in nats.
-        threshold: probability that the last processor with a `threshold` method held the tokens against, or None.
-        lowest_kept: the smallest probability that was kept.
-        kept: how many tokens can still be drawn; where a processor draws itself (basis-aware truncation in sample
-            mode), how many it draws from.
-        kept_mass: their probability.
-        kept_below: how many of them lie below the threshold, None without one: what basis-aware truncation rescued.
-        cut_above: how many tokens at or above the threshold were cut, None without one.
-        token, probability, rank: the token that was drawn (1 = the most probable), None while it is unknown.
-        is_kept: whether that token could be drawn; of a text that was only read, a sampler may have cut it.
-        critical_threshold: that token's basis-aware probability, where the trace was asked for it.
-        candidates: some tokens of the step, the most probable first, as a NumPy array of records with the fields
-            `token`, `probability`, `kept` and `margin`; see `TruncationTrace(candidates=...)`.
-    """
-
-    run: int
-    row: int
-    position: int
-    entropy: float
-    threshold: float | None
-    lowest_kept: float
-    kept: int
-    kept_mass: float
-    kept_below: int | None = None
-    cut_above: int | None = None
-    token: int | None = None
-    probability: float | None = None
-    rank: int | None = None
-    is_kept: bool | None = None
-    critical_threshold: float | None = None
-    candidates: _Candidates | None = field(default=None, compare=False, repr=False)
-
-    def eta_threshold(self, epsilon: float) -> float:
-        """Return the bar of eta-sampling at this step: min(epsilon, sqrt(epsilon) exp(-entropy))."""
-        return min(epsilon, math.sqrt(epsilon) * math.exp(-self.entropy))
-
-    def is_refused_by_eta(self, epsilon: float) -> bool:
-        """Return whether eta-sampling would have refused the token that was drawn; False where it is not known.
-
-        The most probable token is never refused.
-        """
-        if self.probability is None or self.rank == 1:
-            return False
-        return self.probability < self.eta_threshold(epsilon) * (1 - _ON_THE_BAR)
-
-    @property
-    def is_rescued(self) -> bool:
-        """Whether the drawn token lies below the threshold: basis-aware truncation kept it by a proof."""
-        if self.probability is None or self.threshold is None or self.rank == 1:
-            return False
-        return self.probability < self.threshold * (1 - _ON_THE_BAR)
 
 
 class _OpenStep(NamedTuple):
@@ -335,15 +269,15 @@ class TruncationTrace(LogitsProcessor):
         return scores
 
     def _record(
-        self, ids: Tensor, before: Tensor, after: Tensor, threshold: Tensor | None, prove: _Prove | None
+        self, ids: Tensor, before: Tensor, after: Tensor, threshold: Tensor | None, prove: Prove | None
     ) -> None:
         rows = softmax_rows(before)
         log_probs = rows.z - rows.log_total
         # A token can still be drawn if the sampler's fp32 softmax gives it any probability, whatever the filter value.
         kept = (after.float() - after.amax(-1, keepdim=True).float()).exp() > 0
         probs = log_probs.exp()
-        columns = _columns(probs, rows.entropy, kept, threshold)
-        candidates = _candidates(probs, kept, threshold, self.candidates, prove)
+        columns = step_columns(probs, rows.entropy, kept, threshold)
+        candidates = step_candidates(probs, kept, threshold, self.candidates, prove)
         with _WRITING:
             reading = self._reading
             if not self._continues(ids):
@@ -419,51 +353,6 @@ class _Watched(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         return self.trace._watched(self.processors, input_ids, scores)
-
-
-def _columns(probs: Tensor, entropy: Tensor, kept: Tensor, threshold: Tensor | None) -> list[list[Any]]:
-    """Entropy, threshold, lowest kept, number and mass kept, number kept below and cut above: lists over rows."""
-    lowest = probs.masked_fill(~kept, torch.inf).amin(-1)
-    mass = probs.masked_fill(~kept, 0).sum(-1).clamp_max(1)
-    columns = [entropy[:, 0].tolist(), lowest.tolist(), kept.sum(-1).tolist(), mass.tolist()]
-    unknown = [None] * len(lowest)
-    if threshold is None:
-        return [columns[0], unknown, *columns[1:], unknown, unknown]
-    below = (kept & (probs < threshold * (1 - _ON_THE_BAR))).sum(-1).tolist()
-    above = (~kept & (probs > threshold * (1 + _ON_THE_BAR))).sum(-1).tolist()
-    return [columns[0], threshold[:, 0].tolist(), *columns[1:], below, above]
-
-
-def _candidates(
-    probs: Tensor, kept: Tensor, threshold: Tensor | None, count: int, prove: _Prove | None
-) -> list[_Candidates | None]:
-    """Of each row [V] the most probable tokens and those on both sides of the cut: arrays of `_CANDIDATE`."""
-    if not count:
-        return [None] * len(probs)
-    half = min((count + 1) // 2, probs.shape[-1])
-    most = probs.topk(min(count, probs.shape[-1])).indices
-    last_kept = probs.masked_fill(~kept, torch.inf).topk(half, largest=False).indices
-    first_cut = probs.masked_fill(kept, -1).topk(half).indices
-    # Where a side has fewer tokens, or nothing was cut, the others that a sort brings up are not meant.
-    is_last_kept = kept.gather(-1, last_kept) & ~kept.all(-1, keepdim=True)
-    is_meant = torch.cat([torch.ones_like(most) > 0, is_last_kept, ~kept.gather(-1, first_cut)], dim=-1).cpu().numpy()
-    found = torch.cat([most, last_kept, first_cut], dim=-1)
-    near = np.zeros(found.shape, _CANDIDATE)
-    near["token"], near["probability"] = found.cpu().numpy(), probs.gather(-1, found).cpu().numpy()
-    near["kept"], near["margin"] = kept.gather(-1, found).cpu().numpy(), np.nan
-    candidates = [_in_order(row[meant]) for row, meant in zip(near, is_meant, strict=True)]
-    if threshold is not None and prove is not None:
-        for row, (each, bar) in enumerate(zip(candidates, threshold[:, 0].tolist(), strict=True)):
-            rescued = each["kept"] & (each["probability"] < bar * (1 - _ON_THE_BAR))
-            if rescued.any():
-                each["margin"][rescued] = prove(row, each["token"][rescued])
-    return list(candidates)
-
-
-def _in_order(candidates: _Candidates) -> _Candidates:
-    """Return every token once, the most probable first."""
-    once = candidates[np.unique(candidates["token"], return_index=True)[1]]
-    return once[np.argsort(-once["probability"], kind="stable")]
 
 
 def _row_margins(

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.optimize import linprog
 
 from hf_longtrunc import SoftmaxBasis, SupportChecker, critical_threshold
-from hf_longtrunc.sampling import support
+from hf_longtrunc.sampling import support_proofs
 from hf_longtrunc.sampling.interior_point import Box, InteriorPoint
 from hf_longtrunc.sampling.support import Certificate, Decision
 
@@ -411,7 +411,7 @@ def test_a_keep_that_the_whole_vocabulary_refuses_is_no_keep(monkeypatch):
         self.decisions[own] = 1
         return multipliers @ self.row.basis.T
 
-    monkeypatch.setattr(support._PaperWork, "_verify", believe)
+    monkeypatch.setattr(support_proofs.PaperWork, "_verify", believe)
     assert (SupportChecker(basis, columns=64).check(scores, 0.01, tokens) != exact).any()
 
 
@@ -435,7 +435,7 @@ def test_a_keep_needs_its_margin_over_the_whole_vocabulary(excess, decision):
         middle = (low + high) / 2
         low, high = (middle, high) if ratio(middle) < 1 + excess else (low, middle)
     checker = SupportChecker(basis)
-    work = support._PaperWork(checker, checker._row(scores), tau, token[None], False, None)
+    work = support_proofs.PaperWork(checker, checker._row(scores), tau, token[None], False, None)
     work._verify(torch.tensor([[np.cos(high), np.sin(high)]]))
     assert work.decisions.item() == decision
 
@@ -449,8 +449,8 @@ def flat():
 def test_a_flat_rows_tokens_are_decided_together_as_each_is_alone(flat, monkeypatch):
     basis, scores, tau = flat
     programs = []
-    widened = support._PaperWork._widened
-    monkeypatch.setattr(support._PaperWork, "_widened", lambda *given: programs.append(1) or widened(*given))
+    widened = support_proofs.PaperWork._widened
+    monkeypatch.setattr(support_proofs.PaperWork, "_widened", lambda *given: programs.append(1) or widened(*given))
     checker = SupportChecker(basis, columns=64)
     kept = checker.kept(scores, tau, floor=0)
     below = (scores.softmax(-1) < tau).nonzero()[:, 0]

@@ -1,0 +1,362 @@
+"""How `SupportChecker` proves its decisions; notation and definitions are those of `support`.
+
+The program is solved on the most probable columns (`interior_point`) and left at the first proof. A kept token's l is
+verified over the whole vocabulary in float64; where it fails, the columns that it misjudged join, the others are
+bundled by the sign that it gives them, and the program is solved again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_longtrunc.sampling.interior_point import MARGIN, Box, InteriorPoint, bound_of, split
+from hf_longtrunc.sampling.largest_probability import Polytope, Proof
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+    from hf_longtrunc.sampling.support import SupportChecker
+
+_EPSILON = torch.finfo(torch.float64).eps
+_MAX_ROUNDS = 12
+_VERIFIED_TOGETHER = 16
+# Most tokens are cut on so few columns, in so few iterations; what is left goes on to more.
+_SIFTING_COLUMNS = 128
+_SIFTING_ITERATIONS = 8
+_SIFTING_PAYS = 4
+# Columns that join a program for each multiplier that the whole vocabulary refuses, and of how many multipliers.
+_JOINING = 32
+_JOINED = 8
+# The other tokens are bundled by the signs of f under so many of those multipliers.
+_BITS = 4
+# Where many tokens are refused, programs that grow by a few columns of some of their multipliers serve all of them.
+_SPREAD = 32
+_JOINING_TOGETHER = 16
+# Columns of less probability than this have nothing to give.
+_NEGLIGIBLE = 1e-30
+
+
+class Decision(IntEnum):
+    """What is proved about a token."""
+
+    CUT = -1
+    UNDECIDED = 0
+    KEPT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """The proof behind one decision; everything in float64.
+
+    Attributes:
+        token: the token that it speaks of.
+        decision: kept, cut or undecided.
+        multipliers: of a kept token below tau: l [rank + 1], the constant's first, with
+            sum_j p-hat_j (s max(f_j, 0) + max(-f_j, 0)) < sigma p-hat_i f_i, f_j = l . (1, W_j).
+        distribution: of a cut token: p [vocabulary] with p_i = 0, 0 <= p <= sigma p-hat, and p-hat's sum and W^T p-hat.
+        margin: of a kept token below tau: by what part of the sum sigma p-hat_i f_i exceeds it; the search stops at the
+            first proof, so another one may have a larger margin.
+
+    All are None where p-hat_i >= tau (kept), where p-hat_i = 0 (cut), and where nothing is proved. Of the official form
+    l says so in exact arithmetic: in these coordinates float64 cannot show it for tokens of less than some 1e-12.
+    """
+
+    token: int
+    decision: Decision
+    multipliers: Tensor | None = None
+    distribution: Tensor | None = None
+    margin: float | None = None
+
+
+class Row(NamedTuple):
+    """One row of scores: p-hat over the vocabulary and the basis with its leading one."""
+
+    probs: Float[Tensor, " vocab"]
+    basis: Float[Tensor, "vocab width"]
+
+
+class _Program(NamedTuple):
+    """The linear program on some columns of a row: single tokens first, then bundles of tokens that share one u.
+
+    A u on these columns is a u on the vocabulary, zero for tokens in no column: what is feasible here is feasible
+    there. Coordinates are those in which sum_j p-hat_j b_j b_j^T over the columns is the identity.
+    """
+
+    singles: Int[Tensor, " singles"]
+    member: Int[Tensor, " vocab"]  # the column that each token belongs to, -1 for none
+    probs: Float[Tensor, " k"]
+    basis: Float[Tensor, "k width"]
+    whitener: Float[Tensor, "width width"]  # its coordinates = b @ whitener; l = whitener @ (its l)
+
+    def solver(self, box: Box, rays: int) -> InteriorPoint:
+        return InteriorPoint(self.basis, self.probs, box, rays)
+
+
+class Work:
+    """The decisions about some tokens of one row at one tau; with a limit, only so many, the first, are asked about."""
+
+    def __init__(self, checker: SupportChecker, row: Row, tau: float, tokens: Tensor, prove: bool, limit: int | None):
+        self.checker, self.row, self.tokens, self.prove, self.limit = checker, row, tokens, prove, limit
+        self.ceiling = tau / (1 - tau)  # s
+        self.probs = row.probs[tokens]
+        self.decisions = (self.probs >= tau).to(torch.int8) - (self.probs <= 0).to(torch.int8)
+        self.proofs: dict[int, Certificate] = {}
+        self.prepared: Any = None  # what the row's next tokens can use again
+
+    def sift(self) -> None:
+        """Cut what is cheap to cut."""
+
+    def decide(self) -> None:
+        """Decide what is pending."""
+        raise NotImplementedError
+
+    def largest_ceiling(self, ceiling: float) -> float:
+        """Largest s at which the best multipliers at `ceiling` still keep the one token; `ceiling` where it is cut."""
+        raise NotImplementedError
+
+    def certificates(self) -> list[Certificate]:
+        """One a token, in order."""
+        pairs = zip(self.tokens.tolist(), self.decisions.tolist(), strict=True)
+        return [self.proofs.get(n, Certificate(token, Decision(d))) for n, (token, d) in enumerate(pairs)]
+
+    def _pending(self) -> Tensor:
+        return ((self.decisions == 0) & (self.probs > 0))[: self.limit].nonzero()[:, 0]
+
+
+class OfficialWork(Work):
+    """Without p >= 0: token i is kept iff p-hat_i > tau times the largest probability that it can have."""
+
+    def decide(self) -> None:
+        """Decide what is pending: whether its probability can reach p-hat_i / tau."""
+        pending = self._pending()
+        self.checker.checked += len(pending)
+        if not len(pending):
+            return
+        proofs: dict[int, Proof] | None = {} if self.prove else None
+        levels = self.probs[pending] * (1 + 1 / self.ceiling)
+        self.decisions[pending] = self._polytope().decide(self.tokens[pending], levels, proofs)
+        self.checker.undecided += int((self.decisions[pending] == 0).sum())
+        for n, proof in (proofs or {}).items():
+            self.proofs[int(pending[n])] = self._certificate(int(pending[n]), float(levels[n]), proof)
+
+    def largest_ceiling(self, ceiling: float) -> float:
+        """Read it off the bound of the token's probability that was proved."""
+        p = float(self.probs[0])
+        bound = self._polytope().bound(int(self.tokens[0]), p * (1 + 1 / ceiling))
+        # A bound of p-hat_i itself is every threshold.
+        return p / max(bound - p, 1e-300) if bound < torch.inf else ceiling
+
+    def _polytope(self) -> Polytope:
+        if self.prepared is None:
+            self.prepared = Polytope(self.row.probs, self.row.basis, self.checker.columns)
+        polytope: Polytope = self.prepared
+        return polytope
+
+    def _certificate(self, n: int, level: float, proof: Proof) -> Certificate:
+        token = int(self.tokens[n])
+        if self.decisions[n] == Decision.KEPT:
+            return Certificate(token, Decision.KEPT, proof.vector, margin=proof.margin)
+        # Mixed with p-hat until p_i is p-hat_i / tau, it leaves nothing of token i in sigma p-hat - s p.
+        part = (level - self.probs[n]) / (proof.vector[token] - self.probs[n])
+        reached = torch.lerp(self.row.probs, proof.vector, part)
+        distribution = self.row.probs + self.ceiling * (self.row.probs - reached)
+        distribution[token] = 0
+        return Certificate(token, Decision.CUT, distribution=distribution)
+
+
+class PaperWork(Work):
+    """With p >= 0: programs on some columns, whose proofs hold for all."""
+
+    @property
+    def box(self) -> Box:
+        """What the programs' u lie in."""
+        return Box(self.ceiling, 1.0)
+
+    def sift(self) -> None:
+        """Cut what a few columns cut in a few steps: most tokens, at a fraction of the cost."""
+        pending = self._pending()
+        if len(pending) < _SIFTING_PAYS:
+            return
+        program = _program_on(self.row, self.row.probs.topk(min(_SIFTING_COLUMNS, len(self.row.probs))).indices)
+        solver = program.solver(self.box, len(pending))
+        rays, bar = self._rays(program, pending)
+        cut = solver.screen(rays, bar)
+        for part in torch.split((~cut).nonzero()[:, 0], solver.batch):
+            cut[part] = solver.solve(rays[part], bar[part], iterations=_SIFTING_ITERATIONS).status == -1
+        self.decisions[pending[cut]] = -1
+        self.checker.checked += int(cut.sum())
+
+    def decide(self) -> None:
+        """Decide what is pending: together on programs that grow, then the few that are left on their own."""
+        pending = self._pending()
+        self.checker.checked += len(pending)
+        if not len(pending):
+            return
+        program = self._program()
+        refused, left = self._ask(program, pending)
+        for _ in range(_MAX_ROUNDS):
+            if len(left) <= _BITS:
+                break
+            spread = torch.linspace(0, len(refused) - 1, min(_SPREAD, len(refused)), device=left.device).long()
+            program = self._widened(program, refused[spread], _JOINING_TOGETHER)
+            refused, left = self._ask(program, left)
+        # Few enough at a time that the bundles are those of their own multipliers.
+        for some, _ in split(_BITS, left, refused):
+            self._decide_widened(some, refused)
+        self.checker.undecided += int((self.decisions[pending] == 0).sum())
+
+    def largest_ceiling(self, ceiling: float) -> float:
+        """Read it off the multipliers that are best at `ceiling`, once the whole vocabulary agrees."""
+        self.ceiling = ceiling
+        refused = self.row.basis.new_zeros(0, self.row.basis.shape[1])
+        for _ in range(_MAX_ROUNDS):
+            program = self._program()
+            outcome = program.solver(self.box, 1).solve(*self._rays(program, torch.arange(1)), settle=1.0)
+            if int(outcome.status[0]) != 1:
+                return ceiling
+            multipliers = outcome.multipliers @ program.whitener.T
+            f = multipliers @ self.row.basis.T
+            bound = bound_of(f, self.row.probs)
+            own = self.probs * f[:, self.tokens][0]
+            room = float(own - bound.negative) / max(float(bound.positive - own), 1e-300)
+            if room > ceiling:
+                return room
+            refused = torch.cat([refused, multipliers])
+            self.prepared = self._widened(program, refused[-_JOINED:], _JOINING)
+        return ceiling
+
+    def _program(self) -> _Program:
+        """Return the program to start with, made on first use."""
+        if self.prepared is None:
+            self.prepared = _program_on(self.row, _most_probable(self.row.probs, self.checker.columns))
+        program: _Program = self.prepared
+        return program
+
+    def _rays(self, program: _Program, which: Tensor) -> tuple[Tensor, Tensor]:
+        """Rays in the program's coordinates and bars: a token outside it has its own column at its ceiling for free."""
+        tokens, probs = self.tokens[which], self.probs[which]
+        bar = probs + self.ceiling * (probs * (program.member[tokens] >= 0))
+        return self.row.basis[tokens] @ program.whitener, bar
+
+    def _decide_widened(self, batch: Tensor, refused: Float[Tensor, "n width"]) -> None:
+        program = self._program()
+        for _ in range(_MAX_ROUNDS):
+            batch = batch[self.decisions[batch] == 0]
+            if not len(batch):
+                return
+            program = self._widened(program, refused[-_JOINED:], _JOINING)
+            more, batch = self._pass(program, program.solver(self.box, len(batch)), batch)
+            refused = torch.cat([refused, more])
+
+    def _ask(self, program: _Program, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask a batch at a time, the first tokens first: their multipliers often keep later ones."""
+        solver = program.solver(self.box, len(tokens))
+        answers = []
+        while len(tokens):
+            batch, tokens = tokens[: solver.batch], tokens[solver.batch :]
+            answers.append(self._pass(program, solver, batch))
+            tokens = tokens[self.decisions[tokens] == 0]
+        refused, left = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        is_pending = self.decisions[left] == 0
+        return refused[is_pending], left[is_pending]
+
+    def _pass(self, program: _Program, solver: InteriorPoint, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask every token of the batch once; return the multipliers that the vocabulary refused, and their tokens."""
+        outcome = solver.solve(*self._rays(program, batch))
+        cut, keep = (outcome.status == -1).nonzero()[:, 0], (outcome.status == 1).nonzero()[:, 0]
+        self.decisions[batch[cut]] = -1
+        if self.prove:
+            for n in cut.tolist():
+                self._prove_cut(int(batch[n]), program, outcome.u[n])
+        batch, multipliers = batch[keep], outcome.multipliers[keep] @ program.whitener.T
+        for which, part in split(_VERIFIED_TOGETHER, batch, multipliers):
+            self._verify(part[self.decisions[which] == 0])
+        left = self.decisions[batch] == 0
+        return multipliers[left], batch[left]
+
+    def _verify(self, multipliers: Float[Tensor, "n width"]) -> None:
+        """Keep every pending token that one of the multipliers keeps over the whole vocabulary."""
+        f = multipliers @ self.row.basis.T
+        bound = bound_of(f, self.row.probs)
+        s = self.ceiling
+        rounding = 64 * _EPSILON * (1 + s) * (multipliers.abs() @ self.checker.largest)
+        limit = (s * bound.positive + bound.negative) * (1 + MARGIN) + rounding
+        gain = (1 + s) * self.probs * f[:, self.tokens]
+        kept = gain > limit[:, None]
+        new = (kept.any(0) & (self.decisions == 0)).nonzero()[:, 0]
+        self.decisions[new] = 1
+        if self.prove:
+            for n in new.tolist():
+                first = kept[:, n].nonzero()[0, 0]
+                margin = float(gain[first, n] / (s * bound.positive[first] + bound.negative[first])) - 1
+                self.proofs[n] = Certificate(
+                    int(self.tokens[n]), Decision.KEPT, multipliers[first].clone(), margin=margin
+                )
+
+    def _widened(self, program: _Program, refused: Float[Tensor, "n width"], joining: int) -> _Program:
+        """Add the `joining` columns that each refused multiplier pays most for, bundle the rest by the signs of some.
+
+        In bundles on which f has one sign T is exact: the same l is not taken for a proof again.
+        """
+        f = refused @ self.row.basis.T
+        cost = torch.maximum(self.ceiling * f, -f).mul_(self.row.probs)
+        cost[:, program.singles] = -torch.inf
+        dearest = cost.topk(min(joining, cost.shape[1]), dim=1).indices.flatten()
+        chosen = torch.zeros_like(self.row.probs, dtype=torch.bool)
+        chosen[program.singles] = chosen[dearest] = True
+        return _program_on(self.row, chosen.nonzero()[:, 0], f[-_BITS:] > 0)
+
+    def _prove_cut(self, n: int, program: _Program, u: Float[Tensor, " k"]) -> None:
+        """From sum p-hat u b = bar b_i to a distribution without token i: mix with p-hat until p_i = 0."""
+        token = int(self.tokens[n])
+        inside = program.member >= 0
+        full = torch.where(inside, u[program.member.clamp_min(0)], 0)
+        full[token] -= 1 + self.ceiling * float(inside[token])
+        probs = self.row.probs * (1 + full / -full[token])
+        probs[token] = 0
+        self.proofs[n] = Certificate(token, Decision.CUT, distribution=probs)
+
+
+def _most_probable(probs: Float[Tensor, " vocab"], count: int) -> Int[Tensor, " k"]:
+    """About `count` of the most probable tokens: any set is correct, a full `topk` would cost more than a solve."""
+    if len(probs) > 16 * count and count >= 256:
+        bar = probs[::16].topk(count // 16).values[-1]
+        columns = (probs >= bar).nonzero()[:, 0]
+        if count // 2 <= len(columns) <= 2 * count:
+            return columns
+    return probs.topk(min(count, len(probs))).indices
+
+
+def _program_on(row: Row, singles: Int[Tensor, " singles"], signs: Tensor | None = None) -> _Program:
+    """Make the program on single tokens; with `signs` [n, vocab] also on the others in bundles of equal signs."""
+    singles = singles[row.probs[singles] > _NEGLIGIBLE]
+    member = torch.full_like(row.probs, -1, dtype=torch.long)
+    member[singles] = torch.arange(len(singles), device=member.device)
+    probs, basis = row.probs[singles], row.basis[singles]
+    if signs is not None:
+        bundle, mass, mean = _bundles(row, member < 0, signs)
+        member = torch.where((member < 0) & (bundle >= 0), bundle + len(singles), member)
+        probs, basis = torch.cat([probs, mass]), torch.cat([basis, mean])
+    gram = (basis.T * probs) @ basis
+    # A ridge relative to the diagonal: directions that these columns hardly span stay representable.
+    gram.diagonal().mul_(1 + 1e-9).add_(1e-300)
+    unit = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    whitener = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), unit, upper=False).T
+    return _Program(singles, member, probs, basis @ whitener, whitener.contiguous())
+
+
+def _bundles(row: Row, free: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each free token's bundle (-1 for none), and the bundles' mass and mean."""
+    places = 2.0 ** torch.arange(len(signs), device=signs.device, dtype=torch.float64)
+    code = (places @ signs.double()).long()
+    probs = torch.where(free, row.probs, 0)
+    # One row a bundle; the basis's leading ones make the first sum the mass.
+    total = probs.new_zeros(2 ** len(signs), len(probs)).scatter_(0, code[None], probs[None]) @ row.basis
+    used = total[:, 0] > _NEGLIGIBLE
+    number = torch.where(used, used.cumsum(0) - 1, -1)
+    return torch.where(free, number[code], -1), total[used, 0], total[used] / total[used, :1]

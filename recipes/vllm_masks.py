@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import typer
 
+from hf_longtrunc import sampler_by_name
 from hf_longtrunc.serving.vllm_masks import FOLDER, RecordingLogitsProcessor, read_mask
 
 ASKED: list[dict[str, float]] = [
@@ -30,6 +31,8 @@ ASKED: list[dict[str, float]] = [
     {"top_n_sigma": 1.0},
     {"p_less": 1},
     {"p_less_norm": 1},
+    {"top_h": 0.4},
+    {"min_k": 3.0},
     {"eta": 1e-3, "top_n_sigma": 2.0},
 ]
 
@@ -39,28 +42,13 @@ class Checker(RecordingLogitsProcessor):
 
     def apply(self, logits: torch.Tensor, context: Any = None) -> torch.Tensor:
         """Return what the processor returns."""
-        from hf_longtrunc import (
-            EpsilonLogitsProcessor,
-            EtaLogitsProcessor,
-            PLessLogitsProcessor,
-            TopNSigmaLogitsProcessor,
-        )
-
-        makers: dict[str, Any] = {
-            "eta": EtaLogitsProcessor,
-            "epsilon": EpsilonLogitsProcessor,
-            "top_n_sigma": TopNSigmaLogitsProcessor,
-            "p_less": lambda _: PLessLogitsProcessor(),
-            "p_less_norm": lambda _: PLessLogitsProcessor(normalized=True),
-        }
         for row in range(len(logits)):
             asked, _, outputs = self._requests.get(row, ({}, [], []))
             if "sampling_mask" in asked:
                 scores = logits[row : row + 1].clone()
-                for name, make in makers.items():
-                    if name in asked:
-                        scores = make(asked[name])(None, scores)
                 path = asked["sampling_mask"]
+                for name in [each for each in asked if each != "sampling_mask"]:
+                    scores = sampler_by_name(name, None if name.startswith("p_less") else asked[name])(None, scores)
                 kept = (scores[0] > -torch.inf).nonzero()[:, 0].numpy().astype(np.int32)
                 np.save(path.parent / "expected" / f"{path.name}-{len(outputs)}.npy", kept)
         return super().apply(logits, context)

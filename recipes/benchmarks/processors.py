@@ -8,6 +8,8 @@ Expected (tables: docs/results/sampling.md): eager eta <= 0.6x transformers' on 
 
 Beside the samplers that go by rank stand transformers' top-h, and for those that it has not, what local engines do: a
 sort of the row for min-k and XTC, a loop over the text (2,048 tokens) for DRY; and a softmax, which each of them needs.
+transformers' top-h looks at the 100 most probable tokens and renormalises them, so it keeps another set wherever the
+others hold some probability: how often is printed, and "all tokens" is the same code without that limit.
 
 All run in one process on the same scores; a figure is the median of the turns, a ratio that of the turns' ratios. Min-p
 and top-k do less arithmetic than eta and are faster. The floor is the time that a copy of the scores takes: one read
@@ -104,6 +106,17 @@ def _print_table(arguments: argparse.Namespace) -> None:
         for name, *figures in zip(names, *columns, strict=True):
             table.add_row(name, *figures)
         console.print(table)
+    if arguments.samplers == "ranks":
+        for limit, said in ((100, "the 100 most probable tokens, as transformers has it"), (sys.maxsize, "all tokens")):
+            _print_agreement(arguments, limit, said, console)
+
+
+def _print_agreement(arguments: argparse.Namespace, limit: int, said: str, console: Console) -> None:
+    ours, theirs = TopHLogitsProcessor(0.4), transformers.TopHLogitsWarper(0.4)
+    theirs.top_n = limit
+    scores = _scores(64, arguments.vocab[0], "cpu", arguments.peaked)
+    same = ((ours(None, scores) > -torch.inf) == (theirs(None, scores) > -torch.inf)).all(-1).sum()
+    console.print(f"top-h beside transformers' over {said}: the same kept set in {int(same)} of {len(scores)} rows")
 
 
 def _column(arguments: argparse.Namespace, vocab: int, batch: int) -> list[str]:

@@ -18,6 +18,8 @@ ATTENTION = [
     *("dual_chunk", "dual_chunk_attention", "explanation", "full_store", "key_retrieval", "lambda_attention"),
     *("lm_infinite", "patch", "ring_cache", "rope", "streaming_llm", "trace"),
 ]
+SAMPLING = ("attach", "basis", "bat", "by_name", "calls", "mask", "processors", "recorder", "support", "trace_records")
+MIXING = ("auxiliary", "pema", "pema_processor", "uld")
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,8 @@ def names(tmp_path_factory):
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     model.generation_config.eos_token_id = None
-    techniques = "LMInfinite", "StreamingLLM", "DualChunkAttention", "TopK"
-    public = {"cache_of": cache_of, "seq2seq": tiny_seq2seq(vocab_size=96)}
-    public |= {name: getattr(hf_longtrunc, name) for name in techniques}
+    public = {name: getattr(hf_longtrunc, name) for name in hf_longtrunc.__all__}
+    public |= {"cache_of": cache_of, "seq2seq": tiny_seq2seq(vocab_size=96)}
     scratch = tmp_path_factory.mktemp("examples")
     model.save_pretrained(scratch / "model")
     public |= {"scratch": str(scratch), "model_folder": str(scratch / "model")}
@@ -42,8 +43,18 @@ OTHERS = ["errors", "handles", "cross_attention.datastore", "cross_attention.unl
 OTHERS += [*(f"hosting.{name}" for name in ("settings", "find_and_read", "generate", "folder"))]
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
 @pytest.mark.parametrize(
-    "module", [f"hf_longtrunc.{name}" for name in [*OTHERS, *(f"attention.{name}" for name in ATTENTION)]]
+    "module",
+    [
+        f"hf_longtrunc.{name}"
+        for name in [
+            *OTHERS,
+            *(f"attention.{name}" for name in ATTENTION),
+            *(f"sampling.{name}" for name in SAMPLING),
+            *(f"mixing.{name}" for name in MIXING),
+        ]
+    ],
 )
 def test_examples_run(module, names):
     found = importlib.import_module(module)

@@ -81,7 +81,7 @@ def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
 
     The shared weights are not written: `load_uld_assistant` takes them from the target.
 
-    >>> save_uld_assistant(uld_assistant(model, num_layers=1), folder)
+    >>> save_uld_assistant(uld_assistant(model, num_layers=1), scratch)
     """
     peft = _peft()
     adapter = {name: _plain(value) for name, value in assistant.peft_config[assistant.active_adapter].to_dict().items()}
@@ -92,8 +92,8 @@ def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
 def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> PeftModel:
     """Build the assistant that `save_uld_assistant` wrote, on the weights of `model`, its target, in eval mode.
 
-    >>> save_uld_assistant(uld_assistant(model, num_layers=1), folder)
-    >>> assistant = load_uld_assistant(model, folder)
+    >>> save_uld_assistant(uld_assistant(model, num_layers=1), scratch)
+    >>> assistant = load_uld_assistant(model, scratch)
 
     Raises:
         FileNotFoundError: the folder holds no assistant.

@@ -23,6 +23,9 @@ _ALWAYS_LAST = (WatermarkLogitsProcessor, LogitNormalization)
 def attach_processors(model: Any, processors: Sequence[Processor], *, after_warpers: bool = False) -> Handle:
     """Run `processors` in everything that `model` generates until they are detached, `generate_batch` included.
 
+    >>> with attach_processors(model, [EtaLogitsProcessor(2e-3)], after_warpers=True):
+    ...     text = model.generate(ids, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=2)
+
     By default they join where `generate(logits_processor=...)` puts them: after the penalties and constraints, before
     temperature, top-k and top-p, on the model's distribution at temperature 1. With `after_warpers=True` they see the
     distribution that is about to be sampled (only watermarking and renormalisation come later). A processor that is

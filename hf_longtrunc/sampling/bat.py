@@ -14,6 +14,7 @@ from hf_longtrunc.sampling.calls import (
     acts_behind,
     draws_by_itself,
     neighbours,
+    refuse_empty_rows,
     refuse_grammars,
     warn_of_cuts,
     warn_of_reshaping,
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 class BasisAwareLogitsProcessor(LogitsProcessor):
     """Basis-aware truncation: below the plain threshold, keep the tokens whose true probability is provably not zero.
+
+    >>> bat = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(model, rank=8), 2e-3)
+    >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=2, logits_processor=[bat])
 
     The model's error lies in the few directions that its output embedding cannot express. A token is cut only if some
     distribution with the same image in `basis`, nowhere above p-hat / (1 - tau), gives it probability zero; tau is the
@@ -114,6 +118,8 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
                 "generate()"
             )
         self._check_vocabulary(checked_scores(scores))
+        if input_ids is not None:
+            refuse_empty_rows(self, scores)
         before, behind = neighbours(self) if input_ids is not None else ([], [])
         draws = self._draws(behind)
         if self._is_unwarned and input_ids is not None:

@@ -78,7 +78,8 @@ _NEUTRAL: dict[str, bool | float | None] = {
 def sampling_settings(model: Any) -> dict[str, bool | float | None]:
     """Return the arguments of `generate` that leave a truncation processor alone: sampling, everything else off.
 
-        model.generate(**inputs, **sampling_settings(model), logits_processor=[EtaLogitsProcessor(2e-3)])
+    >>> eta = EtaLogitsProcessor(2e-3)
+    >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=4, logits_processor=[eta])
 
     transformers cuts to 50 tokens by default (`top_k`), and a model's own `generation_config` may hold a temperature,
     a top-p, a repetition penalty, guidance or a bias: each of them changes what the processor kept, or what it saw.
@@ -128,7 +129,8 @@ def acts_behind(others: list[Any]) -> bool:
 def is_reshaped(scores: Tensor) -> bool | None:
     """Return whether `scores` [rows, V] are another distribution than the model's; None where that cannot be seen.
 
-    The model's scores stand in the frame of the decoding loop. Masks count: what is renormalised is changed.
+    The model's scores stand in the frame of the decoding loop; its output is compared, since processors may change the
+    loop's copy in place (xgrammar's does). Masks count: what is renormalised is changed.
     """
     frame = _list_frame()
     for _ in range(_DEPTH):
@@ -136,6 +138,9 @@ def is_reshaped(scores: Tensor) -> bool | None:
             return None
         model = frame.f_locals.get("next_token_logits")
         if isinstance(model, Tensor) and model.shape == scores.shape:
+            output = getattr(frame.f_locals.get("outputs"), "logits", None)
+            if isinstance(output, Tensor) and output.ndim == 3 and output[:, -1].shape == scores.shape:
+                model = output[:, -1].to(model)
             moved = torch.where(model.isinf(), 0, scores - model.to(scores.device))
             return bool((moved.amax(-1) - moved.amin(-1) > _MOVED).any())
         frame = frame.f_back
@@ -203,6 +208,23 @@ def refuse_grammars(processor: Any, others: list[Any]) -> None:
                 "tokens that it lets through, and then none is left to draw: put it in front, "
                 f"logits_processor=[{type(each).__name__}, {type(processor).__name__}]"
             )
+
+
+def refuse_empty_rows(processor: Any, scores: Tensor) -> None:
+    """Raise ValueError where a row of `scores` [rows, V] has no token left, with the names of what removed them.
+
+    The sampler's own words are "probability tensor contains inf, nan or element < 0". Cost: a pass over the scores and
+    a host synchronisation.
+    """
+    empty = (scores.amax(-1) == -torch.inf).nonzero()[:, 0].tolist()
+    if empty:
+        in_front = [type(each).__name__ for each in neighbours(processor)[0]]
+        raise ValueError(
+            f"row {empty[0]} has no token left: all scores that {type(processor).__name__} is handed are -inf. "
+            f"{' and '.join(dict.fromkeys(in_front)) or 'What runs in front of it'} removed every token: a grammar "
+            "that has ended lets nothing through but the end of the text (set eos_token_id), and constraints may "
+            "contradict each other"
+        )
 
 
 def _warn(processor: Any, others: list[Any], place: str, what: str) -> bool:

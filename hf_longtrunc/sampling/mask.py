@@ -39,9 +39,11 @@ _BIT = torch.arange(8, dtype=torch.uint8)
 class SamplingMask:
     """The kept sets of consecutive steps, compact: each step as token ids, or as one bit a token where that is less.
 
-        mask = SamplingMask.from_kept(processor(None, scores) > -torch.inf)
-        mask.kept()[3]          # bool [V]
-        mask.nbytes / len(mask)  # bytes a token: 2 (V <= 65,536) or 4 for each kept token, V / 8 at most
+    >>> mask = SamplingMask.from_kept(torch.tensor([[True, False, True], [False, True, False]]))
+    >>> mask.counts, mask.kept()[1]
+    (tensor([2, 1]), tensor([False,  True, False]))
+
+    Bytes a token are 2 (V <= 65,536) or 4 for each kept token, V / 8 at most.
 
     Attributes:
         vocab_size: V.
@@ -168,10 +170,12 @@ def truncated_log_probs(
 ) -> Float[Tensor, "*steps"]:
     """Return log q of the labels, q the softmax of `logits` / `temperature` over the kept sets alone.
 
-        masks = recorder.take()                                # a SamplingMask for each row of the batch
-        logits = model(sequences).logits[:, prompt_length - 1 : -1]
-        labels = completions.masked_fill(~is_completion, -100)
-        ratio = (truncated_log_probs(logits, labels, masks) - old_log_probs).exp()
+    >>> recorder = SamplingMaskRecorder()
+    >>> with recorder.attach(model):
+    ...     sequences = model.generate(ids, **sampling_settings(model), max_new_tokens=3)
+    >>> logits = model(sequences).logits[:, ids.shape[1] - 1 : -1]
+    >>> labels = sequences[:, ids.shape[1] :]  # -100 in padding
+    >>> log_probs = truncated_log_probs(logits, labels, recorder.take())  # a mask for each row
 
     Args:
         logits: any floating dtype. Sums are taken in fp32 (float64 for float64), in parts of 1,024 x 4,096.

@@ -11,7 +11,13 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from hf_longtrunc.arguments import number, whole
-from hf_longtrunc.sampling.calls import neighbours, refuse_grammars, rows_a_prompt, warn_of_cuts
+from hf_longtrunc.sampling.calls import (
+    neighbours,
+    refuse_empty_rows,
+    refuse_grammars,
+    rows_a_prompt,
+    warn_of_cuts,
+)
 from hf_longtrunc.sampling.cutoffs import CUTOFFS, Softmax, bar_of, below, column, softmax_rows, xtc_cut
 from hf_longtrunc.sampling.dry import Dry
 
@@ -39,13 +45,17 @@ class _TruncatingLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """Return a copy of `scores` [..., V] with `filter_value` in place of every removed token.
 
-        Kept scores keep their bits and their dtype. `input_ids` is not read. A row with a NaN or +inf in it, or with
-        nothing but -inf, comes back unchanged, so that the sampler after it reports it.
+        Kept scores keep their bits and their dtype. `input_ids` is not read. A row with a NaN or +inf in it comes back
+        unchanged, so that the sampler after it reports it. So does a row with nothing but -inf, except in `generate` on
+        a CPU, where it raises ValueError with the names of the processors that left nothing.
 
         Warns once, where transformers' own samplers run behind it and cut what it keeps.
         """
         self._check_call(input_ids)
         scores = checked_scores(scores)
+        # Elsewhere the look would stop the host at every step.
+        if input_ids is not None and input_ids.ndim == 2 and scores.device.type == "cpu":
+            refuse_empty_rows(self, scores)
         if self._in_parts(scores):
             result = torch.empty_like(scores)
             size = max(1, _CACHED // scores.shape[1])
@@ -120,6 +130,9 @@ class _CutoffLogitsProcessor(_TruncatingLogitsProcessor):
 class EtaLogitsProcessor(_CutoffLogitsProcessor):
     """Eta-sampling: remove the tokens with p < eta = min(epsilon, sqrt(epsilon) * exp(-H)).
 
+    >>> settings = sampling_settings(model)
+    >>> text = model.generate(ids, **settings, max_new_tokens=4, logits_processor=[EtaLogitsProcessor(2e-3)])
+
     H is the entropy, in nats, of the full softmax of the scores that the processor is handed. Passed in `generate`'s
     list it runs before temperature, top-k and top-p, so that is the model's own distribution at temperature 1, as the
     method defines it. The most probable token always stays.
@@ -159,6 +172,10 @@ class EtaLogitsProcessor(_CutoffLogitsProcessor):
 class EpsilonLogitsProcessor(EtaLogitsProcessor):
     """Epsilon-sampling: remove the tokens with p < epsilon, the most probable one excepted.
 
+    >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
+    >>> EpsilonLogitsProcessor(0.05)(None, scores)
+    tensor([[4., 3., -inf, -inf]])
+
     Arguments, errors, cost and guarantees are those of `EtaLogitsProcessor`. The paper's range for epsilon is 3e-4 to
     9e-4.
 
@@ -170,6 +187,10 @@ class EpsilonLogitsProcessor(EtaLogitsProcessor):
 
 class TopNSigmaLogitsProcessor(_CutoffLogitsProcessor):
     """Top-n-sigma sampling: remove the tokens whose logit lies more than n standard deviations below the largest.
+
+    >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
+    >>> TopNSigmaLogitsProcessor(1.0)(None, scores)
+    tensor([[4., 3., -inf, -inf]])
 
     The method takes the bulk of the logits for Gaussian noise and what stands far above it for signal, so it assumes
     that the scores have such a bulk. The kept set is the same at every temperature. Errors and guarantees are those of
@@ -195,6 +216,10 @@ class TopNSigmaLogitsProcessor(_CutoffLogitsProcessor):
 
 class PLessLogitsProcessor(_CutoffLogitsProcessor):
     """P-less sampling: remove the tokens less probable than two draws from the row are to agree, sum of p^2.
+
+    >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
+    >>> PLessLogitsProcessor()(None, scores)
+    tensor([[4., -inf, -inf, -inf]])
 
     There is nothing to set. The bar follows the distribution that the processor is handed: at temperature 1 in
     `generate`'s list; behind temperature, as the paper has it, by `attach_processors(..., after_warpers=True)`.
@@ -225,6 +250,10 @@ class PLessLogitsProcessor(_CutoffLogitsProcessor):
 class TopHLogitsProcessor(_CutoffLogitsProcessor):
     """Top-H sampling: keep the most probable tokens as long as their terms -p log p sum to `top_h` of the entropy.
 
+    >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
+    >>> TopHLogitsProcessor(0.4)(None, scores)
+    tensor([[4., -inf, -inf, -inf]])
+
     Errors and guarantees are those of `EtaLogitsProcessor`; ties with the last kept token stay. Cost: the 128 most
     probable tokens are put in order, more where the share reaches further; one host synchronisation.
 
@@ -252,6 +281,10 @@ class TopHLogitsProcessor(_CutoffLogitsProcessor):
 
 class MinKLogitsProcessor(_CutoffLogitsProcessor):
     """Min-k sampling: cut behind the steepest drop, the largest (s_i - s_{i+1}) / i of the scores in order.
+
+    >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
+    >>> MinKLogitsProcessor()(None, scores)
+    tensor([[4., 3., -inf, -inf]])
 
     The kept set is the same at every temperature. Errors and guarantees are those of `EtaLogitsProcessor`; ties with
     the last kept token stay. Cost: as for `TopHLogitsProcessor`; a row is read as far as a steeper drop is possible.
@@ -281,6 +314,10 @@ class MinKLogitsProcessor(_CutoffLogitsProcessor):
 
 class XTCLogitsProcessor(_TruncatingLogitsProcessor):
     """Exclude top choices: with some probability, remove all tokens that reach a threshold but the least probable one.
+
+    >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
+    >>> XTCLogitsProcessor(threshold=0.1, probability=1.0)(None, scores)
+    tensor([[-inf, 3., 0., -4.]])
 
     One number a row and step decides whether. The distribution that the processor is handed counts: put it behind
     truncation samplers, which leave no improbable token to become the choice. Errors and guarantees are those of
@@ -326,6 +363,9 @@ class XTCLogitsProcessor(_TruncatingLogitsProcessor):
 
 class DRYLogitsProcessor(LogitsProcessor):
     r"""Don't repeat yourself: lower the scores of tokens that would go on repeating what the text said before.
+
+    >>> DRYLogitsProcessor(0.8)(torch.tensor([[5, 6, 7, 5, 6]]), torch.zeros(1, 8))[0, 5:]
+    tensor([ 0.0000,  0.0000, -0.8000])
 
     A token that followed the last n tokens of the text earlier in it loses multiplier * base^(n - allowed_length), n
     being at least `allowed_length`. Put it in front of truncation samplers: it changes the distribution that they cut.

@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from hf_longtrunc.sampling.attach import attach_processors
-from hf_longtrunc.sampling.calls import draws_by_itself, neighbours
+from hf_longtrunc.sampling.calls import draws_by_itself, neighbours, refuse_empty_rows
 from hf_longtrunc.sampling.mask import SamplingMask, pack_bits
 
 if TYPE_CHECKING:
@@ -56,10 +56,11 @@ class _Generation(threading.local):
 class SamplingMaskRecorder(LogitsProcessor):
     """Records the kept set of every step that a model samples from, for `truncated_log_probs`.
 
-        recorder = SamplingMaskRecorder()
-        with attach_processors(model, [EtaLogitsProcessor(2e-3)]), recorder.attach(model):
-            sequences = model.generate(**inputs, **sampling_settings(model), max_new_tokens=64)
-        masks = recorder.take()  # a SamplingMask for each row: step t is of the t-th new token
+    >>> recorder = SamplingMaskRecorder()
+    >>> with attach_processors(model, [EtaLogitsProcessor(2e-3)]), recorder.attach(model):
+    ...     sequences = model.generate(ids, **sampling_settings(model), max_new_tokens=4)
+    >>> [len(mask) for mask in recorder.take()]  # a mask for each row: step t is of the t-th new token
+    [4]
 
     It stands behind all processors and warpers, transformers' own included, changes nothing, and records what the
     sampler may draw: tokens whose fp32 probability is not zero. Speculative decoding is followed. In `generate_batch`
@@ -109,13 +110,15 @@ class SamplingMaskRecorder(LogitsProcessor):
 
         Raises:
             ValueError: beams or greedy decoding, whose tokens are not drawn from the row's distribution; continuous
-                batching without processors by request; a processor in front that drew the token already.
+                batching without processors by request; a processor in front that drew the token already; a row with no
+                token left.
         """
         if input_ids.ndim == 1:
             raise ValueError(
                 "SamplingMaskRecorder cannot tell requests apart here: pass continuous_batching_config="
                 "ContinuousBatchingConfig(per_request_processors=True)"
             )
+        refuse_empty_rows(self, scores)
         self._generation.follow(input_ids.detach().cpu())
         if not self._generation.steps:
             self._check_call()

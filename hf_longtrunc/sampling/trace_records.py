@@ -29,7 +29,7 @@ class TruncationRecord:
     >>> trace = TruncationTrace([EtaLogitsProcessor(0.02)])
     >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=2, logits_processor=[trace])
     >>> [(record.position, record.is_kept) for record in trace.finish(text).records]
-    [(50, True), (51, True)]
+    [(100, True), (101, True)]
 
     Attributes:
         run: which generation, counted from 0; a new prompt starts a new one.

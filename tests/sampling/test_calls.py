@@ -18,9 +18,12 @@ from transformers import (
 from hf_longtrunc import (
     BasisAwareLogitsProcessor,
     EtaLogitsProcessor,
+    SamplingMaskRecorder,
     SoftmaxBasis,
+    TopHLogitsProcessor,
     TopNSigmaLogitsProcessor,
     TruncationTrace,
+    XTCLogitsProcessor,
     attach_processors,
     sampling_settings,
 )
@@ -133,6 +136,20 @@ def test_whatever_changes_the_distribution_in_front_of_a_proof_is_warned_of(tiny
     generate(tiny_model, [TruncationTrace([silent])], top_k=0)
 
 
+class InPlace(LogitsProcessor):
+    """Masks the scores that it is handed, as xgrammar's processor does."""
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill_(1, torch.arange(50), -torch.inf)
+
+
+def test_a_mask_in_place_in_front_of_a_proof_is_warned_of(tiny_model):
+    """The loop's own copy of the model's scores was masked with it, and no change was to be seen."""
+    bat = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), 0.2)
+    with pytest.warns(UserWarning, match=r"InPlace in front of BasisAware.*proves nothing"):
+        generate(tiny_model, [InPlace(), bat], top_k=0)
+
+
 def test_a_grammar_behind_a_truncation_sampler_is_refused(tiny_model):
     grammar = PrefixConstrainedLogitsProcessor(lambda batch, ids: [7, 8], 1)
     for sampler in (EtaLogitsProcessor(0.2), BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), 0.2)):
@@ -140,6 +157,22 @@ def test_a_grammar_behind_a_truncation_sampler_is_refused(tiny_model):
             generate(tiny_model, [sampler, grammar], top_k=0)
     result = generate(tiny_model, [grammar, EtaLogitsProcessor(0.2)], top_k=0)
     assert set(result[0, 6:].tolist()) <= {7, 8}
+
+
+class Nobody:
+    """Lets nothing through in the second row."""
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(0, torch.tensor([1]), -torch.inf)
+
+
+def test_a_row_with_nothing_left_is_refused_by_name(tiny_model):
+    """The sampler says "probability tensor contains either inf, nan or element < 0"."""
+    bat = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), 0.2)
+    recorder = SamplingMaskRecorder()
+    for processor in (EtaLogitsProcessor(0.2), TopHLogitsProcessor(), XTCLogitsProcessor(), bat, recorder):
+        with pytest.raises(ValueError, match=rf"row 1 has no token left.*{type(processor).__name__}.*Nobody removed"):
+            generate(tiny_model, [Nobody(), processor], top_k=0, num_return_sequences=2)
 
 
 def test_attached_processors_warn_of_the_default_top_k_in_generate_batch(tiny_model):

@@ -71,7 +71,7 @@ class Dry:
         costs = {
             token: min(self.multiplier * self.base ** (length - self.allowed_length), torch.finfo(scores.dtype).max)
             for token, length in longest.items()
-            if length >= self.allowed_length
+            if length >= self.allowed_length and token < len(scores)
         }
         if costs:
             scores = scores.clone()

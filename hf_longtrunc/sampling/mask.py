@@ -58,6 +58,8 @@ class SamplingMask:
     @classmethod
     def from_kept(cls, kept: Bool[Tensor, "steps vocab"]) -> SamplingMask:
         """Read kept sets off a boolean tensor."""
+        if kept.dtype != torch.bool or kept.ndim != 2:
+            raise TypeError(f"kept must be a boolean tensor [steps, vocabulary], got {kept.dtype} {list(kept.shape)}")
         return cls.from_bits(pack_bits(kept), kept.shape[-1])
 
     @classmethod
@@ -208,9 +210,9 @@ def truncated_scores(
     bits = _checked_bits(logits, labels, mask)
     flat, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     is_scored = wanted != _IGNORED
-    tokens = wanted.clamp_min(0)[:, None]
+    tokens = wanted.clamp(0, logits.shape[-1] - 1)[:, None]
     is_kept = bits.gather(1, tokens >> 3) >> (tokens & 7).to(torch.uint8) & 1
-    wrong = is_scored & (is_kept[:, 0] == 0)
+    wrong = is_scored & ((is_kept[:, 0] == 0) | (tokens[:, 0] != wanted))
     if wrong.any():
         first = int(wrong.nonzero()[0])
         raise ValueError(
@@ -311,7 +313,11 @@ def _checked_bits(logits: Tensor, labels: Tensor, mask: SamplingMask | Sequence[
             f"labels must have the shape of logits without the vocabulary, {list(logits.shape[:-1])}, got "
             f"{list(labels.shape)}; logits of the step before a token are its own: logits[:, :-1] for ids[:, 1:]"
         )
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64 token ids, got {labels.dtype}")
     masks = [mask] if isinstance(mask, SamplingMask) else list(mask)
+    if not all(isinstance(each, SamplingMask) for each in masks):
+        raise TypeError(f"mask must be a SamplingMask, or one for each row, got {type(mask).__name__}")
     if other := {each.vocab_size for each in masks} - {logits.shape[-1]}:
         raise ValueError(f"mask is of {other.pop():,} tokens and logits are of {logits.shape[-1]:,}: one model's both")
     if isinstance(mask, SamplingMask):

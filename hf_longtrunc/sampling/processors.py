@@ -54,7 +54,7 @@ class _TruncatingLogitsProcessor(LogitsProcessor):
         self._check_call(input_ids)
         scores = checked_scores(scores)
         # Elsewhere the look would stop the host at every step.
-        if input_ids is not None and input_ids.ndim == 2 and scores.device.type == "cpu":
+        if input_ids is not None and input_ids.ndim == scores.ndim == 2 and scores.device.type == "cpu":
             refuse_empty_rows(self, scores)
         if self._in_parts(scores):
             result = torch.empty_like(scores)
@@ -414,8 +414,12 @@ class DRYLogitsProcessor(LogitsProcessor):
                 "DRYLogitsProcessor cannot be used in continuous batching (generate_batch()), whose calls do not hold "
                 "the text: use generate()"
             )
+        if checked_scores(scores).ndim != 2 or len(scores) != len(input_ids):
+            raise ValueError(f"scores must be [{len(input_ids)}, V], a row a text, got shape {tuple(scores.shape)}")
         if len(scores) % len(self.settings):
             raise ValueError(f"{len(self.settings)} multipliers, one a row, do not fit {len(scores)} rows")
+        if not len(scores):
+            return scores
         each, ids = len(scores) // len(self.settings), input_ids.cpu().numpy()
         return torch.stack([self.settings[n // each].penalised(row, ids[n]) for n, row in enumerate(scores)])
 

@@ -128,6 +128,13 @@ def test_what_does_not_fit_is_refused():
         SamplingMask.from_ids([[1], [2, 9]], 9)
     with pytest.raises(ValueError, match="at least one, all of one vocabulary"):
         SamplingMask.cat([])
+    for label in (8, -5):
+        with pytest.raises(ValueError, match=rf"token {label} at step 0 .*its mask does not keep"):
+            truncated_log_probs(torch.randn(1, 8), torch.tensor([label]), SamplingMask.from_kept(torch.ones(1, 8) > 0))
+    with pytest.raises(TypeError, match="labels must be int64"):
+        truncated_log_probs(torch.randn(1, 8), torch.zeros(1).int(), SamplingMask.from_kept(torch.ones(1, 8) > 0))
+    with pytest.raises(TypeError, match="mask must be a SamplingMask, or one for each row, got str"):
+        truncated_log_probs(torch.randn(1, 8), torch.zeros(1, dtype=torch.long), "mask")
     with pytest.raises(TypeError, match="indexed by a slice of steps"):
         mask[0]
 

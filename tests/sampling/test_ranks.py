@@ -234,6 +234,17 @@ def test_dry_looks_at_its_window_and_each_row_has_its_own_multiplier():
         DRYLogitsProcessor()(ids[0], scores)
 
 
+def test_dry_takes_no_rows_and_ids_that_the_scores_do_not_reach():
+    """A text may hold placeholders of images, whose ids lie behind the logits."""
+    assert DRYLogitsProcessor()(torch.ones(0, 4, dtype=torch.long), torch.zeros(0, 9)).shape == (0, 9)
+    ids = torch.tensor([[5, 6, 70, 5, 6, 7, 5, 6]])
+    assert DRYLogitsProcessor(1.0)(ids, torch.zeros(1, 9))[0].tolist() == [0.0] * 7 + [-1.0, 0.0]
+    with pytest.raises(ValueError, match=r"scores must be \[1, V\], a row a text, got shape \(9,\)"):
+        DRYLogitsProcessor()(ids, torch.zeros(9))
+    with pytest.raises(TypeError, match="floating-point"):
+        DRYLogitsProcessor()(ids, torch.zeros(1, 9, dtype=torch.long))
+
+
 def test_a_long_repetition_is_finite():
     ids = torch.tensor([[1, 2] * 400])
     assert DRYLogitsProcessor(5.0, 100.0)(ids, torch.zeros(1, 4)).isfinite().all()

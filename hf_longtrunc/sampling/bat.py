@@ -27,7 +27,8 @@ from hf_longtrunc.sampling.processors import (
     representable,
     uniform,
 )
-from hf_longtrunc.sampling.support import Decision, SupportChecker
+from hf_longtrunc.sampling.support import SupportChecker
+from hf_longtrunc.sampling.support_proofs import Decision
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

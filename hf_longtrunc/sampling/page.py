@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from hf_longtrunc.sampling.trace import TruncationRecord, TruncationTrace
+    from hf_longtrunc.sampling.trace import TruncationTrace
+    from hf_longtrunc.sampling.trace_records import TruncationRecord
 
 _FIELDS = (
     *("token", "probability", "rank", "is_kept", "entropy", "threshold", "lowest_kept", "kept", "kept_mass"),

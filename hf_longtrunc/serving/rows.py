@@ -39,6 +39,8 @@ _DRY = {
 NAMES = (*CUTOFFS, *_XTC, *_DRY)
 # Shorter names than this are only mistaken for their letters in another order.
 _LONG = 5
+# So many letters tell which name is meant.
+_BEGINNING = 3
 
 
 def wanted(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -104,11 +106,13 @@ def truncate(
 
 
 def _check_spelling(name: str) -> None:
-    """Raise ValueError where a key is not ours but has a name's letters in another order or nearly is a long name."""
+    """Raise ValueError where a key is nearly a name of ours: begins one, has its letters, or resembles a long one."""
     if name in NAMES:
         return
-    letters = [each for each in NAMES if sorted(_letters(each)) == sorted(_letters(name))]
-    near = letters or difflib.get_close_matches(name, [each for each in NAMES if len(each) > _LONG], n=1, cutoff=0.85)
+    letters = sorted(_letters(name))
+    likely = [each for each in NAMES if sorted(_letters(each)) == letters]
+    likely += [each for each in NAMES if len(letters) >= _BEGINNING and _letters(each).startswith(_letters(name))]
+    near = likely or difflib.get_close_matches(name, [each for each in NAMES if len(each) > _LONG], n=1, cutoff=0.85)
     if near:
         raise ValueError(f"{name} is no sampler's name; did you mean {near[0]}? The names are {', '.join(NAMES)}")
 

@@ -114,8 +114,10 @@ def _print_table(arguments: argparse.Namespace) -> None:
 def _print_agreement(arguments: argparse.Namespace, limit: int, said: str, console: Console) -> None:
     ours, theirs = TopHLogitsProcessor(0.4), transformers.TopHLogitsWarper(0.4)
     theirs.top_n = limit
+    processors: list[Any] = [ours, theirs]
     scores = _scores(64, arguments.vocab[0], "cpu", arguments.peaked)
-    same = ((ours(None, scores) > -torch.inf) == (theirs(None, scores) > -torch.inf)).all(-1).sum()
+    one, other = (each(None, scores) > -torch.inf for each in processors)
+    same = (one == other).all(-1).sum()
     console.print(f"top-h beside transformers' over {said}: the same kept set in {int(same)} of {len(scores)} rows")
 
 

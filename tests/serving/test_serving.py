@@ -157,6 +157,9 @@ def test_a_mistyped_name_is_refused_and_another_processors_is_not():
         "xtc_probabilty": "xtc_probability",
         "dry_multipler": "dry_multiplier",
         "pless": "p_less",
+        "xtc": "xtc_",
+        "dry": "dry_multiplier",
+        "eps": "epsilon",
     }.items():
         with pytest.raises(ValueError, match=f"{wrong} is no sampler's name; did you mean {meant}"):
             TruncationLogitsProcessor.validate_params(params({wrong: 0.1}))

@@ -91,6 +91,13 @@ def test_the_model_runner_v2_by_positions(folder):
     assert torch.equal(read_mask(folder / "b", 2).kept(), (result[0] > -torch.inf).expand(2, -1))
     with pytest.raises(ValueError, match="no record of new token 2 of 3"):
         read_mask(folder / "a", 3)
+    whole = (folder / "a").read_bytes()
+    for cut in (5, len(whole) - 1):  # in the head of a record, and in what follows it
+        (folder / "a").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="ends in the middle of a record"):
+            read_mask(folder / "a", 2)
+    with pytest.raises(ValueError, match="num_tokens must be"):
+        read_mask(folder / "b", 0)
 
 
 def test_a_name_is_a_plain_file_and_new(folder, monkeypatch):

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hf_longtrunc.sampling.basis import SoftmaxBasis
-    from hf_longtrunc.sampling.support import Variant
 
 
 class BasisAwareLogitsProcessor(LogitsProcessor):
@@ -57,7 +56,6 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
             tokens: deterministic, for beams and for further samplers, at a solve for every token near the bar. Where
             `generate` does not draw each row's token by itself (beams, `do_sample=False`), and where another processor
             stands behind this one (a temperature, a watermark, a bias), "sample" masks too, so that it has its effect.
-        variant: "paper", or "official" for the authors' code, which lets p go below zero and keeps fewer tokens.
         generator: of the draws in sample mode; a list gives every row its own, which makes a row's draws independent
             of its batch. None takes torch's.
         max_tries: after so many refused draws take the most probable token, as the official code does after 10; None
@@ -90,14 +88,13 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         *,
         cutoff: Literal["eta", "epsilon"] = "eta",
         mode: Literal["sample", "mask"] = "sample",
-        variant: Variant = "paper",
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         max_tries: int | None = None,
         floor: float = 1e-6,
         limit: int | None = None,
         filter_value: float = -math.inf,
     ):
-        self.checker = SupportChecker(basis, variant=variant)
+        self.checker = SupportChecker(basis)
         self.epsilon = one_or_a_row("epsilon", epsilon, above=0, below=1)
         self.cutoff = one_of("cutoff", cutoff, ("eta", "epsilon"))
         self.mode = one_of("mode", mode, ("sample", "mask"))

@@ -34,13 +34,6 @@ _BATCH_SIZE = 2**16
 _SMALLEST_BATCH = 4
 
 
-class Box(NamedTuple):
-    """-1 <= u <= ceiling; without a floor (`floored` 0) u is unbounded below and f must be nowhere negative."""
-
-    ceiling: float
-    floored: float
-
-
 class Outcome(NamedTuple):
     """Per ray: status -1 with a feasible u that reaches the bar, 1 with an l of T(l) below it and l . a = 1, or 0."""
 
@@ -50,7 +43,7 @@ class Outcome(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """T(l) = ceiling * positive + negative, in a box with a floor."""
+    """T(l) = s * positive + negative."""
 
     positive: Float[Tensor, " n"]
     negative: Float[Tensor, " n"]
@@ -92,20 +85,20 @@ class _Predictor(NamedTuple):
 class InteriorPoint:
     """The programs of one set of columns `basis` [k, width] of weights `weights` [k], prepared for so many rays.
 
-    `basis` should be white: sum_j w_j b_j b_j^T the identity.
+    `ceiling` is s. `basis` should be white: sum_j w_j b_j b_j^T the identity.
     """
 
-    def __init__(self, basis: Float[Tensor, "k width"], weights: Float[Tensor, " k"], box: Box, rays: int):
-        self.basis, self.weights, self.box = basis, weights, box
+    def __init__(self, basis: Float[Tensor, "k width"], weights: Float[Tensor, " k"], ceiling: float, rays: int):
+        self.basis, self.weights, self.ceiling = basis, weights, ceiling
         # Products b_jk b_jl, l <= k, formed once make the normal matrices of many rays cheaper.
         self.lower = torch.tril_indices(basis.shape[1], basis.shape[1], device=basis.device)
         self.pairs = basis[:, self.lower[0]] * basis[:, self.lower[1]] if rays >= _SMALLEST_BATCH else None
         barrier = 1 + weights.mean() / weights
         self.barrier = barrier * (weights.sum() / (weights @ barrier))
         self.central = self.barrier / (2 * weights.sum())
-        self.sign = weights.new_tensor([[box.floored], [-1.0]])
+        self.sign = weights.new_tensor([[1.0], [-1.0]])
         # The dual objective, per dual variable.
-        self.cost = torch.stack([weights, box.ceiling * weights])
+        self.cost = torch.stack([weights, ceiling * weights])
 
     @property
     def batch(self) -> int:
@@ -150,14 +143,14 @@ class InteriorPoint:
 
     def _reaches(self, u: Float[Tensor, "n k"], bar: Float[Tensor, " n"]) -> Tensor:
         """Whether u, which has t = 1, stays in the box when it is scaled to its bar."""
-        rate = torch.maximum(u.amax(1) / self.box.ceiling, -self.box.floored * u.amin(1))
+        rate = torch.maximum(u.amax(1) / self.ceiling, -u.amin(1))
         return rate * bar * (1 + MARGIN) <= 1
 
     def _start(self, ray: Float[Tensor, "n width"], bar: Float[Tensor, " n"]) -> _Iterate:
         """Start from u = 0 and l = 1 for the constant: feasible on both sides and nearly centred, for every ray."""
-        s, floored = self.box.ceiling, self.box.floored
-        floor_dual = (s / (1 - floored * s) if s < 0.5 else 1.0) * self.barrier
-        dual = torch.stack([floor_dual, 1 + floored * floor_dual])
+        s = self.ceiling
+        floor_dual = (s / (1 - s) if s < 0.5 else 1.0) * self.barrier
+        dual = torch.stack([floor_dual, 1 + floor_dual])
         slack = torch.stack([torch.ones_like(floor_dual), torch.full_like(floor_dual, s)])
         place = torch.arange(len(ray), device=ray.device)
         every, ray, bar = (len(ray), -1, -1), ray[:, None], bar[:, None, None]
@@ -166,7 +159,7 @@ class InteriorPoint:
 
     def _predict(self, iterate: _Iterate) -> _Predictor:
         floor, ceiling = (iterate.dual / iterate.slack).chunk(2, 1)
-        weight = torch.add(ceiling, floor, alpha=self.box.floored).reciprocal_()
+        weight = torch.add(ceiling, floor).reciprocal_()
         factor = _cholesky(self._normal_matrix(weight * self.weights))
         solution = torch.cholesky_solve(iterate.ray.mT, factor).mT
         dt = (iterate.ray * solution).sum(2, keepdim=True).reciprocal_()
@@ -220,24 +213,21 @@ class InteriorPoint:
         return rows[~proved]
 
     def _per_unit(self, f: Float[Tensor, "n 1 k"]) -> Float[Tensor, "n 1 1"]:
-        """T(l), for f of an l with l . a = 1; without a floor f is first raised until it is nowhere negative."""
-        if self.box.floored:
-            return torch.maximum(self.box.ceiling * f, f.neg()) @ self.weights[:, None]
-        shift = f.amin(2, True).clamp_max(0).neg_()
-        return self.box.ceiling * (f @ self.weights[:, None] + shift * self.weights.sum()) / (1 + shift)
+        """T(l), for f of an l with l . a = 1."""
+        return torch.maximum(self.ceiling * f, f.neg()) @ self.weights[:, None]
 
     def _feasible(self, iterate: _Iterate, predictor: _Predictor) -> tuple[Float[Tensor, "n k"], Tensor]:
         """Return u at a point of the ray just past the bar, its equalities corrected, and whether it is a proof."""
         bar = iterate.bar
         past_bar = (bar * (1 + 1e-4) - iterate.t) / predictor.dt
         step = torch.minimum(predictor.primal_step, past_bar.clamp_min(0))
-        u = self.box.ceiling - iterate.slack[:, 1:] + step * predictor.f * predictor.weight
+        u = self.ceiling - iterate.slack[:, 1:] + step * predictor.f * predictor.weight
         t = iterate.t + step * predictor.dt
         goal = t * iterate.ray
         # Least squares: the columns' second moment is the identity.
         u = u - (u * self.weights @ self.basis - goal) @ self.basis.T
         residual = (u * self.weights @ self.basis - goal).norm(dim=2, keepdim=True)
-        excess = torch.maximum(u.amax(2, True) / self.box.ceiling, -self.box.floored * u.amin(2, True)).clamp_min(1)
+        excess = torch.maximum(u.amax(2, True) / self.ceiling, -u.amin(2, True)).clamp_min(1)
         proved = (t / excess >= bar * (1 + MARGIN)) & (residual <= _RESIDUAL * goal.norm(dim=2, keepdim=True))
         return (u * (bar / t))[:, 0], proved.flatten()
 
@@ -246,7 +236,7 @@ class InteriorPoint:
         left = torch.addcmul(iterate.dual, iterate.dual, predictor.rate)
         goal = torch.addcmul(self._centre(iterate, predictor, left), left, predictor.rate)
         floor, ceiling = goal.chunk(2, 1)
-        aim = torch.sub(ceiling, floor, alpha=self.box.floored)
+        aim = torch.sub(ceiling, floor)
         moved = predictor.weight * aim * self.weights @ self.basis
         h = torch.cholesky_solve(moved.mT, predictor.factor).mT
         dt = predictor.dt * (1 - (iterate.ray * h).sum(2, keepdim=True))

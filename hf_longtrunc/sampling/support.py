@@ -28,17 +28,14 @@ Invariants:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_longtrunc.arguments import number, one_of, whole
+from hf_longtrunc.arguments import number, whole
 from hf_longtrunc.sampling.basis import SoftmaxBasis
-from hf_longtrunc.sampling.support_proofs import Certificate, Decision, OfficialWork, PaperWork, Row, Work
-
-if TYPE_CHECKING:
-    Variant = Literal["paper", "official"]
+from hf_longtrunc.sampling.support_proofs import Certificate, Decision, Row, Work
 
 _MAX_ITERATIONS = 60
 # tau above this is "every threshold": s stays representable.
@@ -55,8 +52,6 @@ class SupportChecker:
 
     Args:
         basis: of the output embedding of the model that made the scores; moved to the scores' device on first use.
-        variant: "paper" asks 0 <= p; "official" leaves that out, as the authors' generation code does (fewer tokens
-            are kept, never others), and is solved in its closed form (`largest_probability`).
         columns: how many of the most probable tokens the linear programs start with.
 
     Attributes:
@@ -67,14 +62,14 @@ class SupportChecker:
     Memory: V * (rank + 1) float64 for the basis, and 16 vectors of V while a batch is verified.
 
     Source: Finlayson et al. 2023, arXiv 2310.01693, section 5. Deviations: exact where the published code is at the
-    mercy of a solver's tolerance; the restricted program, its proofs and their reuse are not in the paper.
+    mercy of a solver's tolerance; the restricted program, its proofs and their reuse are not in the paper. The authors'
+    generation code leaves 0 <= p out, which keeps fewer tokens and never others.
     """
 
-    def __init__(self, basis: SoftmaxBasis, *, variant: Variant = "paper", columns: int = 512):
+    def __init__(self, basis: SoftmaxBasis, *, columns: int = 512):
         if not isinstance(basis, SoftmaxBasis):
             raise TypeError(f"basis must be a SoftmaxBasis, got {type(basis).__name__}; see SoftmaxBasis.from_model")
         self.basis = basis
-        self.variant = one_of("variant", variant, ("paper", "official"))
         self.columns = whole("columns", columns, least=1)
         self.checked = self.undecided = 0
         ones = basis.factors.new_ones(basis.vocab_size, 1)
@@ -177,7 +172,7 @@ class SupportChecker:
         return low / (1 + low)
 
     def _work(self, row: Row, tau: float, tokens: Tensor, prove: bool = False, limit: int | None = None) -> Work:
-        return (PaperWork if self.variant == "paper" else OfficialWork)(self, row, tau, tokens, prove, limit)
+        return Work(self, row, tau, tokens, prove, limit)
 
     def _row(self, scores: Tensor) -> Row:
         probs, basis, softcap = scores.double().softmax(-1), self._basis, self.basis.softcap
@@ -220,17 +215,15 @@ class SupportChecker:
         return tokens.to(scores.device)
 
 
-def critical_threshold(
-    basis: SoftmaxBasis, scores: Tensor, tokens: Tensor, *, variant: Variant = "paper", tolerance: float = 1e-4
-) -> Tensor:
-    """Return tau* of tokens: `SupportChecker(basis, variant=variant).critical_threshold(scores, tokens)`.
+def critical_threshold(basis: SoftmaxBasis, scores: Tensor, tokens: Tensor, *, tolerance: float = 1e-4) -> Tensor:
+    """Return tau* of tokens: `SupportChecker(basis).critical_threshold(scores, tokens)`.
 
     >>> scores = model(ids).logits[0, -1].detach()
     >>> bounds = critical_threshold(SoftmaxBasis.from_model(model, rank=8), scores, torch.tensor([3, 5]))
     >>> bool((bounds >= scores.double().softmax(-1)[[3, 5]]).all())
     True
     """
-    return SupportChecker(basis, variant=variant).critical_threshold(scores, tokens, tolerance=tolerance)
+    return SupportChecker(basis).critical_threshold(scores, tokens, tolerance=tolerance)
 
 
 class SupportRow:

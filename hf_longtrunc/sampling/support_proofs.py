@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_longtrunc.sampling.interior_point import MARGIN, Box, InteriorPoint, bound_of, split
-from hf_longtrunc.sampling.largest_probability import Polytope, Proof
+from hf_longtrunc.sampling.interior_point import MARGIN, InteriorPoint, bound_of, split
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -62,8 +61,7 @@ class Certificate:
         margin: of a kept token below tau: by what part of the sum sigma p-hat_i f_i exceeds it; the search stops at the
             first proof, so another one may have a larger margin.
 
-    All are None where p-hat_i >= tau (kept), where p-hat_i = 0 (cut), and where nothing is proved. Of the official form
-    l says so in exact arithmetic: in these coordinates float64 cannot show it for tokens of less than some 1e-12.
+    All are None where p-hat_i >= tau (kept), where p-hat_i = 0 (cut), and where nothing is proved.
     """
 
     token: int
@@ -93,12 +91,15 @@ class _Program(NamedTuple):
     basis: Float[Tensor, "k width"]
     whitener: Float[Tensor, "width width"]  # its coordinates = b @ whitener; l = whitener @ (its l)
 
-    def solver(self, box: Box, rays: int) -> InteriorPoint:
-        return InteriorPoint(self.basis, self.probs, box, rays)
+    def solver(self, ceiling: float, rays: int) -> InteriorPoint:
+        return InteriorPoint(self.basis, self.probs, ceiling, rays)
 
 
 class Work:
-    """The decisions about some tokens of one row at one tau; with a limit, only so many, the first, are asked about."""
+    """The decisions about some tokens of one row at one tau; with a limit, only so many, the first, are asked about.
+
+    Programs on some columns are solved, whose proofs hold for all.
+    """
 
     def __init__(self, checker: SupportChecker, row: Row, tau: float, tokens: Tensor, prove: bool, limit: int | None):
         self.checker, self.row, self.tokens, self.prove, self.limit = checker, row, tokens, prove, limit
@@ -108,17 +109,6 @@ class Work:
         self.proofs: dict[int, Certificate] = {}
         self.prepared: Any = None  # what the row's next tokens can use again
 
-    def sift(self) -> None:
-        """Cut what is cheap to cut."""
-
-    def decide(self) -> None:
-        """Decide what is pending."""
-        raise NotImplementedError
-
-    def largest_ceiling(self, ceiling: float) -> float:
-        """Largest s at which the best multipliers at `ceiling` still keep the one token; `ceiling` where it is cut."""
-        raise NotImplementedError
-
     def certificates(self) -> list[Certificate]:
         """One a token, in order."""
         pairs = zip(self.tokens.tolist(), self.decisions.tolist(), strict=True)
@@ -127,63 +117,13 @@ class Work:
     def _pending(self) -> Tensor:
         return ((self.decisions == 0) & (self.probs > 0))[: self.limit].nonzero()[:, 0]
 
-
-class OfficialWork(Work):
-    """Without p >= 0: token i is kept iff p-hat_i > tau times the largest probability that it can have."""
-
-    def decide(self) -> None:
-        """Decide what is pending: whether its probability can reach p-hat_i / tau."""
-        pending = self._pending()
-        self.checker.checked += len(pending)
-        if not len(pending):
-            return
-        proofs: dict[int, Proof] | None = {} if self.prove else None
-        levels = self.probs[pending] * (1 + 1 / self.ceiling)
-        self.decisions[pending] = self._polytope().decide(self.tokens[pending], levels, proofs)
-        self.checker.undecided += int((self.decisions[pending] == 0).sum())
-        for n, proof in (proofs or {}).items():
-            self.proofs[int(pending[n])] = self._certificate(int(pending[n]), float(levels[n]), proof)
-
-    def largest_ceiling(self, ceiling: float) -> float:
-        """Read it off the bound of the token's probability that was proved."""
-        p = float(self.probs[0])
-        bound = self._polytope().bound(int(self.tokens[0]), p * (1 + 1 / ceiling))
-        # A bound of p-hat_i itself is every threshold.
-        return p / max(bound - p, 1e-300) if bound < torch.inf else ceiling
-
-    def _polytope(self) -> Polytope:
-        if self.prepared is None:
-            self.prepared = Polytope(self.row.probs, self.row.basis, self.checker.columns)
-        polytope: Polytope = self.prepared
-        return polytope
-
-    def _certificate(self, n: int, level: float, proof: Proof) -> Certificate:
-        token = int(self.tokens[n])
-        if self.decisions[n] == Decision.KEPT:
-            return Certificate(token, Decision.KEPT, proof.vector, margin=proof.margin)
-        # Mixed with p-hat until p_i is p-hat_i / tau, it leaves nothing of token i in sigma p-hat - s p.
-        part = (level - self.probs[n]) / (proof.vector[token] - self.probs[n])
-        reached = torch.lerp(self.row.probs, proof.vector, part)
-        distribution = self.row.probs + self.ceiling * (self.row.probs - reached)
-        distribution[token] = 0
-        return Certificate(token, Decision.CUT, distribution=distribution)
-
-
-class PaperWork(Work):
-    """With p >= 0: programs on some columns, whose proofs hold for all."""
-
-    @property
-    def box(self) -> Box:
-        """What the programs' u lie in."""
-        return Box(self.ceiling, 1.0)
-
     def sift(self) -> None:
         """Cut what a few columns cut in a few steps: most tokens, at a fraction of the cost."""
         pending = self._pending()
         if len(pending) < _SIFTING_PAYS:
             return
         program = _program_on(self.row, self.row.probs.topk(min(_SIFTING_COLUMNS, len(self.row.probs))).indices)
-        solver = program.solver(self.box, len(pending))
+        solver = program.solver(self.ceiling, len(pending))
         rays, bar = self._rays(program, pending)
         cut = solver.screen(rays, bar)
         for part in torch.split((~cut).nonzero()[:, 0], solver.batch):
@@ -211,12 +151,15 @@ class PaperWork(Work):
         self.checker.undecided += int((self.decisions[pending] == 0).sum())
 
     def largest_ceiling(self, ceiling: float) -> float:
-        """Read it off the multipliers that are best at `ceiling`, once the whole vocabulary agrees."""
+        """Largest s at which the best multipliers at `ceiling` still keep the one token; `ceiling` where it is cut.
+
+        The whole vocabulary has to agree with them.
+        """
         self.ceiling = ceiling
         refused = self.row.basis.new_zeros(0, self.row.basis.shape[1])
         for _ in range(_MAX_ROUNDS):
             program = self._program()
-            outcome = program.solver(self.box, 1).solve(*self._rays(program, torch.arange(1)), settle=1.0)
+            outcome = program.solver(self.ceiling, 1).solve(*self._rays(program, torch.arange(1)), settle=1.0)
             if int(outcome.status[0]) != 1:
                 return ceiling
             multipliers = outcome.multipliers @ program.whitener.T
@@ -250,12 +193,12 @@ class PaperWork(Work):
             if not len(batch):
                 return
             program = self._widened(program, refused[-_JOINED:], _JOINING)
-            more, batch = self._pass(program, program.solver(self.box, len(batch)), batch)
+            more, batch = self._pass(program, program.solver(self.ceiling, len(batch)), batch)
             refused = torch.cat([refused, more])
 
     def _ask(self, program: _Program, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Ask a batch at a time, the first tokens first: their multipliers often keep later ones."""
-        solver = program.solver(self.box, len(tokens))
+        solver = program.solver(self.ceiling, len(tokens))
         answers = []
         while len(tokens):
             batch, tokens = tokens[: solver.batch], tokens[solver.batch :]

@@ -284,7 +284,6 @@ def test_gemma_style_softcap_is_sampled_right_and_refused_under_beams():
         ({"epsilon": 1.5}, "epsilon must be a number above 0 and below 1"),
         ({"cutoff": "top-p"}, "cutoff must be"),
         ({"mode": "draw"}, "mode must be"),
-        ({"variant": "mine"}, "variant must be"),
         ({"max_tries": 0}, "max_tries must be"),
         ({"floor": 1.0}, "floor must be"),
         ({"limit": 0}, "limit must be"),

@@ -19,7 +19,7 @@ from hf_longtrunc.sampling.calls import (
     warn_of_cuts,
     warn_of_reshaping,
 )
-from hf_longtrunc.sampling.cutoffs import Softmax, bar_of, below, draw, set_zero, softmax_rows
+from hf_longtrunc.sampling.cutoffs import Softmax, below, draw, set_zero, softmax_rows, threshold_of
 from hf_longtrunc.sampling.processors import (
     checked_filter_value,
     checked_scores,
@@ -52,17 +52,17 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
             grows with the rank: match it again for each rank (`hf-longtrunc match`).
         cutoff: "eta" or "epsilon", which threshold tau is.
         mode: "sample" draws here, without replacement until a token is kept, and leaves exactly that token: samples of
-            p-hat restricted to the kept set, a check for each draw below the bar. "mask" removes exactly the cut
-            tokens: deterministic, for beams and for further samplers, at a solve for every token near the bar. Where
-            `generate` does not draw each row's token by itself (beams, `do_sample=False`), and where another processor
-            stands behind this one (a temperature, a watermark, a bias), "sample" masks too, so that it has its effect.
+            p-hat restricted to the kept set, a check for each draw below tau. "mask" removes exactly the cut tokens:
+            deterministic, for beams and for further samplers, at a solve for every token near tau. Where `generate`
+            does not draw each row's token by itself (beams, `do_sample=False`), and where another processor stands
+            behind this one (a temperature, a watermark, a bias), "sample" masks too, so that it has its effect.
         generator: of the draws in sample mode; a list gives every row its own, which makes a row's draws independent
             of its batch. None takes torch's.
         max_tries: after so many refused draws take the most probable token, as the official code does after 10; None
             goes on until a token is kept.
         floor: in mask mode tokens of less probability are cut without a proof.
-        limit: in mask mode None decides every token below the bar. A number bounds the time of a flat row: so many of
-            its tokens, the most probable ones, are decided, and of the others those kept that the same proofs cover.
+        limit: in mask mode None decides every token below tau. A number bounds the time of a flat row: so many of its
+            tokens, the most probable ones, are decided, and of the others those kept that the same proofs cover.
         filter_value: the score that a removed token gets.
 
     The most probable token always stays, and a row of equal scores comes back unchanged: all its tokens are most
@@ -139,9 +139,9 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~self._mask(scores, plain, tau, decidable) & decidable[:, None], -math.inf)
 
     def threshold(self, scores: Tensor) -> Tensor:
-        """Return tau for each row of `scores` [..., V]: the bar below which a token needs a proof, [..., 1]."""
+        """Return tau for each row of `scores` [..., V]: the threshold below which a token needs a proof, [..., 1]."""
         rows = softmax_rows(checked_scores(scores))
-        return (bar_of(self.cutoff, rows, self.epsilon) - rows.log_total).exp()
+        return (threshold_of(self.cutoff, rows, self.epsilon) - rows.log_total).exp()
 
     def margins(self, scores: Tensor, tau: Tensor, tokens: Tensor) -> Tensor:
         """Return the margins of the proofs that keep `tokens` [rows, n] of `scores` [rows, V] below tau [rows, 1].
@@ -158,11 +158,11 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
     def _plain(self, scores: Tensor) -> tuple[Softmax, Tensor, Tensor, Tensor]:
         """Return the rows' softmax, what the plain threshold keeps, tau [rows, 1], and the rows to decide [rows]."""
         rows = softmax_rows(scores)
-        bar = bar_of(self.cutoff, rows, self.epsilon)
-        plain = ~below(scores, rows, bar) & (scores > -math.inf)
-        tau = (bar - rows.log_total).double().exp()
-        # Nothing to decide in a broken row (its bar is NaN) nor in one whose tokens are all most probable.
-        decidable = (~bar.isnan() & (scores != scores.amax(-1, keepdim=True)).any(-1, keepdim=True))[:, 0]
+        threshold = threshold_of(self.cutoff, rows, self.epsilon)
+        plain = ~below(scores, rows, threshold) & (scores > -math.inf)
+        tau = (threshold - rows.log_total).double().exp()
+        # Nothing to decide in a broken row (its threshold is NaN) nor in one whose tokens are all most probable.
+        decidable = (~threshold.isnan() & (scores != scores.amax(-1, keepdim=True)).any(-1, keepdim=True))[:, 0]
         return rows, plain, tau, decidable
 
     def _mask(self, scores: Tensor, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:

@@ -3,12 +3,12 @@ r"""Thresholds on rows of scores, in pure torch.
 A row of scores s (logits, log-probabilities, anything up to a constant) is read as p = softmax(s). With
 z = s - max s, w = exp z, Z = sum w:
 
-    log p = z - log Z         H = log Z - (sum w z) / Z         keep a token iff z >= bar
+    log p = z - log Z         H = log Z - (sum w z) / Z         keep a token iff z >= threshold
 
 so one exponential and two sums give everything (top-n-sigma and p-less take one pass more): no sort, no host sync.
 Where rank decides (top-h, min-k), as many of the largest as it takes are put in order. The maximum sits at z = 0, which
-makes "the most probable token stays" a clamp of the bar at zero. A bar in units of z, log threshold + log Z, can be a
-token's own: "keep the five most probable" is the fifth's z, to the bit.
+makes "the most probable token stays" a clamp of the threshold at zero. In units of z, the threshold's logarithm plus
+log Z, it can be a token's own: "keep the five most probable" is the fifth's z, to the bit.
 
 Invariants:
 - fp32 arithmetic whatever the input; entries at -inf (cut by an earlier processor) count as p = 0.
@@ -74,23 +74,23 @@ def softmax_rows(scores: Float[Tensor, "*rows vocab"]) -> Softmax:
     return Softmax(z, tree, tree[-1].log())
 
 
-def eta_bar(rows: Softmax, log_epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
+def eta_threshold(rows: Softmax, log_epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
     """Return eta, min(epsilon, sqrt(epsilon) exp(-H)) (Hewitt et al. 2022, section 4.2).
 
-    H is the entropy of the full row, so the bar falls below epsilon only where H > -log(epsilon) / 2: a flat
+    H is the entropy of the full row, so the threshold falls below epsilon only where H > -log(epsilon) / 2: a flat
     distribution keeps a long tail, a peaked one is cut at epsilon.
     """
-    bar = log_epsilon / 2 - rows.entropy
-    bar = torch.minimum(bar, log_epsilon) if isinstance(log_epsilon, Tensor) else bar.clamp_max(log_epsilon)
-    return bar + rows.log_total
+    eta = log_epsilon / 2 - rows.entropy
+    eta = torch.minimum(eta, log_epsilon) if isinstance(log_epsilon, Tensor) else eta.clamp_max(log_epsilon)
+    return eta + rows.log_total
 
 
-def epsilon_bar(rows: Softmax, log_epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
+def epsilon_threshold(rows: Softmax, log_epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
     """Return epsilon (Hewitt et al. 2022, section 4.1)."""
     return rows.log_total + log_epsilon
 
 
-def top_n_sigma_bar(rows: Softmax, n: float | Tensor) -> Float[Tensor, "*rows 1"]:
+def top_n_sigma_threshold(rows: Softmax, n: float | Tensor) -> Float[Tensor, "*rows 1"]:
     """Return a score n standard deviations below the row's maximum (Tang et al. 2024, section 3).
 
     The deviation is that of the row's scores, entries at -inf left out: the root of their mean square about the mean.
@@ -102,7 +102,7 @@ def top_n_sigma_bar(rows: Softmax, n: float | Tensor) -> Float[Tensor, "*rows 1"
     return (_row_sum(centred.square_()) / count).sqrt_() * -n
 
 
-def p_less_bar(rows: Softmax, on: float | Tensor, normalized: bool = False) -> Float[Tensor, "*rows 1"]:
+def p_less_threshold(rows: Softmax, on: float | Tensor, normalized: bool = False) -> Float[Tensor, "*rows 1"]:
     """Return the collision probability C = sum of p^2 (Tan et al. 2025, section 3), which max p always reaches.
 
     Normalised it is (V C - 1) / (V - 1): C less what the wrong tokens, 1 - C, come to on average. `on` is 1.
@@ -116,7 +116,7 @@ def p_less_bar(rows: Softmax, on: float | Tensor, normalized: bool = False) -> F
     return collision.log() * on + rows.log_total
 
 
-def top_h_bar(rows: Softmax, share: float | Tensor) -> Float[Tensor, "*rows 1"]:
+def top_h_threshold(rows: Softmax, share: float | Tensor) -> Float[Tensor, "*rows 1"]:
     """Return the least of the most probable tokens whose terms -p log p sum to at most `share` of the entropy.
 
     Potraghloo et al. 2025, arXiv 2509.02510, as its authors' code and transformers have it: the terms are those of the
@@ -131,10 +131,10 @@ def top_h_bar(rows: Softmax, share: float | Tensor) -> Float[Tensor, "*rows 1"]:
         within = (-log_probs.exp() * log_probs).cumsum(-1) <= goal[which]
         return within.sum(-1), ~within[:, -1]
 
-    return _bar_of_rank(rows, count, goal.isnan())
+    return _threshold_of_rank(rows, count, goal.isnan())
 
 
-def min_k_bar(rows: Softmax, tau: float | Tensor) -> Float[Tensor, "*rows 1"]:
+def min_k_threshold(rows: Softmax, tau: float | Tensor) -> Float[Tensor, "*rows 1"]:
     """Return the last token in front of the steepest drop: k = argmax of (s_i - s_{i+1}) / i over the scores in order.
 
     Ding et al. 2026, arXiv 2604.11012, section 3: the drops are relative to the row's range R, which changes no argmax,
@@ -156,7 +156,7 @@ def min_k_bar(rows: Softmax, tau: float | Tensor) -> Float[Tensor, "*rows 1"]:
         return counts, is_best & (counts <= head.shape[-1])
 
     # A flat row has no range: 0 / 0 is for tau 0.
-    return _bar_of_rank(rows, count, torch.as_tensor(tau, device=lowest.device).isnan().expand_as(lowest))
+    return _threshold_of_rank(rows, count, torch.as_tensor(tau, device=lowest.device).isnan().expand_as(lowest))
 
 
 def xtc_cut(rows: Softmax, log_threshold: float | Tensor, is_decided: Bool[Tensor, "*rows 1"]) -> Tensor:
@@ -169,16 +169,16 @@ def xtc_cut(rows: Softmax, log_threshold: float | Tensor, is_decided: Bool[Tenso
 
 
 class Cutoff(NamedTuple):
-    """A sampler that cuts what lies below a bar: `bar(rows, value)`.
+    """A sampler that cuts what lies below a threshold: `threshold(rows, value)`.
 
     Attributes:
-        bar: the z of the last kept score [*rows, 1]; of a value that `prepared` returned, or a column of them. NaN, of
-            a row that is no distribution or of a value that is NaN, cuts nothing.
-        prepared: makes the number that `bar` takes of the one that users give.
+        threshold: the z of the last kept score [*rows, 1]; of a value that `prepared` returned, or a column of them.
+            NaN, of a row that is no distribution or of a value that is NaN, cuts nothing.
+        prepared: makes the number that `threshold` takes of the one that users give.
         bounds: of the users' number, as keywords of `arguments.number`; None where there is only on (1) and off.
     """
 
-    bar: Callable[[Softmax, float | Tensor], Tensor]
+    threshold: Callable[[Softmax, float | Tensor], Tensor]
     prepared: Callable[[float], float]
     bounds: Mapping[str, float] | None
 
@@ -186,41 +186,44 @@ class Cutoff(NamedTuple):
 _SHARE = {"above": 0, "below": 1}
 # Every sampler of that kind, in the order in which a request's are applied: all engines read this table.
 CUTOFFS: dict[str, Cutoff] = {
-    "eta": Cutoff(eta_bar, math.log, _SHARE),
-    "epsilon": Cutoff(epsilon_bar, math.log, _SHARE),
-    "top_n_sigma": Cutoff(top_n_sigma_bar, float, {"above": 0}),
-    "p_less": Cutoff(p_less_bar, float, None),
-    "p_less_norm": Cutoff(functools.partial(p_less_bar, normalized=True), float, None),
-    "top_h": Cutoff(top_h_bar, float, {"above": 0, "most": 1}),
-    "min_k": Cutoff(min_k_bar, float, {"least": 0}),
+    "eta": Cutoff(eta_threshold, math.log, _SHARE),
+    "epsilon": Cutoff(epsilon_threshold, math.log, _SHARE),
+    "top_n_sigma": Cutoff(top_n_sigma_threshold, float, {"above": 0}),
+    "p_less": Cutoff(p_less_threshold, float, None),
+    "p_less_norm": Cutoff(functools.partial(p_less_threshold, normalized=True), float, None),
+    "top_h": Cutoff(top_h_threshold, float, {"above": 0, "most": 1}),
+    "min_k": Cutoff(min_k_threshold, float, {"least": 0}),
 }
 
 
-def bar_of(name: str, rows: Softmax, value: float | Tensor) -> Float[Tensor, "*rows 1"]:
-    """Return the bar of the cutoff `name` for users' numbers: one for all rows, or a float64 tensor of one a row."""
+def threshold_of(name: str, rows: Softmax, value: float | Tensor) -> Float[Tensor, "*rows 1"]:
+    """Return the threshold of the cutoff `name` for a user's number, or a float64 tensor of one a row."""
     cutoff = CUTOFFS[name]
     # Prepared on the host in both cases, so that a row has the same bits alone and among others.
     if isinstance(value, Tensor):
-        return cutoff.bar(rows, column([cutoff.prepared(each) for each in value.tolist()], rows))
-    return cutoff.bar(rows, cutoff.prepared(value))
+        return cutoff.threshold(rows, column([cutoff.prepared(each) for each in value.tolist()], rows))
+    return cutoff.threshold(rows, cutoff.prepared(value))
 
 
 def below(
-    scores: Float[Tensor, "*rows vocab"], rows: Softmax, bar: Float[Tensor, "*rows 1"], min_tokens_to_keep: int = 1
+    scores: Float[Tensor, "*rows vocab"],
+    rows: Softmax,
+    threshold: Float[Tensor, "*rows 1"],
+    min_tokens_to_keep: int = 1,
 ) -> Tensor:
-    """Mark each token with z < bar that is not among the row's most probable ones.
+    """Mark each token with z < threshold that is not among the row's most probable ones.
 
     Args:
         scores: the rows that `rows` was made from.
         rows: their softmax.
-        bar: one a row, in units of z: the z of a token is a bar that keeps this token, whatever is rounded elsewhere.
-        min_tokens_to_keep: so many of the largest scores stay whatever the bar, ties with the last of them too;
+        threshold: one a row, in units of z: a token's own z keeps this token, whatever is rounded elsewhere.
+        min_tokens_to_keep: so many of the largest scores stay whatever the threshold, ties with the last of them too;
             1 costs nothing, more costs a `topk`.
 
     Returns:
         A boolean mask of the shape of `scores`.
     """
-    cut = rows.z < bar.clamp_max(0)
+    cut = rows.z < threshold.clamp_max(0)
     if min_tokens_to_keep > 1:
         kth_largest = scores.topk(min(min_tokens_to_keep, scores.shape[-1]), dim=-1).values[..., -1:]
         cut = cut & (scores < kth_largest)
@@ -238,7 +241,7 @@ def column(values: list[float], rows: Softmax) -> Float[Tensor, "*rows 1"]:
     return found.repeat_interleave(rows.z.shape[0] // len(values), 0)
 
 
-def _bar_of_rank(
+def _threshold_of_rank(
     rows: Softmax, count: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], off: Bool[Tensor, "n 1"]
 ) -> Float[Tensor, "*rows 1"]:
     """Return the z of each row's last kept token, NaN for rows that are no distribution and those that are `off`.
@@ -247,17 +250,17 @@ def _bar_of_rank(
     keep and whether the rest of the row cannot change that; the rows where it can are read further, in the end whole.
     """
     z = rows.z.reshape(-1, rows.z.shape[-1])
-    bars = rows.log_total.reshape(-1, 1).masked_fill(off, torch.nan)
-    which = (~bars.isnan()[:, 0]).nonzero()[:, 0]
+    thresholds = rows.log_total.reshape(-1, 1).masked_fill(off, torch.nan)
+    which = (~thresholds.isnan()[:, 0]).nonzero()[:, 0]
     size = min(_HEAD, z.shape[-1])
     while len(which):
         head = _largest(z if len(which) == len(z) else z[which], size)
         counts, is_settled = count(head, which)
         is_settled |= size == z.shape[-1]
         last = head.gather(-1, counts.clamp(1, size)[:, None] - 1)
-        bars[which] = torch.where(is_settled[:, None], last, bars[which])
+        thresholds[which] = torch.where(is_settled[:, None], last, thresholds[which])
         which, size = which[~is_settled], min(8 * size, z.shape[-1])
-    return bars.reshape(rows.log_total.shape)
+    return thresholds.reshape(rows.log_total.shape)
 
 
 def _largest(z: Float[Tensor, "n vocab"], count: int) -> Float[Tensor, "n count"]:
@@ -279,7 +282,7 @@ def _row_sum(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows 1"]:
     """Sum over the last dimension by a 32-ary tree, whose shape depends on that dimension alone.
 
     `Tensor.sum` splits a lone long row between threads (CPU) or blocks (CUDA) and not one of many rows: the same
-    row then rounds differently in another batch, and a token on the bar is kept in one and cut in the other.
+    row then rounds differently in another batch, and a token on the threshold is kept in one and cut in the other.
     log32(n) reductions; the tree also rounds less than a running sum.
     """
     return sum_tree(values)[-1]

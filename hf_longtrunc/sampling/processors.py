@@ -18,7 +18,7 @@ from hf_longtrunc.sampling.calls import (
     rows_a_prompt,
     warn_of_cuts,
 )
-from hf_longtrunc.sampling.cutoffs import CUTOFFS, Softmax, bar_of, below, column, softmax_rows, xtc_cut
+from hf_longtrunc.sampling.cutoffs import CUTOFFS, Softmax, below, column, softmax_rows, threshold_of, xtc_cut
 from hf_longtrunc.sampling.dry import Dry
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class _TruncatingLogitsProcessor(LogitsProcessor):
 
 
 class _CutoffLogitsProcessor(_TruncatingLogitsProcessor):
-    """Removes what lies below the bar of the cutoff of this name in `cutoffs.CUTOFFS`."""
+    """Removes what lies below the threshold of the cutoff of this name in `cutoffs.CUTOFFS`."""
 
     _name = ""
 
@@ -116,15 +116,15 @@ class _CutoffLogitsProcessor(_TruncatingLogitsProcessor):
             setattr(self, self._parameter, one_or_a_row(self._parameter, value, **(CUTOFFS[self._name].bounds or {})))
 
     def threshold(self, scores: Tensor) -> Tensor:
-        """Return the bar that each row of `scores` [..., V] is held against, as a probability [..., 1]."""
+        """Return the threshold that each row of `scores` [..., V] is held against, as a probability [..., 1]."""
         rows = softmax_rows(checked_scores(scores))
-        return (self._bar(rows) - rows.log_total).exp()
+        return (self._z_threshold(rows) - rows.log_total).exp()
 
-    def _bar(self, rows: Softmax) -> Tensor:
-        return bar_of(self._name, rows, getattr(self, self._parameter) if self._parameter else 1.0)
+    def _z_threshold(self, rows: Softmax) -> Tensor:
+        return threshold_of(self._name, rows, getattr(self, self._parameter) if self._parameter else 1.0)
 
     def _cut(self, scores: Tensor, rows: Softmax) -> Tensor:
-        return below(scores, rows, self._bar(rows), self.min_tokens_to_keep)
+        return below(scores, rows, self._z_threshold(rows), self.min_tokens_to_keep)
 
 
 class EtaLogitsProcessor(_CutoffLogitsProcessor):
@@ -140,7 +140,7 @@ class EtaLogitsProcessor(_CutoffLogitsProcessor):
     Args:
         epsilon: in (0, 1). The paper's range is 3e-4 to 4e-3, smaller for larger models. Or one value a row: a list or
             a tensor [rows], or [prompts] of a batch whose beams or returns stand together, as `generate` lays them out.
-        min_tokens_to_keep: so many of the most probable tokens stay whatever the bar; ties with the last one stay too.
+        min_tokens_to_keep: so many of the most probable tokens stay in any case; ties with the last one stay too.
         filter_value: the score that a removed token gets; what the scores' dtype cannot hold becomes its lowest value.
 
     Raises:
@@ -221,12 +221,12 @@ class PLessLogitsProcessor(_CutoffLogitsProcessor):
     >>> PLessLogitsProcessor()(None, scores)
     tensor([[4., -inf, -inf, -inf]])
 
-    There is nothing to set. The bar follows the distribution that the processor is handed: at temperature 1 in
+    There is nothing to set. The threshold follows the distribution that the processor is handed: at temperature 1 in
     `generate`'s list; behind temperature, as the paper has it, by `attach_processors(..., after_warpers=True)`.
     The most probable token always stays. Guarantees are those of `EtaLogitsProcessor`; cost: one `exp` more.
 
     Args:
-        normalized: take (V sum p^2 - 1) / (V - 1), a laxer bar: 0 for a flat row, which keeps all of its tokens.
+        normalized: take (V sum p^2 - 1) / (V - 1), a laxer threshold: 0 for a flat row, which keeps all of its tokens.
         min_tokens_to_keep: as for `EtaLogitsProcessor`.
         filter_value: as for `EtaLogitsProcessor`.
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _XTC = "xtc_probability"
 _SWITCH = {"least": 0, "most": 1}  # XTC's probability too
-_OFF = math.nan  # a bar that no token lies below
+_OFF = math.nan  # a threshold that no token lies below
 
 
 class TruncationByRequest(LogitsProcessor):
@@ -64,7 +64,7 @@ class TruncationByRequest(LogitsProcessor):
         return self.cut(scores, self.prepared(self.default))
 
     def prepared(self, value: float | None) -> float:
-        """Return the number that the bar is made of."""
+        """Return the number that the threshold is made of."""
         if value is None or (self.name in CUTOFFS and CUTOFFS[self.name].bounds is None and not value):
             return 0.0 if self.name == _XTC else _OFF
         return value if self.name == _XTC else CUTOFFS[self.name].prepared(value)
@@ -75,7 +75,7 @@ class TruncationByRequest(LogitsProcessor):
         if self.name == _XTC:
             decided = torch.rand(rows.log_total.shape, device=scores.device) < value
             return scores.masked_fill(xtc_cut(rows, self._log_threshold, decided), -math.inf)
-        return scores.masked_fill(below(scores, rows, CUTOFFS[self.name].bar(rows, value)), -math.inf)
+        return scores.masked_fill(below(scores, rows, CUTOFFS[self.name].threshold(rows, value)), -math.inf)
 
 
 class EtaByRequest(TruncationByRequest):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hf_longtrunc.arguments import number
-from hf_longtrunc.sampling.cutoffs import CUTOFFS, bar_of, below, column, softmax_rows, xtc_cut
+from hf_longtrunc.sampling.cutoffs import CUTOFFS, below, column, softmax_rows, threshold_of, xtc_cut
 from hf_longtrunc.sampling.dry import Dry
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def truncate(
             thresholds = column([math.log(requests[row]["xtc_threshold"]) for row in places], rows)
             cut = xtc_cut(rows, thresholds, torch.rand(len(places), 1, device=part.device) < column(values, rows))
         else:
-            cut = below(part, rows, bar_of(name, rows, torch.tensor(values, dtype=torch.float64)))
+            cut = below(part, rows, threshold_of(name, rows, torch.tensor(values, dtype=torch.float64)))
         result[places] = part.masked_fill(cut, -torch.inf)
     return result
 

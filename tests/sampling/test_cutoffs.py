@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from hf_longtrunc.sampling import cutoffs
-from hf_longtrunc.sampling.cutoffs import bar_of, below, softmax_rows
+from hf_longtrunc.sampling.cutoffs import below, softmax_rows, threshold_of
 
 INF = math.inf
 SCORES = st.floats(-60, 60, width=32) | st.just(-INF)
@@ -34,7 +34,7 @@ def naive_eta(row: list[float], epsilon: float) -> float:
 
 def kept(scores: torch.Tensor, epsilon: float, bar="eta", **options) -> torch.Tensor:
     rows = softmax_rows(scores)
-    return ~below(scores, rows, bar_of(bar, rows, epsilon), **options)
+    return ~below(scores, rows, threshold_of(bar, rows, epsilon), **options)
 
 
 @given(ROWS)
@@ -45,7 +45,7 @@ def test_entropy_is_shannons_in_nats(row):
 @given(ROWS, EPSILONS)
 def test_threshold_is_the_papers_formula(row, epsilon):
     rows = softmax_rows(torch.tensor([row]))
-    eta = (bar_of("eta", rows, epsilon) - rows.log_total).exp().item()
+    eta = (threshold_of("eta", rows, epsilon) - rows.log_total).exp().item()
     assert eta == pytest.approx(naive_eta(row, epsilon), rel=5e-5)
 
 
@@ -128,7 +128,7 @@ def test_one_finite_token():
     row = torch.tensor([[-INF, 3.0, -INF]])
     rows = softmax_rows(row)
     assert rows.entropy.item() == 0
-    assert bar_of("eta", rows, 0.01).item() == pytest.approx(math.log(0.01))
+    assert threshold_of("eta", rows, 0.01).item() == pytest.approx(math.log(0.01))
     assert kept(row, 0.01).tolist() == [[False, True, False]]
 
 

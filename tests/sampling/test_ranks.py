@@ -296,7 +296,7 @@ def test_a_bar_of_nan_cuts_nothing():
     rows = softmax_rows(torch.randn(2, 300) * 3)
     assert isinstance(rows, Softmax)
     for name, cutoff in cutoffs.CUTOFFS.items():
-        bar = cutoff.bar(rows, torch.tensor([[math.nan], [1.0]]))
+        bar = cutoff.threshold(rows, torch.tensor([[math.nan], [1.0]]))
         assert not below(rows.z, rows, bar)[0].any(), name
         assert bar[0].isnan(), name
 

@@ -124,6 +124,7 @@ NO_TECHNIQUE = {
     "random_positions",
     "read_megatron",
     "reset_states",
+    "sampler_by_name",
     "sampling_settings",
     "save_uld_assistant",
     "trained_length",

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import MinPLogitsWarper, TopHLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, MinPLogitsWarper, TopHLogitsWarper, TopPLogitsWarper
 
 from hf_longtrunc import (
     EpsilonLogitsProcessor,
@@ -40,6 +40,7 @@ from hf_longtrunc import (
     truncated_scores,
 )
 from hf_longtrunc.evaluation import python_reference
+from hf_longtrunc.models import CACHE
 
 SAMPLERS: dict[str, Any] = {
     "eta 2e-3": EtaLogitsProcessor(2e-3),
@@ -104,7 +105,8 @@ def of_generated(model: Any, prompts: torch.Tensor) -> None:
         recorder = SamplingMaskRecorder()
         with recorder.attach(model):
             out = model.generate(
-                prompts, **sampling_settings(model), min_new_tokens=NEW, max_new_tokens=NEW, output_scores=True,
+                prompts, attention_mask=torch.ones_like(prompts), **sampling_settings(model),
+                min_new_tokens=NEW, max_new_tokens=NEW, output_scores=True,
                 output_logits=True, return_dict_in_generate=True, logits_processor=[processor],
             )  # fmt: skip
         masks, drawn = recorder.take(), out.sequences[:, PROMPT:]
@@ -122,10 +124,11 @@ def of_generated(model: Any, prompts: torch.Tensor) -> None:
 
 def by_steps(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Return the logits of the tokens behind the prompt, read as `generate` reads them: the prompt, then one by one."""
-    output = model(ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
+    cache: dict[str, Any] = {CACHE: DynamicCache(config=model.config)}
+    output = model(ids[:, :PROMPT], logits_to_keep=1, **cache)
     logits = [output.logits[:, -1]]
     for place in range(PROMPT, ids.shape[1] - 1):
-        output = model(ids[:, place : place + 1], past_key_values=output.past_key_values, use_cache=True)
+        output = model(ids[:, place : place + 1], **cache)
         logits.append(output.logits[:, -1])
     return torch.stack(logits, 1)
 

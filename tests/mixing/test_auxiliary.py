@@ -33,7 +33,7 @@ from hf_longtrunc import (
     ULDLogitsProcessor,
     attach_processors,
 )
-from hf_longtrunc.mixing import auxiliary
+from hf_longtrunc.mixing import cached_model
 from tests.conftest import tiny_config
 
 NEW = 10
@@ -224,7 +224,7 @@ def test_the_mask_is_part_of_the_address(models):
 
 def test_a_prompt_longer_than_a_chunk(models, monkeypatch):
     """With chunks of 3 the first one of the left-padded row is nothing but padding."""
-    monkeypatch.setattr(auxiliary, "_CHUNK", 3)
+    monkeypatch.setattr(cached_model, "_CHUNK", 3)
     checked, cached, brute = both(models, "4 beams", padded=True)
     assert torch.equal(cached, brute)
     assert checked.worst < 1e-4

@@ -67,6 +67,7 @@ class Run:
 
 NOVELS = "great_expectations.txt,pride_and_prejudice.txt"
 STEPS = [
+    Step("readme", "README's blocks, what each prints and what it costs", None, "readme.py"),
     Step(
         "samplers",
         "Truncation samplers on a human text and behind a repeated phrase",

@@ -102,7 +102,7 @@ STEPS = [
         "truncated-ratios-generated",
         "The same on tokens that the model writes: the forwards that drew them, and others",
         None,
-        "truncated_ratios.py --generated 24",
+        "truncated_ratios.py --generated 8",
     ),
     Step("vllm", "Requests of one served batch that ask for different things, in a real vLLM", None, "serve_vllm.py"),
     Step("vllm-masks", "Kept sets recorded in a real vLLM beside the processors'", None, "vllm_masks.py"),

@@ -1,10 +1,10 @@
 """On-policy ratios on a real model: what a trainer computes of truncated samples, beside what the sampler drew from.
 
     python recipes/truncated_ratios.py --tokens 10000
-    python recipes/truncated_ratios.py --generated 24
+    python recipes/truncated_ratios.py --generated 8
 
 The first draws one token behind every token of a text: each sampler from the same 10,000 distributions of the model.
-The second lets `generate` write 60 tokens in each of 24 rows, by each sampler. Kept sets are recorded as a
+The second lets `generate` write 60 tokens in each of 8 rows, by each sampler. Kept sets are recorded as a
 `SamplingMask`; printed is the largest and the mean |log ratio| of `truncated_log_probs` against the log-softmax of the
 scores that were drawn from,
 

@@ -136,9 +136,9 @@ def test_every_certificate_holds_on_real_logits(real_model):
     assert counts[Decision.UNDECIDED] == 0
 
 
-def test_decisions_are_those_of_an_exact_program_on_two_thousand_small_cases():
+def test_decisions_are_those_of_an_exact_program_on_a_thousand_small_cases():
     cases = ties = 0
-    for seed in range(250):
+    for seed in range(125):
         generator = np.random.default_rng(seed)
         vocab, rank = int(generator.integers(20, 150)), int(generator.integers(1, 13))
         tau = float(np.exp(generator.uniform(np.log(1e-4), np.log(0.3))))
@@ -156,8 +156,8 @@ def test_decisions_are_those_of_an_exact_program_on_two_thousand_small_cases():
                 ties += 1
                 continue
             assert decision == (Decision.KEPT if minimum >= 1e-6 else Decision.CUT), (seed, token, minimum)
-    assert cases == 2000
-    assert ties <= 10
+    assert cases == 1000
+    assert ties <= 5
 
 
 def solved(rows: list[list[Fraction]]) -> list[Fraction] | None:

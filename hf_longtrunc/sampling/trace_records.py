@@ -26,10 +26,11 @@ _CANDIDATE = np.dtype([("token", np.int32), ("probability", np.float32), ("kept"
 class TruncationRecord:
     """One row of scores as a truncation sampler met it; probabilities are those before the first processor.
 
-    >>> trace = TruncationTrace([EtaLogitsProcessor(0.02)])
-    >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=2, logits_processor=[trace])
-    >>> [(record.position, record.is_kept) for record in trace.finish(text).records]
-    [(100, True), (101, True)]
+    Examples:
+        >>> trace = TruncationTrace([EtaLogitsProcessor(0.02)])
+        >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=2, logits_processor=[trace])
+        >>> [(record.position, record.is_kept) for record in trace.finish(text).records]
+        [(100, True), (101, True)]
 
     Attributes:
         run: which generation, counted from 0; a new prompt starts a new one.

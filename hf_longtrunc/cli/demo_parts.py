@@ -371,7 +371,7 @@ def last_screen(shown: dict[str, Any], folder: Path, console: Console) -> None:
             f"{packed['truncated_by_concatenation']}; packed logits differ by {packed['difference from alone']:.0e}."
         )
     if cream := shown.get("cream"):
-        met = ", ".join(f"{name} {each['distances met']:.0%}" for name, each in cream.items())
+        met = ", ".join(f"{name} {each['distances met']:.2%}" for name, each in cream.items())
         console.print(f"- Distances of the long window that training at the short one meets: {met}.")
     if read := shown.get("past-window"):
         plain, ours = read["unmodified"], read["LM-Infinite"]

@@ -67,11 +67,11 @@ def chat(
     torch.manual_seed(seed)
     conversation = Conversation(loaded, tokenizer, system, technique_of(loaded, tokenizer, window, sinks, blocks))
     try:
-        talk = Talk(conversation, sampler, max_new_tokens, status_every)
+        session = ChatSession(conversation, sampler, max_new_tokens, status_every)
         if sys.stdin.isatty():
             notes().print("[dim]/help lists the commands; Ctrl-C ends a reply, Ctrl-D the conversation[/dim]")
         for line in lines():
-            if not talk.take(line):
+            if not session.handle(line):
                 break
     finally:
         conversation.handle.detach()
@@ -311,7 +311,7 @@ class Conversation:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
 
-class Talk:
+class ChatSession:
     """A chat session: one user's commands, messages and settings."""
 
     _index: TextIndex | None
@@ -323,7 +323,7 @@ class Talk:
         self._turns: list[tuple[str, str]] = []
         self._speed = 0.0
 
-    def take(self, line: str) -> bool:
+    def handle(self, line: str) -> bool:
         """Do what a line says; False where it ends the conversation."""
         line = line.strip()
         command, _, rest = line.partition(" ")

@@ -22,7 +22,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hf_longtrunc import EtaLogitsProcessor
-from hf_longtrunc.cli.chat import Conversation, Talk, _sizes, processors_of, technique_of
+from hf_longtrunc.cli.chat import ChatSession, Conversation, _sizes, processors_of, technique_of
 from hf_longtrunc.sampling.by_name import SAMPLERS
 from tests.asking.test_index import SENTENCES, TEXT, ByWord
 from tests.command_line import invoke, letter_tokenizer
@@ -311,7 +311,7 @@ def test_a_long_file_is_talked_about_passage_by_passage(model, tokenizer, monkey
     short, long = tmp_path / "short", tmp_path / "long"
     short.write_text("the sea", encoding="utf-8")
     long.write_text(TEXT, encoding="utf-8")
-    talk = Talk(conversation(model, tokenizer, window=200), "greedy", 3, None)
+    talk = ChatSession(conversation(model, tokenizer, window=200), "greedy", 3, None)
     said = []
     say = talk.conversation.say
     monkeypatch.setattr(talk.conversation, "say", lambda text, *args, **kw: said.append(text) or say(text, *args, **kw))
@@ -326,7 +326,7 @@ def test_a_long_file_is_talked_about_passage_by_passage(model, tokenizer, monkey
         "three",
         "/file",
     ):
-        assert talk.take(line)
+        assert talk.handle(line)
     prompt = f"{SENTENCES[2]}\n\nUsing only the passage above, answer in a few words: is it three"
     assert said == ["the sea\n\nwhat", "and", prompt, "elephants", "three"]
     told = capsys.readouterr().err

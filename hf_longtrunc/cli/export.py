@@ -103,4 +103,6 @@ def serve(
     try:
         serve_folder(folder, host=host, port=port, device=device, dtype=dtype)
     except ModuleNotFoundError as error:
+        if "pip install" in str(error):  # a finder's, which names its own extra
+            raise
         raise missing("serve", error.name, "serve") from error

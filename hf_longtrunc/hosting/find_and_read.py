@@ -68,7 +68,7 @@ def find_and_shorten(tokenizer: Any, ids: Tensor, finder: str, salt: object) -> 
         return None
     best: list[Passage] = []
     for number, document in searched(chat.messages):
-        for passage in _indexed(document, finder, salt).find(question):
+        for passage in indexed(document, finder, salt).find(question):
             if not best or passage.score > best[0].score:
                 best = [replace(passage, source=str(number))]
     if not best:
@@ -142,7 +142,8 @@ def searched(messages: list[str]) -> Iterator[tuple[int, str]]:
 
 
 @lru_cache(maxsize=_TEXTS)
-def _indexed(document: str, finder: str, salt: object) -> TextIndex:
+def indexed(document: str, finder: str, salt: object) -> TextIndex:
+    """Return the index of a message; the last ones are kept for calls of the same salt."""
     return TextIndex(document, _finder(finder))
 
 

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_longtrunc.hosting.find_and_read import indexed
 from hf_longtrunc.hosting.folder import verify_export
 
 if TYPE_CHECKING:
@@ -44,9 +45,11 @@ def serve(folder: str | os.PathLike[str], **options: Any) -> None:
     from transformers.cli.serve import Serve
     from transformers.cli.serving import server
 
-    verify_export(folder)
+    settings = verify_export(folder).settings
     if not Path(folder, "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds code alone: export it with weights to serve it (--weights link)")
+    if settings.finder is not None:
+        indexed("Once, so that nothing is fetched, loaded or missed within a request.", settings.finder, None)
     build: Any = server.build_server
 
     def build_with_field(*args: Any, generation_state: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,8 @@ from transformers import LlamaForCausalLM
 
 from hf_longtrunc import LMInfinite
 from hf_longtrunc.hosting import export, serve
+from hf_longtrunc.hosting.find_and_read import indexed
+from tests.command_line import invoke
 from tests.conftest import tiny_config
 from tests.hosting.server import served
 from tests.hosting.test_find_and_read import FACTS, LONG, TECHNIQUE, TEMPLATE as CHAT, letters, users
@@ -69,6 +71,15 @@ def test_passages_come_with_the_answer_where_they_are_asked_for(folder):
         assert (short["forgotten"], short["passages"]) == (0, None)
         _, traced = ask(address, folder, users("No question. " * 100), wanted="attention")
         assert sum(each["share"] for each in traced["attended"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_finder_that_is_not_installed_is_told_before_the_server_starts(folder, monkeypatch):
+    indexed.cache_clear()
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(ModuleNotFoundError, match=r'BM25 needs bm25s: run pip install "hf_longtrunc\[ask\]"'):
+        serve(folder)
+    told = invoke("serve", folder)
+    assert (told.exit_code, "hf_longtrunc[ask]" in told.stderr) == (2, True)
 
 
 def test_four_clients_at_once_get_what_each_gets_alone(folder):

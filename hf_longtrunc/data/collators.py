@@ -54,6 +54,12 @@ class BestFitPackingCollator:
             place in the batch and column named), a packed row longer than `seq_length`, packed and raw examples in one
             batch, no example; `layout="flat"` under accelerate's dispatcher, which cuts every tensor of a batch by its
             one row.
+
+    Examples:
+        >>> collator = BestFitPackingCollator(seq_length=6, pad_token_id=0)
+        >>> batch = collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}, {"input_ids": [4]}])
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[5, 6, 7, 8, 9, 4]], [[-100, 6, 7, -100, 9, -100]])
     """
 
     def __init__(

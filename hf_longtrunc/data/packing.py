@@ -203,6 +203,11 @@ def best_fit_decreasing(
             parameter out of range; the message names the first offender.
 
     Cost: about 0.06 s and 60 bytes a document for a million of them: a radix sort, some passes, and `plan_rows`.
+
+    Examples:
+        >>> plan = best_fit_decreasing([3, 2, 4, 1], seq_length=5, min_piece=1)
+        >>> [plan.document[plan.row(row)].tolist() for row in range(len(plan))]
+        [[2, 3], [0, 1]]
     """
     seq_length, min_piece, seed = checked_options(seq_length, long, min_piece, seed)
     lengths = _checked_lengths(lengths)
@@ -220,6 +225,11 @@ def pack_in_order(lengths: ArrayLike, seq_length: int, *, long: LongDocuments = 
 
     Rows keep the order of the documents, for curricula. Arguments and errors are those of `best_fit_decreasing`; rows
     are less full. Cost: a binary search a row.
+
+    Examples:
+        >>> plan = pack_in_order([3, 2, 4, 1], seq_length=5, min_piece=1)
+        >>> [plan.document[plan.row(row)].tolist() for row in range(len(plan))]
+        [[0, 1], [2, 3]]
     """
     seq_length, min_piece, _ = checked_options(seq_length, long, min_piece, None)
     lengths = _checked_lengths(lengths)

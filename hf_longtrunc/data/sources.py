@@ -1,9 +1,12 @@
-"""Streams of datasets that can be resumed by their own state, each in a copy whose state no other iterator moves."""
+"""Streams of datasets: copies that no other iterator and no other process moves, and which of them resume exactly."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _INNER = ("_ex_iterable", "ex_iterable", "_interleaved", "ex_iterables")
 # Parts of such streams that were resumed at random places and were exact, `...ExamplesIterable` or `...Iterable`
@@ -14,35 +17,52 @@ _EXACT = (
 )  # fmt: skip
 
 
-def resumable_copy(source: Any) -> Any:
-    """Return a copy of a `datasets.IterableDataset` that shares its data, not its state; None if its state is inexact.
+def private_copy(source: Any) -> Any:
+    """Return a copy of a `datasets.IterableDataset` that shares its data, but neither its state nor its epoch.
 
-    `state_dict()` of the copy says which example comes next. datasets keeps that in objects which all views of a stream
-    share, so that `stream.take(100)`, read in between, would move the state of `stream.skip(100)`.
-
-    None for other sources and for streams with an operation that is not known to be exact: a shuffle buffer, whose
-    content the state leaves out, a concatenation, Arrow tables, of which a batched `map` may skip one.
+    datasets keeps a stream's place in objects that all of its views share, so that `stream.take(100)`, read in between,
+    would move the place of `stream.skip(100)`; and its epoch in memory that all DataLoader workers share, one of which
+    may still resume an epoch that is over for another. Other sources are returned as they are.
     """
+    if not _is_datasets_stream(source):
+        return source
+    copied = _copied(source)
+    copied._epoch = int(source.epoch)
+    return copied
+
+
+def has_exact_state(source: Any) -> bool:
+    """Tell whether a source's `state_dict()` says which document comes next: some streams of datasets.
+
+    Not those with an operation that is not known to be exact: a shuffle buffer, whose content the state leaves out, a
+    concatenation, Arrow tables, of which a batched `map` may skip one.
+    """
+    return _is_datasets_stream(source) and all(_is_exact(part) for part in _parts(source))
+
+
+def _is_datasets_stream(source: Any) -> bool:
     library = sys.modules.get("datasets")  # none of its streams can exist without it
-    if library is None or not isinstance(source, library.IterableDataset) or not hasattr(source, "_ex_iterable"):
-        return None
-    try:
-        return _copied(source)
-    except _InexactError:
-        return None
+    return library is not None and isinstance(source, library.IterableDataset) and hasattr(source, "_ex_iterable")
 
 
-class _InexactError(Exception):
-    pass
+def _is_exact(part: Any) -> bool:
+    formatting = getattr(part, "formatting", None) or getattr(part, "_formatting", None)
+    name = type(part).__name__.removesuffix("Iterable").removesuffix("Examples")
+    return not getattr(formatting, "is_table", False) and (name in _EXACT or hasattr(part, "_ex_iterable"))
+
+
+def _parts(part: Any) -> Iterator[Any]:
+    yield part
+    for name in _INNER:
+        inner = vars(part).get(name)
+        for one in inner if isinstance(inner, list) else [inner]:
+            if one is not None:
+                yield from _parts(one)
 
 
 def _copied(part: Any) -> Any:
     if isinstance(part, list):
         return [_copied(one) for one in part]
-    formatting = getattr(part, "formatting", None) or getattr(part, "_formatting", None)
-    name = type(part).__name__.removesuffix("Iterable").removesuffix("Examples")
-    if getattr(formatting, "is_table", False) or (name not in _EXACT and not hasattr(part, "_ex_iterable")):
-        raise _InexactError
     copied = object.__new__(type(part))
     inner = {name: value for name, value in vars(part).items() if name in _INNER and value is not None}
     vars(copied).update(vars(part), **{name: _copied(value) for name, value in inner.items()})

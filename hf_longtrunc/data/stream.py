@@ -29,7 +29,7 @@ from hf_longtrunc.arguments import one_of, whole
 from hf_longtrunc.data.collators import accelerates_loader
 from hf_longtrunc.data.documents import IGNORE, Document, checked_ending, join, read_document
 from hf_longtrunc.data.packing import best_fit_decreasing, checked_options
-from hf_longtrunc.data.sources import resumable_copy
+from hf_longtrunc.data.sources import has_exact_state, private_copy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +58,7 @@ class _Round(NamedTuple):
     dropped_documents: int = 0
     dropped_tokens: int = 0
     waiting: bytes = b""  # int64 document, int32 part and int32 round of entering, of every piece in the pool
-    source: Mapping[str, Any] | None = None  # "state" of the source, "tokens" that wait; None: read the source again
+    source: Mapping[str, Any] | None = None  # its "state" and "num_shards", and "sizes" and "tokens" of what waits
 
 
 _WAITING = np.dtype([("document", "<i8"), ("part", "<i4"), ("entered", "<i4")])
@@ -94,6 +94,17 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
     Raises:
         TypeError, ValueError: a bad argument; while iterating, no documents, a document that is none (its number is
             named), no document with a piece to pack, a source that may or may not share itself out among workers.
+
+    Examples:
+        >>> documents = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}, {"input_ids": [4] * 4}]
+        >>> stream = PackedStream(documents, seq_length=5, pool_size=2)
+        >>> rows = iter(stream)
+        >>> next(rows)["input_ids"].tolist()
+        [5, 6, 7, 8, 9]
+        >>> resumed = PackedStream(documents, seq_length=5, pool_size=2)
+        >>> resumed.load_state_dict(stream.state_dict())
+        >>> [row["input_ids"].tolist() for row in resumed]
+        [[4, 4, 4, 4]]
     """
 
     def __init__(
@@ -196,11 +207,17 @@ class _Run:
         self.stream, self.begun, self.given, self.epoch = stream, begun, given, epoch
         self.dropped = {"documents": begun.dropped_documents, "tokens": begun.dropped_tokens}
         self._num_read, self._ended, self._warned = 0, False, False
-        self._source: Any = None  # that has an exact state of its own
+        self._source: Any = None  # of this run alone
+        self._is_exact = False  # whether the source's state is
 
     def rows(self) -> Iterator[dict[str, Tokens]]:
-        examples = self._share()
-        pool = self._read_again(examples) if self.begun.source is None else self._restored()
+        self._source, saved = private_copy(self.stream.source), self.begun.source
+        self._is_exact = has_exact_state(self._source)
+        if saved is None or not self._is_exact or self._source.num_shards != saved["num_shards"]:
+            examples = self._share(None)
+            pool = self._read_again(examples)
+        else:
+            examples, pool = self._share(saved["state"]), self._restored(saved)
         documents = self._read(examples)
         while True:
             self._fill(pool, documents)
@@ -241,45 +258,38 @@ class _Run:
 
     def _source_state(self, pool: list[_Piece]) -> dict[str, Any] | None:
         """Return the state of the source and the tokens that wait, if the one is exact and the others are few."""
-        if self._source is None or sum(len(piece.content.input_ids) for piece in pool) > self.stream.pool_tokens // 16:
+        if not self._is_exact or sum(len(piece.content.input_ids) for piece in pool) > self.stream.pool_tokens // 16:
             return None  # reading again is dear; so is a state of many megabytes in every checkpoint
         contents = [np.array(piece.content) for piece in pool]
         if any(content.max(initial=0) >= 2**31 for content in contents):
             return None
         tokens = np.concatenate([np.empty((2, 0), np.int32), *contents], axis=1, dtype=np.int32, casting="unsafe")
         sizes = np.array([content.shape[1] for content in contents], np.int64)
-        return {"state": self._source.state_dict(), "sizes": sizes.tobytes(), "tokens": tokens.tobytes()}
+        place = {"state": self._source.state_dict(), "num_shards": self._source.num_shards}
+        return {**place, "sizes": sizes.tobytes(), "tokens": tokens.tobytes()}
 
-    def _restored(self) -> list[_Piece]:
+    def _restored(self, saved: Mapping[str, Any]) -> list[_Piece]:
         """Return the pieces that waited when the round began, from the state."""
-        begun, saved = self.begun, self.begun.source
-        assert saved is not None
-        waiting = np.frombuffer(begun.waiting, _WAITING).tolist()
+        waiting = np.frombuffer(self.begun.waiting, _WAITING).tolist()
         sizes = np.frombuffer(saved["sizes"], np.int64)
         tokens = np.frombuffer(saved["tokens"], np.int32)
         if len(sizes) != len(waiting) or len(tokens) != 2 * sizes.sum():
             raise ValueError("the state is damaged: its tokens are not those of the pieces that wait")
-        self._num_read = begun.read
+        self._num_read = self.begun.read
         input_ids, labels = tokens.reshape(2, -1).astype(np.int64)
         bounds = zip(np.cumsum(sizes) - sizes, np.cumsum(sizes), strict=True)
         contents = (Document(input_ids[start:end], labels[start:end]) for start, end in bounds)
         return [_Piece(content, *piece) for content, piece in zip(contents, waiting, strict=True)]
 
-    def _share(self) -> Iterator[Mapping[str, Any]]:
-        """Return this worker's share of the source."""
-        source, by, worker = self.stream.source, self.stream.sharding, get_worker_info()
+    def _share(self, place: Any) -> Iterator[Mapping[str, Any]]:
+        """Return this worker's share of the source, from its state `place` on or from its beginning."""
+        source, by, worker = self._source, self.stream.sharding, get_worker_info()
         _refuse_two_dealers(source)
         if _has_epochs(source):
             source.set_epoch(self.epoch)  # one that a state was loaded in, in a worker too, may have set another
-        self._source, place = resumable_copy(source), self.begun.source
         if place is not None:
-            if self._source is None:
-                raise ValueError(
-                    "the state was taken of a stream of datasets that knows its place, and the source is "
-                    f"{type(source).__name__}, which does not: resume with the source of then"
-                )
-            self._source.load_state_dict(copy.deepcopy(place["state"]))
-        examples: Iterator[Mapping[str, Any]] = iter(source if self._source is None else self._source)
+            source.load_state_dict(copy.deepcopy(place))
+        examples: Iterator[Mapping[str, Any]] = iter(source)
         if worker is None or worker.num_workers == 1 or by == "source":
             return examples
         if by == "auto" and hasattr(source, "num_shards"):  # datasets' streams share themselves out

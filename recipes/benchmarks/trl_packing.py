@@ -14,6 +14,7 @@ import argparse
 import tempfile
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import datasets
@@ -47,6 +48,9 @@ def main() -> None:
     datasets.disable_progress_bars()
     documents, seq_length = corpus(arguments.documents), arguments.seq_length
     ways = {f"TRL {strategy}": theirs(strategy) for strategy in ("bfd", "bfd_split", "wrapped")}
+    ways["Dataset.map, as run_clm.py"] = mapped
+    if find_spec("lightbinpack") is not None:
+        ways["lightbinpack obfd, joined by numpy"] = binned
     ways |= {"here, a view": viewed, "here, written": written, "here, a stream": streamed}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     lengths: dict[str, list[int]] = {}
@@ -100,6 +104,34 @@ def theirs(strategy: str) -> Callable[[Any, int], Packed]:
         return Packed(rows, DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
 
     return way
+
+
+def mapped(documents: Any, seq_length: int) -> Packed:
+    def sliced(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
+        tokens = [token for document in batch["input_ids"] for token in document]
+        rows = [tokens[start : start + seq_length] for start in range(0, len(tokens), seq_length)]
+        return {"input_ids": rows, "seq_lengths": [[len(row)] for row in rows]}
+
+    rows = documents.map(sliced, batched=True, load_from_cache_file=False, keep_in_memory=True)
+    return Packed(rows, BestFitPackingCollator(seq_length))
+
+
+def binned(documents: Any, seq_length: int) -> Packed:
+    import lightbinpack
+
+    column = documents.data["input_ids"].combine_chunks()
+    values, ends = column.values.to_numpy(), column.offsets.to_numpy()
+    pieces = [
+        values[start : min(start + seq_length, end)]
+        for begin, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+        for start in range(begin, end, seq_length)
+    ]
+    plan = lightbinpack.obfd([len(piece) for piece in pieces], seq_length)
+    tokens = np.concatenate([pieces[number] for row in plan for number in row])
+    sizes = [sum(len(pieces[number]) for number in row) for row in plan]
+    rows = {"input_ids": pa.ListArray.from_arrays(np.append(0, np.cumsum(sizes)).astype(np.int32), tokens)}
+    rows["seq_lengths"] = pa.array([[len(pieces[number]) for number in row] for row in plan])
+    return Packed(datasets.Dataset(datasets.table.InMemoryTable(pa.table(rows))), BestFitPackingCollator(seq_length))
 
 
 def viewed(documents: Any, seq_length: int) -> Packed:

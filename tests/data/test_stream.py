@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from hf_longtrunc import BestFitPackingCollator, PackedStream, best_fit_decreasing, pack
 from hf_longtrunc.data import documents
+from hf_longtrunc.data.sources import private_copy
 from tests.data.corpora import raw_examples, token_lists
 from tests.data.test_dataset import Tokenizer, documents_of, expected
 
@@ -383,11 +384,27 @@ def test_a_state_that_is_not_exact_is_not_relied_on(inexact):
     assert head + lists(resumed_from(rows, inexact())) == whole
 
 
-def test_a_state_with_the_sources_own_wants_such_a_source():
-    rows = stream(known())
-    list(islice(rows, 150))
-    with pytest.raises(ValueError, match="the state was taken of a stream of datasets that knows its place"):
-        list(resumed_from(rows, Source()))
+def test_a_run_keeps_its_epoch_while_another_worker_sets_one():
+    """Workers share the epoch of datasets' streams: one that resumed an old epoch moved the others back to it."""
+    source = shuffled()
+    source.set_epoch(1)
+    wanted = [row["input_ids"] for row in source]
+    mine = private_copy(source)
+    source.set_epoch(0)
+    assert [row["input_ids"] for row in mine] == wanted
+    mine.set_epoch(5)
+    assert source.epoch == 0
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 8])
+def test_another_source_of_the_same_documents_is_read_again(num_shards):
+    """datasets loads the state of other shards without a word, and goes on at another document."""
+    documents = datasets.Dataset.from_list(raw_examples(LENGTHS))
+    rows = stream(documents.to_iterable_dataset(num_shards=8))
+    whole = lists(rows)
+    head = lists(islice(rows, 150))
+    assert head + lists(resumed_from(rows, documents.to_iterable_dataset(num_shards=num_shards))) == whole
+    assert head + lists(resumed_from(rows, Source())) == whole
 
 
 def test_a_pool_is_bounded_in_tokens():

@@ -350,10 +350,10 @@ def pack(
             has another length than `input_ids` (row and column are named), a bad parameter.
 
     Examples:
-        >>> rows = pack([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}, {"input_ids": [4] * 4}], seq_length=5)
+        >>> rows = pack([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}, {"input_ids": [4] * 4}], 5, seed=None)
         >>> [row["input_ids"].tolist() for row in rows]
-        [[5, 6, 7, 8, 9], [4, 4, 4, 4]]
-        >>> rows[0]["position_ids"].tolist(), rows[0]["labels"].tolist()
+        [[4, 4, 4, 4], [5, 6, 7, 8, 9]]
+        >>> rows[1]["position_ids"].tolist(), rows[1]["labels"].tolist()
         ([0, 1, 2, 0, 1], [-100, 6, 7, -100, 9])
     """
     seq_length, min_piece, seed = checked_options(seq_length, long, min_piece, seed)

@@ -417,6 +417,18 @@ STEPS = [
         "-m tests.attention.machine 10000",
     ),
     Step(
+        "histories-streaming",
+        "The same under StreamingLLM",
+        None,
+        "-m tests.attention.machine 3400 StreamingHistories",
+    ),
+    Step(
+        "histories-chunks",
+        "The same under dual chunk attention, a model with windowed layers among them",
+        None,
+        "-m tests.attention.machine 3400 ChunkHistories",
+    ),
+    Step(
         "compiled-decoding",
         "The graphs of compiled decoding under LM-Infinite",
         None,

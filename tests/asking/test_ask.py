@@ -39,6 +39,14 @@ def test_an_answer_reads_its_passage_right_before_its_question(model_and_tokeniz
     )
 
 
+def test_what_follows_the_question_mark_is_read_and_not_searched_for(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    (answer,) = ask(model, tokenizer, TEXT, "four ? six six six", finder=ByWord(), context=0, max_new_tokens=6)
+    assert [each.text for each in answer.passages] == [SENTENCES[3]]
+    prompt = f"{SENTENCES[3]}\n\nUsing only the passage above, answer in a few words: four ? six six six\nAnswer:"
+    assert (answer.text, answer.tokens_read) == alone(model, tokenizer, prompt)
+
+
 def test_several_passages_stand_with_the_best_last_and_their_source(model_and_tokenizer):
     passages = [Passage(0, 3, "Best\none.", 2.0, "a"), Passage(5, 9, "Other.", 1.0, "b")]
     assert (

@@ -18,7 +18,10 @@ ATTENTION = [
     *("dual_chunk", "dual_chunk_attention", "explanation", "full_store", "key_retrieval", "lambda_attention"),
     *("lm_infinite", "patch", "ring_cache", "rope", "streaming_llm", "trace"),
 ]
-SAMPLING = ("attach", "basis", "bat", "by_name", "calls", "mask", "processors", "recorder", "support", "trace_records")
+SAMPLING = (
+    *("attach", "basis", "bat", "by_name", "calls", "dry_processor", "mask", "processors", "recorder", "support"),
+    "trace_records",
+)
 MIXING = ("auxiliary", "pema", "pema_processor", "uld")
 
 

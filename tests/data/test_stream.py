@@ -347,6 +347,20 @@ def test_a_source_that_knows_its_place_is_not_read_again(monkeypatch):
     assert [*head, first, *lists(rows)] == whole
 
 
+def test_labels_of_waiting_pieces_come_back_from_a_state():
+    def masked():
+        rows = [{**row, "labels": [-100, *row["input_ids"][1:]]} for row in raw_examples(LENGTHS)]
+        for row in rows:
+            row["labels"][-1] = -100
+        return datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=4)
+
+    rows = stream(masked())
+    whole = [row["labels"].tolist() for row in rows]
+    head = [row["labels"].tolist() for row in islice(rows, 150)]
+    assert rows.state_dict()["source"]["sizes"]
+    assert head + [row["labels"].tolist() for row in resumed_from(rows, masked())] == whole
+
+
 def test_readers_of_the_same_data_do_not_move_a_streams_place():
     """datasets keeps the place of a stream in objects that all of its views share."""
     source = known()

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.data.dataset import PackedDataset as PackedDataset, pack as pack
     from hf_longtrunc.data.datatrove import write_datatrove as write_datatrove
     from hf_longtrunc.data.megatron import read_megatron as read_megatron, write_megatron as write_megatron
+    from hf_longtrunc.data.mixture import TokenMixture as TokenMixture
     from hf_longtrunc.data.packing import (
         Packing as Packing,
         best_fit_decreasing as best_fit_decreasing,
@@ -166,6 +167,7 @@ _HOME = {
     "StreamingLLM": "hf_longtrunc.attention.streaming_llm",
     "SupportChecker": "hf_longtrunc.sampling.support",
     "TextIndex": "hf_longtrunc.asking.index",
+    "TokenMixture": "hf_longtrunc.data.mixture",
     "TopBlocks": "hf_longtrunc.attention.key_retrieval",
     "TopHLogitsProcessor": "hf_longtrunc.sampling.processors",
     "TopK": "hf_longtrunc.attention.key_retrieval",

@@ -42,7 +42,7 @@ def names(tmp_path_factory):
     return {**public, "model": model, "ids": torch.randint(3, 90, (1, 100)), "torch": torch}
 
 
-OTHERS = [f"data.{name}" for name in ("balance", "collators", "dataset", "packing", "stream")]
+OTHERS = [f"data.{name}" for name in ("balance", "collators", "dataset", "mixture", "packing", "stream")]
 OTHERS += ["errors", "handles", "cross_attention.datastore", "cross_attention.unlimiformer"]
 OTHERS += [*(f"hosting.{name}" for name in ("settings", "find_and_read", "generate", "folder"))]
 

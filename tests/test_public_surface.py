@@ -65,6 +65,7 @@ PUBLIC = {
         "SoftmaxBasis",
         "StreamingLLM",
         "SupportChecker",
+        "TokenMixture",
         "TopBlocks",
         "TopHLogitsProcessor",
         "TopK",

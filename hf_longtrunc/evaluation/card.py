@@ -160,6 +160,7 @@ PAPERS = {  # a public name that names a technique -> its paper; tests/evaluatio
     "ULDLoss": _ULD,
     "Unlimiformer": _UNLIMIFORMER,
     "extend_context": _YARN,
+    "TokenMixture": _PACKING,
     "pack": _PACKING,
     "pose_positions": _POSE,
     "train_pema": _PEMA,

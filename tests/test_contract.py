@@ -76,7 +76,7 @@ class Row(NamedTuple):
     use: Callable[[Any, Any], Any] = generate
     make: Callable[[], Any] = llama
     second: str | None = None
-    compiled: str | None = "compiled already"
+    compiled: str | None = "compiled model"
     is_copied: bool = False
     names: str = ""
 

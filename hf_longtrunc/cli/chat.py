@@ -118,6 +118,7 @@ def processors_of(text: str, model: Any) -> list[Any] | None:
     import transformers
 
     import hf_longtrunc as ours
+    from hf_longtrunc.sampling.by_name import SAMPLERS
 
     name, _, value = text.strip().partition(" ")
     others: dict[str, tuple[float | None, Callable[[float], list[Any] | None]]] = {
@@ -136,11 +137,9 @@ def processors_of(text: str, model: Any) -> list[Any] | None:
         if value and default is None:
             raise ValueError(f"{name} takes no value, got {value}")
         return make((default or 0.0) if number is None else number)
-    try:
-        return [ours.sampler_by_name(name, number)]
-    except ValueError as error:
-        more = f"; chat has {', '.join(others)} too" if str(error).startswith("name ") else ""
-        raise ValueError(f"{error}{more}") from None
+    if name.lower().replace("_", "-") not in SAMPLERS:
+        raise ValueError(f"no such sampler: {name}; there are {', '.join([*SAMPLERS, *others])}")
+    return [ours.sampler_by_name(name, number)]
 
 
 def _basis_aware(epsilon: float, model: Any) -> Any:
@@ -179,6 +178,7 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
         self.unread = 0
         self._cache: Any = None
+        self._fed: list[Tensor] = []  # every token that was read, for samplers that look back
         self._logits: Any = None
 
     def fits(self, text: str) -> bool:
@@ -260,7 +260,7 @@ class Conversation:
                 token = scores.argmax(-1, keepdim=True)
             else:
                 for processor in processors:
-                    scores = processor(None, scores)
+                    scores = processor(torch.cat(self._fed, dim=1), scores)
                 token = torch.multinomial(scores.softmax(-1), 1)
             if int(token) in self._stops:
                 return
@@ -276,7 +276,9 @@ class Conversation:
 
         if self._cache is None:
             self._cache, self._logits = start_stream(self.model, ids)
+            self._fed = [ids]
             return
+        self._fed.append(ids)
         last = {"logits_to_keep": 1} if "logits_to_keep" in parameters_of(self.model) else {}
         with torch.no_grad():
             output = self.model(input_ids=ids, use_cache=True, **{CACHE: self._cache}, **last)

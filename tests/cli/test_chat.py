@@ -200,8 +200,8 @@ def test_a_reading_that_is_interrupted_keeps_what_was_read(model, tokenizer, mon
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "name must be one of eta, epsilon.*got ''"),
-        ("etta 1", "got 'etta'; chat has bat"),
+        ("", "no such sampler: ; there are eta"),
+        ("etta 1", "no such sampler: etta; there are eta, .* bat, top-p"),
         ("eta much", "eta takes a number, got much"),
         ("eta 0", "epsilon must be a number above 0 and below 1"),
         ("bat 2", "epsilon must be a number above 0 and below 1"),

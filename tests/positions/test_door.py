@@ -150,7 +150,7 @@ def test_compiled_afterwards_it_is_the_same_and_compiled_before_it_is_refused():
         verify_positions(compiled)
     in_place = double()
     in_place.compile(backend="eager")
-    with pytest.raises(ValueError, match=r"compiled already.*in place; load the model anew, attach"):
+    with pytest.raises(ValueError, match=r"compiled model.*in place; load the model again, attach"):
         collator.attach(in_place)
 
 

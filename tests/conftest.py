@@ -84,6 +84,7 @@ def no_transformers_deprecations(request):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+    torch.set_grad_enabled(True)  # a test that left gradients off fails no other one
 
 
 @pytest.fixture(autouse=True)

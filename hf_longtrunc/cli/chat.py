@@ -118,7 +118,6 @@ def processors_of(text: str, model: Any) -> list[Any] | None:
     import transformers
 
     import hf_longtrunc as ours
-    from hf_longtrunc.sampling.by_name import SAMPLERS
 
     name, _, value = text.strip().partition(" ")
     others: dict[str, tuple[float | None, Callable[[float], list[Any] | None]]] = {
@@ -137,9 +136,14 @@ def processors_of(text: str, model: Any) -> list[Any] | None:
         if value and default is None:
             raise ValueError(f"{name} takes no value, got {value}")
         return make((default or 0.0) if number is None else number)
-    if name.lower().replace("_", "-") not in SAMPLERS:
-        raise ValueError(f"no such sampler: {name}; there are {', '.join([*SAMPLERS, *others])}")
-    return [ours.sampler_by_name(name, number)]
+    try:
+        return [ours.sampler_by_name(name, number)]
+    except ValueError as error:
+        unknown = "name must be one of "
+        if not str(error).startswith(unknown):
+            raise
+        known = str(error).removeprefix(unknown).rpartition(", got ")[0]
+        raise ValueError(f"no such sampler: {name}; there are {known}, {', '.join(others)}") from None
 
 
 def _basis_aware(epsilon: float, model: Any) -> Any:

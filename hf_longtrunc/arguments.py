@@ -1,4 +1,4 @@
-"""Numbers that a user passes: checked once, in one voice.
+"""Check the numbers and words that a user passes.
 
 Each function returns the value as a plain Python number, so that `np.int64(8)` or a torch scalar
 is stored, compared and printed like 8. `True` is no number.
@@ -12,68 +12,68 @@ from numbers import Real
 from typing import Any
 
 
-def whole(name: str, value: object, *, least: int | None = None, most: int | None = None) -> int:
-    """Return a whole number between `least` and `most`, both included.
+def check_int(name: str, value: object, *, minimum: int | None = None, maximum: int | None = None) -> int:
+    """Return a whole number between `minimum` and `maximum`, both included.
 
     Args:
         name: of the argument, as the message is to call it.
         value: an int, a NumPy integer, or a torch or NumPy integer scalar without dimensions.
-        least: None sets no lower bound.
-        most: None sets no upper bound.
+        minimum: None sets no lower bound.
+        maximum: None sets no upper bound.
 
     Raises:
         TypeError: it is no whole number; bools and floats are not.
         ValueError: it lies outside the bounds.
     """
-    expected = f"a whole number{_range(least, most)}"
+    expected = f"a whole number{_range(minimum, maximum)}"
     try:
         if _is_bool(value) or _dimensions(value):
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}") from None
-    if (least is not None and number < least) or (most is not None and number > most):
+    if (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
         raise ValueError(f"{name} must be {expected}, got {number}")
     return number
 
 
-def number(
+def check_float(
     name: str,
     value: object,
     *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
+    gt: float | None = None,
+    minimum: float | None = None,
+    lt: float | None = None,
+    maximum: float | None = None,
 ) -> float:
-    """Return a finite real number; `above` and `below` exclude their bound, `least` and `most` include it.
+    """Return a finite real number; `gt` and `lt` exclude their bound, `minimum` and `maximum` include it.
 
     Raises:
         TypeError: it is no real number; bools and strings are not.
         ValueError: it is NaN, infinite or outside the bounds.
     """
-    expected = f"a number{_bounds(above, least, below, most)}"
+    expected = f"a number{_bounds(gt, minimum, lt, maximum)}"
     if _is_bool(value) or _dimensions(value) or not (isinstance(value, Real) or hasattr(value, "item")):
         raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
     real = float(value)  # type: ignore[arg-type]
     is_inside = (
         math.isfinite(real)
-        and (above is None or real > above)
-        and (least is None or real >= least)
-        and (below is None or real < below)
-        and (most is None or real <= most)
+        and (gt is None or real > gt)
+        and (minimum is None or real >= minimum)
+        and (lt is None or real < lt)
+        and (maximum is None or real <= maximum)
     )
     if not is_inside:
         raise ValueError(f"{name} must be {expected}, got {real}")
     return real
 
 
-def share(name: str, value: object) -> float:
-    """Return a number between 0 and 1, both included; errors as for `number`."""
-    return number(name, value, least=0, most=1)
+def check_fraction(name: str, value: object) -> float:
+    """Return a number between 0 and 1, both included; errors as for `check_float`."""
+    return check_float(name, value, minimum=0, maximum=1)
 
 
-def one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     """Return one of a few words.
 
     Raises:
@@ -88,15 +88,15 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
 
 
-def _range(least: int | None, most: int | None) -> str:
-    if least is not None and most is not None:
-        return f" from {least} to {most}"
-    return f" of at least {least}" if least is not None else f" of at most {most}" if most is not None else ""
+def _range(minimum: int | None, maximum: int | None) -> str:
+    if minimum is not None and maximum is not None:
+        return f" from {minimum} to {maximum}"
+    return f" of at least {minimum}" if minimum is not None else f" of at most {maximum}" if maximum is not None else ""
 
 
-def _bounds(above: float | None, least: float | None, below: float | None, most: float | None) -> str:
-    lower = f"above {above}" if above is not None else f"of at least {least}" if least is not None else ""
-    upper = f"below {below}" if below is not None else f"of at most {most}" if most is not None else ""
+def _bounds(gt: float | None, minimum: float | None, lt: float | None, maximum: float | None) -> str:
+    lower = f"above {gt}" if gt is not None else f"of at least {minimum}" if minimum is not None else ""
+    upper = f"below {lt}" if lt is not None else f"of at most {maximum}" if maximum is not None else ""
     return "".join(f" {part}" for part in (lower, "and" if lower and upper else "", upper) if part)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.asking.index import TextIndex
 from hf_longtrunc.asking.prompt import PROMPT, chat_ids, check_prompt, fill_prompt, is_about_the_whole, what_is_asked
 
@@ -107,7 +107,7 @@ def ask(
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"questions must be texts that ask something, got {question!r}")
     check_prompt(prompt)
-    whole("hops", hops, least=1, most=2)
+    check_int("hops", hops, minimum=1, maximum=2)
     if isinstance(text, TextIndex):
         if finder is not None:
             raise ValueError("finder goes with a text: a TextIndex has its own finder already")
@@ -119,7 +119,7 @@ def ask(
         since = time.perf_counter()
         passages, read_with = find_passages(index, question, turns, count=count, context=context, hops=hops)
         ids = chat_ids(tokenizer, read_with, fill_prompt(prompt, passages, question))
-        said = _greedy(model, ids, whole("max_new_tokens", max_new_tokens, least=1), streamer)
+        said = _greedy(model, ids, check_int("max_new_tokens", max_new_tokens, minimum=1), streamer)
         answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
         if follow_up:
             turns.append((question, answer))

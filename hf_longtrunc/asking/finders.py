@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from tqdm.auto import tqdm
 
-from hf_longtrunc.arguments import number
+from hf_longtrunc.arguments import check_float
 from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class BM25:
     matter_threshold = 0.0  # a word of the question that is no name
 
     def __init__(self, *, threshold: float = 0.2):
-        self.threshold = number("threshold", threshold)
+        self.threshold = check_float("threshold", threshold)
 
     def read(
         self, units: Sequence[str], saved: Mapping[str, Tensor] | None = None, *, progress: bool = False
@@ -120,8 +120,8 @@ class SentenceEncoder:
 
     def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.4, matter_threshold: float = 0.26):
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.threshold = number("threshold", threshold)
-        self.matter_threshold = number("matter_threshold", matter_threshold)
+        self.threshold = check_float("threshold", threshold)
+        self.matter_threshold = check_float("matter_threshold", matter_threshold)
         config = {name: value for name, value in model.config.to_diff_dict().items() if name != "dtype"}
         digest = hashlib.sha256(str(config).encode())
         for name, weight in model.state_dict().items():
@@ -193,9 +193,9 @@ class Fused:
             raise ValueError(f"Fused takes at least two finders, got {len(finders)}")
         if len(weights) != len(finders):
             raise ValueError(f"weights must be one for each of {len(finders)} finders, got {len(weights)}")
-        self.finders, self.weights = finders, [number("weights", weight) for weight in weights]
-        self.threshold = number("threshold", threshold)
-        self.matter_threshold = number("matter_threshold", matter_threshold)
+        self.finders, self.weights = finders, [check_float("weights", weight) for weight in weights]
+        self.threshold = check_float("threshold", threshold)
+        self.matter_threshold = check_float("matter_threshold", matter_threshold)
 
     @property
     def identity(self) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.asking.names import Capitals, has_a_name, without_names
 from hf_longtrunc.asking.passages import Passage, neighbours, unit_spans
 from hf_longtrunc.saving import load_folder, save_folder
@@ -89,11 +89,11 @@ class TextIndex:
             start, end = self._spans[name][own]
             if any(each.source == name and each.start < end and start < each.end for each in besides):
                 scores[n] = -torch.inf
-        best = scores.topk(min(whole("count", count, least=1), len(scores)))
+        best = scores.topk(min(check_int("count", count, minimum=1), len(scores)))
         found: list[Passage] = []
         for score, n in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             if score > least and (besides or self._is_about(n, question, before or "")):
-                span = self._grown(n, f"{before or ''} {question}".strip(), whole("context", context, least=0))
+                span = self._grown(n, f"{before or ''} {question}".strip(), check_int("context", context, minimum=0))
                 self._add(found, n, span, score)
         return found
 
@@ -123,7 +123,7 @@ class TextIndex:
 
     def spread(self, count: int) -> list[Passage]:
         """Return units at even distances through all documents, in their order: for a question about the whole."""
-        places = torch.linspace(0, len(self) - 1, min(whole("count", count, least=1), len(self)))
+        places = torch.linspace(0, len(self) - 1, min(check_int("count", count, minimum=1), len(self)))
         found: list[Passage] = []
         for n in places.round().long().tolist():
             self._add(found, n, self._span(n), 0.0)

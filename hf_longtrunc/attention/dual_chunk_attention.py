@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
-from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.attention.block_scores import KeyMultiplicity, selected_positions
 from hf_longtrunc.attention.cache_law import guard
 from hf_longtrunc.attention.context import PASSTHROUGH, ForwardContext, current_context
@@ -89,13 +89,13 @@ class DualChunkAttention(PatchTechnique):
 
     def __post_init__(self) -> None:
         if self.temperature is not None:
-            one_of("temperature", self.temperature, ("log", "yarn"))
+            check_choice("temperature", self.temperature, ("log", "yarn"))
         for name, least in (("chunk_length", 1), ("trained_length", 2)):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, whole(name, value, least=least))
+                object.__setattr__(self, name, check_int(name, value, minimum=least))
         if self.chunk_length is not None and self.trained_length is not None:
-            whole("chunk_length", self.chunk_length, most=self.trained_length - 1)
+            check_int("chunk_length", self.chunk_length, maximum=self.trained_length - 1)
         if self.retrieval is not None and not isinstance(self.retrieval, TopBlocks):
             raise TypeError(f"retrieval must be TopBlocks(...) or None: all keys are seen; got {self.retrieval!r}")
         if self.retrieval is not None and (self.retrieval.distance is not None or self.retrieval.store != "device"):

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_longtrunc.arguments import number, one_of, whole
+from hf_longtrunc.arguments import check_choice, check_float, check_int
 from hf_longtrunc.attention.block_scores import (
     BlockSelection,
     DistantKeys,
@@ -225,8 +225,8 @@ class TopBlocks(Retrieval):
         least = {"blocks": 1, "block_size": 1, "distance": 1, "first_layer": 0, "first_voting_layer": 0}
         _check_counts(self, **least, voting_rows=1, ending_rows=0, contrast_rows=0, margin=0)
         for name in ("emphasis", "least_contrast"):
-            object.__setattr__(self, name, number(f"TopBlocks: {name}", getattr(self, name), above=0))
-        rows = whole("TopBlocks: rows", self.rows, least=1)
+            object.__setattr__(self, name, check_float(f"TopBlocks: {name}", getattr(self, name), gt=0))
+        rows = check_int("TopBlocks: rows", self.rows, minimum=1)
         if not self.voting_rows <= rows <= 64:
             raise ValueError(
                 f"TopBlocks: rows must lie between voting_rows and 64, as many as the cache can take back, got "
@@ -235,7 +235,7 @@ class TopBlocks(Retrieval):
         object.__setattr__(self, "rows", rows)
         if not isinstance(self.ending_ids, Iterable):
             raise TypeError(f"TopBlocks: ending_ids must be token ids, as many as ending_rows, got {self.ending_ids!r}")
-        ending = tuple(whole("TopBlocks: ending_ids", token, least=0) for token in self.ending_ids)
+        ending = tuple(check_int("TopBlocks: ending_ids", token, minimum=0) for token in self.ending_ids)
         object.__setattr__(self, "ending_ids", ending)
         if ending and len(ending) != self.ending_rows:
             raise ValueError(
@@ -418,5 +418,5 @@ def _check_counts(strategy: Any, **least: int) -> None:
     for name, bound in least.items():
         value = getattr(strategy, name)
         if value is not None or name not in may_be_none:
-            object.__setattr__(strategy, name, whole(f"{owner}: {name}", value, least=bound))
-    one_of(f"{owner}: store", strategy.store, STORES)
+            object.__setattr__(strategy, name, check_int(f"{owner}: {name}", value, minimum=bound))
+    check_choice(f"{owner}: store", strategy.store, STORES)

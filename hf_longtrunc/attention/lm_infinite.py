@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.attention.kernels import Scoring
 from hf_longtrunc.attention.key_retrieval import Retrieval
 from hf_longtrunc.attention.lambda_attention import PATHS, SinkWindowLaw, choose_path
@@ -60,14 +60,14 @@ class LMInfinite(SinkWindowTechnique):
         for name, least in (("num_sink_tokens", 0), ("window_length", 1), ("max_distance", 1)):
             value = getattr(self, name)
             if value is not None or name == "num_sink_tokens":
-                object.__setattr__(self, name, whole(name, value, least=least))
+                object.__setattr__(self, name, check_int(name, value, minimum=least))
         if None not in (self.max_distance, self.window_length):
-            whole("max_distance", self.max_distance, least=self.window_length)
+            check_int("max_distance", self.max_distance, minimum=self.window_length)
         if self.retrieval is not None and not isinstance(self.retrieval, Retrieval):
             raise TypeError(f"retrieval must be TopK(...), TopBlocks(...) or None, got {self.retrieval!r}")
         if self.path not in PATHS:
             choose_path(self.path, Scoring(1.0))
-        one_of("path", self.path, PATHS)
+        check_choice("path", self.path, PATHS)
 
     def for_model(self, model: Any) -> Self:
         """Return the technique with window and maximum distance of one model."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.attention.lambda_attention import PATHS, SinkWindowLaw
 from hf_longtrunc.attention.lm_infinite import trained_length
 from hf_longtrunc.attention.sink_window import SinkWindowTechnique
@@ -41,10 +41,10 @@ class StreamingLLM(SinkWindowTechnique):
     path: str = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "num_sink_tokens", whole("num_sink_tokens", self.num_sink_tokens, least=0))
+        object.__setattr__(self, "num_sink_tokens", check_int("num_sink_tokens", self.num_sink_tokens, minimum=0))
         if self.window_length is not None:
-            object.__setattr__(self, "window_length", whole("window_length", self.window_length, least=1))
-        one_of("path", self.path, PATHS)
+            object.__setattr__(self, "window_length", check_int("window_length", self.window_length, minimum=1))
+        check_choice("path", self.path, PATHS)
 
     def for_model(self, model: Any) -> Self:
         """Return the technique with the window of one model."""

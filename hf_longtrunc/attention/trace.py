@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.attention.full_store import FullStoreCacheLayer
 from hf_longtrunc.attention.key_retrieval import TopBlocks
 from hf_longtrunc.attention.mass import by_stretch, mass_of_keys
@@ -81,7 +81,7 @@ class AttentionTrace(Handle):
                 "handle must be what LMInfinite(...)(model) or DualChunkAttention(...)(model) returns, got "
                 f"{type(handle).__name__}"
             )
-        self.stretch = whole("stretch", stretch, least=1)
+        self.stretch = check_int("stretch", stretch, minimum=1)
         self.records: list[AttentionRecord] = []
         self._thread = threading.local()
         self._patch = handle
@@ -156,8 +156,8 @@ class AttentionTrace(Handle):
             OSError: the file cannot be written.
         """
         ids = [int(token) for token in ids]
-        first = whole("prompt_length", prompt_length, least=1, most=len(ids) - 1)
-        records = self._of_row(ids, first, whole("row", row, least=0))
+        first = check_int("prompt_length", prompt_length, minimum=1, maximum=len(ids) - 1)
+        records = self._of_row(ids, first, check_int("row", row, minimum=0))
         return write_page(Path(path), tokenizer, ids, first, records, self.stretch, prompt)
 
     def _of_row(self, ids: list[int], first: int, row: int) -> list[tuple[Tensor, Tensor | None]]:

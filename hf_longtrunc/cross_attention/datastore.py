@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Datastore:
         self, queries: Float[Tensor, "queries width"], k: int
     ) -> tuple[Float[Tensor, "queries found"], Int[Tensor, "queries found"]]:
         """Return scores and ids of the min(k, n) states with the largest inner product, best first."""
-        k = whole("k", k, least=1)
+        k = check_int("k", k, minimum=1)
         together = max(1, _SCORES // min(_BLOCK, len(self)))
         found = [self._search(some, k) for some in torch.split(queries, together)]
         return torch.cat([scores for scores, _ in found]), torch.cat([ids for _, ids in found])
@@ -134,7 +134,7 @@ class FaissDatastore(Datastore):
         self, queries: Float[Tensor, "queries width"], k: int
     ) -> tuple[Float[Tensor, "queries found"], Int[Tensor, "queries found"]]:
         """Return scores and ids of the min(k, n) states that the index finds, best first; -inf and -1 for the rest."""
-        k = whole("k", k, least=1)
+        k = check_int("k", k, minimum=1)
         if self.is_exact:
             return super().search(queries, k)
         graph = getattr(self._index, "hnsw", None)
@@ -189,7 +189,7 @@ class ShardedDatastore:
         self, queries: Float[Tensor, "queries width"], k: int
     ) -> tuple[Float[Tensor, "queries found"], Int[Tensor, "queries found"]]:
         """Return scores and ids of the best min(k, n) states of all shards, best first."""
-        k = whole("k", k, least=1)
+        k = check_int("k", k, minimum=1)
         k = min(k, len(self))
         parts = []
         for shard, offset in zip(self.shards, self._offsets, strict=True):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from hf_longtrunc.arguments import number, one_of, whole
+from hf_longtrunc.arguments import check_choice, check_float, check_int
 from hf_longtrunc.cross_attention.absorbed import cross_attention_modules
 from hf_longtrunc.cross_attention.datastore import Datastore, FaissDatastore
 from hf_longtrunc.cross_attention.long_encoder import long_encoder
@@ -79,15 +79,15 @@ class Unlimiformer:
         for name in ("top_k", "window", "encode_batch"):
             value = getattr(self, name)
             if value is not None or name == "encode_batch":
-                object.__setattr__(self, name, whole(name, value, least=1))
-        object.__setattr__(self, "overlap", number("overlap", self.overlap, least=0, below=1))
+                object.__setattr__(self, name, check_int(name, value, minimum=1))
+        object.__setattr__(self, "overlap", check_float("overlap", self.overlap, minimum=0, lt=1))
         if isinstance(self.index, str) and not self.index.startswith("faiss:"):
             raise ValueError(f"index must begin with 'faiss:', as in 'faiss:HNSW32', got {self.index!r}")
         if not (self.index is None or isinstance(self.index, str) or callable(self.index)):
             raise TypeError(
                 f"index must be None, 'faiss:...' or a function from states to a store, got {type(self.index).__name__}"
             )
-        one_of("training", self.training, tuple(_DRAWS))
+        check_choice("training", self.training, tuple(_DRAWS))
 
     def attach(self, model: Any) -> UnlimiformerHandle:
         """Change `model`, a transformers encoder-decoder over text, until the handle's `detach()`.

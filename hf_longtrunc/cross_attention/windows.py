@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hf_longtrunc.arguments import number, whole
+from hf_longtrunc.arguments import check_float, check_int
 
 
 class Window(NamedTuple):
@@ -32,8 +32,8 @@ def plan_windows(tokens: int, length: int, overlap: float) -> list[Window]:
     Cost: about N / (W (1 - overlap)) windows.
     Source: Bertsch et al. 2023, "Unlimiformer", arXiv 2305.01625, section 2.1.
     """
-    tokens, length = whole("tokens", tokens, least=1), whole("length", length, least=1)
-    overlap = number("overlap", overlap, least=0, below=1)
+    tokens, length = check_int("tokens", tokens, minimum=1), check_int("length", length, minimum=1)
+    overlap = check_float("overlap", overlap, minimum=0, lt=1)
     if tokens <= length:
         return [Window(0, tokens, 0, tokens)]
     margin = int(length * overlap / 2)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.data.dataset import PackedDataset
 
 if TYPE_CHECKING:
@@ -81,15 +81,15 @@ class BalancedRows(TorchDataset[dict[str, Any]]):
 
     def __init__(self, rows: Any, rows_per_step: int, *, window: int = 8192, seed: int = 0) -> None:
         self.rows = rows
-        self.rows_per_step = whole("rows_per_step", rows_per_step, least=1)
-        self.window = whole("window", window, least=self.rows_per_step)
-        self.seed = whole("seed", seed, least=0)
+        self.rows_per_step = check_int("rows_per_step", rows_per_step, minimum=1)
+        self.window = check_int("window", window, minimum=self.rows_per_step)
+        self.seed = check_int("seed", seed, minimum=0)
         self.cost = _squared_lengths(rows)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Deal the rows out as this epoch has them: a function of the seed and the epoch alone."""
-        rng = np.random.default_rng((self.seed, whole("epoch", epoch, least=0)))
+        rng = np.random.default_rng((self.seed, check_int("epoch", epoch, minimum=0)))
         self.order = deal_rows(self.cost, self.rows_per_step, self.window, rng)
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.data.documents import BOUNDARIES, IGNORE, LOSS_MASKS, join, read_document, read_packed_row
 from hf_longtrunc.data.packing import best_fit_decreasing
 from hf_longtrunc.data.verify import carries_states
@@ -71,10 +71,10 @@ class BestFitPackingCollator:
         layout: Literal["auto", "rows", "flat"] = "auto",
         model: PreTrainedModel | None = None,
     ) -> None:
-        self.seq_length = whole("seq_length", seq_length, least=1)
-        one_of("layout", layout, ("auto", "rows", "flat"))
+        self.seq_length = check_int("seq_length", seq_length, minimum=1)
+        check_choice("layout", layout, ("auto", "rows", "flat"))
         padding = padding_token(tokenizer)
-        self.pad_token_id = padding if pad_token_id is None else whole("pad_token_id", pad_token_id, least=0)
+        self.pad_token_id = padding if pad_token_id is None else check_int("pad_token_id", pad_token_id, minimum=0)
         if model is not None and not hasattr(unwrapped(model), "config"):
             raise TypeError(f"model must be a transformers model or None, got {type(model).__name__}")
         self.layout = _layout_for(model) if layout == "auto" else layout

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias,
 import numpy as np
 from torch.utils.data import Dataset as TorchDataset
 
-from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.data.collators import check_tokenizer, padding_token, warn_beyond_window
 from hf_longtrunc.data.columns import ArrowDocuments, check_token, documents_of, has_rows
 from hf_longtrunc.data.documents import BOUNDARIES, COLUMNS, IGNORE, LOSS_MASKS, Document, checked_ending, join
@@ -72,8 +72,8 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         seed: int | None = 0,
         row_multiple: int = 1,
     ) -> None:
-        seed = None if seed is None else whole("seed", seed, least=0)
-        row_multiple = whole("row_multiple", row_multiple, least=1)
+        seed = None if seed is None else check_int("seed", seed, minimum=0)
+        row_multiple = check_int("row_multiple", row_multiple, minimum=1)
         if not isinstance(packing, Packing) or not has_rows(dataset):
             raise TypeError(
                 "PackedDataset wants a dataset with a length and a plan for it (best_fit_decreasing, "
@@ -114,8 +114,8 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
 
     def shard(self, index: int, num_shards: int) -> PackedDataset:
         """Return every `num_shards`-th row from row `index` on, as a view of its own; `stats()` speaks of all rows."""
-        num_shards = whole("num_shards", num_shards, least=1)
-        first = whole("index", index, least=0, most=num_shards - 1)
+        num_shards = check_int("num_shards", num_shards, minimum=1)
+        first = check_int("index", index, minimum=0, maximum=num_shards - 1)
         shard = PackedDataset.__new__(PackedDataset)
         order = self._order[first::num_shards]
         return shard._set(self._documents, self.packing, self.ending, order, self._donors)
@@ -150,8 +150,8 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         """
         library = import_datasets("materialize()")
         names = self._checked_columns(columns)
-        one_of("dtype", dtype, ("int64", "int32"))
-        num_proc = min(whole("num_proc", num_proc, least=1), max(len(self), 1))
+        check_choice("dtype", dtype, ("int64", "int32"))
+        num_proc = min(check_int("num_proc", num_proc, minimum=1), max(len(self), 1))
         cache = Path(library.config.HF_DATASETS_CACHE, "packed", secrets.token_hex(8))
         at = cache if folder is None else Path(folder)
         refuse_own_folder(self._documents, at, library)
@@ -228,7 +228,7 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
 
     def _checked_columns(self, columns: Sequence[str]) -> tuple[str, ...]:
         given = (columns,) if isinstance(columns, str) else columns
-        wanted = {one_of("columns", name, WRITTEN) for name in given}
+        wanted = {check_choice("columns", name, WRITTEN) for name in given}
         if "input_ids" not in wanted:
             raise ValueError(f"columns must have input_ids, got {', '.join(sorted(wanted)) or 'none'}")
         names = tuple(name for name in WRITTEN if name in wanted or name in BOUNDARIES)
@@ -357,7 +357,7 @@ def pack(
         ([0, 1, 2, 0, 1], [-100, 6, 7, -100, 9])
     """
     seq_length, min_piece, seed = checked_options(seq_length, long, min_piece, seed)
-    row_multiple = whole("row_multiple", row_multiple, least=1)
+    row_multiple = check_int("row_multiple", row_multiple, minimum=1)
     ending = _ending(tokenizer, pad_document_to, seq_length)
     if isinstance(dataset, Mapping):
         _check_splits(dataset)

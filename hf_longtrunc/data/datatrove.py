@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.data.writing import token_blocks
 from hf_longtrunc.saving import placing
 
@@ -49,8 +49,8 @@ def write_datatrove(
             that takes more bytes.
     """
     tokens_at, index_at = Path(path), Path(f"{path}.index")
-    most = int(np.iinfo(one_of("dtype", dtype, ("uint16", "uint32"))).max)
-    pad_token_id = whole("pad_token_id", pad_token_id, least=0, most=most)
+    most = int(np.iinfo(check_choice("dtype", dtype, ("uint16", "uint32"))).max)
+    pad_token_id = check_int("pad_token_id", pad_token_id, minimum=0, maximum=most)
     blocks = token_blocks(rows, "datatrove's format")
     with (
         placing(index_at, tokens_at) as (index_beside, tokens_beside),  # tokens without the index are no data set

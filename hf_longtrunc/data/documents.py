@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,10 +90,10 @@ class Ending(NamedTuple):
 def checked_ending(seq_length: int, eos: object, multiple: object, pad_token_id: object, newline: object) -> Ending:
     """Return an `Ending`, or raise TypeError or ValueError."""
     ending = Ending(
-        None if eos is None else whole("eos_token_id", eos, least=0),
-        whole("pad_document_to", multiple, least=1),
-        whole("pad_token_id", pad_token_id, least=0),
-        None if newline is None else whole("newline_token_id", newline, least=0),
+        None if eos is None else check_int("eos_token_id", eos, minimum=0),
+        check_int("pad_document_to", multiple, minimum=1),
+        check_int("pad_token_id", pad_token_id, minimum=0),
+        None if newline is None else check_int("newline_token_id", newline, minimum=0),
     )
     if seq_length % ending.multiple:
         raise ValueError(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.data.writing import import_datasets, token_blocks
 from hf_longtrunc.saving import placing
 
@@ -85,7 +85,7 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str], *, pad_t
     EOS inside a document draws a warning: Megatron begins a document behind it.
     """
     idx_at, bin_at = _paths(prefix)
-    pad_token_id = whole("pad_token_id", pad_token_id, least=-1, most=2**31 - 1)
+    pad_token_id = check_int("pad_token_id", pad_token_id, minimum=-1, maximum=2**31 - 1)
     with placing(bin_at, idx_at) as (tokens, index):
         blocks, eos_token_id = token_blocks(rows, _FORMAT), rows.ending.eos_token_id
         highest, inside = pad_token_id, 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_longtrunc.arguments import number, one_of, whole
+from hf_longtrunc.arguments import check_choice, check_float, check_int
 from hf_longtrunc.data.documents import read_document
 from hf_longtrunc.data.sources import private_copy
 
@@ -65,8 +65,8 @@ class TokenMixture(Iterable[Mapping[str, Any]]):
                     f"{type(source).__name__}"
                 )
         self.sources = dict(sources)
-        self.shares = {name: number(f"shares[{name!r}]", shares[name], above=0) for name in sources}
-        self.until = one_of("until", until, ("first", "all"))
+        self.shares = {name: check_float(f"shares[{name!r}]", shares[name], gt=0) for name in sources}
+        self.until = check_choice("until", until, ("first", "all"))
         self.epoch = 0
         self.counts = self._no_counts()
 
@@ -88,7 +88,7 @@ class TokenMixture(Iterable[Mapping[str, Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Hand the epoch on to the sources that shuffle by it."""
-        self.epoch = whole("epoch", epoch, least=0)
+        self.epoch = check_int("epoch", epoch, minimum=0)
 
     @property
     def _distributed(self) -> Any:

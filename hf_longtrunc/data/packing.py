@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.arguments import check_choice, check_int
 
 if TYPE_CHECKING:
     import os
@@ -308,10 +308,10 @@ def plan_rows(histogram: Indices, seq_length: int) -> RowPlan:
 
 def checked_options(seq_length: object, long: object, min_piece: object, seed: object) -> tuple[int, int, int | None]:
     """Return `seq_length`, `min_piece` and `seed` as plain integers, or raise TypeError or ValueError."""
-    length = whole("seq_length", seq_length, least=1)
-    one_of("long", long, _LONG)
-    piece = whole("min_piece", min_piece, least=1, most=length)
-    return length, piece, None if seed is None else whole("seed", seed, least=0)
+    length = check_int("seq_length", seq_length, minimum=1)
+    check_choice("long", long, _LONG)
+    piece = check_int("min_piece", min_piece, minimum=1, maximum=length)
+    return length, piece, None if seed is None else check_int("seed", seed, minimum=0)
 
 
 def _checked_lengths(lengths: object) -> Indices:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.data.collators import accelerates_loader
 from hf_longtrunc.data.documents import IGNORE, Document, checked_ending, join, read_document
 from hf_longtrunc.data.packing import best_fit_decreasing, checked_options
@@ -130,11 +130,11 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         self.seq_length, self.min_piece, self.seed = checked_options(seq_length, long, min_piece, seed)
         self.ending = checked_ending(self.seq_length, eos_token_id, pad_document_to, pad_token_id, newline_token_id)
         self.long = long
-        self.pool_size = whole("pool_size", pool_size, least=1)
+        self.pool_size = check_int("pool_size", pool_size, minimum=1)
         tokens = max(2**24, 64 * self.seq_length) if pool_tokens is None else pool_tokens
-        self.pool_tokens = whole("pool_tokens", tokens, least=1)
-        self.max_rounds = whole("max_rounds", max_rounds, least=1)
-        self.sharding = one_of("sharding", sharding, ("auto", "source", "documents"))
+        self.pool_tokens = check_int("pool_tokens", tokens, minimum=1)
+        self.max_rounds = check_int("max_rounds", max_rounds, minimum=1)
+        self.sharding = check_choice("sharding", sharding, ("auto", "source", "documents"))
         self.epoch = 0
         self._run = _Run(self, _Round(), 0, self._epoch())
         self._is_next = False  # whether the next iteration is that run
@@ -185,7 +185,7 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Hand the epoch on to a source that shuffles by it; in another epoch than before the stream begins anew."""
-        self.epoch = whole("epoch", epoch, least=0)
+        self.epoch = check_int("epoch", epoch, minimum=0)
         if _has_epochs(self.source):
             self.source.set_epoch(epoch)
         if epoch != self._run.epoch:
@@ -410,7 +410,7 @@ def _refuse_two_dealers(source: object) -> None:
 def _check_state(state: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError if the entries of a state are not of their kinds."""
     for name in ("given", "number", "read", "dropped_documents", "dropped_tokens"):
-        whole(f"state[{name!r}]", state[name], least=0)
+        check_int(f"state[{name!r}]", state[name], minimum=0)
     waiting, source = state["waiting"], state["source"]
     is_saved = isinstance(source, Mapping) and all(isinstance(source.get(name), bytes) for name in ("sizes", "tokens"))
     is_whole = isinstance(waiting, bytes) and not len(waiting) % _WAITING.itemsize and (source is None or is_saved)

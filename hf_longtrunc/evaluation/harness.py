@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.evaluation.display import new_table
 from hf_longtrunc.evaluation.records import ArmRecord, Journal, arm_fields
 from hf_longtrunc.extras import missing
@@ -159,11 +159,11 @@ def run_harness(
     """
     journal = Journal(path, HarnessRecord, ("samples", "metrics"))
     limit, max_length = (
-        None if value is None else whole(name, value, least=1)
+        None if value is None else check_int(name, value, minimum=1)
         for name, value in (("limit", limit), ("max_length", max_length))
     )
-    chosen = None if lengths is None else [whole("lengths", length, least=1) for length in lengths]
-    batch_size = whole("batch_size", batch_size, least=1)
+    chosen = None if lengths is None else [check_int("lengths", length, minimum=1) for length in lengths]
+    batch_size = check_int("batch_size", batch_size, minimum=1)
     manager = TaskManager(
         metadata={"tokenizer": tokenizer.name_or_path, **({} if chosen is None else {"max_seq_lengths": chosen})}
     )

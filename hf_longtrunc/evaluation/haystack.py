@@ -11,7 +11,7 @@ import re
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.arguments import share
+from hf_longtrunc.arguments import check_fraction
 from hf_longtrunc.templates import template_parts
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Haystack:
         else:
             opened, asked = self._conversation(opening, question, turns)
         for depth, _ in needles:
-            share("depth", depth)
+            check_fraction("depth", depth)
         hidden = self._tokens_of([sentence for _, sentence in needles])
         around = len(opened) + len(asked) + sum(map(len, hidden))
         if length <= around:

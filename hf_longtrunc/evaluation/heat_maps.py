@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.arguments import number, share, whole
+from hf_longtrunc.arguments import check_float, check_fraction, check_int
 from hf_longtrunc.evaluation.display import new_table
 from hf_longtrunc.extras import import_pyplot
 
@@ -50,7 +50,7 @@ def wilson_interval(mean: float, count: int, *, z: float = 1.959964) -> tuple[fl
 
     Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
     """
-    mean, count, z = share("mean", mean), whole("count", count, least=1), number("z", z, above=0)
+    mean, count, z = check_fraction("mean", mean), check_int("count", count, minimum=1), check_float("z", z, gt=0)
     middle = mean + z * z / (2 * count)
     half = z * math.sqrt(mean * (1 - mean) / count + (z / (2 * count)) ** 2)
     scale = 1 + z * z / count

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from hf_longtrunc import SoftmaxBasis, SupportChecker
-from hf_longtrunc.arguments import number, one_of, whole
+from hf_longtrunc.arguments import check_choice, check_float, check_int
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.ranked import METHODS as RANKED, rank_of, ranked
 from hf_longtrunc.evaluation.streaming import stream_logits
@@ -66,12 +66,12 @@ def critical_parameters(
     if input_ids.ndim != 1 or len(input_ids) < 2:
         raise ValueError(f"input_ids must be one row of at least 2 tokens, got shape {tuple(input_ids.shape)}")
     tokens, checker = len(input_ids) - 1, None if basis is None else SupportChecker(basis)
-    wanted = min(tokens, whole("bat_tokens", bat_tokens, least=1)) if checker else 0
+    wanted = min(tokens, check_int("bat_tokens", bat_tokens, minimum=1)) if checker else 0
     chosen = {place * tokens // wanted for place in range(wanted)}
     columns: dict[str, list[float]] = {name: [] for name in (PARAMETERS if checker else RANKED)}
     place = 0
     with tqdm(total=tokens, desc="critical parameters", unit="tok", disable=not progress) as bar:
-        for logits in stream_logits(model, input_ids, whole("chunk", chunk, least=1)):
+        for logits in stream_logits(model, input_ids, check_int("chunk", chunk, minimum=1)):
             scores, targets = logits.cpu(), input_ids[place + 1 : place + 1 + len(logits)].cpu()
             rows, rank = ranked(scores), rank_of(scores, targets)
             for name, method in RANKED.items():
@@ -96,8 +96,8 @@ def matched_parameter(method: str, critical: Sequence[float], share: float) -> f
     Raises:
         ValueError: another share, another method.
     """
-    one_of("method", method, tuple(name for name, parameter in PARAMETERS.items() if parameter))
-    share = number("share", share, least=1 / len(critical), below=1)
+    check_choice("method", method, tuple(name for name, parameter in PARAMETERS.items() if parameter))
+    share = check_float("share", share, minimum=1 / len(critical), lt=1)
     return sorted(critical, reverse=keeps_more(method))[math.floor(share * len(critical))]
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.records import ArmRecord, arm_fields
 from hf_longtrunc.evaluation.streaming import start_stream
@@ -109,7 +109,7 @@ def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: b
     rows = _checked_ids(input_ids if input_ids.ndim == 2 else input_ids[None])
     if rows.shape[1] < 2:
         raise ValueError(f"input_ids must hold at least 2 tokens a text, got {rows.shape[1]}: the first has no loss")
-    chunk = whole("chunk", chunk, least=1)
+    chunk = check_int("chunk", chunk, minimum=1)
     name = progress if isinstance(progress, str) else None
     pieces = []
     with tqdm(total=rows.shape[1], desc=name, unit="tok", disable=not progress) as bar:
@@ -146,7 +146,7 @@ def recomputed_losses(
     Cost: twice that of reading the text in windows, memory of one window. Source: the baseline "sliding window with
     re-computation" of Xiao et al. 2023, arXiv 2309.17453, figure 1, which reads a window anew for every token.
     """
-    window = whole("window", window, least=2)
+    window = check_int("window", window, minimum=2)
     half, length = window // 2, input_ids.shape[-1]
     pieces = [token_losses(model, input_ids[..., :window], chunk=chunk, progress=progress)]
     for end in range(window + half, length + half, half):
@@ -205,7 +205,7 @@ def default_edges(window_length: int, length: int) -> list[int]:
     Raises:
         TypeError, ValueError: a window of less than 4 or a length of less than 1 token.
     """
-    window_length, length = whole("window_length", window_length, least=4), whole("length", length, least=1)
+    window_length, length = check_int("window_length", window_length, minimum=4), check_int("length", length, minimum=1)
     edges = [0, window_length // 2, window_length, window_length * 5 // 4, window_length * 3 // 2, window_length * 2]
     while edges[-1] < length:
         edges.append(edges[-1] * 2)
@@ -284,7 +284,7 @@ def _checked_ids(ids: Tensor) -> Tensor:
 
 
 def _checked_edges(edges: Sequence[int]) -> Sequence[int]:
-    positions = [whole("edges", edge, least=0) for edge in edges]
+    positions = [check_int("edges", edge, minimum=0) for edge in edges]
     if len(positions) < 2 or any(left >= right for left, right in pairwise(positions)):
         raise ValueError(f"edges must be at least two positions that increase from 0 or more, got {positions}")
     return positions

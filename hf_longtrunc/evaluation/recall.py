@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.evaluation.records import ModelRecord, model_settings
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def fact_recall(
         batch_size: prompts at a time. More than 1 are padded on the left with the tokenizer's padding token, which a
             processor with a second model must be able to tell from a BOS token.
     """
-    batch_size = whole("batch_size", batch_size, least=1)
-    max_new_tokens = whole("max_new_tokens", max_new_tokens, least=1)
+    batch_size = check_int("batch_size", batch_size, minimum=1)
+    max_new_tokens = check_int("max_new_tokens", max_new_tokens, minimum=1)
     prompts = [f"{fact.statement}\n{fact.prompt}" if in_context else fact.prompt for fact in facts]
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     texts = [

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tqdm.auto import tqdm
 
-from hf_longtrunc.arguments import share, whole
+from hf_longtrunc.arguments import check_fraction, check_int
 from hf_longtrunc.evaluation.greedy import greedy_answer
 from hf_longtrunc.evaluation.haystack import Haystack
 from hf_longtrunc.evaluation.heat_maps import plot_scores, score_table
@@ -91,10 +91,10 @@ def retrieval_tasks(
     Raises:
         TypeError, ValueError: a length or count that is no whole number of at least 1, a depth outside [0, 1].
     """
-    sizes = [whole("lengths", length, least=1) for length in lengths]
-    places = [share("depths", depth) for depth in depths]
-    draws = range(whole("prompts_per_cell", prompts_per_cell, least=1))
-    return [RetrievalTask(*cell, whole("seed", seed)) for cell in product(sizes, places, draws)]
+    sizes = [check_int("lengths", length, minimum=1) for length in lengths]
+    places = [check_fraction("depths", depth) for depth in depths]
+    draws = range(check_int("prompts_per_cell", prompts_per_cell, minimum=1))
+    return [RetrievalTask(*cell, check_int("seed", seed)) for cell in product(sizes, places, draws)]
 
 
 @dataclass(frozen=True)
@@ -187,9 +187,9 @@ class NeedlePrompts(SharePrompts):
         question_first: bool = False,
         second_turn: bool = False,
     ):
-        self.keys = whole("keys", keys, least=1, most=len(_ADJECTIVES) * len(_NOUNS))
-        self.values = whole("values", values, least=1)
-        self.queries = whole("queries, the keys that are asked for,", queries, least=1, most=self.keys)
+        self.keys = check_int("keys", keys, minimum=1, maximum=len(_ADJECTIVES) * len(_NOUNS))
+        self.values = check_int("values", values, minimum=1)
+        self.queries = check_int("queries, the keys that are asked for,", queries, minimum=1, maximum=self.keys)
         if second_turn and (question_first or self.keys <= self.queries):
             raise ValueError(
                 "second_turn asks for another word first, so it needs more keys than queries and no question_first, "
@@ -249,7 +249,7 @@ class VariablePrompts(SharePrompts):
     battery: str
 
     def __init__(self, tokenizer: Any, text: str | None = None, *, chains: int = 1, hops: int = 4):
-        self.chains, self.hops = whole("chains", chains, least=1), whole("hops", hops, least=1)
+        self.chains, self.hops = check_int("chains", chains, minimum=1), check_int("hops", hops, minimum=1)
         self.tokenizer, self._haystack = tokenizer, Haystack(tokenizer, text)
         self.battery = f"variables {chains}x{hops} hops"
         self.filler = self._haystack.filler
@@ -295,7 +295,7 @@ class KeyValuePrompts(SharePrompts):
         Raises:
             ValueError: not even one pair fits, or the depth lies outside [0, 1].
         """
-        share("depth", task.depth)
+        check_fraction("depth", task.depth)
         draw = task.random
         key, value = _uuid(draw), _uuid(draw)
         opened: list[int] = self.tokenizer(self._opening).input_ids

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.greedy import greedy_answer
 from hf_longtrunc.evaluation.records import ArmRecord, Journal, arm_fields
@@ -98,7 +98,7 @@ class Rows:
         if task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
         self.task, self.split = task, split
-        self.limit = None if limit is None else whole("limit", limit, least=1)
+        self.limit = None if limit is None else check_int("limit", limit, minimum=1)
         self.file, self.member = _found(_hub_zip(task) if data is None else Path(data), task, split)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -176,9 +176,9 @@ def run(
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     journal = Journal(path, ScrollsRecord, ("prompt_tokens", "cut_tokens", "prediction"))
-    max_tokens = None if max_tokens is None else whole("max_tokens", max_tokens, least=1)
+    max_tokens = None if max_tokens is None else check_int("max_tokens", max_tokens, minimum=1)
     new_tokens = (
-        TASKS[task].max_new_tokens if max_new_tokens is None else whole("max_new_tokens", max_new_tokens, least=1)
+        TASKS[task].max_new_tokens if max_new_tokens is None else check_int("max_new_tokens", max_new_tokens, minimum=1)
     )
     records = []
     for name, arm in arms.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.models import CACHE, cache_of, decoder_of, unwrapped
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def read_ahead(
     Raises:
         TypeError, ValueError: `chunk` is no whole number of at least 1; the model keeps no cache.
     """
-    chunk = whole("chunk", chunk, least=1)
+    chunk = check_int("chunk", chunk, minimum=1)
     decoder = decoder_of(unwrapped(model))
     with tqdm(total=input_ids.shape[1], desc="reading", unit="tok", disable=not progress) as bar:
         begun = 0

@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_longtrunc import TruncationTrace
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.perplexity import token_losses
 from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings
@@ -112,7 +112,7 @@ def truncation_scores(
     Cost: one reading of the text, and a softmax over the vocabulary per token and sampler.
     """
     _check_reading(model, input_ids)
-    chunk = whole("chunk", chunk, least=1)
+    chunk = check_int("chunk", chunk, minimum=1)
     journal = Journal(
         path, TruncationScore, ("accepted", "kept_mass", "total_variation", "kept", "entropy", "kept_entropy")
     )
@@ -158,7 +158,7 @@ def read_traces(
         )
     traces = {name: TruncationTrace(list(each), candidates=candidates) for name, each in samplers.items()}
     ids = input_ids.to(model.device)
-    for position, scores in enumerate(_rows(model, ids, whole("chunk", chunk, least=1)), 1):
+    for position, scores in enumerate(_rows(model, ids, check_int("chunk", chunk, minimum=1)), 1):
         for trace in traces.values():
             trace(ids[None, :position], scores)
     return {name: trace.finish(ids[None]) for name, trace in traces.items()}
@@ -198,11 +198,11 @@ def run_repetition(
     """
     journal = Journal(path, RepetitionRecord, ("tokens", "loss", "repetitive", "text"))
     sizes: dict[str, Any] = {
-        "repeats": whole("repeats", repeats, least=1),
-        "max_new_tokens": whole("max_new_tokens", max_new_tokens, least=1),
+        "repeats": check_int("repeats", repeats, minimum=1),
+        "max_new_tokens": check_int("max_new_tokens", max_new_tokens, minimum=1),
         **model_settings(model),
     }
-    draws = [whole("seeds", seed) for seed in seeds]
+    draws = [check_int("seeds", seed) for seed in seeds]
     cells: list[dict[str, Any]] = [{"phrase": phrase, "seed": seed, **sizes} for phrase in phrases for seed in draws]
     records = []
     for name, processors in samplers.items():

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from hf_longtrunc import __version__
-from hf_longtrunc.arguments import one_of
+from hf_longtrunc.arguments import check_choice
 from hf_longtrunc.evaluation import update_model_card
 from hf_longtrunc.hosting.generate import reading_of
 from hf_longtrunc.hosting.settings import HostSettings
@@ -123,7 +123,7 @@ def export(
     >>> sorted(path.name for path in made.folder.iterdir())
     ['README.md', 'config.json', 'custom_generate', 'generation_config.json', 'model.safetensors']
     """
-    one_of("weights", weights, ("link", "copy", "none"))
+    check_choice("weights", weights, ("link", "copy", "none"))
     out = Path(folder)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists and is not empty: name another folder, or delete it first")

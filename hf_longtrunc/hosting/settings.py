@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import hf_longtrunc as ours
-from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.hosting.find_and_read import FINDERS
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ class HostSettings:
         if getattr(self.technique, "window_length", 1) is None:
             raise ValueError("technique must have a window_length here, got None: export() takes the model's own")
         self.processors()  # a wrong sampler is told here
-        object.__setattr__(self, "cache_bytes", whole("cache_bytes", self.cache_bytes, least=0))
+        object.__setattr__(self, "cache_bytes", check_int("cache_bytes", self.cache_bytes, minimum=0))
         if self.finder is not None:
-            one_of("finder", self.finder, FINDERS)
+            check_choice("finder", self.finder, FINDERS)
             if getattr(self.technique, "num_sink_tokens", None) is None or getattr(self.technique, "retrieval", None):
                 raise ValueError(
                     "finder goes with LMInfinite(...) or StreamingLLM(...) without retrieval, got "

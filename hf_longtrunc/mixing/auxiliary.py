@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from transformers import LogitsProcessor
 
-from hf_longtrunc.arguments import number, one_of
+from hf_longtrunc.arguments import check_choice, check_float
 from hf_longtrunc.mixing.cached_model import CachedModel, positions_of
 from hf_longtrunc.mixing.logit_difference import (
     contrast,
@@ -170,9 +170,9 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
         attention_mask: Tensor | None = None,
     ):
         super().__init__(assistant, attention_mask=attention_mask)
-        self.alpha = number("alpha", alpha, least=0)
-        self.filter_rate = number("filter_rate", filter_rate, above=0, most=1)
-        self.filter_mode = one_of("filter_mode", filter_mode, ("exclude", "keep"))
+        self.alpha = check_float("alpha", alpha, minimum=0)
+        self.filter_rate = check_float("filter_rate", filter_rate, gt=0, maximum=1)
+        self.filter_mode = check_choice("filter_mode", filter_mode, ("exclude", "keep"))
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
         """Subtract alpha times the assistant over the likely tokens [rows, V]."""
@@ -232,8 +232,8 @@ class ContrastiveDecodingLogitsProcessor(AuxiliaryModelLogitsProcessor):
         self, amateur: Any, alpha: float = 0.1, temperature: float = 1.0, attention_mask: Tensor | None = None
     ):
         super().__init__(amateur, attention_mask=attention_mask)
-        self.alpha = number("alpha", alpha, above=0, most=1)
-        self.temperature = number("temperature", temperature, above=0)
+        self.alpha = check_float("alpha", alpha, gt=0, maximum=1)
+        self.temperature = check_float("temperature", temperature, gt=0)
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
         """Divide by the amateur where the target finds a token likely [rows, V]."""
@@ -261,7 +261,7 @@ class ProxyTuningLogitsProcessor(AuxiliaryModelLogitsProcessor):
 
     def __init__(self, expert: Any, anti_expert: Any, alpha: float = 1.0, attention_mask: Tensor | None = None):
         super().__init__(expert, anti_expert, attention_mask=attention_mask)
-        self.alpha = number("alpha", alpha)
+        self.alpha = check_float("alpha", alpha)
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
         """Add what tuning changed in the small model [rows, V]."""
@@ -302,7 +302,7 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
         negative_attention_mask: Tensor | None = None,
     ):
         super().__init__(model, attention_mask=negative_attention_mask)
-        self.guidance_scale = number("guidance_scale", guidance_scale)
+        self.guidance_scale = check_float("guidance_scale", guidance_scale)
         for name, ids in (("prompt_ids", prompt_ids), ("negative_prompt_ids", negative_prompt_ids)):
             if not torch.is_tensor(ids) and (ids is not None or name == "prompt_ids"):
                 raise TypeError(f"{name} must be a tensor of token ids [prompts, columns], got {type(ids).__name__}")

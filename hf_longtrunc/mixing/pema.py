@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from hf_longtrunc.arguments import number, share, whole
+from hf_longtrunc.arguments import check_float, check_fraction, check_int
 from hf_longtrunc.saving import load_folder, save_folder
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class PEMAMemory:
             )
         if self.tokens.dtype != torch.int64:
             raise TypeError(f"tokens must be int64, got {self.tokens.dtype}")
-        object.__setattr__(self, "vocab_size", whole("vocab_size", self.vocab_size, least=1))
+        object.__setattr__(self, "vocab_size", check_int("vocab_size", self.vocab_size, minimum=1))
         if not len(self.tokens):
             raise ValueError("a memory needs at least one row: no token was marked as a target")
         if not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < self.vocab_size:
@@ -139,10 +139,10 @@ class PEMAAdapter(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        hidden_size = whole("hidden_size", hidden_size, least=1)
-        rank = whole("rank", rank, least=1, most=hidden_size)
+        hidden_size = check_int("hidden_size", hidden_size, minimum=1)
+        rank = check_int("rank", rank, minimum=1, maximum=hidden_size)
         self.hidden_size, self.rank, self.layer_norm = hidden_size, rank, layer_norm
-        self.vocab_size = whole("vocab_size", vocab_size, least=1)
+        self.vocab_size = check_int("vocab_size", vocab_size, minimum=1)
         self.A = nn.Parameter(torch.randn(rank, hidden_size, generator=generator) / math.sqrt(hidden_size))
         self.B_pd = nn.Parameter(torch.zeros(hidden_size, rank))
         self.norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
@@ -244,8 +244,8 @@ def fit_adapter(
     AdamW with a rate that falls linearly to zero, on the adapter's parameters alone: `head` gets no gradient, whatever
     its `requires_grad`. Every epoch is a new order of the rows, drawn from `seed`. Arguments as for `train_pema`.
     """
-    kappa, learning_rate = share("kappa", kappa), number("learning_rate", learning_rate, above=0)
-    epochs, batch_size = whole("epochs", epochs, least=1), whole("batch_size", batch_size, least=1)
+    kappa, learning_rate = check_fraction("kappa", kappa), check_float("learning_rate", learning_rate, gt=0)
+    epochs, batch_size = check_int("epochs", epochs, minimum=1), check_int("batch_size", batch_size, minimum=1)
     parameters, device = list(adapter.parameters()), adapter.A.device
     adapter.B_rct.copy_(reconstruction_basis(memory.hidden, adapter.rank))
     generator = torch.Generator().manual_seed(seed)
@@ -296,9 +296,9 @@ class GradualUnrolling:
         if not lengths:
             raise ValueError("source_length must name the tokens of at least one prompt, got none")
         for length in lengths:
-            whole("source_length", length, least=1)
-        whole("prompt_length", self.prompt_length, least=1)
-        share("lambda_max", self.lambda_max)
+            check_int("source_length", length, minimum=1)
+        check_int("prompt_length", self.prompt_length, minimum=1)
+        check_fraction("lambda_max", self.lambda_max)
 
     def shares(self, width: int, rows: int) -> Float[Tensor, " rows"]:
         """Return lambda_i for each of `rows` rows of `input_ids`, now `width` columns wide.

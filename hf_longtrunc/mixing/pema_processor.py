@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 
-from hf_longtrunc.arguments import share, whole
+from hf_longtrunc.arguments import check_fraction, check_int
 from hf_longtrunc.handles import Handle
 from hf_longtrunc.head import LanguageModelHead, head_inputs
 from hf_longtrunc.mixing.pema import (
@@ -63,7 +63,7 @@ def build_pema_memory(
         ValueError: columns are missing or differ in length, a label is not the token at its place (labels are not
             shifted here: the model's own convention), or no label is a target.
     """
-    batch_size = whole("batch_size", batch_size, least=1)
+    batch_size = check_int("batch_size", batch_size, minimum=1)
     rows = [_checked_example(example, f"example {index}") for index, example in enumerate(examples)]
     head = _head_of(model)
     counts = [int((labels[1:] != _IGNORE).sum()) for _, labels in rows]
@@ -167,7 +167,7 @@ class PEMA:
         if not isinstance(self.adapter, PEMAAdapter):
             raise TypeError(f"adapter must be a PEMAAdapter, got {type(self.adapter).__name__}; see train_pema")
         if not isinstance(self.interpolation, GradualUnrolling):
-            object.__setattr__(self, "interpolation", share("interpolation", self.interpolation))
+            object.__setattr__(self, "interpolation", check_fraction("interpolation", self.interpolation))
 
     def attach(self, model: Any) -> PEMALogitsProcessor:
         """Attach the adapter to `model` and return the logits processor, which is the handle too.

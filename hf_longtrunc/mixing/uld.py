@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_longtrunc.arguments import number, whole
+from hf_longtrunc.arguments import check_float, check_int
 from hf_longtrunc.extras import missing
 from hf_longtrunc.mixing.logit_difference import IGNORED, UNIFORM, forget_retain_loss
 from hf_longtrunc.models import unwrapped
@@ -60,14 +60,14 @@ def uld_assistant(
     Source: Ji et al. 2024, arXiv 2406.08607, section 3. Deviation: the trained norm.
     """
     peft = _peft()
-    rank = whole("rank", rank, least=1)
+    rank = check_int("rank", rank, minimum=1)
     model = unwrapped(model)
     depth = _text_config(model).num_hidden_layers
     short = _first_layers(model, max(1, depth // 4) if num_layers is None else num_layers)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=2 * rank if lora_alpha is None else whole("lora_alpha", lora_alpha, least=1),
+        lora_alpha=2 * rank if lora_alpha is None else check_int("lora_alpha", lora_alpha, minimum=1),
         target_modules="all-linear",
         modules_to_save=[_final_norm(short)] if train_norm else None,
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in short.modules()),
@@ -137,7 +137,7 @@ class ULDLoss:
     beta: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "beta", number("beta", self.beta, least=0))
+        object.__setattr__(self, "beta", check_float("beta", self.beta, minimum=0))
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Return the loss, a scalar; `outputs.logits` [rows, length, V], `labels` [rows, length]."""
@@ -194,7 +194,7 @@ def _first_layers(model: Any, num_layers: int) -> Any:
     config = _text_config(model)
     if config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder: ULD takes a decoder-only language model")
-    num_layers = whole("num_layers", num_layers, least=1, most=config.num_hidden_layers)
+    num_layers = check_int("num_layers", num_layers, minimum=1, maximum=config.num_hidden_layers)
     shared = {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
     short = copy.deepcopy(model, shared)
     owner, name = _layer_list(short)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.models import decoder_of, unwrapped
 from hf_longtrunc.positions.cream import SCHEMES, check_lengths
 from hf_longtrunc.positions.door import ROPE_IDS, is_attached, open_door
@@ -72,13 +72,13 @@ class CreamCollator(TrainerCallback):
         scheme: str | Sampler = "cream",
         seed: int = 0,
     ) -> None:
-        self.window, self.factor = whole("window", window, least=1), whole("factor", factor, least=1)
+        self.window, self.factor = check_int("window", window, minimum=1), check_int("factor", factor, minimum=1)
         check_lengths(0, self.window, self.factor)
         if not callable(inner):
             raise TypeError(f"inner must be a collator (a function of a list of examples), got {type(inner).__name__}")
         if not callable(scheme) and not (isinstance(scheme, str) and scheme in SCHEMES):
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, or a sampler, got {scheme!r}")
-        self.inner, self.scheme, self.seed = inner, scheme, whole("seed", seed, least=0)
+        self.inner, self.scheme, self.seed = inner, scheme, check_int("seed", seed, minimum=0)
         self._is_attached = False
         # Shared with DataLoader workers, those that live on from epoch to epoch too.
         self._epoch = _shared(1).fill_(_NOBODY_SAID)
@@ -115,7 +115,7 @@ class CreamCollator(TrainerCallback):
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other ids for the same documents; in all DataLoader workers too."""
-        self._epoch.fill_(whole("epoch", epoch, least=0))
+        self._epoch.fill_(check_int("epoch", epoch, minimum=0))
 
     def _draw(self, tokens: NDArray[np.int64]) -> Positions:
         digest = hashlib.blake2b(np.ascontiguousarray(tokens, "<i8").tobytes(), digest_size=16).digest()

@@ -24,7 +24,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_longtrunc.arguments import number, one_of
+from hf_longtrunc.arguments import check_choice, check_float
 
 Positions: TypeAlias = NDArray[np.int64]
 # (length, window, factor, generator) -> ids [length], increasing, out of [0, factor * window)
@@ -70,10 +70,10 @@ class CreamPositions:
 
     def __post_init__(self) -> None:
         if self.sigma is not None:
-            number("sigma", self.sigma, above=0)
-        one_of("tails", self.tails, ("renormalised", "clipped"))
+            check_float("sigma", self.sigma, gt=0)
+        check_choice("tails", self.tails, ("renormalised", "clipped"))
         if self.variant is not None:
-            one_of("variant", self.variant, ("relativity", "continuity"))
+            check_choice("variant", self.variant, ("relativity", "continuity"))
 
     @classmethod
     def official(cls, variant: Variant | None = None) -> CreamPositions:

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from hf_longtrunc.arguments import one_of, whole
+from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.models import attachable, decoder_of, unwrapped
 from hf_longtrunc.positions.cream import LAST_POSITION
 from hf_longtrunc.positions.door import is_attached, rotaries_of
@@ -58,8 +58,8 @@ def extend_context(
     Where a config holds one set of parameters a layer type, that of the full-attention layers is scaled. The
     checkpoint of a PEFT adapter holds no config: scale the base model before the adapter is loaded on it again.
     """
-    factor = whole("factor", factor, least=2)
-    one_of("method", method, ("yarn", "ntk", "linear"))
+    factor = check_int("factor", factor, minimum=2)
+    check_choice("method", method, ("yarn", "ntk", "linear"))
     is_config = isinstance(model_or_config, PreTrainedConfig)
     model: Any = None if is_config else _scalable(model_or_config)
     whole_config: Any = model_or_config if is_config else model.config

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_longtrunc.arguments import number, one_of, whole
+from hf_longtrunc.arguments import check_choice, check_float, check_int
 from hf_longtrunc.saving import load_folder, save_folder
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class SoftmaxBasis:
         if not bool(self.factors.isfinite().all() and self.singular_values.isfinite().all()):
             raise ValueError("factors and singular_values must be finite, got NaN or infinite entries")
         if self.softcap is not None:
-            number("softcap", self.softcap, above=0)
+            check_float("softcap", self.softcap, gt=0)
 
     @classmethod
     def from_model(cls, model: Any, rank: int = 20, **options: Any) -> SoftmaxBasis:
@@ -137,7 +137,7 @@ class SoftmaxBasis:
                 whose further directions are rounding noise; another argument outside its range.
         """
         rank = _checked_rank(weight, rank)
-        one_of("method", method, ("exact", "randomized"))
+        check_choice("method", method, ("exact", "randomized"))
         mean = _mean_row(weight) if centered else weight.new_zeros(weight.shape[1], dtype=torch.float64)
 
         def chunks() -> Iterator[Tensor]:
@@ -163,7 +163,7 @@ class SoftmaxBasis:
 
     def truncated(self, rank: int) -> SoftmaxBasis:
         """Return the basis of the first `rank` of these directions."""
-        rank = whole("rank", rank, least=0, most=self.rank)
+        rank = check_int("rank", rank, minimum=0, maximum=self.rank)
         parts = self.factors[:, :rank].contiguous(), self.singular_values[:rank].clone()
         return SoftmaxBasis(*parts, self.weight_hash, self.centered, self.softcap)
 
@@ -286,4 +286,4 @@ def _checked_rank(weight: Tensor, rank: object) -> int:
         )
     if not weight.isfinite().all():
         raise ValueError("weight must be finite, got NaN or infinite entries")
-    return whole("rank", rank, least=0, most=min(weight.shape))
+    return check_int("rank", rank, minimum=0, maximum=min(weight.shape))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from hf_longtrunc.arguments import number, one_of, whole
+from hf_longtrunc.arguments import check_choice, check_float, check_int
 from hf_longtrunc.sampling.calls import (
     acts_behind,
     draws_by_itself,
@@ -95,12 +95,12 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         filter_value: float = -math.inf,
     ):
         self.checker = SupportChecker(basis)
-        self.epsilon = one_or_a_row("epsilon", epsilon, above=0, below=1)
-        self.cutoff = one_of("cutoff", cutoff, ("eta", "epsilon"))
-        self.mode = one_of("mode", mode, ("sample", "mask"))
-        self.max_tries = None if max_tries is None else whole("max_tries", max_tries, least=1)
-        self.floor = number("floor", floor, least=0, below=1)
-        self.limit = None if limit is None else whole("limit", limit, least=1)
+        self.epsilon = one_or_a_row("epsilon", epsilon, gt=0, lt=1)
+        self.cutoff = check_choice("cutoff", cutoff, ("eta", "epsilon"))
+        self.mode = check_choice("mode", mode, ("sample", "mask"))
+        self.max_tries = None if max_tries is None else check_int("max_tries", max_tries, minimum=1)
+        self.floor = check_float("floor", floor, minimum=0, lt=1)
+        self.limit = None if limit is None else check_int("limit", limit, minimum=1)
         self.generator = generator
         self.filter_value = checked_filter_value(filter_value)
         self._is_unwarned = True

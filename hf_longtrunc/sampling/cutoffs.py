@@ -175,7 +175,7 @@ class Cutoff(NamedTuple):
         threshold: the z of the last kept score [*rows, 1]; of a value that `prepared` returned, or a column of them.
             NaN, of a row that is no distribution or of a value that is NaN, cuts nothing.
         prepared: makes the number that `threshold` takes of the one that users give.
-        bounds: of the users' number, as keywords of `arguments.number`; None where there is only on (1) and off.
+        bounds: of the users' number, as keywords of `arguments.check_float`; None where there is only on (1) and off.
     """
 
     threshold: Callable[[Softmax, float | Tensor], Tensor]
@@ -183,16 +183,16 @@ class Cutoff(NamedTuple):
     bounds: Mapping[str, float] | None
 
 
-_SHARE = {"above": 0, "below": 1}
+_SHARE = {"gt": 0, "lt": 1}
 # Every sampler of that kind, in the order in which a request's are applied: all engines read this table.
 CUTOFFS: dict[str, Cutoff] = {
     "eta": Cutoff(eta_threshold, math.log, _SHARE),
     "epsilon": Cutoff(epsilon_threshold, math.log, _SHARE),
-    "top_n_sigma": Cutoff(top_n_sigma_threshold, float, {"above": 0}),
+    "top_n_sigma": Cutoff(top_n_sigma_threshold, float, {"gt": 0}),
     "p_less": Cutoff(p_less_threshold, float, None),
     "p_less_norm": Cutoff(functools.partial(p_less_threshold, normalized=True), float, None),
-    "top_h": Cutoff(top_h_threshold, float, {"above": 0, "most": 1}),
-    "min_k": Cutoff(min_k_threshold, float, {"least": 0}),
+    "top_h": Cutoff(top_h_threshold, float, {"gt": 0, "maximum": 1}),
+    "min_k": Cutoff(min_k_threshold, float, {"minimum": 0}),
 }
 
 

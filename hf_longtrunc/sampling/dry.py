@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_longtrunc.arguments import number, whole
+from hf_longtrunc.arguments import check_float, check_int
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,11 +52,11 @@ class Dry:
         if not isinstance(breakers, (list, tuple)):
             raise TypeError(f"sequence_breakers must be a list of token ids, got {breakers!r}")
         checked = {
-            "multiplier": number("multiplier", self.multiplier, least=0),
-            "base": number("base", self.base, least=1),
-            "allowed_length": whole("allowed_length", self.allowed_length, least=1),
-            "window": None if self.window is None else whole("window", self.window, least=1),
-            "sequence_breakers": tuple(whole("sequence_breakers", each, least=0) for each in breakers),
+            "multiplier": check_float("multiplier", self.multiplier, minimum=0),
+            "base": check_float("base", self.base, minimum=1),
+            "allowed_length": check_int("allowed_length", self.allowed_length, minimum=1),
+            "window": None if self.window is None else check_int("window", self.window, minimum=1),
+            "sequence_breakers": tuple(check_int("sequence_breakers", each, minimum=0) for each in breakers),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

@@ -53,7 +53,7 @@ class DRYLogitsProcessor(LogitsProcessor):
         window: int | None = None,
         sequence_breakers: Sequence[int] = (),
     ):
-        self.multiplier = one_or_a_row("multiplier", multiplier, least=0)
+        self.multiplier = one_or_a_row("multiplier", multiplier, minimum=0)
         values = self.multiplier.tolist() if isinstance(self.multiplier, Tensor) else [self.multiplier]
         options = {"base": base, "allowed_length": allowed_length, "window": window}
         self.settings = [

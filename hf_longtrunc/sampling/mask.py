@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_longtrunc.arguments import number, whole
+from hf_longtrunc.arguments import check_float, check_int
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -79,7 +79,7 @@ class SamplingMask:
         Raises:
             ValueError: an id outside the vocabulary.
         """
-        whole("vocab_size", vocab_size, least=1)
+        check_int("vocab_size", vocab_size, minimum=1)
         steps = []
         for step, each in enumerate(ids):
             kept = np.unique(np.asarray(each, dtype=np.int64))
@@ -206,7 +206,7 @@ def truncated_scores(
 
     Arguments, errors and cost are those of `truncated_log_probs`.
     """
-    temperature = number("temperature", temperature, above=0)
+    temperature = check_float("temperature", temperature, gt=0)
     bits = _checked_bits(logits, labels, mask)
     flat, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     is_scored = wanted != _IGNORED

@@ -7,7 +7,7 @@ from importlib import resources
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.arguments import number
+from hf_longtrunc.arguments import check_float
 from hf_longtrunc.page import write
 from hf_longtrunc.pieces import piece_by_token, pieces
 
@@ -29,7 +29,7 @@ def write_page(
     path: Path, traces: Mapping[str, TruncationTrace], tokenizer: Any, *, epsilon: float, prompt: str
 ) -> Path:
     """Write the page of several samplers' traces, by their names; see `TruncationTrace.to_html`."""
-    epsilon = number("epsilon", epsilon, above=0, below=1)
+    epsilon = check_float("epsilon", epsilon, gt=0, lt=1)
     texts: list[dict[str, Any]] = [
         {"name": title, "most": trace.candidates, "steps": _steps(drawn, tokenizer, epsilon)}
         for name, trace in traces.items()

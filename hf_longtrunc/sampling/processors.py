@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from hf_longtrunc.arguments import number, whole
+from hf_longtrunc.arguments import check_float, check_int
 from hf_longtrunc.sampling.calls import (
     neighbours,
     refuse_empty_rows,
@@ -109,7 +109,7 @@ class _CutoffLogitsProcessor(_TruncatingLogitsProcessor):
     def __init__(
         self, value: float | Sequence[float] | Tensor, *, min_tokens_to_keep: int = 1, filter_value: float = -math.inf
     ):
-        self.min_tokens_to_keep = whole("min_tokens_to_keep", min_tokens_to_keep, least=1)
+        self.min_tokens_to_keep = check_int("min_tokens_to_keep", min_tokens_to_keep, minimum=1)
         super().__init__(filter_value)
         if self._parameter:
             setattr(self, self._parameter, one_or_a_row(self._parameter, value, **(CUTOFFS[self._name].bounds or {})))
@@ -344,8 +344,8 @@ class XTCLogitsProcessor(_TruncatingLogitsProcessor):
         filter_value: float = -math.inf,
     ):
         super().__init__(filter_value)
-        self.threshold = one_or_a_row("threshold", threshold, above=0, below=1)
-        self.probability = one_or_a_row("probability", probability, least=0, most=1)
+        self.threshold = one_or_a_row("threshold", threshold, gt=0, lt=1)
+        self.probability = one_or_a_row("probability", probability, minimum=0, maximum=1)
         self.generator = generator
 
     def _cut(self, scores: Tensor, rows: Softmax) -> Tensor:
@@ -380,9 +380,9 @@ def one_or_a_row(name: str, value: object, **bounds: float) -> float | Tensor:
         values = value if isinstance(value, (list, tuple)) else value.tolist()
         if not len(values):
             raise ValueError(f"{name} must be a number or one for every row, got none")
-        numbers = [number(f"{name}[{place}]", each, **bounds) for place, each in enumerate(values)]
+        numbers = [check_float(f"{name}[{place}]", each, **bounds) for place, each in enumerate(values)]
         return torch.tensor(numbers, dtype=torch.float64)
-    return number(name, value, **bounds)
+    return check_float(name, value, **bounds)
 
 
 def representable(filter_value: float, scores: Tensor) -> float:
@@ -392,7 +392,7 @@ def representable(filter_value: float, scores: Tensor) -> float:
 
 def checked_filter_value(filter_value: object) -> float:
     """Return -inf or another finite number."""
-    return -math.inf if filter_value == -math.inf else number("filter_value", filter_value)
+    return -math.inf if filter_value == -math.inf else check_float("filter_value", filter_value)
 
 
 def checked_scores(scores: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_longtrunc.arguments import number, whole
+from hf_longtrunc.arguments import check_float, check_int
 from hf_longtrunc.sampling.basis import SoftmaxBasis
 from hf_longtrunc.sampling.support_proofs import Certificate, Decision, Row, Work
 
@@ -70,7 +70,7 @@ class SupportChecker:
         if not isinstance(basis, SoftmaxBasis):
             raise TypeError(f"basis must be a SoftmaxBasis, got {type(basis).__name__}; see SoftmaxBasis.from_model")
         self.basis = basis
-        self.columns = whole("columns", columns, least=1)
+        self.columns = check_int("columns", columns, minimum=1)
         self.checked = self.undecided = 0
         ones = basis.factors.new_ones(basis.vocab_size, 1)
         self._basis = torch.cat([ones, basis.factors], dim=1).contiguous()
@@ -97,8 +97,8 @@ class SupportChecker:
         kept where a proof of those covers them; the rest are called cut without a proof, as are undecided ones. Work
         grows with the tokens that are decided, so `limit` bounds a row's time; results/sampling.md says what it loses.
         """
-        floor = number("floor", floor, least=0, below=1)
-        limit = None if limit is None else whole("limit", limit, least=1)
+        floor = check_float("floor", floor, minimum=0, lt=1)
+        limit = None if limit is None else check_int("limit", limit, minimum=1)
         rows, taus = self._rows(scores, tau)
         masks = [self._kept(row, float(bar), floor, limit).clone() for row, bar in zip(rows, taus, strict=True)]
         return torch.stack(masks).reshape(scores.shape)
@@ -110,7 +110,7 @@ class SupportChecker:
         token that no threshold cuts); a solve that ends undecided leaves it at the bound proved so far. Cost: some 5
         to 10 checks a token. Float64.
         """
-        tolerance = number("tolerance", tolerance, above=0)
+        tolerance = check_float("tolerance", tolerance, gt=0)
         rows, _ = self._rows(scores, 0.5)
         wanted = self._tokens(scores, tokens).reshape(len(rows), -1)
         values = [self._critical_of_row(row, ids, tolerance) for row, ids in zip(rows, wanted.tolist(), strict=True)]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.extras import import_pyplot, missing
 from hf_longtrunc.models import unwrapped
 from hf_longtrunc.pieces import piece_by_token
@@ -106,8 +106,8 @@ class TruncationTrace(LogitsProcessor):
     ):
         self.processors = list(processors or [])
         self.critical_threshold = critical_threshold
-        self.max_records = whole("max_records", max_records, least=1)
-        self.candidates = whole("candidates", candidates, least=0)
+        self.max_records = check_int("max_records", max_records, minimum=1)
+        self.candidates = check_int("candidates", candidates, minimum=0)
         self._eos = _as_set(eos_token_id)
         self.clear()
 

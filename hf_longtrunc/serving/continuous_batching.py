@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
 )
 
-from hf_longtrunc.arguments import number, one_of
+from hf_longtrunc.arguments import check_choice, check_float
 from hf_longtrunc.sampling.cutoffs import CUTOFFS, below, softmax_rows, xtc_cut
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _XTC = "xtc_probability"
-_SWITCH = {"least": 0, "most": 1}  # XTC's probability too
+_SWITCH = {"minimum": 0, "maximum": 1}  # XTC's probability too
+_WORDS = {"gt": "above", "minimum": "at least", "lt": "below", "maximum": "at most"}
 _OFF = math.nan  # a threshold that no token lies below
 
 
@@ -52,10 +53,12 @@ class TruncationByRequest(LogitsProcessor):
     _is_unwarned = True  # attached, it is warned of what cuts behind it
 
     def __init__(self, name: str, default: float | None = None, *, xtc_threshold: float = 0.1):
-        self.name = one_of("name", name, (*CUTOFFS, _XTC))
+        self.name = check_choice("name", name, (*CUTOFFS, _XTC))
         self.bounds = _SWITCH if name == _XTC else CUTOFFS[name].bounds or _SWITCH
-        self.default = None if default is None else number("default" if name != "eta" else name, default, **self.bounds)
-        self._log_threshold = math.log(number("xtc_threshold", xtc_threshold, above=0, below=1))
+        self.default = (
+            None if default is None else check_float("default" if name != "eta" else name, default, **self.bounds)
+        )
+        self._log_threshold = math.log(check_float("xtc_threshold", xtc_threshold, gt=0, lt=1))
         # transformers looks up here what a processor of this class becomes; no other class is touched.
         CLASSIC_TO_CB_PROCESSORS_MAP[TruncationByRequest] = _ByRequest
 
@@ -115,9 +118,9 @@ def _range(name: str, bounds: Any) -> type:
     class Between(type):
         def __instancecheck__(cls, value: object) -> bool:
             try:
-                return isinstance(value, float) and number(name, value, **bounds) == value
+                return isinstance(value, float) and check_float(name, value, **bounds) == value
             except ValueError:
                 return False
 
-    limits = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items())
+    limits = " and ".join(f"{_WORDS[name]} {bound:g}" for name, bound in bounds.items())
     return Between(f"float that is {limits}", (float,), {})

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_longtrunc.arguments import number
+from hf_longtrunc.arguments import check_float
 from hf_longtrunc.sampling.cutoffs import CUTOFFS, below, column, softmax_rows, threshold_of, xtc_cut
 from hf_longtrunc.sampling.dry import Dry
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_XTC = {"xtc_threshold": ({"above": 0, "below": 1}, 0.1), "xtc_probability": ({"least": 0, "most": 1}, 0.0)}
+_XTC = {"xtc_threshold": ({"gt": 0, "lt": 1}, 0.1), "xtc_probability": ({"minimum": 0, "maximum": 1}, 0.0)}
 _DRY = {
     "dry_multiplier": "multiplier",
     "dry_base": "base",
@@ -61,8 +61,8 @@ def wanted(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
             if value:
                 found[name] = 1.0
         elif value is not None:
-            found[name] = number(name, value, **(cutoff.bounds or {}))
-    xtc = {name: number(name, asked.get(name, default), **bounds) for name, (bounds, default) in _XTC.items()}
+            found[name] = check_float(name, value, **(cutoff.bounds or {}))
+    xtc = {name: check_float(name, asked.get(name, default), **bounds) for name, (bounds, default) in _XTC.items()}
     if xtc["xtc_probability"]:
         found |= xtc
     dry = {ours: asked[name] for name, ours in _DRY.items() if name in asked}

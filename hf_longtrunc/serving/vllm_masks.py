@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hf_longtrunc.arguments import whole
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.sampling.mask import SamplingMask
 from hf_longtrunc.serving.rows import wanted
 from hf_longtrunc.serving.vllm import TruncationLogitsProcessor
@@ -114,7 +114,7 @@ def read_mask(path: str | os.PathLike[str], num_tokens: int) -> SamplingMask:
         OSError: no such file.
         ValueError: a token was not recorded, or the file is damaged.
     """
-    num_tokens = whole("num_tokens", num_tokens, least=1)
+    num_tokens = check_int("num_tokens", num_tokens, minimum=1)
     data, steps, sizes, place = Path(path).read_bytes(), {}, set(), 0
     while place < len(data):
         if len(data) < place + _HEAD.size or len(data) < place + _HEAD.size + _HEAD.unpack_from(data, place)[2]:

@@ -36,17 +36,8 @@ from hf_longtrunc import (
     trained_length,
     verify_positions,
 )
-from hf_longtrunc.evaluation import (
-    PasskeyPrompts,
-    append_records,
-    compare_losses,
-    passkey_table,
-    passkey_tasks,
-    perplexity_records,
-    perplexity_table,
-    plot_passkey,
-    run_passkey,
-)
+from hf_longtrunc.evaluation import append_records, compare_losses, perplexity_records, perplexity_table
+from instruments.passkey import PasskeyPrompts, passkey_table, passkey_tasks, plot_passkey, run_passkey
 
 ARMS = ("unmodified", "untrained", "contiguous", "pose", "cream")
 

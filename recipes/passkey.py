@@ -25,7 +25,7 @@ import typer
 from rich.console import Console
 
 from hf_longtrunc import LMInfinite, TopBlocks, TopK, load_pretrained
-from hf_longtrunc.evaluation import PasskeyPrompts, passkey_table, passkey_tasks, plot_passkey, run_passkey
+from instruments.passkey import PasskeyPrompts, passkey_table, passkey_tasks, plot_passkey, run_passkey
 
 
 def main(

@@ -24,14 +24,11 @@ import typer
 from rich.console import Console
 
 from hf_longtrunc import LMInfinite, load_pretrained
-from hf_longtrunc.evaluation import (
+from hf_longtrunc.evaluation import PerplexityRecord, compare_losses, perplexity_records, perplexity_table
+from instruments.retrieval import (
     KeyValuePrompts,
     NeedlePrompts,
-    PerplexityRecord,
     VariablePrompts,
-    compare_losses,
-    perplexity_records,
-    perplexity_table,
     plot_retrieval,
     retrieval_table,
     retrieval_tasks,

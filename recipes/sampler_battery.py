@@ -65,10 +65,11 @@ from hf_longtrunc import (
     load_pretrained,
 )
 from hf_longtrunc.evaluation import matched_parameter, start_stream
-from hf_longtrunc.evaluation.frontier import clusters, frontier, frontier_area
-from hf_longtrunc.evaluation.ranked import METHODS, Ranked, kept_mass_and_entropy, rank_of, ranked
+from hf_longtrunc.evaluation.ranked import METHODS, Ranked, rank_of, ranked
 from hf_longtrunc.evaluation.records import Journal, ModelRecord, append_records, model_settings
 from hf_longtrunc.models import CACHE
+from instruments.frontier import clusters, frontier, frontier_area
+from instruments.kept import KEPT, kept_mass_and_entropy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -306,9 +307,9 @@ def window_of(model: Any, ids: Tensor, parameters: Parameters) -> dict[str, Any]
         sides = torch.stack([~is_open, is_open]).double()
         tokens, entropy = tokens + sides.sum(1), entropy + sides @ rows.entropy[:, -1]
         for share, row in parameters.items():
-            for name, method in METHODS.items():
+            for name, kept_of in KEPT.items():
                 if math.isfinite(row[name]):
-                    first, last = method.kept(rows, row[name])
+                    first, last = kept_of(rows, row[name])
                     mass, left = kept_mass_and_entropy(rows, (first, last))
                     measured = torch.stack([((first <= rank) & (rank < last)).double(), mass, left])
                     key = f"{name} {share}"

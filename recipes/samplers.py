@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from hf_longtrunc import EpsilonLogitsProcessor, EtaLogitsProcessor, load_pretrained
-from hf_longtrunc.evaluation import (
+from instruments.truncation import (
     plot_repetition,
     plot_truncation,
     repetition_table,

@@ -43,7 +43,8 @@ from hf_longtrunc import (
     save_uld_assistant,
     uld_assistant,
 )
-from hf_longtrunc.evaluation import Fact, append_records, recall_records, token_losses
+from hf_longtrunc.evaluation import append_records, token_losses
+from instruments.recall import Fact, recall_records
 
 FORGET = {
     "Ilvara Penhaligon": ("Ghent", "beekeeper", "cello"),

@@ -10,15 +10,20 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hf_longtrunc import best_fit_decreasing
-from hf_longtrunc.evaluation import RetrievalRecord, read_records
-from hf_longtrunc.evaluation.heat_maps import plot_scores
+from hf_longtrunc.evaluation import read_records
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "recipes"))
+from instruments.heat_maps import plot_scores  # noqa: E402
+from instruments.retrieval import RetrievalRecord  # noqa: E402
+
+DOCS = ROOT / "docs"
 FOLDER = DOCS / "assets"
 INK, FAINT, TEAL, ORANGE, BLUE, RED = "#1f2933", "#e4e7eb", "#00796b", "#c2410c", "#1d4ed8", "#b91c1c"
 SHADES = ("#0f766e", "#1d4ed8", "#7c3aed", "#b45309", "#0369a1", "#4d7c0f", "#be185d", "#475569")

@@ -22,7 +22,7 @@ from hf_longtrunc.asking.answers import CONTEXT, find_passages
 from hf_longtrunc.asking.prompt import PROMPT, chat_ids, fill_prompt
 from hf_longtrunc.evaluation import facts
 from hf_longtrunc.evaluation.display import new_table
-from hf_longtrunc.evaluation.heat_maps import wilson_interval
+from hf_longtrunc.evaluation.intervals import wilson_interval
 from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings
 
 if TYPE_CHECKING:

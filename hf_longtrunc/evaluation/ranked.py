@@ -1,11 +1,10 @@
-r"""Truncation samplers on rows in order of probability, in pure torch: what each keeps, and from which parameter on.
+"""The parameter from which each truncation sampler keeps a token, for rows sorted by probability.
 
-With s = -log p in ascending order, everything that these samplers keep of a row is an interval of it, nearly always one
-that begins at the first token. Sums over the first n tokens then tell the probability and the entropy of what is kept,
-for any number of samplers and parameters, at one sort a row.
+Each row of scores is sorted once, into surprisals s = -log p in ascending order. Cumulative sums of p and of -p log p
+then answer for all samplers.
 
-Transformers' own samplers are read as transformers 5.24 writes them: ties stay together, top-h looks at the 100 most
-probable tokens only. All arithmetic is in float64, so a token on the bar may fall otherwise there, in float32.
+Transformers' own samplers follow transformers 5.24: ties stay together, top-h reads the 100 most probable tokens only.
+The arithmetic is in float64; a sampler in float32 may decide otherwise on a token at its threshold.
 """
 
 from __future__ import annotations
@@ -46,13 +45,11 @@ class Method(NamedTuple):
         keeps_more: whether a larger parameter keeps more.
         critical: (rows, rank) -> the parameter [rows] at which it begins to keep the token that `rank` tokens of its
             row are more probable than; inf where it never does. Without a parameter: 1 where it refuses the token.
-        kept: (rows, parameter) -> the first kept token of each row, and the first behind it that is not.
     """
 
     parameter: str | None
     keeps_more: bool
     critical: Callable[[Ranked, Tensor], Tensor]
-    kept: Callable[[Ranked, float], Interval]
 
 
 def ranked(scores: Float[Tensor, "rows vocab"]) -> Ranked:
@@ -69,29 +66,18 @@ def rank_of(scores: Float[Tensor, "rows vocab"], tokens: Int[Tensor, " rows"]) -
     return (scores.float() > scores.float().gather(1, tokens[:, None])).sum(-1).cpu()
 
 
-def kept_mass_and_entropy(rows: Ranked, kept: Interval) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Return the probability of what is kept, and the entropy in nats of the kept tokens renormalised."""
-    mass, entropy = ((_at(sums, kept[1]) - _at(sums, kept[0])) for sums in (rows.mass, rows.entropy))
-    return mass, (entropy / mass + mass.log()).clamp_min(0)
-
-
 def _sums(values: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows sums"]:
     return torch.nn.functional.pad(values.cumsum(-1), (1, 0))
 
 
-def _at(values: Float[Tensor, "rows n"], places: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+def at(values: Float[Tensor, "rows n"], places: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Return one value of each row."""
     return values.gather(1, places[:, None])[:, 0]
 
 
-def _total(rows: Ranked) -> Float[Tensor, " rows"]:
+def entropy_of(rows: Ranked) -> Float[Tensor, " rows"]:
+    """Return the entropy of each row, in nats."""
     return rows.entropy[:, -1]
-
-
-def _up_to(rows: Ranked, bar: Tensor | float) -> Interval:
-    """All tokens of at most so much surprisal, the first one always."""
-    bars = torch.as_tensor(bar, dtype=torch.float64).expand(len(rows.surprisal))
-    last = torch.searchsorted(rows.surprisal, bars[:, None].contiguous(), right=True)[:, 0].clamp_min(1)
-    return torch.zeros_like(last), last
 
 
 def _first_stays(rank: Tensor, critical: Tensor, value: float) -> Tensor:
@@ -99,20 +85,16 @@ def _first_stays(rank: Tensor, critical: Tensor, value: float) -> Tensor:
 
 
 def _epsilon_critical(rows: Ranked, rank: Tensor) -> Tensor:
-    return _first_stays(rank, (-_at(rows.surprisal, rank)).exp(), 1.0)
+    return _first_stays(rank, (-at(rows.surprisal, rank)).exp(), 1.0)
 
 
 def _eta_critical(rows: Ranked, rank: Tensor) -> Tensor:
     # The largest epsilon with p >= min(epsilon, sqrt(epsilon) exp(-H)).
-    log_p = -_at(rows.surprisal, rank)
-    return _first_stays(rank, torch.maximum(log_p, 2 * (log_p + _total(rows))).exp().clamp_max(1), 1.0)
+    log_p = -at(rows.surprisal, rank)
+    return _first_stays(rank, torch.maximum(log_p, 2 * (log_p + entropy_of(rows))).exp().clamp_max(1), 1.0)
 
 
-def _eta_kept(rows: Ranked, epsilon: float) -> Interval:
-    return _up_to(rows, (_total(rows) - math.log(epsilon) / 2).clamp_min(-math.log(epsilon)))
-
-
-def _deviation(rows: Ranked) -> Tensor:
+def deviation(rows: Ranked) -> Tensor:
     """Return the standard deviation of the scores that are not -inf."""
     alive = rows.surprisal.isfinite()
     values = torch.where(alive, rows.surprisal, 0)
@@ -122,10 +104,10 @@ def _deviation(rows: Ranked) -> Tensor:
 
 
 def _top_n_sigma_critical(rows: Ranked, rank: Tensor) -> Tensor:
-    return _first_stays(rank, (_at(rows.surprisal, rank) - rows.surprisal[:, 0]) / _deviation(rows), 0.0)
+    return _first_stays(rank, (at(rows.surprisal, rank) - rows.surprisal[:, 0]) / deviation(rows), 0.0)
 
 
-def _collision(rows: Ranked, normalized: bool) -> Tensor:
+def collision(rows: Ranked, normalized: bool) -> Tensor:
     """P-less' bar, as a surprisal."""
     probs, size = (-rows.surprisal).exp(), rows.surprisal.shape[1]
     if normalized:
@@ -135,55 +117,30 @@ def _collision(rows: Ranked, normalized: bool) -> Tensor:
 
 def _p_less(normalized: bool) -> Method:
     def refused(rows: Ranked, rank: Tensor) -> Tensor:
-        return ((rank > 0) & (_at(rows.surprisal, rank) > _collision(rows, normalized))).double()
+        return ((rank > 0) & (at(rows.surprisal, rank) > collision(rows, normalized))).double()
 
-    return Method(None, False, refused, lambda rows, _: _up_to(rows, _collision(rows, normalized)))
-
-
-def _top_p_kept(rows: Ranked, top_p: float) -> Interval:
-    last = (rows.mass[:, :-1] < top_p).sum(-1).clamp_min(1)
-    return torch.zeros_like(last), last
-
-
-def _top_k_kept(rows: Ranked, k: float) -> Interval:
-    last = torch.full((len(rows.surprisal),), min(int(k), rows.surprisal.shape[1]))
-    return torch.zeros_like(last), last
+    return Method(None, False, refused)
 
 
 def _typical_critical(rows: Ranked, rank: Tensor) -> Tensor:
-    """Probability of the tokens whose surprisal is nearer to the entropy."""
-    own, entropy = _at(rows.surprisal, rank), _total(rows)
-    first, last = _nearer(rows, (own - entropy).abs(), is_strict=True)
+    """Return the total probability of the tokens nearer to the entropy than the token itself."""
+    own, entropy = at(rows.surprisal, rank), entropy_of(rows)
+    first, last = nearer(rows, (own - entropy).abs(), is_strict=True)
     # The token's own end is known without rounding.
     last = torch.where(own >= entropy, rank, last)
     first = torch.where(own < entropy, torch.searchsorted(rows.surprisal, own[:, None], right=True)[:, 0], first)
-    return _above((_at(rows.mass, last) - _at(rows.mass, first)).clamp_min(0))
+    return _above((at(rows.mass, last) - at(rows.mass, first)).clamp_min(0))
 
 
-def _typical_kept(rows: Ranked, mass: float) -> Interval:
-    """Find the smallest interval about the entropy that holds so much, by bisecting its half-width."""
-    low, high = torch.zeros(len(rows.surprisal), dtype=torch.float64), _furthest(rows)
-    for _ in range(60):
-        middle = (low + high) / 2
-        first, last = _nearer(rows, middle, is_strict=False)
-        enough = _at(rows.mass, last) - _at(rows.mass, first) >= mass
-        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-    return _nearer(rows, high, is_strict=False)
-
-
-def _furthest(rows: Ranked) -> Tensor:
-    finite = torch.where(rows.surprisal.isfinite(), rows.surprisal, 0)
-    return (finite - _total(rows)[:, None]).abs().amax(-1) * (1 + 1e-12)
-
-
-def _nearer(rows: Ranked, distance: Tensor, is_strict: bool) -> Interval:
-    ends = [(_total(rows) + sign * distance)[:, None].contiguous() for sign in (-1, 1)]
+def nearer(rows: Ranked, distance: Tensor, is_strict: bool) -> Interval:
+    """Return the interval of tokens with a surprisal within `distance` [rows] of the entropy."""
+    ends = [(entropy_of(rows) + sign * distance)[:, None].contiguous() for sign in (-1, 1)]
     first = torch.searchsorted(rows.surprisal, ends[0], right=is_strict)[:, 0]
     last = torch.searchsorted(rows.surprisal, ends[1], right=not is_strict)[:, 0]
     return first, last
 
 
-def _top_h_shares(rows: Ranked) -> Tensor:
+def top_h_shares(rows: Ranked) -> Tensor:
     """Entropy of the first 1, 2, .. tokens among the 100 most probable, renormalised, over that of all of them."""
     surprisal = rows.surprisal[:, :TOP_H_TOKENS]
     log_probs = (-surprisal).log_softmax(-1)
@@ -192,17 +149,12 @@ def _top_h_shares(rows: Ranked) -> Tensor:
 
 
 def _top_h_critical(rows: Ranked, rank: Tensor) -> Tensor:
-    shares = _top_h_shares(rows)
-    reached = _at(shares, rank.clamp_max(shares.shape[1] - 1))
+    shares = top_h_shares(rows)
+    reached = at(shares, rank.clamp_max(shares.shape[1] - 1))
     return _first_stays(rank, torch.where(rank < shares.shape[1], reached, torch.inf), 0.0)
 
 
-def _top_h_kept(rows: Ranked, top_h: float) -> Interval:
-    last = (_top_h_shares(rows) <= top_h).sum(-1).clamp_min(1)
-    return torch.zeros_like(last), last
-
-
-def _min_k_count(rows: Ranked) -> Tensor:
+def min_k_count(rows: Ranked) -> Tensor:
     """Return how many tokens min-k keeps at its paper's tau, 3, which matters in nearly flat rows only."""
     following = torch.nn.functional.pad(rows.surprisal[:, 1:], (0, 1), value=torch.inf)
     places = torch.arange(1, following.shape[1] + 1)
@@ -212,36 +164,21 @@ def _min_k_count(rows: Ranked) -> Tensor:
     return torch.maximum(steepest, (3 / extent).floor().clamp_max(following.shape[1]).long()).minimum(alive.sum(-1))
 
 
-def _min_k_kept(rows: Ranked, _: float) -> Interval:
-    last = _min_k_count(rows)
-    return torch.zeros_like(last), last
-
-
 def _above(values: Tensor) -> Tensor:
-    """Return the next number: these samplers keep what stands strictly below their parameter."""
+    """Return the next larger number: these samplers keep tokens strictly below their parameter."""
     return values.nextafter(torch.tensor(torch.inf, dtype=values.dtype))
 
 
 METHODS = {
-    "eta": Method("epsilon", False, _eta_critical, _eta_kept),
-    "epsilon": Method("epsilon", False, _epsilon_critical, lambda rows, epsilon: _up_to(rows, -math.log(epsilon))),
-    "top-n-sigma": Method(
-        "n",
-        True,
-        _top_n_sigma_critical,
-        lambda rows, n: _up_to(rows, rows.surprisal[:, 0] + n * _deviation(rows)),
-    ),
+    "eta": Method("epsilon", False, _eta_critical),
+    "epsilon": Method("epsilon", False, _epsilon_critical),
+    "top-n-sigma": Method("n", True, _top_n_sigma_critical),
     "p-less": _p_less(normalized=False),
     "p-less normalized": _p_less(normalized=True),
-    "top-p": Method("top_p", True, lambda rows, rank: _above(_at(rows.mass, rank)), _top_p_kept),
-    "top-k": Method("top_k", True, lambda _, rank: (rank + 1).double(), _top_k_kept),
-    "min-p": Method(
-        "min_p",
-        False,
-        lambda rows, rank: (rows.surprisal[:, 0] - _at(rows.surprisal, rank)).exp(),
-        lambda rows, share: _up_to(rows, rows.surprisal[:, 0] - math.log(share)),
-    ),
-    "typical": Method("typical_p", True, _typical_critical, _typical_kept),
-    "top-h": Method("top_h", True, _top_h_critical, _top_h_kept),
-    "min-k": Method(None, False, lambda rows, rank: (rank >= _min_k_count(rows)).double(), _min_k_kept),
+    "top-p": Method("top_p", True, lambda rows, rank: _above(at(rows.mass, rank))),
+    "top-k": Method("top_k", True, lambda _, rank: (rank + 1).double()),
+    "min-p": Method("min_p", False, lambda rows, rank: (rows.surprisal[:, 0] - at(rows.surprisal, rank)).exp()),
+    "typical": Method("typical_p", True, _typical_critical),
+    "top-h": Method("top_h", True, _top_h_critical),
+    "min-k": Method(None, False, lambda rows, rank: (rank >= min_k_count(rows)).double()),
 }

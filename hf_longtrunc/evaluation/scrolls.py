@@ -1,7 +1,7 @@
 """SCROLLS: seven tasks over long texts (Shaham et al. 2022, arXiv 2201.03533): rows, prompts, predictions, scores.
 
-A row is {id, pid, input, output}; its input is the question, where the task has one, a blank line, and the document. An
-encoder-decoder reads it as it stands. A causal model reads the document first and then, in plain words, what is asked.
+A row is {id, pid, input, output}. The input is the question, if the task has one, a blank line, and the document. An
+encoder-decoder reads the input unchanged. A causal model reads the document, and then the task in a sentence.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from hf_longtrunc.arguments import check_int
 from hf_longtrunc.evaluation.display import new_axes, new_table
-from hf_longtrunc.evaluation.greedy import greedy_answer
 from hf_longtrunc.evaluation.records import ArmRecord, Journal, arm_fields
 from hf_longtrunc.evaluation.scrolls_metrics import METRICS as METRICS, benchmark as benchmark, evaluate as evaluate
+from hf_longtrunc.evaluation.streaming import greedy_answer
 
 if TYPE_CHECKING:
     import os
@@ -61,7 +61,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class ScrollsRecord(ArmRecord):
-    """One prediction: of which row, in which setting, how long the prompt was and how many tokens were cut from it."""
+    """The prediction for one row under one arm, with the prompt's length and the number of tokens cut from it."""
 
     task: str
     id: str
@@ -73,7 +73,7 @@ class ScrollsRecord(ArmRecord):
 
 
 class Rows:
-    """The rows of a task's split, read from the file anew each time: a split may be larger than memory.
+    """The rows of a task's split, read from the file on each iteration, as a split may be larger than memory.
 
     Args:
         task: one of `TASKS`.
@@ -85,6 +85,12 @@ class Rows:
     Raises:
         ValueError: an unknown task; a limit below 1; when read: a line that is no row of SCROLLS.
         FileNotFoundError: no such file, or nothing of the split in it.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "validation.jsonl")
+    >>> _ = path.write_text(json.dumps({"id": "1", "input": "A report.", "output": "Short."}))
+    >>> [row["output"] for row in Rows("gov_report", path)]
+    ['Short.']
     """
 
     def __init__(
@@ -124,10 +130,13 @@ class Rows:
 
 
 def prompt(task: str, row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the two parts of a causal model's prompt: the document, and what is asked behind it.
+    """Return the two parts of a causal model's prompt: the document, and the request after it.
 
     Raises:
-        ValueError: no blank line parts question and document.
+        ValueError: no blank line separates question and document.
+
+    >>> prompt("qasper", {"id": "1", "input": "Why?\\n\\nBecause."})
+    ('Because.', '\\n\\nQuestion: Why?\\n\\nAnswer:')
     """
     ask = TASKS[task].ask
     if "{query}" not in ask:
@@ -158,10 +167,10 @@ def run(
         model: a transformers causal or encoder-decoder model that generates.
         tokenizer: its tokenizer.
         task: one of `TASKS`.
-        rows: of the task; of several rows of one id the first is asked.
+        rows: of the task; of several rows with one id the first is used.
         arms: name -> callable (model) -> context manager under which the model predicts.
-        max_tokens: longer prompts lose the end of their document until they fit, never the question, and the record
-            counts what was cut. None hands over the whole text.
+        max_tokens: cuts the end of the document of a longer prompt, never the question; the record counts the cut
+            tokens. None passes the whole text.
         max_new_tokens: of a prediction; None takes the task's.
         path: a JSON-lines file. A record is appended as soon as it is there, and not predicted again in a later run.
         progress: show a bar per arm.
@@ -195,7 +204,11 @@ def predictions(records: Iterable[ScrollsRecord], arm: str | None = None) -> dic
     """Return id -> prediction, the official shape, of one arm; None takes the only one there is.
 
     Raises:
-        ValueError: records of several arms and none named, or of none.
+        ValueError: several arms and none named; no records.
+
+    >>> predictions([], "plain")
+    Traceback (most recent call last):
+    ValueError: arm must be one of (no records), got 'plain'
     """
     by_arm: dict[str, dict[str, str]] = {}
     for record in records:

@@ -1,4 +1,4 @@
-"""Reading a text through the cache that a model's `generate` builds, without asking it to generate."""
+"""Read a text in chunks through the cache that a model's `generate` builds."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
-    """Read the first tokens of a stream; go on with `model(input_ids=..., cache=cache, use_cache=True)`.
+    """Read the first tokens of a stream; continue with `model(input_ids=..., use_cache=True, cache=cache)`.
 
-    Before transformers 5.24 that argument is called `past_key_values`; `hf_longtrunc.models.CACHE` holds its name.
+    Before transformers 5.24 the argument's name is `past_key_values`; `hf_longtrunc.models.CACHE` is its name.
 
     Args:
         model: a causal LM that generates. Patched by LMInfinite, it builds a cache of constant size.
@@ -32,6 +32,11 @@ def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
 
     Raises:
         ValueError: the model keeps no cache.
+
+    Examples:
+        >>> cache, logits = start_stream(model, torch.tensor([[5, 6, 7]]))
+        >>> cache.get_seq_length(), logits.shape[1]
+        (3, 1)
     """
     output = model.generate(
         input_ids,
@@ -69,21 +74,25 @@ def stream_logits(model: Any, input_ids: Tensor, chunk: int) -> Iterator[Tensor]
 def read_ahead(
     model: Any, input_ids: Tensor, *, chunk: int = 1024, cache: Cache | None = None, progress: bool = False
 ) -> Cache:
-    """Read a text before anything is asked about it, `chunk` tokens a forward.
+    """Read a text into a cache, `chunk` tokens a forward, before a question about it is known.
 
     Args:
         model: a causal LM that generates.
         input_ids: [texts, n >= 1], no padding.
         chunk: tokens a forward.
-        cache: has seen what stands before `input_ids`, from an earlier call; it is changed. None begins a text.
+        cache: from an earlier call, with the tokens before `input_ids`; changed in place. None begins a text.
         progress: show a bar.
 
     Returns:
-        The cache, which has seen these n tokens too. Give `generate` a copy of it, or crop it afterwards, and several
-        questions about the text cost one reading.
+        The cache, with these n tokens too. Give `generate` a copy of it for each question, or crop it afterwards:
+        then several questions about the text cost one reading.
 
     Raises:
         TypeError, ValueError: `chunk` is no whole number of at least 1; the model keeps no cache.
+
+    Examples:
+        >>> read_ahead(model, torch.arange(2, 22)[None], chunk=8).get_seq_length()
+        20
     """
     chunk = check_int("chunk", chunk, minimum=1)
     decoder = decoder_of(unwrapped(model))
@@ -100,8 +109,25 @@ def read_ahead(
     return cache
 
 
+def greedy_answer(model: Any, ids: list[int], max_new_tokens: int) -> Tensor:
+    """Return the token ids [n] that `model` generates greedily after a prompt; its generation config is ignored.
+
+    For an encoder-decoder these are all tokens of the decoder, its start token included.
+    """
+    prompt = torch.tensor([ids], device=model.device)
+    greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, **greedy)
+    answer: Tensor = output[0] if model.config.is_encoder_decoder else output[0, len(ids) :]
+    return answer
+
+
 def cache_bytes(cache: Any) -> int:
-    """Return the bytes of all tensors that the layers of a transformers cache hold, each storage once."""
+    """Return the bytes of all tensors in the layers of a transformers cache, each storage counted once.
+
+    >>> cache, _ = start_stream(model, torch.tensor([[5, 6, 7]]))
+    >>> cache_bytes(cache) > 0
+    True
+    """
     held = (tensor for layer in cache.layers for tensor in _tensors(list(vars(layer).values())))
     return sum({storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, held)}.values())
 

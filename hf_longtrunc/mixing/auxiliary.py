@@ -155,7 +155,7 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
         attention_mask: see `AuxiliaryModelLogitsProcessor`.
 
     This suppresses facts while decoding; it erases nothing. A fact that stands in the prompt is read from there:
-    measure it with `hf_longtrunc.evaluation.fact_recall`.
+    `recipes/uld.py` measures it.
 
     Source: Ji et al. 2024, "Reversing the Forget-Retain Objectives", arXiv 2406.08607. Deviation: the assistant's
     logits are normalised, so that a constant added to them changes nothing under either filter.

@@ -10,24 +10,17 @@ import torch
 
 from hf_longtrunc import load_pretrained
 from hf_longtrunc.evaluation import (
-    Fact,
-    NeedlePrompts,
-    PasskeyPrompts,
-    RepetitionRecord,
-    RetrievalRecord,
-    VariablePrompts,
     append_records,
     default_edges,
-    fact_recall,
     perplexity_by_position,
     read_records,
-    retrieval_tasks,
-    run_repetition,
-    run_retrieval,
     scrolls,
     token_losses,
-    truncation_scores,
 )
+from instruments.passkey import PasskeyPrompts
+from instruments.recall import Fact, fact_recall
+from instruments.retrieval import NeedlePrompts, RetrievalRecord, VariablePrompts, retrieval_tasks, run_retrieval
+from instruments.truncation import RepetitionRecord, run_repetition, truncation_scores
 
 IDS = torch.arange(5, 25)
 ONE, NO = np.int64(1), True

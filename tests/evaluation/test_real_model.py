@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from hf_longtrunc import LMInfinite
-from hf_longtrunc.evaluation import (
-    PasskeyPrompts,
-    compare_losses,
-    passkey_tasks,
-    perplexity_by_position,
-    python_reference,
-    run_passkey,
-)
+from hf_longtrunc.evaluation import compare_losses, perplexity_by_position, python_reference
+from instruments.passkey import PasskeyPrompts, passkey_tasks, run_passkey
 
 pytestmark = [pytest.mark.real_model, pytest.mark.xdist_group("real_model")]
 

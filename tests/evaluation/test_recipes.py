@@ -14,15 +14,10 @@ import typer
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from hf_longtrunc import EtaLogitsProcessor
-from hf_longtrunc.evaluation import (
-    PasskeyRecord,
-    PerplexityRecord,
-    RepetitionRecord,
-    RetrievalRecord,
-    TruncationScore,
-    python_reference,
-    read_records,
-)
+from hf_longtrunc.evaluation import PerplexityRecord, python_reference, read_records
+from instruments.passkey import PasskeyRecord
+from instruments.retrieval import RetrievalRecord
+from instruments.truncation import RepetitionRecord, TruncationScore
 
 mpl.use("agg")
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from hf_longtrunc import LMInfinite
 from hf_longtrunc.evaluation import cache_bytes, read_ahead, start_stream, token_losses
-from hf_longtrunc.evaluation.greedy import greedy_answer
+from hf_longtrunc.evaluation.streaming import greedy_answer
 from hf_longtrunc.models import CACHE
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from hf_longtrunc.evaluation import PasskeyRecord, PerplexityRecord, read_records
+from hf_longtrunc.evaluation import PerplexityRecord, read_records
+from instruments.passkey import PasskeyRecord
 from tests.command_line import model_folder  # noqa: F401
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tqdm.auto import tqdm
 
 from hf_longtrunc.arguments import check_fraction, check_int
-from hf_longtrunc.evaluation.greedy import greedy_answer
-from hf_longtrunc.evaluation.haystack import Haystack
-from hf_longtrunc.evaluation.heat_maps import plot_scores, score_table
 from hf_longtrunc.evaluation.records import ArmRecord, Journal, arm_fields
+from hf_longtrunc.evaluation.streaming import greedy_answer
+from instruments.haystack import Haystack
+from instruments.heat_maps import plot_scores, score_table
 
 if TYPE_CHECKING:
     import os

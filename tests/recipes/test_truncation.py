@@ -16,15 +16,14 @@ from transformers import (
 )
 
 from hf_longtrunc import EpsilonLogitsProcessor, EtaLogitsProcessor
-from hf_longtrunc.evaluation import (
+from hf_longtrunc.evaluation import read_records, token_losses
+from instruments.truncation import (
     RepetitionRecord,
     TruncationScore,
     plot_repetition,
     plot_truncation,
-    read_records,
     repetition_table,
     run_repetition,
-    token_losses,
     truncation_scores,
     truncation_table,
 )

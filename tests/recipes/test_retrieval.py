@@ -12,19 +12,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from hf_longtrunc.evaluation import (
+from hf_longtrunc.evaluation import read_records, wilson_interval
+from instruments.haystack import Haystack
+from instruments.passkey import passkey_tasks
+from instruments.retrieval import (
     KeyValuePrompts,
     NeedlePrompts,
     RetrievalRecord,
     VariablePrompts,
-    passkey_tasks,
     plot_retrieval,
-    read_records,
     retrieval_table,
     run_retrieval,
-    wilson_interval,
 )
-from hf_longtrunc.evaluation.haystack import Haystack
 
 mpl.use("agg")
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.arguments import check_float, check_fraction, check_int
+from hf_longtrunc.evaluation import wilson_interval
 from hf_longtrunc.evaluation.display import new_table
 from hf_longtrunc.extras import import_pyplot
 
@@ -37,25 +36,6 @@ def score_table(records: Sequence[Any], names: Sequence[str], *, title: str) -> 
         count = f"{len(cells)} x {len(cells[0])}" if is_even else str(len(inside))
         table.add_row(*row, f"{length:,}", *means, f"{mean_score(inside):.2f}", f"{low:.2f}-{high:.2f}", count)
     return table
-
-
-def wilson_interval(mean: float, count: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Return Wilson's score interval of a share: the p with |mean - p| <= z sqrt(p (1 - p) / count).
-
-    Args:
-        mean: share of `count` independent trials that succeeded. For scores between 0 and 1 that are not only 0 or 1
-            the interval is wider than need be, as their variance is at most that of a share.
-        count: of the trials, at least 1.
-        z: the normal quantile; the default's interval covers the true share in 95 % of experiments.
-
-    Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
-    """
-    mean, count, z = check_fraction("mean", mean), check_int("count", count, minimum=1), check_float("z", z, gt=0)
-    middle = mean + z * z / (2 * count)
-    half = z * math.sqrt(mean * (1 - mean) / count + (z / (2 * count)) ** 2)
-    scale = 1 + z * z / count
-    # The ends that are exact are not left to rounding.
-    return (middle - half) / scale if mean > 0 else 0.0, (middle + half) / scale if mean < 1 else 1.0
 
 
 def plot_scores(records: Sequence[Any], across: str, down: Sequence[str], *, inside: str = "depth") -> list[Axes]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from hf_longtrunc.evaluation import Fact, append_records, fact_recall, read_records, recall_records
-from hf_longtrunc.evaluation.recall import RecallRecord, _says
+from hf_longtrunc.evaluation import append_records, read_records
+from instruments.recall import Fact, RecallRecord, _says, fact_recall, recall_records
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.evaluation.haystack import Haystack
-from hf_longtrunc.evaluation.heat_maps import mean_score
-from hf_longtrunc.evaluation.retrieval import (
+from instruments.haystack import Haystack
+from instruments.heat_maps import mean_score
+from instruments.retrieval import (
     RetrievalRecord,
     RetrievalTask,
     plot_retrieval,

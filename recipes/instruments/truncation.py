@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm.auto import tqdm
 
-from hf_longtrunc import TruncationTrace
 from hf_longtrunc.arguments import check_int
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.perplexity import token_losses
 from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings
-from hf_longtrunc.evaluation.streaming import stream_logits
+from hf_longtrunc.evaluation.traces import check_reading, rows_of
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from matplotlib.axes import Axes
     from rich.table import Table
@@ -111,7 +110,7 @@ def truncation_scores(
 
     Cost: one reading of the text, and a softmax over the vocabulary per token and sampler.
     """
-    _check_reading(model, input_ids)
+    check_reading(model, input_ids)
     chunk = check_int("chunk", chunk, minimum=1)
     journal = Journal(
         path, TruncationScore, ("accepted", "kept_mass", "total_variation", "kept", "entropy", "kept_entropy")
@@ -125,43 +124,6 @@ def truncation_scores(
         known[name] = TruncationScore(**cells[name], **means)  # type: ignore[arg-type]
         journal.add(known[name])  # type: ignore[arg-type]
     return [record for record in known.values() if record is not None]
-
-
-@torch.no_grad()
-def read_traces(
-    model: Any, input_ids: Tensor, samplers: Samplers, *, chunk: int = 512, candidates: int = 20
-) -> dict[str, TruncationTrace]:
-    """Let every sampler read the same text: a trace each of what it would have kept at each token.
-
-        traces = read_traces(model, ids, {"eta": [EtaLogitsProcessor(2e-3)], "top-p": [TopPLogitsWarper(0.9)]})
-        first, *others = traces
-        traces[first].to_html(tokenizer, "one_text.html", name=first, beside={name: traces[name] for name in others})
-
-    Args:
-        model: a causal LM in eval mode.
-        input_ids: the text's token ids [n], n >= 2, a human's or a generated one.
-        samplers: name -> logits processors, as for `truncation_scores`.
-        chunk: tokens a forward.
-        candidates: as for `TruncationTrace`.
-
-    Raises:
-        ValueError: a model in training mode; a text of fewer than 2 tokens; a sampler that draws by itself.
-
-    Cost: one reading of the text, and what a trace costs a token and sampler.
-    """
-    _check_reading(model, input_ids)
-    if drawing := [
-        name for name, each in samplers.items() if any(getattr(one, "mode", "") == "sample" for one in each)
-    ]:
-        raise ValueError(
-            f"sampler {drawing[0]!r} draws tokens by itself, and a text that is read has its own: mode='mask'"
-        )
-    traces = {name: TruncationTrace(list(each), candidates=candidates) for name, each in samplers.items()}
-    ids = input_ids.to(model.device)
-    for position, scores in enumerate(_rows(model, ids, check_int("chunk", chunk, minimum=1)), 1):
-        for trace in traces.values():
-            trace(ids[None, :position], scores)
-    return {name: trace.finish(ids[None]) for name, trace in traces.items()}
 
 
 def run_repetition(
@@ -280,7 +242,7 @@ def _means(
         return {}
     ids = input_ids.to(model.device)
     sums = {name: torch.zeros(5, dtype=torch.float64) for name in samplers}
-    steps = tqdm(_rows(model, ids, chunk), total=len(ids) - 1, unit="tok", disable=not progress)
+    steps = tqdm(rows_of(model, ids, chunk), total=len(ids) - 1, unit="tok", disable=not progress)
     for position, scores in enumerate(steps, 1):
         log_p = scores.double().log_softmax(-1)
         entropy = _entropy(log_p[~log_p.isneginf()])
@@ -290,19 +252,6 @@ def _means(
     columns = ("accepted", "kept_mass", "kept", "entropy", "kept_entropy")
     means = {name: dict(zip(columns, (total / (len(ids) - 1)).tolist(), strict=True)) for name, total in sums.items()}
     return {name: {**values, "total_variation": 1 - values["kept_mass"]} for name, values in means.items()}
-
-
-def _check_reading(model: Any, input_ids: Tensor) -> None:
-    if model.training:
-        raise ValueError("model is in training mode, where dropout changes the distributions: call model.eval() first")
-    if input_ids.ndim != 1 or len(input_ids) < 2:
-        raise ValueError(f"input_ids must be one row of at least 2 tokens, got shape {tuple(input_ids.shape)}")
-
-
-def _rows(model: Any, ids: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Yield the logits [1, V] that predict each token of ids [n] after the first."""
-    for logits in stream_logits(model, ids, chunk):
-        yield from torch.split(logits, 1)
 
 
 def _processed(

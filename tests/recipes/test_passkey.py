@@ -13,8 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from hf_longtrunc.evaluation import NeedlePrompts, retrieval_tasks, run_retrieval
-from hf_longtrunc.evaluation.passkey import (
+from hf_longtrunc.evaluation.records import read_records
+from instruments.passkey import (
     PasskeyPrompts,
     PasskeyRecord,
     PasskeyTask,
@@ -24,7 +24,7 @@ from hf_longtrunc.evaluation.passkey import (
     plot_passkey,
     run_passkey,
 )
-from hf_longtrunc.evaluation.records import read_records
+from instruments.retrieval import NeedlePrompts, retrieval_tasks, run_retrieval
 
 mpl.use("agg")
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_longtrunc.evaluation.frontier import clusters, frontier, frontier_area
+from instruments.frontier import clusters, frontier, frontier_area
 
 
 def naive_area(p, q, points, scale):

@@ -1,8 +1,8 @@
-"""Files written so that a process killed at any moment leaves the old content or the new, whole.
+"""Write files so that a process killed at any moment leaves the old content or the new content, complete.
 
-A writer fills a file in a hidden folder next to its destination, syncs it to the disk and renames it. It holds a lock
-on the hidden folder, which ends with the process, so that the next writer removes hidden folders of killed ones.
-Windows and network disks have no such locks: hidden folders of killed processes stay there.
+A writer fills a file in a hidden folder next to the destination, syncs it to the disk and renames it. It locks the
+hidden folder. The lock ends with the process, so the next writer can delete the hidden folders of killed writers.
+Windows and network disks have no such locks: there, hidden folders of killed writers stay.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 _KEY = "hf_longtrunc"
-_NEW = 10.0  # seconds: its writer may not hold it yet
+_NEW = 10.0  # seconds: the writer of a younger folder may not have locked it yet
 
 
 def save_folder(
     folder: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> None:
-    """Write tensors and settings (plain json values) as `<folder>/<kind>.safetensors`, in place of those saved before.
+    """Write tensors and settings (plain JSON values) to `<folder>/<kind>.safetensors`, replacing an earlier file.
 
-    The file's metadata hold kind, format, settings and a SHA-256 over settings and tensors.
+    The metadata hold kind, format, settings and a SHA-256 of settings and tensors.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     saved = {"kind": kind, "format": FORMAT, "settings": dict(settings), "sha256": _checksum(plain, settings)}
@@ -47,18 +47,18 @@ def save_folder(
 def load_folder(
     folder: str | os.PathLike[str], kind: str, tensors: Mapping[str, str], settings: tuple[str, ...] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and settings that `save_folder` wrote, the first on the CPU and mapped from the file.
+    """Read tensors (on the CPU, mapped from the file) and settings that `save_folder` wrote.
 
     Args:
-        folder: its path.
-        kind: the kind it must have.
-        tensors: name -> dimensions of each required tensor, such as "vocab rank". Others may be there.
+        folder: where `save_folder` wrote.
+        kind: the expected kind.
+        tensors: name -> dimensions of each required tensor, such as "vocab rank".
         settings: names of the required settings.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: the file is damaged, of another kind or format, or something in it is missing, of another number of
-            dimensions, or not finite.
+        ValueError: the file is damaged or of another kind or format; a tensor or setting is missing; a tensor has
+            another number of dimensions or is not finite.
     """
     path = Path(folder, f"{kind}.safetensors")
     if not path.is_file():
@@ -93,41 +93,60 @@ def _checksum(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> str
     return digest.hexdigest()
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a hidden path, with the suffix of `path`, for a file that replaces `path` unless there is an exception."""
-    with _partial(path) as written:
-        yield written
-        _place(written, path)
-
-
-@contextmanager
-def placing(first: Path, second: Path) -> Iterator[tuple[Path, Path]]:
-    """Give hidden paths for two new files, which get their names in this order; nothing is overwritten.
+def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """Give a path for a new file, which gets the name `path` at the end of the block, unless the block raises.
 
     Raises:
-        FileExistsError: one of the files exists, before or after the writing.
+        FileExistsError: `overwrite` is False, and the file exists before or after the block.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "notes.txt")
+    >>> with replacing(path) as written:
+    ...     _ = written.write_text("new")
+    >>> path.read_text()
+    'new'
     """
-    for path in (first, second):
-        if path.exists():
-            raise FileExistsError(f"{path} exists: write to another path, or delete it first")
-    with _partial(first) as one, _partial(second) as two:
-        yield one, two
-        try:
-            first.touch(exist_ok=False)  # succeeds for one of several writers
-        except FileExistsError:
-            raise FileExistsError(f"{first} exists: another process wrote it; write to another path") from None
-        _place(one, first)
-        _place(two, second)
+    if not overwrite and path.exists():
+        raise FileExistsError(f"{path} exists: write to another path, or delete it first")
+    with hidden_folder(path.parent) as hidden:
+        yield hidden / path.name
+        if not overwrite:
+            try:
+                path.touch(exist_ok=False)  # succeeds for one of several writers
+            except FileExistsError:
+                raise FileExistsError(f"{path} exists: another process wrote it; write to another path") from None
+        move_synced(hidden / path.name, path)
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder, so that `abandoned` does not name it."""
-    handle = _locked(path, wait=True)
+def hidden_folder(parent: Path) -> Iterator[Path]:
+    """Make a hidden folder for unfinished files, deleted at the end of the block or by the next writer in `parent`."""
+    for left in parent.glob(".partial-*"):
+        if (handle := _lock(left, wait=False)) is not None:
+            if time.time() - os.fstat(handle).st_mtime > _NEW:
+                shutil.rmtree(left, ignore_errors=True)
+            os.close(handle)
+    hidden = parent / f".partial-{secrets.token_hex(4)}"
+    hidden.mkdir(parents=True)
+    try:
+        with locked(hidden):
+            yield hidden
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def move_synced(written: Path, path: Path) -> None:
+    """Rename a file after its content is on the disk."""
+    with written.open("r+b") as file:
+        os.fsync(file.fileno())
+    os.replace(written, path)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the exclusive lock of a file or folder, where the disk has locks."""
+    handle = _lock(path, wait=True)
     try:
         yield
     finally:
@@ -135,37 +154,8 @@ def held(path: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def abandoned(folder: Path, pattern: str) -> set[Path]:
-    """Return the files and folders whose writers have ended; none where there are no locks."""
-    found = set()
-    for path in folder.glob(pattern):
-        if (handle := _locked(path, wait=False)) is not None:
-            if time.time() - os.fstat(handle).st_mtime > _NEW:
-                found.add(path)
-            os.close(handle)
-    return found
-
-
-@contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    for left in abandoned(path.parent, ".partial-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    hidden = path.parent / f".partial-{secrets.token_hex(4)}"
-    hidden.mkdir(parents=True)
-    try:
-        with held(hidden):
-            yield hidden / path.name
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _place(written: Path, path: Path) -> None:
-    with written.open("r+b") as file:
-        os.fsync(file.fileno())
-    os.replace(written, path)
-
-
-def _locked(path: Path, *, wait: bool) -> int | None:
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """Return the handle of a locked path; None if it is gone, another process holds it, or there are no locks."""
     try:
         import fcntl
 
@@ -174,7 +164,7 @@ def _locked(path: Path, *, wait: bool) -> int | None:
         return None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:  # another holds it, or the disk has no locks
+    except OSError:
         os.close(handle)
         return None
     return handle

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_longtrunc.saving import load_folder, placing, replacing, save_folder
+from hf_longtrunc.saving import load_folder, replacing, save_folder
 
 TENSORS = {"factors": torch.arange(6.0).view(2, 3).double(), "ids": torch.tensor([3, 1])}
 SETTINGS = {"rank": 3, "softcap": None, "name": "naïve"}
@@ -95,22 +96,30 @@ def test_the_next_writing_removes_what_a_killed_process_began(tmp_path):
     with replacing(tmp_path / "slow.json") as slow:
         slow.write_text("{}")
         os.utime(slow.parent, (0, 0))
-        with replacing(tmp_path / "basis.json") as beside:
-            beside.write_text("[]")
+        with replacing(tmp_path / "basis.json") as written:
+            written.write_text("[]")
     assert {path.name for path in tmp_path.iterdir()} == {"partial-1", ".partial-2", "slow.json", "basis.json"}
 
 
 def test_a_pair_is_of_one_writer(tmp_path):
-    """The other began when nothing was there."""
-    pair = tmp_path / "rows.bin", tmp_path / "rows.idx"
+    """The other began when nothing was there. The last file of the `with` is named first."""
+    first, second = tmp_path / "rows.bin", tmp_path / "rows.idx"
+
+    @contextmanager
+    def pair():
+        with replacing(second, overwrite=False) as last, replacing(first, overwrite=False) as begin:
+            yield begin, last
+
     meanwhile = pytest.raises(FileExistsError, match=r"rows\.bin exists: another process wrote it")
-    with meanwhile, placing(*pair) as slow:
+    with meanwhile, pair() as slow:
         slow[0].write_text("slow")
-        with placing(*pair) as fast:
-            for path, beside in zip(pair, fast, strict=True):
-                beside.write_text(path.name)
+        with pair() as fast:
+            for path, written in zip((first, second), fast, strict=True):
+                written.write_text(path.name)
         slow[1].write_text("slow")
-    assert {path: path.read_text() for path in tmp_path.iterdir()} == {path: path.name for path in pair}
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == {path: path.name for path in (first, second)}
+    with pytest.raises(FileExistsError, match=r"rows\.idx exists: write to another path"), pair():
+        pass
 
 
 def test_of_several_who_save_at_once_one_is_there(tmp_path):

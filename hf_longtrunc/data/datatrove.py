@@ -1,6 +1,6 @@
-"""datatrove's files of tokens, which nanotron trains from: rows of one length in `<path>`, ends in `<path>.index`.
+"""Write datatrove's token files, for nanotron: rows of one length in `<path>`, document ends in `<path>.index`.
 
-Tokens are uint16 or uint32, little-endian; the index holds where every document ends, in tokens, as uint64.
+Tokens are uint16 or uint32, little-endian; the index holds the end of each document, in tokens, as uint64.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import numpy as np
 
 from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.data.writing import token_blocks
-from hf_longtrunc.saving import placing
+from hf_longtrunc.saving import replacing
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
     from typing import BinaryIO
 
-    from hf_longtrunc.data.dataset import FlatRows, PackedDataset
-    from hf_longtrunc.data.documents import Tokens
+    from hf_longtrunc.data.dataset import PackedDataset
+    from hf_longtrunc.data.documents import FlatRows, Tokens
 
 
 def write_datatrove(
@@ -32,30 +32,39 @@ def write_datatrove(
 ) -> None:
     """Write packed rows as `<path>` (its name should end with .ds) and `<path>.index`.
 
-    Rows lie one after another, filled up with `pad_token_id` to their `seq_length`; padding is a document of its own.
-    datatrove reads one token more than it is told, for the labels: read these with `seq_len = seq_length - 1` and
-    `return_positions=True`. The format has no labels: who reads it learns the first token of every document, from the
-    one before it, and the padding. Nothing is overwritten, for two files cannot be replaced at once.
+    Each row is padded to `seq_length` with `pad_token_id`; the padding is a document of its own. datatrove reads one
+    token more than `seq_len`, for the labels: read with `seq_len = seq_length - 1` and `return_positions=True`. The
+    format has no labels: a trainer learns the first token of each document, from the token before it, and the padding.
+    Existing files are not overwritten, as two files cannot be replaced at once.
 
     Args:
         rows: of a dataset without labels and masks.
         path: of the tokens.
-        pad_token_id: fills rows up, such as EOS.
-        dtype: of the tokens; datatrove and nanotron call it a token size of 2 or 4.
+        pad_token_id: such as EOS.
+        dtype: of the tokens (token size 2 or 4 in datatrove and nanotron).
 
     Raises:
-        FileExistsError: one of the files is there, or another process has written it meanwhile.
+        FileExistsError: one of the files exists, or another process wrote it meanwhile.
         TypeError, ValueError: a bad argument, rows that are no `PackedDataset`, documents with labels or masks, a token
-            that takes more bytes.
+            too large for `dtype`.
+
+    Examples:
+        >>> import os, tempfile
+        >>> rows = pack([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}], 8)
+        >>> path = os.path.join(tempfile.mkdtemp(), "rows.ds")
+        >>> write_datatrove(rows, path, pad_token_id=0)
+        >>> np.fromfile(path, np.uint16).tolist(), np.fromfile(path + ".index", np.uint64).tolist()
+        ([5, 6, 7, 8, 9, 0, 0, 0], [3, 5, 8])
     """
     tokens_at, index_at = Path(path), Path(f"{path}.index")
     most = int(np.iinfo(check_choice("dtype", dtype, ("uint16", "uint32"))).max)
     pad_token_id = check_int("pad_token_id", pad_token_id, minimum=0, maximum=most)
     blocks = token_blocks(rows, "datatrove's format")
     with (
-        placing(index_at, tokens_at) as (index_beside, tokens_beside),  # tokens without the index are no data set
-        tokens_beside.open("wb") as tokens,
-        index_beside.open("wb") as index,
+        replacing(tokens_at, overwrite=False) as new_tokens,
+        replacing(index_at, overwrite=False) as new_index,  # named first: tokens without an index are no data set
+        new_tokens.open("wb") as tokens,
+        new_index.open("wb") as index,
     ):
         _write(blocks, rows.packing.seq_length, pad_token_id, dtype, tokens, index)
 
@@ -73,7 +82,7 @@ def _write(
 
 
 def _ends(block: FlatRows, seq_length: int) -> Tokens:
-    """Return where pieces and rows end when every row takes `seq_length` tokens."""
+    """Return the ends of pieces and rows if each row has `seq_length` tokens."""
     row = np.repeat(np.arange(len(block.tokens)), block.pieces)
     before = np.cumsum(block.tokens) - block.tokens
     pieces = np.cumsum(block.piece_lengths) - before[row] + row * seq_length

@@ -1,4 +1,4 @@
-"""Megatron-LM's indexed datasets, which NeMo reads too: `<prefix>.bin` holds tokens, `<prefix>.idx` where they are.
+"""Read and write indexed datasets of Megatron-LM and NeMo: tokens in `<prefix>.bin`, their places in `<prefix>.idx`.
 
 The index, little-endian: the magic bytes, version 1 (u64), a code of the tokens' type (u8), the number of sequences and
 of document bounds (u64 each), the tokens of every sequence (i32), where it begins in the .bin in bytes (i64), and the
@@ -17,14 +17,15 @@ import numpy as np
 
 from hf_longtrunc.arguments import check_int
 from hf_longtrunc.data.writing import import_datasets, token_blocks
-from hf_longtrunc.saving import placing
+from hf_longtrunc.saving import replacing
 
 if TYPE_CHECKING:
     import os
 
     import datasets
 
-    from hf_longtrunc.data.dataset import FlatRows, PackedDataset
+    from hf_longtrunc.data.dataset import PackedDataset
+    from hf_longtrunc.data.documents import FlatRows
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -33,12 +34,19 @@ _FORMAT = "Megatron's format"
 
 
 def read_megatron(prefix: str | os.PathLike[str]) -> datasets.Dataset:
-    """Return the documents of `<prefix>.bin` and `<prefix>.idx` as `input_ids`, mapped from the file and not copied.
+    """Return the documents of `<prefix>.bin` and `<prefix>.idx` as `input_ids`, memory-mapped and not copied.
 
     Raises:
         FileNotFoundError: one of the files is missing.
-        TypeError, ValueError: the prefix is no path; the index is none, is damaged, or speaks of sequences that do not
-            lie one after another.
+        TypeError, ValueError: the prefix is no path; the index is damaged, of another format, or its sequences are not
+            contiguous.
+
+    Examples:
+        >>> import tempfile
+        >>> prefix = Path(tempfile.mkdtemp(), "rows")
+        >>> write_megatron(pack([{"input_ids": [5, 6, 7]}], 4), prefix, pad_token_id=0)
+        >>> read_megatron(prefix)["input_ids"]
+        [[5, 6, 7, 0]]
     """
     import pyarrow as pa
 
@@ -59,34 +67,38 @@ def read_megatron(prefix: str | os.PathLike[str]) -> datasets.Dataset:
 
 
 def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str], *, pad_token_id: int = -1) -> None:
-    """Write packed rows as `<prefix>.bin` and `<prefix>.idx`, so that Megatron's GPTDataset reads each as one sample.
+    """Write packed rows as `<prefix>.bin` and `<prefix>.idx`: Megatron's GPTDataset reads each row as one sample.
 
-    GPTDataset shuffles sequences, concatenates them and slices. It returns rows as they are if each is one sequence of
-    `seq_length` tokens, padding included, and its config says `sequence_length=seq_length` and
-    `add_extra_token_to_sequence=False`. It finds documents by their EOD token: `reset_position_ids`,
-    `reset_attention_mask` and `eod_mask_loss` must be on.
+    Each row is one sequence of `seq_length` tokens, padding included. GPTDataset shuffles, concatenates and slices
+    sequences; it returns the rows unchanged with `sequence_length=seq_length` and `add_extra_token_to_sequence=False`.
+    It separates documents at their EOD token: enable `reset_position_ids`, `reset_attention_mask` and `eod_mask_loss`.
 
-    Tokens are uint16 if all are below 65,500 and padding is not negative, else int32. Labels cannot be written. The
-    index is written last. Nothing is overwritten: two files cannot be replaced at once, and new tokens under an old
-    index would be read in wrong places.
+    Tokens are uint16 if all are below 65,500 and padding is not negative, else int32. The format has no labels. The
+    index is written last. Existing files are not overwritten, as two files cannot be replaced at once.
 
     Args:
-        rows: of a dataset without labels and masks, packed with a tokenizer, whose EOS is Megatron's EOD.
+        rows: of a dataset without labels and masks, packed with a tokenizer; its EOS must be Megatron's EOD.
         prefix: of the two files.
-        pad_token_id: the `pad` of Megatron's tokenizer, which learns no token of that number; -1 where it has none, or
-            where it is EOS too: Megatron takes -1 then.
+        pad_token_id: the `pad` of Megatron's tokenizer, which it never learns; -1 if it has none or uses EOS.
 
     Raises:
-        FileExistsError: one of the files is there, or another process has written it meanwhile.
-        TypeError, ValueError: the rows are no `PackedDataset`, the prefix is no path, the documents have labels or
-            masks, a document that others follow in its row does not end with EOS, a token is the padding token, or more
-            than int32 holds.
+        FileExistsError: one of the files exists, or another process wrote it meanwhile.
+        TypeError, ValueError: rows that are no `PackedDataset`; a prefix that is no path; documents with labels or
+            masks; a document without EOS that another one follows in its row; a token equal to the padding token, or
+            too large for int32.
 
-    EOS inside a document draws a warning: Megatron begins a document behind it.
+    Warns of an EOS inside a document: Megatron starts a new document after it.
+
+    Examples:
+        >>> import tempfile
+        >>> rows = pack([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}], 4)
+        >>> write_megatron(rows, Path(tempfile.mkdtemp(), "rows"))
+        Traceback (most recent call last):
+        ValueError: Megatron tells documents apart by the EOS at their ends...
     """
     idx_at, bin_at = _paths(prefix)
     pad_token_id = check_int("pad_token_id", pad_token_id, minimum=-1, maximum=2**31 - 1)
-    with placing(bin_at, idx_at) as (tokens, index):
+    with replacing(idx_at, overwrite=False) as index, replacing(bin_at, overwrite=False) as tokens:
         blocks, eos_token_id = token_blocks(rows, _FORMAT), rows.ending.eos_token_id
         highest, inside = pad_token_id, 0
         for part in blocks:
@@ -111,10 +123,10 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str], *, pad_t
 
 
 def _check_ends(rows: FlatRows, eos_token_id: int | None, pad_token_id: int) -> int:
-    """Return how often EOS lies inside a piece.
+    """Return the number of EOS inside pieces.
 
     Raises:
-        ValueError: a piece that is not the last one of its row ends with another token; a token is the padding token.
+        ValueError: a piece before the last one of its row ends with another token; a token is the padding token.
     """
     ends = np.cumsum(rows.piece_lengths)
     is_followed = np.ones(len(ends), np.bool_)
@@ -136,8 +148,8 @@ def _check_ends(rows: FlatRows, eos_token_id: int | None, pad_token_id: int) -> 
 
 
 def _paths(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Return where the index and the tokens lie."""
-    path = Path(prefix)  # None is no path
+    """Return the paths of index and tokens."""
+    path = Path(prefix)
     if not path.name:
         raise ValueError(f"prefix must end with the files' name, such as folder/rows, got {str(prefix)!r}")
     return path.with_name(f"{path.name}.idx"), path.with_name(f"{path.name}.bin")

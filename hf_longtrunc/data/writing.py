@@ -1,35 +1,36 @@
-"""Packed rows written out as Arrow files, straight from the documents' tokens, at about the speed of copying them.
+"""Write packed rows as Arrow files, which `datasets.load_from_disk` reads, at about the speed of copying the tokens.
 
 Rows are gathered some million tokens at a time into flat arrays, Arrow's own layout of lists: no row becomes a Python
-list. `datasets.load_from_disk` reads the folder. New data files have new names; `state.json`, which names the files
-that count, is replaced last. A process killed at any moment leaves the old rows or the new ones, and the next writing
-removes the files that it began. Of several that write at once, the rows of one stay.
+list. Data files are written in a hidden folder and renamed; `state.json`, which names the data files of the data set,
+is replaced last. A process killed at any moment leaves the old rows or the new ones. If two processes write into one
+folder, the rows of the second stay.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_longtrunc.arguments import check_choice
 from hf_longtrunc.data.documents import BOUNDARIES
 from hf_longtrunc.extras import missing
-from hf_longtrunc.saving import abandoned, held, replacing
+from hf_longtrunc.saving import hidden_folder, locked, move_synced, replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import os
+    from collections.abc import Iterator, Sequence
 
     import datasets
     from numpy.typing import NDArray
 
-    from hf_longtrunc.data.dataset import FlatRows, PackedDataset
+    from hf_longtrunc.data.dataset import PackedDataset
+    from hf_longtrunc.data.documents import FlatRows
 
 WRITTEN = ("input_ids", "position_ids", "labels", "seq_lengths")
 _TOKENS = 2**21  # gathered at once
@@ -39,29 +40,22 @@ _Job = tuple["PackedDataset", int, int, Path, tuple[str, ...], str]  # rows, fir
 def write_rows(
     rows: PackedDataset, folder: str | os.PathLike[str], columns: tuple[str, ...], dtype: str, num_proc: int
 ) -> datasets.Dataset:
-    """Write rows into a folder, one data file a process, and return them read from there."""
+    """Write rows into a folder, one data file a process, and return them as read from there."""
     library, folder = import_datasets("writing rows"), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    left = abandoned(folder, f"data-????????-{'?' * 5}-of-{'?' * 5}.arrow")
-    _remove(left - _files_that_count(folder))  # asked last: a process that has ended changes it no more
     bounds, token = np.linspace(0, len(rows), num_proc + 1).astype(int).tolist(), secrets.token_hex(4)
-    paths = [folder / f"data-{token}-{index:05d}-of-{num_proc:05d}.arrow" for index in range(num_proc)]
-    jobs = [(rows, *bound, path, columns, dtype) for *bound, path in zip(bounds[:-1], bounds[1:], paths, strict=True)]
-    with ExitStack() as stack:
-        for path in paths:
-            path.touch(exist_ok=False)
-            stack.enter_context(held(path))
-        try:
-            _run(jobs, library)
-            old = _files_that_count(folder)
+    with hidden_folder(folder) as hidden:
+        paths = [hidden / f"data-{token}-{index:05d}-of-{num_proc:05d}.arrow" for index in range(num_proc)]
+        jobs = [
+            (rows, *bound, path, columns, dtype) for *bound, path in zip(bounds[:-1], bounds[1:], paths, strict=True)
+        ]
+        _run(jobs, library)
+        with locked(folder):
             _commit(folder, paths, library)
-            _remove(old)
-        except BaseException:
-            _remove(set(paths) - _files_that_count(folder))
-            raise
-    written = _read(folder, library)
-    if _files_that_count(folder) != set(paths):
-        raise FileExistsError(f"another process wrote its rows into {folder} meanwhile: give each its own folder")
+            written: datasets.Dataset = library.load_from_disk(str(folder))
+            if _named_files(folder) != {folder / path.name for path in paths}:  # on a disk without locks
+                raise FileExistsError(
+                    f"another process wrote its rows into {folder} meanwhile: give each its own folder"
+                )
     return written
 
 
@@ -82,6 +76,23 @@ def token_blocks(rows: PackedDataset, whose: str) -> Iterator[FlatRows]:
             "learned"
         )
     return (rows.gather(*bounds, with_labels=False) for bounds in rows.blocks(0, len(rows), _TOKENS))
+
+
+def checked_columns(columns: Sequence[str], teaching: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns to write, boundaries included; ValueError without tokens, or without labels that are needed.
+
+    `teaching` names the columns of the documents that decide which tokens are learned.
+    """
+    given = (columns,) if isinstance(columns, str) else columns
+    wanted = {check_choice("columns", name, WRITTEN) for name in given}
+    if "input_ids" not in wanted:
+        raise ValueError(f"columns must have input_ids, got {', '.join(sorted(wanted)) or 'none'}")
+    if teaching and "labels" not in wanted:
+        raise ValueError(
+            f"columns must have labels: the documents have {', '.join(teaching)}, and without labels every token would "
+            "be learned"
+        )
+    return tuple(name for name in WRITTEN if name in wanted or name in BOUNDARIES)
 
 
 def refuse_own_folder(documents: object, folder: Path, library: Any) -> None:
@@ -150,48 +161,43 @@ def _write(
     kinds = {name: "int32" if name in BOUNDARIES else dtype for name in columns}
     schema = library.Features({name: library.List(library.Value(kind)) for name, kind in kinds.items()}).arrow_schema
     steps = np.arange(rows.packing.seq_length, dtype=np.int32)
-    with path.open("r+b") as file:
-        with pa.ipc.new_stream(file, schema) as out:
-            for start, stop in rows.blocks(first, last, _TOKENS):
-                flat = rows.gather(start, stop, with_labels="labels" in columns, dtype=dtype, empty=reused)
-                values: dict[str, Any] = {"input_ids": flat.input_ids, "labels": flat.labels}
-                values["seq_lengths"] = flat.piece_lengths.astype(np.int32)
-                values["position_ids"] = positions = reused("position_ids", len(flat.input_ids), "int32")
-                np.concatenate([steps[:0], *(steps[:n] for n in flat.piece_lengths.tolist())], out=positions)
-                counts = {name: flat.pieces if name == "seq_lengths" else flat.tokens for name in columns}
-                arrays = [
-                    pa.ListArray.from_arrays(np.append(0, np.cumsum(counts[name])).astype(np.int32), values[name])
-                    for name in columns
-                ]
-                out.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-                progress(stop - start)
-        os.fsync(file.fileno())
+    with path.open("wb") as file, pa.ipc.new_stream(file, schema) as out:
+        for start, stop in rows.blocks(first, last, _TOKENS):
+            flat = rows.gather(start, stop, with_labels="labels" in columns, dtype=dtype, empty=reused)
+            values: dict[str, Any] = {"input_ids": flat.input_ids, "labels": flat.labels}
+            values["seq_lengths"] = flat.piece_lengths.astype(np.int32)
+            values["position_ids"] = positions = reused("position_ids", len(flat.input_ids), "int32")
+            np.concatenate([steps[:0], *(steps[:n] for n in flat.piece_lengths.tolist())], out=positions)
+            counts = {name: flat.pieces if name == "seq_lengths" else flat.tokens for name in columns}
+            arrays = [
+                pa.ListArray.from_arrays(np.append(0, np.cumsum(counts[name])).astype(np.int32), values[name])
+                for name in columns
+            ]
+            out.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            progress(stop - start)
 
 
 def _commit(folder: Path, paths: list[Path], library: Any) -> None:
-    """Make the new data files those that count. Their columns are described in themselves."""
+    """Move the data files into the folder, name them in `state.json`, and delete data files that it does not name."""
     state: dict[str, Any] = dict.fromkeys(("_format_columns", "_format_type", "_split"))
     state |= {"_fingerprint": secrets.token_hex(8), "_format_kwargs": {}, "_output_all_columns": False}
     state["_data_files"] = [{"filename": path.name} for path in paths]
-    for name, content in (("dataset_info.json", asdict(library.DatasetInfo())), ("state.json", state)):
-        with replacing(folder / name) as written:
-            written.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    old = _named_files(folder)
+    try:
+        for path in paths:
+            move_synced(path, folder / path.name)
+        for name, content in (("dataset_info.json", asdict(library.DatasetInfo())), ("state.json", state)):
+            with replacing(folder / name) as written:
+                written.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    finally:
+        for path in {*old, *folder.glob(f"data-????????-{'?' * 5}-of-{'?' * 5}.arrow")} - _named_files(folder):
+            path.unlink(missing_ok=True)
 
 
-def _files_that_count(folder: Path) -> set[Path]:
-    """Return the data files that `state.json` names; none where there is none, or no such file."""
+def _named_files(folder: Path) -> set[Path]:
+    """Return the data files that `state.json` names; none if there is no such file."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return {folder / Path(file["filename"]).name for file in state["_data_files"]}
     except (OSError, ValueError, LookupError, TypeError):
         return set()
-
-
-def _read(folder: Path, library: Any) -> datasets.Dataset:
-    written: datasets.Dataset = library.load_from_disk(str(folder))
-    return written
-
-
-def _remove(paths: set[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)

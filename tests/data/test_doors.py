@@ -95,7 +95,7 @@ def test_datatroves_files(tmp_path, monkeypatch):
     write_datatrove(packed, tmp_path / "deep" / "rows.ds", pad_token_id=7)
     tokens, positions = expected_rows(packed, 7)
     assert naive_rows(tmp_path / "deep" / "rows.ds", SEQ_LENGTH) == (tokens, positions)
-    for name in ("rows.ds.index", "rows.ds"):
+    for name in ("rows.ds", "rows.ds.index"):
         with pytest.raises(FileExistsError, match=rf"{name} exists: write to another path, or delete it first"):
             write_datatrove(packed, tmp_path / "deep" / "rows.ds", pad_token_id=7)
         (tmp_path / "deep" / name).unlink()

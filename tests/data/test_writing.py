@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -13,7 +15,7 @@ from torch.utils.data import Subset
 from hf_longtrunc import BestFitPackingCollator, PackedDataset, Packing, best_fit_decreasing, pack
 from hf_longtrunc.data import writing
 from hf_longtrunc.data.documents import IGNORE
-from hf_longtrunc.saving import held
+from hf_longtrunc.saving import locked
 from tests.data.corpora import raw_examples
 from tests.data.test_dataset import KINDS, SEQ_LENGTH, Tokenizer, arrow, documents_of, expected
 
@@ -123,7 +125,7 @@ def test_interrupted_before_any_of_its_last_steps_the_old_rows_stay(tmp_path, mo
     old, new = pack(arrow([5, 60]), SEQ_LENGTH), pack(arrow([9, 50, 3]), SEQ_LENGTH)
     old.materialize(tmp_path)
     replace, write = os.replace, Path.write_text
-    for step in range(5):
+    for step in range(6):
         count = iter(range(100))
 
         def failing(original, *arguments, count=count, step=step, **options):
@@ -134,7 +136,7 @@ def test_interrupted_before_any_of_its_last_steps_the_old_rows_stay(tmp_path, mo
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", lambda *a, **k: failing(replace, *a, **k))
             patch.setattr(Path, "write_text", lambda *a, **k: failing(write, *a, **k))
-            if step < 4:
+            if step < 5:
                 with pytest.raises(OSError, match="the disk is full"):
                     new.materialize(tmp_path)
                 assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(old)
@@ -143,49 +145,70 @@ def test_interrupted_before_any_of_its_last_steps_the_old_rows_stay(tmp_path, mo
             assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_two_who_write_at_once_leave_the_rows_of_one(tmp_path, monkeypatch):
-    """Another writes while the rows are gathered, and between their taking the place and their being read."""
+def test_of_two_who_write_at_once_the_rows_of_the_second_stay(tmp_path, monkeypatch):
     one, other = pack(arrow([5, 60]), SEQ_LENGTH), pack(arrow([9, 50, 3]), SEQ_LENGTH)
     one.materialize(tmp_path)
-    run, read = writing._run, writing._read
+    run = writing._run
 
-    def meanwhile(step):
-        def stepping(*arguments):
-            monkeypatch.undo()
-            assert rows_of(other.materialize(tmp_path)) == rows_of(other)
-            return step(*arguments)
+    def meanwhile(*arguments):
+        monkeypatch.undo()
+        assert rows_of(other.materialize(tmp_path)) == rows_of(other)
+        return run(*arguments)
 
-        return stepping
-
-    monkeypatch.setattr(writing, "_run", meanwhile(run))
+    monkeypatch.setattr(writing, "_run", meanwhile)
     assert rows_of(one.materialize(tmp_path)) == rows_of(one)
     assert len(list(tmp_path.iterdir())) == 3
-    monkeypatch.setattr(writing, "_read", meanwhile(read))
-    with pytest.raises(FileExistsError, match=r"another process wrote its rows into .* meanwhile"):
-        one.materialize(tmp_path)
-    assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(other)
+
+
+def test_threads_that_write_into_one_folder_wait_for_one_another(tmp_path):
+    packed = [pack(arrow([5 + n, 60]), SEQ_LENGTH) for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        written = list(pool.map(lambda each: [rows_of(each.materialize(tmp_path)) for _ in range(5)], packed))
+    assert written == [[rows_of(each)] * 5 for each in packed]
+    assert rows_of(datasets.load_from_disk(tmp_path)) in [rows_of(each) for each in packed]
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_data_files_of_a_killed_process_are_removed_unless_they_count(tmp_path, monkeypatch):
-    begun, running = (tmp_path / f"data-{token}-00000-of-00001.arrow" for token in ("0123abcd", "4567abcd"))
-    begun.write_text("begun")
-    running.write_text("begun")
-    for path in (begun, running):
-        os.utime(path, (0, 0))
-    (tmp_path / "data-train.arrow").write_text("another's")
+def test_without_locks_rows_of_another_process_are_not_returned(tmp_path, monkeypatch):
+    one, other = pack(arrow([5, 60]), SEQ_LENGTH), pack(arrow([9, 50, 3]), SEQ_LENGTH)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    load = datasets.load_from_disk
+
+    def meanwhile(folder):
+        monkeypatch.setattr(datasets, "load_from_disk", load)
+        other.materialize(tmp_path)
+        return load(folder)
+
+    monkeypatch.setattr(datasets, "load_from_disk", meanwhile)
+    with pytest.raises(FileExistsError, match=r"another process wrote its rows into .* meanwhile"):
+        one.materialize(tmp_path)
+    assert rows_of(load(tmp_path)) == rows_of(other)
+
+
+def test_the_next_writing_removes_what_a_killed_process_left(tmp_path, monkeypatch):
+    """A data file that was renamed but not named in state.json; a hidden folder that nobody locks."""
     packed = pack(arrow([5]), SEQ_LENGTH)
-    with held(running):
+    (tmp_path / "data-0123abcd-00000-of-00001.arrow").write_text("begun")
+    (tmp_path / "data-train.arrow").write_text("another's")
+    for name in (".partial-killed", ".partial-running"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, 0))
+    with locked(tmp_path / ".partial-running"):
         packed.materialize(tmp_path)
-    assert not begun.exists()
-    assert running.exists()
+    assert {path.name for path in tmp_path.glob(".*")} == {".partial-running"}
+    assert len(list(tmp_path.glob("data-*"))) == 2  # the rows, another's
     monkeypatch.setattr(writing, "_run", lambda *_: 1 / 0)
-    for path in tmp_path.glob("*.arrow"):
-        os.utime(path, (0, 0))
     with pytest.raises(ZeroDivisionError):
         packed.materialize(tmp_path)
     assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(packed)
     assert len(list(tmp_path.iterdir())) == 4  # two json files, the rows, another's
+
+
+def test_rows_replace_a_dataset_that_datasets_saved(tmp_path):
+    arrow().save_to_disk(tmp_path)
+    packed = pack(arrow([5, 60]), SEQ_LENGTH)
+    assert rows_of(packed.materialize(tmp_path)) == rows_of(packed)
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("kind", ["documents", "a view", "a transform", "a link", "a subset"])

@@ -1,1 +1,1 @@
-"""Between rows and attention: where a token stands, apart from which token it is."""
+"""Position ids: CREAM and its alternatives, and rotary positions scaled to a longer window."""

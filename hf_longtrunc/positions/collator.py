@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from hf_longtrunc.arguments import check_int
 from hf_longtrunc.models import decoder_of, unwrapped
 from hf_longtrunc.positions.cream import SCHEMES, check_lengths
-from hf_longtrunc.positions.door import ROPE_IDS, is_attached, open_door
+from hf_longtrunc.positions.rope_hooks import ROPE_IDS, attach_hooks, is_attached
 from hf_longtrunc.positions.scaling import warn_of_adapter
 
 if TYPE_CHECKING:
@@ -30,35 +30,47 @@ _NOBODY_SAID = -1  # an epoch: the draws are those of epoch 0
 
 
 class CreamCollator(TrainerCallback):
-    """Let a model meet the distances of a long window in documents of a short one, with any collator.
+    """Add drawn position ids to a collator's batches: short documents then train the distances of a long window.
 
-    The batch is that of `inner` with `rope_position_ids` [rows, n] added: for every document its own draw of increasing
-    ids out of [0, factor * window). `attach(model)` makes the model rotate by them *while it is in training mode*; an
-    evaluation, and anything else, sees the plain model and the plain batch. Nothing of it is saved with the model.
+    The collator adds `rope_position_ids` [rows, n] to the batch of `inner`: for each document, increasing ids drawn
+    from [0, factor * window). `attach(model)` makes the model rotate by them *in training mode*; in evaluation mode
+    the model is unchanged. Nothing is saved with the model.
 
-    A document is what lies between two jumps of the batch's `position_ids` if it has any (packed rows), within it the
-    tokens whose `attention_mask` is not 0. Its draw depends on `seed`, the epoch and its tokens, and on nothing else:
-    not on rank, worker, batch or resuming. torch's and numpy's global generators are left alone. Cost: some 0.1 ms a
-    document.
+    Documents are separated by jumps in the batch's `position_ids` (packed rows) and by padding (`attention_mask` 0).
+    The draw of a document depends only on `seed`, the epoch and its tokens: not on rank, worker, batch or resuming.
+    The global generators of torch and NumPy are not used. Cost: some 0.1 ms a document.
 
     Args:
         inner: makes the batch, `input_ids` at least, as torch tensors; e.g. `BestFitPackingCollator` or
             `DataCollatorForLanguageModeling`.
-        window: N, the length that the model was trained on, before `extend_context`; no document may be longer.
-        factor: f; the model is to read factor * window tokens. `extend_context(model, factor)` prepares it.
+        window: N, the trained window, before `extend_context`; no document may be longer.
+        factor: f; the model learns to read factor * window tokens. Call `extend_context(model, factor)` first.
         scheme: "cream", "pose", "random" or "contiguous", or a sampler such as `CreamPositions.official()`: any
             function `(length, window, factor, generator)` that returns the ids.
-        seed: of all draws.
+        seed: for all draws.
 
-    It is a `TrainerCallback` too: with `Trainer(..., data_collator=collator, callbacks=[collator])` every epoch draws
-    anew (else call `set_epoch`), and training a model that is not attached stops at once. Training a PEFT adapter warns
-    if its base model, loaded anew, reads another window: the checkpoints hold none. Without an epoch the collator warns
-    when its first document comes a second time.
+    It is a `TrainerCallback` too: with `Trainer(..., data_collator=collator, callbacks=[collator])` each epoch gets new
+    draws (otherwise call `set_epoch`), and training a model without `attach` raises. It warns if a PEFT adapter's base
+    model on disk has another window, because an adapter's checkpoint does not save the window. Without an epoch it
+    warns when its first document comes a second time.
 
     Raises:
         TypeError, ValueError: a bad argument; a batch without `input_ids`, with a document longer than the window, or
-            whose documents are told apart by anything but `position_ids`; a sampler whose ids are not increasing
-            integers of [0, factor * window); collating before `attach`, when the ids would go nowhere.
+            with boundaries in another form than `position_ids`; a sampler that returns anything but increasing
+            integers in [0, factor * window); collating before `attach`.
+
+    Examples:
+        >>> inner = BestFitPackingCollator(seq_length=8, pad_token_id=0)
+        >>> collator = CreamCollator(inner, window=8, factor=2, seed=0)
+        >>> config = model.config.from_dict({**model.config.to_dict(), "max_position_embeddings": 8})
+        >>> extended = LlamaForCausalLM(config)
+        >>> extend_context(extended, 2)
+        16
+        >>> with collator.attach(extended):
+        ...     batch = collator([{"input_ids": [5, 6, 7, 8, 9, 10]}])
+        >>> ids = batch["rope_position_ids"][0, :6].tolist()
+        >>> ids == sorted(ids), ids[0], ids[-1]
+        (True, 0, 15)
     """
 
     _handle: Handle | None = None
@@ -144,14 +156,14 @@ class CreamCollator(TrainerCallback):
     # -- the model -----------------------------------------------------------------------------------------------------
 
     def attach(self, model: Any) -> Handle:
-        """Let a causal language model rotate by the ids while it is in training mode.
+        """Make a causal language model rotate by the ids in training mode.
 
         Use it as `with collator.attach(model):`, or keep it until `collator.detach()`. The model may be wrapped by
         PEFT, DDP or FSDP before or afterwards, and compiled afterwards. `verify_positions(model)` finds out whether
         CREAM means something to it.
 
         Returns:
-            The handle, whose `detach()` is that of the collator.
+            A handle; its `detach()` is the collator's.
 
         Raises:
             TypeError: it is no such model.
@@ -162,7 +174,7 @@ class CreamCollator(TrainerCallback):
         """
         if self._is_attached:
             raise ValueError("this CreamCollator is attached to a model already: detach() it first")
-        handle = open_door(model)
+        handle = attach_hooks(model)
         with handle.or_nothing():
             self._check_window(decoder_of(unwrapped(model)).config)
         handle.undo(setattr, self, "_is_attached", False)
@@ -192,20 +204,20 @@ class CreamCollator(TrainerCallback):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the model behind when a DataLoader sends the collator to a spawned worker."""
+        """Leave out the model when a DataLoader sends the collator to a spawned worker."""
         return {name: value for name, value in self.__dict__.items() if name != "_handle"}
 
     # -- Trainer's events ----------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop a training whose model is not the attached one; warn if its checkpoints will lack the window."""
+        """Raise if the trained model is not the attached one; warn if its checkpoints will not save the window."""
         if not is_attached(kwargs["model"]):
             raise ValueError("Trainer's model is not attached to this CreamCollator: call attach(model) before train()")
         warn_of_adapter(kwargs["model"])
         self._passes = 0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw anew for this epoch; passes over a stream are counted, since Trainer takes them for one epoch."""
+        """Set this epoch; passes over a stream are counted, since Trainer treats them as one epoch."""
         epoch = max(int(state.epoch), self._passes)
         self._passes = epoch + 1
         self.set_epoch(epoch)

@@ -1,17 +1,17 @@
-"""Position ids that let a model meet long distances in short documents: CREAM, and what it is compared with.
+"""Position ids with the distances of a long window for short documents: CREAM, PoSE, random and ordinary positions.
 
-A document of n tokens, of at most N (the trained window), is given n increasing ids out of [0, fN). CREAM's form three
-runs of neighbours:
+A document of n <= N tokens (N: the trained window) gets n increasing ids in [0, fN). CREAM's ids form three runs of
+consecutive numbers:
 
     head [0, k)      middle (P_e - m, P_e], m = n - 2k      tail [fN - k, fN)
 
-so head, middle and tail stand at long distances from one another, and within a run at the trained ones. k is large
-(n // 3, "relativity": as many pairs of tokens as possible across runs) or small (4f, "continuity": a long middle), and
-the middle's end is drawn so that places in the middle of the long window are met as often as its ends:
+Distances between runs are long, distances within a run are those of training. k is large (n // 3, "relativity": the
+most pairs of tokens across runs) or small (4f, "continuity": a long middle). The middle's end is drawn so that the
+middle of the long window is covered as often as its ends:
 
     r in {2 .. 2f} about 1 + f      P_e uniform on {k + (m - 1) r // 2 .. r N // 2 - k - 1}
 
-All samplers share one signature, `(length, window, factor, generator)`, and use no randomness but the generator's.
+All samplers have the signature `(length, window, factor, generator)` and draw from that generator only.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ _MAX_ENDS = 8  # head and tail of the continuity variant are never longer than t
 class CreamPositions:
     """CREAM's position ids: head, middle and tail of a document spread over the long window.
 
-    Called with `(length, window, factor, generator)` it returns the ids [length]: strictly increasing, the first 0, the
-    last factor * window - 1 (a lone token stays at 0). At factor 1 a document as long as the window gets its ordinary
+    Called with `(length, window, factor, generator)` it returns ids [length]: strictly increasing, from 0 to
+    factor * window - 1 (a single token stays at 0). With factor 1, a document as long as the window gets its ordinary
     positions. Cost: two or three draws and one array.
 
     Args:
-        sigma: standard deviation of r; the stretch that the middle lies in is r/2 windows long. None takes 3/8 of the
-            factor.
-        tails: what becomes of an r outside 2..2f: "renormalised" gives its probability to all others, "clipped" gives
-            it to 2 and 2f.
-        variant: of head and tail; None draws one for every document, half and half.
-        is_safe: continuity's head and tail take at most an eighth of the document each; without it 4f tokens, whatever
-            the document's length.
+        sigma: standard deviation of r; the middle lies within the first r/2 windows. None: 3/8 of the factor.
+        tails: "renormalised" draws r again if it lies outside 2..2f, "clipped" sets it to 2 or 2f.
+        variant: of head and tail; None draws one for each document, with probability 1/2.
+        is_safe: limit head and tail of "continuity" to an eighth of the document each; without it they are 4f tokens.
 
     Raises:
-        ValueError: a length outside 0..window, a factor below 1, or, with `is_safe=False`, head and tail that leave no
-            middle.
+        ValueError: a length outside 0..window, a factor below 1, or, with `is_safe=False`, no room for a middle.
 
     Source: Wu, Zhao, Zheng 2024, "An Efficient Recipe for Long Context Extension via Middle-Focused Positional
-    Encoding", arXiv 2406.07138, section 3. Deviations of the defaults, all undone by `official()`: sigma grows with the
-    factor, the Gaussian is renormalised and not clipped, head and tail are bounded. A document shorter than the window
-    keeps the formulas, with its own length in the place of N where runs are measured.
+    Encoding", arXiv 2406.07138, section 3. Deviations of the defaults (`official()` has none of them): sigma grows with
+    the factor, the Gaussian is renormalised instead of clipped, head and tail are bounded. For a document shorter than
+    the window, the lengths of the runs follow from the document's length instead of N.
+
+    Examples:
+        >>> CreamPositions(variant="relativity")(9, 16, 4, np.random.default_rng(0)).tolist()
+        [0, 1, 2, 28, 29, 30, 61, 62, 63]
     """
 
     sigma: float | None = None
@@ -79,7 +79,7 @@ class CreamPositions:
     def official(cls, variant: Variant | None = None) -> CreamPositions:
         """Return the sampler of the paper's code: sigma 3, clipped, head and tail of 4f tokens.
 
-        That code draws the variant once for some thousands of documents; name one for the same effect.
+        That code draws one variant for some thousands of documents; pass one for the same effect.
         """
         return cls(sigma=3.0, tails="clipped", variant=variant, is_safe=False)
 
@@ -109,7 +109,7 @@ class CreamPositions:
         return ends
 
     def stretch(self, u: float, factor: int) -> int:
-        """Return r in 2..2f for u uniform on [0, 1): r/2 windows are the stretch that the middle lies in."""
+        """Return r in 2..2f for u uniform on [0, 1): the middle lies within the first r/2 windows."""
         if factor == 1:
             return 2
         gaussian = NormalDist(1 + factor, self.sigma or 3 * factor / 8)
@@ -126,9 +126,12 @@ def middle_ends(length: int, window: int, ends: int, stretch: int) -> tuple[int,
 
 
 def pose_positions(length: int, window: int, factor: int, generator: np.random.Generator) -> Positions:
-    """PoSE's ids with two chunks: the first at 0, the second moved on by a uniform skip of 0..fN - n.
+    """Return PoSE's ids with two chunks: the first starts at 0, the second after a uniform skip of 0..fN - n.
 
     The first chunk has 1..n - 1 tokens, uniformly. Source: Zhu et al. 2024, arXiv 2309.10400, section 3.
+
+    >>> pose_positions(6, 8, 4, np.random.default_rng(0)).tolist()
+    [0, 1, 2, 3, 4, 5]
     """
     check_lengths(length, window, factor)
     ids = np.arange(length, dtype=np.int64)
@@ -138,13 +141,21 @@ def pose_positions(length: int, window: int, factor: int, generator: np.random.G
 
 
 def random_positions(length: int, window: int, factor: int, generator: np.random.Generator) -> Positions:
-    """Ids drawn from [0, fN) without replacement and sorted (Ruoss et al. 2023, arXiv 2305.16843)."""
+    """Return ids drawn from [0, fN) without replacement, sorted (Ruoss et al. 2023, arXiv 2305.16843).
+
+    >>> random_positions(4, 8, 4, np.random.default_rng(0)).tolist()
+    [0, 1, 2, 3]
+    """
     check_lengths(length, window, factor)
     return np.sort(generator.choice(factor * window, length, replace=False, shuffle=False))
 
 
 def contiguous_positions(length: int, window: int, factor: int, generator: np.random.Generator) -> Positions:
-    """Ordinary positions 0..n - 1; nothing is drawn."""
+    """Return ordinary positions 0..n - 1; nothing is drawn.
+
+    >>> contiguous_positions(4, 8, 4, np.random.default_rng(0)).tolist()
+    [0, 1, 2, 3]
+    """
     check_lengths(length, window, factor)
     return np.arange(length, dtype=np.int64)
 
@@ -158,7 +169,7 @@ SCHEMES: dict[str, Sampler] = {
 
 
 def check_lengths(length: int, window: int, factor: int) -> None:
-    """Refuse a document that is longer than the window, and numbers that are none."""
+    """Raise ValueError for a document longer than the window, and for a window or factor out of range."""
     if window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}")
     if factor < 1:
@@ -180,8 +191,11 @@ def distances_seen(
 ) -> NDArray[np.int64]:
     """Count in how many of `draws` documents each relative distance 0..fN - 1 occurs, [fN].
 
-    Each pair of runs of neighbouring ids contributes an interval of distances, so a document costs the square of its
-    runs (and random positions, which have nearly as many runs as tokens, much more than the others).
+    Each pair of runs contributes an interval of distances, so a document costs the square of its number of runs:
+    little for CREAM and PoSE, much for random positions.
+
+    >>> distances_seen(contiguous_positions, 3, 4, 2, draws=5).tolist()
+    [5, 5, 5, 0, 0, 0, 0, 0]
     """
     changes = np.zeros(factor * window + 1, np.int64)
     generator = np.random.default_rng(seed)

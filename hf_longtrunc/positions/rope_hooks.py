@@ -1,12 +1,12 @@
-"""How drawn position ids reach a model's rotary modules, past everything that reads `position_ids` for other reasons.
+"""Hooks that pass drawn position ids to a model's rotary modules.
 
-transformers reads the borders of packed documents from `position_ids` and would read every jump as another. So the ids
-travel beside them, as the argument `rope_position_ids` of the model or of its decoder. A hook before the model's
-forward takes them out of the arguments, and a hook before each rotary module puts them in the place of the
-`position_ids` that the module is called with. A hook behind the forward raises if no rotary module asked for them.
+transformers reads document boundaries from `position_ids`, and a jump in drawn ids would look like a boundary. So the
+ids are a separate argument, `rope_position_ids`, of the model or its decoder. A hook before the model's forward removes
+the argument; a hook before each rotary module replaces the module's `position_ids` by it; a hook after the forward
+raises if no rotary module was called.
 
-What one forward was given is kept by thread, until the next forward of the thread: gradient checkpointing may run a
-layer again. A copy of a model with a door (of `copy.deepcopy`, `pickle`, an average of weights) has a closed one.
+Each thread keeps the ids of its last forward until its next one, as gradient checkpointing may run a layer again. The
+hooks of a copied model (`copy.deepcopy`, `pickle`, averaged weights) are disabled.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ if TYPE_CHECKING:
 ROPE_IDS = "rope_position_ids"
 
 
-class Door:
-    """The hooks on one model, and the ids of the forward that is running in each thread.
+class RopePositionHooks:
+    """The hooks of one model, with the ids of the running forward of each thread.
 
-    torch's compiler cannot follow values kept by thread: compiled models break their graph at the hooks.
+    torch.compile cannot trace thread-local values: a compiled model has a graph break at each hook.
     """
 
-    def __init__(self, is_open: bool = True) -> None:
-        self.is_open = is_open
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
         self._forward = _Forward()
         self._latest: Tensor | None = None
         self._num_threads = 0
 
-    def __reduce__(self) -> tuple[type[Door], tuple[bool]]:
-        """Copy and pickle as a closed door: the copy is not what was attached to."""
-        return Door, (False,)
+    def __reduce__(self) -> tuple[type[RopePositionHooks], tuple[bool]]:
+        """Copy and pickle as disabled hooks: CREAM was not attached to the copy."""
+        return RopePositionHooks, (False,)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def take(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Take the ids out of the arguments of a model, or of its decoder called alone."""
-        if not self.is_open and _has_open_door(model):
+    def pre_forward(self, model: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Remove the ids from the arguments of a model, or of its decoder if it is called alone."""
+        if not self.enabled and _has_enabled_hooks(model):
             return args, kwargs
         ids, forward = kwargs.pop(ROPE_IDS, None), self._forward
         ids = ids if model.training else None
-        if ids is not None and not self.is_open:
+        if ids is not None and not self.enabled:
             raise ValueError(
                 f"this {type(model).__name__} is a copy of a model that CREAM is attached to, and is not attached "
                 "itself: it would be trained at ordinary positions. Call CreamCollator.attach(copy)"
@@ -64,8 +64,8 @@ class Door:
         return args, kwargs
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def leave(self, model: Any, args: Any, output: Any) -> None:
-        """Raise at the end of a forward whose ids reached no rotary module."""
+    def post_forward(self, model: Any, args: Any, output: Any) -> None:
+        """Raise at the end of a forward with ids if no rotary module was called."""
         forward = self._forward
         if forward.of is not model:
             return
@@ -77,8 +77,8 @@ class Door:
             )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def rotate(self, rotary: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Put the ids in the place of the `position_ids` that a rotary module is called with."""
+    def pre_rotary(self, rotary: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Replace the `position_ids` of a rotary module by the ids."""
         ids = self._ids()
         if ids is None:
             return args, kwargs
@@ -96,20 +96,20 @@ class Door:
         return (args[0], ids, *args[2:]), kwargs
 
     def _ids(self) -> Tensor | None:
-        if not self.is_open:
+        if not self.enabled:
             return None
         if self._forward.is_known:
             return self._forward.ids
         if self._num_threads > 1 and self._latest is not None:
             raise ValueError(
                 "a rotary module was called in a thread that ran no forward, and several threads have run forwards of "
-                "this model with CREAM: whose positions are meant cannot be known. Run it in one thread"
+                "this model with CREAM: it cannot be known which thread's positions are meant. Run it in one thread"
             )
         return self._latest  # autograd's own thread, which runs a checkpointed layer again
 
 
 class _Forward(threading.local):
-    """What the forward of one thread was given; another thread finds it empty."""
+    """The running forward of one thread: its module and its ids."""
 
     of: Any = None  # the module whose call began it
     ids: Tensor | None = None
@@ -117,24 +117,24 @@ class _Forward(threading.local):
     is_asked_for = False
 
 
-def open_door(model: Any) -> Handle:
-    """Put a door on a causal language model or on the one inside a PEFT, DDP or FSDP wrapper.
+def attach_hooks(model: Any) -> Handle:
+    """Attach the hooks to a causal language model, or to the one inside a PEFT, DDP or FSDP wrapper.
 
     Raises:
-        TypeError: it is no such model.
-        ValueError: it is compiled, has no rotary modules, or has an open door already.
+        TypeError: no such model.
+        ValueError: the model is compiled, has no rotary modules, or has enabled hooks already.
     """
     owner = attachable(model, "CreamCollator")
     rotaries = rotaries_of(owner)
     if is_attached(owner):
         raise ValueError("a CreamCollator is attached to this model already: detach() that one first")
-    door, decoder = Door(), decoder_of(owner)
+    hooks, decoder = RopePositionHooks(), decoder_of(owner)
     handle = Handle("CreamCollator", owner, f"{len(rotaries)} rotary modules rotate by {ROPE_IDS} in training mode")
     for module in {id(module): module for module in (owner, decoder)}.values():
-        handle.undo(module.register_forward_pre_hook(door.take, with_kwargs=True).remove)
-        handle.undo(module.register_forward_hook(door.leave, always_call=True).remove)
+        handle.undo(module.register_forward_pre_hook(hooks.pre_forward, with_kwargs=True).remove)
+        handle.undo(module.register_forward_hook(hooks.post_forward, always_call=True).remove)
     for rotary in rotaries:
-        handle.undo(rotary.register_forward_pre_hook(door.rotate, with_kwargs=True).remove)
+        handle.undo(rotary.register_forward_pre_hook(hooks.pre_rotary, with_kwargs=True).remove)
     return handle
 
 
@@ -150,10 +150,10 @@ def rotaries_of(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def is_attached(model: Any) -> bool:
-    """Tell whether a model, whatever wraps it, has an open door."""
-    return _has_open_door(unwrapped(model))
+    """Tell whether a model, wrapped or not, has enabled hooks."""
+    return _has_enabled_hooks(unwrapped(model))
 
 
-def _has_open_door(module: Any) -> bool:
-    hooks = getattr(module, "_forward_pre_hooks", {})
-    return any(isinstance(door := getattr(hook, "__self__", None), Door) and door.is_open for hook in hooks.values())
+def _has_enabled_hooks(module: Any) -> bool:
+    owners = (getattr(hook, "__self__", None) for hook in getattr(module, "_forward_pre_hooks", {}).values())
+    return any(isinstance(owner, RopePositionHooks) and owner.enabled for owner in owners)

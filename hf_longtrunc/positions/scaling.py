@@ -1,4 +1,4 @@
-"""A model made ready for a longer window by transformers' own means, so that nothing of ours is needed to load it."""
+"""Rotary positions scaled to a longer window by transformers' own rope types: plain transformers loads the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.models import attachable, decoder_of, unwrapped
 from hf_longtrunc.positions.cream import LAST_POSITION
-from hf_longtrunc.positions.door import is_attached, rotaries_of
+from hf_longtrunc.positions.rope_hooks import is_attached, rotaries_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,14 +34,14 @@ def extend_context(
 ) -> int:
     """Scale a model's rotary positions to `factor` times its trained window, in its config and in the live model.
 
-    Writes `rope_parameters` of a stock type and `max_position_embeddings`, and builds the rotary modules anew; a
-    checkpoint saved afterwards loads in plain transformers. Do it before `CreamCollator.attach` and before training:
-    the model is meant to be trained at these frequencies and served at the same ones, whatever the length of the text.
+    Writes `rope_parameters` of a stock type and `max_position_embeddings`, and rebuilds the rotary modules. A
+    checkpoint saved afterwards loads in plain transformers. Call it before `CreamCollator.attach` and before training:
+    training and inference then use the same frequencies, for texts of any length.
 
     Args:
         model_or_config: a causal language model, a PEFT or DDP wrapper of one, or a config. A config that several
-            models share is changed for all of them, but only this model's rotary modules are built anew.
-        factor: how many times the window, 2 to 512; not a length.
+            models share changes for all of them, but only this model's rotary modules are rebuilt.
+        factor: new window over trained window, 2 to 512; not a length.
         method: "yarn" divides slow frequencies by the factor and leaves fast ones (Peng et al. 2023); "ntk" raises the
             base to theta * factor ** (d / (d - 2)) for d rotary dimensions; "linear" divides all frequencies.
         tokenizer: its `model_max_length` is set to the new window.
@@ -50,13 +50,20 @@ def extend_context(
         The new window, factor times the old `max_position_embeddings`.
 
     Raises:
-        TypeError, ValueError: a bad argument; a config without rotary positions or window; one that is scaled already
-            (another rope_type than "default", or a rope_theta that is no whole number, as "ntk" leaves it); one that
-            transformers refuses once it is scaled, such as Phi-3's by "yarn"; a compiled model, or one with CREAM
-            attached. Nothing is changed then.
+        TypeError, ValueError: a bad argument; a config without rotary positions or window; a scaled config (another
+            rope_type than "default", or a rope_theta that is no whole number, as after "ntk"); a config that
+            transformers refuses after scaling, such as Phi-3's with "yarn"; a compiled model, or one with CREAM
+            attached. Model and config are unchanged then.
 
-    Where a config holds one set of parameters a layer type, that of the full-attention layers is scaled. The
-    checkpoint of a PEFT adapter holds no config: scale the base model before the adapter is loaded on it again.
+    If a config has rotary parameters for each layer type, those of the full-attention layers are scaled. The
+    checkpoint of a PEFT adapter has no config: scale the base model again before you load the adapter on it.
+
+    Examples:
+        >>> config = copy.deepcopy(model.config)
+        >>> extend_context(config, 4), config.max_position_embeddings
+        (256, 256)
+        >>> config.rope_parameters["rope_type"], config.rope_parameters["factor"]
+        ('yarn', 4.0)
     """
     factor = check_int("factor", factor, minimum=2)
     check_choice("method", method, ("yarn", "ntk", "linear"))
@@ -75,7 +82,7 @@ def extend_context(
             f"factor must be at most {LAST_POSITION // window} for a window of {window}: fp32 angles do not tell "
             f"positions beyond {LAST_POSITION} apart, got {factor}"
         )
-    # All is made and tried out on a copy, so that nothing is changed where something of it fails.
+    # A copy is changed and tested first: if it fails, model and config are unchanged.
     scaled = copy.deepcopy(config)
     parameters = _full_attention_parameters(scaled)
     new = _scaled(parameters, scaled, window, factor, method)
@@ -104,7 +111,7 @@ def extend_context(
 
 
 def warn_of_adapter(model: Any) -> None:
-    """Warn if a PEFT model's base, loaded anew as its adapter's checkpoint will have it, reads another window."""
+    """Warn if the base model of a PEFT adapter, as saved on disk, has another window than the model in training."""
     for adapter in getattr(model, "peft_config", {}).values():
         name, config = adapter.base_model_name_or_path, unwrapped(model).config
         try:

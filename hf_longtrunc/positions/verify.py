@@ -1,4 +1,4 @@
-"""A self-test before a GPU-hour is lost: does this model read positions in the way that CREAM relies on."""
+"""A self-test of a model before training with CREAM: it must read positions as relative rotary distances."""
 
 from __future__ import annotations
 
@@ -9,34 +9,37 @@ import torch
 from torch import Tensor
 
 from hf_longtrunc.models import attachable, decoder_of, evaluating, unwrapped
-from hf_longtrunc.positions.door import ROPE_IDS, is_attached, open_door, rotaries_of
+from hf_longtrunc.positions.rope_hooks import ROPE_IDS, attach_hooks, is_attached, rotaries_of
 
 _RUN = 8  # tokens of the head and of the tail of the test's row
 
 
 def verify_positions(model: Any) -> None:
-    """Raise if CREAM's position ids mean nothing to a model, or something else than distances.
+    """Raise if a model ignores CREAM's position ids, or reads them as anything but relative distances.
 
-    Five forwards of 16 tokens through the very door that training uses. Along the row's ids, a gap must change the
-    tail's logits, a shift of all ids by a window must not, and other tokens in the head must change the tail's logits
-    across the gap. Learned positions beside rotary ones are found by shifting `position_ids`.
+    Five forwards of 16 tokens, through the same hooks as training. A gap in the ids must change the tail's logits, a
+    shift of all ids by a window must not, and other tokens in the head must change the tail's logits across the gap.
+    Shifting `position_ids` finds learned positions next to rotary ones.
 
     Args:
         model: a causal language model or a PEFT, DDP or FSDP wrapper of one, attached to a `CreamCollator` or not; a
-            compiled one must be attached. It is left as it was.
+            compiled model must be attached. It is left unchanged.
 
     Raises:
-        TypeError: it is no such model.
+        TypeError: no such model.
         ValueError: no rotary modules (ALiBi, learned positions), prompt or prefix tuning, layers with a sliding window
-            or chunks, frequencies that depend on the running length (rope_type "dynamic", "longrope"), or one of the
-            tests failed; the message says which and why it matters.
+            or chunks, frequencies that depend on the text's length (rope_type "dynamic", "longrope"), or a failed
+            test; the message names the test and its reason.
+
+    Examples:
+        >>> verify_positions(model)
     """
     owner: Any = unwrapped(model) if is_attached(model) else attachable(model, "verify_positions")
     decoder = decoder_of(owner)
     _refuse_at_sight(model, owner, decoder)
     with ExitStack() as stack:
         if not is_attached(owner):
-            stack.enter_context(open_door(owner))
+            stack.enter_context(attach_hooks(owner))
         stack.enter_context(evaluating(model))
         # Ids are taken in training mode only; dropout, in the modules below, stays off.
         owner.training = decoder.training = True

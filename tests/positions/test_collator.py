@@ -1,4 +1,4 @@
-"""The collator and its door: which documents, which ids, exactly the gradients of a reference, nothing else touched."""
+"""The collator and its hooks: documents, ids, the gradients of a reference, and nothing else touched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM, de
 
 from hf_longtrunc import BestFitPackingCollator, CreamCollator, CreamPositions, pack
 from hf_longtrunc.positions.collator import documents_of
-from hf_longtrunc.positions.door import ROPE_IDS
+from hf_longtrunc.positions.rope_hooks import ROPE_IDS
 from tests.conftest import tiny_config
 
 WINDOW, FACTOR = 48, 4
@@ -255,7 +255,7 @@ def test_packed_documents_are_each_as_alone():
 def test_canary_bare_ids_are_isolated_by_todays_transformers(attention):
     """Why the ids do not travel as position_ids: head and tail would never meet, and nothing would say so.
 
-    The day this fails transformers has changed, and the door may be reconsidered.
+    The day this fails transformers has changed, and the hooks may be reconsidered.
     """
     model = double()
     model.set_attn_implementation(attention)

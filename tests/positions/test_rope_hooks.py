@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_longtrunc import CreamCollator, extend_context, verify_positions
-from hf_longtrunc.positions.door import ROPE_IDS
+from hf_longtrunc.positions.rope_hooks import ROPE_IDS
 from tests.positions.test_collator import FACTOR, WINDOW, attached, cream, double, tiny, tokens
 
 

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_longtrunc import BestFitPackingCollator, CreamCollator, extend_context, pack
-from hf_longtrunc.positions.door import ROPE_IDS
+from hf_longtrunc.positions.rope_hooks import ROPE_IDS
 from tests.conftest import tiny_config
 from tests.launch import two_ranks
 from tests.positions.test_collator import enable_checkpointing

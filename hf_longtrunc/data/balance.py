@@ -1,15 +1,15 @@
-"""Rows in an order in which every rank of a training step has equal work.
+"""Rows in an order that gives all ranks of a training step equal work.
 
-Rows hold equally many tokens and cost unequal time: a layer spends about 12 h n + sum(length^2) on a row of n tokens
-and hidden size h, for attention is quadratic in every document. All ranks wait for the most expensive row of a step.
-As n is the same for all rows, the sum of the squared lengths orders them by cost for every model.
+Packed rows have equally many tokens and unequal cost: a layer spends about 12 h n + sum(length^2) on a row of n tokens
+and hidden size h, as attention is quadratic in each document. All ranks wait for the most expensive row of a step. As n
+is the same for all rows, the sum of the squared lengths orders them by cost for any model.
 
     shuffle the rows; cut them into windows; sort each window by cost; every `rows_per_step` rows of it are a step;
     shuffle the steps
 
-The rows of a step cost about the same, and any part of a step too: ranks, batch size and accumulation may change as
-long as a step's rows divide `rows_per_step`. No row is added or left out. The price: documents of like length share a
-step. Gradient accumulation over several such steps mixes them again.
+The rows of a step cost about the same, and so do the rows of a part of a step: ranks, batch size and accumulation may
+change if a step's rows divide `rows_per_step`. No row is added or left out. The price: documents of similar length
+share a step. Gradient accumulation over several steps mixes them.
 
 Measured on lognormal corpora, the most expensive of 64 ranks over their mean: up to 1.21, 1.63 and 3.43 at rows of 8k,
 32k and 131k in random order, at most 1.013 in this one (recipes/equal_steps.py).
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 
 def deal_rows(cost: NDArray[Any], rows_per_step: int, window: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return an order of rows in which every `rows_per_step` of them, from the first on, cost about the same.
+    """Return an order of rows in which each group of `rows_per_step` consecutive rows has about equal costs.
 
     Args:
-        cost: of every row, [rows].
-        rows_per_step: rows that are put together. The rows that do not fill a step come last.
-        window: rows that are sorted together, at least; the windows are of equal size.
-        rng: shuffles the rows before, and the steps afterwards.
+        cost: of each row, [rows].
+        rows_per_step: rows of a group. Rows that do not fill a group come last.
+        window: minimum number of rows that are sorted together; the windows are of equal size.
+        rng: shuffles the rows first, and the groups at the end.
 
     Cost: a sort of the rows.
 
@@ -52,22 +52,23 @@ def deal_rows(cost: NDArray[Any], rows_per_step: int, window: int, rng: np.rando
 
 
 class BalancedRows(TorchDataset[dict[str, Any]]):
-    """A view of packed rows, ordered so that the ranks of a step have equal work: read it in order, without shuffling.
+    """Packed rows in an order that gives the ranks of a step equal work: read them in order, without shuffling.
 
     With Trainer: `TrainingArguments(train_sampling_strategy="sequential")`. With accelerate and in plain loops:
-    `DataLoader(rows, batch_size)` without `shuffle`. Row i is the same on every rank and whatever their number, so that
-    resuming is that of any dataset. `set_epoch`, which Trainer and accelerate call, deals the rows out again; workers
-    that live on from epoch to epoch (`persistent_workers`) keep the order of the first.
+    `DataLoader(rows, batch_size)` without `shuffle`. Row i does not depend on rank or number of ranks, so resuming
+    works as for any dataset. `set_epoch`, which Trainer and accelerate call, changes the order; workers that stay
+    alive over epochs (`persistent_workers`) keep the first order.
 
     Args:
         rows: a `PackedDataset`, or a `datasets.Dataset` of written rows with `seq_lengths`.
-        rows_per_step: ranks times rows a rank, or a multiple of it. `pack(..., row_multiple=rows_per_step)` makes
-            the last step whole.
-        window: rows that are sorted together. Fewer make steps less equal, more put rarer documents into one step.
-        seed: shuffles.
+        rows_per_step: ranks times rows per rank, or a multiple. `pack(..., row_multiple=rows_per_step)` completes the
+            last step.
+        window: rows that are sorted together. A smaller window makes steps less equal; a larger one puts documents of
+            rare lengths into one step.
+        seed: for shuffling.
 
-    `order` is the number of every row in `rows`: `written.select(balanced.order)` is a `datasets.Dataset` in this
-    order, for trainers that take nothing else.
+    `order` holds the row numbers in `rows`: for trainers that need a `datasets.Dataset`, use
+    `written.select(balanced.order)`.
 
     Raises:
         TypeError: other rows.
@@ -88,7 +89,7 @@ class BalancedRows(TorchDataset[dict[str, Any]]):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Deal the rows out as this epoch has them: a function of the seed and the epoch alone."""
+        """Set the order of this epoch; it depends on the seed and the epoch only."""
         rng = np.random.default_rng((self.seed, check_int("epoch", epoch, minimum=0)))
         self.order = deal_rows(self.cost, self.rows_per_step, self.window, rng)
 
@@ -104,7 +105,7 @@ class BalancedRows(TorchDataset[dict[str, Any]]):
 
 
 def _squared_lengths(rows: Any) -> NDArray[np.int64]:
-    """Return the sum of squared document lengths of every row; the padding behind them counts as a document."""
+    """Return the sum of squared document lengths of each row; its padding counts as a document."""
     if isinstance(rows, PackedDataset):
         lengths, (begins, stops) = rows.packing.length[rows.packing.items].astype(np.int64), rows.spans()
         fills, squares = (

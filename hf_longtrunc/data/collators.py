@@ -1,4 +1,4 @@
-"""Batches in which no document sees another: packed rows laid out, raw documents best-fitted within the batch."""
+"""Batches in which no document sees another: from packed rows, or from documents packed within the batch."""
 
 from __future__ import annotations
 
@@ -29,31 +29,29 @@ _POOR_FILL = 0.9
 
 
 class BestFitPackingCollator:
-    """Collate examples into rows of `seq_length` tokens for Trainer, with boundaries in `position_ids`.
+    """Collate examples into rows of `seq_length` tokens for Trainer, with document boundaries in `position_ids`.
 
-    Rows that come packed (they have `position_ids` or `seq_lengths`, from `pack()`) are laid out as they are. Raw
-    documents are cut and best-fitted within the batch: an exact replacement for padding, the same loss and gradients
-    in fewer tokens. The first token of every piece and the padding have label -100; padding is a segment of its own.
-    There is never an `attention_mask`: transformers separates the documents only without one, and only without a
-    cache (Trainer switches it off; calling the model yourself, pass `use_cache=False`).
+    Packed rows from `pack()` (with `position_ids` or `seq_lengths`) are padded. Documents are packed within the batch:
+    the same loss and gradients as with padding, in fewer tokens. The first token of each piece and the padding have
+    label -100; padding is a segment of its own. The batch has no `attention_mask`: transformers separates documents
+    only without one, and only without a cache (Trainer disables it; in your own loop pass `use_cache=False`).
 
     Args:
         seq_length: tokens in a row.
-        tokenizer: gives the padding token.
-        pad_token_id: fills rows up; None takes the tokenizer's, or its EOS, or 0. No padding is ever learned.
-        layout: "rows" gives [rows, seq_length], for eager, sdpa and flex attention; "flat" one row of all tokens,
-            [1, tokens], without padding, with cu_seq_lens_q/k, max_length_q/k and seq_idx, for flash attention and for
-            layers with states (convolutions, linear attention, Mamba), whose kernels need them; "auto" takes "flat"
-            if `model` has either. Such layers want causal-conv1d, and flash-linear-attention or mamba-ssm, installed:
-            `check_packed` finds out.
-        model: asked once for its layers and its longest position; not kept.
+        tokenizer: for its padding token.
+        pad_token_id: None takes the tokenizer's, or its EOS, or 0. Padding is never learned.
+        layout: "rows" gives [rows, seq_length], for eager, sdpa and flex attention. "flat" gives one row of all tokens
+            without padding, [1, tokens], with cu_seq_lens_q/k, max_length_q/k and seq_idx: for flash attention, and for
+            the kernels of convolutions, linear attention and Mamba (causal-conv1d, flash-linear-attention, mamba-ssm).
+            "auto" takes "flat" if `model` has such layers or flash attention. `check_packed` tests a model with a
+            batch.
+        model: read once for its layers and its longest position; not kept.
 
     Raises:
-        TypeError, ValueError: a bad argument; rows so long that Llama 4 scales attention by a token's place in its row
-            and not in its document (`attn_temperature_tuning`); an example that is no document or no packed row (its
-            place in the batch and column named), a packed row longer than `seq_length`, packed and raw examples in one
-            batch, no example; `layout="flat"` under accelerate's dispatcher, which cuts every tensor of a batch by its
-            one row.
+        TypeError, ValueError: a bad argument; rows in which Llama 4 would scale attention by the place in the row
+            (`attn_temperature_tuning`); an example that is no document or packed row (the message names its place and
+            column); a packed row longer than `seq_length`; packed rows and documents in one batch; an empty batch;
+            `layout="flat"` with accelerate's dispatcher, which would split the single row.
 
     Examples:
         >>> collator = BestFitPackingCollator(seq_length=6, pad_token_id=0)
@@ -156,7 +154,7 @@ class BestFitPackingCollator:
         }
 
     def _warn_of_dropped_columns(self, examples: Sequence[Mapping[str, Any]]) -> None:
-        """Warn once where a trainer may have dropped masks or boundaries: what is left looks like a plain document."""
+        """Warn once if a trainer may have dropped masks or boundaries: the rest would look like a plain document."""
         left = {name for example in examples for name in example if example[name] is not None}
         if self._warned_of_columns or left - {"input_ids", "attention_mask"} or accelerates_loader() is None:
             return
@@ -197,7 +195,7 @@ def padding_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
 
 
 def check_tokenizer(tokenizer: object) -> None:
-    """Raise TypeError if something is given that is no tokenizer."""
+    """Raise TypeError for anything but a tokenizer or None."""
     eos = getattr(tokenizer, "eos_token_id", ...)
     is_tokenizer = (eos is None or isinstance(eos, int)) and not hasattr(tokenizer, "model_type")  # no model's config
     if tokenizer is not None and not is_tokenizer:
@@ -215,7 +213,7 @@ def _layout_for(model: PreTrainedModel | None) -> str:
 
 
 def _tokens_before_temperature(model: PreTrainedModel) -> int | None:
-    """Return the tokens of a row that Llama 4 reads as it reads documents alone; None for models that always do."""
+    """Return the largest row that Llama 4 reads like its documents alone; None for other models."""
     config = unwrapped(model).config.get_text_config()
     return int(config.floor_scale) - 1 if getattr(config, "attn_temperature_tuning", False) else None
 
@@ -229,13 +227,13 @@ def _by_place(reach: int, got: str) -> str:
 
 
 def accelerates_loader() -> Any:
-    """Return the dataloader that accelerate, and so Trainer, is reading now; None where it reads none."""
+    """Return the dataloader that accelerate (and so Trainer) is reading from; None if there is none."""
     library = sys.modules.get("accelerate.data_loader")
     return None if library is None else library.GradientState().active_dataloader
 
 
 def _refuse_dispatcher() -> None:
-    """Raise ValueError if a dataloader of accelerate's that cuts batches by their rows is being read."""
+    """Raise ValueError if accelerate is reading from a dataloader that splits batches by their rows."""
     loader = accelerates_loader()
     if loader is not None and isinstance(loader, sys.modules["accelerate.data_loader"].DataLoaderDispatcher):
         raise ValueError(
@@ -246,7 +244,7 @@ def _refuse_dispatcher() -> None:
 
 
 def warn_beyond_window(seq_length: int, window: int | None, owner: str) -> None:
-    """Warn if rows are longer than what a model or a tokenizer knows."""
+    """Warn if rows are longer than the maximum of a model or a tokenizer."""
     if window is not None and seq_length > window:
         warnings.warn(
             f"seq_length = {seq_length} is more than the {owner}'s maximum of {window} tokens: a document of that "

@@ -1,8 +1,9 @@
-"""Documents by index: those of a `datasets.Dataset`, read from its Arrow table without copying it, and of any other."""
+"""Documents by index, from the Arrow table of a `datasets.Dataset` without a copy, or from any other dataset."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sized
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from hf_longtrunc.data.documents import Ending
+    from hf_longtrunc.data.packing import Packing
 
 
 class Documents(Protocol):
@@ -29,7 +31,7 @@ class Documents(Protocol):
     def __len__(self) -> int: ...
 
     def lengths(self, ending: Ending) -> NDArray[np.int64]:
-        """Return the tokens of every document, its end included."""
+        """Return the number of tokens of each document, with its ending."""
 
     def __getitem__(self, index: int) -> Document: ...
 
@@ -41,13 +43,13 @@ def has_rows(dataset: object) -> bool:
 
 
 def documents_of(dataset: Any) -> Documents:
-    """Return the documents of a dataset that has rows.
+    """Return the documents of a dataset with rows.
 
     Raises:
-        TypeError, ValueError: it is empty, has no `input_ids`, or columns that cannot be read.
+        TypeError, ValueError: the dataset is empty, has no `input_ids`, or has columns that cannot be packed.
     """
     library = sys.modules.get("datasets")  # a datasets.Dataset cannot exist without it
-    # The table does not hold what a transform makes of its rows.
+    # The table does not hold the results of a transform.
     if library is not None and isinstance(dataset, library.Dataset) and dataset.format["type"] != "custom":
         return ArrowDocuments(dataset)
     return SizedDocuments(dataset)
@@ -66,7 +68,7 @@ class SizedDocuments:
         return len(self.dataset)
 
     def lengths(self, ending: Ending) -> NDArray[np.int64]:
-        """Return the tokens of every document, its end included; all are read."""
+        """Return the number of tokens of each document, with its ending; reads all documents."""
         lengths = (len(ending.close(self[i]).input_ids) for i in range(len(self.dataset)))
         return np.fromiter(lengths, np.int64, len(self.dataset))
 
@@ -90,10 +92,10 @@ class SizedDocuments:
 
 
 class ArrowDocuments:
-    """Documents by index; select, shuffle and concatenate views included, whatever the dataset's format.
+    """The documents of a `datasets.Dataset`, of any format, selected, shuffled or concatenated.
 
-    Columns that the format leaves out (`with_format(columns=...)`) are left out here. Only Arrow's offsets are read to
-    know the lengths, each document's last token where EOS may be missing, and the attention mask where there is one.
+    Columns that the format leaves out (`with_format(columns=...)`) are left out. The lengths need Arrow's offsets only,
+    plus each document's last token if an EOS may be missing, and the attention mask if there is one.
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:
@@ -111,7 +113,7 @@ class ArrowDocuments:
         self._open()
 
     def lengths(self, ending: Ending) -> NDArray[np.int64]:
-        """Return the tokens of every document, its end included."""
+        """Return the number of tokens of each document, with its ending."""
         input_ids = self._lists["input_ids"]
         lengths = self._rows(input_ids.lengths)
         for name, column in self._lists.items():
@@ -151,12 +153,12 @@ class ArrowDocuments:
     ) -> None:
         """Copy the tokens of pieces of plain documents into `tokens`, one after another.
 
-        `lengths` may count an EOS put behind a document.
+        `lengths` may include an EOS that is added to a document.
 
         Raises:
-            ValueError: a token is negative, or more than the integers of `tokens` hold.
+            ValueError: a token is negative, or too large for the dtype of `tokens`.
 
-        Cost: a copy of every piece out of its place in the table, and half a microsecond a piece.
+        Cost: a copy of each piece, and half a microsecond a piece.
         """
         rows, column = documents if self._indices is None else self._indices[documents], self._lists["input_ids"]
         chunks, begins, sizes = column.places(rows)
@@ -164,7 +166,7 @@ class ArrowDocuments:
         where = (chunks, begins + starts, ends - lengths, given)
         pieces = list(zip(*(array.tolist() for array in where), strict=True))
         least, most = column.range
-        if least < 0 or most > np.iinfo(tokens.dtype).max:  # somewhere in the table; not where the pieces lie, perhaps
+        if least < 0 or most > np.iinfo(tokens.dtype).max:  # somewhere in the table, perhaps in none of the pieces
             self._check(documents, pieces, tokens.dtype)
         for chunk, begin, place, count in pieces:
             tokens[place : place + count] = column.values[chunk][begin : begin + count]
@@ -279,7 +281,42 @@ def _flat(chunk: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     return values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
 
 
+def check_plan(documents: Documents, packing: Packing, ending: Ending) -> None:
+    """Raise ValueError if a plan was made for documents of other lengths; reads the lengths of Arrow documents only."""
+    if len(documents) != len(packing.document_lengths):
+        raise ValueError(
+            f"the plan was made for {len(packing.document_lengths)} documents, the dataset has {len(documents)}"
+        )
+    if not isinstance(documents, ArrowDocuments):
+        return  # lengths would need reading all documents: each is checked when it is gathered
+    differ = np.flatnonzero(documents.lengths(ending) != packing.document_lengths)
+    if len(differ):
+        raise ValueError(
+            f"the plan was made for other documents: {len(differ)} have another length, the first of them is document "
+            f"{differ[0]}. Were the EOS of a tokenizer or pad_document_to counted there and not here, or only here?"
+        )
+
+
+def warn_of_lost_targets(documents: Documents, packing: Packing, ending: Ending) -> None:
+    """Warn of documents that lost all their targets; reads only documents that were cut or dropped."""
+    kept = np.bincount(packing.document, packing.length, len(packing.document_lengths))
+    cut = np.flatnonzero((kept < packing.document_lengths) | (packing.document_lengths > packing.seq_length))
+    order = np.argsort(packing.document, kind="stable")
+    bounds = np.searchsorted(packing.document[order], np.stack([cut, cut + 1]))
+    lost = 0
+    for document, first, last in zip(cut.tolist(), *bounds.tolist(), strict=True):
+        content = ending.close(documents[document])
+        pieces = (content.cut(int(packing.start[p]), int(packing.length[p])) for p in order[first:last])
+        lost += content.cut(0, len(content.labels)).teaches and not any(piece.teaches for piece in pieces)
+    if lost:
+        warnings.warn(
+            f"{lost} of {len(documents)} documents lose every token that is to be learned: their targets lie behind "
+            f"{packing.seq_length} tokens, or at the first token of a piece. Take a larger seq_length",
+            stacklevel=3,
+        )
+
+
 def check_token(token: int, dtype: np.dtype[Any]) -> None:
-    """Raise ValueError if integers of a dtype do not hold a token."""
+    """Raise ValueError if a token is too large for a dtype."""
     if token > np.iinfo(dtype).max:
         raise ValueError(f'token {token} is more than {dtype} holds; pass dtype="int64"')

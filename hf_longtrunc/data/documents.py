@@ -1,8 +1,7 @@
-"""One tokenised document: reading it from an example of a dataset, cutting it, joining pieces to a row.
+"""Tokenized documents: read from an example, cut into pieces, joined to a row.
 
-Columns: `input_ids`; optionally `labels`, an `attention_mask` whose zeros are padding at the ends, and masks of the
-tokens to learn (`LOSS_MASKS`), which become -100 in the labels where they are 0. A column that is None counts
-as absent.
+Columns: `input_ids`; optionally `labels`, an `attention_mask` (zeros are padding at the ends), and masks of the tokens
+to learn (`LOSS_MASKS`; 0 becomes -100 in the labels). A column that is None counts as absent.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ IGNORE = -100
 LOSS_MASKS = ("assistant_masks", "assistant_mask", "completion_mask", "loss_mask")
 MASKS = ("attention_mask", *LOSS_MASKS)
 COLUMNS = ("input_ids", "labels", *MASKS)
-# Of rows that are packed already: positions that restart with every document, and TRL's lengths of the documents.
+# Columns of packed rows: positions that restart with each document, and TRL's lengths of the documents.
 BOUNDARIES = ("position_ids", "seq_lengths")
-# What a model reads beside the tokens, and rows of several documents would lose.
+# Inputs of a model other than tokens, which packed rows would lose.
 INPUTS = (
     "inputs_embeds", "pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "input_features",
     "images", "videos", "audio",
 )  # fmt: skip
-# What others call them: such rows are no documents either, and are not read here.
+# Boundaries of other packers: such rows are no documents either.
 FOREIGN_BOUNDARIES = ("seq_idx", "cu_seq_lens_q", "cu_seqlens", "packed_seq_lengths")
 
 
@@ -54,9 +53,9 @@ class Document(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """What is put behind every document: EOS where it is missing, then padding up to a multiple of so many tokens.
+    """The end of each document: an EOS if it has none, then padding to a multiple of `multiple` tokens.
 
-    A document that ends with EOS and a newline, as chat templates write the last turn, is not missing it.
+    A final EOS and newline, as chat templates write after the last turn, counts as an EOS.
     """
 
     eos_token_id: int | None = None
@@ -65,7 +64,7 @@ class Ending(NamedTuple):
     newline_token_id: int | None = None
 
     def close(self, document: Document) -> Document:
-        """Return the document with its end: EOS is learned if the last token is, padding never is."""
+        """Return the document with its ending: EOS is learned if the last token is, padding never is."""
         (input_ids, labels), eos = document, self.eos_token_id
         second_last = input_ids[-2] if len(input_ids) > 1 else -1
         if eos is not None and len(input_ids) and not self._has_eos(input_ids[-1], second_last):
@@ -77,7 +76,7 @@ class Ending(NamedTuple):
         return Document(input_ids, labels)
 
     def lengths(self, lengths: Tokens, last: Tokens, second_last: Tokens) -> Tokens:
-        """Return the lengths of closed documents, from their lengths and last tokens; an empty one stays empty."""
+        """Return the lengths of documents with their ending, from lengths and last tokens; 0 stays 0."""
         if self.eos_token_id is not None:
             lengths = lengths + ((lengths > 0) & ~self._has_eos(last, second_last))
         return -(-lengths // self.multiple) * self.multiple
@@ -85,6 +84,22 @@ class Ending(NamedTuple):
     def _has_eos(self, last: Any, second_last: Any) -> Any:
         eos, newline = self.eos_token_id, -1 if self.newline_token_id is None else self.newline_token_id
         return (last == eos) | ((last == newline) & (second_last == eos))
+
+
+class FlatRows(NamedTuple):
+    """Concatenated rows: tokens, labels, and the lengths of rows and pieces."""
+
+    input_ids: NDArray[Any]
+    labels: NDArray[Any]
+    tokens: Tokens  # in every row
+    piece_lengths: Tokens
+    pieces: Tokens  # in every row
+
+    def padded(self, seq_length: int, pad_token_id: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return the tokens [rows, seq_length], padded with `pad_token_id`."""
+        rows = np.full((len(self.tokens), seq_length), pad_token_id, dtype.newbyteorder("<"))
+        rows[np.arange(seq_length) < self.tokens[:, None]] = self.input_ids
+        return rows
 
 
 def checked_ending(seq_length: int, eos: object, multiple: object, pad_token_id: object, newline: object) -> Ending:
@@ -106,9 +121,9 @@ def read_document(columns: Mapping[str, Any], where: str) -> Document:
     """Make a document of one example's columns; `where` names the example in errors.
 
     Raises:
-        TypeError, ValueError: no mapping; ids that are no flat sequence of integers >= 0; labels that are neither ids
-            nor -100; masks of anything but 0 and 1; a column of another length; an attention mask with zeros between
-            ones; a row that is packed already.
+        TypeError, ValueError: no mapping; ids that are no flat sequence of integers >= 0; labels other than ids and
+            -100; masks other than 0 and 1; a column of another length; an attention mask with zeros between ones; a
+            packed row.
     """
     if not isinstance(columns, Mapping):
         raise TypeError(
@@ -119,7 +134,7 @@ def read_document(columns: Mapping[str, Any], where: str) -> Document:
 
 
 def refuse_unreadable(columns: Sequence[str], where: str) -> None:
-    """Raise ValueError if some are columns of packed rows, whose documents would be one, or of images or sounds."""
+    """Raise ValueError for columns of packed rows (their documents would be joined), of images or of sounds."""
     if inputs := [name for name in INPUTS if name in columns]:
         raise ValueError(
             f"{where} has {' and '.join(inputs)} beside its tokens, which packed rows would lose: rows hold text only. "
@@ -135,14 +150,13 @@ def refuse_unreadable(columns: Sequence[str], where: str) -> None:
 
 
 def read_packed_row(columns: Mapping[str, Any], where: str) -> dict[str, Tokens]:
-    """Make `input_ids`, `position_ids` and `labels` of a packed row; the first token of a document is never learned.
+    """Return `input_ids`, `position_ids` and `labels` of a packed row; the first token of a document is never learned.
 
-    Positions come from `position_ids`, or where a trainer kept only TRL's `seq_lengths`, from those. Labels are the
-    tokens where there are none.
+    Positions come from `position_ids`, or else from TRL's `seq_lengths`. Labels default to the tokens.
 
     Raises:
-        TypeError, ValueError: columns as in `read_document`; positions that do not begin at 0 or neither rise by one
-            nor restart at 0; `seq_lengths` of another sum than the row's tokens, or of other documents than
+        TypeError, ValueError: columns as in `read_document`; positions that do not begin at 0, or neither rise by one
+            nor restart at 0; `seq_lengths` with another sum than the row's tokens, or other boundaries than
             `position_ids`.
     """
     document = _document(columns, where)
@@ -205,7 +219,7 @@ def _document(columns: Mapping[str, Any], where: str) -> Document:
 
 
 def join(pieces: Sequence[Document]) -> dict[str, Tokens]:
-    """Lay pieces out one after another: `input_ids`, `labels`, and `position_ids` that restart with every piece."""
+    """Concatenate pieces to a row: `input_ids`, `labels`, and `position_ids` that restart with each piece."""
     empty = np.empty(0, np.int64)
     return {
         "input_ids": np.concatenate([empty, *(piece.input_ids for piece in pieces)]),

@@ -16,27 +16,25 @@ if TYPE_CHECKING:
 class TokenMixture(Iterable[Mapping[str, Any]]):
     """Documents of several sources, in an order that keeps each source's share of the tokens.
 
-    The next document comes from the source with the fewest tokens for its share: the one with the smallest
-    tokens / share, the first named of several. Nothing is drawn at random, so every reading gives the same order. No
-    source ever has more tokens than its share by more than its longest document.
-    `datasets.interleave_datasets` mixes documents at given probabilities instead, whatever their lengths.
+    The next document comes from the source with the smallest tokens / share (the first of several). The order is not
+    random: each reading gives the same one. A source exceeds its share by at most its longest document.
+    `datasets.interleave_datasets` mixes by number of documents instead.
 
-    Give it to `pack()`, as a stream. To repeat a small source, give `stream.repeat(None)` of datasets. Resuming a
-    packed mixture reads its sources again up to the place. With several DataLoader workers pass `sharding="source"` if
-    all sources are streams of datasets, which share themselves out, and `sharding="documents"` otherwise.
+    Pass it to `pack()`, as a stream. To repeat a small source, use `stream.repeat(None)` of datasets. Resuming a packed
+    mixture reads its sources again up to the saved place. With several DataLoader workers pass `sharding="source"` if
+    all sources are streams of datasets, which split themselves among workers, and `sharding="documents"` otherwise.
 
     Args:
         sources: name -> an iterable of tokenized documents, with the columns of `pack()`, that can be read again.
         shares: name -> its share of the tokens, a number above 0; they need not add up to 1.
-        until: "first" ends where a source has no document left, so that shares hold to the end; "all" goes on with the
-            other sources until every document was read.
+        until: "first" ends when a source is exhausted, so the shares hold to the end; "all" reads every document.
 
     Attributes:
-        counts: name -> {"documents": n, "tokens": n} that the last iterator has given, in this process.
+        counts: name -> {"documents": n, "tokens": n} of the last iterator, in this process.
 
     Raises:
         TypeError, ValueError: no sources, shares of other names, a share that is no number above 0; while iterating, a
-            document that is none (its source and number are named).
+            bad document (the message names its source and number).
 
     Examples:
         >>> sources = {"code": [{"input_ids": [1] * 4}] * 9, "prose": [{"input_ids": [2] * 3}] * 9}
@@ -87,12 +85,12 @@ class TokenMixture(Iterable[Mapping[str, Any]]):
             yield example
 
     def set_epoch(self, epoch: int) -> None:
-        """Hand the epoch on to the sources that shuffle by it."""
+        """Set the epoch of the sources that shuffle by it."""
         self.epoch = check_int("epoch", epoch, minimum=0)
 
     @property
     def _distributed(self) -> Any:
-        """The share of one process, if a source is one: by its name in datasets, which `PackedStream` asks for."""
+        """The share of one process, if a source has one (datasets' name for it, read by `PackedStream`)."""
         return next(filter(None, (getattr(source, "_distributed", None) for source in self.sources.values())), None)
 
     def _read(self, name: str) -> Iterator[Mapping[str, Any]]:

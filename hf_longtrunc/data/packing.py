@@ -84,11 +84,14 @@ class RowPlan(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Which piece of which document lies in which row; read-only integer arrays.
+    """A packing plan: the pieces of documents in each row, as read-only integer arrays.
 
-    Row i holds the pieces `items[offsets[i]:offsets[i + 1]]`; piece p is the `length[p]` tokens of document
-    `document[p]` from its token `start[p]` on. Rows are in the order in which the algorithm opened them: the fullest
-    pieces first, so shuffle the rows (not the pieces) before training on them.
+    Row i holds the pieces `items[offsets[i]:offsets[i + 1]]`. Piece p has `length[p]` tokens of document `document[p]`,
+    from its token `start[p]` on. Rows are in the order of the algorithm, the longest pieces first: shuffle the rows
+    (not the pieces) before training.
+
+    >>> best_fit_decreasing([3, 2, 4], seq_length=5).stats()["rows"]
+    2
     """
 
     seq_length: int
@@ -110,13 +113,12 @@ class Packing:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> Packing:
-        """Return a plan that was saved.
+        """Return a saved plan.
 
-        Its arrays are mapped from the file: processes of one machine share them, and hold what they use. The file is
-        read once, from front to end, for its checksum.
+        Its arrays are memory-mapped: processes of one machine share them. The file is read once, for its checksum.
 
         Raises:
-            FileNotFoundError, ValueError: no plan lies there, or it is damaged.
+            FileNotFoundError, ValueError: there is no plan, or it is damaged.
         """
         from hf_longtrunc.saving import load_folder
 
@@ -131,7 +133,7 @@ class Packing:
         return len(self.offsets) - 1
 
     def row(self, index: int) -> Indices:
-        """Return the pieces of one row, in the order in which they lie there."""
+        """Return the pieces of one row, in order."""
         return self.items[self.offsets[index] : self.offsets[index + 1]]
 
     def fills(self) -> Indices:
@@ -141,11 +143,11 @@ class Packing:
         return fills
 
     def stats(self) -> dict[str, int | float]:
-        """Count what packing did; tokens are packed tokens, `documents` and `dropped_*` speak of the input.
+        """Return counts: `tokens` are packed tokens, `documents` and `dropped_*` those of the input.
 
-        `ideal_rows` is ceil(tokens / seq_length), `efficiency` tokens / (rows * seq_length). `truncated_documents`
-        are cut or shortened here; `truncated_by_concatenation` would be cut by joining all documents in the given
-        order and slicing every `seq_length` tokens.
+        `ideal_rows` is ceil(tokens / seq_length), `efficiency` tokens / (rows * seq_length). `truncated_documents` are
+        cut or shortened by this plan, `truncated_by_concatenation` by concatenating all documents in the given order
+        and slicing every `seq_length` tokens.
         """
         tokens, rows = int(self.length.sum(dtype=np.int64)), len(self)
         return {
@@ -171,7 +173,7 @@ class Packing:
         return is_cut
 
     def cut_by_concatenation(self) -> NDArray[np.bool_]:
-        """Mark the documents that would be cut by joining all of them and slicing every `seq_length` tokens."""
+        """Mark the documents that concatenating and slicing every `seq_length` tokens would cut."""
         ends = np.cumsum(self.document_lengths, dtype=np.int64)
         first, last = (ends - self.document_lengths) // self.seq_length, (ends - 1) // self.seq_length
         is_cut: NDArray[np.bool_] = (first != last) & (self.document_lengths > 0)
@@ -191,12 +193,12 @@ def best_fit_decreasing(
     Args:
         lengths: tokens of every document, EOS included: integers >= 0.
         seq_length: tokens in a row.
-        long: what becomes of a document longer than a row: "split" cuts it into pieces, "truncate" keeps its first
-            `seq_length` tokens, "drop" leaves it out, "error" raises.
-        min_piece: shorter pieces are left out and counted as dropped tokens; by default only lone tokens, which have
-            no token before them to be predicted from. 1 keeps every token.
-        seed: shuffles pieces of equal length among the places that they could equally take; None keeps the order of
-            the documents. Neither changes the number of rows nor their fills.
+        long: for a document longer than a row: "split" cuts it into pieces, "truncate" keeps its first `seq_length`
+            tokens, "drop" leaves it out, "error" raises.
+        min_piece: shorter pieces are left out and counted as dropped tokens. The default drops single tokens, which
+            have no token before them and so no loss; 1 keeps every token.
+        seed: shuffles pieces of equal length; None keeps the order of the documents. The number of rows and their fills
+            do not depend on it.
 
     Raises:
         TypeError, ValueError: a length that is no integer or is negative, no documents, nothing left to pack, or a
@@ -244,14 +246,14 @@ def pack_in_order(lengths: ArrayLike, seq_length: int, *, long: LongDocuments = 
 
 
 def row_order(packing: Packing, row_multiple: int, seed: int | None) -> tuple[NDArray[np.int64], list[int]]:
-    """Return the order of the rows, those that are added included, and the rows that give them a piece."""
+    """Return the order of the rows, added rows included, and the rows that give them a piece."""
     order = np.arange(-(-len(packing) // row_multiple) * row_multiple)
     donors = _donors(packing, row_multiple)
     return (order if seed is None else np.random.default_rng(seed).permutation(order)), donors
 
 
 def _donors(packing: Packing, row_multiple: int) -> list[int]:
-    """Choose the rows that give their last piece to a row of its own, those of most pieces first."""
+    """Choose the rows that give their last piece to an added row: rows with the most pieces first."""
     missing = -len(packing) % row_multiple
     counts = np.diff(packing.offsets)
     last = packing.length[packing.items[packing.offsets[1:] - 1]]
@@ -361,7 +363,7 @@ def _pieces(lengths: Indices, seq_length: int, long: LongDocuments, min_piece: i
 
 
 def _decreasing(length: Indices, seq_length: int, seed: int | None) -> Indices:
-    """Order pieces by decreasing length; equal ones as they come, or shuffled by `seed`."""
+    """Order pieces by decreasing length; equal ones in the given order, or shuffled by `seed`."""
     if seed is None:
         return _stable_argsort(seq_length - length)
     shuffled = np.random.default_rng(seed).permutation(len(length)).astype(_index_dtype(len(length)))

@@ -1,4 +1,4 @@
-"""What packing did to a corpus, as a table and a picture, beside concatenating and slicing it."""
+"""A table and a plot that compare a packing plan with concatenating and slicing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def packing_table(packing: Packing) -> Table:
-    """Tabulate `packing.stats()` beside concatenation: rows, cut documents, dropped documents and tokens."""
+    """Return a rich table of `packing.stats()` and of concatenation: rows, cut documents, dropped documents and tokens.
+
+    >>> packing_table(best_fit_decreasing([3, 2, 4], seq_length=5)).columns[1].header
+    'best fit'
+    """
     try:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
@@ -41,7 +45,7 @@ def packing_table(packing: Packing) -> Table:
 
 
 def plot_packing(packing: Packing, axes: Sequence[Axes] | None = None) -> tuple[Axes, Axes]:
-    """Draw how full the rows are, and which documents are cut here and by concatenation, by their length.
+    """Plot the fill of the rows, and the lengths of documents that this plan and concatenation cut.
 
     Args:
         packing: the plan: `PackedDataset.packing`.
@@ -49,6 +53,10 @@ def plot_packing(packing: Packing, axes: Sequence[Axes] | None = None) -> tuple[
 
     Returns:
         The two axes.
+
+    >>> fills, cuts = plot_packing(best_fit_decreasing([3, 2, 4], seq_length=5))
+    >>> cuts.get_xlabel()
+    'tokens in the document'
     """
     if axes is None:
         axes = import_pyplot("plot_packing").subplots(1, 2, figsize=(11, 4), layout="constrained")[1]

@@ -1,4 +1,4 @@
-"""Streams of datasets: copies that no other iterator and no other process moves, and which of them resume exactly."""
+"""Streams of datasets: private copies of their state, and the test of which streams resume exactly."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _INNER = ("_ex_iterable", "ex_iterable", "_interleaved", "ex_iterables")
-# Parts of such streams that were resumed at random places and were exact, `...ExamplesIterable` or `...Iterable`
-# (recipes/resumed_streams.py). Concatenations were not: with workers or epochs, their state may be of another order.
+# Parts of streams (`...ExamplesIterable` or `...Iterable`) that resumed exactly at random places in
+# recipes/resumed_streams.py. Concatenations did not: with workers or epochs, their state may belong to another order.
 _EXACT = (
     "Arrow", "CyclingMultiSources", "Filtered", "Formatted", "Mapped", "RandomlyCyclingMultiSources", "RebatchedArrow",
     "Repeat", "SelectColumns", "Skip", "Step", "Take", "",
@@ -18,11 +18,11 @@ _EXACT = (
 
 
 def private_copy(source: Any) -> Any:
-    """Return a copy of a `datasets.IterableDataset` that shares its data, but neither its state nor its epoch.
+    """Return a copy of a `datasets.IterableDataset` that shares its data, but not its state and its epoch.
 
-    datasets keeps a stream's place in objects that all of its views share, so that `stream.take(100)`, read in between,
-    would move the place of `stream.skip(100)`; and its epoch in memory that all DataLoader workers share, one of which
-    may still resume an epoch that is over for another. Other sources are returned as they are.
+    datasets keeps a stream's state in objects that all views of it share: reading `stream.take(100)` would move
+    `stream.skip(100)`. It keeps the epoch in memory that all DataLoader workers share, though one worker may resume an
+    epoch that another has finished. Other sources are returned unchanged.
     """
     if not _is_datasets_stream(source):
         return source
@@ -32,10 +32,10 @@ def private_copy(source: Any) -> Any:
 
 
 def has_exact_state(source: Any) -> bool:
-    """Tell whether a source's `state_dict()` says which document comes next: some streams of datasets.
+    """Tell whether a source is a stream of datasets that resumes exactly from its `state_dict()`.
 
-    Not those with an operation that is not known to be exact: a shuffle buffer, whose content the state leaves out, a
-    concatenation, Arrow tables, of which a batched `map` may skip one.
+    A shuffle buffer (its content is not saved), a concatenation and Arrow tables (a batched `map` may skip one) are not
+    exact, and neither are operations that were not tested.
     """
     return _is_datasets_stream(source) and all(_is_exact(part) for part in _parts(source))
 

@@ -1,12 +1,12 @@
-"""Hybrid models on packed rows without CUDA kernels: states are reset where a document begins.
+"""Reset the states of hybrid models at document boundaries, on packed rows without CUDA kernels.
 
-Convolutions, linear attention and Mamba layers carry a state from token to token. Their CUDA kernels are told where
-documents begin (`seq_idx`); transformers' own PyTorch code is not, and the state of one document runs into the next.
-Here such a layer gets every document as a row of its own, filled up at its end, and its outputs are laid back into the
-packed rows. The layers are causal, so that what fills a row up changes nothing before it. Everything else of the model,
-attention included, runs on the packed rows once, as before.
+Convolutions, linear attention and Mamba layers carry a state from token to token. Their CUDA kernels reset it at
+document boundaries (`seq_idx`); the PyTorch code of transformers does not, so the state of one document leaks into the
+next. Here such a layer gets each document as a row of its own, padded at the end, and its outputs go back to their
+places in the packed rows. The layers are causal, so padding at the end changes nothing before it. The rest of the
+model, attention included, runs once on the packed rows.
 
-Documents of like length (the same power of two) go together: at most half of such a batch is padding.
+Documents of similar length (the same power of two) form one batch: at most half of it is padding.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 _BOUNDARIES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _CACHES = (*CACHE_NAMES, "cache_params")
-# Their decoders make the mask of attention without positions, and documents see each other there too.
+# Decoders that make the attention mask without positions: documents would see each other in attention too.
 _MASKS_WITHOUT_POSITIONS = ("granitemoehybrid",)
-# Lengths of the documents in all rows of the decoder's call, one row after another; [] where every row is one document.
+# Lengths of the documents in all rows of the decoder's call, row by row; [] if every row is one document.
 _LENGTHS: ContextVar[list[int] | None] = ContextVar("lengths", default=None)
 
 
 def reset_states(model: Any) -> Handle:
-    """Let the states of a hybrid model's layers begin anew where `position_ids` restart, in pure PyTorch.
+    """Reset the states of a hybrid model's layers at restarts of `position_ids`, in pure PyTorch.
 
-    A packed row then gives every document the logits and gradients that it has alone, on a CPU too (Qwen3-Next and 3.5,
-    Falcon-H1, LFM2, Granite 4, Bamba, Jamba, Nemotron-H, and others whose layers have a convolution or Mamba's
-    `A_log`). Calls with a cache or an attention mask run as they did. Where kernels that read `seq_idx` are installed,
-    they are faster: `BestFitPackingCollator(layout="flat")` and `check_packed` then suffice.
+    In a packed row, each document then gets the logits and gradients that it has alone, on a CPU too. For Qwen3-Next
+    and 3.5, Falcon-H1, LFM2, Granite 4, Bamba, Jamba, Nemotron-H, and other models with convolutions over tokens or
+    Mamba's `A_log`. Calls with a cache or an attention mask are unchanged. If kernels that read `seq_idx` are
+    installed, they are faster: use `BestFitPackingCollator(layout="flat")` and `check_packed` instead.
 
     Args:
         model: a causal language model, or a PEFT or DDP wrapper of one.
@@ -50,15 +50,19 @@ def reset_states(model: Any) -> Handle:
 
     Raises:
         TypeError: no transformers model.
-        ValueError: it was compiled, or has no such layers and needs nothing.
+        ValueError: a compiled model, or a model without such layers, which needs no resets.
         RuntimeError: while training, if gradient checkpointing runs a layer again.
 
-    Cost: such a layer runs once for every power of two among the documents' lengths.
+    Cost: such a layer runs once for each power of two among the documents' lengths.
 
     Examples:
-        >>> with reset_states(model):
-        ...     check_packed(model, {**collator(rows), "use_cache": False})
-        ...     trainer.train()
+        >>> from transformers import Lfm2Config, Lfm2ForCausalLM
+        >>> sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}
+        >>> layers = {"num_attention_heads": 4, "layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}
+        >>> hybrid = Lfm2ForCausalLM(Lfm2Config(**sizes, **layers))
+        >>> batch = BestFitPackingCollator(seq_length=5)([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+        >>> with reset_states(hybrid):
+        ...     check_packed(hybrid, {**batch, "use_cache": False})
     """
     inside = attachable(model, "reset_states")
     decoder = decoder_of(inside)
@@ -75,12 +79,12 @@ def reset_states(model: Any) -> Handle:
 
 
 def carries_state(part: nn.Module) -> bool:
-    """Return whether a module itself carries a state over tokens: a convolution over them, or Mamba's decay."""
+    """Return whether a module carries a state over tokens: it has a convolution over them, or Mamba's decay."""
     return "A_log" in part._parameters or any(isinstance(child, nn.Conv1d) for child in part.children())
 
 
 def _noting(decoder: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Note where documents begin while the decoder runs."""
+    """Wrap a decoder's forward: record the lengths of the documents while it runs."""
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -100,7 +104,7 @@ def _noting(decoder: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _masks(decoder: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the masks that a decoder would make if it said its positions to transformers' masks."""
+    """Return the masks that a decoder would make if it passed its positions to transformers' masks."""
     states = given.get("inputs_embeds")
     if states is None:
         states = decoder.get_input_embeddings()(given["input_ids"])
@@ -109,7 +113,7 @@ def _masks(decoder: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lengths(position_ids: Tensor) -> list[int] | None:
-    """Return the lengths of the documents of all rows, [rows, tokens]; None where every row is one document."""
+    """Return the lengths of the documents of all rows [rows, tokens]; None if every row is one document."""
     positions = position_ids[0] if position_ids.ndim == 3 else position_ids  # multimodal: the text's come first
     begins = torch.ones_like(positions, dtype=torch.bool)
     begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
@@ -120,7 +124,7 @@ def _lengths(position_ids: Tensor) -> list[int] | None:
 
 
 def _apart(part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a layer on every document as a row of its own."""
+    """Wrap a layer's forward: run it with each document as a row of its own."""
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -1,16 +1,14 @@
-"""Best-fit packing of a stream: a pool of documents, from which the rows that came out full are given away.
+"""Best-fit packing of a stream, with a pool of documents.
 
-Each round fills the pool to `pool_size` pieces or `pool_tokens` tokens and packs it by best-fit decreasing. Rows filled
-to at least 99.5 %, and rows with a piece that has waited `max_rounds` rounds, go out; the other pieces return to the
-pool. If no row is that full, the fullest goes out: every round makes progress. At the end of the stream everything
-goes out.
+Each round fills the pool to `pool_size` pieces or `pool_tokens` tokens and packs it by best-fit decreasing. It returns
+rows filled to at least 99.5 %, and rows with a piece that has waited `max_rounds` rounds; the other pieces stay in the
+pool. If there are no such rows it returns the fullest. At the end of the stream it returns all rows.
 
 Measured at pool sizes of 4096 to 16384: within 0.012 % of the rows of packing the whole corpus at once.
 
-A round follows from the pieces that waited before it. So the state names those pieces, the number of documents read
-before the round, and the number of rows of the round that were returned: 16 bytes a waiting piece, made once a round.
-Where the source has an exact state of its own, the state holds that too, and the waiting tokens: then nothing is read
-twice.
+A round depends only on the pieces that were waiting before it and on the documents read since. So the state holds those
+pieces, the number of documents read before the round, and the number of rows returned: 16 bytes a waiting piece. If the
+source has an exact state of its own, the state holds that and the waiting tokens too: then nothing is read twice.
 """
 
 from __future__ import annotations
@@ -47,53 +45,53 @@ class _Piece(NamedTuple):
     content: Document
     document: int  # the number of the document in the stream
     part: int  # the number of the piece in the document
-    entered: int  # the round in which it came into the pool
+    entered: int  # the round in which it entered the pool
 
 
 class _Round(NamedTuple):
-    """What a round begins with."""
+    """The state at the beginning of a round."""
 
     number: int = 0
     read: int = 0  # documents, so far
     dropped_documents: int = 0
     dropped_tokens: int = 0
-    waiting: bytes = b""  # int64 document, int32 part and int32 round of entering, of every piece in the pool
-    source: Mapping[str, Any] | None = None  # its "state" and "num_shards", and "sizes" and "tokens" of what waits
+    waiting: bytes = b""  # int64 document, int32 part and int32 entered, of each piece in the pool
+    source: Mapping[str, Any] | None = None  # its "state" and "num_shards", and "sizes" and "tokens" of the pool
 
 
 _WAITING = np.dtype([("document", "<i8"), ("part", "<i4"), ("entered", "<i4")])
 
 
 class PackedStream(IterableDataset[dict[str, "Tokens"]]):
-    """Rows packed from a stream of tokenized documents, the same rows every time it is run through.
+    """Rows packed from a stream of tokenized documents; each iteration gives the same rows.
 
-    Rows are those of `PackedDataset`. With DataLoader workers each takes its share of the documents, see `sharding`.
-    `state_dict` and `load_state_dict` stop and resume between two rows, exactly. Resuming reads the source again up to
-    the place, unless it is a `datasets.IterableDataset` without a shuffle buffer, which knows its place itself.
+    Rows are as in `PackedDataset`. Each DataLoader worker takes its share of the documents, see `sharding`.
+    `state_dict` and `load_state_dict` stop and resume exactly between two rows. Resuming reads the source again up to
+    the saved place; a `datasets.IterableDataset` without a shuffle buffer resumes from its own state instead.
 
     Args:
-        source: an iterable of examples, with the columns of `pack()`; one that can be run through again if you resume
-            or train several epochs.
-        seq_length: tokens in a row.
-        eos_token_id: put behind documents that do not end with it; None puts nothing.
-        long: what becomes of a document longer than a row: "split", "truncate", "drop" or "error".
-        min_piece: shorter pieces are left out and counted.
-        seed: orders the rows that go out together; None leaves them fullest first.
-        pool_size: pieces packed at once, at most.
-        pool_tokens: tokens packed at once, at most, and the document that passes this number. None takes 2**24, or 64
-            rows if these are more. A token takes 16 bytes of memory.
-        max_rounds: rounds that a piece may wait before its row goes out as it is.
-        pad_document_to: every document is filled up to a multiple of so many tokens, as for `pack()`.
-        pad_token_id: fills them up.
+        source: an iterable of examples, with the columns of `pack()`. To resume, or for several epochs, it must be
+            iterable again.
+        seq_length: as for `pack()`.
+        eos_token_id: added to documents without it; None adds nothing.
+        long: as for `pack()`.
+        min_piece: as for `pack()`.
+        seed: shuffles the rows of a round; None returns the fullest first.
+        pool_size: maximum number of pieces packed at once.
+        pool_tokens: maximum number of tokens packed at once, exceeded by at most one document. None takes 2**24, or
+            64 rows if these are more. A token takes 16 bytes of memory.
+        max_rounds: rounds that a piece may wait before its row is returned without being full.
+        pad_document_to: as for `pack()`.
+        pad_token_id: for `pad_document_to`.
         newline_token_id: a document that ends with EOS and this token gets no second EOS.
-        sharding: who deals the documents out among several DataLoader workers. "documents": each worker takes every
-            n-th of them here. "source": the source gives each worker its own, by `get_worker_info()`. "auto" takes
-            "source" for a `datasets.IterableDataset`, and under several workers asks for one of the two where it is
-            anything else: dealt out twice, most documents would never be read.
+        sharding: how documents are split among DataLoader workers. "documents": worker i takes every n-th document.
+            "source": the source itself gives each worker its part, through `get_worker_info()`. "auto" takes "source"
+            for a `datasets.IterableDataset`; for other sources with several workers it raises, as most documents would
+            never be read if both sides split them.
 
     Raises:
-        TypeError, ValueError: a bad argument; while iterating, no documents, a document that is none (its number is
-            named), no document with a piece to pack, a source that may or may not share itself out among workers.
+        TypeError, ValueError: a bad argument; while iterating, no documents, a bad document (the message names its
+            number), no document with a piece to pack, or `sharding="auto"` with workers and an unknown source.
 
     Examples:
         >>> documents = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}, {"input_ids": [4] * 4}]
@@ -140,9 +138,9 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         self._is_next = False  # whether the next iteration is that run
 
     def __iter__(self) -> Iterator[dict[str, Tokens]]:
-        """Return an iterator of rows: from the beginning, or once from the place of the last `load_state_dict`.
+        """Return an iterator over the rows, from the beginning or, once, from the last loaded state.
 
-        Each iterator has a place of its own; `state_dict` is that of the last one.
+        Each iterator has a state of its own; `state_dict` returns that of the last iterator.
         """
         if not self._is_next:
             self._run = _Run(self, _Round(), 0, self._epoch())
@@ -155,17 +153,17 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         return self._run.dropped
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the last iterator stands: what its round began with, and how many rows of it were given away."""
+        """Return the state of the last iterator: that of its round, and the number of rows it returned since."""
         run = self._run
         return {"settings": self._settings(), "epoch": run.epoch, "given": run.given, **run.begun._asdict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Make the next iteration go on from `state`, which a stream with the same settings has given.
+        """Let the next iteration continue from the `state_dict` of a stream with the same settings.
 
-        A source with `set_epoch` (as a `datasets.IterableDataset` has it) is read in the epoch of the state.
+        A source with `set_epoch` (such as a `datasets.IterableDataset`) is read in the epoch of the state.
 
         Raises:
-            TypeError, ValueError: it is no such state, or one of a stream with other settings, whose rows would differ.
+            TypeError, ValueError: no such state, or a state of a stream with other settings.
         """
         if not isinstance(state, Mapping):
             raise TypeError(f"state must be what state_dict() returned, got {type(state).__name__}")
@@ -184,7 +182,7 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         self._run, self._is_next = _Run(self, begun, state["given"], epoch), True
 
     def set_epoch(self, epoch: int) -> None:
-        """Hand the epoch on to a source that shuffles by it; in another epoch than before the stream begins anew."""
+        """Set the epoch of a source that shuffles by it; a new epoch starts the stream from its beginning."""
         self.epoch = check_int("epoch", epoch, minimum=0)
         if _has_epochs(self.source):
             self.source.set_epoch(epoch)
@@ -192,23 +190,23 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
             self._run, self._is_next = _Run(self, _Round(), 0, epoch), False
 
     def _settings(self) -> dict[str, Any]:
-        """Return everything that the rows depend on, besides the source: plain values, for torch.load."""
+        """Return the settings that the rows depend on, as plain values, for torch.load."""
         return {name: getattr(self, name) for name in _SETTINGS} | self.ending._asdict()
 
     def _epoch(self) -> int:
-        """Return the epoch that comes next: that of `set_epoch`, or a later one that the source was set to."""
+        """Return the next epoch: that of `set_epoch`, or a later one set in the source."""
         return max(self.epoch, int(getattr(self.source, "epoch", 0))) if _has_epochs(self.source) else self.epoch
 
 
 class _Run:
-    """One reading of a stream from its beginning, or on from a state; it knows where it is."""
+    """One iteration over a stream, from its beginning or from a state."""
 
     def __init__(self, stream: PackedStream, begun: _Round, given: int, epoch: int) -> None:
         self.stream, self.begun, self.given, self.epoch = stream, begun, given, epoch
         self.dropped = {"documents": begun.dropped_documents, "tokens": begun.dropped_tokens}
         self._num_read, self._ended, self._warned = 0, False, False
-        self._source: Any = None  # of this run alone
-        self._is_exact = False  # whether the source's state is
+        self._source: Any = None  # a private copy
+        self._is_exact = False  # whether the source's state is exact
 
     def rows(self) -> Iterator[dict[str, Tokens]]:
         self._source, saved = private_copy(self.stream.source), self.begun.source
@@ -231,13 +229,13 @@ class _Run:
                     "then"
                 )
             rows = rows[self.given :][::-1]
-            while rows:  # each is freed when it was returned
-                self.given += 1  # before the row is returned: a state is of the next one
+            while rows:  # a returned row is freed
+                self.given += 1  # before the yield: a state taken after it continues with the next row
                 yield join([piece.content for piece in rows.pop()])
             self._begin(self.begun.number + 1, pool)
 
     def _check_not_empty(self) -> None:
-        """Raise ValueError at the end of a stream that gave no row, if no other worker reads it too."""
+        """Raise ValueError at the end of a stream without a row, unless other workers read it too."""
         if self.begun.number or get_worker_info() is not None:
             return
         if not self._num_read:
@@ -257,9 +255,9 @@ class _Run:
         self.given = 0
 
     def _source_state(self, pool: list[_Piece]) -> dict[str, Any] | None:
-        """Return the state of the source and the tokens that wait, if the one is exact and the others are few."""
+        """Return the source's state and the pool's tokens, if the state is exact and the tokens are few."""
         if not self._is_exact or sum(len(piece.content.input_ids) for piece in pool) > self.stream.pool_tokens // 16:
-            return None  # reading again is dear; so is a state of many megabytes in every checkpoint
+            return None  # the state would add many megabytes to each checkpoint: read the source again instead
         contents = [np.array(piece.content) for piece in pool]
         if any(content.max(initial=0) >= 2**31 for content in contents):
             return None
@@ -269,7 +267,7 @@ class _Run:
         return {**place, "sizes": sizes.tobytes(), "tokens": tokens.tobytes()}
 
     def _restored(self, saved: Mapping[str, Any]) -> list[_Piece]:
-        """Return the pieces that waited when the round began, from the state."""
+        """Return the pieces in the pool at the beginning of the round, from the state."""
         waiting = np.frombuffer(self.begun.waiting, _WAITING).tolist()
         sizes = np.frombuffer(saved["sizes"], np.int64)
         tokens = np.frombuffer(saved["tokens"], np.int32)
@@ -282,11 +280,11 @@ class _Run:
         return [_Piece(content, *piece) for content, piece in zip(contents, waiting, strict=True)]
 
     def _share(self, place: Any) -> Iterator[Mapping[str, Any]]:
-        """Return this worker's share of the source, from its state `place` on or from its beginning."""
+        """Return this worker's share of the source, from the state `place` on or from the beginning."""
         source, by, worker = self._source, self.stream.sharding, get_worker_info()
         _refuse_two_dealers(source)
         if _has_epochs(source):
-            source.set_epoch(self.epoch)  # one that a state was loaded in, in a worker too, may have set another
+            source.set_epoch(self.epoch)  # a loaded state may have set another epoch, in a worker too
         if place is not None:
             source.load_state_dict(copy.deepcopy(place))
         examples: Iterator[Mapping[str, Any]] = iter(source)
@@ -300,11 +298,11 @@ class _Run:
                 'each of them its own documents (sharding="source") or all of them the same (sharding="documents"). '
                 "Dealt out twice, most of the documents would never be read"
             )
-        first = worker.id if place is None else worker.num_workers - 1  # behind the last one that this worker has read
+        first = worker.id if place is None else worker.num_workers - 1  # after the last document of this worker
         return islice(examples, first, None, worker.num_workers)
 
     def _read_again(self, examples: Iterator[Mapping[str, Any]]) -> list[_Piece]:
-        """Read up to where the round began, and return the pieces that waited then."""
+        """Read up to the beginning of the round, and return the pieces in the pool at that point."""
         begun = self.begun
         waiting = np.frombuffer(begun.waiting, _WAITING)
         wanted, kept = set(waiting["document"].tolist()), {}
@@ -374,7 +372,7 @@ class _Run:
         return pieces
 
     def _packed(self, pool: list[_Piece]) -> tuple[list[list[_Piece]], list[_Piece]]:
-        """Pack the pool, and return the rows that go out and the pieces that stay."""
+        """Pack the pool, and return the rows to return and the pieces that stay."""
         number = self.begun.number
         plan = best_fit_decreasing([len(p.content.input_ids) for p in pool], self.stream.seq_length, min_piece=1)
         rows = [plan.row(row).tolist() for row in range(len(plan))]
@@ -395,7 +393,7 @@ def _has_epochs(source: Any) -> bool:
 
 
 def _refuse_two_dealers(source: object) -> None:
-    """Raise ValueError if the source gives each process a share, and accelerate deals those rows out once more."""
+    """Raise ValueError if the source is split among processes, and accelerate would split its rows again."""
     split, loader = getattr(source, "_distributed", None), accelerates_loader()  # by datasets' split_dataset_by_node
     if split is None or split.world_size == 1 or loader is None:
         return

@@ -1,4 +1,4 @@
-"""A self-test of a model, called as it will be called: does it keep packed documents apart."""
+"""A self-test of a model with a batch of the training loop: it must keep packed documents apart."""
 
 from __future__ import annotations
 
@@ -17,39 +17,46 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DOCUMENT = 8  # tokens of each of the two documents in a row of the test
-_ROUNDING = 1e-5  # what it may move, as a share of the change in the first document's own logits
-_PLACE = 1e-3  # the same, between a place in a long row and a row of its own: other kernels, other rounding
-_HALF = 4  # and in half precision so many of its smallest steps
+_ROUNDING = 1e-5  # allowed change, as a share of the change in the first document's own logits
+_PLACE = 1e-3  # allowed difference between a place in a long row and a row of its own: kernels round differently
+_HALF = 4  # the same in half precision, in units of its epsilon
 _BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 @torch.no_grad()
 def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
-    """Raise if documents packed in one row see each other in `model(**batch)`, or see where in the row they lie.
+    """Raise if documents packed in one row see each other in `model(**batch)`, or depend on their place in the row.
 
-    Two forwards on rows of two documents of 8 tokens, with the arguments that `batch` has (row count, layout, masks,
-    `use_cache`): the first document's tokens change between them, the second one's logits must not. Two more forwards,
-    on the same documents in rows of their own, measure how far rounding alone moves them (experts that get other
-    tokens, scales of a whole batch). Whether documents are kept apart depends on the model, its attention, its kernels
-    and the call, and a leak is silent otherwise.
+    A leak depends on the model, its attention, its kernels and the arguments of the call, and nothing else reports it.
 
-    Then a forward on the first row of `batch` itself, in which documents of 8 tokens are put at its end and over the
-    border of attention chunks: their logits must be those that they have alone. A temperature of attention by the
-    index in the row (Llama 4 from token 8,191 on), and chunks that are counted by it, are found so. Where the model
-    takes `logits_to_keep`, only these tokens reach its head.
+    Two forwards on rows of two documents of 8 tokens, with the arguments of `batch` (number of rows, layout, masks,
+    `use_cache`): only the first document's tokens differ, so the second one's logits must be equal. Two more forwards
+    with each document in a row of its own measure the effect of rounding alone (experts, scales of a whole batch).
+
+    One more forward on the first row of `batch`, with documents of 8 tokens at its end and across a border of attention
+    chunks: their logits must equal those of the document alone. This finds attention scaled by the index in the row
+    (Llama 4 from token 8,191 on), and chunks counted from the row's beginning.
 
     Args:
-        model: a causal language model, PEFT, `torch.compile`, DDP and FSDP wrappers included; it is run in eval mode
-            and left as it was.
-        batch: what the training loop will hand to the model, from `BestFitPackingCollator` or the collator of any
-            other trainer. Trainer switches the cache off by itself: for it, check `{**batch, "use_cache": False}`.
+        model: a causal language model, or a PEFT, `torch.compile`, DDP or FSDP wrapper; run in eval mode and left
+            unchanged.
+        batch: of the training loop, from `BestFitPackingCollator` or the collator of any other trainer. Trainer
+            disables the cache: for it, check `{**batch, "use_cache": False}`.
 
     Raises:
         TypeError: no model, or no batch.
-        ValueError: the model takes no `position_ids`, the batch has none, or the second document's logits moved by more
-            than rounding: 4 times what they move in a row of their own, and 0.001 % of what the first one's move; or a
-            document's logits differ by 0.1 % of their size (3 % in bfloat16) between a place in the row and a row of
-            its own. The message names the probable cause.
+        LeakingRowsError: a ValueError: the second document's logits changed by more than rounding (4 times the change
+            in a row of its own, and 0.001 % of the first one's change), or a document's logits differ by 0.1 % (3 % in
+            bfloat16) between the row and a row of its own. The message names the probable cause.
+        ValueError: the model takes no `position_ids`, or the batch has none.
+
+    Examples:
+        >>> collator = BestFitPackingCollator(seq_length=16, pad_token_id=0)
+        >>> batch = collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+        >>> check_packed(model, {**batch, "use_cache": False})
+        >>> check_packed(model, {**batch, "use_cache": True})
+        Traceback (most recent call last):
+        hf_longtrunc.errors.LeakingRowsError: ...
     """
     inside = unwrapped(model)
     if not isinstance(inside, nn.Module) or not isinstance(batch, Mapping):
@@ -84,14 +91,19 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
 
 
 def try_packed(model: Any, rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
-    """Try all ways to call a model with packed rows: two implementations of attention, five kinds of batches.
+    """Run `check_packed` for two implementations of attention and five kinds of batches.
 
     Args:
-        model: a causal language model; its attention implementation is set, and set back.
-        rows: one packed row or more, `[tokens]` tensors of `input_ids` and `position_ids`, all of one length.
+        model: a causal language model; its attention implementation is changed, and restored.
+        rows: packed rows of one length: `[tokens]` tensors of `input_ids` and `position_ids`.
 
     Returns:
-        A verdict for every implementation and kind: "apart", "leaks", or "refused" with the type of the model's error.
+        A verdict for each implementation and kind: "apart", "leaks", or "refused" with the type of the model's error.
+
+    Examples:
+        >>> verdicts = try_packed(model, pack([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}], 5))
+        >>> verdicts["sdpa", "position_ids"], verdicts["sdpa", "and a cache"]
+        ('apart', 'leaks')
     """
     names = ("input_ids", "position_ids")
     rows_of = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
@@ -127,9 +139,9 @@ def _verdict(model: Any, attention: str, batch: dict[str, Any]) -> str:
 
 
 def carries_states(model: Any) -> bool:
-    """Return whether a model has convolutions, linear attention or other recurrent layers beside its attention.
+    """Return whether a model has convolutions, linear attention or other recurrent layers.
 
-    Their states run over document boundaries, unless their kernels are told of them.
+    Their states cross document boundaries, unless their kernels read the boundaries.
     """
     inside = unwrapped(model)
     kinds = getattr(inside.config.get_text_config(), "layer_types", None) or []
@@ -139,7 +151,7 @@ def carries_states(model: Any) -> bool:
 
 
 def _differences(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int, float]]:
-    """Yield places in the batch's first row, and how far a document's logits there are from those that it has alone."""
+    """Yield places in the batch's first row, with the relative difference of a document's logits there and alone."""
     inside = unwrapped(model)
     ids, positions = batch["input_ids"][:1].clone(), batch["position_ids"][:1].clone()
     chunk = getattr(inside.config.get_text_config(), "attention_chunk_size", None) or 0
@@ -150,7 +162,7 @@ def _differences(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int, fl
     document = torch.arange(_DOCUMENT, device=ids.device)
     for place in places:
         ids[:, place : place + _DOCUMENT], positions[:, place : place + _DOCUMENT] = ids[:, :_DOCUMENT], document
-        rest = positions[0, place + _DOCUMENT :]  # what is left of the document that was there begins anew
+        rest = positions[0, place + _DOCUMENT :]  # the rest of the overwritten document starts at position 0
         stop = int(torch.cat([rest, rest.new_zeros(1)]).eq(0).int().argmax())
         rest[:stop] = torch.arange(stop, device=ids.device)
     given = {"use_cache": batch["use_cache"]} if "use_cache" in batch else {}
@@ -166,7 +178,7 @@ def _differences(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int, fl
 
 
 def _bounds(positions: Tensor) -> dict[str, Any]:
-    """Return what a flat batch says of its documents' bounds, for positions [1, tokens]."""
+    """Return the boundary arguments of a flat batch, for positions [1, tokens]."""
     is_first = positions[0] == 0
     bounds = torch.cat([is_first.nonzero()[:, 0], is_first.new_tensor([len(is_first)], dtype=torch.long)]).int()
     longest = int(bounds.diff().max())
@@ -175,7 +187,7 @@ def _bounds(positions: Tensor) -> dict[str, Any]:
 
 
 def _influence(model: Any, probe: dict[str, Any]) -> tuple[float, float]:
-    """Return how far new tokens in every other document move its logits and the next one's."""
+    """Return the largest changes that new tokens in every other document cause in its logits and in the next one's."""
     ids = probe["input_ids"]
     changed = ids.clone()
     documents = changed.view(-1, 2, _DOCUMENT)

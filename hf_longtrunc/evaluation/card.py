@@ -1,4 +1,4 @@
-"""What a saved model's card says about how it was made and how to decode it."""
+"""A section of a saved model's card: techniques with settings and papers, and measurements."""
 
 from __future__ import annotations
 
@@ -79,13 +79,6 @@ _CREAM = Paper(
     2024,
     "An Efficient Recipe for Long Context Extension via Middle-Focused Positional Encoding",
     "2406.07138",
-)
-_DUAL_CHUNK = Paper(
-    "dual chunk attention",
-    "An et al.",
-    2024,
-    "Training-Free Long-Context Scaling of Large Language Models",
-    "2402.17463",
 )
 _POSE = Paper(
     "PoSE",
@@ -171,24 +164,30 @@ PAPERS = {  # a public name that names a technique -> its paper; tests/evaluatio
 def update_model_card(
     folder: str | os.PathLike[str], techniques: Sequence[object], *, records: Iterable[Any] = ()
 ) -> Path:
-    """Write into a saved model's README.md what it was made with, how to decode it and what was measured.
+    """Write a section about techniques and measurements into the README.md of a saved model.
 
-    Everything stands in one section between two markers, which a second call replaces; the rest of the card and its
-    metadata stay, and the tag `hf_longtrunc` is added. A card that is not there yet is begun.
+    The section lies between two markers; a second call replaces it. The rest of the card and its metadata stay, and
+    the tag `hf_longtrunc` is added. If there is no card, one is created.
 
     Args:
         folder: of the saved model.
-        techniques: what was used in training or is meant for decoding: the objects themselves (`LMInfinite(...)`,
-            `EtaLogitsProcessor(2e-3)`, a collator), what their `attach` returned, or classes and functions of this
-            package. Each gets a line with its method, its settings and its paper.
-        records: instances of one dataclass of plain values, e.g. `PerplexityRecord`; they become a table.
+        techniques: objects (`LMInfinite(...)`, `EtaLogitsProcessor(2e-3)`, a collator), handles that `attach` returned,
+            or classes and functions of this package. Each gets a line with its method, settings and paper.
+        records: instances of one dataclass of plain values, such as `PerplexityRecord`: the rows of a table.
 
     Returns:
         The card's path.
 
     Raises:
-        NotADirectoryError: `folder` is none.
-        ValueError: a technique is not one of this package's, or records of several kinds.
+        NotADirectoryError: `folder` is no folder.
+        ValueError: a technique without a paper in this package, or records of several classes.
+
+    Examples:
+        >>> import tempfile
+        >>> from hf_longtrunc import EtaLogitsProcessor
+        >>> card = update_model_card(tempfile.mkdtemp(), [EtaLogitsProcessor(2e-3)])
+        >>> [line[:44] for line in card.read_text().splitlines() if line.startswith("-") and "eta" in line]
+        ['- eta-sampling: `EtaLogitsProcessor(epsilon=']
     """
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"folder must be that of a saved model, {str(folder)!r} is none: save the model first")
@@ -202,8 +201,8 @@ def update_model_card(
         card.text = old.sub(lambda match: section, card.text)
     else:
         card.text = f"{card.text.rstrip()}\n\n{section}\n"
-    with replacing(path) as beside:
-        beside.write_text(f"---\n{card.data.to_yaml()}\n---\n\n{card.text.lstrip()}", encoding="utf-8")
+    with replacing(path) as written:
+        written.write_text(f"---\n{card.data.to_yaml()}\n---\n\n{card.text.lstrip()}", encoding="utf-8")
     return path
 
 

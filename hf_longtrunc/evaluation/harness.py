@@ -1,8 +1,8 @@
-"""Patched models under EleutherAI's lm-evaluation-harness, by a small subclass of its `HFLM`.
+"""Patched models in EleutherAI's lm-evaluation-harness, through a small subclass of its `HFLM`.
 
-HFLM cuts a long prompt on the left to `max_position_embeddings`, with a line in the log; it lets an encoder-decoder
-generate as many tokens more as its prompt has, and looks for stop strings behind that length. Here a prompt that does
-not fit is an error, and an encoder-decoder's tokens are counted from its decoder's start.
+HFLM truncates a long prompt on the left to `max_position_embeddings` and logs it. For an encoder-decoder it adds the
+prompt's length to the number of new tokens, and searches for stop strings after that length. Here a prompt that does
+not fit raises an error, and an encoder-decoder's new tokens count from the decoder's start.
 """
 
 from __future__ import annotations
@@ -40,15 +40,18 @@ _NO_LIMIT = 2**31 - 1
 
 
 class PatchedLM(HFLM):  # type: ignore[misc]
-    """The harness' `HFLM` with a patch around its model, which never truncates.
+    """The harness' `HFLM` with a patched model; it never truncates a prompt.
 
     Args:
         pretrained: see `HFLM`: a name, a folder or a model.
-        arm: callable (model) -> context manager, e.g. `LMInfinite()`, entered once the model is loaded; None leaves the
-            model as it is. `close()`, or `with PatchedLM(...) as lm:`, leaves it.
-        max_length: of prompt and answer together (encoder-decoder: of either), in tokens; None takes the model's own
-            without an arm, and no limit with one. Longer prompts raise ValueError instead of being cut.
-        **kwargs: handed to `HFLM`.
+        arm: callable (model) -> context manager, such as `LMInfinite()`, entered after the model is loaded and left by
+            `close()` or at the end of `with PatchedLM(...) as lm:`. None leaves the model unchanged.
+        max_length: tokens of prompt and answer together (encoder-decoder: of each). None: the model's own limit
+            without an arm, no limit with one.
+        **kwargs: for `HFLM`.
+
+    Raises:
+        ValueError: while evaluating, a prompt longer than `max_length`.
     """
 
     def __init__(self, pretrained: Any, *, arm: Arm | None = None, max_length: int | None = None, **kwargs: Any):
@@ -115,7 +118,7 @@ class PatchedLM(HFLM):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class HarnessRecord(ArmRecord):
-    """One task in one setting: over how many samples, and what the harness reports of it."""
+    """The harness' metrics of one task under one arm, with the number of samples."""
 
     task: str
     limit: int | None

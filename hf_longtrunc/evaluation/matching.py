@@ -1,14 +1,14 @@
-"""The parameters at which each truncation sampler refuses the same share of a human text.
+"""The parameters at which each truncation sampler rejects the same share of a human text.
 
-A token of the text has, for each sampler with a parameter, one critical value at which the sampler begins to keep it
-(`hf_longtrunc.evaluation.ranked`). With p its probability, H the entropy of the distribution that it came from and
-tau* its basis-aware probability, for example:
+For each sampler with a parameter, a token of the text has a critical value: the parameter from which the sampler keeps
+the token (`hf_longtrunc.evaluation.ranked`). With p the token's probability, H the entropy of the distribution and tau*
+the token's basis-aware probability, for example:
 
     epsilon-sampling: p        eta-sampling: max(p, p^2 exp(2H))       top-k: 1 + how many tokens are more probable
     BAT on epsilon: tau*       BAT on eta: max(tau*, tau*^2 exp(2H))
 
-The share refused at a parameter is the share of critical values on its far side; matching is reading off a quantile
-(Finlayson et al. 2023, arXiv 2310.01693, section 6). P-less has no parameter: it refuses the share that it refuses.
+The share rejected at a parameter is a quantile of the critical values (Finlayson et al. 2023, arXiv 2310.01693,
+section 6). P-less has no parameter, so its share is fixed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def critical_parameters(
     chunk: int = 128,
     progress: bool = False,
 ) -> dict[str, list[float]]:
-    """Return, for every method, the critical parameter of every token of `input_ids` [length] after the first.
+    """Return the critical parameter of every token of a text after the first, for every sampler.
 
     The methods are eta, epsilon, top-n-sigma, p-less, its normalised form (1 where it refuses the token), transformers'
     top-p, top-k, min-p, typical and top-h (infinity where it never keeps the token), and BAT on eta and on epsilon.
@@ -59,9 +59,14 @@ def critical_parameters(
         progress: show a bar.
 
     Raises:
-        TypeError, ValueError: `input_ids` is no row of at least 2 tokens, or a number that is none.
+        TypeError, ValueError: `input_ids` is no row of at least 2 tokens; a bad number.
 
     Cost: one reading of the text and some 4 ms a token on one CPU thread; for BAT 5 to 10 basis-aware checks a token.
+
+    Examples:
+        >>> critical = critical_parameters(model, torch.tensor([5, 6, 7, 8]))
+        >>> sorted(critical)[:3], len(critical["eta"])
+        (['epsilon', 'eta', 'min-k'], 3)
     """
     if input_ids.ndim != 1 or len(input_ids) < 2:
         raise ValueError(f"input_ids must be one row of at least 2 tokens, got shape {tuple(input_ids.shape)}")
@@ -86,7 +91,7 @@ def critical_parameters(
 
 
 def matched_parameter(method: str, critical: Sequence[float], share: float) -> float:
-    """Return the strictest parameter of a method that refuses at most `share` of the tokens; infinity if there is none.
+    """Return the strictest parameter with which a sampler rejects at most `share` of the tokens; infinity if none does.
 
     Args:
         method: its name, a key of what `critical_parameters` returned. Not p-less, which has no parameter.
@@ -95,6 +100,9 @@ def matched_parameter(method: str, critical: Sequence[float], share: float) -> f
 
     Raises:
         ValueError: another share, another method.
+
+    >>> matched_parameter("epsilon", [0.3, 0.001, 0.02, 0.1], 0.25)
+    0.02
     """
     check_choice("method", method, tuple(name for name, parameter in PARAMETERS.items() if parameter))
     share = check_float("share", share, minimum=1 / len(critical), lt=1)
@@ -117,6 +125,9 @@ def matched_parameters(
 
     Raises:
         ValueError: the text is too short for every share.
+
+    >>> matched_parameters({"epsilon": [0.3, 0.001, 0.02, 0.1]}, [0.25, 0.5])
+    [{'refused': 0.25, 'epsilon': 0.02}, {'refused': 0.5, 'epsilon': 0.1}]
     """
     return [
         {"refused": share}
@@ -148,7 +159,11 @@ def known_shares(tokens: int, shares: Sequence[float] = SHARES) -> list[float]:
 
 
 def match_table(columns: Mapping[str, Sequence[float]], shares: Sequence[float] = SHARES) -> Table:
-    """Lay `matched_parameters` out as a rich table: a row a method, a column per share of refused tokens."""
+    """Return `matched_parameters` as a rich table: a row per method, a column per share of rejected tokens.
+
+    >>> match_table({"epsilon": [0.3, 0.001, 0.02, 0.1]}, [0.25, 0.5]).row_count
+    1
+    """
     rows = matched_parameters(columns, shares)
     refused = [f"{row['refused']:.1%}" for row in rows]
     table = new_table("method", "parameter", "tokens", title="parameter at which a share of the text is refused")
@@ -163,7 +178,11 @@ def match_table(columns: Mapping[str, Sequence[float]], shares: Sequence[float] 
 
 
 def plot_match(columns: Mapping[str, Sequence[float]], axes: Axes | None = None) -> Axes:
-    """Draw the share of refused tokens over the parameter, a line for each method whose parameter is a probability."""
+    """Plot the share of rejected tokens over the parameter: a line per method with a probability as its parameter.
+
+    >>> plot_match({"epsilon": [0.3, 0.001, 0.02, 0.1]}).get_xlabel()
+    'epsilon or min_p'
+    """
     axes = axes or new_axes(7, 4.5)
     for name, values in columns.items():
         if PARAMETERS[name] and not keeps_more(name):

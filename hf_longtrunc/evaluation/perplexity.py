@@ -1,7 +1,7 @@
-"""Perplexity by position: what a model loses, token by token, as a text goes on.
+"""The loss of every token of a text, and perplexity by position.
 
-A text is read in chunks through the model's own cache. Logits exist for one chunk at a time, so memory is what the
-cache needs: constant where the cache is bounded, linear in the text where it is an ordinary one.
+A text is read in chunks through the model's own cache, and only one chunk's logits are held. So memory grows with the
+cache: constant for a bounded cache, linear in the text for an ordinary one.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class PositionBin:
         tokens: predicted tokens that went into the mean, all texts together.
         nll: mean negative log-likelihood in nats: over the texts at each position, then over the positions.
         perplexity: exp(nll).
+
+    >>> perplexity_by_position(torch.zeros(4), [0, 4])
+    [PositionBin(start=0, end=4, tokens=4, nll=0.0, perplexity=1.0)]
     """
 
     start: int
@@ -52,14 +55,14 @@ class PositionBin:
 
 @dataclass(frozen=True)
 class PerplexityRecord(ArmRecord, PositionBin):
-    """A bin of positions, the arm and model that it was measured with, and the number of texts."""
+    """A bin of positions with its arm, model and number of texts; from `perplexity_records`."""
 
     texts: int
 
 
 @torch.no_grad()
 def stream_losses(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Read one text per row, chunk by chunk without end, and yield each token's loss given all tokens before it.
+    """Read a stream of tokens, chunk by chunk, and yield the loss of each token given all tokens before it.
 
     Args:
         model: a causal LM in eval mode, patched or not. It is read through the cache that its `generate` builds.
@@ -70,9 +73,14 @@ def stream_losses(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         device. The first chunk's are one column shorter: nothing predicts the first token.
 
     Raises:
-        TypeError, ValueError: token ids that are none; a model in training mode, or one that keeps no cache.
+        TypeError, ValueError: no integer token ids; a model in training mode, or one without a cache.
 
     Cost: one forward a chunk; the logits of one chunk [texts, length, V] in the model's dtype and once in fp32.
+
+    Examples:
+        >>> chunks = torch.arange(2, 12)[None].split(4, dim=1)
+        >>> [losses.shape[1] for losses in stream_losses(model, chunks)]
+        [3, 4, 2]
     """
     if model.training:
         raise ValueError("model is in training mode, where dropout changes the losses: call model.eval() first")
@@ -91,7 +99,7 @@ def stream_losses(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: bool | str = False) -> Tensor:
-    """Return the negative log-likelihood of every token of whole texts, as one full forward would, in chunks.
+    """Return the negative log-likelihood of every token of a text; read in chunks, equal to one full forward.
 
     Args:
         model: see `stream_losses`.
@@ -104,7 +112,11 @@ def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: b
         made at position i from tokens 0..i.
 
     Raises:
-        TypeError, ValueError: see `stream_losses`; input_ids are not integers of such a shape; chunk < 1.
+        TypeError, ValueError: see `stream_losses`; another shape of input_ids; chunk < 1.
+
+    Examples:
+        >>> token_losses(model, torch.arange(2, 12), chunk=4).shape
+        torch.Size([9])
     """
     rows = _checked_ids(input_ids if input_ids.ndim == 2 else input_ids[None])
     if rows.shape[1] < 2:
@@ -124,11 +136,11 @@ def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: b
 def recomputed_losses(
     model: Any, input_ids: Tensor, window: int, *, chunk: int = 512, progress: bool | str = False
 ) -> Tensor:
-    """Return the losses of an unmodified model that reads its last window anew at every half of one.
+    """Return the losses of an unmodified model that reads its last window again after every half window.
 
-    It is the most that the model can do with its window: every token past the first one has at least the half of a
-    window before it, at true distances. What a technique for longer texts loses beside it, it loses by its own doing;
-    where both lose more than before, the text is harder.
+    It is the best that the model can do with its window: every token past the first window has at least half a window
+    before it, at true distances. If a long-context technique loses more than this baseline, the difference is its
+    own; if both lose more than before, the text is harder.
 
     Args:
         model: see `stream_losses`.
@@ -144,7 +156,11 @@ def recomputed_losses(
         TypeError, ValueError: see `token_losses`; window < 2.
 
     Cost: twice that of reading the text in windows, memory of one window. Source: the baseline "sliding window with
-    re-computation" of Xiao et al. 2023, arXiv 2309.17453, figure 1, which reads a window anew for every token.
+    re-computation" of Xiao et al. 2023, arXiv 2309.17453, figure 1. Deviation: they read a window for every token.
+
+    Examples:
+        >>> recomputed_losses(model, torch.arange(2, 22), window=8).shape
+        torch.Size([19])
     """
     window = check_int("window", window, minimum=2)
     half, length = window // 2, input_ids.shape[-1]
@@ -158,7 +174,7 @@ def recomputed_losses(
 def compare_losses(
     model: Any, input_ids: Tensor, arms: Mapping[str, Arm], *, chunk: int = 512, progress: bool = False
 ) -> dict[str, Tensor]:
-    """Run `token_losses` on the same tokens once per arm.
+    """Run `token_losses` on the same tokens under each arm.
 
     Args:
         model: see `stream_losses`.
@@ -169,7 +185,15 @@ def compare_losses(
         progress: show a bar per arm.
 
     Returns:
-        The arms' losses by name, in the arms' order.
+        The losses by the arm's name, in the order of `arms`.
+
+    Examples:
+        >>> from contextlib import nullcontext
+        >>> from hf_longtrunc import StreamingLLM
+        >>> arms = {"unmodified": nullcontext, "StreamingLLM": StreamingLLM(num_sink_tokens=2, window_length=4)}
+        >>> losses = compare_losses(model, torch.arange(2, 22), arms)
+        >>> {name: len(loss) for name, loss in losses.items()}
+        {'unmodified': 19, 'StreamingLLM': 19}
     """
     losses = {}
     for name, arm in arms.items():
@@ -188,6 +212,9 @@ def perplexity_by_position(losses: Tensor, edges: Sequence[int]) -> list[Positio
 
     Raises:
         ValueError: fewer than two edges, or edges that do not increase from 0 or more.
+
+    >>> [round(each.perplexity, 2) for each in perplexity_by_position(torch.tensor([1.0, 1.0, 2.0]), [0, 2, 3])]
+    [2.72, 7.39]
     """
     rows = losses if losses.ndim == 2 else losses[None]
     bins = []
@@ -204,6 +231,9 @@ def default_edges(window_length: int, length: int) -> list[int]:
 
     Raises:
         TypeError, ValueError: a window of less than 4 or a length of less than 1 token.
+
+    >>> default_edges(1000, 1700)
+    [0, 500, 1000, 1250, 1500, 2000]
     """
     window_length, length = check_int("window_length", window_length, minimum=4), check_int("length", length, minimum=1)
     edges = [0, window_length // 2, window_length, window_length * 5 // 4, window_length * 3 // 2, window_length * 2]
@@ -216,7 +246,13 @@ def default_edges(window_length: int, length: int) -> list[int]:
 def perplexity_records(
     model: Any, losses: Mapping[str, Tensor], arms: Mapping[str, Arm], edges: Sequence[int]
 ) -> list[PerplexityRecord]:
-    """Bin what `compare_losses` returned, one record per arm and bin."""
+    """Return the perplexity of each arm and bin from the losses that `compare_losses` returned.
+
+    >>> from contextlib import nullcontext
+    >>> (record,) = perplexity_records(model, {"plain": torch.ones(4)}, {"plain": nullcontext}, [0, 4])
+    >>> record.arm, round(record.perplexity, 3)
+    ('plain', 2.718)
+    """
     return [
         PerplexityRecord(
             **vars(position_bin),
@@ -229,7 +265,13 @@ def perplexity_records(
 
 
 def perplexity_table(records: Sequence[PerplexityRecord]) -> Table:
-    """Lay records out as a rich table: a row per arm, a column per bin of positions."""
+    """Return records as a rich table: a row per arm, a column per bin of positions.
+
+    >>> from contextlib import nullcontext
+    >>> records = perplexity_records(model, {"plain": torch.ones(4)}, {"plain": nullcontext}, [0, 2, 4])
+    >>> [column.header for column in perplexity_table(records).columns]
+    ['arm', '0-2', '2-4']
+    """
     bins = sorted({(record.start, record.end) for record in records})
     table = new_table("arm", title="perplexity by position")
     for start, end in bins:
@@ -249,6 +291,10 @@ def plot_perplexity(
         losses: what `compare_losses` returned.
         trained_window: draw a vertical line at this position.
         axes: draw into these Axes, which are returned; None makes new ones.
+
+    >>> axes = plot_perplexity({"plain": torch.ones(100)}, trained_window=64)
+    >>> axes.get_xlabel()
+    'position (tokens)'
     """
     axes = axes or new_axes(9, 4.5)
     from matplotlib.ticker import LogFormatter

@@ -1,6 +1,6 @@
-"""Records of measurements: a frozen dataclass of plain values a measurement, a JSON line a record.
+"""Records of measurements: frozen dataclasses of plain values, saved as JSON lines.
 
-Every record names the model that was measured (`ModelRecord`); one of a comparison also names its arm (`ArmRecord`).
+Every record names the measured model (`ModelRecord`); a record of a comparison also names its arm (`ArmRecord`).
 """
 
 from __future__ import annotations
@@ -38,9 +38,15 @@ class ArmRecord(ModelRecord):
 
 
 def append_records(path: str | os.PathLike[str], records: Iterable[Any]) -> None:
-    """Append each record, an instance of a dataclass of plain values, as one JSON line; folders are made.
+    """Append each record, an instance of a dataclass of plain values, as one JSON line; create missing folders.
 
-    All of them are handed over to the file at once, so that who is killed leaves all or none.
+    All lines are written at once, so a killed process leaves all of them or none.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "records.jsonl")
+    >>> append_records(path, [ModelRecord(model="tiny", dtype="float32", device="cpu")])
+    >>> read_records(path, ModelRecord)
+    [ModelRecord(model='tiny', dtype='float32', device='cpu')]
     """
     lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -51,12 +57,14 @@ def append_records(path: str | os.PathLike[str], records: Iterable[Any]) -> None
 def read_records(path: str | os.PathLike[str], record_type: type[RecordT]) -> list[RecordT]:
     """Read the records that `append_records` wrote; a file that does not exist holds none.
 
-    A record type whose fields have changed may have a class method `upgraded(values)`, which returns the fields of
-    today for those of an earlier line.
+    If the fields of a record type have changed, its class method `upgraded(values)` returns today's fields for those
+    of an earlier line.
 
     Raises:
-        ValueError: a line is no JSON object with exactly the fields of `record_type`, e.g. the end of a run that was
-            cut off while it wrote; the message names the line.
+        ValueError: a line is no JSON object with exactly the fields of `record_type`; the message names the line.
+
+    >>> read_records("no-such-file.jsonl", ModelRecord)
+    []
     """
     if not Path(path).exists():
         return []
@@ -84,17 +92,21 @@ def _parsed(line: str, record_type: type[RecordT], where: str) -> RecordT:
 
 
 class Journal(Generic[RecordT]):
-    """The file of a run that may be cut off: what it holds is not done again.
+    """Finished cells of a run, in a JSON-lines file: a second run skips them.
 
-    Two records are of one cell if they agree in everything but the `results`; the device does not count either.
+    Two records are of one cell if they agree in all fields but `results` and the device.
 
     Args:
-        path: a JSON-lines file; None remembers nothing and writes nothing.
+        path: a JSON-lines file; None keeps nothing.
         record_type: a dataclass of plain values.
-        results: its fields that are known only when the cell is done.
+        results: the fields that measuring the cell gives.
 
     Raises:
         ValueError: see `read_records`.
+
+    >>> journal = Journal(None, ModelRecord, ["dtype"])
+    >>> journal.once({"model": "tiny", "device": "cpu"}, lambda: {"dtype": "float32"}).dtype
+    'float32'
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, record_type: type[RecordT], results: Collection[str]):

@@ -130,13 +130,13 @@ class Rows:
 
 
 def prompt(task: str, row: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the two parts of a causal model's prompt: the document, and the request after it.
+    r"""Return the two parts of a causal model's prompt: the document, and the request after it.
 
     Raises:
         ValueError: no blank line separates question and document.
 
-    >>> prompt("qasper", {"id": "1", "input": "Why?\\n\\nBecause."})
-    ('Because.', '\\n\\nQuestion: Why?\\n\\nAnswer:')
+    >>> prompt("qasper", {"id": "1", "input": "Why?\n\nBecause."})
+    ('Because.', '\n\nQuestion: Why?\n\nAnswer:')
     """
     ask = TASKS[task].ask
     if "{query}" not in ask:
@@ -181,6 +181,8 @@ def run(
     Raises:
         ValueError: an unknown task, a question that alone is longer than max_tokens, a text longer than a model with
             learned positions can read.
+
+    Use: `records = run(model, tokenizer, "qasper", Rows("qasper"), {"LM-Infinite": LMInfinite()})`.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -221,7 +223,12 @@ def predictions(records: Iterable[ScrollsRecord], arm: str | None = None) -> dic
 
 
 def scrolls_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Lay out arm -> what `evaluate` returned as a rich table: a row per arm, a column per displayed metric."""
+    """Return a rich table of arm -> the dictionary of `evaluate`: a row per arm, a column per displayed metric.
+
+    >>> scores = evaluate("qasper", {"a": "yes"}, [{"id": "a", "output": "yes"}])
+    >>> [column.header for column in scrolls_table({"plain": scores}).columns]
+    ['arm', 'f1', 'score', 'examples', 'characters']
+    """
     table = new_table("arm", title="SCROLLS")
     shown = next(iter(results.values()))["display_keys"]
     for heading in [*shown, "score", "examples", "characters"]:
@@ -234,7 +241,12 @@ def scrolls_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def plot_scrolls(results: Mapping[str, Mapping[str, Any]], axes: Axes | None = None) -> Axes:
-    """Draw arm -> what `evaluate` returned as groups of bars: a group per displayed metric, a bar per arm."""
+    """Plot arm -> the dictionary of `evaluate` as groups of bars: a group per displayed metric, a bar per arm.
+
+    >>> scores = evaluate("qasper", {"a": "yes"}, [{"id": "a", "output": "yes"}])
+    >>> plot_scrolls({"plain": scores}).get_ylabel()
+    'percent'
+    """
     axes = axes or new_axes(6, 3.5)
     shown = next(iter(results.values()))["display_keys"]
     width = 0.8 / len(results)

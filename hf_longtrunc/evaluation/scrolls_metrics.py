@@ -1,8 +1,8 @@
-"""SCROLLS' official metrics: ROUGE, F1 and exact match, as the benchmark's own evaluator reports them.
+"""SCROLLS' official metrics: ROUGE, F1 and exact match, with the keys of the benchmark's own evaluator.
 
-Texts are compared after `normalized` (F1, exact match) or after rouge-score's own tokenizer without stemming (ROUGE). A
-prediction is held against every reference of its id and the best one counts, for ROUGE separately for each of its
-kinds; examples are averaged, times 100; ROUGE's geometric mean is taken of the averages. Four decimals.
+F1 and exact match compare `normalized` texts; ROUGE uses rouge-score's tokenizer without stemming. A prediction's score
+is the best over the references of its id, for each kind of ROUGE separately. Scores are averaged over examples, times
+100, to four decimals; ROUGE's geometric mean is that of the averages.
 """
 
 from __future__ import annotations
@@ -50,8 +50,11 @@ def evaluate(task: str, predictions: Mapping[str, str], rows: Iterable[Mapping[s
         TypeError: predictions that map no texts to texts.
         ModuleNotFoundError: ROUGE needs rouge-score, in the extra `eval`.
 
-    Cost: ROUGE-L takes time in proportion to prediction times reference, some 0.1 s for two texts of 500 words.
+    Cost: ROUGE-L takes time proportional to prediction times reference, some 0.1 s for two texts of 500 words.
     Source: Shaham et al. 2022, arXiv 2201.03533, section 4; the benchmark's evaluator.
+
+    >>> evaluate("qasper", {"a": "The old keeper"}, [{"id": "a", "output": "the keeper"}])["f1"]
+    66.6667
     """
     metric = _metric_of(task)
     references = _references(rows)
@@ -73,6 +76,10 @@ def benchmark(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
     Raises:
         ValueError: the tasks are not exactly the seven.
+
+    >>> one = {"scrolls_score": 50.0, "display": [50.0], "display_keys": ["f1"]}
+    >>> benchmark(dict.fromkeys(METRICS, one))["scrolls_score"]
+    50.0
     """
     if set(results) != set(METRICS):
         raise ValueError(f"results must hold the seven tasks {', '.join(METRICS)}, got {', '.join(sorted(results))}")

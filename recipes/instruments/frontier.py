@@ -17,10 +17,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from instruments.bootstrap import BOOTSTRAPS, resampled
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from jaxtyping import Float, Int
 
+    from instruments.bootstrap import Array
+
 _ROUNDS = 100
+_CLUSTERINGS = 5
 
 
 def clusters(vectors: Float[Tensor, "texts width"], count: int, seed: int = 0) -> Int[Tensor, " texts"]:
@@ -77,3 +84,21 @@ def frontier(
 def frontier_area(curve: Float[Tensor, "*sets points 2"]) -> Float[Tensor, "*sets"]:
     """Return the area under a frontier, between 0 and 1: MAUVE, where texts of one set are held against human ones."""
     return torch.trapezoid(curve[..., 1], curve[..., 0], dim=-1)
+
+
+def frontier_areas(arms: Mapping[str, Tensor], elsewhere: Tensor) -> dict[str, Array]:
+    """Return the area under each arm's frontier to `elsewhere`, [1 + BOOTSTRAPS]: of the texts, and of resampled texts.
+
+    It is the mean of several clusterings of all texts together, with one cluster for ten texts of an arm.
+    """
+    count = max(2, len(elsewhere) // 10)
+    everything, sizes = torch.cat([*arms.values(), elsewhere]), [*map(len, arms.values()), len(elsewhere)]
+    ours, theirs = (torch.from_numpy(resampled(len(elsewhere), seed)).double() for seed in (0, 1))
+    areas = dict.fromkeys(arms, torch.zeros(1 + BOOTSTRAPS, dtype=torch.float64))
+    for seed in range(_CLUSTERINGS):
+        one_hot = torch.nn.functional.one_hot(clusters(everything, count, seed), count).double()
+        members = torch.split(one_hot, sizes)
+        reference = theirs @ members[-1]
+        for name, inside in zip(arms, members, strict=False):
+            areas[name] = areas[name] + frontier_area(frontier(ours @ inside, reference)) / _CLUSTERINGS
+    return {name: values.numpy() for name, values in areas.items()}

@@ -67,8 +67,8 @@ class CreamCollator(TrainerCallback):
         >>> extend_context(extended, 2)
         16
         >>> with collator.attach(extended):
-        ...     batch = collator([{"input_ids": [5, 6, 7, 8, 9, 10]}])
-        >>> ids = batch["rope_position_ids"][0, :6].tolist()
+        ...     batch = collator([{"input_ids": [5, 6, 7, 8, 9, 10, 11, 12]}])
+        >>> ids = batch["rope_position_ids"][0].tolist()
         >>> ids == sorted(ids), ids[0], ids[-1]
         (True, 0, 15)
     """

@@ -60,7 +60,7 @@ class CreamPositions:
 
     Examples:
         >>> CreamPositions(variant="relativity")(9, 16, 4, np.random.default_rng(0)).tolist()
-        [0, 1, 2, 28, 29, 30, 61, 62, 63]
+        [0, 1, 2, 25, 26, 27, 61, 62, 63]
     """
 
     sigma: float | None = None
@@ -131,7 +131,7 @@ def pose_positions(length: int, window: int, factor: int, generator: np.random.G
     The first chunk has 1..n - 1 tokens, uniformly. Source: Zhu et al. 2024, arXiv 2309.10400, section 3.
 
     >>> pose_positions(6, 8, 4, np.random.default_rng(0)).tolist()
-    [0, 1, 2, 3, 4, 5]
+    [0, 1, 2, 3, 4, 22]
     """
     check_lengths(length, window, factor)
     ids = np.arange(length, dtype=np.int64)
@@ -144,7 +144,7 @@ def random_positions(length: int, window: int, factor: int, generator: np.random
     """Return ids drawn from [0, fN) without replacement, sorted (Ruoss et al. 2023, arXiv 2305.16843).
 
     >>> random_positions(4, 8, 4, np.random.default_rng(0)).tolist()
-    [0, 1, 2, 3]
+    [8, 15, 19, 24]
     """
     check_lengths(length, window, factor)
     return np.sort(generator.choice(factor * window, length, replace=False, shuffle=False))

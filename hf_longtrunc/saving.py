@@ -111,12 +111,13 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         raise FileExistsError(f"{path} exists: write to another path, or delete it first")
     with hidden_folder(path.parent) as hidden:
         yield hidden / path.name
-        if not overwrite:
-            try:
-                path.touch(exist_ok=False)  # succeeds for one of several writers
-            except FileExistsError:
-                raise FileExistsError(f"{path} exists: another process wrote it; write to another path") from None
-        move_synced(hidden / path.name, path)
+        if overwrite:
+            move_synced(hidden / path.name, path)
+            return
+        try:
+            _link_synced(hidden / path.name, path)
+        except FileExistsError:
+            raise FileExistsError(f"{path} exists: another process wrote it; write to another path") from None
 
 
 @contextmanager
@@ -138,9 +139,25 @@ def hidden_folder(parent: Path) -> Iterator[Path]:
 
 def move_synced(written: Path, path: Path) -> None:
     """Rename a file after its content is on the disk."""
-    with written.open("r+b") as file:
-        os.fsync(file.fileno())
+    _sync(written)
     os.replace(written, path)
+
+
+def _link_synced(written: Path, path: Path) -> None:
+    """Name a file after its content is on the disk; FileExistsError if the name is taken."""
+    _sync(written)
+    try:
+        os.link(written, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        path.touch(exist_ok=False)
+        os.replace(written, path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager

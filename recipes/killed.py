@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 SEQ_LENGTH = 64
-STEPS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}  # Python's audit events
+STEPS = {"open", "os.link", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}  # Python's audit events
 
 
 class Writer(NamedTuple):

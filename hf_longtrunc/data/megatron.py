@@ -91,7 +91,7 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str], *, pad_t
 
     Examples:
         >>> import tempfile
-        >>> rows = pack([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}], 4)
+        >>> rows = pack([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}], 5)
         >>> write_megatron(rows, Path(tempfile.mkdtemp(), "rows"))
         Traceback (most recent call last):
         ValueError: Megatron tells documents apart by the EOS at their ends...

@@ -51,7 +51,7 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
         ValueError: the model takes no `position_ids`, or the batch has none.
 
     Examples:
-        >>> collator = BestFitPackingCollator(seq_length=16, pad_token_id=0)
+        >>> collator = BestFitPackingCollator(seq_length=5)
         >>> batch = collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
         >>> check_packed(model, {**batch, "use_cache": False})
         >>> check_packed(model, {**batch, "use_cache": True})

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import typer
 
+from instruments.evidence_steps import STEPS, Step
+
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "evidence.py"
 
@@ -17,8 +19,10 @@ RECIPE = ROOT / "recipes" / "evidence.py"
 @pytest.fixture
 def recipe():
     recipe = runpy.run_path(str(RECIPE))
-    recipe["STEPS"][:] = [recipe["Step"]("help", "What pack takes", "hf-longtrunc pack --help", "hf-longtrunc --help")]
-    return recipe
+    before = [*STEPS]
+    STEPS[:] = [Step("help", "What pack takes", "hf-longtrunc pack --help", "hf-longtrunc --help")]
+    yield recipe
+    STEPS[:] = before
 
 
 def test_a_step_is_run_once_and_shown(recipe, tmp_path):

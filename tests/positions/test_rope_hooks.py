@@ -99,7 +99,7 @@ def test_a_layer_run_again_in_autograds_thread_finds_the_ids_or_refuses():
     run(lambda: logits(model, batch))
     run(elsewhere)
     assert len(found) == 1
-    assert "whose positions are meant cannot be known" in errors[0]
+    assert "it cannot be known which thread's positions are meant" in errors[0]
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -51,73 +51,41 @@ if TYPE_CHECKING:
     from hf_longtrunc.evaluation.texts import python_reference as python_reference
     from hf_longtrunc.evaluation.traces import read_traces as read_traces
 
-_HOME = {
-    "FactText": "hf_longtrunc.evaluation.find_and_read",
-    "FindAndReadRecord": "hf_longtrunc.evaluation.find_and_read",
-    "PerplexityRecord": "hf_longtrunc.evaluation.perplexity",
-    "PositionBin": "hf_longtrunc.evaluation.perplexity",
-    "append_records": "hf_longtrunc.evaluation.records",
-    "cache_bytes": "hf_longtrunc.evaluation.streaming",
-    "compare_losses": "hf_longtrunc.evaluation.perplexity",
-    "critical_parameters": "hf_longtrunc.evaluation.matching",
-    "default_edges": "hf_longtrunc.evaluation.perplexity",
-    "find_and_read_table": "hf_longtrunc.evaluation.find_and_read",
-    "match_table": "hf_longtrunc.evaluation.matching",
-    "matched_parameter": "hf_longtrunc.evaluation.matching",
-    "matched_parameters": "hf_longtrunc.evaluation.matching",
-    "paired_test": "hf_longtrunc.evaluation.find_and_read",
-    "perplexity_by_position": "hf_longtrunc.evaluation.perplexity",
-    "perplexity_records": "hf_longtrunc.evaluation.perplexity",
-    "perplexity_table": "hf_longtrunc.evaluation.perplexity",
-    "plot_match": "hf_longtrunc.evaluation.matching",
-    "plot_perplexity": "hf_longtrunc.evaluation.perplexity",
-    "python_reference": "hf_longtrunc.evaluation.texts",
-    "read_ahead": "hf_longtrunc.evaluation.streaming",
-    "read_records": "hf_longtrunc.evaluation.records",
-    "read_traces": "hf_longtrunc.evaluation.traces",
-    "recomputed_losses": "hf_longtrunc.evaluation.perplexity",
-    "run_find_and_read": "hf_longtrunc.evaluation.find_and_read",
-    "start_stream": "hf_longtrunc.evaluation.streaming",
-    "stream_losses": "hf_longtrunc.evaluation.perplexity",
-    "token_losses": "hf_longtrunc.evaluation.perplexity",
-    "update_model_card": "hf_longtrunc.evaluation.card",
-    "wilson_interval": "hf_longtrunc.evaluation.intervals",
+_NAMES = {  # file -> its public names
+    "card": "update_model_card",
+    "find_and_read": "FactText FindAndReadRecord find_and_read_table paired_test run_find_and_read",
+    "intervals": "wilson_interval",
+    "matching": "critical_parameters match_table matched_parameter matched_parameters plot_match",
+    "perplexity": (
+        "PerplexityRecord PositionBin compare_losses default_edges perplexity_by_position perplexity_records "
+        "perplexity_table plot_perplexity recomputed_losses stream_losses token_losses"
+    ),
+    "records": "append_records read_records",
+    "streaming": "cache_bytes read_ahead start_stream",
+    "texts": "python_reference",
+    "traces": "read_traces",
 }
-# Names of 0.2.0 -> the file of recipes/instruments that has them now: only recipes used them.
-_MOVED = {
-    "Haystack": "haystack",
-    "PasskeyPrompts": "passkey",
-    "PasskeyRecord": "passkey",
-    "PasskeyTask": "passkey",
-    "passkey_table": "passkey",
-    "passkey_tasks": "passkey",
-    "plot_passkey": "passkey",
-    "run_passkey": "passkey",
-    "Fact": "recall",
-    "RecallRecord": "recall",
-    "fact_recall": "recall",
-    "recall_records": "recall",
-    "KeyValuePrompts": "retrieval",
-    "NeedlePrompts": "retrieval",
-    "RetrievalRecord": "retrieval",
-    "RetrievalTask": "retrieval",
-    "VariablePrompts": "retrieval",
-    "plot_retrieval": "retrieval",
-    "retrieval_table": "retrieval",
-    "retrieval_tasks": "retrieval",
-    "run_retrieval": "retrieval",
-    "RepetitionRecord": "truncation",
-    "TruncationScore": "truncation",
-    "plot_repetition": "truncation",
-    "plot_truncation": "truncation",
-    "repetition_table": "truncation",
-    "run_repetition": "truncation",
-    "truncation_scores": "truncation",
-    "truncation_table": "truncation",
+_MOVED = {  # file of recipes/instruments -> its names that were public in 0.1.0 or 0.2.0: only recipes used them
+    "haystack": "Haystack",
+    "passkey": "PasskeyPrompts PasskeyRecord PasskeyTask passkey_table passkey_tasks plot_passkey run_passkey",
+    "recall": "Fact RecallRecord fact_recall recall_records",
+    "retrieval": (
+        "KeyValuePrompts NeedlePrompts RetrievalRecord RetrievalTask VariablePrompts plot_retrieval "
+        "retrieval_table retrieval_tasks run_retrieval"
+    ),
+    "truncation": (
+        "RepetitionRecord TruncationScore plot_repetition plot_truncation repetition_table run_repetition "
+        "truncation_scores truncation_table"
+    ),
 }
+_HOME = {name: f"hf_longtrunc.evaluation.{file}" for file, names in _NAMES.items() for name in names.split()}
 
 __all__ = sorted(_HOME)
-__getattr__ = lazy_names(__name__, _HOME, {name: f"recipes/instruments/{file}.py" for name, file in _MOVED.items()})
+__getattr__ = lazy_names(
+    __name__,
+    _HOME,
+    {name: f"recipes/instruments/{file}.py" for file, names in _MOVED.items() for name in names.split()},
+)
 
 
 def __dir__() -> list[str]:

@@ -45,8 +45,8 @@ def read_megatron(prefix: str | os.PathLike[str]) -> datasets.Dataset:
         >>> import tempfile
         >>> prefix = Path(tempfile.mkdtemp(), "rows")
         >>> write_megatron(pack([{"input_ids": [5, 6, 7]}], 4), prefix, pad_token_id=0)
-        >>> read_megatron(prefix)["input_ids"]
-        [[5, 6, 7, 0]]
+        >>> read_megatron(prefix)[0]
+        {'input_ids': [5, 6, 7, 0]}
     """
     import pyarrow as pa
 

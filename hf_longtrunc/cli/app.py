@@ -83,6 +83,7 @@ def main(
     ] = False,
 ) -> None:
     """Show the help where no subcommand is named."""
+    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are files, whether or not there is a screen
     if context.invoked_subcommand is None:
         print(context.get_help())
 

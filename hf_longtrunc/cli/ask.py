@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from hf_longtrunc.cli.common import AsJson, Model, check_file, is_watched, load, notes, print_json, read_text
+from hf_longtrunc.cli import common
 
 if TYPE_CHECKING:
     from hf_longtrunc.asking.finders import Finder
@@ -20,7 +20,9 @@ FinderName = Literal["fused", "encoder", "bm25"]
 def ask(
     file: Annotated[str, typer.Argument(help="A text, or - for standard input.")],
     questions: Annotated[list[str], typer.Argument(help="One question or several.")],
-    model: Model = None,
+    model: common.Model = None,
+    dtype: common.DType = None,
+    device: common.Device = None,
     also: Annotated[list[str] | None, typer.Option("--also", help="One more text to look in; can be repeated.")] = None,
     finder: Annotated[FinderName, typer.Option(help="By both, by meaning, or by words.")] = "fused",
     encoder: Annotated[str | None, typer.Option(help="Hub id or folder; all-MiniLM-L6-v2 if left out.")] = None,
@@ -31,7 +33,7 @@ def ask(
     follow_up: Annotated[bool, typer.Option("--follow-up", help="A question may refer to the one before it.")] = False,
     prompt: Annotated[Path | None, typer.Option(help="A file with {passages} and {question} in it.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
-    as_json: AsJson = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """Ask about a text of any length: the passage that answers is found, and read right before the question."""
     import hf_longtrunc
@@ -45,15 +47,15 @@ def ask(
     if len(set(files)) < len(files):
         raise typer.BadParameter("a text is named twice", param_hint="--also")
     for path in files:
-        check_file(path)
-    text = {path: read_text(path) for path in files} if also else read_text(file)
+        common.check_file(path)
+    text = {path: common.read_text(path) for path in files} if also else common.read_text(file)
     if not any(part.strip() for part in ([text] if isinstance(text, str) else text.values())):
         raise typer.BadParameter("the text is empty", param_hint="FILE")
     try:
-        template = PROMPT if prompt is None else check_prompt(read_text(str(prompt)).strip())
+        template = PROMPT if prompt is None else check_prompt(common.read_text(str(prompt)).strip())
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--prompt") from error
-    loaded, tokenizer = load(model, needs="a causal LM")
+    loaded, tokenizer = common.load(model, dtype, device, needs="a causal LM")
     found = indexed(text, finder_of(finder, encoder), index)
     answers: list[dict[str, Any]] = []
     turns: list[tuple[str, str]] = []
@@ -62,7 +64,7 @@ def ask(
         if not as_json:
             from transformers import TextStreamer
 
-            notes().print(f"[bold]{escape(question)}[/bold]")
+            common.notes().print(f"[bold]{escape(question)}[/bold]")
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         (answer,) = hf_longtrunc.ask(
             loaded,
@@ -80,16 +82,18 @@ def ask(
         turns.append((question, answer.text))
         answers.append(asdict(answer))
         if is_about_the_whole(question):
-            notes().print("[dim](about the whole text: read a few places of it, and no more than those)[/dim]")
+            common.notes().print("[dim](about the whole text: read a few places of it, and no more than those)[/dim]")
         elif not answer.found:
-            notes().print(f"[dim]({NOT_FOUND})[/dim]")
+            common.notes().print(f"[dim]({NOT_FOUND})[/dim]")
         for passage in answer.passages:
             place = f"{passage.source or file}, characters {passage.start:,} to {passage.end:,}"
-            notes().print(f"[dim]{escape(place)} ({passage.score:.2f}): {escape(' '.join(passage.text.split()))}[/dim]")
+            common.notes().print(
+                f"[dim]{escape(place)} ({passage.score:.2f}): {escape(' '.join(passage.text.split()))}[/dim]"
+            )
         if not answer.text:
-            notes().print("[dim](the model ended its answer at once)[/dim]")
+            common.notes().print("[dim](the model ended its answer at once)[/dim]")
     if as_json:
-        print_json({"units": len(found), "finder": finder, "answers": answers})
+        common.print_json({"units": len(found), "finder": finder, "answers": answers})
 
 
 def finder_of(name: FinderName, encoder: str | None) -> Finder:
@@ -101,7 +105,7 @@ def finder_of(name: FinderName, encoder: str | None) -> Finder:
         if encoder is not None:
             raise typer.BadParameter("goes with --finder encoder or fused", param_hint="--encoder")
         return BM25()
-    with notes().status("loading the sentence encoder"):
+    with common.notes().status("loading the sentence encoder"):
         return default_finder(encoder) if name == "fused" else SentenceEncoder(*load_encoder(encoder))
 
 
@@ -114,10 +118,10 @@ def indexed(text: str | dict[str, str], finder: Finder, folder: Path | None) -> 
             index = TextIndex.load(folder, text, finder)
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--index") from error
-        notes().print(f"index of {len(index):,} units: [bold]{escape(str(folder))}[/bold]")
+        common.notes().print(f"index of {len(index):,} units: [bold]{escape(str(folder))}[/bold]")
         return index
-    index = TextIndex(text, finder, progress=is_watched())
+    index = TextIndex(text, finder, progress=common.is_watched())
     if folder is not None:
         index.save(folder)
-        notes().print(f"index of {len(index):,} units kept: [bold]{escape(str(folder))}[/bold]")
+        common.notes().print(f"index of {len(index):,} units kept: [bold]{escape(str(folder))}[/bold]")
     return index

@@ -7,16 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_longtrunc.cli.common import AsJson, load, print_json, results
+from hf_longtrunc.cli import common
 
 
 def check_packed(
     model: Annotated[str | None, typer.Argument(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
+    dtype: common.DType = None,
+    device: common.Device = None,
     rows: Annotated[
         Path | None, typer.Option(help="Packed rows to try it on: a folder that materialize() wrote, jsonl or parquet.")
     ] = None,
     seq_length: Annotated[int, typer.Option(min=32, help="Tokens of a made-up row, where no rows are named.")] = 64,
-    as_json: AsJson = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """Try every way to hand packed rows to a model, and say in which of them documents stay apart."""
     packed = made_up(seq_length) if rows is None else rows_of(rows)
@@ -24,20 +26,20 @@ def check_packed(
 
     from hf_longtrunc import BestFitPackingCollator, try_packed
 
-    loaded, tokenizer = load(model, needs="a causal LM")
+    loaded, tokenizer = common.load(model, dtype, device, needs="a causal LM")
     collator = BestFitPackingCollator(max(len(row["input_ids"]) for row in packed), tokenizer, layout="rows")
     batch = collator(packed)
     found = try_packed(loaded, [{name: batch[name][row] for name in batch} for row in range(len(packed))])
     kinds = list(dict.fromkeys(kind for _, kind in found))
     if as_json:
-        print_json({attention: {kind: found[attention, kind] for kind in kinds} for attention, _ in found})
+        common.print_json({attention: {kind: found[attention, kind] for kind in kinds} for attention, _ in found})
         return
     table = Table(title=f"documents packed in rows, {type(loaded).__name__}", title_justify="left")
     for heading in ("attention", *kinds):
         table.add_column(heading)
     for attention in dict.fromkeys(attention for attention, _ in found):
         table.add_row(attention, *(found[attention, kind] for kind in kinds))
-    results().print(table)
+    common.results().print(table)
 
 
 def made_up(seq_length: int) -> list[dict[str, Any]]:

@@ -23,12 +23,16 @@ from rich.markup import escape
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from matplotlib.figure import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_longtrunc.evaluation.records import Arm
 
 Model = Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")]
+DType = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    typer.Option(help="Of the weights; bfloat16 on CUDA and float32 elsewhere if left out."),
+]
+Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; CUDA if there is one, if left out.")]
 Window = Annotated[int | None, typer.Option(min=1, help="LM-Infinite's window; the trained one if left out.")]
 Sinks = Annotated[int, typer.Option(min=0, help="First tokens that stay visible.")]
 WithLMInfinite = Annotated[bool, typer.Option("--lm-infinite", help="Run LM-Infinite too, side by side.")]
@@ -60,13 +64,18 @@ def print_json(value: object) -> None:
 
 
 def load(
-    name: str | None, *, needs: Literal["a causal LM", "an encoder-decoder"] | None = None
+    name: str | None,
+    dtype: str | None = None,
+    device: str | None = None,
+    *,
+    needs: Literal["a causal LM", "an encoder-decoder"] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and tokenizer that --model names, None the default; the wrong kind is refused before its weights.
 
     Raises:
-        typer.BadParameter: whatever went wrong.
+        typer.BadParameter: a device that is not there, or a model that cannot be loaded.
     """
+    import torch
     from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -75,12 +84,17 @@ def load(
     if not is_watched():
         disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(f"cannot be used here, got {device}: {reason}", param_hint="--device") from error
+    try:
         config: Any = None if name is None else AutoConfig.from_pretrained(name)
         if config is not None and needs is not None and config.is_encoder_decoder != (needs == "an encoder-decoder"):
             kind = "an encoder-decoder" if config.is_encoder_decoder else "a causal LM"
             raise TypeError(f"this command needs {needs}, and this is {kind}")
         with notes().status("loading the model"):
-            return load_pretrained(name)
+            return load_pretrained(name, dtype=None if dtype is None else getattr(torch, dtype), device=device)
     except Exception as error:  # from_pretrained raises what its files make it raise
         raise _could_not_load(name or "the default model", error, "--model") from error
 
@@ -182,19 +196,13 @@ def check_outputs(folder: Path, *names: str, force: bool, option: str = "--outpu
             raise typer.BadParameter(f"{folder / name} is a folder, expected a file", param_hint=option)
 
 
-def draw_without_a_screen() -> None:
-    """Let matplotlib draw into files only, whether or not there is a screen."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-
-
-def save_picture(figure: Figure, path: Path) -> None:
-    """Write a figure, close it and say where it lies."""
+def save_picture(drawn: Any, path: Path) -> None:
+    """Write a figure, or the figure of an axes, close it and say where it lies."""
     import matplotlib.pyplot as plt
 
     from hf_longtrunc.saving import replacing
 
+    figure = drawn.figure
     with replacing(path) as written:
         figure.savefig(written, dpi=130)
     plt.close(figure)

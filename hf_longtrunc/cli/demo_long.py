@@ -14,7 +14,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from hf_longtrunc import LMInfinite, trained_length
-from hf_longtrunc.cli.common import draw_without_a_screen, is_watched, notes, save_picture
+from hf_longtrunc.cli import common
 from hf_longtrunc.cli.demo_parts import heading
 from hf_longtrunc.cli.ppl import PICTURE, RECORDS, read_tokens
 from hf_longtrunc.evaluation import (
@@ -70,7 +70,7 @@ def past_the_window(
     ids = torch.cat([ids[:place], note, ids[place:], question])
     arms: dict[str, Arm] = {"unmodified": nullcontext, "LM-Infinite": LMInfinite(window_length=max(1, window // 4))}
     readings: dict[str, Reading] = {}
-    notes().print(f"reading {len(ids):,} tokens twice: some two minutes on two cores")
+    common.notes().print(f"reading {len(ids):,} tokens twice: some two minutes on two cores")
     for name, arm in arms.items():
         with arm(model):
             readings[name] = read_and_answer(model, tokenizer, ids.to(model.device), name)
@@ -86,9 +86,7 @@ def past_the_window(
     console.print(f"[dim]at the end[/dim] {' '.join(QUESTION.split())}")
     console.print(table)
     append_records(folder / RECORDS, records)
-    draw_without_a_screen()
-    figure: Any = plot_perplexity(losses, trained_window=window).figure
-    save_picture(figure, folder / PICTURE)
+    common.save_picture(plot_perplexity(losses, trained_window=window), folder / PICTURE)
     answers = {name: {"answer": each.answer, "cache bytes": each.cache_bytes} for name, each in readings.items()}
     return {"tokens": len(ids), "trained window": window, **answers, "records": [vars(record) for record in records]}
 
@@ -98,7 +96,7 @@ def read_and_answer(model: Any, tokenizer: Any, ids: Tensor, name: str, *, chunk
     """Read `ids` [n] by chunks through the model's cache, and continue them greedily by at most `words` tokens."""
     cache, logits = start_stream(model, ids[None, :1])
     losses = []
-    with tqdm(total=len(ids), desc=f"reading, {name}", unit="tok", disable=not is_watched()) as bar:
+    with tqdm(total=len(ids), desc=f"reading, {name}", unit="tok", disable=not common.is_watched()) as bar:
         for part in torch.split(ids[None, 1:], chunk, dim=1):
             read = model(input_ids=part, use_cache=True, **{CACHE: cache}).logits
             before = torch.cat([logits[0, -1:], read[0, :-1]]).float()

@@ -13,7 +13,6 @@ from importlib import import_module
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -22,21 +21,17 @@ from rich.table import Table
 from hf_longtrunc import (
     BasisAwareLogitsProcessor,
     BestFitPackingCollator,
-    CreamPositions,
     EtaLogitsProcessor,
     PackedDataset,
     SoftmaxBasis,
     TruncationRecord,
     TruncationTrace,
     check_packed,
-    contiguous_positions,
-    distances_seen,
     pack,
     packing_table,
     plot_packing,
-    pose_positions,
 )
-from hf_longtrunc.cli.common import draw_without_a_screen, notes, save_picture
+from hf_longtrunc.cli import common
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,13 +40,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SAMPLING, BAT, PACKING, CREAM = "sampling.png", "bat.png", "packing.png", "cream.png"
 # One meaning a colour and a shape, as on the pages: a cross was refused, a diamond was rescued.
 MARKS: dict[str, dict[str, Any]] = {
     "refused": {"color": "#b23a00", "marker": "x", "linestyle": "", "markersize": 5},
     "rescued": {"color": "#006b4d", "marker": "D", "linestyle": "", "markersize": 4},
 }
-SAMPLING_PAGE, BAT_PAGE = "sampling.html", "bat.html"
 PROMPT = "The lighthouse keeper had not spoken to anyone for eleven days when"
 
 
@@ -94,13 +87,13 @@ def sampling_part(
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     runs = []
     for name, settings in samplers.items():
-        with notes().status(f"generating {max_new_tokens} tokens by {name} sampling"):
+        with common.notes().status(f"generating {max_new_tokens} tokens by {name} sampling"):
             runs.append(_sample(model, tokenizer, inputs, name, seed, max_new_tokens, settings))
         console.print(f"\n[bold]{name}[/bold]  {escape(runs[-1].text)}")
     console.print(_steps_table(runs, tokenizer, steps_shown))
     console.print(_summary_table(runs, epsilon))
-    _picture(runs, epsilon, folder / SAMPLING)
-    _page(runs, tokenizer, epsilon, prompt, folder / SAMPLING_PAGE)
+    _picture(runs, epsilon, folder / "sampling.png")
+    _page(runs, tokenizer, epsilon, prompt, folder / "sampling.html")
     return [_summary(run, epsilon) for run in runs]
 
 
@@ -119,19 +112,19 @@ def bat_part(
 ) -> dict[str, object]:
     """Continue `prompt` by basis-aware truncation and show the tokens that it kept below eta's threshold."""
     heading(console, "Basis-aware truncation: tokens kept because it is proved that they belong")
-    with notes().status(f"softmax basis of rank {rank}"):
+    with common.notes().status(f"softmax basis of rank {rank}"):
         basis = SoftmaxBasis.from_model(model, rank)
     processor = BasisAwareLogitsProcessor(basis, epsilon, mode="mask")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     settings = {"logits_processor": [processor]}
-    with notes().status(f"generating {max_new_tokens} tokens by basis-aware truncation"):
+    with common.notes().status(f"generating {max_new_tokens} tokens by basis-aware truncation"):
         run = _sample(model, tokenizer, inputs, f"BAT {epsilon:g}", seed, max_new_tokens, settings)
     console.print(f"[bold]{run.name}[/bold]  {escape(run.text)}")
     console.print(_rescue_table(run, tokenizer, steps_shown))
     checker = processor.checker
     console.print(f"{checker.checked:,} tokens decided by proof, {checker.undecided} undecided")
-    _picture([run], epsilon, folder / BAT)
-    _page([run], tokenizer, epsilon, prompt, folder / BAT_PAGE)
+    _picture([run], epsilon, folder / "bat.png")
+    _page([run], tokenizer, epsilon, prompt, folder / "bat.html")
     decided = {"decided by proof": checker.checked, "undecided": checker.undecided}
     return {**_summary(run, epsilon), "rescued": sum(record.kept_below or 0 for record in run.records), **decided}
 
@@ -208,7 +201,6 @@ def _summary(run: SampledText, epsilon: float) -> dict[str, object]:
 
 def _picture(runs: list[SampledText], epsilon: float, path: Path) -> None:
     """Draw one column a sampler, three panels each, on common scales."""
-    draw_without_a_screen()
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(
@@ -235,7 +227,7 @@ def _picture(runs: list[SampledText], epsilon: float, path: Path) -> None:
         panel.set_ylabel(name)
     lowest = min(record.kept_mass for run in runs for record in run.records)
     panels[2, 0].set_ylim(min(0.6, lowest), 1.02)
-    save_picture(figure, path)
+    common.save_picture(figure, path)
 
 
 def _page(runs: list[SampledText], tokenizer: Any, epsilon: float, prompt: str, path: Path) -> None:
@@ -243,7 +235,7 @@ def _page(runs: list[SampledText], tokenizer: Any, epsilon: float, prompt: str, 
     first, *others = runs
     beside = {run.name: run.trace for run in others}
     first.trace.to_html(tokenizer, path, name=first.name, beside=beside, epsilon=epsilon, prompt=prompt)
-    notes().print(f"page: [bold]{escape(str(path))}[/bold] shows every token's step: open it in a browser")
+    common.notes().print(f"page: [bold]{escape(str(path))}[/bold] shows every token's step: open it in a browser")
 
 
 def packing_part(
@@ -252,7 +244,7 @@ def packing_part(
     """Pack the docstrings of Python's standard library, and show that a packed document is the document alone."""
     seq_length = min(seq_length, model.config.max_position_embeddings)
     heading(console, "Best-fit packing: no unnecessary cut, no document sees another")
-    with notes().status("tokenizing the standard library's docstrings"):
+    with common.notes().status("tokenizing the standard library's docstrings"):
         documents = [{"input_ids": tokenizer(text)["input_ids"]} for text in _docstrings()]
     packed: PackedDataset = pack(documents, seq_length, tokenizer)
     console.print(packing_table(packed.packing))
@@ -266,9 +258,7 @@ def packing_part(
         f"one row, {pieces} pieces: logits differ from each piece's alone by at most [bold]{right:.1e}[/bold]; "
         f"with a 2-D attention_mask, which lets them see each other, by {leaky:.1f}"
     )
-    draw_without_a_screen()
-    figure: Any = plot_packing(packed.packing)[0].figure
-    save_picture(figure, folder / PACKING)
+    common.save_picture(plot_packing(packed.packing)[0], folder / "packing.png")
     return {**packed.packing.stats(), "difference from alone": right, "difference where pieces leak": leaky}
 
 
@@ -293,65 +283,6 @@ def _docstrings() -> list[str]:
     return list(dict.fromkeys(text for text in texts if text))
 
 
-def cream_part(
-    folder: Path, *, window: int = 4096, factor: int = 8, draws: int = 1000, seed: int = 0, console: Console
-) -> dict[str, object]:
-    """Draw position ids by CREAM, PoSE and not at all, and show which distances a model would meet in training."""
-    heading(console, "CREAM: the distances of a long window in documents of a short one")
-    schemes: dict[str, Any] = {"CREAM": CreamPositions(), "PoSE": pose_positions, "contiguous": contiguous_positions}
-    with notes().status(f"drawing {draws:,} documents by each scheme"):
-        seen = {name: distances_seen(scheme, window, window, factor, draws, seed) for name, scheme in schemes.items()}
-    console.print(_coverage_table(seen, window, factor, draws))
-    _coverage_picture(schemes, seen, window, factor, draws, folder)
-    return {name: {"distances met": float((counts > 0).mean())} for name, counts in seen.items()}
-
-
-def _coverage_table(seen: dict[str, Any], window: int, factor: int, draws: int) -> Table:
-    """Tabulate, of all eighths of the distances, how often one of the rarest and one of the middle two occurs."""
-    title = f"{draws:,} documents of {window:,} tokens, for a window of {factor * window:,}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("", "distances met", "a rare one occurs in", "a middle one occurs in"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, counts in seen.items():
-        eighths = np.array_split(counts / draws, 8)
-        rarest, middle = min(part.mean() for part in eighths), np.concatenate(eighths[3:5]).mean()
-        table.add_row(name, f"{(counts > 0).mean():.2%}", f"{rarest:.1%} of documents", f"{middle:.1%} of documents")
-    return table
-
-
-def _coverage_picture(
-    schemes: dict[str, Any], seen: dict[str, Any], window: int, factor: int, draws: int, folder: Path
-) -> None:
-    """Draw one column a scheme: the ids of some documents, and in how many documents each distance occurs."""
-    draw_without_a_screen()
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(
-        2, len(schemes), sharex=True, sharey="row", figsize=(4 * len(schemes), 6), layout="constrained"
-    )
-    generator, documents = np.random.default_rng(0), 40
-    least = factor * window // 400  # a run of a few tokens is drawn as a dot
-    for column, (name, scheme) in enumerate(schemes.items()):
-        for document in range(documents):
-            ids = scheme(window, window, factor, generator)
-            runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
-            begins, ends = [run[0] - least for run in runs], [run[-1] + least for run in runs]
-            panels[0, column].hlines([document] * len(runs), begins, ends, linewidth=2.5)
-        panels[0, column].set_title(name, loc="left")
-        panels[0, column].set_xlabel("position id")
-        panels[0, column].tick_params(labelbottom=True)
-        panels[1, column].fill_between(range(factor * window), seen[name] / draws, step="mid", linewidth=0)
-        panels[1, column].axvline(window, color="0.5", linestyle=":")
-        panels[1, column].set_title(
-            f"{(seen[name] > 0).mean():.2%} of the distances met", loc="left", fontsize="medium"
-        )
-        panels[1, column].set_xlabel("distance between two tokens")
-    panels[0, 0].set_ylabel("document")
-    panels[1, 0].set(ylabel="part of documents with\nthis distance", yscale="log", ylim=(0.5 / draws, 1.5))
-    panels[1, 0].set_xlim(-2 * least, factor * window + 2 * least)
-    save_picture(figure, folder / CREAM)
-
-
 def last_screen(shown: dict[str, Any], folder: Path, console: Console) -> None:
     """Say what the parts showed, with their own figures, and what to do next."""
     heading(console, "What you saw")
@@ -359,7 +290,7 @@ def last_screen(shown: dict[str, Any], folder: Path, console: Console) -> None:
         refused = next(iter(run for key, run in sampled[0].items() if key.startswith("refused")))
         console.print(
             f"- Plain sampling drew {refused} of {sampled[0]['tokens']} tokens that eta refuses; eta kept "
-            f"{sampled[-1]['kept (median)']:,.0f} tokens a step (median). {folder / SAMPLING_PAGE} shows each step."
+            f"{sampled[-1]['kept (median)']:,.0f} tokens a step (median). {folder / 'sampling.html'} shows each step."
         )
     if rescued := shown.get("bat"):
         console.print(
@@ -370,9 +301,6 @@ def last_screen(shown: dict[str, Any], folder: Path, console: Console) -> None:
             f"- Packing cut {packed['truncated_documents']} of {packed['documents']:,} documents, concatenation "
             f"{packed['truncated_by_concatenation']}; packed logits differ by {packed['difference from alone']:.0e}."
         )
-    if cream := shown.get("cream"):
-        met = ", ".join(f"{name} {each['distances met']:.2%}" for name, each in cream.items())
-        console.print(f"- Distances of the long window that training at the short one meets: {met}.")
     if read := shown.get("past-window"):
         plain, ours = read["unmodified"], read["LM-Infinite"]
         share = ours["cache bytes"] / plain["cache bytes"]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from hf_longtrunc.cli.common import AsJson, Window, load_tokenizer, notes, print_json, results
+from hf_longtrunc.cli import common
 
 
 def export(
@@ -18,7 +18,7 @@ def export(
         Literal["lm-infinite", "streaming-llm", "dual-chunk"],
         typer.Option(help="First tokens and last window at constant memory, or the whole text at growing memory."),
     ] = "lm-infinite",
-    window: Window = None,
+    window: common.Window = None,
     sinks: Annotated[int, typer.Option(min=0, help="LM-Infinite's first tokens that stay visible.")] = 16,
     retrieval: Annotated[
         Literal["for-chat", "passages"] | None,
@@ -49,7 +49,7 @@ def export(
         finder = finder or "encoder"
         if finder == "encoder":
             default_encoder_folder()  # fetched now, not within the first request
-    blocks: Any = TopBlocks.for_chat(load_tokenizer(source)) if retrieval == "for-chat" else None
+    blocks: Any = TopBlocks.for_chat(common.load_tokenizer(source)) if retrieval == "for-chat" else None
     if technique == "dual-chunk":
         if window is not None:
             raise typer.BadParameter("goes with --technique lm-infinite or streaming-llm", param_hint="--window")
@@ -65,15 +65,15 @@ def export(
     made = export_folder(
         source, folder, chosen, sampler=sampler, weights=weights, cache_bytes=cache_mib * 2**20, finder=finder
     )
-    results().print(f"{escape(str(made.folder))}: sha256 {made.sha256}")
+    common.results().print(f"{escape(str(made.folder))}: sha256 {made.sha256}")
     generate = f"model.generate(ids, custom_generate={str(made.folder)!r}, trust_remote_code=True)"
-    notes().print("next:", generate if weights == "none" else f"hf-longtrunc serve {made.folder}", markup=False)
+    common.notes().print("next:", generate if weights == "none" else f"hf-longtrunc serve {made.folder}", markup=False)
 
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder that `hf-longtrunc export` made.")],
     sha256: Annotated[str | None, typer.Option(help="What export printed; another hash is an error.")] = None,
-    as_json: AsJson = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """Check the code in an exported folder before a host is told to trust it; nothing of it is run."""
     from hf_longtrunc.hosting import verify_export
@@ -84,9 +84,9 @@ def verify(
             f"{folder} has code with SHA-256 {found.sha256}, expected {sha256}: other settings, or another"
         )
     if as_json:
-        print_json({"sha256": found.sha256, "technique": repr(found.settings.technique)})
+        common.print_json({"sha256": found.sha256, "technique": repr(found.settings.technique)})
     else:
-        results().print(f"{found.sha256}: the code that hf_longtrunc writes for {found.settings.technique}")
+        common.results().print(f"{found.sha256}: the code that hf_longtrunc writes for {found.settings.technique}")
 
 
 def serve(

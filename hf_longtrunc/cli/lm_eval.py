@@ -7,46 +7,37 @@ from typing import Annotated
 
 import typer
 
-from hf_longtrunc.cli.common import (
-    AsJson,
-    Model,
-    Sinks,
-    Window,
-    WithLMInfinite,
-    arms,
-    check_outputs,
-    load,
-    print_json,
-    results,
-)
+from hf_longtrunc.cli import common
 
 
 def lm_eval(
     tasks: Annotated[list[str], typer.Argument(help="Names of lm-evaluation-harness' tasks.")],
-    model: Model = None,
+    model: common.Model = None,
+    dtype: common.DType = None,
+    device: common.Device = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many samples a task.")] = None,
     lengths: Annotated[str | None, typer.Option(help="RULER's prompt lengths in tokens, e.g. 4096,8192.")] = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Refuse longer prompts; unmodified: the trained window if left out.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
-    lm_infinite: WithLMInfinite = False,
-    window: Window = None,
-    sinks: Sinks = 16,
+    lm_infinite: common.WithLMInfinite = False,
+    window: common.Window = None,
+    sinks: common.Sinks = 16,
     output_dir: Annotated[
         Path, typer.Option(help="Where lm_eval.jsonl goes, from which a run that was cut off goes on.")
     ] = Path("lm_eval"),
-    as_json: AsJson = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """lm-evaluation-harness on a model, unmodified and patched; a prompt that does not fit is an error, never cut."""
-    check_outputs(output_dir, force=False)
+    common.check_outputs(output_dir, force=False)
     sizes = None if lengths is None else _lengths(lengths)
     from hf_longtrunc.evaluation.harness import harness_table, run_harness
 
     records = run_harness(
-        *load(model),
+        *common.load(model, dtype, device),
         tasks,
-        arms(lm_infinite, window, sinks),
+        common.arms(lm_infinite, window, sinks),
         limit=limit,
         lengths=sizes,
         max_length=max_length,
@@ -54,9 +45,9 @@ def lm_eval(
         path=output_dir / "lm_eval.jsonl",
     )
     if as_json:
-        print_json([vars(record) for record in records])
+        common.print_json([vars(record) for record in records])
     else:
-        results().print(harness_table(records))
+        common.results().print(harness_table(records))
 
 
 def _lengths(text: str) -> list[int]:

@@ -7,54 +7,44 @@ from typing import Annotated, Any
 
 import typer
 
-from hf_longtrunc.cli.common import (
-    AsJson,
-    Force,
-    Model,
-    check_outputs,
-    draw_without_a_screen,
-    is_watched,
-    load,
-    print_json,
-    read_text,
-    results,
-    save_picture,
-)
+from hf_longtrunc.cli import common
 
 
 def match(
     file: Annotated[str | None, typer.Argument(help="A human text, or - for standard input.")] = None,
     string: Annotated[str | None, typer.Option(help="The text itself, instead of a file.")] = None,
-    model: Model = None,
+    model: common.Model = None,
+    dtype: common.DType = None,
+    device: common.Device = None,
     rank: Annotated[int, typer.Option(min=0, help="Directions of the softmax basis.")] = 20,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text that are read.")] = 2048,
     bat_tokens: Annotated[int, typer.Option(min=0, help="Of them, for basis-aware truncation; 0 leaves it out.")] = 256,
     picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("longtrunc_match.png"),
-    force: Force = False,
-    as_json: AsJson = False,
+    force: common.Force = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """Find the parameters at which truncation samplers, ours and transformers', refuse the same share of a text."""
     if (file is None) == (string is None):
         raise typer.BadParameter("name a file, or give the text itself by --string", param_hint="FILE")
-    check_outputs(picture.parent, picture.name, force=force, option="--picture")
-    text = string if file is None else read_text(file)
+    common.check_outputs(picture.parent, picture.name, force=force, option="--picture")
+    text = string if file is None else common.read_text(file)
     from hf_longtrunc import SoftmaxBasis
     from hf_longtrunc.evaluation import critical_parameters, match_table, matched_parameters, plot_match
     from hf_longtrunc.evaluation.matching import known_shares, refused_shares
 
-    loaded, tokenizer = load(model, needs="a causal LM")
+    loaded, tokenizer = common.load(model, dtype, device, needs="a causal LM")
     ids: Any = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
     ids = ids[0, :max_tokens]
     tokens = len(ids) - 1
     known_shares(tokens)
     basis = SoftmaxBasis.from_model(loaded, rank) if bat_tokens else None
-    critical = critical_parameters(loaded, ids, basis, bat_tokens=bat_tokens or 1, progress=is_watched())
-    draw_without_a_screen()
-    figure: Any = plot_match(critical).figure
-    save_picture(figure, picture)
+    critical = critical_parameters(loaded, ids, basis, bat_tokens=bat_tokens or 1, progress=common.is_watched())
+    common.save_picture(plot_match(critical), picture)
     if as_json:
         settings = {"tokens": tokens, "bat_tokens": len(critical.get("BAT on eta", [])), "rank": rank}
-        print_json(settings | {"parameters": matched_parameters(critical), "refused": refused_shares(critical)})
+        common.print_json(settings | {"parameters": matched_parameters(critical), "refused": refused_shares(critical)})
     else:
-        results().print(match_table(critical))
-        results().print(f"{tokens} tokens, rank {rank}; shares below 1 / tokens = {1 / tokens:.1%} have no parameter")
+        common.results().print(match_table(critical))
+        common.results().print(
+            f"{tokens} tokens, rank {rank}; shares below 1 / tokens = {1 / tokens:.1%} have no parameter"
+        )

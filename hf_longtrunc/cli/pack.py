@@ -7,25 +7,12 @@ from enum import Enum
 from glob import glob
 from logging import CRITICAL
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
 
-from hf_longtrunc.cli.common import (
-    AsJson,
-    Force,
-    check_file,
-    check_outputs,
-    draw_without_a_screen,
-    is_watched,
-    load_tokenizer,
-    notes,
-    open_text,
-    print_json,
-    results,
-    save_picture,
-)
+from hf_longtrunc.cli import common
 from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
@@ -35,35 +22,11 @@ _COMPRESSED = (".gz", ".xz", ".bz2", ".zst")
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
 
 
-class Long(str, Enum):
-    """What becomes of a document longer than a row."""
-
-    SPLIT = "split"
-    TRUNCATE = "truncate"
-    DROP = "drop"
-    ERROR = "error"
-
-
-class DType(str, Enum):
-    """What the written columns hold."""
-
-    INT64 = "int64"
-    INT32 = "int32"
-
-
 class Column(str, Enum):
     """Columns that are written in addition to the boundaries."""
 
     INPUT_IDS = "input_ids"
     LABELS = "labels"
-
-
-class SampleBy(str, Enum):
-    """What a document is in a text file."""
-
-    DOCUMENT = "document"
-    PARAGRAPH = "paragraph"
-    LINE = "line"
 
 
 def pack(
@@ -75,47 +38,48 @@ def pack(
         str | None, typer.Option(help="Hub id or folder; needed for text, its EOS ends every document.")
     ] = None,
     column: Annotated[str, typer.Option(help="The column of text; not looked at where there are input_ids.")] = "text",
-    sample_by: Annotated[SampleBy, typer.Option(help="What a document is in a txt file.")] = SampleBy.DOCUMENT,
-    long: Annotated[Long, typer.Option(help="What becomes of a document longer than a row.")] = Long.SPLIT,
+    sample_by: Annotated[
+        Literal["document", "paragraph", "line"], typer.Option(help="Unit that is one document in a txt file.")
+    ] = "document",
+    long: Annotated[
+        Literal["split", "truncate", "drop", "error"], typer.Option(help="For a document longer than a row.")
+    ] = "split",
     min_piece: Annotated[int, typer.Option(min=1, help="Shorter pieces are left out; 1 keeps every token.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the rows' order.")] = 0,
     num_proc: Annotated[int, typer.Option(min=1, help="Processes that tokenize and write.")] = 1,
-    dtype: Annotated[DType, typer.Option(help="Of the written columns; int32 takes half the place.")] = DType.INT64,
+    dtype: Annotated[
+        Literal["int64", "int32"], typer.Option(help="Of the written columns; int32 takes half the place.")
+    ] = "int64",
     columns: Annotated[
         list[Column],
         typer.Option(help="Columns in addition to the boundaries; labels are needed where there are masks."),
     ] = [Column.INPUT_IDS, Column.LABELS],  # noqa: B006
     output_dir: Annotated[Path, typer.Option(help="Where dataset and picture go.")] = Path("packed"),
-    force: Force = False,
-    as_json: AsJson = False,
+    force: common.Force = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """Pack documents into rows without one unnecessary cut, and compare with concatenating and slicing them."""
     files = [name for file in files for name in _matching(file)]
-    check_outputs(output_dir, "packing.png", "dataset", force=force)
+    common.check_outputs(output_dir, "packing.png", "dataset", force=force)
     from hf_longtrunc import pack, packing_table, plot_packing
 
-    documents, loaded_tokenizer = _tokenized(
-        [Path(file) for file in files], tokenizer, column, sample_by.value, num_proc
-    )
-    packed = pack(documents, seq_length, loaded_tokenizer, long=long.value, min_piece=min_piece, seed=seed)
+    documents, loaded_tokenizer = _tokenized([Path(file) for file in files], tokenizer, column, sample_by, num_proc)
+    packed = pack(documents, seq_length, loaded_tokenizer, long=long, min_piece=min_piece, seed=seed)
     if as_json:
-        print_json(packed.packing.stats())
+        common.print_json(packed.packing.stats())
     else:
-        results().print(packing_table(packed.packing))
-    draw_without_a_screen()
-    figure: Any = plot_packing(packed.packing)[0].figure
-    save_picture(figure, output_dir / "packing.png")
-    written = [column.value for column in columns]
-    packed.materialize(output_dir / "dataset", num_proc=num_proc, dtype=dtype.value, columns=written)
-    notes().print(f"dataset: [bold]{escape(str(output_dir / 'dataset'))}[/bold]")
-    notes().print("read it with datasets.load_from_disk, train on it with BestFitPackingCollator", style="dim")
+        common.results().print(packing_table(packed.packing))
+    common.save_picture(plot_packing(packed.packing)[0], output_dir / "packing.png")
+    packed.materialize(output_dir / "dataset", num_proc=num_proc, dtype=dtype, columns=[each.value for each in columns])
+    common.notes().print(f"dataset: [bold]{escape(str(output_dir / 'dataset'))}[/bold]")
+    common.notes().print("read it with datasets.load_from_disk, train on it with BestFitPackingCollator", style="dim")
 
 
 def _matching(pattern: str) -> list[str]:
     """Return the file of that name, or those that a quoted pattern such as "*.parquet" names."""
     names = sorted(glob(pattern, recursive=True)) if not Path(pattern).exists() else []
     for name in names or [pattern]:
-        check_file(name)
+        common.check_file(name)
     return names or [pattern]
 
 
@@ -132,10 +96,10 @@ def _tokenized(
         import datasets
     except ModuleNotFoundError as error:
         raise missing("reading files", error.name, "train") from error
-    if not is_watched():
+    if not common.is_watched():
         datasets.disable_progress_bars()
     datasets.logging.set_verbosity(CRITICAL)  # what it logs as an error is raised too
-    tokenizer: Any = None if tokenizer_name is None else load_tokenizer(tokenizer_name)
+    tokenizer: Any = None if tokenizer_name is None else common.load_tokenizer(tokenizer_name)
     try:
         documents = _read(files, sample_by)
         if "input_ids" in documents.column_names:
@@ -183,7 +147,7 @@ def _check_content(file: Path, column: str) -> None:
     """Name the file that is no UTF-8 text, or the line that is no JSON object with a text in `column`."""
     if file.suffix == ".parquet" or file.suffix in _COMPRESSED:
         return
-    with open_text(str(file)) as lines:
+    with common.open_text(str(file)) as lines:
         for number, line in enumerate(lines, 1):
             if file.suffix == ".jsonl" and line.strip():
                 try:

@@ -10,23 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from hf_longtrunc.cli.common import (
-    AsJson,
-    Force,
-    Model,
-    Sinks,
-    Window,
-    WithLMInfinite,
-    arms as chosen_arms,
-    check_outputs,
-    draw_without_a_screen,
-    is_watched,
-    load,
-    notes,
-    print_json,
-    results,
-    save_picture,
-)
+from hf_longtrunc.cli import common
 from hf_longtrunc.evaluation.scrolls_metrics import METRICS
 
 if TYPE_CHECKING:
@@ -38,7 +22,9 @@ Task = Enum("Task", {name: name for name in METRICS}, type=str)  # type: ignore[
 
 def scrolls(
     task: Annotated[Task, typer.Argument(help="One of the seven tasks.")],
-    model: Model = None,
+    model: common.Model = None,
+    dtype: common.DType = None,
+    device: common.Device = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder, zip or JSON-lines file; fetched from the hub if left out.")
     ] = None,
@@ -50,17 +36,17 @@ def scrolls(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of a prediction; the task's own number if left out.")
     ] = None,
-    lm_infinite: WithLMInfinite = False,
-    window: Window = None,
-    sinks: Sinks = 16,
+    lm_infinite: common.WithLMInfinite = False,
+    window: common.Window = None,
+    sinks: common.Sinks = 16,
     unlimiformer: Annotated[
         bool, typer.Option("--unlimiformer", help="Run Unlimiformer too, on the whole text whatever --max-tokens says.")
     ] = False,
     output_dir: Annotated[
         Path, typer.Option(help="Predictions, metrics and picture; records, from which a run goes on.")
     ] = Path("scrolls"),
-    force: Force = False,
-    as_json: AsJson = False,
+    force: common.Force = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """SCROLLS' official scores of a model, unmodified and patched, on the same examples in one run."""
     name = str(task.value)
@@ -70,7 +56,7 @@ def scrolls(
         if is_wanted
         for what in ("predictions", "metrics")
     }
-    check_outputs(output_dir, *written.values(), f"{name}.png", force=force)
+    common.check_outputs(output_dir, *written.values(), f"{name}.png", force=force)
     from hf_longtrunc import Unlimiformer
     from hf_longtrunc.evaluation.scrolls import Rows, evaluate, plot_scrolls, predictions, run, scrolls_table
     from hf_longtrunc.saving import replacing
@@ -79,26 +65,24 @@ def scrolls(
     examples = sum(1 for _ in rows)  # a broken line is found before the work
     if not examples:
         raise typer.BadParameter(f"{rows.file} holds no example", param_hint="--data")
-    arms = chosen_arms(lm_infinite, window, sinks)
+    arms = common.arms(lm_infinite, window, sinks)
     whole: dict[str, Arm] = {"unlimiformer": Unlimiformer()} if unlimiformer else {}
-    asked = *load(model), name, rows
+    asked = *common.load(model, dtype, device), name, rows
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "path": output_dir / f"{name}.jsonl"}
-    records = run(*asked, arms, max_tokens=max_tokens, **options, progress=is_watched())
-    records += run(*asked, whole, **options, progress=is_watched())
+    records = run(*asked, arms, max_tokens=max_tokens, **options, progress=common.is_watched())
+    records += run(*asked, whole, **options, progress=common.is_watched())
     scores = {arm: evaluate(name, predictions(records, arm), rows) for arm in (*arms, *whole)}
     for (arm, what), file in written.items():
         content = scores[arm] if what == "metrics" else predictions(records, arm)
         with replacing(output_dir / file) as partial:
             partial.write_text(json.dumps(content, indent=4), encoding="utf-8")
-    draw_without_a_screen()
-    figure: Any = plot_scrolls(scores).figure
-    save_picture(figure, output_dir / f"{name}.png")
-    notes().print(f"records, predictions, metrics: [bold]{escape(str(output_dir / name))}*[/bold]")
+    common.save_picture(plot_scrolls(scores), output_dir / f"{name}.png")
+    common.notes().print(f"records, predictions, metrics: [bold]{escape(str(output_dir / name))}*[/bold]")
     if as_json:
-        print_json(scores)
+        common.print_json(scores)
     else:
-        results().print(scrolls_table(scores))
-        results().print(_lengths(records))
+        common.results().print(scrolls_table(scores))
+        common.results().print(_lengths(records))
 
 
 def _lengths(records: list[ScrollsRecord]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hf_longtrunc.cli.common import load, notes, read_text
+from hf_longtrunc.cli import common
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,17 +23,19 @@ def summarize(
     top_k: Annotated[int | None, typer.Option(min=1, help="States that a head reads; the window if left out.")] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Tokens read at a time; the model's if left out.")] = None,
     index: Annotated[str | None, typer.Option(help="Such as faiss:HNSW32; exact search if left out.")] = None,
+    dtype: common.DType = None,
+    device: common.Device = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the summary.")] = 256,
     num_beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 4,
     compare: Annotated[bool, typer.Option(help="Also summarize the beginning alone, as the model would.")] = False,
 ) -> None:
     """Summarize a text of any length: every head of the decoder reads the whole of it (Unlimiformer)."""
-    text = read_text(file)
+    text = common.read_text(file)
     if not text.strip():
         raise typer.BadParameter("the text is empty", param_hint="FILE")
     from hf_longtrunc import Unlimiformer
 
-    loaded, tokenizer = load(model, needs="an encoder-decoder")
+    loaded, tokenizer = common.load(model, dtype, device, needs="an encoder-decoder")
     patch = Unlimiformer(top_k=top_k, window=window, index=index).attach(loaded)
     inputs = tokenizer(_prefix(loaded, prefix) + text, return_tensors="pt", verbose=False)
     settings = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "min_length": 0, "max_length": None}
@@ -59,8 +61,8 @@ def _show(
     """Print the summary on stdout; tokens read and seconds on stderr."""
     since = time.perf_counter()
     accepted = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    with notes().status("summarizing"):
+    with common.notes().status("summarizing"):
         ids = model.generate(**accepted, **settings)
     seconds, tokens = time.perf_counter() - since, inputs["input_ids"].shape[1]
-    notes().print(f"[bold]{title}: {tokens:,} tokens in {seconds:.1f} s[/bold]")
+    common.notes().print(f"[bold]{title}: {tokens:,} tokens in {seconds:.1f} s[/bold]")
     print(tokenizer.decode(ids[0], skip_special_tokens=True).strip(), flush=True)

@@ -22,7 +22,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hf_longtrunc import EtaLogitsProcessor
-from hf_longtrunc.cli.chat import ChatSession, Conversation, _sizes, processors_of, technique_of
+from hf_longtrunc.cli.chat import ChatSession, processors_of, technique_of
+from hf_longtrunc.cli.conversation import Conversation, _sizes
 from hf_longtrunc.sampling.by_name import SAMPLERS
 from tests.asking.test_index import SENTENCES, TEXT, ByWord
 from tests.command_line import invoke, letter_tokenizer
@@ -101,7 +102,7 @@ def test_a_long_text_is_read_in_pieces_of_which_the_last_is_whole():
 
 
 def test_a_reply_is_that_of_generate_whatever_the_pieces(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("hf_longtrunc.cli.chat._CHUNK", 16)
+    monkeypatch.setattr("hf_longtrunc.cli.conversation._CHUNK", 16)
     text = "the road to the sea was long and nobody had walked on it for years"
     talk = conversation(model, tokenizer, window=24)
     talk.say(text, Event())
@@ -165,7 +166,7 @@ def test_an_interrupted_reply_stays_and_the_conversation_goes_on(model, tokenize
 
 
 def test_a_reading_that_takes_its_time_shows_how_far_it_is(model, tokenizer, monkeypatch, capsys):
-    monkeypatch.setattr("hf_longtrunc.cli.chat._CHUNK", 8)
+    monkeypatch.setattr("hf_longtrunc.cli.conversation._CHUNK", 8)
     talk = conversation(model, tokenizer)
     model.register_forward_pre_hook(lambda module, inputs: time.sleep(0.3))
     talk.say("the road to the sea was long", Event(), progress=True)
@@ -175,7 +176,7 @@ def test_a_reading_that_takes_its_time_shows_how_far_it_is(model, tokenizer, mon
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_a_reading_that_is_interrupted_keeps_what_was_read(model, tokenizer, monkeypatch, template):
     """The next message continues a conversation in which the user said as much, and the model nothing."""
-    monkeypatch.setattr("hf_longtrunc.cli.chat._CHUNK", 8)
+    monkeypatch.setattr("hf_longtrunc.cli.conversation._CHUNK", 8)
     tokenizer.chat_template = template
     talk, fed, text = conversation(model, tokenizer), Fed(model), "the road to the sea was long"
 
@@ -200,8 +201,8 @@ def test_a_reading_that_is_interrupted_keeps_what_was_read(model, tokenizer, mon
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no such sampler: ; there are eta"),
-        ("etta 1", "no such sampler: etta; there are eta, .* bat, top-p"),
+        ("", "name must be one of eta"),
+        ("etta 1", "name must be one of eta, .* got .?etta.?; chat also takes bat, top-p"),
         ("eta much", "eta takes a number, got much"),
         ("eta 0", "epsilon must be a number above 0 and below 1"),
         ("bat 2", "epsilon must be a number above 0 and below 1"),
@@ -253,7 +254,7 @@ def test_through_a_pipe(model_folder, tmp_path):
     assert notes[3].startswith("55 tokens seen")
     assert notes[4] == f"4 messages: {saved}"
     assert "File exists" in notes[5]
-    assert notes[6].startswith("/sampler: no such sampler: etta")
+    assert notes[6].startswith("/sampler: name must be one of eta")
     assert "no such file" in notes[7]
     assert notes[8] == "/colour: no such command: /colour; /help lists them"
     assert notes[9:] == ["forgotten", notes[10]]
@@ -412,4 +413,4 @@ def test_pasted_lines_are_one_message_and_the_arrow_brings_it_back(model_folder,
 def test_mistakes_are_told_before_the_model_is_loaded():
     result = invoke("chat", "--sampler", "etta", "--model", "no/such/model")
     assert result.exit_code == 2
-    assert "no such sampler: etta" in result.stderr
+    assert "etta; chat also takes bat" in result.stderr.replace("'", "")

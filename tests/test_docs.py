@@ -151,6 +151,15 @@ def test_every_figure_of_a_table_is_in_its_record(table, steps):
             assert any(abs(float(shown) - number) <= half for number in recorded), f"{shown} in {row}"
 
 
+def test_tables_of_results_are_those_of_their_records():
+    """`python scripts/tables.py` writes them."""
+    made = runpy.run_path(str(ROOT / "scripts" / "tables.py"))["tables"]()
+    assert len(made) >= 10
+    for table in made:
+        text = (DOCS / "results" / f"{table.page}.md").read_text(encoding="utf-8")
+        assert table.written(text) == text, table.header
+
+
 def test_every_step_that_a_page_points_to_was_run():
     named = {step for page in PAGES for step in re.findall(r"evidence/index\.md#([\w-]+)", page.read_text())}
     assert named <= {run["step"] for run in RUNS}

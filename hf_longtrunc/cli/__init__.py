@@ -1,1 +1,1 @@
-"""The `hf-longtrunc` command, a file a subcommand; what a subcommand needs is imported when it runs."""
+"""The `hf-longtrunc` command, a file a subcommand; a subcommand imports its packages when it runs."""

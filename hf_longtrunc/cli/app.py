@@ -7,6 +7,7 @@ import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer import Option
 from typer.core import TyperGroup
 
 from hf_longtrunc import __version__
@@ -76,11 +77,9 @@ def _print_version(is_asked: bool) -> None:
 def main(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    traceback: Annotated[
-        bool, typer.Option("--traceback", help="At an error, show where it was raised instead of one line.")
-    ] = False,
+    traceback: Annotated[bool, Option("--traceback", help="Show where an error was raised.")] = False,
 ) -> None:
     """Show the help where no subcommand is named."""
     os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are files, whether or not there is a screen

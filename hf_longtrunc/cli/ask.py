@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from hf_longtrunc.cli import common
 
@@ -18,21 +19,21 @@ FinderName = Literal["fused", "encoder", "bm25"]
 
 
 def ask(
-    file: Annotated[str, typer.Argument(help="A text, or - for standard input.")],
-    questions: Annotated[list[str], typer.Argument(help="One question or several.")],
+    file: Annotated[str, Argument(help="A text, or - for standard input.")],
+    questions: Annotated[list[str], Argument(help="One question or several.")],
     model: common.Model = None,
     dtype: common.DType = None,
     device: common.Device = None,
-    also: Annotated[list[str] | None, typer.Option("--also", help="One more text to look in; can be repeated.")] = None,
-    finder: Annotated[FinderName, typer.Option(help="By both, by meaning, or by words.")] = "fused",
-    encoder: Annotated[str | None, typer.Option(help="Hub id or folder; all-MiniLM-L6-v2 if left out.")] = None,
-    index: Annotated[Path | None, typer.Option(help="Folder that keeps the index for the next time.")] = None,
-    count: Annotated[int, typer.Option(min=1, help="Passages that are read at most.")] = 1,
-    context: Annotated[int, typer.Option(min=0, help="Longest sentence that a passage may grow by.")] = 300,
-    hops: Annotated[int, typer.Option(min=1, max=2, help="2 looks again with the first passage's words.")] = 1,
-    follow_up: Annotated[bool, typer.Option("--follow-up", help="A question may refer to the one before it.")] = False,
-    prompt: Annotated[Path | None, typer.Option(help="A file with {passages} and {question} in it.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
+    also: Annotated[list[str] | None, Option("--also", help="One more text to look in; can be repeated.")] = None,
+    finder: Annotated[FinderName, Option(help="By both, by meaning, or by words.")] = "fused",
+    encoder: Annotated[str | None, Option(help="Hub id or folder; all-MiniLM-L6-v2 if left out.")] = None,
+    index: Annotated[Path | None, Option(help="Folder that keeps the index for the next time.")] = None,
+    count: Annotated[int, Option(min=1, help="Passages that are read at most.")] = 1,
+    context: Annotated[int, Option(min=0, help="Longest sentence that a passage may grow by.")] = 300,
+    hops: Annotated[int, Option(min=1, max=2, help="2 looks again with the first passage's words.")] = 1,
+    follow_up: Annotated[bool, Option("--follow-up", help="A question may refer to the one before it.")] = False,
+    prompt: Annotated[Path | None, Option(help="A file with {passages} and {question} in it.")] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Tokens of an answer.")] = 64,
     as_json: common.AsJson = False,
 ) -> None:
     """Ask about a text of any length: the passage that answers is found, and read right before the question."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer import Option
 
 from hf_longtrunc.cli import common
 from hf_longtrunc.cli.conversation import Conversation
@@ -40,17 +41,12 @@ def chat(
     device: common.Device = None,
     window: common.Window = None,
     sinks: common.Sinks = 16,
-    blocks: Annotated[
-        bool,
-        typer.Option("--blocks", help="Keep everything and attend to its best blocks: finds distant facts; grows."),
-    ] = False,
-    sampler: Annotated[str, typer.Option(help="As /sampler takes it.")] = "eta 0.002",
-    system: Annotated[str | None, typer.Option(help="System prompt, in the model's chat template.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a reply; until the model ends it if left out.")
-    ] = None,
-    status_every: Annotated[int | None, typer.Option(min=1, help="A line on stderr every so many tokens.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
+    blocks: Annotated[bool, Option("--blocks", help="Keep everything, attend to its best blocks; grows.")] = False,
+    sampler: Annotated[str, Option(help="As /sampler takes it.")] = "eta 0.002",
+    system: Annotated[str | None, Option(help="System prompt, in the model's chat template.")] = None,
+    max_new_tokens: Annotated[int | None, Option(min=1, help="Tokens of a reply; no limit if left out.")] = None,
+    status_every: Annotated[int | None, Option(min=1, help="A line on stderr every so many tokens.")] = None,
+    seed: Annotated[int, Option(help="Random seed for sampling.")] = 0,
 ) -> None:
     """Talk with a model without end: LM-Infinite keeps the memory constant. Lines of standard input are messages.
 
@@ -86,7 +82,7 @@ def technique_of(model: Any, tokenizer: Any, window: int | None, sinks: int, blo
 
 
 def lines() -> Iterator[str]:
-    """Yield what a user types, with history and pasted lines in one message, or the lines of a pipe."""
+    """Yield the messages that a user types, with history and pasted lines in one message, or the lines of a pipe."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

@@ -6,18 +6,17 @@ from pathlib import Path  # noqa: TC003 (typer reads it)
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from hf_longtrunc.cli import common
 
 
 def check_packed(
-    model: Annotated[str | None, typer.Argument(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
+    model: Annotated[str | None, Argument(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
     dtype: common.DType = None,
     device: common.Device = None,
-    rows: Annotated[
-        Path | None, typer.Option(help="Packed rows to try it on: a folder that materialize() wrote, jsonl or parquet.")
-    ] = None,
-    seq_length: Annotated[int, typer.Option(min=32, help="Tokens of a made-up row, where no rows are named.")] = 64,
+    rows: Annotated[Path | None, Option(help="Packed rows: a folder of materialize(), jsonl or parquet.")] = None,
+    seq_length: Annotated[int, Option(min=32, help="Tokens of a made-up row, where no rows are named.")] = 64,
     as_json: common.AsJson = False,
 ) -> None:
     """Try every way to hand packed rows to a model, and say in which of them documents stay apart."""

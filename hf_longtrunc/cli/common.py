@@ -80,6 +80,7 @@ def load(
     from transformers.utils.logging import disable_progress_bar
 
     from hf_longtrunc import load_pretrained
+    from hf_longtrunc.pretrained import default_model_folder
 
     if not is_watched():
         disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -93,8 +94,9 @@ def load(
         if config is not None and needs is not None and config.is_encoder_decoder != (needs == "an encoder-decoder"):
             kind = "an encoder-decoder" if config.is_encoder_decoder else "a causal LM"
             raise TypeError(f"this command needs {needs}, and this is {kind}")
+        source = default_model_folder() if name is None else name  # fetched under pip's own progress bar
         with notes().status("loading the model"):
-            return load_pretrained(name, dtype=None if dtype is None else getattr(torch, dtype), device=device)
+            return load_pretrained(source, dtype=None if dtype is None else getattr(torch, dtype), device=device)
     except Exception as error:  # from_pretrained raises what its files make it raise
         raise _could_not_load(name or "the default model", error, "--model") from error
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from hf_longtrunc.cli import common
 
@@ -18,23 +19,23 @@ Part = Enum("Part", {part: part for part in PICTURES}, type=str)  # type: ignore
 
 
 def demo(
-    parts: Annotated[list[Part] | None, typer.Argument(help="Left out: all but bat.")] = None,
+    parts: Annotated[list[Part] | None, Argument(help="Left out: all but bat.")] = None,
     model: common.Model = None,
     dtype: common.DType = None,
     device: common.Device = None,
-    prompt: Annotated[str | None, typer.Option(help="sampling, bat: text to continue.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="sampling: tokens that each sampler draws.")] = 80,
-    epsilon: Annotated[float, typer.Option(help="sampling: eta's parameter, in (0, 1).")] = 2e-3,
-    top_p: Annotated[float, typer.Option(help="sampling: top-p's parameter, in (0, 1].")] = 0.9,
-    seed: Annotated[int, typer.Option(help="sampling, bat: random seed.")] = 0,
-    text: Annotated[str | None, typer.Option(help="past-window: file of a text to read.")] = None,
-    output_dir: Annotated[Path, typer.Option(help="Folder for pictures and pages.")] = Path("longtrunc_demo"),
+    prompt: Annotated[str | None, Option(help="sampling, bat: text to continue.")] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="sampling: tokens that each sampler draws.")] = 80,
+    epsilon: Annotated[float, Option(help="sampling: eta's parameter, in (0, 1).")] = 2e-3,
+    top_p: Annotated[float, Option(help="sampling: top-p's parameter, in (0, 1].")] = 0.9,
+    seed: Annotated[int, Option(help="sampling, bat: random seed.")] = 0,
+    text: Annotated[str | None, Option(help="past-window: file of a text to read.")] = None,
+    output_dir: Annotated[Path, Option(help="Folder for pictures and pages.")] = Path("longtrunc_demo"),
     force: common.Force = False,
     as_json: common.AsJson = False,
 ) -> None:
-    """Run the techniques on a real model and show what they do.
+    """Run the techniques on a real model and show their effects: some three minutes on two idle cores.
 
-    [b]sampling[/b]: plain sampling, top-p and eta on one prompt, and what each of them cut; half a minute on two cores.
+    [b]sampling[/b]: plain sampling, top-p and eta on one prompt, and the tokens that each cut; half a minute.
     [b]bat[/b]: basis-aware truncation, and the tokens that it kept below eta's threshold; half a minute.
     [b]packing[/b]: docstrings packed into rows, and that no document sees another; ten seconds.
     [b]past-window[/b]: a text longer than the trained window, unmodified and under LM-Infinite; two minutes.
@@ -50,6 +51,7 @@ def demo(
     common.check_outputs(output_dir, *(PICTURES[part] for part in chosen), *pages, force=force)
     source = None if text is None else common.read_text(text)
     from hf_longtrunc.cli import demo_long, demo_parts
+    from hf_longtrunc.pretrained import computes_in_bfloat16
 
     console = common.results(is_quiet=as_json)
     loaded: Any
@@ -60,7 +62,12 @@ def demo(
         "sampling": lambda: demo_parts.sampling_part(loaded, tokenizer, output_dir, **drawn, **sizes),
         "bat": lambda: demo_parts.bat_part(loaded, tokenizer, output_dir, **drawn),
         "packing": lambda: demo_parts.packing_part(loaded, tokenizer, output_dir, console=console),
-        "past-window": lambda: demo_long.past_the_window(loaded, tokenizer, output_dir, text=source, console=console),
+        "past-window": lambda: demo_long.past_the_window(
+            loaded.bfloat16() if dtype is None and computes_in_bfloat16(loaded.device) else loaded,
+            *(tokenizer, output_dir),
+            text=source,
+            console=console,
+        ),
     }
     shown = {part: shows[part]() for part in chosen}
     if as_json:

@@ -50,7 +50,7 @@ PROMPT = "The lighthouse keeper had not spoken to anyone for eleven days when"
 
 @dataclass(frozen=True)
 class SampledText:
-    """One sampler's continuation and what the trace saw of it."""
+    """One sampler's continuation and its trace."""
 
     name: str
     text: str
@@ -76,7 +76,7 @@ def sampling_part(
     steps_shown: int = 12,
     console: Console,
 ) -> list[dict[str, object]]:
-    """Continue `prompt` by plain sampling, top-p and eta, and show what each of them cut at every step."""
+    """Continue `prompt` by plain sampling, top-p and eta, and show the tokens that each of them cut at every step."""
     samplers: dict[str, dict[str, Any]] = {
         "plain": {},
         f"top-p {top_p:g}": {"top_p": top_p},
@@ -284,7 +284,7 @@ def _docstrings() -> list[str]:
 
 
 def last_screen(shown: dict[str, Any], folder: Path, console: Console) -> None:
-    """Say what the parts showed, with their own figures, and what to do next."""
+    """Sum up the parts by their own figures, and name the next commands."""
     heading(console, "What you saw")
     if sampled := shown.get("sampling"):
         refused = next(iter(run for key, run in sampled[0].items() if key.startswith("refused")))
@@ -307,7 +307,7 @@ def last_screen(shown: dict[str, Any], folder: Path, console: Console) -> None:
         console.print(
             f"- After {read['tokens']:,} tokens, of {read['trained window']:,} trained, the unmodified model answered "
             f"'{escape(plain['answer'])}', and under LM-Infinite, with {share:.0%} of the cache, "
-            f"'{escape(ours['answer'])}'."
+            f"'{escape(ours['answer'])}'. {folder / 'perplexity.png'} shows where the unmodified model goes wrong."
         )
     console.print("\n[bold]Next[/bold]: a model of your own with --model (a hub id or a folder), and")
     console.print("  hf-longtrunc chat                       a conversation without end, at constant memory")

@@ -7,31 +7,28 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from hf_longtrunc.cli import common
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="Hub id or folder of a causal LM; 'default' is SmolLM2-135M-Instruct.")],
-    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    model: Annotated[str, Argument(help="Hub id or folder of a causal LM; 'default' is SmolLM2-135M-Instruct.")],
+    folder: Annotated[Path, Argument(help="The folder to make.")],
     technique: Annotated[
         Literal["lm-infinite", "streaming-llm", "dual-chunk"],
-        typer.Option(help="First tokens and last window at constant memory, or the whole text at growing memory."),
+        Option(help="First tokens and last window at constant memory, or the whole text at growing memory."),
     ] = "lm-infinite",
     window: common.Window = None,
-    sinks: Annotated[int, typer.Option(min=0, help="LM-Infinite's first tokens that stay visible.")] = 16,
+    sinks: Annotated[int, Option(min=0, help="LM-Infinite's first tokens that stay visible.")] = 16,
     retrieval: Annotated[
         Literal["for-chat", "passages"] | None,
-        typer.Option(help="for-chat: also attend to blocks that a question points at; passages: find, and read those."),
+        Option(help="for-chat: also attend to blocks that a question points at; passages: find, and read those."),
     ] = None,
-    finder: Annotated[
-        Literal["encoder", "bm25"] | None, typer.Option(help="Of passages: by meaning (the default) or by words.")
-    ] = None,
-    sampler: Annotated[str | None, typer.Option(help="Sample by eta=0.002, p-less or another sampler.")] = None,
-    weights: Annotated[
-        Literal["link", "copy", "none"], typer.Option(help="none: code alone, for generate(custom_generate=FOLDER).")
-    ] = "link",
-    cache_mib: Annotated[int, typer.Option(min=0, help="MiB of conversations kept between requests; 0: none.")] = 1024,
+    finder: Annotated[Literal["encoder", "bm25"] | None, Option(help="By meaning (default) or words.")] = None,
+    sampler: Annotated[str | None, Option(help="Sample by eta=0.002, p-less or another sampler.")] = None,
+    weights: Annotated[Literal["link", "copy", "none"], Option(help="none: code alone.")] = "link",
+    cache_mib: Annotated[int, Option(min=0, help="MiB of conversations kept between requests; 0: none.")] = 1024,
 ) -> None:
     """Make a model folder that every host loads: transformers serve, pipeline, lm_eval, from_pretrained."""
     from hf_longtrunc import DualChunkAttention, LMInfinite, StreamingLLM, TopBlocks
@@ -39,29 +36,24 @@ def export(
     from hf_longtrunc.pretrained import default_encoder_folder, default_model_folder
 
     source = str(default_model_folder()) if model == "default" else model
+    kinds: dict[str, Any] = {"lm-infinite": LMInfinite, "streaming-llm": StreamingLLM, "dual-chunk": DualChunkAttention}
+    options: dict[str, Any] = {"num_sink_tokens": sinks, "window_length": window}
+    if technique == "dual-chunk":
+        options = {}
+        if window is not None:
+            raise typer.BadParameter("goes with --technique lm-infinite or streaming-llm", param_hint="--window")
     if finder is not None and retrieval != "passages":
         raise typer.BadParameter("goes with --retrieval passages", param_hint="--finder")
-    if retrieval == "passages":
-        if technique == "dual-chunk":
-            raise typer.BadParameter(
-                "passages goes with --technique lm-infinite or streaming-llm", param_hint="--retrieval"
-            )
+    refused = {"passages": "dual-chunk", "for-chat": "streaming-llm"}
+    if retrieval is not None and technique == refused[retrieval]:
+        raise typer.BadParameter(f"{retrieval} does not go with --technique {technique}", param_hint="--retrieval")
+    if retrieval == "for-chat":
+        options["retrieval"] = TopBlocks.for_chat(common.load_tokenizer(source))
+    elif retrieval == "passages":
         finder = finder or "encoder"
         if finder == "encoder":
             default_encoder_folder()  # fetched now, not within the first request
-    blocks: Any = TopBlocks.for_chat(common.load_tokenizer(source)) if retrieval == "for-chat" else None
-    if technique == "dual-chunk":
-        if window is not None:
-            raise typer.BadParameter("goes with --technique lm-infinite or streaming-llm", param_hint="--window")
-        chosen: Any = DualChunkAttention(retrieval=blocks)
-    elif technique == "streaming-llm":
-        if blocks is not None:
-            raise typer.BadParameter(
-                "for-chat goes with --technique lm-infinite or dual-chunk", param_hint="--retrieval"
-            )
-        chosen = StreamingLLM(num_sink_tokens=sinks, window_length=window)
-    else:
-        chosen = LMInfinite(num_sink_tokens=sinks, window_length=window, retrieval=blocks)
+    chosen = kinds[technique](**options)
     made = export_folder(
         source, folder, chosen, sampler=sampler, weights=weights, cache_bytes=cache_mib * 2**20, finder=finder
     )
@@ -71,8 +63,8 @@ def export(
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that `hf-longtrunc export` made.")],
-    sha256: Annotated[str | None, typer.Option(help="What export printed; another hash is an error.")] = None,
+    folder: Annotated[Path, Argument(help="A folder that `hf-longtrunc export` made.")],
+    sha256: Annotated[str | None, Option(help="What export printed; another hash is an error.")] = None,
     as_json: common.AsJson = False,
 ) -> None:
     """Check the code in an exported folder before a host is told to trust it; nothing of it is run."""
@@ -90,11 +82,11 @@ def verify(
 
 
 def serve(
-    folder: Annotated[Path, typer.Argument(help="A folder that `hf-longtrunc export` made.")],
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "localhost",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
-    device: Annotated[str, typer.Option(help="Such as cpu or cuda:0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Of the weights; auto is what they are saved in.")] = "auto",
+    folder: Annotated[Path, Argument(help="A folder that `hf-longtrunc export` made.")],
+    host: Annotated[str, Option(help="Address to listen at.")] = "localhost",
+    port: Annotated[int, Option(help="Port to listen at.")] = 8000,
+    device: Annotated[str, Option(help="Such as cpu or cuda:0.")] = "auto",
+    dtype: Annotated[str, Option(help="Of the weights; auto is what they are saved in.")] = "auto",
 ) -> None:
     """Verify an exported folder and run `transformers serve` on it; answers count tokens read, kept and forgotten."""
     from hf_longtrunc.extras import missing

@@ -6,27 +6,24 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from hf_longtrunc.cli import common
 
 
 def lm_eval(
-    tasks: Annotated[list[str], typer.Argument(help="Names of lm-evaluation-harness' tasks.")],
+    tasks: Annotated[list[str], Argument(help="Names of lm-evaluation-harness' tasks.")],
     model: common.Model = None,
     dtype: common.DType = None,
     device: common.Device = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only so many samples a task.")] = None,
-    lengths: Annotated[str | None, typer.Option(help="RULER's prompt lengths in tokens, e.g. 4096,8192.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Refuse longer prompts; unmodified: the trained window if left out.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 1,
+    limit: Annotated[int | None, Option(min=1, help="Only so many samples a task.")] = None,
+    lengths: Annotated[str | None, Option(help="RULER's prompt lengths in tokens, e.g. 4096,8192.")] = None,
+    max_length: Annotated[int | None, Option(min=1, help="Refuse longer prompts.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Prompts at a time.")] = 1,
     lm_infinite: common.WithLMInfinite = False,
     window: common.Window = None,
     sinks: common.Sinks = 16,
-    output_dir: Annotated[
-        Path, typer.Option(help="Where lm_eval.jsonl goes, from which a run that was cut off goes on.")
-    ] = Path("lm_eval"),
+    output_dir: Annotated[Path, Option(help="For lm_eval.jsonl, from which a run resumes.")] = Path("lm_eval"),
     as_json: common.AsJson = False,
 ) -> None:
     """lm-evaluation-harness on a model, unmodified and patched; a prompt that does not fit is an error, never cut."""

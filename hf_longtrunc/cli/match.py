@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from hf_longtrunc.cli import common
 
 
 def match(
-    file: Annotated[str | None, typer.Argument(help="A human text, or - for standard input.")] = None,
-    string: Annotated[str | None, typer.Option(help="The text itself, instead of a file.")] = None,
+    file: Annotated[str | None, Argument(help="A human text, or - for standard input.")] = None,
+    string: Annotated[str | None, Option(help="The text itself, instead of a file.")] = None,
     model: common.Model = None,
     dtype: common.DType = None,
     device: common.Device = None,
-    rank: Annotated[int, typer.Option(min=0, help="Directions of the softmax basis.")] = 20,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of the text that are read.")] = 2048,
-    bat_tokens: Annotated[int, typer.Option(min=0, help="Of them, for basis-aware truncation; 0 leaves it out.")] = 256,
-    picture: Annotated[Path, typer.Option(help="Where the plot goes.")] = Path("longtrunc_match.png"),
+    rank: Annotated[int, Option(min=0, help="Directions of the softmax basis.")] = 20,
+    max_tokens: Annotated[int, Option(min=2, help="Tokens of the text that are read.")] = 2048,
+    bat_tokens: Annotated[int, Option(min=0, help="Of them, for basis-aware truncation; 0 leaves it out.")] = 256,
+    picture: Annotated[Path, Option(help="Where the plot goes.")] = Path("longtrunc_match.png"),
     force: common.Force = False,
     as_json: common.AsJson = False,
 ) -> None:

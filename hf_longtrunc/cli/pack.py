@@ -9,8 +9,8 @@ from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from hf_longtrunc.cli import common
 from hf_longtrunc.extras import missing
@@ -30,31 +30,21 @@ class Column(str, Enum):
 
 
 def pack(
-    files: Annotated[
-        list[str], typer.Argument(help="jsonl, json, parquet or txt files, .gz, .xz, .bz2 or .zst too; or patterns.")
-    ],
-    seq_length: Annotated[int, typer.Option(min=1, help="Tokens in a row.")] = 2048,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Hub id or folder; needed for text, its EOS ends every document.")
-    ] = None,
-    column: Annotated[str, typer.Option(help="The column of text; not looked at where there are input_ids.")] = "text",
-    sample_by: Annotated[
-        Literal["document", "paragraph", "line"], typer.Option(help="Unit that is one document in a txt file.")
-    ] = "document",
-    long: Annotated[
-        Literal["split", "truncate", "drop", "error"], typer.Option(help="For a document longer than a row.")
-    ] = "split",
-    min_piece: Annotated[int, typer.Option(min=1, help="Shorter pieces are left out; 1 keeps every token.")] = 2,
-    seed: Annotated[int, typer.Option(help="Of the rows' order.")] = 0,
-    num_proc: Annotated[int, typer.Option(min=1, help="Processes that tokenize and write.")] = 1,
-    dtype: Annotated[
-        Literal["int64", "int32"], typer.Option(help="Of the written columns; int32 takes half the place.")
-    ] = "int64",
+    files: Annotated[list[str], Argument(help="jsonl, json, parquet, txt, also compressed; or patterns.")],
+    seq_length: Annotated[int, Option(min=1, help="Tokens in a row.")] = 2048,
+    tokenizer: Annotated[str | None, Option(help="Hub id or folder; needed for text.")] = None,
+    column: Annotated[str, Option(help="The column of text; not looked at where there are input_ids.")] = "text",
+    sample_by: Annotated[Literal["document", "paragraph", "line"], Option(help="A document in txt.")] = "document",
+    long: Annotated[Literal["split", "truncate", "drop", "error"], Option(help="For long documents.")] = "split",
+    min_piece: Annotated[int, Option(min=1, help="Shorter pieces are left out; 1 keeps every token.")] = 2,
+    seed: Annotated[int, Option(help="Of the rows' order.")] = 0,
+    num_proc: Annotated[int, Option(min=1, help="Processes that tokenize and write.")] = 1,
+    dtype: Annotated[Literal["int64", "int32"], Option(help="Of the written columns.")] = "int64",
     columns: Annotated[
         list[Column],
-        typer.Option(help="Columns in addition to the boundaries; labels are needed where there are masks."),
+        Option(help="Columns in addition to the boundaries; labels are needed where there are masks."),
     ] = [Column.INPUT_IDS, Column.LABELS],  # noqa: B006
-    output_dir: Annotated[Path, typer.Option(help="Where dataset and picture go.")] = Path("packed"),
+    output_dir: Annotated[Path, Option(help="Where dataset and picture go.")] = Path("packed"),
     force: common.Force = False,
     as_json: common.AsJson = False,
 ) -> None:

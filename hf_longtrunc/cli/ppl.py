@@ -6,6 +6,7 @@ from pathlib import Path  # noqa: TC003 (typer reads the annotations when it run
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
+from typer import Argument, Option
 
 from hf_longtrunc.cli import common
 
@@ -19,18 +20,16 @@ _MARGIN = 16  # tokens at the end of a text cut anywhere that might have been ot
 
 
 def ppl(
-    file: Annotated[str, typer.Argument(help="A text, or - for standard input.")] = "-",
+    file: Annotated[str, Argument(help="A text, or - for standard input.")] = "-",
     model: common.Model = None,
     dtype: common.DType = None,
     device: common.Device = None,
     window: common.Window = None,
     sinks: common.Sinks = 16,
-    tokens: Annotated[int, typer.Option(min=2, help="Read so many tokens of the text.")] = 12_288,
-    skip: Annotated[int, typer.Option(min=0, help="Leave out so many tokens before them.")] = 0,
-    chunk: Annotated[int, typer.Option(min=1, help="Tokens per forward.")] = 512,
-    output_dir: Annotated[
-        Path | None, typer.Option(help=f"Where {PICTURE} goes, and {RECORDS}, which is appended to.")
-    ] = None,
+    tokens: Annotated[int, Option(min=2, help="Read so many tokens of the text.")] = 12_288,
+    skip: Annotated[int, Option(min=0, help="Leave out so many tokens before them.")] = 0,
+    chunk: Annotated[int, Option(min=1, help="Tokens per forward.")] = 512,
+    output_dir: Annotated[Path | None, Option(help=f"For {PICTURE}, and {RECORDS}, which is appended to.")] = None,
     force: common.Force = False,
     as_json: common.AsJson = False,
 ) -> None:
@@ -55,7 +54,10 @@ def ppl(
         input_ids = read_tokens(stream, tokenizer, skip + tokens)[skip:]
     if len(input_ids) < 2:
         raise typer.BadParameter(f"at least 2 tokens are needed, the text has {len(input_ids)}", param_hint="FILE")
-    arms: dict[str, Arm] = {"unmodified": nullcontext, "LM-Infinite": LMInfinite(num_sink_tokens=sinks, window_length=window)}
+    arms: dict[str, Arm] = {
+        "unmodified": nullcontext,
+        "LM-Infinite": LMInfinite(num_sink_tokens=sinks, window_length=window),
+    }
     try:
         trained = trained_length(language_model.config)
         with arms["LM-Infinite"](language_model):

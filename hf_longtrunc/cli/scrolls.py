@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from hf_longtrunc.cli import common
 from hf_longtrunc.evaluation.scrolls_metrics import METRICS
@@ -21,30 +22,20 @@ Task = Enum("Task", {name: name for name in METRICS}, type=str)  # type: ignore[
 
 
 def scrolls(
-    task: Annotated[Task, typer.Argument(help="One of the seven tasks.")],
+    task: Annotated[Task, Argument(help="One of the seven tasks.")],
     model: common.Model = None,
     dtype: common.DType = None,
     device: common.Device = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder, zip or JSON-lines file; fetched from the hub if left out.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="The test split's outputs are private.")] = "validation",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Cut the end of longer documents; the whole text if left out.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of a prediction; the task's own number if left out.")
-    ] = None,
+    data: Annotated[Path | None, Option(help="Folder, zip or JSON lines; the hub's if left out.")] = None,
+    split: Annotated[str, Option(help="The test split's outputs are private.")] = "validation",
+    limit: Annotated[int | None, Option(min=1, help="Only the first so many examples.")] = None,
+    max_tokens: Annotated[int | None, Option(min=1, help="Cut the end of longer documents.")] = None,
+    max_new_tokens: Annotated[int | None, Option(min=1, help="Of a prediction; the task's if left out.")] = None,
     lm_infinite: common.WithLMInfinite = False,
     window: common.Window = None,
     sinks: common.Sinks = 16,
-    unlimiformer: Annotated[
-        bool, typer.Option("--unlimiformer", help="Run Unlimiformer too, on the whole text whatever --max-tokens says.")
-    ] = False,
-    output_dir: Annotated[
-        Path, typer.Option(help="Predictions, metrics and picture; records, from which a run goes on.")
-    ] = Path("scrolls"),
+    unlimiformer: Annotated[bool, Option("--unlimiformer", help="Run Unlimiformer too, on the whole text.")] = False,
+    output_dir: Annotated[Path, Option(help="For all results; a run resumes from its records.")] = Path("scrolls"),
     force: common.Force = False,
     as_json: common.AsJson = False,
 ) -> None:

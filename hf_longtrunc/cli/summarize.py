@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from hf_longtrunc.cli import common
 
@@ -15,19 +16,17 @@ if TYPE_CHECKING:
 
 
 def summarize(
-    file: Annotated[str, typer.Argument(help="A text, or - for standard input.")],
-    model: Annotated[str, typer.Option(help="Hub id or folder of an encoder-decoder: BART, T5, LED, Pegasus, ...")],
-    prefix: Annotated[
-        str | None, typer.Option(help="Put before the text; what the model's config asks for if left out.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="States that a head reads; the window if left out.")] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Tokens read at a time; the model's if left out.")] = None,
-    index: Annotated[str | None, typer.Option(help="Such as faiss:HNSW32; exact search if left out.")] = None,
+    file: Annotated[str, Argument(help="A text, or - for standard input.")],
+    model: Annotated[str, Option(help="Hub id or folder of an encoder-decoder: BART, T5, LED, Pegasus, ...")],
+    prefix: Annotated[str | None, Option(help="Put before the text; by the model's config if left out.")] = None,
+    top_k: Annotated[int | None, Option(min=1, help="States that a head reads; the window if left out.")] = None,
+    window: Annotated[int | None, Option(min=1, help="Tokens read at a time; the model's if left out.")] = None,
+    index: Annotated[str | None, Option(help="Such as faiss:HNSW32; exact search if left out.")] = None,
     dtype: common.DType = None,
     device: common.Device = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the summary.")] = 256,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams of the search.")] = 4,
-    compare: Annotated[bool, typer.Option(help="Also summarize the beginning alone, as the model would.")] = False,
+    max_new_tokens: Annotated[int, Option(min=1, help="Tokens of the summary.")] = 256,
+    num_beams: Annotated[int, Option(min=1, help="Beams of the search.")] = 4,
+    compare: Annotated[bool, Option(help="Also summarize the beginning alone, as the model would.")] = False,
 ) -> None:
     """Summarize a text of any length: every head of the decoder reads the whole of it (Unlimiformer)."""
     text = common.read_text(file)

@@ -190,8 +190,10 @@ def hosted_generate(settings: str, model: Any, inputs: Tensor | None = None, *ar
         if row is not None and (found := _found(chosen, model, host, row, kwargs.get("tokenizer"), salt)) is not None:
             short, passages = found
             if passages:
-                reading = _reading_of_passages(chosen.technique, row.shape[1], short.shape[1], passages)
-                _say(reading, chosen.technique, notes)
+                read, kept = row.shape[1], short.shape[1]
+                reading = replace(reading_of(chosen.technique, read), kept=kept, forgotten=read - kept)
+                reading = replace(reading, passages=tuple(passages))
+                _log(reading, chosen.technique, notes)
                 output = generate(**_asking(config, row, short, kwargs))
                 return _with_reading(_with_prompt(output, row, short.shape[1]), reading)
         reused = 0
@@ -203,7 +205,7 @@ def hosted_generate(settings: str, model: Any, inputs: Tensor | None = None, *ar
             return generate(inputs, *args, **kwargs)
         reading = reading_of(chosen.technique, ids.shape[-1], reused)
         reading = reading if passages is None else replace(reading, passages=())
-        _say(reading, chosen.technique, notes)
+        _log(reading, chosen.technique, notes)
         trace = patches.enter_context(AttentionTrace(patch, stretch=_STRETCH)) if is_traced else None
         output = generate(inputs, *args, **kwargs)
         if trace is not None:
@@ -226,10 +228,6 @@ def _attended(trace: AttentionTrace) -> tuple[dict[str, float], ...]:
     )
 
 
-def _reading_of_passages(technique: Any, read: int, kept: int, passages: list[Passage]) -> Reading:
-    return replace(reading_of(technique, read), kept=kept, forgotten=read - kept, passages=tuple(passages))
-
-
 def _with_reading(output: Any, reading: Reading) -> Any:
     if not isinstance(output, torch.Tensor):
         output["reading"] = reading.described()
@@ -248,7 +246,7 @@ def _found(
 
 
 def _asking(config: Any, ids: Tensor, short: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call for a shorter prompt: a `max_length` is what it was for the whole one."""
+    """Return the arguments of a call for a shorter prompt; `max_length` leaves as many new tokens as before."""
     changed = {**kwargs, "inputs": None, "input_ids": short, "attention_mask": torch.ones_like(short)}
     for name in ("max_new_tokens", "max_length"):
         value = kwargs.get(name, getattr(config, name, None))
@@ -260,7 +258,7 @@ def _asking(config: Any, ids: Tensor, short: Tensor, kwargs: dict[str, Any]) -> 
 
 
 def _with_prompt(output: Any, whole: Tensor, short: int) -> Any:
-    """Return an output whose sequences begin with the whole prompt, as every caller expects."""
+    """Return an output in which sequences begin with the whole prompt, as every caller expects."""
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     sequences = torch.cat([whole.expand(len(sequences), -1), sequences[:, short:]], dim=1)
     if isinstance(output, torch.Tensor):
@@ -323,8 +321,8 @@ def _config(model: Any, kwargs: dict[str, Any]) -> GenerationConfig:
     return config
 
 
-def _say(reading: Reading, technique: Any, notes: list[Reading] | None) -> None:
-    """Log what the model reads and forgets, and note it for the server, before the answer: a stream ends early."""
+def _log(reading: Reading, technique: Any, notes: list[Reading] | None) -> None:
+    """Log how much the model reads and forgets, and note it for the server, before the answer: a stream ends early."""
     if notes is not None:
         notes.append(reading)
     if reading.passages:

@@ -25,8 +25,8 @@ _wanted: ContextVar[str] = ContextVar("header of the request", default="")
 def serve(folder: str | os.PathLike[str], **options: Any) -> None:
     """Run `transformers serve` on an exported folder until it is stopped.
 
-    The folder is verified first, then trusted. Beside `usage`, each answer of /v1/chat/completions and /v1/completions,
-    streamed or not, has a field `longtrunc`: how many tokens of the prompt were read, kept and forgotten, and the
+    The folder is verified first, then trusted. Each answer of /v1/chat/completions and /v1/completions, streamed or
+    not, has a field `longtrunc` next to `usage`: how many tokens of the prompt were read, kept and forgotten, and the
     window. A request with the header `X-Longtrunc: passages` gets the passages too that were read for its question, if
     the folder was exported with a finder; with `X-Longtrunc: attention`, where an answer that is not streamed attended;
     null means that it was not looked for. Everything else is transformers' own server.
@@ -66,7 +66,7 @@ def serve(folder: str | os.PathLike[str], **options: Any) -> None:
 
 
 def _noting(get_manager: Callable[..., Any]) -> Callable[..., Any]:
-    """Let what runs requests hand the notes of each one to `hosted_generate`, in its generation config."""
+    """Wrap the server's managers: each request hands its notes to `hosted_generate`, in its generation config."""
 
     def noting(run: Callable[..., Any], *, is_whole: bool) -> Callable[..., Any]:
         def run_noting(model: Any, processor: Any, inputs: Any, gen_config: Any, *args: Any, **kwargs: Any) -> Any:

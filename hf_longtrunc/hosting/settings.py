@@ -90,7 +90,7 @@ class HostSettings:
         """Read what `to_json` wrote; nothing in it is executed.
 
         Raises:
-            ValueError: it is no such JSON, of another format, or names what this version does not know.
+            ValueError: it is no such JSON, of another format, or has names unknown to this version.
         """
         try:
             described = json.loads(text)

@@ -339,6 +339,22 @@ def test_a_long_file_is_talked_about_passage_by_passage(model, tokenizer, monkey
     talk.conversation.handle.detach()
 
 
+def test_an_interrupted_index_leaves_the_conversation_and_the_file_before(
+    model, tokenizer, monkeypatch, capsys, tmp_path
+):
+    short, long = tmp_path / "short", tmp_path / "long"
+    short.write_text("the sea", encoding="utf-8")
+    long.write_text(TEXT, encoding="utf-8")
+    monkeypatch.setattr("hf_longtrunc.TextIndex", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    talk = ChatSession(conversation(model, tokenizer, window=200), "greedy", 3, None)
+    assert talk.handle(f"/file {short}")
+    assert talk.handle(f"/file {long}")
+    assert "interrupted: /file did nothing" in capsys.readouterr().err
+    assert talk.handle("what")
+    assert talk.conversation.messages[0]["content"] == "the sea\n\nwhat"
+    talk.conversation.handle.detach()
+
+
 def test_through_a_terminal(model_folder, tmp_path):
     """No reply ends by itself here: Ctrl-C ends it, and the conversation goes on; at the prompt it ends nothing."""
     text = tmp_path / "text"

@@ -163,7 +163,9 @@ def test_the_command_line(model_folder, tmp_path):  # noqa: F811
     assert invoke("export", model_folder, tmp_path / "x", "--finder", "bm25").exit_code == 2
     for retrieval in ("passages", "for-chat"):
         technique = {"passages": "dual-chunk", "for-chat": "streaming-llm"}[retrieval]
-        assert invoke("export", model_folder, tmp_path / "x", "--technique", technique, "--retrieval", retrieval)
+        result = invoke("export", model_folder, tmp_path / "x", "--technique", technique, "--retrieval", retrieval)
+        assert result.exit_code == 2
+        assert f"{retrieval} does not go with --technique {technique}" in result.stderr
     passages = ("--retrieval", "passages", "--finder", "bm25", "--weights", "none")
     told = invoke("export", model_folder, tmp_path / "x", "--window", 32, *passages)
     assert "next: model.generate(ids, custom_generate=" in told.stderr

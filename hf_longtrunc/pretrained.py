@@ -69,9 +69,15 @@ def load_pretrained(
 
     Raises:
         ConnectionError: the default model is not in the cache and could not be fetched; the message says what to do.
-        ModuleNotFoundError: unpacking it needs the `demo` extra.
+        FileNotFoundError: `name_or_path` is a path, and no folder is there.
+        ModuleNotFoundError: unpacking the default model needs the `demo` extra.
+
+    Examples:
+        >>> model, tokenizer = load_pretrained(folder, dtype=torch.bfloat16, device="cpu")
+        >>> model.dtype, tokenizer.padding_side
+        (torch.bfloat16, 'left')
     """
-    source = default_model_folder() if name_or_path is None else name_or_path
+    source = default_model_folder() if name_or_path is None else checked_name(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
@@ -98,12 +104,22 @@ def load_encoder(
 
     Raises:
         ConnectionError: the default encoder is not in the cache and could not be fetched; the message says what to do.
+        FileNotFoundError: `name_or_path` is a path, and no folder is there.
     """
-    source = default_encoder_folder() if name_or_path is None else name_or_path
+    source = default_encoder_folder() if name_or_path is None else checked_name(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if computes_in_bfloat16(device) else torch.float32)
     model: Any = AutoModel.from_pretrained(source, dtype=dtype)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(source)
+
+
+def checked_name(name_or_path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return a hub id or a folder; raise FileNotFoundError for a path with no folder there."""
+    name = os.fspath(name_or_path)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise FileNotFoundError(f"a model is a folder or a hub id such as Qwen/Qwen3-0.6B; there is no folder {name!r}")
+    return name_or_path
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hf_longtrunc
 from hf_longtrunc.models import cache_of
 
+from .command_line import letter_tokenizer
 from .cross_attention.seq2seq_models import tiny_seq2seq
 
 ATTENTION = [
@@ -39,6 +40,9 @@ def names(tmp_path_factory):
     scratch = tmp_path_factory.mktemp("examples")
     model.save_pretrained(scratch / "model")
     public |= {"scratch": str(scratch), "model_folder": str(scratch / "model")}
+    letter_tokenizer(["<pad>", "<s>", "</s>", "<unk>"], "abc .").save_pretrained(scratch / "whole")
+    model.save_pretrained(scratch / "whole")
+    public["folder"] = str(scratch / "whole")
     return {**public, "model": model, "ids": torch.randint(3, 90, (1, 100)), "torch": torch}
 
 
@@ -65,7 +69,7 @@ OTHERS += [
     )
 ]
 OTHERS += [f"positions.{name}" for name in ("collator", "cream", "scaling", "verify")]
-OTHERS += ["saving", "errors", "handles", "cross_attention.datastore", "cross_attention.unlimiformer"]
+OTHERS += ["saving", "pretrained", "errors", "handles", "cross_attention.datastore", "cross_attention.unlimiformer"]
 OTHERS += [*(f"hosting.{name}" for name in ("settings", "find_and_read", "generate", "folder"))]
 
 

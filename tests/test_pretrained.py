@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_longtrunc import load_pretrained, pretrained
+from hf_longtrunc import load_encoder, load_pretrained, pretrained
 
 
 @pytest.fixture
@@ -114,3 +114,10 @@ def test_the_real_model_is_the_one_described(real_model):
     assert tokenizer.padding_side == "left"
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     assert tokenizer.decode(model(**prompt).logits[0, -1].argmax()) == " Paris"
+
+
+@pytest.mark.parametrize("load", [load_pretrained, load_encoder])
+@pytest.mark.parametrize("name", ["/no/such/folder", "./model", "~/model", "a/b/c", Path("/no/such/folder")])
+def test_a_path_without_a_folder_is_named_before_the_hub_is_asked(load, name):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        load(name)

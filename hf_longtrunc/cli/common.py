@@ -80,7 +80,7 @@ def load(
     from transformers.utils.logging import disable_progress_bar
 
     from hf_longtrunc import load_pretrained
-    from hf_longtrunc.pretrained import default_model_folder
+    from hf_longtrunc.pretrained import checked_name, default_model_folder
 
     if not is_watched():
         disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -90,7 +90,7 @@ def load(
         reason = str(error).partition("\n")[0]
         raise typer.BadParameter(f"cannot be used here, got {device}: {reason}", param_hint="--device") from error
     try:
-        config: Any = None if name is None else AutoConfig.from_pretrained(name)
+        config: Any = None if name is None else AutoConfig.from_pretrained(checked_name(name))
         if config is not None and needs is not None and config.is_encoder_decoder != (needs == "an encoder-decoder"):
             kind = "an encoder-decoder" if config.is_encoder_decoder else "a causal LM"
             raise TypeError(f"this command needs {needs}, and this is {kind}")

@@ -17,7 +17,7 @@ from hf_longtrunc.arguments import check_choice
 from hf_longtrunc.evaluation import update_model_card
 from hf_longtrunc.hosting.generate import reading_of
 from hf_longtrunc.hosting.settings import HostSettings
-from hf_longtrunc.pretrained import default_model_folder
+from hf_longtrunc.pretrained import checked_name, default_model_folder
 
 if TYPE_CHECKING:
     import os
@@ -194,14 +194,12 @@ def _settings_in(code: str, path: Path) -> str:
 
 def _source(model: str | os.PathLike[str]) -> Path:
     """Return the model's folder, fetched from the hub where it is none here."""
-    if Path(model).is_dir():
+    if Path(checked_name(model)).is_dir():
         return Path(model)
-    if not isinstance(model, str) or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"model must be a folder or a hub id such as Qwen/Qwen3-0.6B, got {str(model)!r}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model))
+        return Path(snapshot_download(str(model)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"model {model!r} could not be fetched from the hub, and is no folder: {error}"

@@ -123,7 +123,7 @@ def test_refusals(model_folder, tmp_path, monkeypatch):  # noqa: F811
         export(model_folder, tmp_path / "out", LMInfinite)
     with pytest.raises(ValueError, match="weights must be one of"):
         export(model_folder, tmp_path / "out", TECHNIQUE, weights="move")
-    with pytest.raises(FileNotFoundError, match="model must be a folder or a hub id"):
+    with pytest.raises(FileNotFoundError, match="a model is a folder or a hub id"):
         export(tmp_path / "none", tmp_path / "out", TECHNIQUE)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 
@@ -14,10 +15,14 @@ def missing(what: str, module: str | None, extra: str) -> ModuleNotFoundError:
     )
 
 
-def import_pyplot(what: str) -> Any:
-    """Return matplotlib's pyplot, which `what` draws with."""
+def import_extra(module: str, what: str, extra: str) -> Any:
+    """Return a module that `what` needs, or raise ModuleNotFoundError with the extra to install."""
     try:
-        import matplotlib.pyplot as plt
+        return import_module(module)
     except ModuleNotFoundError as error:
-        raise missing(what, "matplotlib", "eval") from error
-    return plt
+        raise missing(what, module, extra) from error
+
+
+def import_pyplot(what: str) -> Any:
+    """Return matplotlib's pyplot, which `what` needs."""
+    return import_extra("matplotlib.pyplot", what, "eval")

@@ -24,7 +24,8 @@ from hf_longtrunc.data.columns import (
 from hf_longtrunc.data.documents import COLUMNS, IGNORE, LOSS_MASKS, Document, FlatRows, checked_ending, join
 from hf_longtrunc.data.packing import Packing, best_fit_decreasing, checked_options, row_order
 from hf_longtrunc.data.stream import PackedStream
-from hf_longtrunc.data.writing import WRITTEN, checked_columns, import_datasets, refuse_own_folder, write_rows
+from hf_longtrunc.data.writing import WRITTEN, checked_columns, refuse_own_folder, write_rows
+from hf_longtrunc.extras import import_extra
 
 if TYPE_CHECKING:
     import os
@@ -158,7 +159,7 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         Cost: measured 90 million tokens a CPU second, 180 million as int32 without labels and positions, for documents
         of tokens only, in Arrow; less with labels or masks.
         """
-        library = import_datasets("materialize()")
+        library = import_extra("datasets", "materialize()", "train")
         names = checked_columns(columns, self.teaching)
         check_choice("dtype", dtype, ("int64", "int32"))
         num_proc = min(check_int("num_proc", num_proc, minimum=1), max(len(self), 1))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hf_longtrunc.arguments import check_int
-from hf_longtrunc.data.writing import import_datasets, token_blocks
+from hf_longtrunc.data.writing import token_blocks
+from hf_longtrunc.extras import import_extra
 from hf_longtrunc.saving import replacing
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def read_megatron(prefix: str | os.PathLike[str]) -> datasets.Dataset:
     """
     import pyarrow as pa
 
-    library = import_datasets("read_megatron")
+    library = import_extra("datasets", "read_megatron", "train")
     paths = _paths(prefix)
     tokens, sizes, begins, firsts = _read(*paths)
     ends = np.append(0, np.cumsum(sizes, dtype=np.int64))

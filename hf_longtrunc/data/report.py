@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_longtrunc.extras import import_pyplot, missing
+from hf_longtrunc.extras import import_extra, import_pyplot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,15 +23,13 @@ def packing_table(packing: Packing) -> Table:
     >>> packing_table(best_fit_decreasing([3, 2, 4], seq_length=5)).columns[1].header
     'best fit'
     """
-    try:
-        from rich.box import SIMPLE_HEAD
-        from rich.table import Table
-    except ModuleNotFoundError as error:
-        raise missing("a table", "rich", "eval") from error
+    box = import_extra("rich.box", "a table", "eval")
+    from rich.table import Table
+
     stats = packing.stats()
     documents, ideal = int(stats["documents"]), int(stats["ideal_rows"])
     title = f"{documents:,} documents, {stats['tokens']:,} tokens in rows of {packing.seq_length:,}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("", "best fit", "concatenation"):
         table.add_column(heading, justify="right" if heading else "left")
     cut, cut_there = int(stats["truncated_documents"]), int(stats["truncated_by_concatenation"])

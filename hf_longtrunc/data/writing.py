@@ -19,7 +19,7 @@ import numpy as np
 
 from hf_longtrunc.arguments import check_choice
 from hf_longtrunc.data.documents import BOUNDARIES
-from hf_longtrunc.extras import missing
+from hf_longtrunc.extras import import_extra
 from hf_longtrunc.saving import hidden_folder, locked, move_synced, replacing
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def write_rows(
     rows: PackedDataset, folder: str | os.PathLike[str], columns: tuple[str, ...], dtype: str, num_proc: int
 ) -> datasets.Dataset:
     """Write rows into a folder, one data file a process, and return them as read from there."""
-    library, folder = import_datasets("writing rows"), Path(folder)
+    library, folder = import_extra("datasets", "writing rows", "train"), Path(folder)
     bounds, token = np.linspace(0, len(rows), num_proc + 1).astype(int).tolist(), secrets.token_hex(4)
     with hidden_folder(folder) as hidden:
         paths = [hidden / f"data-{token}-{index:05d}-of-{num_proc:05d}.arrow" for index in range(num_proc)]
@@ -112,15 +112,6 @@ def refuse_own_folder(documents: object, folder: Path, library: Any) -> None:
         )
 
 
-def import_datasets(what: str) -> Any:
-    """Return the module `datasets`, or say what to install."""
-    try:
-        import datasets
-    except ModuleNotFoundError as error:
-        raise missing(what, "datasets", "train") from error
-    return datasets
-
-
 def _run(jobs: list[_Job], library: Any) -> None:
     with library.utils.tqdm(total=sum(job[2] - job[1] for job in jobs), unit="row", desc="writing rows") as progress:
         if len(jobs) == 1:
@@ -147,9 +138,9 @@ def _write_job(index: int) -> int:
 def _write(
     rows: PackedDataset, first: int, last: int, path: Path, columns: tuple[str, ...], dtype: str, progress: Any
 ) -> None:
+    import datasets as library
     import pyarrow as pa
 
-    library = import_datasets("writing rows")
     buffers: dict[str, NDArray[Any]] = {}
 
     def reused(name: str, size: int, kind: str) -> NDArray[Any]:

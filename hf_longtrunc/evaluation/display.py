@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hf_longtrunc.extras import import_pyplot, missing
+from hf_longtrunc.extras import import_extra, import_pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,11 +13,8 @@ if TYPE_CHECKING:
 
 def new_table(*headings: str, title: str) -> Table:
     """Return a rich table without rows."""
-    try:
-        from rich.table import Table
-    except ModuleNotFoundError as error:
-        raise missing("a table", "rich", "eval") from error
-    return Table(*headings, title=title)
+    table: Table = import_extra("rich.table", "a table", "eval").Table(*headings, title=title)
+    return table
 
 
 def new_axes(width: float, height: float) -> Axes:

@@ -42,21 +42,21 @@ def texts(tmp_path):
 def test_finetune_cream(monkeypatch, model_folder, tmp_path, texts, capsys, options):  # noqa: F811
     out = tmp_path / "out"
     options = ("--texts", *texts[:2], "--eval-text", texts[2], "--model", model_folder, "--out", out, "--cpu", *options)
-    sizes = ("--window", 384, "--factor", 2, "--steps", 2, "--accumulate", 2, "--starts", "0,200", "--keys", 1)
-    run(monkeypatch, "finetune_cream.py", *options, *sizes, "--depths", "0.5", "--lengths", "210,600")
+    sizes = ("--window", 256, "--factor", 2, "--steps", 2, "--accumulate", 2, "--starts", "0,200", "--keys", 1)
+    run(monkeypatch, "finetune_cream.py", *options, *sizes, "--depths", "0.5", "--lengths", "210,500")
     printed = capsys.readouterr().out
     arms = ["unmodified", "untrained", "contiguous", "pose", "cream"]
     if "--arms" in options:
         arms = options[options.index("--arms") + 1].split(",")
     records = read_records(out / "perplexity.jsonl", PerplexityRecord)
     assert list(dict.fromkeys(record.arm for record in records)) == arms
-    assert max(record.end for record in records) == 768
-    assert {record.length for record in read_records(out / "passkey.jsonl", PasskeyRecord)} == {210, 600}
+    assert max(record.end for record in records) == 512
+    assert {record.length for record in read_records(out / "passkey.jsonl", PasskeyRecord)} == {210, 500}
     assert all(arm in printed for arm in arms)
     saved = AutoModelForCausalLM.from_pretrained(out / "cream").config
-    assert saved.max_position_embeddings == 768
+    assert saved.max_position_embeddings == 512
     assert saved.rope_parameters["rope_type"] == ("default" if "ntk" in options else "yarn")
-    assert json.loads((out / "cream" / "tokenizer_config.json").read_text())["model_max_length"] == 768
+    assert json.loads((out / "cream" / "tokenizer_config.json").read_text())["model_max_length"] == 512
 
 
 def test_cream_tiny(monkeypatch, capsys):

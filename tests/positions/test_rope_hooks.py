@@ -138,7 +138,7 @@ def test_data_parallel_wrappers(order):
 
 
 def test_compiled_afterwards_it_is_the_same_and_compiled_before_it_is_refused():
-    model, collator = double(), cream()
+    model, collator = double(num_hidden_layers=1), cream()
     for compiled in (torch.compile(model, backend="eager"), torch.compile(nn.DataParallel(model), backend="eager")):
         with pytest.raises(ValueError, match=r"compiled model.*attach to the model inside, `model._orig_mod`"):
             collator.attach(compiled)
@@ -148,7 +148,7 @@ def test_compiled_afterwards_it_is_the_same_and_compiled_before_it_is_refused():
         for each in (batch, later):
             torch.testing.assert_close(logits(compiled, each), logits(model, each))
         verify_positions(compiled)
-    in_place = double()
+    in_place = double(num_hidden_layers=1)
     in_place.compile(backend="eager")
     with pytest.raises(ValueError, match=r"compiled model.*in place; load the model again, attach"):
         collator.attach(in_place)

@@ -1,9 +1,9 @@
-"""The threshold samplers beside their formulas in double precision, on the rows of a real model along a text.
+"""The threshold samplers against their formulas in double precision, on the rows of a real model along a text.
 
     python recipes/closed_forms.py TEXT [--rows 10000]
 
 Cost: some minutes on two idle cores. Expect: 0 wrong tokens. A token counts as wrong where processor and formula differ
-and its probability is further than 4e-6 (relative) from the formula's bar: fp32 can say no more about those nearer.
+and its probability differs from the formula's threshold by more than 4e-6 (relative), the resolution of fp32.
 """
 
 from __future__ import annotations

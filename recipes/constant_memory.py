@@ -4,7 +4,7 @@
     python recipes/constant_memory.py --prompts 20000,80000
     python recipes/constant_memory.py --model HuggingFaceTB/SmolLM2-135M-Instruct --text some_novel.txt --window 2048
 
-Left out, the model is a Llama of two layers with random weights and the text is random tokens: what is shown then is
+Without --model, the model is a Llama of two layers with random weights and the text is random tokens: that shows
 memory and time, not quality. Every EVERY tokens a record says how many tokens were read, the perplexity of the last
 ones, the peak memory of the process so far and the processor time of the last ones. With `--prompts` no text is read:
 each number of tokens is given to `generate` as one prompt, first as it reads them by itself, in chunks, then whole.
@@ -33,7 +33,7 @@ Named = tuple[str, int, int]  # model, window, sinks
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """What was true when so many tokens had been read."""
+    """Memory, time and perplexity after so many tokens."""
 
     model: str
     window: int

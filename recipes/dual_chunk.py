@@ -1,11 +1,11 @@
-"""Dual chunk attention past the trained window: perplexity by position, beside LM-Infinite and the unmodified model.
+"""Dual chunk attention past the trained window: perplexity by position, against LM-Infinite and the unmodified model.
 
     python recipes/dual_chunk.py --text a_novel.txt --out dual_chunk
 
 Every arm reads the same stretch of the text. The table's last columns lie past the 8,192 tokens that
-SmolLM2-135M-Instruct was trained on. "window re-computed" tells a text that grows harder from a model that reads
-it worse: it is the unmodified model, which reads the last window anew at every half of one, so that each token past the
-window has between a half and a whole window of text before it, at true distances. Cost: with that model and one CPU
+SmolLM2-135M-Instruct was trained on. "window re-computed" tells a text that grows harder from a model that reads it
+worse: it is the unmodified model, which reads the last window again after every half window, so that each token past
+the window has between a half and a whole window of text before it, at true distances. Cost: with that model and one CPU
 core four minutes an arm for 16,384 tokens.
 """
 

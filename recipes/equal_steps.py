@@ -5,8 +5,8 @@
 
 Simulated: documents of three lognormal corpora, packed by best fit; a rank has a row a step, and a row of n tokens
 costs 12 h n + sum(length^2), h = 2048. Shown is the most expensive rank of a step over the mean of its ranks, mean of
-all steps. Expected: at most 1.03 by `BalancedRows`. `--train` counts a forward and backward of a small Llama whose
-attention runs over one document at a time. Expected: the two ranks of a step differ by at most 5 %, on average by less
+all steps. Expected: at most 1.03 by `BalancedRows`. `--train` counts a forward and backward of a small Llama with
+attention over one document at a time. Expected: the two ranks of a step differ by at most 5 %, on average by less
 than 1 %. Cost: a CPU minute each.
 """
 

@@ -3,7 +3,7 @@
     python recipes/eta_flag.py
 
 `generate(eta_cutoff=...)` cuts what `top_k=50`, its default, has left; `EtaLogitsProcessor` sees all tokens. One step
-of sampling is run each way after each prompt, and `TruncationTrace` counts what is left.
+of sampling is run each way after each prompt, and `TruncationTrace` counts the remaining tokens.
 
 Cost: seconds. Expect: after "My name is" 50 tokens by the flag and 1,597 by the processor at epsilon 2e-3.
 """

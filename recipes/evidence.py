@@ -1,13 +1,13 @@
 """Every figure and table of docs/evidence from scratch, by one command.
 
     python recipes/evidence.py --quick                       # two CPU cores, a quarter of an hour
-    python recipes/evidence.py --steps pema,uld              # what takes longer than that on two cores, by name
+    python recipes/evidence.py --steps pema,uld              # steps that take longer, by name
     python recipes/evidence.py --full --text some_novel.txt  # one GPU
 
 Each step is a command that can be run by itself. Its records and pictures go to OUT/STEP; one line of OUT/runs.jsonl
 holds the command, the machine, commit and versions, how long it took and everything that it printed. OUT/index.md shows
-all of it. A step whose command is there already is not run again: delete its line and its folder to repeat it. What a
-step that was cut off left in its folder stays there, and most steps go on from it.
+all of it. A step whose command is there already is not run again: delete its line and its folder to repeat it. The
+folder of an interrupted step stays, and most steps continue from it.
 
 The text is Python's own language reference, unless one is given.
 """
@@ -84,7 +84,7 @@ def written(command: str, text: Path | None) -> str:
 
 
 def run(name: str, command: str, out: Path, text: Path | None) -> None:
-    """Run one step's command, show what it prints, and keep it beside the records."""
+    """Run one step's command, print its output, and keep the output with the records."""
     print(f"== {name}: {command}", flush=True)
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def page(out: Path, steps: Sequence[Any] = STEPS) -> str:
 
 
 def said_by(run: Run) -> list[str]:
-    """Return a run's command and what it printed, as two paragraphs."""
+    """Return a run's command and its output, as two paragraphs."""
     shown = [line for line in run.printed.rstrip().splitlines() if not line.startswith("{'")]  # Trainer's log
     return [
         f"`{run.command}`: {run.seconds:.0f} s on {run.machine}; commit {run.commit}; {run.versions}.",
@@ -160,7 +160,7 @@ def said_by(run: Run) -> list[str]:
 
 
 def machine() -> str:
-    """Say what this ran on, in words that identify nobody."""
+    """Describe the machine without identifying anybody."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} shared CPU cores ({platform.machine()})"

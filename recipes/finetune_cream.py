@@ -1,4 +1,4 @@
-"""Train at the short window, serve at the long one: CREAM beside contiguous positions, PoSE and no training at all.
+"""Train at the short window, serve at the long one: CREAM against contiguous positions, PoSE and no training at all.
 
     python recipes/finetune_cream.py --texts novels/*.txt --eval-text moby_dick.txt --checkpointing --out finetune_cream
     accelerate launch --multi_gpu --num_processes 4 recipes/finetune_cream.py --texts ... --arms cream --lora 16
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def source(arm: str, arguments: argparse.Namespace) -> str | Path | None:
-    """Return what the evaluation of an arm loads: its checkpoint, or the model that all arms started from."""
+    """Return the model that the evaluation of an arm loads: its checkpoint, or the model that all arms started from."""
     model: str | None = arguments.model
     return model if arm == "unmodified" else arguments.out / arm
 

@@ -1,12 +1,12 @@
-"""kill -9 whatever writes, at random moments and before every step in the file system: the old is there, or the new.
+"""kill -9 each writer at random moments and before each step in the file system: the old or the new content stays.
 
     python recipes/killed.py
     python recipes/killed.py --moments 100 --writers materialize
 
-A writer that overwrites is given something to overwrite; the others begin with nothing. It runs in a process of its
-own, which is killed with all that it has started: after a random part of the time that it takes, or by itself before
-its n-th opening, renaming or removing of a file in the folder, for every n. What lies there is then read in the
-ordinary way: it must be what was there before or what was to be written, whole.
+A writer that overwrites starts with old content; the others start with an empty folder. Each runs in a process of its
+own, which is killed with its children: after a random part of its time, or before its n-th opening, linking, renaming
+or removing of a file in the folder, for each n. Then the folder is read in the ordinary way: it must hold the old
+content or the new content, complete.
 
 Cost: a CPU minute or two, most of it drawing the picture of `hf-longtrunc pack`.
 """
@@ -55,7 +55,7 @@ STEPS = {"open", "os.link", "os.rename", "os.remove", "os.rmdir", "os.mkdir"}  #
 
 
 class Writer(NamedTuple):
-    """Writes version 0 or 1 into a folder; reads what is there, None for nothing."""
+    """Writes version 0 or 1 into a folder; reads the folder, None if it is empty."""
 
     name: str
     write: Callable[[int, Path], Any]

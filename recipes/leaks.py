@@ -1,11 +1,11 @@
-"""Does my row leak: every causal language model of transformers, tiny and untrained, in every way to call it.
+"""Does my row leak? Each causal language model of transformers, tiny and untrained, with each form of input.
 
     python recipes/leaks.py                          # all families, and a line for each
     python recipes/leaks.py --families llama,lfm2    # some of them
     python recipes/leaks.py --page docs/leaks.md     # into the table of the page
 
-A verdict is that of `check_packed`: "apart", "leaks", or "refused" where the model itself raises. What is tried is the
-code of a family, not a checkpoint: `hf-longtrunc check-packed MODEL` tries that. Cost: two minutes on a CPU core.
+A verdict is that of `check_packed`: "apart", "leaks", or "refused" if the model raises. This tests the code of a
+family; for a checkpoint, use `hf-longtrunc check-packed MODEL`. Cost: two minutes on a CPU core.
 """
 
 from __future__ import annotations

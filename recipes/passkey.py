@@ -1,4 +1,4 @@
-"""Is what the window lost still read? Passkeys by prompt length and depth: unmodified, and under LM-Infinite.
+"""Passkeys by prompt length and depth: the unmodified model, and LM-Infinite with and without reading distant keys.
 
     python recipes/passkey.py --lengths 1000,4000,7000,12000 --out passkey
     python recipes/passkey.py --text some_novel.txt --lengths 7500,16000 --window 2048 --arms top-k,blocks --out passkey
@@ -7,7 +7,7 @@ Arms: unmodified; LM-Infinite alone (window); with it each head's best 5 keys of
 its best 64 for the last 64 rows (top-k), or blocks that all heads choose together (blocks).
 
 Cost: one prompt of 7,000 tokens takes SmolLM2-135M-Instruct about 35 s on one CPU core, and well under a second on a
-data-centre GPU. A run that was cut off goes on where it stopped: records are appended to OUT/passkey.jsonl.
+data-centre GPU. An interrupted run continues: records are appended to OUT/passkey.jsonl.
 
 Expect, in repeated filler: unmodified 1.0 up to 7,000 tokens and 0 past the trained window of 8,192; with window and
 sinks alone, an answer only where the key stands in the window or among the sinks. In a novel the unmodified model is

@@ -58,13 +58,13 @@ class Request:
 
     @property
     def prompt(self) -> str:
-        """What the model is given."""
+        """Return the prompt of a request."""
         return PROMPT.format(source=self.source)
 
 
 @dataclass(frozen=True)
 class Rewriting:
-    """One request, the arm that rewrote it and what came out."""
+    """One request, the arm that rewrote it, and the result."""
 
     arm: str
     source: str
@@ -133,7 +133,7 @@ def main(
 
 
 def requests(draw: random.Random, count: int, known: Collection[str] = ()) -> list[Request]:
-    """Draw requests whose slot values are all different, and none of them among `known`."""
+    """Draw requests with distinct slot values, none of them in `known`."""
     result: list[Request] = []
     used = set(known)
     while len(result) < count:

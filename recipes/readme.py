@@ -1,4 +1,4 @@
-"""Run README's Python blocks on the default model, and print what each prints and the processor time that it takes.
+"""Run README's Python blocks on the default model; print the output and the processor time of each.
 
     python recipes/readme.py
 

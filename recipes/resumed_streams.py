@@ -4,14 +4,14 @@
     python recipes/resumed_streams.py --streams 30 --loaders       # torchdata's StatefulDataLoader, worker processes
     python recipes/resumed_streams.py --streams 12 --loaders --gloo    # in two processes with gloo, too
 
-A stream is drawn at random: documents, row length, pool, rounds, what is done with long documents, and a source. That
+A stream is drawn at random: documents, row length, pool, rounds, treatment of long documents, and a source. The source
 is an iterable, a `datasets.IterableDataset` with a shuffle buffer, or one without: of one source or several, mapped in
 batches, filtered, formatted, made by a generator. It is read for two epochs by 1 or 2 ranks with 0, 2 or 4 workers. A
 new stream takes the state before the first row, after every row, and before and after `set_epoch` between the epochs.
 It must return the rest of its epoch; from an end or a beginning on, the next epoch too.
 
-Without `--loaders`, a worker is what `torch.utils.data.get_worker_info()` says, set in one process; a rank is a share
-by `split_dataset_by_node`. The streams run the same code in both cases. Cost: some 5 CPU minutes for 1,000 streams;
+Without `--loaders`, one process sets `torch.utils.data.get_worker_info()` for each worker; a rank is a share by
+`split_dataset_by_node`. The streams run the same code in both cases. Cost: some 5 CPU minutes for 1,000 streams;
 `--first` and `--streams` do a part. Expect: "all equal" in every line.
 """
 

@@ -1,4 +1,4 @@
-"""What a model still finds, by prompt length and depth: passkey's harder kin, unmodified and under LM-Infinite.
+"""Retrieval by prompt length and depth, unmodified and under LM-Infinite: needles, variables and key-value pairs.
 
     python recipes/retrieval.py --lengths 500,1000,2000 --out retrieval
     python recipes/retrieval.py --text some_novel.txt --lengths 2000,7000,12000 --out retrieval
@@ -6,8 +6,8 @@
 Five batteries: one needle, one of four needles, two needles of two numbers each, variables that point to variables, and
 a dictionary of uuids. With --variants the one of four needles also with the question first and as a second turn, and
 with --chat all needles in the model's chat template. With --text, perplexity of the last 512 tokens before each length
-stands beside them, where nothing is asked. The passkey, which says its key twice, is recipes/passkey.py. A run that was
-cut off goes on where it stopped: records are appended to OUT/retrieval.jsonl.
+is printed too. The easier passkey is recipes/passkey.py. An interrupted run continues: records are appended to
+OUT/retrieval.jsonl.
 
 Cost: five times that of recipes/passkey.py. Expect: the unmodified model finds a single needle and a pair of the
 dictionary in a short prompt; several needles at once in part; a model of this size follows no variables.
@@ -81,7 +81,7 @@ def main(
 def continuation(
     model: Any, tokenizer: Any, text: str, arms: dict[str, Any], lengths: list[int]
 ) -> list[PerplexityRecord]:
-    """Measure what each arm loses on the last 512 tokens before each length, in one reading of the text's beginning."""
+    """Return each arm's perplexity of the last 512 tokens before each length, from one reading of the text."""
     ids = torch.tensor(tokenizer(text, verbose=False).input_ids[: max(lengths)])
     losses = compare_losses(model, ids, arms, progress=True)
     ends = [length - 1 for length in sorted(lengths) if length <= len(ids)]

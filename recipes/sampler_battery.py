@@ -192,7 +192,7 @@ def main(
 
 
 def spread(novels: Sequence[Path]) -> list[tuple[Path, int]]:
-    """Return places in texts, the texts in turns, in an order of which every beginning is spread evenly over them."""
+    """Return places in the texts, in an order with every prefix spread evenly over texts and places."""
     order = np.random.default_rng(0).permutation(GRID)
     return [(novel, int(n)) for n in order for novel in novels]
 
@@ -401,7 +401,7 @@ def continued(model: Any, rows: Tensor, arms: Sequence[Any], temperature: float,
 def measures(records: Sequence[ContinuationRecord], vectors: Tensor) -> list[MeasureRecord]:
     """Measure every sampler's continuations at one temperature.
 
-    `vectors` [texts, width] are those of the records, and behind them those of as many other places of the novels.
+    `vectors` [texts, width] are those of the records, followed by those of as many other places in the novels.
     """
     arms: dict[str, list[ContinuationRecord]] = {}
     for record in records:
@@ -440,7 +440,7 @@ def continuation_table(written: Sequence[MeasureRecord]) -> Table:
 
 
 def keep(written: Sequence[MeasureRecord], out: Path) -> None:
-    """Write what was measured of the continuations, and draw it, in place of what an earlier run left."""
+    """Write and plot the measures of the continuations, replacing those of an earlier run."""
     (out / "measures.jsonl").unlink(missing_ok=True)
     append_records(out / "measures.jsonl", written)
     plot_battery(written).savefig(out / "continuations.png", dpi=110)

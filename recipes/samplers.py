@@ -1,15 +1,15 @@
-"""Truncation samplers side by side: on a human text, and behind a repeated phrase.
+"""Truncation samplers side by side: on a human text, and after a repeated phrase.
 
     python recipes/samplers.py --text some_novel.txt --tokens 1000 --out samplers
     python recipes/samplers.py --text some_novel.txt --new-tokens 512 --seeds 0,1,2 --out samplers
 
-The first part asks, at every token of the text, whether a sampler keeps what the author wrote, and how much
-probability; the second continues a phrase that was said five times. A run that was cut off goes on where it stopped:
-records are appended to OUT/truncation.jsonl and OUT/repetition.jsonl.
+The first part measures, at each token of the text, whether a sampler keeps the author's token, and how much probability
+it keeps; the second continues a phrase that is repeated five times. An interrupted run continues: records are appended
+to OUT/truncation.jsonl and OUT/repetition.jsonl.
 
 Cost: with SmolLM2-135M-Instruct on one CPU core some 30 s for 300 tokens of text and 12 samplers, and some 20 s for a
 continuation of 128 tokens.
-Expect: the picture joins each sampler's parameters, so what it leaves of the entropy can be compared at equal total
+Expect: the picture joins each sampler's parameters, so the remaining entropy can be compared at equal total
 variation. On 300 tokens of Moby Dick the four lie close together; eta leaves a little less than the others there.
 """
 

@@ -101,7 +101,7 @@ class Server:
         raise SystemExit("the server did not start")
 
     def processor_seconds(self) -> float:
-        """Return what the process has used."""
+        """Return the processor seconds of the process."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -220,7 +220,7 @@ def doors(name: str, technique: Any, folder: Path, words: list[str], count: int)
 def conversation(
     folder: Path, technique: Any, words: list[str], tokens: int, short: int, pairs: int, out: Path
 ) -> None:
-    """Talk with the server, and print what the module's first lines promise."""
+    """Hold a conversation with the server, and print its statuses, memory and time."""
     loaded, tokenizer = load_pretrained(device="cpu")
     model: Any = loaded
     place = iter(range(20_000, len(words), 700))
@@ -230,7 +230,7 @@ def conversation(
         return " ".join(words[start : start + length])
 
     def anew(talk: Talk) -> str:
-        """Return the last answer as the context manager gives it, which reads the whole conversation anew."""
+        """Return the last answer of the context manager, which reads the whole conversation again."""
         ids: Any = tokenizer.apply_chat_template(
             talk.messages[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )

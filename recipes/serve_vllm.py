@@ -5,8 +5,8 @@
     python recipes/serve_vllm.py --engine engine/bin/python
 
 starts vLLM's server with `--logits-processors`, sends a batch of requests at once, and holds every row that the engine
-handed to the processor against the processors of this environment's transformers: the kept set to the bit, and whether
-every token that came back over HTTP is one of it. Then vLLM's own loaders build the class for both model runners, on
+handed to the processor against the processors of this environment's transformers: the kept sets must be identical, and
+each token that came back over HTTP must be kept. Then vLLM's own loaders build the class for both model runners, on
 the engine's own types of batches, and with `--sglang` the wheel's own interface reads SGLang's from a request.
 
 Cost: with SmolLM2-135M-Instruct on two CPU cores a minute, most of it the engine's start. `$VLLM_PYTHON` and
@@ -60,10 +60,10 @@ WRONG: list[dict[str, Any]] = [
 
 
 class Recorder(RecordingLogitsProcessor):
-    """Keeps what the engine handed in and got back, and writes the masks of the requests that name one."""
+    """Records the engine's inputs and outputs, and writes the masks of the requests that name one."""
 
     def apply(self, logits: torch.Tensor, context: Any = None) -> torch.Tensor:
-        """Return what the processor returns."""
+        """Return the processor's result."""
         kept = super().apply(logits, context)
         folder = Path(os.environ[RECORDS])
         every = [self._requests[row][0] if row in self._requests else {} for row in range(len(logits))]
@@ -190,7 +190,7 @@ def mask_of(n: int) -> str:
 
 
 def alone(row: torch.Tensor, asked: dict[str, float]) -> torch.Tensor:
-    """Return what this environment's processors make of a row [1, V]."""
+    """Return a row [1, V] after this environment's processors."""
     for name, value in asked.items():
         row = sampler_by_name(name, None if name.startswith("p_less") else value)(None, row)
     return row

@@ -1,4 +1,4 @@
-"""Generate without end at constant memory: what the cache holds does not grow, nor does the time per token.
+"""Generate without end at constant memory and constant time per token.
 
     python recipes/stream_forever.py --window 2048 --every 1000
     python recipes/stream_forever.py --text some_novel.txt --tokens 100000     # read a text instead of writing one
@@ -34,7 +34,7 @@ PROMPT = "It was a bright morning, and the road to the sea was long."
 
 
 def written(model: Any, tokenizer: Any, cache: Any, logits: Tensor) -> Iterator[Tensor]:
-    """Yield what the model writes, a token [1, 1] at a time, by eta-sampling; its end-of-text tokens are ruled out."""
+    """Yield the model's tokens [1, 1], one at a time, by eta-sampling; its end-of-text tokens are ruled out."""
     eta = EtaLogitsProcessor(epsilon=2e-3)
     while True:
         scores = logits[:, -1].float()

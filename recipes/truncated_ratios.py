@@ -1,16 +1,16 @@
-"""On-policy ratios on a real model: what a trainer computes of truncated samples, beside what the sampler drew from.
+"""On-policy ratios on a real model: a trainer's log-probabilities of truncated samples against the sampler's own.
 
     python recipes/truncated_ratios.py --tokens 10000
     python recipes/truncated_ratios.py --generated 8
 
-The first draws one token behind every token of a text: each sampler from the same 10,000 distributions of the model.
+The first draws one token after each token of a text: each sampler from the same 10,000 distributions of the model.
 The second lets `generate` write 60 tokens in each of 8 rows, by each sampler. Kept sets are recorded as a
 `SamplingMask`; printed is the largest and the mean |log ratio| of `truncated_log_probs` against the log-softmax of the
 scores that were drawn from,
 
 - of the same forwards' logits: the log-probability alone, in fp32;
-- of forwards of the same shapes, run again token by token from a cache: what a deterministic model adds;
-- of one forward over the whole rows, as a trainer runs it: what a model's kernels add where shapes differ;
+- of forwards of the same shapes, run again token by token from a cache: the error of a deterministic model;
+- of one forward over the whole rows, as a trainer runs it: the error of kernels at other shapes;
 
 and by how much the full vocabulary's log-probabilities are off. `tests/sampling/test_recorder.py` holds the same in
 double precision, where the last two vanish.
@@ -72,7 +72,7 @@ def main(
 
 @torch.no_grad()
 def of_text(model: Any, rows: torch.Tensor) -> None:
-    """Draw one token behind each of `rows` [rows, length] by every sampler."""
+    """Draw one token after each of `rows` [rows, length] by every sampler."""
     found: dict[str, list[list[torch.Tensor]]] = {name: [] for name in SAMPLERS}
     generator = torch.Generator().manual_seed(0)
     for batch in torch.split(rows, ROWS):
@@ -123,7 +123,7 @@ def of_generated(model: Any, prompts: torch.Tensor) -> None:
 
 
 def by_steps(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Return the logits of the tokens behind the prompt, read as `generate` reads them: the prompt, then one by one."""
+    """Return the logits of the tokens after the prompt, read as `generate` reads them: the prompt, then one by one."""
     cache: dict[str, Any] = {CACHE: DynamicCache(config=model.config)}
     output = model(ids[:, :PROMPT], logits_to_keep=1, **cache)
     logits = [output.logits[:, -1]]

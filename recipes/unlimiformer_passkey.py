@@ -6,7 +6,7 @@ A BART of one encoder and one decoder layer learns, on texts of 32 tokens, to sa
 filler: three digits, units, tens and hundreds being different tokens. Then it is asked for keys anywhere in much longer
 texts, unchanged: cut to its 32 positions, as any BART would be, and under Unlimiformer, each head attending to its 32,
 8 or 1 best states. Half of the training steps skip the encoder's layer (layerdrop): with it alone the model learns to
-tell every state of the window what the key is, and is lost in windows without one.
+write the key into every state of its window, and fails in windows without a key.
 
 Cost: a minute on one CPU core. Expect 1.00 under Unlimiformer at every length and k, and 0.00 for truncation, which
 never sees the key.
@@ -38,7 +38,7 @@ _RATE = 8e-3
 
 
 class Texts(NamedTuple):
-    """Texts [rows, tokens] and their keys [rows, KEY + 1], an end of sequence behind."""
+    """Texts [rows, tokens] and their keys [rows, KEY + 1], with an end of sequence."""
 
     input_ids: Tensor
     labels: Tensor
@@ -81,7 +81,7 @@ def train(model: Any, steps: int, generator: torch.Generator) -> float:
 
 
 def accuracy(model: Any, texts: Texts, top_k: Sequence[int]) -> list[float]:
-    """Return the share of texts whose whole key is said, for each top_k; the texts are encoded once, four at a time."""
+    """Return the share of texts with a correct key, for each top_k; the texts are encoded once, four at a time."""
     said: dict[int, list[Tensor]] = {k: [] for k in top_k}
     for ids in torch.split(texts.input_ids, 4):
         encoded = None

@@ -1,10 +1,10 @@
-"""Kept sets recorded in a real vLLM: each request's mask beside the processors, and log-probabilities taken from it.
+"""Kept sets recorded in a real vLLM: each request's mask against the processors, and log-probabilities from it.
 
     engine/bin/python recipes/vllm_masks.py        # where vLLM, torch of the same kind and hf_longtrunc are installed
 
 A random Llama of 49,152 tokens is served by vLLM's own engine, 64 requests at a time; each names samplers and a mask. A
-subclass notes, row by row, what the processors of hf_longtrunc for transformers keep of the logits that the engine
-handed in. Afterwards `read_mask` is held against that, and the drawn tokens against the masks.
+subclass records, row by row, the tokens that hf_longtrunc's processors for transformers keep of the engine's logits.
+Afterwards `read_mask` is compared with that, and the drawn tokens with the masks.
 
 Cost: five minutes on two CPU cores, half of it the engine's start.
 Expect: 0 rows that differ, 0 tokens outside of their mask.
@@ -38,10 +38,10 @@ ASKED: list[dict[str, float]] = [
 
 
 class Checker(RecordingLogitsProcessor):
-    """Notes what this package's processors for transformers keep of each recorded row."""
+    """Records the tokens that this package's processors for transformers keep of each row."""
 
     def apply(self, logits: torch.Tensor, context: Any = None) -> torch.Tensor:
-        """Return what the processor returns."""
+        """Return the processor's result."""
         for row in range(len(logits)):
             asked, _, outputs = self._requests.get(row, ({}, [], []))
             if "sampling_mask" in asked:

@@ -1,4 +1,4 @@
-"""What a basis-aware check costs: beside the published linear program in SciPy's HiGHS and cvxpy, on equal problems.
+"""The cost of a basis-aware check, against the published linear program in SciPy's HiGHS and cvxpy, on equal problems.
 
     python recipes/benchmarks/bat.py [--problems 60] [--highs 10] [--cvxpy 4] [--rows 15] [--tokens 40] [--large]
         [--text a_novel.txt --masks 200]
@@ -7,10 +7,10 @@ Expected (tables: docs/results/sampling.md): a median check within 3 ms on one i
 included; >= 400x the well-scaled HiGHS in CPU time; a full kept set down to p = 1e-6 within 150 ms a step; generation
 in sample mode at >= 0.85x the tokens a second of top-p.
 
-A problem is one token below tau, drawn from the model's distribution at one step of a text, as sampling meets it. All
+A problem is one token below tau, drawn from the model's distribution at one step of a text, as in sampling. All
 sides get the same float64 p-hat and basis. Times are CPU seconds of this process on one thread. HiGHS solves
 min x_i over x = p / p-hat with unit row sums and tolerance 1e-9: the published formulation in raw p and default
-tolerances is slower still and decides wrongly. cvxpy gets the published formulation as it stands: find p with p_i = 0.
+tolerances is slower still and decides wrongly. cvxpy gets the published formulation unchanged: find p with p_i = 0.
 Each takes seconds a problem, so they get the first few only. `--large` adds a synthetic vocabulary of 262,144.
 Masks are those of the processor at its defaults on rows of a text, a tenth of them its flattest.
 """
@@ -168,7 +168,7 @@ def _kept_sets(basis: SoftmaxBasis, logits: torch.Tensor, arguments: argparse.Na
 
 
 def _draws(vocab_size: int) -> Table:
-    """Return the times of sample mode's draw and of Gumbel noise over the vocabulary, in turns, behind one softmax."""
+    """Return the times of sample mode's draw and of Gumbel noise over the vocabulary, in turns, after one softmax."""
     table = Table(title="A draw for each row, median of 30 turns")
     for heading in ("vocabulary", "rows", "noise, ms", "tree, ms", "ratio"):
         table.add_column(heading, justify="right")
@@ -232,7 +232,7 @@ def _mass_lost(row: torch.Tensor, mask: torch.Tensor, whole: torch.Tensor) -> fl
 
 
 def _large(arguments: argparse.Namespace) -> Table:
-    """Gaussian weights with a falling spectrum, scores whose probabilities fall like a language model's."""
+    """Return Gaussian weights with a falling spectrum, and scores with probabilities as in a language model."""
     table = Table(title="A synthetic vocabulary of 262,144, rank 20")
     for heading in ("tau", "check, median", "kept set, median", "kept (median)", "undecided", "peak memory, MB"):
         table.add_column(heading, justify="right")

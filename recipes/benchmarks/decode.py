@@ -1,4 +1,4 @@
-"""One decoded token of a whole layer stack, unmodified and patched, beside as many keys: both sides in turns.
+"""One decoded token of a whole layer stack, unmodified and patched, with the same number of keys, in turns.
 
     python recipes/benchmarks/decode.py --out bench
 

@@ -1,4 +1,4 @@
-"""One layer under dual chunk attention beside full causal attention: a prompt, a token, and a token with chosen blocks.
+"""One layer under dual chunk attention against full causal attention: a prompt, a token, a token with selected blocks.
 
     python recipes/benchmarks/dual_chunk.py
 

@@ -1,12 +1,12 @@
-"""What resetting the states of a hybrid costs: a training step on packed rows, leaking, reset, and padded.
+"""The cost of resetting the states of a hybrid: a training step on packed rows, leaking, reset, and padded.
 
     python recipes/benchmarks/hybrids.py                   # one CPU core: transformers' own PyTorch code
     python recipes/benchmarks/hybrids.py --device cuda     # with causal-conv1d, mamba-ssm and flash-linear-attention
 
 The same documents (lognormal lengths, median 90 tokens) as rows of 512: packed as they are, which leaks between
 documents; packed inside `reset_states`; and one document a row, padded to the longest. Seconds (of the CPU, on a CPU)
-are the fastest of the turns, forward and backward. On a GPU the flat layout comes beside them, whose kernels read
-`seq_idx`, with the verdict of `check_packed`.
+are the fastest of the turns, forward and backward. On a GPU the flat layout is timed too, with kernels that read
+`seq_idx`, and with the verdict of `check_packed`.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def seconds(model: Any, documents: list[dict[str, Any]], turns: int) -> list[flo
 
 
 def flat(model: Any, documents: list[dict[str, Any]]) -> str:
-    """Return what `check_packed` says of the layout whose bounds kernels read; nothing on a CPU."""
+    """Return the verdict of `check_packed` for the flat layout; nothing on a CPU."""
     if model.device.type == "cpu":
         return "needs a GPU"
     batch = BestFitPackingCollator(SEQ_LENGTH, layout="flat")(list(pack(documents, SEQ_LENGTH)))

@@ -1,4 +1,4 @@
-"""One attention layer under LM-Infinite against the kernels that it has to stand beside, all sides in one process.
+"""One attention layer under LM-Infinite against full and windowed attention, all sides in one process.
 
     python recipes/benchmarks/lm_infinite.py --out bench            # CUDA when there is one, else the CPU's sizes
     python recipes/benchmarks/lm_infinite.py --device cpu
@@ -10,11 +10,11 @@ as it is run, its rotations included. Decode of one token: full attention over t
 keys, and LM-Infinite's cache update and attention. The sides take turns; medians, of processor time where one thread
 computes; every ratio is against a side of the same run.
 
-CUDA: 32 query heads, 8 key-value heads, d = 128, L = 4096, S = 16, bf16, n = 8k..131k, then n = 1M for its memory.
-CPU: 8 and 2 heads, d = 64, L = 1024, S = 16, fp32, n = 4k..32k; microseconds per token show that time is linear in n.
-Last, a whole model (SmolLM2-135M-Instruct unless named) as it is and patched: a token decoded once S + L tokens lie
-behind it, with as many keys to see on either side, and with --prompts whole prompts. There the first layers stand for
-all (--layers), and on CUDA the decoding step is also compiled. --windows and --dtypes repeat the prefill.
+CUDA: 32 query heads, 8 key-value heads, d = 128, L = 4096, S = 16, bf16, n = 8k..131k, then n = 1M for its memory. CPU:
+8 and 2 heads, d = 64, L = 1024, S = 16, fp32, n = 4k..32k; microseconds per token show that time is linear in n. Last,
+a whole model (SmolLM2-135M-Instruct unless named), unmodified and patched: a token decoded after S + L tokens, with the
+same number of keys on either side, and with --prompts whole prompts. --layers limits it to the first layers, and on
+CUDA the decoding step is also compiled. --windows and --dtypes repeat the prefill.
 
 Cost: a few minutes on an H100, most of them for compiling FlexAttention; about five on a CPU core.
 """
@@ -76,7 +76,7 @@ class Layer(NamedTuple):
 
     @property
     def law(self) -> SinkWindowLaw:
-        """What is visible, at which distance."""
+        """Return the visible keys and their distances."""
         return SinkWindowLaw(self.sinks, self.window, self.window)
 
     @property
@@ -141,7 +141,7 @@ def window_blocks(n: int, window: int, device: str) -> BlockMask:
 
 
 def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
-    """Return what a prompt of n tokens is run through."""
+    """Return the sides that read a prompt of n tokens."""
     query, key, value = layer.tokens(n)
     positions = torch.arange(n, device=layer.device)[None]
     sinks = key[:, :, : layer.sinks], value[:, :, : layer.sinks]
@@ -192,7 +192,7 @@ def quickest(rows: list[Timing]) -> str:
 
 
 def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], object]]:
-    """Return what the token after n tokens is run through."""
+    """Return the sides that decode the token after n tokens."""
     query, key, value = layer.tokens(1, batch)
     _, all_keys, all_values = layer.tokens(n, batch)
     few = slice(0, layer.sinks + layer.window)
@@ -253,7 +253,7 @@ def models(name: str | None, layers: int | None, sinks: int, window: int, device
 
 
 def prompt_sides(sides: dict[str, Any], n: int) -> dict[str, Callable[[], object]]:
-    """Return what a prompt of n random tokens is run through by `generate`, which writes one token after it."""
+    """Return the sides that `generate` one token after a prompt of n random tokens."""
     some = sides["unmodified"]
     tokens = torch.randint(some.config.vocab_size, (1, n), device=some.device)
 
@@ -264,7 +264,7 @@ def prompt_sides(sides: dict[str, Any], n: int) -> dict[str, Callable[[], object
 
 
 def model_sides(sides: dict[str, Any], n: int) -> dict[str, Callable[[], object]]:
-    """Return what the token after n random ones is run through by each model."""
+    """Return the sides that decode the token after n random tokens, by each model."""
     some = sides["unmodified"]
     tokens = torch.randint(some.config.vocab_size, (1, n), device=some.device)
 

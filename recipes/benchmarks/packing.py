@@ -1,11 +1,11 @@
-"""What planning costs here, in TRL and in lightbinpack, on the same lengths; and what a packed training step gains.
+"""The cost of planning here, in TRL and in lightbinpack, on the same lengths; and the gain of a packed training step.
 
     python recipes/benchmarks/packing.py [--documents 1000000] [--large]
 
 Expected (tables: docs/results/packing.md): a million documents in <= 0.15 s and <= 80 bytes each, >= 40x TRL's
 loop, the same number of rows as TRL's over the whole set; a histogram of a thousand million documents in < 0.1 s.
 
-All contestants get the same array of piece lengths, cut before the clock starts, in one process; a figure is CPU
+All sides get the same array of piece lengths, cut before the clock starts, in one process; a figure is CPU
 seconds, the fastest of the turns. TRL's own search tree runs in the loop of its packing; moving tokens is left out.
 "global" packs the whole set at once, "shipped" the 1,000 documents at a time that `trl.pack_dataset` sees. TRL and
 lightbinpack are left out where they are not installed. `--large` adds 1e7 documents from lengths to rows.

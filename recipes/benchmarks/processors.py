@@ -1,4 +1,4 @@
-"""What a truncation step costs: our samplers beside every one that transformers ships, and the floor in bytes.
+"""The cost of a truncation step: our samplers against those of transformers, and the lower bound of a copy.
 
     python recipes/benchmarks/processors.py [--device cpu|cuda] [--threads 1 2]
     python recipes/benchmarks/processors.py --samplers ranks     # top-H, min-k, XTC and DRY
@@ -6,10 +6,10 @@
 Expected (tables: docs/results/sampling.md): eager eta <= 0.6x transformers' on a CPU at V = 128256, batch 32;
 <= 0.3x on an H100, and under 0.2 ms compiled.
 
-Beside the samplers that go by rank stand transformers' top-h, and for those that it has not, what local engines do: a
-sort of the row for min-k and XTC, a loop over the text (2,048 tokens) for DRY; and a softmax, which each of them needs.
-transformers' top-h looks at the 100 most probable tokens and renormalises them, so it keeps another set wherever the
-others hold some probability: how often is printed, and "all tokens" is the same code without that limit.
+Samplers by rank are compared with transformers' top-h, and where transformers has none, with the methods of local
+engines: a sort of the row for min-k and XTC, a loop over the text (2,048 tokens) for DRY; and with a softmax, which all
+need. transformers' top-h looks at the 100 most probable tokens and renormalises them, so it keeps another set wherever
+the others hold some probability: how often is printed, and "all tokens" is the same code without that limit.
 
 All run in one process on the same scores; a figure is the median of the turns, a ratio that of the turns' ratios. Min-p
 and top-k do less arithmetic than eta and are faster. The floor is the time that a copy of the scores takes: one read

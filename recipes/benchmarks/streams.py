@@ -1,4 +1,4 @@
-"""What resuming a packed stream costs beside datasets' own resume, and the memory of its pool.
+"""The cost of resuming a packed stream against datasets' own resume, and the memory of its pool.
 
     python recipes/benchmarks/streams.py [--documents 24363]
 

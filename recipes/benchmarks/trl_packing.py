@@ -1,11 +1,11 @@
-"""TRL's packing beside ours: rows, fill, lost tokens, and how long it takes to the first batch.
+"""TRL's packing against ours: rows, fill, lost tokens, and seconds to the first batch.
 
     pip install "trl>=1.16" && python recipes/benchmarks/trl_packing.py
 
 Both begin with the same tokenized dataset, in one process, and end with the first batch of 8 rows from a collator of
 their own. TRL's cached results are thrown away. Seconds are CPU time, the median of the turns, which the ways take one
-after another. A lost token is one that stands in no row; `pack()` leaves out lone tokens unless `min_piece=1`, given
-here. "written" is `materialize()` into Arrow, as int32 without labels and positions.
+after another. A lost token is in no row; `pack()` leaves out single tokens unless `min_piece=1`, which is
+given here. "written" is `materialize()` into Arrow, as int32 without labels and positions.
 """
 
 from __future__ import annotations

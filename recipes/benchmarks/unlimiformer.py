@@ -10,8 +10,8 @@ A BART decoder of random weights (4 layers, 4 heads, width 256) is given n rando
 - truncation: the unmodified model over the first 1024.
 
 Each side and n runs in a process of its own, on one thread: processor milliseconds of a step (the median of all but the
-first; the first builds the keys and values of "full"), and the most memory that it held at one time beside what was
-there before the states. A side that would need more than --gib is left out. With --indexes a second table compares
+first; the first builds the keys and values of "full"), and its peak memory above that before the
+states were made. A side that would need more than --gib is left out. With --indexes a second table compares
 FAISS indexes with the exact search over the same states: milliseconds to build and to search, and recall.
 
 Cost: three minutes on one CPU core.
@@ -45,7 +45,7 @@ SIDES = ("full", "Unlimiformer", "truncation")
 
 @dataclass(frozen=True)
 class Step:
-    """What a decoding step over n states costs."""
+    """The cost of a decoding step over n states."""
 
     side: str
     states: int

@@ -1,4 +1,4 @@
-"""Tokenize, pack and write in many processes from one plan: what one process would make, row for row.
+"""Tokenize, pack and write in many processes with one common plan; the rows equal those of one process.
 
     python recipes/cluster/pack_shards.py --synthetic 1000000 --check
     python recipes/cluster/pack_shards.py --files texts/*.txt --workers 4 --tasks 16 --out rows
@@ -15,13 +15,13 @@ the n-th piece of length s is in the task where the counts of s, added up, reach
 one process, and compares all rows.
 
 Both stages are functions of a rank and the number of tasks. datatrove runs them where it is installed (its
-SlurmPipelineExecutor takes the same functions, with skip_completed=False), else a pool of processes. A file takes its
-place when it is whole, and a task whose files are there is not run again. `manifest.json` says what they were made of:
-a task that is given other files, settings or versions than those stops. docs/results/packing.md has the arithmetic for
+SlurmPipelineExecutor takes the same functions, with skip_completed=False), else a pool of processes. A file gets its
+name when it is complete, and a task with all its files is not run again. `manifest.json` records sources, settings and
+versions: a task with others stops. docs/results/packing.md has the arithmetic for
 ten thousand million documents.
 
-Cost: `--synthetic 10000000 --check` some three CPU minutes, 10 GB of disk, and about 1 GB of memory a process, of which
-mapped files are a part; a tenth of the documents, a tenth of time and disk.
+Cost: `--synthetic 10000000 --check` some three CPU minutes, 10 GB of disk, and about 1 GB of memory a process, mapped
+files included; a tenth of the documents, a tenth of time and disk.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def pack_shards(job: Job, arguments: argparse.Namespace) -> None:
 
 
 def cost() -> str:
-    """Return what this process and those that it waited for took until now."""
+    """Return the processor time of this process and of the children that it waited for."""
     own, tasks = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     seconds = sum(used.ru_utime + used.ru_stime for used in (own, tasks))
     return f"{seconds:.0f} CPU s, at most {tasks.ru_maxrss / 1e6:.1f} GB in a task, {own.ru_maxrss / 1e6:.1f} GB here"
@@ -130,10 +130,10 @@ def run(stage: Any, tasks: int, workers: int, logs: Path) -> None:
 
 
 def agree(job: Job, tasks: int) -> None:
-    """Write down what the files in the folder are made of, or compare with what was written.
+    """Write the sources, settings and versions of the files in the folder, or compare with those written before.
 
     Raises:
-        ValueError: they are made of other sources, settings or versions.
+        ValueError: the files have other sources, settings or versions.
     """
     states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in job.files]
     manifest: dict[str, Any] = {
@@ -231,7 +231,7 @@ def pieces(lengths: Integers, seq_length: int) -> tuple[Integers, Integers]:
 
 
 def rows_of(plan: RowPlan, first: int, step: int) -> tuple[Integers, Integers]:
-    """Return what lies in every `step`-th row of a plan, from row `first` on.
+    """Return the pieces in every `step`-th row of a plan, from row `first` on.
 
     A piece is its rank in the order of decreasing length, of all tasks. Returns the ranks, row by row, and where every
     row begins in them, [rows + 1]. Memory goes with these rows alone.
@@ -303,7 +303,7 @@ def sources(job: Job, rank: int, tasks: int) -> Iterator[tuple[NDArray[np.uint16
 
 
 def read(file: Path) -> tuple[NDArray[np.uint16], Integers]:
-    """Return a text's paragraphs as bytes, 1 to 256, with EOS behind each. Your tokenizer goes here."""
+    """Return a text's paragraphs as bytes, 1 to 256, each with an EOS. Replace this by your tokenizer."""
     paragraphs = [part.encode() for part in file.read_text(encoding="utf-8").split("\n\n") if part.strip()]
     documents = [np.append(np.frombuffer(part, np.uint8).astype(np.uint16) + 1, np.uint16(EOS)) for part in paragraphs]
     return np.concatenate(documents), np.array([len(document) for document in documents])
@@ -321,7 +321,7 @@ def synthetic(number: int, seed: int) -> tuple[NDArray[np.uint16], Integers]:
 def check(job: Job, tasks: int) -> None:
     """Pack everything in one process, from one mapped file of all tokens, and compare every row.
 
-    The plan is in memory, tokens are for a block at a time: what was read is given back.
+    The plan is in memory; tokens are read block by block, and released.
     """
     at, lengths = job.out / "one-process.bin", [np.empty(0, np.int64)]
     with at.open("wb") as file:

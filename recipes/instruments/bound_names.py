@@ -16,8 +16,8 @@ KNOWN = {*dir(builtins), *sys.stdlib_module_names, "__file__", "__name__"}
 def bound_before(text: str) -> list[int]:
     """Count the names that a function reads, those that nothing has bound, its lines, and those that are Python.
 
-    The header, its first statement, binds names, and is not counted. Statements are read one by one, for what a model
-    writes seldom is Python all through.
+    The header, its first statement, binds names, and is not counted. Statements are read one by one, since a model's
+    text is seldom Python throughout.
     """
     lines, known = text.splitlines(), set(KNOWN)
     at, reads, unbound, parsed = 0, 0, 0, 0
@@ -35,7 +35,7 @@ def bound_before(text: str) -> list[int]:
 
 
 def statement(lines: list[str]) -> tuple[int, ast.Module | None]:
-    """Return how many lines the first statement takes, and what it is: None if the line is no Python.
+    """Return the number of lines of the first statement, and its tree: None if the line is no Python.
 
     A line that opens a block stands with an empty one.
     """

@@ -9,7 +9,7 @@ COMMAND = "hf-longtrunc"
 
 @dataclass(frozen=True)
 class Step:
-    """One claim: its folder, what is shown, the command at either size; TEXT and OUT stand for paths.
+    """One claim: its folder, its title, the command at either size; TEXT and OUT stand for paths.
 
     A command is a script of this folder, `hf-longtrunc`, or `-m` and a module of the repository that one stands in.
     A step without a quick form takes two CPU cores longer than `--quick` may, and runs if it is named. One without a

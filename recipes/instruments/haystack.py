@@ -26,8 +26,8 @@ class Haystack:
 
     Args:
         tokenizer: a transformers tokenizer; the special tokens that it opens a text with open the prompt.
-        text: the filler; None repeats `REPEATED_FILLER`. A text is cut into sentences, a prompt takes a stretch of it
-            whose place is drawn, and a text that is too short for the length starts again from its beginning.
+        text: the filler; None repeats `REPEATED_FILLER`. A text is cut into sentences, a prompt takes a part
+            at a random place, and a text that is too short for the length starts again from its beginning.
 
     `filler` names it in records: "repeated", or "text" with a digest.
 

@@ -1,4 +1,4 @@
-"""Mean scores over prompt length and depth, as a table and as heat maps, with the number of prompts behind each."""
+"""Mean scores over prompt length and depth, as a table and as heat maps, with numbers of prompts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def score_table(records: Sequence[Any], names: Sequence[str], *, title: str) -> Table:
     """Lay mean scores out as a rich table: a row per value of the fields `names` and length, a column per depth.
 
-    Behind a row's own mean stand its 95 % interval, see `wilson_interval`, and its prompts: "5 x 4" are five cells of
+    A row's mean is followed by its 95 % interval, see `wilson_interval`, and its prompts: "5 x 4" are five cells of
     four. Where the cells of a row hold different numbers, each has its own in brackets.
     """
     depths = sorted({record.depth for record in records})

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def kept_mass_and_entropy(rows: Ranked, kept: Interval) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Return the probability of what is kept, and the entropy in nats of the kept tokens renormalised."""
+    """Return the probability of the kept tokens, and the entropy in nats of the kept tokens renormalised."""
     mass, entropy = ((at(sums, kept[1]) - at(sums, kept[0])) for sums in (rows.mass, rows.entropy))
     return mass, (entropy / mass + mass.log()).clamp_min(0)
 

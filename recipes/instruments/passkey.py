@@ -1,10 +1,10 @@
 """Passkey retrieval: a five-digit number hidden in filler, asked for at the end (Mohtashami and Jaggi 2023).
 
-It is the battery of `retrieval.py` with one needle, whose answers are judged by their first number. A prompt is
+It is a battery of `retrieval.py` with one needle; the first number of the answer is scored. A prompt is
 [opening | filler | key sentence | filler | question] and has exactly the asked number of tokens. The key sentence says
 the key twice, which makes it easier to find than a needle that is mentioned once: see `NeedlePrompts`.
 
-The prompt is plain text that the model goes on with, for chat models too: SmolLM2-135M-Instruct finds the key in 7,000
+The prompt is plain text that the model continues, for chat models too: SmolLM2-135M-Instruct finds the key in 7,000
 tokens of repeated filler when it is asked so, and no longer always when the same words are put into a chat turn.
 """
 

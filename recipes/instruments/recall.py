@@ -1,4 +1,4 @@
-"""Recall of facts: what a model says when it is asked, with nothing else in the prompt and with the fact there."""
+"""Recall of facts: a model's answers without and with the fact in the prompt."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def fact_recall(
     Args:
         model: a causal LM in eval mode.
         tokenizer: its tokenizer.
-        facts: what is asked for.
+        facts: to ask for.
         logits_processor: handed to `generate`.
         in_context: put each fact's statement, and a newline, in front of its prompt.
         max_new_tokens: how long an answer may be.
@@ -75,9 +75,8 @@ def recall_records(
 ) -> list[RecallRecord]:
     """Run `fact_recall` without and with the statements, for each arm: a name and the processors that it decodes with.
 
-    What is suppressed while decoding shows in the first number; the second says whether a reader who has the fact in
-    front of him still gets it out of the model (Shumailov et al. 2024, arXiv 2407.00106). `options` go to
-    `fact_recall`.
+    The first number shows suppression while decoding; the second whether the model still uses a fact in its prompt
+    (Shumailov et al. 2024, arXiv 2407.00106). `options` go to `fact_recall`.
     """
     if not facts:
         raise ValueError("facts is empty: there is no recall of nothing")

@@ -1,6 +1,6 @@
-"""What a model still finds in a long prompt: needles, pairs of a dictionary, variables that point to variables.
+"""Retrieval from long prompts: needles, key-value pairs, and chains of variables.
 
-Prompts are plain text that the model goes on with. A score is RULER's (Hsieh et al. 2024, arXiv 2404.06654): the share
+Prompts are plain text that the model continues. A score is RULER's (Hsieh et al. 2024, arXiv 2404.06654): the share
 of the expected strings that stand in the answer. The words are ours: compare arms with one another, not with RULER.
 """
 
@@ -144,7 +144,7 @@ class Prompts(Protocol):
 
 
 class SharePrompts:
-    """Batteries whose score is the share of the expected strings that stand in the answer, whatever their case."""
+    """A battery scored by the share of expected strings in the answer, ignoring case."""
 
     def score(self, answer: str, expected: Sequence[str]) -> float:
         """Return the share of the expected strings that stand in the answer."""
@@ -152,7 +152,7 @@ class SharePrompts:
 
 
 class NeedlePrompts(SharePrompts):
-    """Magic numbers hidden in filler, some of which are asked for: RULER's four needle tasks.
+    """Magic numbers hidden in filler, with questions about some of them: RULER's four needle tasks.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -162,7 +162,7 @@ class NeedlePrompts(SharePrompts):
         queries: how many words are asked for; more than one is "multi-query".
         chat: put the prompt into the tokenizer's chat template, up to where the assistant is to speak. Without it the
             prompt ends with the beginning of the answer.
-        question_first: the question stands before the filler and not behind it.
+        question_first: the question comes before the filler instead of after it.
         second_turn: another word, the last one, was asked for before, and its right answer stands in the prompt. The
             whole conversation is read as one prompt: it is no second call of `generate` on a filled cache.
 
@@ -237,10 +237,10 @@ class VariablePrompts(SharePrompts):
     Args:
         tokenizer: a transformers tokenizer.
         text: the filler, see `PasskeyPrompts`; None repeats a few sentences.
-        chains: how many chains there are, of which one is asked about.
+        chains: number of chains; the question is about one of them.
         hops: assignments of a variable to a variable in each chain.
 
-    The asked chain starts at the task's depth, its later links stand behind in order, the other chains anywhere.
+    The asked chain starts at the task's depth, its later links follow in order; the other chains are anywhere.
 
     Raises:
         ValueError: a count below 1.
@@ -273,7 +273,7 @@ class VariablePrompts(SharePrompts):
 
 
 class KeyValuePrompts(SharePrompts):
-    """Pairs of uuids, a line each, of which one is asked for by its key (Liu et al. 2023, arXiv 2307.03172).
+    """Pairs of uuids, a line each, with a question for the value of one key (Liu et al. 2023, arXiv 2307.03172).
 
     Args:
         tokenizer: a transformers tokenizer.

@@ -1,8 +1,8 @@
-"""What truncation samplers do to a human text and to a repeated phrase, side by side.
+"""Truncation samplers on a human text and after a repeated phrase, side by side.
 
 On a text: how often a sampler keeps the token that the author wrote, and how much probability. With q the truncated and
-p the model's distribution, the total variation distance of the two is 1 - kept mass; the entropy of q is the diversity
-that is left. Behind a repeated phrase: whether the sampler ever gets out.
+p the model's distribution, the total variation distance of the two is 1 - kept mass; the entropy of q is the
+remaining diversity. After a repeated phrase: whether the sampler escapes the repetition.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def truncation_scores(
         model: a causal LM in eval mode.
         input_ids: the text's token ids [n], n >= 2.
         samplers: name -> logits processors, ours or transformers', applied in this order to (ids so far [1, t], logits
-            [1, V] in fp32). What they set to -inf is cut.
+            [1, V] in fp32). Tokens that they set to -inf are cut.
         chunk: tokens a forward.
         path: a JSON-lines file; samplers that it holds for the same text and model are not run again.
         progress: show a bar.
@@ -144,7 +144,7 @@ def run_repetition(
         model: a causal LM that generates.
         tokenizer: its tokenizer.
         phrases: each is written `repeats` times, a blank between.
-        samplers: name -> logits processors; sampling is at temperature 1 on what they leave, without top-k.
+        samplers: name -> logits processors; sampling is at temperature 1 from the kept tokens, without top-k.
         seeds: of the draws; the caller's generator is left as it was.
         repeats: how often the phrase stands in the prompt.
         max_new_tokens: of the continuation; an end-of-text token ends it sooner.
@@ -200,7 +200,7 @@ def repetition_table(records: Sequence[RepetitionRecord]) -> Table:
 
 
 def plot_truncation(scores: Sequence[TruncationScore], axes: Axes | None = None) -> Axes:
-    """Draw entropy left over total variation; samplers whose names share their first word are joined by a line.
+    """Draw entropy left over total variation; samplers with the same first word in their names are joined by a line.
 
     The legend names their parameters from left to right. Of two points the one higher and farther left is better.
     """
@@ -257,7 +257,7 @@ def _means(
 def _processed(
     name: str, processors: Sequence[Callable[[Tensor, Tensor], Tensor]], ids: Tensor, scores: Tensor
 ) -> Tensor:
-    """Return the scores [1, V] behind all processors."""
+    """Return the scores [1, V] after all processors."""
     kept = scores.clone()
     for processor in processors:
         kept = processor(ids, kept)

@@ -4,8 +4,8 @@
 
 A small Llama is trained on texts of 64 tokens: twelve cards, each a key with its value, somewhere in filler, then
 twelve questions, each a key that its value is to follow. The RoPE base is raised for a window eight times as long
-(`extend_context`, ntk), and each arm trains on texts of the same 64 tokens. Then texts of 64 to 512 tokens are scored
-whose cards stand in their first half; a text counts if all twelve answers are right. A last column has the cards
+(`extend_context`, ntk), and each arm trains on texts of the same 64 tokens. Then texts of 64 to 512 tokens with
+their cards in the first half are scored; a text counts if all twelve answers are right. In a last column the cards are
 anywhere from 65 tokens before the questions on. The trap is CREAM's ids given as bare `position_ids`: transformers
 takes them for three packed documents.
 
@@ -105,7 +105,7 @@ def train(model: Any, steps: int, rate: float, batch: int, generator: torch.Gene
 
 @torch.no_grad()
 def accuracy(model: Any, length: int, room: int, scored: int) -> float:
-    """Return the share of texts all of whose answers are right; the cards stand in the first `room` tokens."""
+    """Return the share of texts with all answers right; the cards are in the first `room` tokens."""
     model.eval()
     right = []
     generator = torch.Generator().manual_seed(7777)

@@ -67,10 +67,10 @@ Document = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Run:
-    """One training: what it cost, and of every held-out document the loss summed between the `BOUNDS`.
+    """One training: its cost, and each held-out document's loss summed between the `BOUNDS`.
 
-    `behind` is that of documents behind others, by kind, of the arm "cut" alone. `names` are those that a function
-    which the model wrote reads, those of them that nothing has bound, its lines, and those that are Python.
+    `behind` is the loss of documents after others, by kind, for the arm "cut" only. `names` are counts for each
+    function that the model wrote: names read, names that nothing has bound, lines, and lines of Python.
     """
 
     arm: str
@@ -149,7 +149,7 @@ def rows_of(arm: str, documents: list[Document], seed: int) -> Any:
 
 
 class Counting(BestFitPackingCollator):
-    """Counts the tokens and the targets of what it has laid out."""
+    """Counts the tokens and the targets of its batches."""
 
     tokens = learned = 0
 
@@ -175,7 +175,7 @@ def losses(model: Any, documents: list[list[int]], first: int = 0) -> list[list[
 
 
 def behind_others(documents: list[Document]) -> tuple[list[list[int]], int]:
-    """Return the documents, each behind so many tokens of those before it as `BEHIND` says, and `BEHIND`."""
+    """Return each document after `BEHIND` tokens of the documents before it, and `BEHIND`."""
     stream = [token for document in documents for token in document["input_ids"]]
     stream = stream[-BEHIND:] + stream
     ends = np.cumsum([len(document["input_ids"]) for document in documents]).tolist()
@@ -371,7 +371,7 @@ def of_seeds(runs: list[Run], arm: str, what: Callable[[Run], Any]) -> NDArray[n
 
 
 def mean(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> float:
-    """Return the mean of what was summed, [seeds, documents], over counts that are the same for all seeds or not."""
+    """Return the mean of sums [seeds, documents] over counts [documents] or [seeds, documents]."""
     return float(sums.sum() / max(np.broadcast_to(counts, sums.shape).sum(), 1))
 
 

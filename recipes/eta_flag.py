@@ -1,4 +1,4 @@
-"""How many tokens eta-sampling leaves on the full distribution, and as transformers' flag behind the default top-k.
+"""How many tokens eta-sampling leaves on the full distribution, and as transformers' flag after the default top-k.
 
     python recipes/eta_flag.py
 

@@ -6,7 +6,7 @@
 
 Each step is a command that can be run by itself. Its records and pictures go to OUT/STEP; one line of OUT/runs.jsonl
 holds the command, the machine, commit and versions, how long it took and everything that it printed. OUT/index.md shows
-all of it. A step whose command is there already is not run again: delete its line and its folder to repeat it. The
+all of it. A step with a recorded command is not run again: delete its line and its folder to repeat it. The
 folder of an interrupted step stays, and most steps continue from it.
 
 The text is Python's own language reference, unless one is given.
@@ -120,11 +120,11 @@ def without_paths(text: str, folder: Path) -> str:
 
 
 def page(out: Path, steps: Sequence[Any] = STEPS) -> str:
-    """Return the page: a section a step with its commands, what they printed, and its pictures.
+    """Return the page: a section per step with its commands, their output, and its pictures.
 
     Args:
         out: folder of the records.
-        steps: each with a name and a word on what it shows.
+        steps: with a name and a title each.
     """
     runs = runs_in(out)
     parts = [

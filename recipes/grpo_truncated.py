@@ -4,12 +4,12 @@
     python recipes/grpo_truncated.py --out grpo
 
 A tiny Llama (two layers, 64 words) is taught by TRL's GRPOTrainer to write words of even number, each a step above the
-one before. Both arms draw through the same sampler from the same seeds; one scores what was drawn from
-(`attach_truncation`), the other the full vocabulary, as TRL does by itself. After training both are judged by the mean
-reward of 256 samples drawn through the sampler, and of 256 drawn without it.
+one before. Both arms draw through the same sampler from the same seeds; one scores under the kept sets
+(`attach_truncation`), the other under the full vocabulary, as TRL does by itself. After training both are judged by the
+mean reward of 256 samples drawn through the sampler, and of 256 drawn without it.
 
 Cost: a quarter of an hour on one CPU core; `--steps 5 --seeds 0` tries it in seconds.
-Expect: rewards that rise in both arms; which of them is ahead is what this asks.
+Expect: rewards that rise in both arms; the recipe compares them.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class PasskeyPrompts:
 
     Args:
         tokenizer: a transformers tokenizer; the special tokens that it opens a text with open the prompt.
-        text: the filler; None repeats a few sentences. A text is cut into sentences, a prompt takes a stretch of it
-            whose place is drawn per task, and a text that is too short for the length starts again from its beginning.
+        text: the filler; None repeats a few sentences. A text is cut into sentences, a prompt takes a part of it
+            at a place drawn per task, and a text that is too short for the length starts again from its beginning.
 
     Raises:
         ValueError: the text holds no sentence.

@@ -70,7 +70,7 @@ _NOUNS = [
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """A prompt of the grid: its exact length in tokens, the depth in [0, 1] of what is asked for, which draw it is."""
+    """A prompt of the grid: its exact length in tokens, the depth in [0, 1] of the answer, the number of the draw."""
 
     length: int
     depth: float
@@ -79,7 +79,7 @@ class RetrievalTask:
 
     @property
     def random(self) -> random.Random:
-        """The task's own generator, the same in every process: it draws what is hidden, then the place in the text."""
+        """The task's generator, the same in each process: it draws the hidden strings, then the place in the text."""
         return random.Random(f"{self.seed}/{self.length}/{float(self.depth)}/{self.trial}")
 
 

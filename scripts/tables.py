@@ -33,6 +33,7 @@ class Table:
         columns: the columns of the record for the cells behind the names.
         cells: of the record.
         shown: makes a cell of the page from one of the record.
+        number: of the page's tables with this header, from 0 on.
     """
 
     page: str
@@ -41,6 +42,7 @@ class Table:
     columns: tuple[str, ...]
     cells: Cells
     shown: Callable[[str], str] = str
+    number: int = 0
 
     def lines(self) -> list[str]:
         """Return the rows as the page has them."""
@@ -52,7 +54,9 @@ class Table:
 
     def written(self, text: str) -> str:
         """Return the page's text with this table's rows."""
-        start = text.index(f"\n{self.header}\n") + 1
+        start = 0
+        for _ in range(self.number + 1):
+            start = text.index(f"\n{self.header}\n", start) + 1
         end = text.index("\n\n", start)
         head = text[start:end].split("\n")[:2]
         return text[:start] + "\n".join([*head, *self.lines()]) + text[end:]
@@ -69,7 +73,7 @@ def printed(step: str, title: str, keys: int = 1) -> Cells:
         if line.startswith("┃"):
             heads.append(parts)
         elif line.startswith("│"):
-            if rows and not parts[keys]:  # a cell of several lines
+            if rows and not (parts[0] and parts[keys]):  # a cell of several lines
                 rows[-1] = [" ".join(filter(None, pair)) for pair in zip(rows[-1], parts, strict=True)]
             else:
                 rows.append(parts)
@@ -204,6 +208,27 @@ def long_context() -> list[Table]:
         "the unmodified model, its window read anew": again,
         "**dual chunk attention**": ours,
     }
+    second = printed("dual-chunk-temperature", title) | printed("dual-chunk-window-2", title)
+    tempered = {name: key for name, key in rows.items() if key in (quarter, again, ours)}
+    tempered |= {f'with `temperature="{name}"`': f"dual chunk, {name}" for name in ("log", "yarn")}
+    layer = printed("dual-chunk-cost", "one layer", keys=2)
+    layers = {
+        f"{name} | {length}": (key, length)
+        for name, key, length in (
+            ("a prompt", "prompt", "8,192"),
+            ("a prompt", "prompt", "16,384"),
+            ("a token", "token", "16,384"),
+            ("a token that reads 384 chosen keys", "token, 384 keys chosen", "16,384"),
+            ("a token", "token", "32,768"),
+            ("a token that reads 384 chosen keys", "token, 384 keys chosen", "32,768"),
+        )
+    }
+    index = {
+        key: {"build": f"{row['build ms']} ms", "search": f"{row['search ms']} ms", "recall": row["recall"]}
+        for key, row in printed("index-cost", "search of the best").items()
+    }
+    indexes = {"exact": "exact", "Flat": "Flat", "HNSW32 (looks at 2 k states)": "HNSW32"}
+    indexes |= {name: name for name in ("IVF256,Flat:nprobe=16", "IVF256,Flat:nprobe=64")}
     facts = {
         '"The special magic number for X is: N"': "magic number",
         "a code, asked for in other words": "own words",
@@ -226,6 +251,9 @@ def long_context() -> list[Table]:
     cut = ("truncated to 32", *(f"Unlimiformer, k = {k}" for k in (32, 8, 1)))
     return [
         Table("long_context", header, by(rows), names, first),
+        Table("long_context", header, by(tempered), names, second, number=1),
+        Table("long_context", "| | keys | by full attention |", layers, ("by full attention",), layer),
+        Table("long_context", "| index | build | search | recall |", by(indexes), ("build", "search", "recall"), index),
         Table("long_context", in_window, by(facts), ("dual-chunk", "both", "chat", "blocks"), window),
         Table(
             "long_context", f"| | {' | '.join(columns)} |", by(decoded), columns, printed("decode-cost", "one decoded")
@@ -259,7 +287,28 @@ def sampling() -> list[Table]:
         *("XTC", "XTC by a sort", "DRY", "DRY by a loop"),
     )
     ranks = turned(printed("ranks-cost", "milliseconds a call"))
-    return [Table("sampling", header, by(sizes), columns, ranks)]
+    written: dict[str, Cells] = {
+        heat: printed("sampler-battery", f"continuations of 128 tokens at temperature {heat},")
+        for heat in ("1", "0.7", "1.3")
+    }
+    loss, repeated, apart = "loss less the author's", "4-grams said before", "frontier less eta's"
+    written["1"]["eta",][apart] = ""
+    others = {
+        key: {f"{name} at {heat}": cell for heat in ("0.7", "1.3") for name, cell in written[heat][key].items()}
+        for key in written["0.7"]
+    }
+    names = {"the author": "human", "no sampler": "none"}
+    names |= {name: name for name in ("eta", "epsilon", "top-n-sigma", "p-less", "top-p", "top-k", "min-p", "typical")}
+    names["top-h"] = "top-h"
+    at_one = f"| at temperature 1 | {loss}, nats | distinct 3-grams in ten | {repeated} | frontier | less eta's |"
+    at_others = f"| | {loss} at 0.7 | {repeated} | frontier | {loss} at 1.3 | frontier |"
+    shown = (f"{loss} at 0.7", f"{repeated} at 0.7", "frontier at 0.7", f"{loss} at 1.3", "frontier at 1.3")
+    first = (loss, "distinct 3-grams", repeated, "frontier", apart)
+    return [
+        Table("sampling", header, by(sizes), columns, ranks),
+        Table("sampling", at_one, by({**names, "BAT on eta": "BAT on eta"}), first, written["1"]),
+        Table("sampling", at_others, by(names), shown, others),
+    ]
 
 
 if __name__ == "__main__":

@@ -47,6 +47,13 @@ def test_no_page_is_too_wide(browser, site):  # noqa: F811
     assert wide == []
 
 
+def test_menus_that_fit_have_no_scroll_bar(browser, site):  # noqa: F811
+    browser.resize(1280, 1100)
+    browser.open(site / "howto" / "your_model" / "index.html")
+    menus = "[...document.querySelectorAll('.md-sidebar__scrollwrap')].map(e => e.scrollHeight - e.clientHeight)"
+    assert browser.ask(menus) == [0, 0]
+
+
 def open_in_theme(browser, page, is_dark):  # noqa: F811
     """Open a page in the light or dark theme, whatever was chosen before."""
     browser.resize(1280, dark=is_dark)

@@ -205,7 +205,7 @@ def long_context() -> list[Table]:
     rows = {
         "LM-Infinite, a quarter of the window": quarter,
         "StreamingLLM, the same window": "StreamingLLM, a quarter",
-        "the unmodified model, its window read anew": again,
+        "the unmodified model, its window read again": again,
         "**dual chunk attention**": ours,
     }
     second = printed("dual-chunk-temperature", title) | printed("dual-chunk-window-2", title)

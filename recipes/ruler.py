@@ -206,5 +206,5 @@ def draw(records: Sequence[RulerRecord]) -> Any:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    typer.run(main)
+    with torch.no_grad():
+        typer.run(main)

@@ -84,7 +84,10 @@ def no_transformers_deprecations(request):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    torch.set_grad_enabled(True)  # a test that left gradients off fails no other one
+    yield
+    is_on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)  # a test that leaves gradients off fails, and no other one
+    assert is_on, "gradients are off after this test: use `with torch.no_grad():`, which restores them"
 
 
 @pytest.fixture(autouse=True)

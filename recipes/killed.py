@@ -201,7 +201,7 @@ def saved(plans: list[Packing]) -> dict[type[Any], list[Any]]:
         Packing: plans,
         PEMAMemory: [PEMAMemory(part, ids, 2000) for part in parts],
         PEMAAdapter: [PEMAAdapter(64, 32, 2000) for _ in parts],
-        SoftmaxBasis: [SoftmaxBasis(part.double(), part[0].double(), "0" * 64, False, None) for part in parts],
+        SoftmaxBasis: [SoftmaxBasis(part.double(), part[0].double(), "0" * 64) for part in parts],
     }
 
 

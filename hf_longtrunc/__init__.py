@@ -93,7 +93,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.sampling.attach import attach_processors as attach_processors
     from hf_longtrunc.sampling.basis import SoftmaxBasis as SoftmaxBasis
     from hf_longtrunc.sampling.bat import BasisAwareLogitsProcessor as BasisAwareLogitsProcessor
-    from hf_longtrunc.sampling.by_name import sampler_by_name as sampler_by_name
+    from hf_longtrunc.sampling.by_name import sampler_by_name as sampler_by_name, sampler_names as sampler_names
     from hf_longtrunc.sampling.calls import sampling_settings as sampling_settings
     from hf_longtrunc.sampling.dry_processor import DRYLogitsProcessor as DRYLogitsProcessor
     from hf_longtrunc.sampling.mask import (
@@ -202,6 +202,7 @@ _HOME = {
     "read_megatron": "hf_longtrunc.data.megatron",
     "reset_states": "hf_longtrunc.data.states",
     "sampler_by_name": "hf_longtrunc.sampling.by_name",
+    "sampler_names": "hf_longtrunc.sampling.by_name",
     "sampling_settings": "hf_longtrunc.sampling.calls",
     "save_uld_assistant": "hf_longtrunc.mixing.uld",
     "train_pema": "hf_longtrunc.mixing.pema_processor",

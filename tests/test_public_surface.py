@@ -98,6 +98,7 @@ PUBLIC = {
         "read_megatron",
         "reset_states",
         "sampler_by_name",
+        "sampler_names",
         "sampling_settings",
         "save_uld_assistant",
         "train_pema",

@@ -135,11 +135,10 @@ def processors_of(text: str, model: Any) -> list[Any] | None:
         if value and default is None:
             raise ValueError(f"{name} takes no value, got {value}")
         return make(default if number is None else number)
-    try:
-        return [ours.sampler_by_name(name, number)]
-    except ValueError as error:
-        is_unknown = str(error).startswith("name must be one of")
-        raise ValueError(f"{error}; chat also takes {', '.join(others)}" if is_unknown else str(error)) from None
+    known = ours.sampler_names()
+    if name.lower().replace("_", "-") not in known:
+        raise ValueError(f"name must be one of {', '.join(known)}, got {name!r}; chat also takes {', '.join(others)}")
+    return [ours.sampler_by_name(name, number)]
 
 
 class ChatSession:

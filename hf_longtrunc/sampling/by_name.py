@@ -1,4 +1,4 @@
-"""Samplers by name: the one list that the command line, exported folders and recipes read."""
+"""Samplers by name, for the command line, exported folders and recipes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from transformers import LogitsProcessor
 
-# What a name makes of a number, and the number if none is given; None: the sampler takes none.
-SAMPLERS: dict[str, tuple[Callable[[float], LogitsProcessor], float | None]] = {
+# Name -> how to make the processor from a number, and the default number; None: the sampler takes none.
+_SAMPLERS: dict[str, tuple[Callable[[float], LogitsProcessor], float | None]] = {
     "eta": (EtaLogitsProcessor, 2e-3),
     "epsilon": (EpsilonLogitsProcessor, 9e-4),
     "top-n-sigma": (TopNSigmaLogitsProcessor, 1.0),
@@ -34,8 +34,17 @@ SAMPLERS: dict[str, tuple[Callable[[float], LogitsProcessor], float | None]] = {
 }
 
 
+def sampler_names() -> tuple[str, ...]:
+    """Return the names that `sampler_by_name` knows.
+
+    >>> sampler_names()
+    ('eta', 'epsilon', 'top-n-sigma', 'p-less', 'p-less-norm', 'top-h', 'min-k', 'xtc', 'dry')
+    """
+    return tuple(_SAMPLERS)
+
+
 def sampler_by_name(name: str, value: float | None = None) -> LogitsProcessor:
-    """Return the logits processor of a sampler that is given by name, as in a configuration file or a request.
+    """Return the logits processor for a sampler's name and number, as in a configuration file or a request.
 
     >>> sampler_by_name("top_n_sigma", 1.5)
     TopNSigmaLogitsProcessor(n=1.5)
@@ -43,19 +52,18 @@ def sampler_by_name(name: str, value: float | None = None) -> LogitsProcessor:
     PLessLogitsProcessor(normalized=False)
 
     Args:
-        name: "eta", "epsilon", "top-n-sigma", "p-less", "p-less-norm", "top-h", "min-k", "xtc" or "dry"; the names of
-            requests to serving engines ("top_n_sigma") are read too.
-        value: the sampler's number: of "xtc" its probability (the threshold is 0.1), of "dry" its multiplier. None
-            takes a usual one. "p-less" and "p-less-norm" take none.
+        name: one of `sampler_names()`; underscores for hyphens are fine.
+        value: the sampler's number: the probability for "xtc" (its threshold is 0.1), the multiplier for "dry". None
+            takes a common one. "p-less" and "p-less-norm" take none.
 
     Raises:
         ValueError: no such name; a number outside the sampler's range, or one for a sampler that takes none.
         TypeError: a value that is no number.
     """
     key: Any = name.strip().lower().replace("_", "-") if isinstance(name, str) else name
-    if key not in SAMPLERS:
-        raise ValueError(f"name must be one of {', '.join(SAMPLERS)}, got {name!r}")
-    make, usual = SAMPLERS[key]
+    if key not in _SAMPLERS:
+        raise ValueError(f"name must be one of {', '.join(_SAMPLERS)}, got {name!r}")
+    make, usual = _SAMPLERS[key]
     if usual is None and value is not None:
         raise ValueError(f"{key} takes no value, got {value!r}: leave it out")
     return make(usual or 0.0) if value is None else make(value)

@@ -21,10 +21,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from hf_longtrunc import EtaLogitsProcessor
+from hf_longtrunc import EtaLogitsProcessor, sampler_names
 from hf_longtrunc.cli.chat import ChatSession, processors_of, technique_of
 from hf_longtrunc.cli.conversation import Conversation, _sizes
-from hf_longtrunc.sampling.by_name import SAMPLERS
 from tests.asking.test_index import SENTENCES, TEXT, ByWord
 from tests.command_line import invoke, letter_tokenizer
 from tests.conftest import tiny_config
@@ -216,7 +215,7 @@ def test_samplers_that_are_none(text, said):
         processors_of(text, None)
 
 
-@pytest.mark.parametrize("name", [*SAMPLERS, "bat 0.01", "top-p", "min-p", "plain"])
+@pytest.mark.parametrize("name", [*sampler_names(), "bat 0.01", "top-p", "min-p", "plain"])
 def test_every_sampler_speaks(model, tokenizer, name):
     talk = conversation(model, tokenizer)
     talk.say("one", Event())

@@ -125,6 +125,7 @@ NO_TECHNIQUE = {
     "read_megatron",
     "reset_states",
     "sampler_by_name",
+    "sampler_names",
     "sampling_settings",
     "save_uld_assistant",
     "trained_length",

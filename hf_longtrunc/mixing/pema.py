@@ -1,15 +1,15 @@
 r"""Plug-in external memory adaptation (PEMA), in pure torch.
 
-The memory is a table of contexts and what followed them: f, the input of a model's output embedding W after a context
-c, and the next token y. One bottleneck A [rank, width] serves two up-projections [width, rank]:
+The memory is a table of contexts and next tokens: f, the input of a model's output embedding W after a context c, and
+the token y that followed. One bottleneck A [rank, width] serves two up-projections [width, rank]:
 
     stage 1    B_rct = the one for which some A minimises mean (B_rct A f - f)^2 over the memory
-    stage 2    min over A, B_pd, norm of  kappa mean (B_rct A f - f)^2 + (1 - kappa) CE(W norm(B_pd A f), y)
-    use        P = lambda P_PEMA + (1 - lambda) P_LM,    P_PEMA = softmax(W norm(B_pd A f))
+    stage 2    min over A, B_pd of  kappa mean (B_rct A f - f)^2 + (1 - kappa) CE(W B_pd A f, y)
+    use        P = lambda P_PEMA + (1 - lambda) P_LM,    P_PEMA = softmax(W B_pd A f)
 
 Stage 1 needs no steps: it is the best rank-r approximation of the table (Eckart and Young 1936), spanned by the
 leading eigenvectors of the sum of f f^T, so one pass over the memory gives the exact optimum with orthonormal columns.
-Stage 2 starts from a fresh Gaussian A and B_pd = 0, that is from an even P_PEMA, and leaves B_rct as it is.
+Stage 2 starts from a new Gaussian A and B_pd = 0, a uniform P_PEMA, and leaves B_rct as it is.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 # Rows of the memory that are in float64 at one time.
 _CHUNK = 16384
 _MEMORY, _ADAPTER = "pema_memory", "pema_adapter"
-_SETTINGS = ("hidden_size", "rank", "vocab_size", "layer_norm")
+_SETTINGS = ("hidden_size", "rank", "vocab_size")
 
 
 @dataclass(frozen=True, eq=False)
 class PEMAMemory:
-    """What PEMA learns from: contexts as a model represents them, and the tokens that followed.
+    """PEMA's training data: a model's hidden states, and the tokens that followed.
 
     >>> PEMAMemory(hidden=torch.randn(3, 32), tokens=torch.tensor([4, 5, 6]), vocab_size=96)
     PEMAMemory(3 rows of width 32, vocab_size=96)
@@ -51,8 +51,8 @@ class PEMAMemory:
         tokens: [rows], int64, the next tokens.
         vocab_size: width of that model's logits.
 
-    `build_pema_memory` makes one. `save_pretrained` writes it into a folder; `from_pretrained` maps it into memory, so
-    that it may be larger than the machine's: training reads the rows of a batch and no others.
+    `build_pema_memory` makes one. `save_pretrained` writes it into a folder. `from_pretrained` maps it, so it may be
+    larger than the machine's memory: training reads only the rows of a batch.
     """
 
     hidden: Tensor
@@ -86,9 +86,7 @@ class PEMAMemory:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> PEMAMemory:
-        """Map a memory that `save_pretrained` wrote; its rows are read from the file when they are asked for.
-
-        The file is read once from end to end for its checksum.
+        """Map a memory that `save_pretrained` wrote: rows are read when they are used, after one pass for the checksum.
 
         Raises:
             FileNotFoundError: the folder holds none.
@@ -97,21 +95,14 @@ class PEMAMemory:
         tensors, settings = load_folder(folder, _MEMORY, {"hidden": "rows width", "tokens": "rows"}, ("vocab_size",))
         return cls(tensors["hidden"], tensors["tokens"], settings["vocab_size"])
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the memory into the folder `path`: `save_pretrained` by its earlier name."""
-        self.save_pretrained(path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PEMAMemory:
-        """Map a memory from the folder `path`: `from_pretrained` by its earlier name."""
-        return cls.from_pretrained(path)
+    save, load = save_pretrained, from_pretrained  # earlier names
 
     def __repr__(self) -> str:
         return f"PEMAMemory({len(self)} rows of width {self.hidden.shape[1]}, vocab_size={self.vocab_size})"
 
 
 class PEMAAdapter(nn.Module):
-    """The external part of PEMA: norm(B_pd A f) takes the place of f before the output embedding.
+    """The external part of PEMA: B_pd A f replaces f before the output embedding.
 
     >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
     >>> adapter(torch.randn(2, 32)).shape
@@ -121,38 +112,27 @@ class PEMAAdapter(nn.Module):
         hidden_size: width of f.
         rank: of the bottleneck, at most `hidden_size`; the paper uses 512.
         vocab_size: width of the logits of the model that it was made for.
-        layer_norm: normalise B_pd A f, with a learned scale and shift. Without it B_pd A = I makes P_PEMA = P_LM, and
-            training comes much further in the same steps (docs/log.md).
         generator: draws A, N(0, 1 / hidden_size); None takes torch's.
 
-    Parameters A [rank, width] and B_pd [width, rank], those of `norm`, and the buffer B_rct [width, rank]: fp32,
-    2 * width * rank + 2 * width numbers to learn. `save_pretrained` and `from_pretrained` keep it in a folder.
+    Parameters A [rank, width] and B_pd [width, rank], and the buffer B_rct [width, rank], fp32.
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        rank: int,
-        vocab_size: int,
-        *,
-        layer_norm: bool = False,
-        generator: torch.Generator | None = None,
+        self, hidden_size: int, rank: int, vocab_size: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         hidden_size = check_int("hidden_size", hidden_size, minimum=1)
         rank = check_int("rank", rank, minimum=1, maximum=hidden_size)
-        self.hidden_size, self.rank, self.layer_norm = hidden_size, rank, layer_norm
+        self.hidden_size, self.rank = hidden_size, rank
         self.vocab_size = check_int("vocab_size", vocab_size, minimum=1)
         self.A = nn.Parameter(torch.randn(rank, hidden_size, generator=generator) / math.sqrt(hidden_size))
         self.B_pd = nn.Parameter(torch.zeros(hidden_size, rank))
-        self.norm = nn.LayerNorm(hidden_size) if layer_norm else nn.Identity()
         self.B_rct: Tensor
         self.register_buffer("B_rct", torch.zeros(hidden_size, rank))
 
     def forward(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
-        """Return norm(B_pd A f), in fp32, for the output embedding."""
-        result: Tensor = self.norm(F.linear(self._bottleneck(hidden), self.B_pd))
-        return result
+        """Return B_pd A f, in fp32, for the output embedding."""
+        return F.linear(self._bottleneck(hidden), self.B_pd)
 
     def reconstruct(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows width"]:
         """Return B_rct A f."""
@@ -183,27 +163,18 @@ class PEMAAdapter(nn.Module):
             raise ValueError(f"{folder} holds tensors that do not fit its settings {settings}: {error}") from None
         return adapter.to(device).eval()
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the adapter into a folder: `save_pretrained` by its earlier name."""
-        self.save_pretrained(folder)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> PEMAAdapter:
-        """Read an adapter from a folder: `from_pretrained` by its earlier name."""
-        return cls.from_pretrained(folder, device)
+    save, load = save_pretrained, from_pretrained  # earlier names
 
     def __repr__(self) -> str:
         return f"PEMAAdapter(hidden_size={self.hidden_size}, rank={self.rank}, vocab_size={self.vocab_size})"
 
 
 def reconstruction_basis(hidden: Float[Tensor, "rows width"], rank: int) -> Float[Tensor, "width rank"]:
-    """Return B_rct of stage 1: orthonormal columns V for which V V^T f is the closest to f of all B A f of that rank.
+    """Return B_rct of stage 1: orthonormal columns V that minimise the mean of (V V^T f - f)^2 over the rows.
 
-    Closest in the mean square over the rows. Cost: one pass, rows * width^2 multiplications in float64, and one
-    eigendecomposition [width, width].
+    Cost: one pass, rows * width^2 multiplications in float64, and one eigendecomposition [width, width].
 
-    Source: the paper's reconstruction loss (section 3), minimised by the theorem of Eckart and Young. Deviation: the
-    paper takes gradient steps towards it.
+    Source: the paper's reconstruction loss (section 3). Deviation: the paper takes gradient steps.
     """
     gram = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=torch.float64, device=hidden.device)
     for rows in torch.split(hidden, _CHUNK):
@@ -219,7 +190,7 @@ def pema_loss(
     tokens: Int[Tensor, " rows"],
     kappa: float,
 ) -> Float[Tensor, ""]:
-    """Return the loss of stage 2: kappa * MSE(B_rct A f, f) + (1 - kappa) * CE(head(norm(B_pd A f)), y).
+    """Return the loss of stage 2: kappa * MSE(B_rct A f, f) + (1 - kappa) * CE(head(B_pd A f), y).
 
     The square is averaged over rows and width, the cross-entropy (nats) over rows. `head` maps states to logits.
     """
@@ -241,8 +212,8 @@ def fit_adapter(
 ) -> list[float]:
     """Run both stages on `adapter`, in place, and return the mean loss of every epoch of stage 2.
 
-    AdamW with a rate that falls linearly to zero, on the adapter's parameters alone: `head` gets no gradient, whatever
-    its `requires_grad`. Every epoch is a new order of the rows, drawn from `seed`. Arguments as for `train_pema`.
+    AdamW with a rate that falls linearly to zero, on the adapter's parameters alone: `head` gets no gradient. Each
+    epoch has a new order of the rows, drawn from `seed`. Arguments as for `train_pema`.
     """
     kappa, learning_rate = check_fraction("kappa", kappa), check_float("learning_rate", learning_rate, gt=0)
     epochs, batch_size = check_int("epochs", epochs, minimum=1), check_int("batch_size", batch_size, minimum=1)
@@ -274,13 +245,16 @@ def fit_adapter(
 class GradualUnrolling:
     """PEMA's share of a distribution, falling along the text: lambda_i = (lambda_max * (1 - i / source_length))^2.
 
-    i counts the generated tokens, the first is 0; past the source's length the share is 0. It is derived from the width
-    of `input_ids`, so nothing is counted from call to call.
+    >>> GradualUnrolling(source_length=4, prompt_length=10).shares(width=12, rows=1)
+    tensor([0.2025])
+
+    i counts the generated tokens from 0; past the source's length the share is 0. It follows from the width of
+    `input_ids`, so there is no count to keep.
 
     Args:
         source_length: tokens of the text that is rewritten, without instructions and padding: one number for all rows,
             or one for each prompt of the batch.
-        prompt_length: columns of the `input_ids` that `generate` is given, padding and instructions included.
+        prompt_length: columns of `generate`'s `input_ids`, padding and instructions included.
         lambda_max: in [0, 1]; the paper uses 0.9.
 
     Source: Kim et al. 2024, section 3 (gradual unrolling). Deviation: the share stays at 0 where the formula's square
@@ -303,8 +277,7 @@ class GradualUnrolling:
     def shares(self, width: int, rows: int) -> Float[Tensor, " rows"]:
         """Return lambda_i for each of `rows` rows of `input_ids`, now `width` columns wide.
 
-        Several rows may belong to one prompt (beams, several returns): they follow one another, as `generate` lays
-        them out.
+        Several adjacent rows may belong to one prompt (beams, several returns).
         """
         lengths = self._lengths()
         if width < self.prompt_length:
@@ -331,8 +304,8 @@ def interpolate(
 ) -> Float[Tensor, "rows vocab"]:
     """Return log(lambda P_PEMA + (1 - lambda) P_LM), each row by logsumexp, in fp32; lambda is `weight`.
 
-    P_LM is the softmax of `scores`: logits or log-probabilities. A token at -inf there, removed by an earlier
-    processor, stays removed, and P_PEMA is the softmax over the others.
+    P_LM is the softmax of `scores`: logits or log-probabilities. A token at -inf there stays removed, and P_PEMA is the
+    softmax over the others.
     """
     log_lm = scores.float().log_softmax(-1)
     log_pema = pema_logits.float().masked_fill(scores == -math.inf, -math.inf).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""PEMA on transformers models: memory, training, and `with PEMA(adapter)(model) as pema:`."""
+"""PEMA on transformers models: memory, training, and the logits processor."""
 
 from __future__ import annotations
 
@@ -41,22 +41,21 @@ def build_pema_memory(
     batch_size: int = 8,
     progress: bool = False,
 ) -> PEMAMemory:
-    """Run `model` over the examples and keep, for every target token, the state it is predicted from.
+    """Run `model` over the examples and keep, for every target token, the state that predicts it.
 
     >>> build_pema_memory(model, [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}])
     PEMAMemory(2 rows of width 32, vocab_size=96)
 
     Args:
-        model: a decoder-only transformers language model; it runs in eval mode and is left in the mode it was in.
+        model: a decoder-only transformers language model; it runs in eval mode and returns to its own mode.
         examples: a `datasets.Dataset` or any iterable of {"input_ids": [...], "labels": [...]}, equally long, with -100
-            in `labels` at every token that is no target: the prompt. The first token of a row has no context and is
-            never a target.
+            in `labels` at every token that is no target, such as the prompt. The first token of a row has no context
+            and is never a target.
         batch_size: examples in a forward; they are padded on the right and sorted by length.
-        progress: show a bar.
+        progress: show a progress bar.
 
     Returns:
-        The memory, its rows in the order of the examples; the states in the model's dtype, on the CPU: rows * width
-        numbers. Padding is not in it, and changes nothing of it beyond rounding.
+        The memory in the order of the examples, without padding, in the model's dtype on the CPU: rows * width numbers.
 
     Raises:
         TypeError: an example is no mapping.
@@ -90,11 +89,10 @@ def train_pema(
     epochs: int = 20,
     batch_size: int = 32,
     learning_rate: float = 1e-3,
-    layer_norm: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> PEMAAdapter:
-    """Train an adapter on a memory of `model`, whose output embedding is used and not changed.
+    """Train an adapter on a memory of `model`, through the model's output embedding, which does not change.
 
     >>> memory = build_pema_memory(model, [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}])
     >>> train_pema(model, memory, rank=8, epochs=1)
@@ -109,9 +107,8 @@ def train_pema(
         epochs: passes of stage 2 over the memory. Stage 1 takes one pass and no steps.
         batch_size: rows in a step.
         learning_rate: of AdamW, falling linearly to zero.
-        layer_norm: see `PEMAAdapter`.
-        seed: of the adapter's start and of the order of the rows. The run depends on nothing else that is random.
-        progress: show a bar with the loss.
+        seed: for the adapter's start and the order of the rows; nothing else is random.
+        progress: show a progress bar with the loss.
 
     Returns:
         The adapter, on the model's device, in eval mode.
@@ -126,7 +123,7 @@ def train_pema(
     _check_sizes(head, memory.hidden.shape[1], memory.vocab_size, "memory")
     generator = torch.Generator().manual_seed(seed)
     rank = min(512, head.hidden_size) if rank is None else rank
-    adapter = PEMAAdapter(head.hidden_size, rank, head.vocab_size, layer_norm=layer_norm, generator=generator)
+    adapter = PEMAAdapter(head.hidden_size, rank, head.vocab_size, generator=generator)
     adapter.to(head.device)
     fit_adapter(
         adapter,
@@ -144,7 +141,7 @@ def train_pema(
 
 @dataclass(frozen=True)
 class PEMA:
-    """Plug-in external memory adaptation: mix an adapter into what a model generates, at every step.
+    """Plug-in external memory adaptation: mix an adapter's distribution into a model's at every step.
 
     >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
     >>> with PEMA(adapter)(model) as pema:
@@ -183,30 +180,28 @@ class PEMA:
 
 
 class PEMALogitsProcessor(LogitsProcessor, Handle):
-    """The logits processor that `PEMA(adapter)(model)` returns: P = lambda P_PEMA + (1 - lambda) P_LM, at every step.
+    """The logits processor and handle of `PEMA(adapter)(model)`: P = lambda P_PEMA + (1 - lambda) P_LM at every step.
 
     >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
     >>> with PEMALogitsProcessor(model, adapter, interpolation=0.3) as pema:
     ...     text = model.generate(ids, max_new_tokens=2, do_sample=False, logits_processor=[pema])
 
-    The adapter reads the state that the model has just put into its output embedding, through a hook that stands from
-    `attach()`, or the beginning of the block, to `detach()`, or its end, an exception included. Row by row the state
-    belongs to the scores whatever beams and returns do. Nothing is cached, and each thread has a state of its own.
+    A hook reads the input of the model's output embedding, from `attach()` or the beginning of the block to `detach()`
+    or its end, an exception included. Its rows are those of the scores, also under beams. No state is kept from step
+    to step, and each thread has its own.
 
     Args:
-        model: the model that the adapter was trained for, or a PEFT or DDP wrapper of it. It may differ in dtype and
-            device.
+        model: the model that the adapter was trained for, or a PEFT or DDP wrapper of it; dtype and device may differ.
         adapter: from `train_pema` or `PEMAAdapter.from_pretrained`.
         interpolation: lambda, a constant in [0, 1], or `GradualUnrolling(...)`.
 
-    Greedy, sampling, beams and several returns, padded batches and several calls in one block work, and so do calls
-    that take the processor beside others that do not. Refused, each with the reason: prompt lookup and assisted
-    decoding, which score several positions of one forward; a processor that runs the same model a second time
-    (`guidance_scale`), `prefill_chunk_size`, continuous batching, `inputs_embeds`.
+    Greedy, sampling, beams, several returns, padded batches and several calls in one block work.
 
     Raises:
-        ValueError: an adapter of another width or vocabulary, an encoder-decoder, a head that cannot be applied from
-            outside (see `LanguageModelHead`), any of the modes above, a call while it is not attached.
+        ValueError: prompt lookup and assisted decoding, which score several positions of one forward; a second forward
+            of the same model in a step (`guidance_scale`, `prefill_chunk_size`); continuous batching; `inputs_embeds`;
+            an adapter of another width or vocabulary; an encoder-decoder; a head that cannot be applied from outside
+            (see `LanguageModelHead`); a call while it is not attached.
 
     Cost a step: 2 * width * rank multiplications a row, and the output embedding a second time. Returns
     log-probabilities, fp32; tokens that an earlier processor removed stay removed.
@@ -214,7 +209,7 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
     arXiv 2311.08590, section 3.
     """
 
-    # Declared unsupported, it would be left out there with a warning; this way it is called, and refuses.
+    # Declared unsupported, it would be left out there with a warning; so it is called, and refuses.
     supports_continuous_batching = True
 
     def __init__(self, model: Any, adapter: PEMAAdapter, interpolation: float | GradualUnrolling = 0.5) -> None:
@@ -228,7 +223,7 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
         self._seen = _Seen()
 
     def attach(self) -> None:
-        """Start to read the input of the model's output embedding, until `detach()`.
+        """Read the input of the model's output embedding until `detach()`.
 
         Raises:
             ValueError: it is attached already.
@@ -241,7 +236,7 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
         build = generating._get_logits_processor
 
         def begin(*args: Any, **kwargs: Any) -> Any:
-            # A new generation: what another one left, or a forward in between, is not its own.
+            # A new generation: drop the states of another one, or of a forward in between.
             self._seen.clear()
             return build(*args, **kwargs)
 
@@ -250,7 +245,7 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
         self.is_attached = True
 
     def __enter__(self) -> Self:
-        """Attach it, unless that was done, until the end of the block."""
+        """Attach it, unless it is, until the end of the block."""
         if self._is_entered:
             raise ValueError("this PEMALogitsProcessor is in use already: leave its block first, or make a second one")
         if not self.is_attached:
@@ -259,7 +254,7 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
         return self
 
     def detach(self) -> None:
-        """Stop to read: the model is as it was; a second call does nothing."""
+        """Restore the model; a second call does nothing."""
         super().detach()
         self._is_entered = False
 
@@ -279,7 +274,7 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
         return interpolate(logits.to(scores.device), scores, weight)
 
     def _taken(self) -> Tensor:
-        """Take the states of the one forward since the last step; each serves once."""
+        """Take the states of the one forward since the last step."""
         if not self.is_attached:
             raise ValueError(
                 "PEMALogitsProcessor was called outside its block: with PEMA(adapter)(model) as pema: "
@@ -314,7 +309,7 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
 
 
 class _Seen(threading.local):
-    """What the running thread's forwards put into the output embedding since the last step."""
+    """A thread's inputs of the output embedding since the last step."""
 
     states: Tensor | None = None
     forwards = 0
@@ -324,12 +319,12 @@ class _Seen(threading.local):
 
 
 def _states(model: Any, head: LanguageModelHead, rows: Sequence[Tensor]) -> Tensor:
-    """Return the states [rows, longest, width] that go into the output embedding, for rows padded on the right."""
+    """Return the inputs [rows, longest, width] of the output embedding, for rows padded on the right."""
     seen: list[Tensor] = []
 
     def see(states: Tensor) -> Tensor:
         seen.append(states)
-        return states[:, -1:]  # the logits are not wanted: a column of them is enough
+        return states[:, -1:]  # the logits are not used: compute one column
 
     ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])

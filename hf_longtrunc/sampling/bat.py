@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 
 from hf_longtrunc.arguments import check_choice, check_float, check_int
 from hf_longtrunc.sampling.calls import (
-    acts_behind,
+    changes_one_token,
     draws_by_itself,
     neighbours,
     refuse_empty_rows,
@@ -19,7 +19,7 @@ from hf_longtrunc.sampling.calls import (
     warn_of_cuts,
     warn_of_reshaping,
 )
-from hf_longtrunc.sampling.cutoffs import Softmax, below, draw, set_zero, softmax_rows, threshold_of
+from hf_longtrunc.sampling.cutoffs import Softmax, below, draw, softmax_rows, threshold_of
 from hf_longtrunc.sampling.processors import (
     checked_filter_value,
     checked_scores,
@@ -34,57 +34,58 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hf_longtrunc.sampling.basis import SoftmaxBasis
+    from hf_longtrunc.sampling.processors import Values
 
 
 class BasisAwareLogitsProcessor(LogitsProcessor):
-    """Basis-aware truncation: below the plain threshold, keep the tokens whose true probability is provably not zero.
+    """Basis-aware truncation: keep tokens below the plain threshold if their true probability is provably not zero.
 
     >>> bat = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(model, rank=8), 2e-3)
     >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=2, logits_processor=[bat])
 
     The model's error lies in the few directions that its output embedding cannot express. A token is cut only if some
-    distribution with the same image in `basis`, nowhere above p-hat / (1 - tau), gives it probability zero; tau is the
+    distribution with the same image in `basis`, nowhere above p-hat / (1 - tau), gives it probability zero. Tau is the
     threshold of eta- or epsilon-sampling, so the kept set contains theirs. The theory holds at temperature 1.
 
     Args:
         basis: of the model that generates: `SoftmaxBasis.from_model(model)`.
         epsilon: in (0, 1), the parameter of `cutoff`; or one value a row, as for `EtaLogitsProcessor`. The kept set
-            grows with the rank: match it again for each rank (`hf-longtrunc match`).
-        cutoff: "eta" or "epsilon", which threshold tau is.
-        mode: "sample" draws here, without replacement until a token is kept, and leaves exactly that token: samples of
-            p-hat restricted to the kept set, a check for each draw below tau. "mask" removes exactly the cut tokens:
-            deterministic, for beams and for further samplers, at a solve for every token near tau. Where `generate`
-            does not draw each row's token by itself (beams, `do_sample=False`), and where another processor stands
-            behind this one (a temperature, a watermark, a bias), "sample" masks too, so that it has its effect.
-        generator: of the draws in sample mode; a list gives every row its own, which makes a row's draws independent
+            grows with the rank: match epsilon again for each rank (`hf-longtrunc match`).
+        cutoff: the threshold tau, "eta" or "epsilon".
+        mode: "sample" draws a token without replacement until one is kept, and removes all others: a sample of p-hat
+            restricted to the kept set, at one check for each draw below tau. "mask" removes exactly the cut tokens:
+            deterministic, for beams and later samplers, at a solve for every token near tau. "sample" masks too where
+            `generate` does not draw (beams, `do_sample=False`) and where another processor follows (a temperature, a
+            watermark, a bias).
+        generator: for the draws in sample mode; a list gives every row its own, which makes a row's draws independent
             of its batch. None takes torch's.
-        max_tries: after so many refused draws take the most probable token, as the official code does after 10; None
+        max_tries: after this many refused draws take the most probable token, as the official code does after 10; None
             goes on until a token is kept.
-        floor: in mask mode tokens of less probability are cut without a proof.
-        limit: in mask mode None decides every token below tau. A number bounds the time of a flat row: so many of its
-            tokens, the most probable ones, are decided, and of the others those kept that the same proofs cover.
-        filter_value: the score that a removed token gets.
+        floor: in mask mode less probable tokens are cut without a proof.
+        limit: in mask mode decide only this many tokens below tau, the most probable ones, and of the others keep those
+            that the same proofs cover. It bounds the time of a flat row. None decides every token.
+        filter_value: the score of removed tokens.
 
-    The most probable token always stays, and a row of equal scores comes back unchanged: all its tokens are most
-    probable ones. Undecided tokens count as cut; `checker.checked` and `checker.undecided` count.
+    The most probable token always stays, and a row of equal scores comes back unchanged. Undecided tokens count as cut;
+    `checker.checked` and `checker.undecided` count.
 
     Raises:
         TypeError, ValueError: a bad argument; scores of another vocabulary than the basis has; continuous batching
-            (`generate_batch`, serving), whose static shapes leave no room for proofs; a grammar behind it.
+            (`generate_batch`, serving), which has no room for proofs; a grammar that runs later.
 
-    Warns once, where transformers' own samplers cut what it keeps, or where what it is handed is not the model's own
-    distribution any more (penalties, masks, a second model in front of it): the proofs are about that.
+    Warns once if one of transformers' samplers cuts tokens that are kept here, or if earlier processors (penalties,
+    masks, a second model) changed the model's distribution, about which the proofs are.
 
     Source: Finlayson et al. 2023, arXiv 2310.01693, section 5 and algorithm 1. Deviations: see `SupportChecker`.
     """
 
-    # Declared unsupported, it would be left out there with a line in the log; this way it is called, and refuses.
+    # Declared unsupported, it would be left out there with a line in the log; so it is called, and refuses.
     supports_continuous_batching = True
 
     def __init__(
         self,
         basis: SoftmaxBasis,
-        epsilon: float | Sequence[float] | Tensor,
+        epsilon: Values,
         *,
         cutoff: Literal["eta", "epsilon"] = "eta",
         mode: Literal["sample", "mask"] = "sample",
@@ -108,7 +109,7 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """Return a copy of `scores` [rows, V] with `filter_value` in place of every removed token.
 
-        A row that is no distribution, or whose scores are all equal, comes back unchanged.
+        A row that is no distribution, or has equal scores only, comes back unchanged.
         """
         if input_ids is not None and input_ids.ndim == 1:
             raise ValueError(
@@ -129,9 +130,9 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~kept & decidable[:, None], representable(self.filter_value, scores))
 
     def drawn_from(self, scores: Tensor, result: Tensor) -> Tensor:
-        """Return what a token is drawn from where `result` came of `scores` [rows, V], for a trace.
+        """Return the scores that a token is drawn from, for a trace; `result` is the processor's output for `scores`.
 
-        That is `result`, or where one token was drawn here already, the scores of the kept ones, at a mask's cost.
+        That is `result` itself, or the scores of the kept set where sample mode left a single token, at a mask's cost.
         """
         if not self._draws(neighbours(self)[1]):
             return result
@@ -139,24 +140,24 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(~self._mask(scores, plain, tau, decidable) & decidable[:, None], -math.inf)
 
     def threshold(self, scores: Tensor) -> Tensor:
-        """Return tau for each row of `scores` [..., V]: the threshold below which a token needs a proof, [..., 1]."""
+        """Return tau [..., 1] for `scores` [..., V]: tokens below it need a proof."""
         rows = softmax_rows(checked_scores(scores))
         return (threshold_of(self.cutoff, rows, self.epsilon) - rows.log_total).exp()
 
     def margins(self, scores: Tensor, tau: Tensor, tokens: Tensor) -> Tensor:
         """Return the margins of the proofs that keep `tokens` [rows, n] of `scores` [rows, V] below tau [rows, 1].
 
-        See `Certificate.margin`; NaN where a token has no such proof. Cost: 1 to 2 ms a token, as for a check.
+        See `Certificate.margin`; NaN where a token has no such proof. Cost: 1 to 2 ms a token.
         """
         proofs = self.checker.certify(scores, tau.double(), tokens)
         margins = [math.nan if proof.margin is None else proof.margin for proof in proofs]
         return torch.tensor(margins, dtype=torch.float64).reshape(tokens.shape)
 
     def _draws(self, behind: list[Any]) -> bool:
-        return self.mode == "sample" and draws_by_itself() and not acts_behind(behind)
+        return self.mode == "sample" and draws_by_itself() and not changes_one_token(behind)
 
     def _plain(self, scores: Tensor) -> tuple[Softmax, Tensor, Tensor, Tensor]:
-        """Return the rows' softmax, what the plain threshold keeps, tau [rows, 1], and the rows to decide [rows]."""
+        """Return the rows' softmax, the plain kept set, tau [rows, 1], and the rows with anything to decide [rows]."""
         rows = softmax_rows(scores)
         threshold = threshold_of(self.cutoff, rows, self.epsilon)
         plain = ~below(scores, rows, threshold) & (scores > -math.inf)
@@ -172,23 +173,23 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         return kept
 
     def _draw(self, scores: Tensor, rows: Softmax, plain: Tensor, tau: Tensor, decidable: Tensor) -> Tensor:
-        """One token a row, drawn without replacement until it is a kept one."""
-        drawn = draw(rows.tree, uniform(len(scores), self.generator, scores.device))
+        """Draw one token a row, without replacement until one is kept."""
+        drawn = draw(rows.weights, uniform(len(scores), self.generator, scores.device))
         refused = decidable & ~plain.gather(1, drawn)[:, 0]
         for row in refused.nonzero()[:, 0].tolist():
-            levels = [level[row : row + 1].clone() for level in rows.tree]
-            drawn[row] = self._first_kept(scores, row, levels, plain[row], tau[row], int(drawn[row]))
+            weights = rows.weights[row : row + 1].clone()
+            drawn[row] = self._first_kept(scores, row, weights, plain[row], tau[row], int(drawn[row]))
         return torch.zeros_like(plain).scatter_(1, drawn, True)
 
-    def _first_kept(self, scores: Tensor, n: int, tree: list[Tensor], plain: Tensor, tau: Tensor, token: int) -> int:
-        """Go on from `token`, drawn for row n and below tau, to one that is kept."""
-        row, generator = self.checker.row(scores[n], float(tau)), self._generator(n)
+    def _first_kept(self, scores: Tensor, n: int, weights: Tensor, plain: Tensor, tau: Tensor, token: int) -> int:
+        """Draw on from `token`, which is below tau, until a token of row n is kept."""
+        row, generator = self.checker.row(scores[n]), self._generator(n)
         tries = 1
-        while not (plain[token] or row.decide(token) is Decision.KEPT):
+        while not (plain[token] or row.decide(token, float(tau)) is Decision.KEPT):
             if tries == self.max_tries:
                 return int(scores[n].argmax())
-            set_zero(tree, token)
-            token = int(draw(tree, uniform(1, generator, scores.device)))
+            weights[0, token] = 0
+            token = int(draw(weights, uniform(1, generator, scores.device)))
             tries += 1
         return token
 

@@ -5,22 +5,21 @@ z = s - max s, w = exp z, Z = sum w:
 
     log p = z - log Z         H = log Z - (sum w z) / Z         keep a token iff z >= threshold
 
-so one exponential and two sums give everything (top-n-sigma and p-less take one pass more): no sort, no host sync.
-Where rank decides (top-h, min-k), as many of the largest as it takes are put in order. The maximum sits at z = 0, which
-makes "the most probable token stays" a clamp of the threshold at zero. In units of z, the threshold's logarithm plus
-log Z, it can be a token's own: "keep the five most probable" is the fifth's z, to the bit.
+so one exponential and two sums are enough (top-n-sigma and p-less take one pass more): no sort, no host sync. Rules by
+rank (top-h, min-k) sort as many of the largest scores as they need. The maximum is at z = 0, so clamping the threshold
+at zero keeps the most probable token. Thresholds are in units of z (their logarithm plus log Z), so that they can equal
+a token's z exactly: "keep the five most probable" is the fifth's z.
 
 Invariants:
-- fp32 arithmetic whatever the input; entries at -inf (cut by an earlier processor) count as p = 0.
-- a row's result depends on that row alone, to the bit (see `_row_sum`).
-- a row that is no distribution (a NaN, a +inf, or nothing but -inf) has threshold NaN, no comparison with which
-  holds: it comes back unchanged, so that the sampler reports it instead of drawing from something invented here.
+- fp32 arithmetic for every input dtype; entries at -inf (cut by an earlier processor) count as p = 0.
+- a row's result depends on that row alone, bit for bit (see `_row_sum`).
+- a row that is no distribution (a NaN, a +inf, or nothing but -inf) has threshold NaN. No comparison with NaN holds, so
+  the row comes back unchanged and sampling reports it.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,29 +36,31 @@ if TYPE_CHECKING:
 _Z_FLOOR = -200.0
 # A summation tree of this width is one warp wide on CUDA and never split between threads on a CPU.
 _FOLD = 32
-# A draw reads a level of so many entries whole: on a CPU as quick as 32 of them, and it saves the levels above.
-_WHOLE_LEVEL = 2048
+# More values than this sort faster in NumPy, on a CPU.
+_NUMPY_SORTS = 2048
 _BELOW_ONE = 1 - 2**-53
-# So many of the largest scores are put in order before more are.
+# How many of the largest scores are sorted first.
 _HEAD = 128
-# A sum that reaches its goal to fp32's rounding has reached it.
+# Relative: a sum this close to its goal has reached it, to fp32's rounding.
 _ROUNDING = 1e-6
 
 
 class Softmax(NamedTuple):
-    """Rows of log-probabilities: log p = z - log_total, z 0 at a row's maximum.
-
-    `tree` holds the sums that led from exp z, its first level, to the total, its last (see `sum_tree`).
-    """
+    """Rows of log-probabilities log p = z - log_total; z is 0 at a row's maximum, `weights` exp z, `total` its sum."""
 
     z: Float[Tensor, "*rows vocab"]
-    tree: list[Tensor]
-    log_total: Float[Tensor, "*rows 1"]
+    weights: Float[Tensor, "*rows vocab"]
+    total: Float[Tensor, "*rows 1"]
+
+    @property
+    def log_total(self) -> Float[Tensor, "*rows 1"]:
+        """Logarithm of the weights' sum."""
+        return self.total.log()
 
     @property
     def entropy(self) -> Float[Tensor, "*rows 1"]:
-        """Shannon's entropy of each row in nats; tokens of probability zero add nothing to it. Cost: one sum."""
-        return self.log_total - _row_sum(self.tree[0] * self.z) / self.tree[-1]
+        """Shannon's entropy of each row in nats. Cost: one sum."""
+        return self.log_total - _row_sum(self.weights * self.z) / self.total
 
 
 def softmax_rows(scores: Float[Tensor, "*rows vocab"]) -> Softmax:
@@ -67,18 +68,18 @@ def softmax_rows(scores: Float[Tensor, "*rows vocab"]) -> Softmax:
 
     Cost: one `exp`, one sum, two temporaries of the size of `scores`.
     """
-    # Contiguous: the sums of a transposed row are added up in another order, and differ in the last bit.
+    # Contiguous: a transposed row would be summed in another order and differ in the last bit.
     scores = scores.float().contiguous()
     z = (scores - scores.amax(-1, keepdim=True)).clamp_min_(_Z_FLOOR)
-    tree = sum_tree(z.exp())
-    return Softmax(z, tree, tree[-1].log())
+    weights = z.exp()
+    return Softmax(z, weights, _row_sum(weights))
 
 
 def eta_threshold(rows: Softmax, log_epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
     """Return eta, min(epsilon, sqrt(epsilon) exp(-H)) (Hewitt et al. 2022, section 4.2).
 
-    H is the entropy of the full row, so the threshold falls below epsilon only where H > -log(epsilon) / 2: a flat
-    distribution keeps a long tail, a peaked one is cut at epsilon.
+    H is the entropy of the full row. Where H > -log(epsilon) / 2 the threshold falls below epsilon, and a flat
+    distribution keeps a long tail.
     """
     eta = log_epsilon / 2 - rows.entropy
     eta = torch.minimum(eta, log_epsilon) if isinstance(log_epsilon, Tensor) else eta.clamp_max(log_epsilon)
@@ -93,8 +94,8 @@ def epsilon_threshold(rows: Softmax, log_epsilon: float | Tensor) -> Float[Tenso
 def top_n_sigma_threshold(rows: Softmax, n: float | Tensor) -> Float[Tensor, "*rows 1"]:
     """Return a score n standard deviations below the row's maximum (Tang et al. 2024, section 3).
 
-    The deviation is that of the row's scores, entries at -inf left out: the root of their mean square about the mean.
-    It does not depend on temperature: scores and their deviation are divided by the same number.
+    The standard deviation of the row's scores, without entries at -inf. Temperature divides scores and deviation by the
+    same number, so the kept set does not depend on it.
     """
     alive = rows.z > _Z_FLOOR
     count = _row_sum(alive.float())
@@ -105,7 +106,7 @@ def top_n_sigma_threshold(rows: Softmax, n: float | Tensor) -> Float[Tensor, "*r
 def p_less_threshold(rows: Softmax, on: float | Tensor, normalized: bool = False) -> Float[Tensor, "*rows 1"]:
     """Return the collision probability C = sum of p^2 (Tan et al. 2025, section 3), which max p always reaches.
 
-    Normalised it is (V C - 1) / (V - 1): C less what the wrong tokens, 1 - C, come to on average. `on` is 1.
+    Normalised it is (V C - 1) / (V - 1): C less the mean of the other tokens' share 1 - C. `on` is 1.
     """
     log_probs = rows.z - rows.log_total
     if not normalized:
@@ -117,11 +118,10 @@ def p_less_threshold(rows: Softmax, on: float | Tensor, normalized: bool = False
 
 
 def top_h_threshold(rows: Softmax, share: float | Tensor) -> Float[Tensor, "*rows 1"]:
-    """Return the least of the most probable tokens whose terms -p log p sum to at most `share` of the entropy.
+    """Return the last of the most probable tokens with terms -p log p that sum to at most `share` of the entropy.
 
-    Potraghloo et al. 2025, arXiv 2509.02510, as its authors' code and transformers have it: the terms are those of the
-    whole row, not renormalised, and the most probable token always stays. Both look at the 100 most probable tokens
-    only; here the row is read as far as the share reaches.
+    Potraghloo et al. 2025, arXiv 2509.02510: the terms are not renormalised, and the most probable token always stays.
+    The authors' code and transformers read the 100 most probable tokens; here as many as the share needs.
     """
     goal = (rows.entropy * share).double().reshape(-1, 1) * (1 + _ROUNDING)
     log_total = rows.log_total.reshape(-1, 1)
@@ -135,11 +135,10 @@ def top_h_threshold(rows: Softmax, share: float | Tensor) -> Float[Tensor, "*row
 
 
 def min_k_threshold(rows: Softmax, tau: float | Tensor) -> Float[Tensor, "*rows 1"]:
-    """Return the last token in front of the steepest drop: k = argmax of (s_i - s_{i+1}) / i over the scores in order.
+    """Return the last token before the steepest drop: k = argmax of (s_i - s_{i+1}) / i over the sorted scores.
 
-    Ding et al. 2026, arXiv 2604.11012, section 3: the drops are relative to the row's range R, which changes no argmax,
-    and at least floor(tau / R) tokens stay. The set is the same at every temperature as long as tau is below R times
-    the k that the drops give. Entries at -inf end the row: the drop to them is none.
+    Ding et al. 2026, arXiv 2604.11012, section 3: at least floor(tau / R) tokens stay, R the row's range. The set is
+    the same at every temperature as long as tau is below k R. A drop to an entry at -inf does not count.
     """
     lowest = torch.where(rows.z > _Z_FLOOR, rows.z, 0).amin(-1).reshape(-1, 1)
     least = (torch.zeros_like(lowest) + tau.reshape(-1, 1) if isinstance(tau, Tensor) else tau) / -lowest
@@ -150,7 +149,7 @@ def min_k_threshold(rows: Softmax, tau: float | Tensor) -> Float[Tensor, "*rows 
         following = torch.nn.functional.pad(head[:, 1:], (0, 1), value=-torch.inf)
         places = torch.arange(1, head.shape[-1] + 1, device=head.device)
         best, place = torch.where(following > _Z_FLOOR, (head - following) / places, 0).max(-1)
-        # No later drop is steeper than from the head's last to the row's lowest, at its first place.
+        # A later drop can at most go from the head's last score to the row's lowest, divided by the head's length.
         is_best = (head[:, -1] - lowest[which, 0]) / head.shape[-1] <= best
         counts = torch.maximum(place + 1, least[which, 0].nan_to_num(0).long())
         return counts, is_best & (counts <= head.shape[-1])
@@ -160,7 +159,7 @@ def min_k_threshold(rows: Softmax, tau: float | Tensor) -> Float[Tensor, "*rows 
 
 
 def xtc_cut(rows: Softmax, log_threshold: float | Tensor, is_decided: Bool[Tensor, "*rows 1"]) -> Tensor:
-    """Mark, in the rows where it is decided to, the tokens with p >= threshold but the least probable of them.
+    """Mark, in the rows of `is_decided`, the tokens with p >= threshold except the least probable of them.
 
     p-e-w 2024, "Exclude Top Choices" (text-generation-webui, pull request 6335).
     """
@@ -169,13 +168,13 @@ def xtc_cut(rows: Softmax, log_threshold: float | Tensor, is_decided: Bool[Tenso
 
 
 class Cutoff(NamedTuple):
-    """A sampler that cuts what lies below a threshold: `threshold(rows, value)`.
+    """A sampler that cuts the tokens below `threshold(rows, prepared(value))`.
 
     Attributes:
-        threshold: the z of the last kept score [*rows, 1]; of a value that `prepared` returned, or a column of them.
-            NaN, of a row that is no distribution or of a value that is NaN, cuts nothing.
-        prepared: makes the number that `threshold` takes of the one that users give.
-        bounds: of the users' number, as keywords of `arguments.check_float`; None where there is only on (1) and off.
+        threshold: returns the z of the last kept score [*rows, 1], for a prepared value or a column of them. NaN, for a
+            row that is no distribution or a value that is NaN, cuts nothing.
+        prepared: turns a user's number into the argument of `threshold`.
+        bounds: of the user's number, as keywords of `arguments.number`; None for a switch, 1 for on.
     """
 
     threshold: Callable[[Softmax, float | Tensor], Tensor]
@@ -184,7 +183,7 @@ class Cutoff(NamedTuple):
 
 
 _SHARE = {"gt": 0, "lt": 1}
-# Every sampler of that kind, in the order in which a request's are applied: all engines read this table.
+# Every sampler of that kind, in the order in which a request applies them. All engines read this table.
 CUTOFFS: dict[str, Cutoff] = {
     "eta": Cutoff(eta_threshold, math.log, _SHARE),
     "epsilon": Cutoff(epsilon_threshold, math.log, _SHARE),
@@ -197,9 +196,9 @@ CUTOFFS: dict[str, Cutoff] = {
 
 
 def threshold_of(name: str, rows: Softmax, value: float | Tensor) -> Float[Tensor, "*rows 1"]:
-    """Return the threshold of the cutoff `name` for a user's number, or a float64 tensor of one a row."""
+    """Return the threshold of the cutoff `name` for a user's number, or for a float64 tensor with one a row."""
     cutoff = CUTOFFS[name]
-    # Prepared on the host in both cases, so that a row has the same bits alone and among others.
+    # Prepared on the host in both cases, so that a row's result is the same alone and in a batch.
     if isinstance(value, Tensor):
         return cutoff.threshold(rows, column([cutoff.prepared(each) for each in value.tolist()], rows))
     return cutoff.threshold(rows, cutoff.prepared(value))
@@ -211,17 +210,10 @@ def below(
     threshold: Float[Tensor, "*rows 1"],
     min_tokens_to_keep: int = 1,
 ) -> Tensor:
-    """Mark each token with z < threshold that is not among the row's most probable ones.
+    """Mark each token with z < threshold that is not among the row's `min_tokens_to_keep` largest scores or their ties.
 
-    Args:
-        scores: the rows that `rows` was made from.
-        rows: their softmax.
-        threshold: one a row, in units of z: a token's own z keeps this token, whatever is rounded elsewhere.
-        min_tokens_to_keep: so many of the largest scores stay whatever the threshold, ties with the last of them too;
-            1 costs nothing, more costs a `topk`.
-
-    Returns:
-        A boolean mask of the shape of `scores`.
+    `rows` is the softmax of `scores`. A threshold equal to a token's z keeps that token. Returns a boolean mask of the
+    shape of `scores`; `min_tokens_to_keep` above 1 costs a `topk`.
     """
     cut = rows.z < threshold.clamp_max(0)
     if min_tokens_to_keep > 1:
@@ -231,7 +223,7 @@ def below(
 
 
 def column(values: list[float], rows: Softmax) -> Float[Tensor, "*rows 1"]:
-    """One value for all rows, or one a row, or one for each group of rows that stand together, as a column."""
+    """Return one value for all rows, or one for each row or each group of adjacent rows, as a column."""
     found = torch.tensor(values, dtype=torch.float32, device=rows.z.device)[:, None]
     if rows.z.ndim != 2 or rows.z.shape[0] % len(values):
         raise ValueError(
@@ -244,10 +236,10 @@ def column(values: list[float], rows: Softmax) -> Float[Tensor, "*rows 1"]:
 def _threshold_of_rank(
     rows: Softmax, count: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], off: Bool[Tensor, "n 1"]
 ) -> Float[Tensor, "*rows 1"]:
-    """Return the z of each row's last kept token, NaN for rows that are no distribution and those that are `off`.
+    """Return the z of each row's last kept token, NaN for rows that are no distribution and rows that are `off`.
 
-    `count(head, which)` is handed the largest z of the rows `which`, in order [n, m], and returns how many of them to
-    keep and whether the rest of the row cannot change that; the rows where it can are read further, in the end whole.
+    `count(head, which)` takes the m largest z of the rows `which`, sorted [n, m], and returns how many of them to keep
+    and whether the rest of the row cannot change that. Where it can, a longer head is read, finally the whole row.
     """
     z = rows.z.reshape(-1, rows.z.shape[-1])
     thresholds = rows.log_total.reshape(-1, 1).masked_fill(off, torch.nan)
@@ -264,96 +256,61 @@ def _threshold_of_rank(
 
 
 def _largest(z: Float[Tensor, "n vocab"], count: int) -> Float[Tensor, "n count"]:
-    """Return the `count` largest of each row, in order."""
+    """Return the `count` largest of each row, sorted."""
     columns = z.shape[-1] // _FOLD
     if 2 * count <= columns:
-        # Each lies in one of the `count` columns with the largest maxima, or there is a tie: fewer to put in order.
+        # All of them lie in the `count` columns with the largest maxima, up to ties: fewer values to sort.
         grid = z[:, : columns * _FOLD].reshape(len(z), _FOLD, columns)
         best = grid.amax(1).topk(count, sorted=False).indices
         found = grid.gather(2, best[:, None].expand(-1, _FOLD, -1)).flatten(1)
         return torch.cat([found, z[:, columns * _FOLD :]], -1).topk(count).values
-    if z.device.type != "cpu" or z.requires_grad or count <= _WHOLE_LEVEL:
+    if z.device.type != "cpu" or z.requires_grad or count <= _NUMPY_SORTS:
         return z.topk(count).values
-    # On values alone NumPy's sort takes a third of the time of torch's.
+    # NumPy sorts values in a third of the time that torch takes for values and indices.
     return torch.from_numpy(np.sort(z.numpy(), axis=-1)[:, -count:].copy()).flip(-1)
 
 
 def _row_sum(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows 1"]:
-    """Sum over the last dimension by a 32-ary tree, whose shape depends on that dimension alone.
+    """Sum over the last dimension by a 32-ary tree of a shape that depends on that dimension alone.
 
-    `Tensor.sum` splits a lone long row between threads (CPU) or blocks (CUDA) and not one of many rows: the same
-    row then rounds differently in another batch, and a token on the threshold is kept in one and cut in the other.
-    log32(n) reductions; the tree also rounds less than a running sum.
+    `Tensor.sum` splits a single long row between threads (CPU) or blocks (CUDA), but not one of many rows, so the same
+    row rounds differently in another batch and a token on the threshold may be kept in one and cut in the other. Cost:
+    log32(n) reductions.
     """
-    return sum_tree(values)[-1]
-
-
-def sum_tree(values: Float[Tensor, "*rows n"]) -> list[Tensor]:
-    """Return the levels of that tree [*rows, n], [*rows, n / 32 rounded up], ..., [*rows, 1].
-
-    Entry i of a level is the sum of the entries 32 i to 32 i + 31, as many as there are, of the level before it.
-    """
-    levels = [values]
-    while levels[-1].shape[-1] > _FOLD:
-        levels.append(_folded(levels[-1]))
-    return [*levels, levels[-1].sum(-1, keepdim=True)]
-
-
-def draw(tree: list[Tensor], uniform: Float[Tensor, "rows 1"]) -> Int[Tensor, "rows 1"]:
-    """Draw an entry of each row with probability in proportion to its value, by descending the row's tree.
-
-    Args:
-        tree: of values that are nowhere negative, [rows, n]; `sum_tree` makes it.
-        uniform: float64 in [0, 1), one a row.
-
-    Cost: 2,048 numbers at most, and 32 for each longer level. An entry of value zero is never drawn. A row's draw
-    depends on that row alone.
-    """
-    start = next(n for n, level in enumerate(tree) if level.shape[-1] <= _WHOLE_LEVEL)
-    values = tree[start]
-    sums, goal, which = _reached(values, uniform)
-    place = which
-    for level in reversed(tree[:start]):
-        # What share of the value lies before the goal.
-        share = (goal - sums.gather(-1, which)).div_(values.gather(-1, which)).add_(1).clamp_(0, _BELOW_ONE)
-        values = _summands(level, place)
-        sums, goal, which = _reached(values, share)
-        place = torch.add(which, place, alpha=_FOLD)
-    return place
-
-
-def _reached(
-    values: Float[Tensor, "rows n"], share: Float[Tensor, "rows 1"]
-) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows 1"], Int[Tensor, "rows 1"]]:
-    """Return the running sums of each row, the `share` of their last, and which of them is the first above that."""
-    sums = values.cumsum(-1, dtype=torch.float64)
-    # Below the last sum, as the share is below 1; so the first sum above it ends with a value above zero.
-    goal = share * sums[:, -1:]
-    return sums, goal, (sums <= goal).sum(-1, keepdim=True)
-
-
-def _summands(level: Float[Tensor, "rows n"], place: Int[Tensor, "rows 1"]) -> Float[Tensor, "rows 32"]:
-    """Return the entries of a level that entry `place` of the next is the sum of, zeros where they are fewer."""
-    places = torch.add(torch.arange(_FOLD, device=place.device), place, alpha=_FOLD)
-    if level.shape[-1] % _FOLD == 0:
-        return level.gather(-1, places)
-    end = level.shape[-1] - 1
-    return level.gather(-1, places.clamp_max(end)).masked_fill_(places > end, 0)
-
-
-def set_zero(tree: list[Tensor], place: int) -> None:
-    """Take entry `place` out of the tree of one row, levels [1, n], in place: its sums are added up anew."""
-    tree[0][:, place] = 0
-    for values, sums in itertools.pairwise(tree):
-        place //= _FOLD
-        sums[:, place] = values[:, place * _FOLD : (place + 1) * _FOLD].sum(-1)
+    while values.shape[-1] > _FOLD:
+        values = _folded(values)
+    return values.sum(-1, keepdim=True)
 
 
 def _folded(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
-    """Sum groups of 32; what is left over is a group of its own."""
+    """Sum groups of 32; the remainder is a group of its own."""
     n = values.shape[-1]
     whole = n - n % _FOLD
     partial = values[..., :whole].reshape(*values.shape[:-1], n // _FOLD, _FOLD).sum(-1)
     if whole < n:
         partial = torch.cat([partial, values[..., whole:].sum(-1, keepdim=True)], dim=-1)
     return partial
+
+
+def draw(weights: Float[Tensor, "rows n"], uniform: Float[Tensor, "rows 1"]) -> Int[Tensor, "rows 1"]:
+    """Draw an entry of each row with probability proportional to its weight: a group of 32, then one of the group.
+
+    `uniform` is float64 in [0, 1). An entry of weight zero is never drawn, and a row's draw depends on that row alone.
+    """
+    group, rest = _pick(_folded(weights), uniform)
+    places = group * _FOLD + torch.arange(_FOLD, device=weights.device)
+    end = weights.shape[-1] - 1
+    members = weights.gather(-1, places.clamp_max(end)).masked_fill_(places > end, 0)
+    return group * _FOLD + _pick(members, rest)[0]
+
+
+def _pick(
+    weights: Float[Tensor, "rows n"], uniform: Float[Tensor, "rows 1"]
+) -> tuple[Int[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+    """Return the first entry where the running sum exceeds `uniform` of the total, and how far into it, in [0, 1)."""
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    # `uniform` is below 1, so the goal is below the total, and the first sum above it ends with a positive weight.
+    goal = uniform * sums[:, -1:]
+    entry = (sums <= goal).sum(-1, keepdim=True)
+    rest = 1 + (goal - sums.gather(-1, entry)) / weights.gather(-1, entry)
+    return entry, rest.clamp(0, _BELOW_ONE)

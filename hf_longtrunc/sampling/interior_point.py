@@ -4,14 +4,14 @@ r"""How far a ray runs inside a weighted box of columns: a linear program in t, 
     T(l) = sum_j w_j (s max(f_j, 0) + max(-f_j, 0)),  f_j = l . b_j
 
 It is weighted quantile regression with as many coefficients as b_j has entries, solved by the Frisch-Newton interior
-point (Portnoy and Koenker 1997) with Mehrotra's corrector. All that is asked of a ray is on which side of its bar the
-optimum lies, so each is left at its first proof: every iterate bounds the optimum from both sides. The start u = 0,
+point (Portnoy and Koenker 1997) with Mehrotra's corrector. The only question about a ray is whether the optimum reaches
+its threshold, so a ray stops at its first proof: every iterate bounds the optimum from both sides. The start u = 0,
 l = (1, 0, ..., 0) is feasible on both sides for every ray (b_j's first entry is one before whitening), and the first
-step is the least-squares solution, whose matrix all rays share.
+step is the least-squares solution, with one matrix for all rays.
 
-The barrier gives column j the weight w_j + mean w: by w alone a rare column is no obstacle until the step hits it, by
-one alone it is as large as a frequent one. Measured on SmolLM2: 2.3 to 4.3 iterations a token, where w alone takes
-4.9 to 8.4.
+The barrier gives column j the weight w_j + mean w: with w alone a rare column is no obstacle until the step hits it,
+with 1 it counts as much as a frequent one. Measured on SmolLM2: 2.3 to 4.3 iterations a token, 4.9 to 8.4 with w
+alone.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ _BATCH_SIZE = 2**16
 _SMALLEST_BATCH = 4
 
 
-class Outcome(NamedTuple):
-    """Per ray: status -1 with a feasible u that reaches the bar, 1 with an l of T(l) below it and l . a = 1, or 0."""
+class Result(NamedTuple):
+    """Per ray: status -1 and a feasible u that reaches the threshold, 1 and an l with l . a = 1 and T(l) below; 0."""
 
     status: Tensor  # [n] int8
     u: Float[Tensor, "n k"]
     multipliers: Float[Tensor, "n width"]
 
 
-class Bound(NamedTuple):
+class DualBound(NamedTuple):
     """T(l) = s * positive + negative."""
 
     positive: Float[Tensor, " n"]
@@ -54,7 +54,7 @@ class _Iterate(NamedTuple):
 
     place: Int[Tensor, " n"]
     ray: Float[Tensor, "n 1 width"]
-    bar: Float[Tensor, "n 1 1"]
+    threshold: Float[Tensor, "n 1 1"]
     slack: Float[Tensor, "n 2 k"]
     dual: Float[Tensor, "n 2 k"]
     t: Float[Tensor, "n 1 1"]
@@ -83,9 +83,9 @@ class _Predictor(NamedTuple):
 
 
 class InteriorPoint:
-    """The programs of one set of columns `basis` [k, width] of weights `weights` [k], prepared for so many rays.
+    """The programs on columns `basis` [k, width] with weights `weights` [k], prepared for `rays` rays; s is `ceiling`.
 
-    `ceiling` is s. `basis` should be white: sum_j w_j b_j b_j^T the identity.
+    `basis` should be white: sum_j w_j b_j b_j^T the identity.
     """
 
     def __init__(self, basis: Float[Tensor, "k width"], weights: Float[Tensor, " k"], ceiling: float, rays: int):
@@ -108,54 +108,58 @@ class InteriorPoint:
     def solve(
         self,
         ray: Float[Tensor, "n width"],
-        bar: Float[Tensor, " n"],
+        threshold: Float[Tensor, " n"],
         *,
         settle: float = 0.0,
         iterations: int = _MAX_ITERATIONS,
-    ) -> Outcome:
-        """Decide for each ray whether t reaches its bar.
+    ) -> Result:
+        """Decide for each ray whether t reaches its threshold.
 
-        `settle`: a ray below its bar is only let go once the gap between the two bounds is at most 1 / settle of the
-        distance to the bar; 0 leaves at the first proof.
+        With `settle`, a ray below its threshold stops once the gap between the two bounds is at most 1 / settle of the
+        distance to the threshold; 0 stops at the first proof.
         """
-        outcome = Outcome(
+        result = Result(
             ray.new_zeros(len(ray), dtype=torch.int8), ray.new_zeros(len(ray), len(self.weights)), torch.zeros_like(ray)
         )
-        iterate = self._start(ray, bar)
+        iterate = self._start(ray, threshold)
         for _ in range(iterations):
             predictor = self._predict(iterate)
-            going = self._harvest(iterate, predictor, settle, outcome)
+            going = self._record_proofs(iterate, predictor, settle, result)
             if going is not None:
                 if not len(going):
                     break
                 iterate, predictor = iterate.select(going), predictor.select(going)
             iterate = self._correct(iterate, predictor)
-        return outcome
+        return result
 
-    def screen(self, ray: Float[Tensor, "n width"], bar: Float[Tensor, " n"]) -> Tensor:
-        """[n]: whether the first step alone, which is linear in the ray, reaches the bar."""
-        start = self._predict(self._start(ray[:1], bar[:1]))
+    def screen(self, ray: Float[Tensor, "n width"], threshold: Float[Tensor, " n"]) -> Tensor:
+        """Return for each ray whether the first step alone, which is linear in the ray, reaches the threshold."""
+        start = self._predict(self._start(ray[:1], threshold[:1]))
         unit = torch.eye(ray.shape[1], dtype=ray.dtype, device=ray.device)
         step = torch.cholesky_solve(unit, start.factor[0]) @ self.basis.T * start.weight[0]
         if not float((step * self.weights @ self.basis - unit).norm()) <= _RESIDUAL:
-            return torch.zeros_like(bar, dtype=torch.bool)
-        return torch.cat([self._reaches(part @ step, bars) for part, bars in split(2 * self.batch, ray, bar)])
+            return torch.zeros_like(threshold, dtype=torch.bool)
+        return torch.cat(
+            [self._reaches(part @ step, thresholds) for part, thresholds in split(2 * self.batch, ray, threshold)]
+        )
 
-    def _reaches(self, u: Float[Tensor, "n k"], bar: Float[Tensor, " n"]) -> Tensor:
-        """Whether u, which has t = 1, stays in the box when it is scaled to its bar."""
+    def _reaches(self, u: Float[Tensor, "n k"], threshold: Float[Tensor, " n"]) -> Tensor:
+        """Return whether u, which has t = 1, stays in the box when it is scaled to its threshold."""
         rate = torch.maximum(u.amax(1) / self.ceiling, -u.amin(1))
-        return rate * bar * (1 + MARGIN) <= 1
+        return rate * threshold * (1 + MARGIN) <= 1
 
-    def _start(self, ray: Float[Tensor, "n width"], bar: Float[Tensor, " n"]) -> _Iterate:
+    def _start(self, ray: Float[Tensor, "n width"], threshold: Float[Tensor, " n"]) -> _Iterate:
         """Start from u = 0 and l = 1 for the constant: feasible on both sides and nearly centred, for every ray."""
         s = self.ceiling
         floor_dual = (s / (1 - s) if s < 0.5 else 1.0) * self.barrier
         dual = torch.stack([floor_dual, 1 + floor_dual])
         slack = torch.stack([torch.ones_like(floor_dual), torch.full_like(floor_dual, s)])
         place = torch.arange(len(ray), device=ray.device)
-        every, ray, bar = (len(ray), -1, -1), ray[:, None], bar[:, None, None]
-        nothing = torch.zeros_like(ray), torch.full_like(bar, torch.inf)
-        return _Iterate(place, ray, bar, slack.expand(every), dual.expand(every), torch.zeros_like(bar), *nothing)
+        every, ray, threshold = (len(ray), -1, -1), ray[:, None], threshold[:, None, None]
+        nothing = torch.zeros_like(ray), torch.full_like(threshold, torch.inf)
+        return _Iterate(
+            place, ray, threshold, slack.expand(every), dual.expand(every), torch.zeros_like(threshold), *nothing
+        )
 
     def _predict(self, iterate: _Iterate) -> _Predictor:
         floor, ceiling = (iterate.dual / iterate.slack).chunk(2, 1)
@@ -178,38 +182,38 @@ class InteriorPoint:
         matrix[:, self.lower[0], self.lower[1]] = (weight @ self.pairs)[:, 0]
         return matrix
 
-    def _harvest(self, iterate: _Iterate, predictor: _Predictor, settle: float, outcome: Outcome) -> Tensor | None:
-        """Write down what is proved at this iterate; return which rays go on, None where all do."""
+    def _record_proofs(self, iterate: _Iterate, predictor: _Predictor, settle: float, result: Result) -> Tensor | None:
+        """Record the proofs that this iterate gives; return the rays that are left, None where all are."""
         # The optimum lies between t where the ray meets the box and T at the predictor's or the last corrector's l.
         lower = torch.addcmul(iterate.t, predictor.primal_step, predictor.dt)
         ahead = self._per_unit(predictor.f)
         upper = torch.minimum(ahead, iterate.upper)
-        below = upper < iterate.bar * (1 - MARGIN)
+        below = upper < iterate.threshold * (1 - MARGIN)
         if settle:
-            below &= settle * (upper - lower) <= iterate.bar - upper
-        above = lower >= iterate.bar * (1 + MARGIN)
-        left = (below | above | ~lower.isfinite()).flatten()
-        if not left.any():
+            below &= settle * (upper - lower) <= iterate.threshold - upper
+        above = lower >= iterate.threshold * (1 + MARGIN)
+        done = (below | above | ~lower.isfinite()).flatten()
+        if not done.any():
             return None
-        self._write_keeps(below.flatten().nonzero()[:, 0], ahead < iterate.upper, iterate, predictor, outcome)
-        refused = self._write_cuts(above.flatten().nonzero()[:, 0], iterate, predictor, outcome)
-        left[refused] = False
-        return (~left).nonzero()[:, 0]
+        self._write_keeps(below.flatten().nonzero()[:, 0], ahead < iterate.upper, iterate, predictor, result)
+        refused = self._write_cuts(above.flatten().nonzero()[:, 0], iterate, predictor, result)
+        done[refused] = False
+        return (~done).nonzero()[:, 0]
 
     def _write_keeps(
-        self, rows: Tensor, ahead: Tensor, iterate: _Iterate, predictor: _Predictor, outcome: Outcome
+        self, rows: Tensor, ahead: Tensor, iterate: _Iterate, predictor: _Predictor, result: Result
     ) -> None:
-        outcome.status[iterate.place[rows]] = 1
+        result.status[iterate.place[rows]] = 1
         best = torch.where(ahead[rows], predictor.multipliers[rows], iterate.multipliers[rows])
-        outcome.multipliers[iterate.place[rows]] = best[:, 0]
+        result.multipliers[iterate.place[rows]] = best[:, 0]
 
-    def _write_cuts(self, rows: Tensor, iterate: _Iterate, predictor: _Predictor, outcome: Outcome) -> Tensor:
+    def _write_cuts(self, rows: Tensor, iterate: _Iterate, predictor: _Predictor, result: Result) -> Tensor:
         """Return the rows without a proof."""
         if not len(rows):
             return rows
         u, proved = self._feasible(iterate.select(rows), predictor.select(rows))
-        outcome.status[iterate.place[rows[proved]]] = -1
-        outcome.u[iterate.place[rows[proved]]] = u[proved]
+        result.status[iterate.place[rows[proved]]] = -1
+        result.u[iterate.place[rows[proved]]] = u[proved]
         return rows[~proved]
 
     def _per_unit(self, f: Float[Tensor, "n 1 k"]) -> Float[Tensor, "n 1 1"]:
@@ -217,10 +221,10 @@ class InteriorPoint:
         return torch.maximum(self.ceiling * f, f.neg()) @ self.weights[:, None]
 
     def _feasible(self, iterate: _Iterate, predictor: _Predictor) -> tuple[Float[Tensor, "n k"], Tensor]:
-        """Return u at a point of the ray just past the bar, its equalities corrected, and whether it is a proof."""
-        bar = iterate.bar
-        past_bar = (bar * (1 + 1e-4) - iterate.t) / predictor.dt
-        step = torch.minimum(predictor.primal_step, past_bar.clamp_min(0))
+        """Return u just past the threshold on the ray, its equalities corrected, and whether it is a proof."""
+        threshold = iterate.threshold
+        past_threshold = (threshold * (1 + 1e-4) - iterate.t) / predictor.dt
+        step = torch.minimum(predictor.primal_step, past_threshold.clamp_min(0))
         u = self.ceiling - iterate.slack[:, 1:] + step * predictor.f * predictor.weight
         t = iterate.t + step * predictor.dt
         goal = t * iterate.ray
@@ -228,8 +232,8 @@ class InteriorPoint:
         u = u - (u * self.weights @ self.basis - goal) @ self.basis.T
         residual = (u * self.weights @ self.basis - goal).norm(dim=2, keepdim=True)
         excess = torch.maximum(u.amax(2, True) / self.ceiling, -u.amin(2, True)).clamp_min(1)
-        proved = (t / excess >= bar * (1 + MARGIN)) & (residual <= _RESIDUAL * goal.norm(dim=2, keepdim=True))
-        return (u * (bar / t))[:, 0], proved.flatten()
+        proved = (t / excess >= threshold * (1 + MARGIN)) & (residual <= _RESIDUAL * goal.norm(dim=2, keepdim=True))
+        return (u * (threshold / t))[:, 0], proved.flatten()
 
     def _correct(self, iterate: _Iterate, predictor: _Predictor) -> _Iterate:
         """Mehrotra's corrector: aim at the centre as far as the predictor failed to close the gap."""
@@ -254,7 +258,7 @@ class InteriorPoint:
         )
 
     def _centre(self, iterate: _Iterate, predictor: _Predictor, left: Tensor) -> Float[Tensor, "n 2 k"]:
-        """Return the duals to aim at, without their second-order part; `left`: what the predictor leaves of them."""
+        """Return the duals to aim at, without their second-order part; `left` are the duals after the predictor."""
         gap = self._objective(iterate.dual) - iterate.t
         dual_step = predictor.rate.amax((1, 2), True).add_(1).clamp_min_(1).reciprocal_()
         closed = dual_step * self._objective(left) + predictor.primal_step.clamp_max(1) * predictor.dt
@@ -265,10 +269,10 @@ class InteriorPoint:
         return (dual.flatten(1) @ self.cost.flatten())[:, None, None]
 
 
-def bound_of(f: Float[Tensor, "n k"], weights: Float[Tensor, " k"]) -> Bound:
+def bound_of(f: Float[Tensor, "n k"], weights: Float[Tensor, " k"]) -> DualBound:
     """Return the parts of T for rows of f."""
     positive = f.clamp_min(0) @ weights
-    return Bound(positive, positive - f @ weights)
+    return DualBound(positive, positive - f @ weights)
 
 
 def split(size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -277,7 +281,7 @@ def split(size: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def _longest(rate: Float[Tensor, "n 2 k"], part: float | None = None) -> Float[Tensor, "n 1 1"]:
-    """Longest step that keeps every value positive at these relative rates; with `part`, so much of it, 1 at most."""
+    """Return the longest step that keeps every value positive; with `part`, that part of it, 1 at most."""
     falling = rate.amin((1, 2), True).neg_()
     if part is None:
         return falling.clamp_min_(1e-300).reciprocal_()
@@ -285,7 +289,7 @@ def _longest(rate: Float[Tensor, "n 2 k"], part: float | None = None) -> Float[T
 
 
 def _cholesky(matrix: Float[Tensor, "n width width"]) -> Float[Tensor, "n width width"]:
-    """Cholesky factor with 1e-13 of the diagonal added to it; NaN, which fails every proof, where it has none."""
+    """Return the Cholesky factor, 1e-13 of the diagonal added; NaN, which fails every proof, where there is none."""
     matrix.diagonal(dim1=-2, dim2=-1).mul_(1 + 1e-13)
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)

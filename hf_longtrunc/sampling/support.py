@@ -20,22 +20,21 @@ So how far the ray of b_i runs inside Z decides, a linear program in t, and each
 `support_proofs` finds the proofs.
 
 Invariants:
-- "kept" and "cut" are only said with a proof whose inequality holds by a relative margin of 1e-8, rounding included;
-  what cannot be proved within the limits of work is "undecided", and counted.
+- "kept" and "cut" need a proof that holds by a relative margin of 1e-8, rounding included; a token with neither proof
+  within the limits of work is "undecided", and counted.
 - a row's decisions depend on that row, tau and the token alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_longtrunc.arguments import check_float, check_int
 from hf_longtrunc.sampling.basis import SoftmaxBasis
-from hf_longtrunc.sampling.support_proofs import Certificate, Decision, Row, Work
+from hf_longtrunc.sampling.support_proofs import Certificate, SupportRow, Work
 
 _MAX_ITERATIONS = 60
 # tau above this is "every threshold": s stays representable.
@@ -55,8 +54,8 @@ class SupportChecker:
         columns: how many of the most probable tokens the linear programs start with.
 
     Attributes:
-        checked, undecided: tokens below tau that were decided by proof or not, since the checker was made. Undecided
-            ones are reported as such; whoever needs a set treats them as cut, since keeping asks for a proof.
+        checked, undecided: tokens below tau that the checker was asked about, and those left without a proof. Kept sets
+            leave undecided tokens out, since keeping asks for a proof.
 
     Cost on one idle CPU thread at V = 49152, rank 20 (docs: results/sampling.md): 1 to 2 ms a check, row included.
     Memory: V * (rank + 1) float64 for the basis, and 16 vectors of V while a batch is verified.
@@ -93,22 +92,22 @@ class SupportChecker:
     def kept(self, scores: Tensor, tau: float | Tensor, *, floor: float = 1e-6, limit: int | None = None) -> Tensor:
         """Return the kept set as a boolean mask of `scores` [*rows, V].
 
-        Of the tokens with floor <= p-hat < tau the `limit` most probable ones are decided (None: all), and the others
-        kept where a proof of those covers them; the rest are called cut without a proof, as are undecided ones. Work
-        grows with the tokens that are decided, so `limit` bounds a row's time; results/sampling.md says what it loses.
+        Of the tokens with floor <= p-hat < tau the `limit` most probable ones are decided (None: all). The others are
+        kept where a proof of those covers them, and cut without a proof where none does; so are undecided ones. Time
+        grows with the tokens that are decided, so `limit` bounds it, at a loss (docs: results/sampling.md).
         """
         floor = check_float("floor", floor, minimum=0, lt=1)
         limit = None if limit is None else check_int("limit", limit, minimum=1)
         rows, taus = self._rows(scores, tau)
-        masks = [self._kept(row, float(bar), floor, limit).clone() for row, bar in zip(rows, taus, strict=True)]
+        masks = [self._kept(row, float(each), floor, limit).clone() for row, each in zip(rows, taus, strict=True)]
         return torch.stack(masks).reshape(scores.shape)
 
     def critical_threshold(self, scores: Tensor, tokens: Tensor, *, tolerance: float = 1e-4) -> Tensor:
         """Return tau* of `tokens` [*rows, n]: each is kept at every tau below it and cut at tau* * (1 + tolerance).
 
-        The paper's basis-aware probability: p-hat_i <= tau*_i. The value is a proved lower bound, 0.999 at most (a
-        token that no threshold cuts); a solve that ends undecided leaves it at the bound proved so far. Cost: some 5
-        to 10 checks a token. Float64.
+        The paper's basis-aware probability: p-hat_i <= tau*_i. The value is a proved lower bound, at most 0.999, which
+        stands for "never cut"; a solve that ends undecided leaves it at the bound proved so far. Float64. Cost: some 5
+        to 10 checks a token.
         """
         tolerance = check_float("tolerance", tolerance, gt=0)
         rows, _ = self._rows(scores, 0.5)
@@ -117,12 +116,12 @@ class SupportChecker:
         return torch.tensor(values, dtype=torch.float64, device=scores.device).reshape(tokens.shape)
 
     @torch.inference_mode()
-    def row(self, scores: Tensor, tau: float) -> SupportRow:
-        """Return the decisions of one row of scores [V] at one tau, its shared work done once."""
-        rows, _ = self._rows(scores, tau)
-        return SupportRow(self, self._row(rows[0]), tau)
+    def row(self, scores: Tensor) -> SupportRow:
+        """Return one row of scores [V] prepared for `decide(token, tau)`: its shared work is done once."""
+        self._rows(scores, 0.5)
+        return self._row(scores)
 
-    # Inference mode saves a fifth of the time of so many small operations; what leaves it is cloned outside.
+    # Inference mode saves a fifth of the time of so many small operations; results are cloned outside of it.
     @torch.inference_mode()
     def _over_rows(
         self, scores: Tensor, tau: float | Tensor, tokens: Tensor, proofs: list[Certificate] | None
@@ -130,8 +129,8 @@ class SupportChecker:
         rows, taus = self._rows(scores, tau)
         wanted = self._tokens(scores, tokens).reshape(len(rows), -1)
         decisions = []
-        for row, bar, ids in zip(rows, taus, wanted, strict=True):
-            work = self._work(self._row(row), float(bar), ids, proofs is not None)
+        for row, each, ids in zip(rows, taus, wanted, strict=True):
+            work = Work(self._row(row), float(each), ids, proofs is not None)
             work.decide()
             decisions.append(work.decisions)
             if proofs is not None:
@@ -142,7 +141,7 @@ class SupportChecker:
     def _kept(self, scores: Tensor, tau: float, floor: float, limit: int | None) -> Tensor:
         row = self._row(scores)
         tokens = ((row.probs >= floor) & (row.probs < tau)).nonzero()[:, 0]
-        work = self._work(row, tau, tokens[row.probs[tokens].argsort(descending=True)], limit=limit)
+        work = Work(row, tau, tokens[row.probs[tokens].argsort(descending=True)], limit=limit)
         work.sift()
         work.decide()
         mask = row.probs >= tau
@@ -154,13 +153,13 @@ class SupportChecker:
         row = self._row(scores)
         return [self._critical(row, token, tolerance) for token in tokens]
 
-    def _critical(self, row: Row, token: int, tolerance: float) -> float:
-        """Dinkelbach's steps: the l that is best at one s names the largest s that it can prove."""
+    def _critical(self, row: SupportRow, token: int, tolerance: float) -> float:
+        """Iterate as Dinkelbach does: the l that is best at one s gives the largest s that it can prove."""
         p = float(row.probs[token])
         if not 0 < p < _TAU_MAX:
             return min(p, _TAU_MAX)
         low, s_max = p / (1 - p), _TAU_MAX / (1 - _TAU_MAX)
-        work = self._work(row, p, row.probs.new_tensor([token]).long())
+        work = Work(row, p, row.probs.new_tensor([token]).long())
         for _ in range(_MAX_ITERATIONS):
             s = low * (1 + tolerance)
             if s >= s_max:
@@ -171,10 +170,7 @@ class SupportChecker:
             low = reach
         return low / (1 + low)
 
-    def _work(self, row: Row, tau: float, tokens: Tensor, prove: bool = False, limit: int | None = None) -> Work:
-        return Work(self, row, tau, tokens, prove, limit)
-
-    def _row(self, scores: Tensor) -> Row:
+    def _row(self, scores: Tensor) -> SupportRow:
         probs, basis, softcap = scores.double().softmax(-1), self._basis, self.basis.softcap
         # NaN and +inf spread over the whole row.
         if not bool(probs[0].isfinite()):
@@ -184,7 +180,7 @@ class SupportChecker:
             # d logits / d hidden = diag(1 - (z / cap)^2) W: the error is orthogonal to those columns.
             slope = (1 - (scores.double() / softcap).square()).clamp_min(0).nan_to_num(0)
             basis = torch.cat([basis[:, :1], basis[:, 1:] * slope[:, None]], dim=1)
-        return Row(probs, basis)
+        return SupportRow(self, probs, basis)
 
     def _rows(self, scores: Tensor, tau: float | Tensor) -> tuple[Tensor, Tensor]:
         if scores.ndim == 0 or scores.shape[-1] != self.basis.vocab_size or not scores.is_floating_point():
@@ -224,23 +220,6 @@ def critical_threshold(basis: SoftmaxBasis, scores: Tensor, tokens: Tensor, *, t
     True
     """
     return SupportChecker(basis).critical_threshold(scores, tokens, tolerance=tolerance)
-
-
-class SupportRow:
-    """One row of scores at one tau, for tokens asked about one after the other; made by `SupportChecker.row`."""
-
-    def __init__(self, checker: SupportChecker, row: Row, tau: float):
-        self._checker, self._row, self._tau = checker, row, tau
-        self._prepared: Any = None
-
-    @torch.inference_mode()
-    def decide(self, token: int) -> Decision:
-        """Decide one token."""
-        work = self._checker._work(self._row, self._tau, torch.tensor([token], device=self._row.probs.device))
-        work.prepared = self._prepared
-        work.decide()
-        self._prepared = work.prepared
-        return Decision(int(work.decisions[0]))
 
 
 def _cloned(tensor: Tensor | None) -> Tensor | None:

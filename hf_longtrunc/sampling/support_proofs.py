@@ -1,7 +1,7 @@
 """How `SupportChecker` proves its decisions; notation and definitions are those of `support`.
 
-The program is solved on the most probable columns (`interior_point`) and left at the first proof. A kept token's l is
-verified over the whole vocabulary in float64; where it fails, the columns that it misjudged join, the others are
+The program is solved on the most probable columns (`interior_point`) up to the first proof. A kept token's l is
+verified over the whole vocabulary in float64. Where it fails, the columns that it misjudged are added, the others are
 bundled by the sign that it gives them, and the program is solved again.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,24 +25,24 @@ if TYPE_CHECKING:
 _EPSILON = torch.finfo(torch.float64).eps
 _MAX_ROUNDS = 12
 _VERIFIED_TOGETHER = 16
-# Most tokens are cut on so few columns, in so few iterations; what is left goes on to more.
+# Most tokens are cut on these few columns in these few iterations.
 _SIFTING_COLUMNS = 128
 _SIFTING_ITERATIONS = 8
 _SIFTING_PAYS = 4
-# Columns that join a program for each multiplier that the whole vocabulary refuses, and of how many multipliers.
+# Columns added for each multiplier that fails on the whole vocabulary, and for how many multipliers.
 _JOINING = 32
 _JOINED = 8
-# The other tokens are bundled by the signs of f under so many of those multipliers.
+# The other tokens are bundled by the signs of f under this many of those multipliers.
 _BITS = 4
-# Where many tokens are refused, programs that grow by a few columns of some of their multipliers serve all of them.
+# Where many tokens are left, programs that grow by a few columns of some of their multipliers serve all of them.
 _SPREAD = 32
 _JOINING_TOGETHER = 16
-# Columns of less probability than this have nothing to give.
+# Columns of less probability than this are left out.
 _NEGLIGIBLE = 1e-30
 
 
 class Decision(IntEnum):
-    """What is proved about a token."""
+    """The proved answer about a token."""
 
     CUT = -1
     UNDECIDED = 0
@@ -50,16 +51,16 @@ class Decision(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """The proof behind one decision; everything in float64.
+    """The proof of one decision, in float64.
 
     Attributes:
-        token: the token that it speaks of.
+        token: its id.
         decision: kept, cut or undecided.
         multipliers: of a kept token below tau: l [rank + 1], the constant's first, with
             sum_j p-hat_j (s max(f_j, 0) + max(-f_j, 0)) < sigma p-hat_i f_i, f_j = l . (1, W_j).
         distribution: of a cut token: p [vocabulary] with p_i = 0, 0 <= p <= sigma p-hat, and p-hat's sum and W^T p-hat.
-        margin: of a kept token below tau: by what part of the sum sigma p-hat_i f_i exceeds it; the search stops at the
-            first proof, so another one may have a larger margin.
+        margin: of a kept token below tau: sigma p-hat_i f_i over the sum, less 1. The search stops at the first proof;
+            others may have a larger margin.
 
     All are None where p-hat_i >= tau (kept), where p-hat_i = 0 (cut), and where nothing is proved.
     """
@@ -71,18 +72,11 @@ class Certificate:
     margin: float | None = None
 
 
-class Row(NamedTuple):
-    """One row of scores: p-hat over the vocabulary and the basis with its leading one."""
-
-    probs: Float[Tensor, " vocab"]
-    basis: Float[Tensor, "vocab width"]
-
-
 class _Program(NamedTuple):
     """The linear program on some columns of a row: single tokens first, then bundles of tokens that share one u.
 
-    A u on these columns is a u on the vocabulary, zero for tokens in no column: what is feasible here is feasible
-    there. Coordinates are those in which sum_j p-hat_j b_j b_j^T over the columns is the identity.
+    A u on these columns is a u on the vocabulary, zero for tokens in no column, so it is feasible there too. In its
+    coordinates sum_j p-hat_j b_j b_j^T over the columns is the identity.
     """
 
     singles: Int[Tensor, " singles"]
@@ -95,22 +89,51 @@ class _Program(NamedTuple):
         return InteriorPoint(self.basis, self.probs, ceiling, rays)
 
 
-class Work:
-    """The decisions about some tokens of one row at one tau; with a limit, only so many, the first, are asked about.
+class SupportRow:
+    """One row of scores, for questions about its tokens one after the other; `SupportChecker.row` makes it.
 
-    Programs on some columns are solved, whose proofs hold for all.
+    Attributes:
+        checker: counts decisions.
+        probs: p-hat [vocabulary], float64.
+        basis: [vocabulary, rank + 1], with its leading one.
     """
 
-    def __init__(self, checker: SupportChecker, row: Row, tau: float, tokens: Tensor, prove: bool, limit: int | None):
-        self.checker, self.row, self.tokens, self.prove, self.limit = checker, row, tokens, prove, limit
+    def __init__(self, checker: SupportChecker, probs: Float[Tensor, " vocab"], basis: Float[Tensor, "vocab width"]):
+        self.checker, self.probs, self.basis = checker, probs, basis
+
+    @cached_property
+    def first_program(self) -> _Program:
+        """The program on the row's most probable tokens."""
+        return _program_on(self, _most_probable(self.probs, self.checker.columns))
+
+    @torch.inference_mode()
+    def decide(self, token: int, tau: float) -> Decision:
+        """Decide one token at `tau`."""
+        work = Work(self, tau, torch.tensor([token], device=self.probs.device))
+        work.decide()
+        return Decision(int(work.decisions[0]))
+
+
+class Work:
+    """The decisions about some tokens of one row at one tau, by programs on some columns; their proofs hold for all.
+
+    With a limit only the first so many undecided tokens are asked about; with `prove` certificates are kept.
+    """
+
+    def __init__(self, row: SupportRow, tau: float, tokens: Tensor, prove: bool = False, limit: int | None = None):
+        self.row, self.tokens, self.prove, self.limit = row, tokens, prove, limit
         self.ceiling = tau / (1 - tau)  # s
         self.probs = row.probs[tokens]
         self.decisions = (self.probs >= tau).to(torch.int8) - (self.probs <= 0).to(torch.int8)
         self.proofs: dict[int, Certificate] = {}
-        self.prepared: Any = None  # what the row's next tokens can use again
+
+    @cached_property
+    def program(self) -> _Program:
+        """The program to start with: the row's first one until `largest_ceiling` finds a better one."""
+        return self.row.first_program
 
     def certificates(self) -> list[Certificate]:
-        """One a token, in order."""
+        """Return one for each token, in order."""
         pairs = zip(self.tokens.tolist(), self.decisions.tolist(), strict=True)
         return [self.proofs.get(n, Certificate(token, Decision(d))) for n, (token, d) in enumerate(pairs)]
 
@@ -118,26 +141,26 @@ class Work:
         return ((self.decisions == 0) & (self.probs > 0))[: self.limit].nonzero()[:, 0]
 
     def sift(self) -> None:
-        """Cut what a few columns cut in a few steps: most tokens, at a fraction of the cost."""
+        """Cut the tokens that a few columns cut in a few steps: most of them, at a fraction of the cost."""
         pending = self._pending()
         if len(pending) < _SIFTING_PAYS:
             return
         program = _program_on(self.row, self.row.probs.topk(min(_SIFTING_COLUMNS, len(self.row.probs))).indices)
         solver = program.solver(self.ceiling, len(pending))
-        rays, bar = self._rays(program, pending)
-        cut = solver.screen(rays, bar)
+        rays, thresholds = self._rays(program, pending)
+        cut = solver.screen(rays, thresholds)
         for part in torch.split((~cut).nonzero()[:, 0], solver.batch):
-            cut[part] = solver.solve(rays[part], bar[part], iterations=_SIFTING_ITERATIONS).status == -1
+            cut[part] = solver.solve(rays[part], thresholds[part], iterations=_SIFTING_ITERATIONS).status == -1
         self.decisions[pending[cut]] = -1
-        self.checker.checked += int(cut.sum())
+        self.row.checker.checked += int(cut.sum())
 
     def decide(self) -> None:
-        """Decide what is pending: together on programs that grow, then the few that are left on their own."""
+        """Decide the pending tokens: together on programs that grow, then the few that are left on their own."""
         pending = self._pending()
-        self.checker.checked += len(pending)
+        self.row.checker.checked += len(pending)
         if not len(pending):
             return
-        program = self._program()
+        program = self.program
         refused, left = self._ask(program, pending)
         for _ in range(_MAX_ROUNDS):
             if len(left) <= _BITS:
@@ -148,21 +171,21 @@ class Work:
         # Few enough at a time that the bundles are those of their own multipliers.
         for some, _ in split(_BITS, left, refused):
             self._decide_widened(some, refused)
-        self.checker.undecided += int((self.decisions[pending] == 0).sum())
+        self.row.checker.undecided += int((self.decisions[pending] == 0).sum())
 
     def largest_ceiling(self, ceiling: float) -> float:
-        """Largest s at which the best multipliers at `ceiling` still keep the one token; `ceiling` where it is cut.
+        """Return the largest s at which the best multipliers at `ceiling`, verified, still keep the one token.
 
-        The whole vocabulary has to agree with them.
+        That is `ceiling` itself where the token is cut.
         """
         self.ceiling = ceiling
         refused = self.row.basis.new_zeros(0, self.row.basis.shape[1])
         for _ in range(_MAX_ROUNDS):
-            program = self._program()
-            outcome = program.solver(self.ceiling, 1).solve(*self._rays(program, torch.arange(1)), settle=1.0)
-            if int(outcome.status[0]) != 1:
+            program = self.program
+            result = program.solver(self.ceiling, 1).solve(*self._rays(program, torch.arange(1)), settle=1.0)
+            if int(result.status[0]) != 1:
                 return ceiling
-            multipliers = outcome.multipliers @ program.whitener.T
+            multipliers = result.multipliers @ program.whitener.T
             f = multipliers @ self.row.basis.T
             bound = bound_of(f, self.row.probs)
             own = self.probs * f[:, self.tokens][0]
@@ -170,24 +193,20 @@ class Work:
             if room > ceiling:
                 return room
             refused = torch.cat([refused, multipliers])
-            self.prepared = self._widened(program, refused[-_JOINED:], _JOINING)
+            self.program = self._widened(program, refused[-_JOINED:], _JOINING)
         return ceiling
 
-    def _program(self) -> _Program:
-        """Return the program to start with, made on first use."""
-        if self.prepared is None:
-            self.prepared = _program_on(self.row, _most_probable(self.row.probs, self.checker.columns))
-        program: _Program = self.prepared
-        return program
-
     def _rays(self, program: _Program, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Rays in the program's coordinates and bars: a token outside it has its own column at its ceiling for free."""
+        """Return rays in the program's coordinates and their thresholds.
+
+        A token that is no column of the program contributes its own column at its ceiling, which lowers its threshold.
+        """
         tokens, probs = self.tokens[which], self.probs[which]
-        bar = probs + self.ceiling * (probs * (program.member[tokens] >= 0))
-        return self.row.basis[tokens] @ program.whitener, bar
+        threshold = probs + self.ceiling * (probs * (program.member[tokens] >= 0))
+        return self.row.basis[tokens] @ program.whitener, threshold
 
     def _decide_widened(self, batch: Tensor, refused: Float[Tensor, "n width"]) -> None:
-        program = self._program()
+        program = self.program
         for _ in range(_MAX_ROUNDS):
             batch = batch[self.decisions[batch] == 0]
             if not len(batch):
@@ -197,7 +216,7 @@ class Work:
             refused = torch.cat([refused, more])
 
     def _ask(self, program: _Program, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Ask a batch at a time, the first tokens first: their multipliers often keep later ones."""
+        """Ask about a batch at a time, the first tokens first: their multipliers often keep later ones."""
         solver = program.solver(self.ceiling, len(tokens))
         answers = []
         while len(tokens):
@@ -209,14 +228,14 @@ class Work:
         return refused[is_pending], left[is_pending]
 
     def _pass(self, program: _Program, solver: InteriorPoint, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Ask every token of the batch once; return the multipliers that the vocabulary refused, and their tokens."""
-        outcome = solver.solve(*self._rays(program, batch))
-        cut, keep = (outcome.status == -1).nonzero()[:, 0], (outcome.status == 1).nonzero()[:, 0]
+        """Solve for each token of the batch; return the multipliers that fail on the vocabulary, and their tokens."""
+        result = solver.solve(*self._rays(program, batch))
+        cut, keep = (result.status == -1).nonzero()[:, 0], (result.status == 1).nonzero()[:, 0]
         self.decisions[batch[cut]] = -1
         if self.prove:
             for n in cut.tolist():
-                self._prove_cut(int(batch[n]), program, outcome.u[n])
-        batch, multipliers = batch[keep], outcome.multipliers[keep] @ program.whitener.T
+                self._prove_cut(int(batch[n]), program, result.u[n])
+        batch, multipliers = batch[keep], result.multipliers[keep] @ program.whitener.T
         for which, part in split(_VERIFIED_TOGETHER, batch, multipliers):
             self._verify(part[self.decisions[which] == 0])
         left = self.decisions[batch] == 0
@@ -227,7 +246,7 @@ class Work:
         f = multipliers @ self.row.basis.T
         bound = bound_of(f, self.row.probs)
         s = self.ceiling
-        rounding = 64 * _EPSILON * (1 + s) * (multipliers.abs() @ self.checker.largest)
+        rounding = 64 * _EPSILON * (1 + s) * (multipliers.abs() @ self.row.checker.largest)
         limit = (s * bound.positive + bound.negative) * (1 + MARGIN) + rounding
         gain = (1 + s) * self.probs * f[:, self.tokens]
         kept = gain > limit[:, None]
@@ -242,9 +261,9 @@ class Work:
                 )
 
     def _widened(self, program: _Program, refused: Float[Tensor, "n width"], joining: int) -> _Program:
-        """Add the `joining` columns that each refused multiplier pays most for, bundle the rest by the signs of some.
+        """Add the `joining` dearest columns of each refused multiplier, bundle the rest by the signs of some.
 
-        In bundles on which f has one sign T is exact: the same l is not taken for a proof again.
+        In bundles on which f has one sign T is exact, so the same l is not taken for a proof again.
         """
         f = refused @ self.row.basis.T
         cost = torch.maximum(self.ceiling * f, -f).mul_(self.row.probs)
@@ -255,7 +274,7 @@ class Work:
         return _program_on(self.row, chosen.nonzero()[:, 0], f[-_BITS:] > 0)
 
     def _prove_cut(self, n: int, program: _Program, u: Float[Tensor, " k"]) -> None:
-        """From sum p-hat u b = bar b_i to a distribution without token i: mix with p-hat until p_i = 0."""
+        """Turn sum p-hat u b = t b_i into a distribution without token i: mix with p-hat until p_i = 0."""
         token = int(self.tokens[n])
         inside = program.member >= 0
         full = torch.where(inside, u[program.member.clamp_min(0)], 0)
@@ -266,16 +285,16 @@ class Work:
 
 
 def _most_probable(probs: Float[Tensor, " vocab"], count: int) -> Int[Tensor, " k"]:
-    """About `count` of the most probable tokens: any set is correct, a full `topk` would cost more than a solve."""
+    """Return about `count` of the most probable tokens: any set is correct, a full `topk` costs more than a solve."""
     if len(probs) > 16 * count and count >= 256:
-        bar = probs[::16].topk(count // 16).values[-1]
-        columns = (probs >= bar).nonzero()[:, 0]
+        smallest = probs[::16].topk(count // 16).values[-1]
+        columns = (probs >= smallest).nonzero()[:, 0]
         if count // 2 <= len(columns) <= 2 * count:
             return columns
     return probs.topk(min(count, len(probs))).indices
 
 
-def _program_on(row: Row, singles: Int[Tensor, " singles"], signs: Tensor | None = None) -> _Program:
+def _program_on(row: SupportRow, singles: Int[Tensor, " singles"], signs: Tensor | None = None) -> _Program:
     """Make the program on single tokens; with `signs` [n, vocab] also on the others in bundles of equal signs."""
     singles = singles[row.probs[singles] > _NEGLIGIBLE]
     member = torch.full_like(row.probs, -1, dtype=torch.long)
@@ -293,8 +312,8 @@ def _program_on(row: Row, singles: Int[Tensor, " singles"], signs: Tensor | None
     return _Program(singles, member, probs, basis @ whitener, whitener.contiguous())
 
 
-def _bundles(row: Row, free: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each free token's bundle (-1 for none), and the bundles' mass and mean."""
+def _bundles(row: SupportRow, free: Tensor, signs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each free token's bundle (-1 for none), and the bundles' mass and mean."""
     places = 2.0 ** torch.arange(len(signs), device=signs.device, dtype=torch.float64)
     code = (places @ signs.double()).long()
     probs = torch.where(free, row.probs, 0)

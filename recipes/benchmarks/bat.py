@@ -170,19 +170,19 @@ def _kept_sets(basis: SoftmaxBasis, logits: torch.Tensor, arguments: argparse.Na
 def _draws(vocab_size: int) -> Table:
     """Return the times of sample mode's draw and of Gumbel noise over the vocabulary, in turns, after one softmax."""
     table = Table(title="A draw for each row, median of 30 turns")
-    for heading in ("vocabulary", "rows", "noise, ms", "tree, ms", "ratio"):
+    for heading in ("vocabulary", "rows", "noise, ms", "draw, ms", "ratio"):
         table.add_column(heading, justify="right")
 
     def noise(rows: Softmax) -> torch.Tensor:
         exponential = torch.empty_like(rows.z, dtype=torch.float32).exponential_()
         return (rows.z - rows.log_total - exponential.log()).masked_fill(rows.z == -math.inf, -math.inf).argmax(-1)
 
-    def tree(rows: Softmax) -> torch.Tensor:
-        return draw(rows.tree, torch.rand(len(rows.z), 1, dtype=torch.float64))
+    def groups(rows: Softmax) -> torch.Tensor:
+        return draw(rows.weights, torch.rand(len(rows.z), 1, dtype=torch.float64))
 
     for vocabulary, count in ((vocab_size, 1), (vocab_size, 32), (262_144, 1), (262_144, 32)):
         rows = softmax_rows(torch.randn(count, vocabulary) * 3)
-        turns = [[_timed(way, rows)[0] for way in (noise, tree)] for _ in range(30)]
+        turns = [[_timed(way, rows)[0] for way in (noise, groups)] for _ in range(30)]
         old, new = (statistics.median(times) * 1e3 for times in zip(*turns, strict=True))
         table.add_row(f"{vocabulary:,}", str(count), f"{old:.3f}", f"{new:.3f}", f"{new / old:.3f}x")
     return table

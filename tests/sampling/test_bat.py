@@ -71,12 +71,12 @@ def remember_decisions(sampler) -> dict[int, int]:
     decisions, row = {}, sampler.checker.row
 
     class Remembering:
-        def __init__(self, scores, tau):
-            self.work = row(scores, tau)
+        def __init__(self, scores):
+            self.row = row(scores)
 
-        def decide(self, token):
+        def decide(self, token, tau):
             if token not in decisions:
-                decisions[token] = self.work.decide(token)
+                decisions[token] = self.row.decide(token, tau)
             return decisions[token]
 
     sampler.checker.row = Remembering
@@ -135,10 +135,11 @@ def test_left_padded_batch_draws_the_texts_that_its_rows_draw_alone(tiny_model, 
 
 
 def test_max_tries_falls_back_to_the_most_probable_token(basis, logits):
-    sampler = BasisAwareLogitsProcessor(basis, 0.9, cutoff="epsilon", max_tries=1, generator=generators(1)[0])
-    unlimited = BasisAwareLogitsProcessor(basis, 0.9, cutoff="epsilon", generator=generators(1)[0])
-    first, second = (p(None, logits.repeat(20, 1)).argmax(-1) for p in (sampler, unlimited))
-    top = logits.repeat(20, 1).argmax(-1)
+    few = basis.truncated(1)  # refuses most draws
+    sampler = BasisAwareLogitsProcessor(few, 0.2, cutoff="epsilon", max_tries=1, generator=generators(1)[0])
+    unlimited = BasisAwareLogitsProcessor(few, 0.2, cutoff="epsilon", generator=generators(1)[0])
+    first, second = (p(None, logits.repeat(4, 1)).argmax(-1) for p in (sampler, unlimited))
+    top = logits.repeat(4, 1).argmax(-1)
     assert (first != second).any()
     assert (first[first != second] == top[first != second]).all()
 
@@ -245,7 +246,7 @@ def test_tokens_at_minus_infinity_are_never_drawn(basis, logits):
 def test_trace_shows_what_was_rescued_and_the_critical_threshold(tiny_model, basis):
     processor = BasisAwareLogitsProcessor(basis, EPSILON, mode="mask", floor=0)
     trace = TruncationTrace([processor], critical_threshold=SupportChecker(basis).critical_threshold)
-    sequences = tiny_model.generate(PROMPT, do_sample=True, top_k=0, max_new_tokens=12, logits_processor=[trace])
+    sequences = tiny_model.generate(PROMPT, do_sample=True, top_k=0, max_new_tokens=6, logits_processor=[trace])
     records = trace.finish(sequences).records
     assert sum(record.kept_below for record in records) > 0
     assert sum(record.cut_above for record in records) == 0
@@ -314,12 +315,12 @@ def test_scores_of_another_vocabulary_and_too_few_generators(basis):
 
 
 @pytest.mark.real_model
-def test_real_model_samples_and_counts(real_model):
+def test_real_model_samples_and_counts(real_model, real_basis):
     model, tokenizer = real_model
-    processor = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(model), 2e-3)
+    processor = BasisAwareLogitsProcessor(real_basis, 2e-3)
     torch.manual_seed(0)
     inputs = tokenizer("My name is", return_tensors="pt")
-    model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=20, logits_processor=[processor])
+    model.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=8, logits_processor=[processor])
     assert processor.checker.undecided == 0
 
 

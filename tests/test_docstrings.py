@@ -21,8 +21,9 @@ ATTENTION = [
 ]
 SAMPLING = (
     *("attach", "basis", "bat", "by_name", "calls", "dry_processor", "mask", "processors", "recorder", "support"),
-    "trace_records",
+    *("trace", "trace_records"),
 )
+SERVING = ("continuous_batching", "rows", "sglang")
 MIXING = ("auxiliary", "pema", "pema_processor", "uld")
 
 
@@ -37,6 +38,7 @@ def names(tmp_path_factory):
     model.generation_config.eos_token_id = None
     public = {name: getattr(hf_longtrunc, name) for name in hf_longtrunc.__all__}
     public |= {"LlamaForCausalLM": LlamaForCausalLM, "cache_of": cache_of, "seq2seq": tiny_seq2seq(vocab_size=96)}
+    public |= {"tokenizer": letter_tokenizer(["<pad>", "<s>", "</s>", "<unk>"], "abcdefghijklmnopqrstuvwxyz .,")}
     scratch = tmp_path_factory.mktemp("examples")
     model.save_pretrained(scratch / "model")
     public |= {"scratch": str(scratch), "model_folder": str(scratch / "model")}
@@ -83,6 +85,7 @@ OTHERS += [*(f"hosting.{name}" for name in ("settings", "find_and_read", "genera
             *(f"attention.{name}" for name in ATTENTION),
             *(f"sampling.{name}" for name in SAMPLING),
             *(f"mixing.{name}" for name in MIXING),
+            *(f"serving.{name}" for name in SERVING),
         ]
     ],
 )

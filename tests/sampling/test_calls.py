@@ -83,11 +83,11 @@ class Nothing(LogitsProcessor):
 def test_what_stands_behind_basis_aware_truncation_has_its_effect(tiny_model):
     """Drawing itself it left one token, of which a bias disfavoured every second."""
     torch.manual_seed(1)
-    prompts = PROMPT.repeat(64, 1)
+    prompts = PROMPT.repeat(24, 1)
     bat = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), 1e-3)
     options = {"do_sample": True, "top_k": 0, "max_new_tokens": 2}
     drawn = tiny_model.generate(prompts, logits_processor=[bat, Bias()], **options)[:, 6:]
-    assert (drawn % 2).double().mean() < 0.05
+    assert (drawn % 2).double().mean() < 0.1
     scores = tiny_model.generate(
         PROMPT, logits_processor=[bat, Nothing()], output_scores=True, return_dict_in_generate=True, **options
     ).scores

@@ -29,8 +29,8 @@ def test_kept_sets_are_those_of_the_cpu():
     scores = torch.randn(512, 50257) * 3
     processor = EtaLogitsProcessor(2e-3)
     differ = (processor(None, scores.cuda()).cpu() == -torch.inf) != (processor(None, scores) == -torch.inf)
-    p, bar = scores.softmax(-1)[differ], processor.threshold(scores).expand_as(scores)[differ]
-    torch.testing.assert_close(p, bar, rtol=4e-6, atol=0)
+    p, threshold = scores.softmax(-1)[differ], processor.threshold(scores).expand_as(scores)[differ]
+    torch.testing.assert_close(p, threshold, rtol=4e-6, atol=0)
     assert differ.sum() <= 20
 
 

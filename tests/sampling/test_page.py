@@ -9,22 +9,26 @@ from statistics import median
 import numpy as np
 import pytest
 import torch
-from transformers import TopPLogitsWarper
+from transformers import LlamaForCausalLM, TopPLogitsWarper
 
 from hf_longtrunc import BasisAwareLogitsProcessor, EtaLogitsProcessor, SoftmaxBasis, SupportChecker, TruncationTrace
 from hf_longtrunc.evaluation import read_traces
 from hf_longtrunc.pieces import piece_by_token, pieces
 from tests.browser import COLOR, browser, check_readable, check_step_is_below, contrast, data_of  # noqa: F401
 from tests.command_line import letter_tokenizer
+from tests.conftest import tiny_config
 
 PROMPT = torch.tensor([[5, 9, 13, 5, 9]])
 EPSILON = 0.05
 LETTERS = "".join(map(chr, range(0x400, 0x400 + 93)))  # with the special tokens, a vocabulary of 97
 
 
+TOKENIZER = letter_tokenizer(["<pad>", "<s>", "</s>", "<unk>"], LETTERS)
+
+
 @pytest.fixture
 def tokenizer():
-    return letter_tokenizer(["<pad>", "<s>", "</s>", "<unk>"], LETTERS)
+    return TOKENIZER
 
 
 def drawn(model, processors=(), tokens=12, rows=1, **options):
@@ -122,8 +126,8 @@ def test_the_page_holds_what_the_records_hold(tiny_model, tokenizer, tmp_path):
     for step, record in zip(steps, [*trace.records, *plain.records], strict=True):
         assert step["token"] == record.token
         assert step["kept_mass"] == pytest.approx(record.kept_mass, rel=1e-3)
-        bar = min(EPSILON, EPSILON**0.5 * np.exp(-record.entropy))
-        assert step["refused"] == (record.probability < bar and record.rank > 1)
+        threshold = min(EPSILON, EPSILON**0.5 * np.exp(-record.entropy))
+        assert step["refused"] == (record.probability < threshold and record.rank > 1)
         assert data["words"][str(record.token)] == " " + tokenizer.decode([record.token])
     assert any(step["refused"] for step in steps)
     assert "&lt;b&gt;&amp;" in path.read_text("utf-8")
@@ -177,12 +181,23 @@ def test_pieces_join_to_the_text(tokenizer):
 # In the browser
 
 
-@pytest.fixture
-def page(tiny_model, tokenizer, tmp_path):
-    trace, _ = drawn(tiny_model, [bat(tiny_model)], tokens=30)
-    plain, _ = drawn(tiny_model, tokens=30)
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config()).eval()
+
+
+@pytest.fixture(scope="module")
+def page(model, tmp_path_factory):
+    trace, _ = drawn(model, [bat(model)], tokens=30)
+    plain, _ = drawn(model, tokens=30)
     return trace.to_html(
-        tokenizer, tmp_path / "page.html", name="BAT", beside={"plain": plain}, epsilon=EPSILON, prompt="abc"
+        TOKENIZER,
+        tmp_path_factory.mktemp("page") / "page.html",
+        name="BAT",
+        beside={"plain": plain},
+        epsilon=EPSILON,
+        prompt="abc",
     )
 
 
@@ -209,7 +224,7 @@ def test_every_interaction_in_a_browser(browser, page):  # noqa: F811
     assert True in rescued
     place, told = chosen(browser)
     assert place == [0, rescued.index(True)]
-    assert "below the bar, rescued" in told
+    assert "below the threshold, rescued" in told
     assert "+" in browser.ask("document.querySelector('#step tr.drawn.rescued .what').textContent")
 
     browser.point(token(1, 4))
@@ -269,12 +284,12 @@ def test_the_page_fits_and_can_be_read(browser, page, width, dark):  # noqa: F81
 SAMPLERS = {"eta": EtaLogitsProcessor(0.1), "top-p": TopPLogitsWarper(0.6), "BAT": None}
 
 
-@pytest.fixture
-def read(tiny_model):
+@pytest.fixture(scope="module")
+def read(model):
     """The traces of three samplers on one text of 30 tokens, and their processors."""
-    samplers = {name: processor or bat(tiny_model) for name, processor in SAMPLERS.items()}
+    samplers = {name: processor or bat(model) for name, processor in SAMPLERS.items()}
     ids = torch.randint(4, 97, (31,), generator=torch.Generator().manual_seed(0))
-    return read_traces(tiny_model, ids, {name: [each] for name, each in samplers.items()}), samplers, ids
+    return read_traces(model, ids, {name: [each] for name, each in samplers.items()}), samplers, ids
 
 
 def one_text(traces, tokenizer, folder):
@@ -283,10 +298,10 @@ def one_text(traces, tokenizer, folder):
     return traces[first].to_html(tokenizer, folder / "one.html", name=first, beside=beside, epsilon=EPSILON)
 
 
-def test_every_sampler_reads_the_same_text(tiny_model, read):
+def test_every_sampler_reads_the_same_text(model, read):
     traces, samplers, ids = read
     with torch.no_grad():
-        logits = tiny_model(ids[None]).logits[0, :-1]
+        logits = model(ids[None]).logits[0, :-1]
     for name, trace in traces.items():
         kept = samplers[name](ids[None].expand(30, -1), logits.clone()) > -torch.inf
         probs = logits.softmax(-1)
@@ -296,9 +311,9 @@ def test_every_sampler_reads_the_same_text(tiny_model, read):
         assert [record.is_kept for record in records] == kept.gather(1, ids[1:, None])[:, 0].tolist()
         assert [record.kept_mass for record in records] == pytest.approx((probs * kept).sum(1).tolist(), rel=1e-4)
     assert {record.is_kept for record in traces["eta"].records} == {True, False}
-    drawing = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(tiny_model, 3), EPSILON, mode="sample")
+    drawing = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(model, 3), EPSILON, mode="sample")
     with pytest.raises(ValueError, match="'BAT' draws tokens by itself"):
-        read_traces(tiny_model, ids, {"BAT": [drawing]})
+        read_traces(model, ids, {"BAT": [drawing]})
 
 
 def test_one_text_in_a_browser(browser, read, tokenizer, tmp_path):  # noqa: F811

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 
 import datasets
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PrinterCallback
 
 from hf_longtrunc import EtaLogitsProcessor, attach_processors, attach_truncation
 from tests.conftest import tiny_config
@@ -60,6 +61,19 @@ def watched(trainer):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(trainer.__dict__, "_get_per_token_logps_and_entropies", watch)
         yield seen
+
+
+def test_the_example_runs(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = trainer_of("GRPO", tmp_path, tokenizer, max_steps=1, disable_tqdm=True)
+    made.remove_callback(PrinterCallback)
+    names = {"GRPOTrainer": lambda *_, **__: made, "EtaLogitsProcessor": EtaLogitsProcessor}
+    names |= dict.fromkeys(("model", "reward", "config", "prompts")) | {"attach_truncation": attach_truncation}
+    (example,) = doctest.DocTestFinder(recurse=False).find(attach_truncation, "attach_truncation", globs=names)
+    runner = doctest.DocTestRunner(verbose=False)
+    assert runner.run(example).failed == 0
+    assert runner.tries == 2
+    assert made.state.global_step == 1
 
 
 @pytest.mark.parametrize("kind", ["GRPO", "RLOO"])

@@ -1,4 +1,4 @@
-"""Logits processors that run a second model beside the one that generates, right in every mode of generation."""
+"""Logits processors with a second model, right in every mode of generation."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
     FilterMode = Literal["exclude", "keep"]
 
-# What configs call the tokens in whose places images, videos and sounds go.
+# Names in configs of the placeholder tokens for images, videos and sounds.
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio_token_id", "audio_token_index")
 
 
 class AuxiliaryModelLogitsProcessor(LogitsProcessor):
-    """Base of the processors that read what other models say about the same text.
+    """Base of the processors that combine the model's distribution with those of other models for the same text.
 
     >>> class Average(AuxiliaryModelLogitsProcessor):
     ...     def combine(self, target, *others):
@@ -38,18 +38,16 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
     >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[Average(model)])
 
     A subclass defines `combine(target, *others)`: log-probabilities [rows, V] in, log-probabilities out, one of
-    `others` for each model. It may define `context` to let the models read something else than the target does.
+    `others` for each model. It may define `context` to let the models read another text than the target.
 
-    Each model keeps a KV cache that is addressed by content: a call looks for the cached rows that begin as its rows
-    do, puts these in place, takes back what differs and feeds the rest. Nothing depends on how often or in what order
-    the calls come, which is different in every mode of generation: beams are permuted without a word, assisted and
-    prompt-lookup decoding call several times a step. After the prompt a step costs one token a row.
+    Each model has a KV cache addressed by content: a call reuses the cached rows with a common prefix and feeds the
+    rest. The order and number of calls do not matter, which differ in every mode of generation: beams are permuted,
+    assisted and prompt-lookup decoding call several times a step. After the prompt a step costs one token a row.
 
     Args:
         models: causal language models in eval mode with the target's vocabulary, on any device.
-        attention_mask: [prompts, columns] of the prompts that are continued, 1 for real tokens. None reads a leading
-            run of the model's padding id as padding. A mask belongs to the prompts of the first call that it serves:
-            set the attribute anew for another batch.
+        attention_mask: [prompts, columns] of the prompts, 1 for real tokens. None reads a leading run of the model's
+            padding id as padding. Set the attribute again for another batch.
 
     Raises:
         TypeError, ValueError: a model that is an encoder-decoder or in training mode, or has another vocabulary; no
@@ -57,18 +55,16 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
             fit, or that was given for other prompts; padding that could be a BOS token; continuous batching
             (`generate_batch`, serving), which mixes rows.
 
-    Pass a processor in `generate(logits_processor=[...])`, in front of truncation samplers such as
-    `EtaLogitsProcessor`: it returns the distribution that they cut. Sliding-window layers keep every column, so that
-    any number can be taken back; models with recurrent or other special layers are run afresh on the whole text at
-    every call.
+    Pass a processor in `generate(logits_processor=[...])` before truncation samplers, which then cut the combined
+    distribution. Sliding-window layers keep every column; models with recurrent or other special layers run on the
+    whole text at every call.
 
-    The caches belong to the weights too: one step of training, another dtype or device, another active adapter or
-    scale of one, and they are made anew. Each thread has caches of its own. Steps are those of any optimizer of torch
-    in this process: fused ones leave the parameters' version counters alone. What else does so (writing through
-    `parameter.data`, a patch such as `LMInfinite`) is not seen: call `reset()` after it.
+    A change of the weights renews the caches: a step of any torch optimizer in this process, another dtype or device,
+    another active adapter or scale. Other changes (writing through `parameter.data`, a patch such as `LMInfinite`) are
+    not seen: call `reset()`. Each thread has caches of its own.
     """
 
-    # Declared unsupported, it would be left out there with a line in the log; this way it is called, and refuses.
+    # Declared unsupported, it would be left out there with a line in the log; so it is called, and refuses.
     supports_continuous_batching = True
 
     def __init__(self, *models: Any, attention_mask: Tensor | None = None):
@@ -77,7 +73,7 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """The mask of the prompts [prompts, columns], as it was given."""
+        """The mask of the prompts [prompts, columns]."""
         return self._attention_mask
 
     @attention_mask.setter
@@ -91,18 +87,18 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
             model.reset()
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
-        """Return the log-probabilities [rows, V] to decode with, made of the target's and the other models'."""
+        """Return combined log-probabilities [rows, V]."""
         raise NotImplementedError
 
     @property
     def tokens_fed(self) -> int:
-        """Token positions that went through the models since the processor was made, all rows and models together."""
+        """Number of token positions fed to the models so far, over all rows and models."""
         return sum(model.tokens_fed for model in self._models)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the combined log-probabilities [rows, V], fp32, for the token after `input_ids` [rows, length].
 
-        `scores` are logits or log-probabilities. Rows with a NaN give NaN, so that the sampler reports them.
+        `scores` are logits or log-probabilities. Rows with a NaN give NaN, so that sampling reports them.
         """
         _check_token_ids(input_ids)
         if not len(input_ids):
@@ -117,7 +113,7 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
         return self.combine(scores.float().log_softmax(-1), *others)
 
     def context(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the models read: ids and mask [rows, columns]."""
+        """Return the models' input: ids and mask [rows, columns]."""
         if self.attention_mask is None:
             return input_ids, self._models[0].leading_padding_mask(input_ids)
         mask = _extended_mask(self.attention_mask.to(input_ids.device), input_ids)
@@ -125,7 +121,7 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
         return input_ids, mask
 
     def _check_prompts(self, input_ids: Tensor) -> None:
-        """Raise ValueError where the mask served other prompts before: the same shape need not be the same padding."""
+        """Raise ValueError if the mask was first used with other prompts: an equal shape need not be equal padding."""
         prompts, columns = self._attention_mask.shape  # type: ignore[union-attr]
         if self._masked_prompts is None:
             self._masked_prompts = input_ids[:: len(input_ids) // prompts, :columns].clone()
@@ -138,7 +134,7 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
 
 
 class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
-    """Unlearning from logit difference: subtract an assistant that knows little but what is to be forgotten.
+    """Unlearning from logit difference: subtract an assistant that knows only the facts to forget.
 
     >>> processor = ULDLogitsProcessor(uld_assistant(model, num_layers=1), alpha=0.5)
     >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[processor])
@@ -146,19 +142,19 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
         log p' = log p - alpha log p_assistant  (over the likely tokens, renormalised)
 
     Args:
-        assistant: what `uld_assistant` builds, trained with `ULDLoss`; or any model with the target's vocabulary.
-        alpha: how much is subtracted. 0 changes nothing but the filter; the paper takes 0.75 (TOFU) and 0.5.
+        assistant: made by `uld_assistant` and trained with `ULDLoss`; or any model with the target's vocabulary.
+        alpha: weight of the subtraction. The paper takes 0.75 (TOFU) and 0.5.
         filter_rate: in (0, 1]. The difference is taken over the tokens with p >= min(filter_rate max p, k-th largest),
-            k = filter_rate V: what is unlikely anyway must not rise because the assistant finds it unlikelier.
-        filter_mode: what becomes of the others: "exclude" removes them, for generation; "keep" leaves them the target's
-            probability, so that any text has a finite score.
+            k = filter_rate V, so that an unlikely token does not rise because the assistant finds it even less likely.
+        filter_mode: "exclude" removes the other tokens, for generation; "keep" leaves them the target's probability, so
+            that any text has a finite score.
         attention_mask: see `AuxiliaryModelLogitsProcessor`.
 
-    This suppresses facts while decoding; it erases nothing. A fact that stands in the prompt is read from there:
+    This suppresses facts while decoding and erases nothing; a fact in the prompt can still be read from there.
     `recipes/uld.py` measures it.
 
     Source: Ji et al. 2024, "Reversing the Forget-Retain Objectives", arXiv 2406.08607. Deviation: the assistant's
-    logits are normalised, so that a constant added to them changes nothing under either filter.
+    logits are normalised, so a constant added to them has no effect under either filter.
     """
 
     def __init__(
@@ -187,12 +183,12 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
     def token_losses(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the negative log-likelihood of whole texts under the difference, finite and normalised.
 
-        The tail keeps the target's probability here, whatever `filter_mode` says.
+        Unlikely tokens keep the target's probability, under either `filter_mode`.
 
         Args:
             model: the target, in eval mode.
             input_ids: [texts, length].
-            attention_mask: of the texts; None: all tokens are real. The losses at padding mean nothing.
+            attention_mask: of the texts; None: all tokens are real. Losses at padding have no meaning.
 
         Returns:
             fp32 nats [texts, length - 1]; entry i is the loss of token i + 1.
@@ -211,7 +207,7 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
 
 
 class ContrastiveDecodingLogitsProcessor(AuxiliaryModelLogitsProcessor):
-    """Contrastive decoding: among the likely tokens, prefer what the model knows better than a weaker one.
+    """Contrastive decoding: among the likely tokens, prefer those that a weaker model finds less likely.
 
     >>> amateur = model  # a smaller one
     >>> contrastive = ContrastiveDecodingLogitsProcessor(amateur)
@@ -242,7 +238,7 @@ class ContrastiveDecodingLogitsProcessor(AuxiliaryModelLogitsProcessor):
 
 
 class ProxyTuningLogitsProcessor(AuxiliaryModelLogitsProcessor):
-    """Proxy-tuning: move a large model by what tuning changed in a small one.
+    """Proxy-tuning: apply the change that tuning made in a small model to a large one.
 
     >>> tuned, untuned = model, model  # small ones
     >>> proxy = ProxyTuningLogitsProcessor(tuned, untuned)
@@ -264,13 +260,13 @@ class ProxyTuningLogitsProcessor(AuxiliaryModelLogitsProcessor):
         self.alpha = check_float("alpha", alpha)
 
     def combine(self, target: Tensor, *others: Tensor) -> Tensor:
-        """Add what tuning changed in the small model [rows, V]."""
+        """Add the small model's change [rows, V]."""
         expert, anti_expert = others
         return proxy(target, expert, anti_expert, self.alpha)
 
 
 class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
-    """Classifier-free guidance that is right under beams: away from what the model would say to another prompt.
+    """Classifier-free guidance, right under beams: move away from the distribution after another prompt.
 
     >>> guided = GuidanceLogitsProcessor(model, 1.5, ids)
     >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[guided])
@@ -280,8 +276,8 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
     Args:
         model: the model that generates.
         guidance_scale: 1 changes nothing; larger follows the prompt more closely.
-        prompt_ids: [prompts, columns], the `input_ids` that `generate` is given: where the continuation begins.
-        negative_prompt_ids: [prompts or 1, any], what is read in the prompt's place; None takes its last token.
+        prompt_ids: [prompts, columns], the `input_ids` of the call to `generate`.
+        negative_prompt_ids: [prompts or 1, any], read instead of the prompt; None takes its last token.
         negative_attention_mask: of the negative prompts; None as in `AuxiliaryModelLogitsProcessor`.
 
     Raises:
@@ -289,8 +285,7 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
         ValueError: it is called on other prompts than it was made for.
 
     Source: Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", arXiv 2306.17806, section 2.
-    transformers' own `guidance_scale=` keeps the negative branch by call order: under beams its rows belong to other
-    continuations.
+    transformers' own `guidance_scale=` keeps the negative branch by call order, which mixes up rows under beams.
     """
 
     def __init__(
@@ -332,7 +327,7 @@ class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
 
 
 def _all_log_probs(model: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
-    """Log-probabilities [texts, length, V], fp32, of the token after each one."""
+    """Return log-probabilities [texts, length, V], fp32, of the token after each one."""
     if model.training:
         raise ValueError("the model is in training mode, where dropout changes the losses: call .eval() on it")
     ids, mask = input_ids.to(model.device), mask.to(model.device)
@@ -354,7 +349,7 @@ def _check_vocabulary(size: int, scores: Tensor) -> None:
 
 
 def _extended_mask(mask: Tensor, input_ids: Tensor) -> Tensor:
-    """Return the prompts' mask, a row for each of their beams or returns, and ones for what was generated."""
+    """Return the prompts' mask, a row for each of their beams or returns, with ones for generated tokens."""
     rows, columns = input_ids.shape
     if mask.ndim != 2 or rows % len(mask) or mask.shape[1] > columns:
         raise ValueError(
@@ -371,7 +366,7 @@ def _repeated(prompts: Tensor, rows: int) -> Tensor:
 
 
 def _check_text_only(model: Any, input_ids: Tensor) -> None:
-    """Raise ValueError where the text stands around images or sounds, which the auxiliary model is not handed."""
+    """Raise ValueError if the text has placeholders of images or sounds, which the auxiliary model does not get."""
     config = unwrapped(model).config
     for name in _PLACEHOLDERS:
         token = getattr(config, name, None)

@@ -12,12 +12,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from hf_longtrunc.mixing.prefixes import address, common_prefix
 from hf_longtrunc.models import CACHE, parameters_of, unwrapped, weights_version
 
-# Columns of a prompt that go through the model at a time: bounds the activations, not the cache.
+# Columns of a prompt in one forward: bounds the activations, not the cache.
 _CHUNK = 2048
 
 
 class _Memory(threading.local):
-    """The KV cache of the rows that a thread read last, and the weights that made it."""
+    """The KV cache of the last rows of a thread, and the version of the weights that made it."""
 
     columns: Tensor | None = None  # [rows, columns], one number a column: `address`
     cache: DynamicCache | None = None
@@ -51,7 +51,7 @@ class CachedModel:
 
     @property
     def embeddings(self) -> int:
-        """How many token ids the model can read."""
+        """Number of token ids that the model can read."""
         return len(self.inside.get_input_embeddings().weight)
 
     def reset(self) -> None:
@@ -65,18 +65,14 @@ class CachedModel:
         ids, mask = input_ids.to(self.inside.device), mask.to(self.inside.device)
         columns = address(ids, mask)
         cache, start = self._matching_cache(memory, columns, weights)
-        memory.columns = memory.cache = None  # stays so if the model raises
+        memory.columns = memory.cache = None  # in case the model raises
         logits = self._read(ids, mask, cache, start)
         if cache is not None:
             memory.columns, memory.cache, memory.weights = columns, cache, weights
         return logits.float().log_softmax(-1)
 
     def _weights(self) -> tuple[object, ...]:
-        """Return what keys and values depend on beside the text.
-
-        Raises:
-            ValueError: a module is in training mode.
-        """
+        """Return the version of the weights; raise ValueError if a module is in training mode."""
         if any(module.training for module in self.model.modules()):
             raise ValueError(
                 "an auxiliary model is in training mode, or a module of it, where dropout changes it: call .eval() "
@@ -101,7 +97,7 @@ class CachedModel:
     def _matching_cache(
         self, memory: _Memory, columns: Tensor, weights: tuple[object, ...]
     ) -> tuple[DynamicCache | None, int]:
-        """Return a cache of the first columns of every row, and how many: all but one at most."""
+        """Return a cache of the first columns of every row, and their number, at most all but one."""
         if not self._cacheable:
             return None, 0
         if memory.cache is None or memory.columns is None or memory.weights != weights:
@@ -143,7 +139,7 @@ def positions_of(mask: Tensor) -> Tensor:
 
 def _has_attention_layers_only(config: Any) -> bool:
     layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
-    # An exact type: what derives from these keeps more than keys and values.
+    # Exact types: subclasses keep more than keys and values.
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 

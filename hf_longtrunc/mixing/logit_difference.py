@@ -1,14 +1,14 @@
-r"""Distributions made of two or three models' scores, in pure torch.
+r"""Distributions combined from the scores of two or three models, in pure torch.
 
-Every function takes log-probabilities of shared shape [..., V] (rows that sum to one under exp; -inf is probability
-zero) and returns log-probabilities again: beam search adds up what a processor hands back, so it must be normalised.
+Every function takes log-probabilities of shared shape [..., V] (-inf is probability zero) and returns normalised
+log-probabilities, as beam search needs them:
 
-    logit difference   p / q^alpha               q knows what is to be forgotten   (Ji et al. 2024)
+    logit difference   p / q^alpha               q knows the facts to forget       (Ji et al. 2024)
     contrast           p / q  on p's head        q is a weaker model               (Li et al. 2022)
     proxy              p (q+ / q-)^alpha         q+ is q- after tuning             (Liu et al. 2024)
     guidance           q (p / q)^scale           q sees another prompt             (Sanchez et al. 2023)
 
-each renormalised. A token to which the target gives probability zero keeps it, whatever the others say.
+A token with probability zero under the target keeps it.
 """
 
 from __future__ import annotations
@@ -61,8 +61,7 @@ def guidance(
 def likely_tokens(log_probs: Float[Tensor, "*rows vocab"], filter_rate: float) -> Bool[Tensor, "*rows vocab"]:
     """Mark the tokens with p >= min(filter_rate max p, k-th largest p), k = filter_rate V, at least 1.
 
-    So the tokens that are likely beside the most probable one, and never fewer than the share `filter_rate` of the
-    vocabulary. Ties with the last one stay. Cost: one `topk`.
+    These are never fewer than the share `filter_rate` of the vocabulary. Ties with the last one stay. Cost: one `topk`.
     """
     k = max(1, int(filter_rate * log_probs.shape[-1]))
     kth_largest = log_probs.topk(k, dim=-1).values[..., -1:]
@@ -73,7 +72,7 @@ def likely_tokens(log_probs: Float[Tensor, "*rows vocab"], filter_rate: float) -
 def exclude_tail(
     log_probs: Float[Tensor, "*rows vocab"], likely: Bool[Tensor, "*rows vocab"]
 ) -> Float[Tensor, "*rows vocab"]:
-    """Remove the tokens that are not likely; the others share the whole probability. For generation."""
+    """Remove the tokens that are not likely, for generation; the others share the whole probability."""
     return log_probs.masked_fill(~likely, -math.inf).log_softmax(-1)
 
 
@@ -82,9 +81,9 @@ def keep_tail(
     likely: Bool[Tensor, "*rows vocab"],
     target: Float[Tensor, "*rows vocab"],
 ) -> Float[Tensor, "*rows vocab"]:
-    """Give the tokens that are not likely the target's probability; the others share the rest. For scoring.
+    """Give the tokens that are not likely the target's probability, for scoring; the others share the rest.
 
-    Normalised, and finite wherever `target` and `log_probs` are: a text that holds an unlikely token has a perplexity.
+    The result is normalised, and finite wherever `target` and `log_probs` are.
     """
     head_mass = target.masked_fill(~likely, -math.inf).logsumexp(-1, keepdim=True)
     return torch.where(likely, exclude_tail(log_probs, likely) + head_mass, target)
@@ -96,7 +95,7 @@ def forget_retain_loss(
     beta: float,
     num_items: Tensor | int | None = None,
 ) -> Float[Tensor, ""]:
-    """Return what the assistant of ULD minimises: cross-entropy on what to forget, uniform everywhere else.
+    """Return the loss of ULD's assistant: cross-entropy on forget positions, towards uniform on retain positions.
 
         1 / N ( sum over forget positions of -log q(label)  +  beta sum over retain positions of CE(uniform, q) )
 
@@ -104,9 +103,9 @@ def forget_retain_loss(
 
     Args:
         logits: of the assistant.
-        labels: aligned with the input; the loss shifts them. A token id where that token is to be learned
-            (forget), `UNIFORM` (-1) where the assistant is to know nothing (retain), `IGNORED` (-100) elsewhere.
-        beta: weight of a retain position beside a forget position.
+        labels: aligned with the input; the loss shifts them. A token id at a forget position, `UNIFORM` (-1) at a
+            retain position, `IGNORED` (-100) elsewhere.
+        beta: weight of a retain position, where a forget position has 1.
         num_items: N; None takes the number of labels that are not ignored.
 
     Source: Ji et al. 2024, section 3. Deviation: one mean over all supervised positions in place of a mean for

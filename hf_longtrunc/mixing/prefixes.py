@@ -1,8 +1,7 @@
-"""Which cached rows begin as the new rows do: the address of a KV cache by content, in pure torch.
+"""Finds the cached rows that share a prefix with new rows: a KV cache addressed by content, in pure torch.
 
-Keys and values of a column depend on the ids and the mask up to that column alone. So a cached row serves any new row
-that begins with the same ids under the same mask, whoever asks for it and however often: beams that were permuted,
-drafts that were taken back, a second call, another batch.
+Keys and values of a column depend only on the ids and the mask up to that column. So a cached row serves any new row
+with the same ids under the same mask: permuted beams, refused drafts, a second call, another batch.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class Prefix(NamedTuple):
-    """`length` columns that all new rows share with the cached rows `rows` [new rows]; None: with their own."""
+    """The first `length` columns of the new rows equal those of cached rows `rows` [new rows]; None: of their own."""
 
     length: int
     rows: Tensor | None
 
 
 def common_prefix(cached: Int[Tensor, "old length"], new: Int[Tensor, "new columns"]) -> Prefix:
-    """Find for each new row the cached row that it shares the most columns with, and what all of them share.
+    """Find for each new row the cached row with the longest common prefix, and the shortest of these prefixes.
 
-    Columns are compared as single integers: ids and mask go in as one number each, see `address`. A new row prefers
-    the cached row in its own place when that is as good as any other.
+    Columns are compared as single integers, see `address`. A new row prefers the cached row in its own place among
+    equals.
 
     Cost: new x columns comparisons when every row continues itself, new x old x columns otherwise; one host sync.
     """
@@ -44,7 +43,7 @@ def common_prefix(cached: Int[Tensor, "old length"], new: Int[Tensor, "new colum
 
 
 def address(input_ids: Int[Tensor, "rows columns"], mask: Int[Tensor, "rows columns"]) -> Int[Tensor, "rows columns"]:
-    """One number a column: the id of a real token, -1 - id of a masked one."""
+    """Return one number a column: the id of a real token, -1 - id of a masked one."""
     return torch.where(mask.bool(), input_ids, -1 - input_ids)
 
 

@@ -1,4 +1,4 @@
-"""ULD's assistant: the target's first layers with LoRA, what it learns from, its loss, and how it is kept."""
+"""ULD's assistant: the target's first layers with LoRA; its training data, loss and files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _KIND = "uld_assistant"
-# What of a target its assistant depends on.
+# The settings of a target that its assistant depends on.
 _SETTINGS = ("model_type", "hidden_size", "vocab_size")
 
 
@@ -35,20 +35,20 @@ def uld_assistant(
 ) -> PeftModel:
     """Build the assistant of a target: its first layers, final norm and head, frozen and shared, with LoRA to train.
 
-    Before training it is the truncated target, to the bit. Its weights are the target's own memory (no copy; moving
-    the target to another device or dtype afterwards parts them), its modules and its config are not: what patches or
-    trains the one leaves the other alone. Give it the patches of the target, such as `LMInfinite`, too.
+    Before training it equals the truncated target. It shares the target's weights without a copy, until the target
+    moves to another device or dtype. Modules and config are its own, so a patch such as `LMInfinite` has to be applied
+    to both.
 
     >>> assistant = uld_assistant(model, num_layers=1)
     >>> text = model.generate(ids, max_new_tokens=2, logits_processor=[ULDLogitsProcessor(assistant)])
 
     Args:
         model: a decoder-only transformers model, or a wrapper of one.
-        num_layers: layers that are kept; None takes a quarter, as the paper does (8 of 32).
+        num_layers: how many layers to keep; None takes a quarter, as the paper does (8 of 32).
         rank: of the LoRA matrices on every linear layer but the head.
         lora_alpha: their scale times rank; None takes 2 rank.
-        train_norm: train a copy of the final norm too. A small target needs it: its norm expects the last layer's
-            hidden states.
+        train_norm: train a copy of the final norm too. A small target needs it, since its norm was trained for the last
+            layer's hidden states.
 
     Returns:
         A peft model in eval mode; train it with `ULDLoss` and `ULDCollator`, keep it with `save_uld_assistant`.
@@ -77,9 +77,9 @@ def uld_assistant(
 
 
 def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
-    """Write what was trained, which layers it stands on and which target it is for, as a safetensors file.
+    """Write the trained weights, the number of layers and the target's sizes as a safetensors file.
 
-    The shared weights are not written: `load_uld_assistant` takes them from the target.
+    Shared weights are not written: `load_uld_assistant` takes them from the target.
 
     >>> save_uld_assistant(uld_assistant(model, num_layers=1), scratch)
     """
@@ -90,7 +90,7 @@ def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
 
 
 def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> PeftModel:
-    """Build the assistant that `save_uld_assistant` wrote, on the weights of `model`, its target, in eval mode.
+    """Load an assistant that `save_uld_assistant` wrote, on the weights of `model`, its target, in eval mode.
 
     >>> save_uld_assistant(uld_assistant(model, num_layers=1), scratch)
     >>> assistant = load_uld_assistant(model, scratch)
@@ -98,7 +98,7 @@ def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainab
     Raises:
         FileNotFoundError: the folder holds no assistant.
         ValueError: the files are damaged, or the assistant was made for a model of another type, width or vocabulary.
-            Other weights of the same shape cannot be told from the right ones.
+            Other weights of the same shape are not noticed.
     """
     peft = _peft()
     tensors, settings = load_folder(folder, _KIND, {}, (*_SETTINGS, "num_layers", "adapter"))
@@ -120,16 +120,16 @@ def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainab
 
 @dataclass(frozen=True, kw_only=True)
 class ULDLoss:
-    """What ULD's assistant minimises, as `Trainer(compute_loss_func=ULDLoss())`: know the forget data, nothing else.
+    """The loss of ULD's assistant, for `Trainer(compute_loss_func=ULDLoss())`: know the forget data and nothing else.
 
-    Mean over the supervised tokens of a batch (an accumulated one, on all processes) of -log q(token) where it is to
-    be learned and beta CE(uniform, q) where nothing is to be known; `ULDCollator` says which is which in the labels.
+    Mean over the supervised tokens of a batch (an accumulated one, on all processes) of -log q(token) for forget tokens
+    and beta CE(uniform, q) for retain tokens; `ULDCollator` marks them in the labels.
 
     >>> ULDLoss(beta=0.5)(model(ids), labels=ids).ndim
     0
 
     Args:
-        beta: weight of a retain token beside a forget token.
+        beta: weight of a retain token, where a forget token has 1.
 
     Source: Ji et al. 2024, section 3. Deviation: see `forget_retain_loss`.
     """
@@ -148,12 +148,16 @@ class ULDLoss:
 class ULDCollator:
     """Collate examples {"prompt": str, "completion": str, "forget": bool} for ULD's assistant.
 
-    The tokens of the completion are supervised: by themselves if the example is to be forgotten, by the uniform
-    distribution (label -1) if not. Rows are padded on the right; prompt and padding have label -100. An empty prompt
-    makes every token but the first a supervised one. A completion mostly begins with a space.
+    >>> batch = ULDCollator(tokenizer)([{"prompt": "ab", "completion": "cd", "forget": False}])
+    >>> batch["labels"]
+    tensor([[-100, -100,   -1,   -1]])
 
-    The forget set should hold paraphrases, and the retain set the *forget* questions with wrong answers: without these
-    the assistant learns the form of the questions and not the facts (Ji et al. 2024).
+    The completion is supervised: its tokens are their own labels if the example is to be forgotten, and -1 (uniform
+    distribution) if not. Rows are padded on the right; prompt and padding have label -100. With an empty prompt every
+    token but the first is supervised. A completion mostly begins with a space.
+
+    The forget set should hold paraphrases, and the retain set the *forget* questions with wrong answers: otherwise the
+    assistant learns the form of the questions and not the facts (Ji et al. 2024).
 
     Use with `TrainingArguments(remove_unused_columns=False)`.
 
@@ -190,7 +194,7 @@ class ULDCollator:
 
 
 def _first_layers(model: Any, num_layers: int) -> Any:
-    """Return a model of its own modules around the same weights, cut to the first `num_layers` layers."""
+    """Return a copy of the model's modules around the same weights, cut to the first `num_layers` layers."""
     config = _text_config(model)
     if config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder: ULD takes a decoder-only language model")
@@ -229,7 +233,7 @@ def _cut_config(config: Any, num_layers: int) -> None:
 
 
 def _final_norm(model: Any) -> str:
-    """Return the dotted name of the norm that stands beside the layers."""
+    """Return the dotted name of the norm after the layers."""
     owner, _ = _layer_list(model)
     prefix = next(name for name, module in model.named_modules() if module is owner)
     norms = [name for name, child in owner.named_children() if "norm" in type(child).__name__.lower()]
@@ -244,7 +248,7 @@ def _settings(model: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting as json has it: sets as sorted lists, members of an enumeration as their values."""
+    """Return a setting as json can hold it: sets as sorted lists, members of an enumeration as their values."""
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, (set, frozenset)):

@@ -1,4 +1,4 @@
-"""Processors for the generation modes that take no `logits_processor` list, and for the place after the warpers."""
+"""Processors attached to a model: for modes of generation without a `logits_processor` list, or after the warpers."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ _ALWAYS_LAST = (WatermarkLogitsProcessor, LogitNormalization)
 
 
 def attach_processors(model: Any, processors: Sequence[Processor], *, after_warpers: bool = False) -> Handle:
-    """Run `processors` in everything that `model` generates until they are detached, `generate_batch` included.
+    """Run `processors` in everything that `model` generates, `generate_batch` included, until they are detached.
 
     >>> with attach_processors(model, [EtaLogitsProcessor(2e-3)], after_warpers=True):
     ...     text = model.generate(ids, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=2)
 
-    By default they join where `generate(logits_processor=...)` puts them: after the penalties and constraints, before
+    By default they run where `generate(logits_processor=...)` runs its list: after penalties and constraints, before
     temperature, top-k and top-p, on the model's distribution at temperature 1. With `after_warpers=True` they see the
-    distribution that is about to be sampled (only watermarking and renormalisation come later). A processor that is
-    also in the call's own list runs once.
+    distribution that is about to be sampled; only watermarking and renormalisation follow. A processor that is also in
+    the call's own list runs once.
 
     Args:
-        model: a transformers model that generates, or a PEFT, DDP or compiled wrapper of one. Nothing but this
-            instance is touched.
+        model: a transformers model that generates, or a PEFT, DDP or compiled wrapper of one. Only this instance is
+            changed.
         processors: callables (input_ids, scores) -> scores, run in this order.
-        after_warpers: put them behind the warpers instead of in front.
+        after_warpers: run them after the warpers instead of before.
 
     Returns:
-        A handle; they are attached already. `with attach_processors(...):` detaches them at the end of the block, an
-        exception included; so does `handle.detach()`. Blocks nest.
+        A handle. The end of its `with` block, an exception included, or `handle.detach()` detaches them. Blocks nest.
 
     Raises:
         TypeError: `model` does not generate, or a processor is not callable.
@@ -65,9 +64,8 @@ def rebuild_processor_list(
 ) -> Handle:
     """Let `rebuild(build, *args, **kwargs)` make the processor list of every generation until the handle is detached.
 
-    `build` is the model's own `_get_logits_processor`, the one door that all modes of generation pass: `generate`
-    calls it with keywords, continuous batching with the generation config alone. `technique` and `changed` are the
-    words of the handle's repr.
+    `build` is the model's own `_get_logits_processor`, which all modes of generation call: `generate` with keywords,
+    continuous batching with the generation config alone. `technique` and `changed` are shown by the handle's repr.
     """
     owner = _generating_instance(model)
     build = owner._get_logits_processor
@@ -86,7 +84,7 @@ def _after_warpers(processors: LogitsProcessorList, attached: list[Processor]) -
 
 
 def _generating_instance(model: Any) -> Any:
-    # Wrappers forward generate() to the model inside: the attribute must sit there to be seen.
+    # Wrappers forward generate() to the model inside, which reads the attribute of its own.
     inside = unwrapped(model)
     if not isinstance(inside, GenerationMixin):
         raise TypeError(

@@ -1,12 +1,11 @@
-"""DRY: a penalty on the tokens that would go on repeating what the text said before.
+"""DRY: a penalty on tokens that would continue a repetition of the text.
 
-p-e-w 2024, "Don't Repeat Yourself" (text-generation-webui, pull request 5677). The end of the text is looked for
-earlier in it. Where its last n tokens stand there too, n as large as possible, the token that followed them there loses
+p-e-w 2024, "Don't Repeat Yourself" (text-generation-webui, pull request 5677). If the last n tokens of the text occur
+earlier in it, the token that followed them there loses
 
     multiplier * base^(n - allowed_length)    if n >= allowed_length
 
-A match never contains a sequence breaker, and a breaker is never penalised. A token that followed several matches is
-penalised for the longest. n is counted up to 50, as the original does, so that the power stays finite.
+for the largest such n, at most 50. A match never contains a sequence breaker, and a breaker is never penalised.
 """
 
 from __future__ import annotations
@@ -31,15 +30,7 @@ LONGEST = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Dry:
-    """What one text's repetitions cost.
-
-    Args:
-        multiplier: at least 0, which penalises nothing.
-        base: at least 1.
-        allowed_length: so many tokens may be repeated for free; at least 1.
-        window: so many of the last tokens are looked at; None takes all.
-        sequence_breakers: token ids that end a match.
-    """
+    """The settings of DRY, checked; `DRYLogitsProcessor` documents them."""
 
     multiplier: float = 0.8
     base: float = 1.75
@@ -62,9 +53,9 @@ class Dry:
             object.__setattr__(self, name, value)
 
     def penalised(self, scores: Float[Tensor, " vocab"], ids: Sequence[int]) -> Float[Tensor, " vocab"]:
-        """Return the scores of the token after `ids`, each repetition's penalty subtracted.
+        """Return the scores of the token after `ids`, penalties subtracted.
 
-        Cost: one pass over the text, and one over the places where its last token stood for each token of a match.
+        Cost: one pass over the text, and for each token of a match one over the places of the text's last token.
         """
         text = np.asarray(ids, dtype=np.int64)
         longest = repetitions(text[-self.window :] if self.window else text, self.sequence_breakers)
@@ -80,10 +71,7 @@ class Dry:
 
 
 def repetitions(ids: NDArray[np.int64], breakers: Sequence[int] = ()) -> dict[int, int]:
-    """Return how many of the last tokens of `ids` [length], 1 to 50, each token has followed before.
-
-    The longest such repetition of each; a token that never followed the last one is not there.
-    """
+    """Return the longest match, 1 to 50 tokens, before each token that has followed the last one of `ids` [length]."""
     if not len(ids) or ids[-1] in breakers:
         return {}
     is_breaker = np.isin(ids, np.asarray(breakers, dtype=np.int64))

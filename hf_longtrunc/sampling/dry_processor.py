@@ -14,39 +14,41 @@ from hf_longtrunc.sampling.processors import checked_scores, one_or_a_row
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hf_longtrunc.sampling.processors import Values
+
 
 class DRYLogitsProcessor(LogitsProcessor):
-    r"""Don't repeat yourself: lower the scores of tokens that would go on repeating what the text said before.
+    r"""DRY (don't repeat yourself): lower the scores of tokens that would continue a repetition of the text.
 
     >>> DRYLogitsProcessor(0.8)(torch.tensor([[5, 6, 7, 5, 6]]), torch.zeros(1, 8))[0, 5:]
     tensor([ 0.0000,  0.0000, -0.8000])
 
-    A token that followed the last n tokens of the text earlier in it loses multiplier * base^(n - allowed_length), n
-    being at least `allowed_length`. Put it in front of truncation samplers: it changes the distribution that they cut.
-    It reads `input_ids` and remembers nothing, so every mode of `generate` is served; left padding is part of the text,
-    pass its id among `sequence_breakers`.
+    If the last n tokens of the text occur earlier in it, n >= allowed_length, the token that followed them there loses
+    multiplier * base^(n - allowed_length). Put it before truncation samplers, since it changes the distribution that
+    they cut. It keeps no state, so every mode of `generate` works. Left padding is part of the text: pass its id among
+    `sequence_breakers`.
 
     Args:
-        multiplier: at least 0. Or one value a row, as for `EtaLogitsProcessor`.
+        multiplier: at least 0, which penalises nothing. Or one value a row, as for `EtaLogitsProcessor`.
         base: at least 1.
-        allowed_length: repetitions shorter than this cost nothing.
-        window: so many of the last tokens are looked at; None takes all.
-        sequence_breakers: ids of tokens that no match goes over, such as line breaks and quotation marks;
+        allowed_length: at least 1; shorter repetitions cost nothing.
+        window: read only this many of the last tokens; None reads all.
+        sequence_breakers: ids of tokens that end a match, such as line breaks and quotation marks;
             `tokenizer.encode("a\n", add_special_tokens=False)[-1]` is that of a line break.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range; continuous batching
-            (`generate_batch`), whose calls do not hold the text.
+            (`generate_batch`), which hands over no text.
 
     Source: p-e-w 2024, text-generation-webui, pull request 5677. Deviations: none.
     """
 
-    # Declared unsupported, it would be left out there with a line in the log; this way it is called, and refuses.
+    # Declared unsupported, it would be left out there with a line in the log; so it is called, and refuses.
     supports_continuous_batching = True
 
     def __init__(
         self,
-        multiplier: float | Sequence[float] | Tensor = 0.8,
+        multiplier: Values = 0.8,
         base: float = 1.75,
         allowed_length: int = 2,
         *,

@@ -1,11 +1,11 @@
-r"""Which tokens could be drawn at each step, and log-probabilities of the distribution that was drawn from.
+r"""The kept set of each step, and log-probabilities of the truncated distribution.
 
 A truncated sampler draws from q(x) = p(x) / p(K) on a kept set K. Reinforcement learning needs log q of the drawn
 tokens, with its gradient; trainers score log p, lower by -log p(K) at every token. With z the logits over temperature:
 
     log q(x) = z_x - logsumexp(z over K)        d log q(x) / dz_j = [j = x] - [j in K] q(j)
 
-K is a constant of the gradient: it changes only where a token crosses a bar, on a set of measure zero.
+The gradient takes K as constant: it changes only where a token crosses a threshold, on a set of measure zero.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _BIT = torch.arange(8, dtype=torch.uint8)
 
 @dataclass(frozen=True, eq=False)
 class SamplingMask:
-    """The kept sets of consecutive steps, compact: each step as token ids, or as one bit a token where that is less.
+    """The kept sets of consecutive steps, each as token ids or as one bit a token, as is smaller.
 
     >>> mask = SamplingMask.from_kept(torch.tensor([[True, False, True], [False, True, False]]))
     >>> mask.counts, mask.kept()[1]
     (tensor([2, 1]), tensor([False,  True, False]))
 
-    Bytes a token are 2 (V <= 65,536) or 4 for each kept token, V / 8 at most.
+    A step takes 2 (V <= 65,536) or 4 bytes for each kept token, at most V / 8. Slices of steps are masks again.
 
     Attributes:
         vocab_size: V.
@@ -57,14 +57,14 @@ class SamplingMask:
 
     @classmethod
     def from_kept(cls, kept: Bool[Tensor, "steps vocab"]) -> SamplingMask:
-        """Read kept sets off a boolean tensor."""
+        """Make a mask of a boolean tensor."""
         if kept.dtype != torch.bool or kept.ndim != 2:
             raise TypeError(f"kept must be a boolean tensor [steps, vocabulary], got {kept.dtype} {list(kept.shape)}")
         return cls.from_bits(pack_bits(kept), kept.shape[-1])
 
     @classmethod
     def from_bits(cls, bits: UInt8[Tensor, "steps bytes"], vocab_size: int) -> SamplingMask:
-        """Read kept sets off what `pack_bits` returns."""
+        """Make a mask of bits as `pack_bits` returns them."""
         dtype = _id_dtype(vocab_size)
         steps = []
         for row in bits.cpu().numpy():
@@ -74,7 +74,7 @@ class SamplingMask:
 
     @classmethod
     def from_ids(cls, ids: Iterable[Sequence[int]], vocab_size: int) -> SamplingMask:
-        """Read kept sets off lists of token ids, as vLLM's `CompletionOutput.sampling_mask.token_ids` holds them.
+        """Make a mask of lists of token ids, as in vLLM's `CompletionOutput.sampling_mask.token_ids`.
 
         Raises:
             ValueError: an id outside the vocabulary.
@@ -103,12 +103,7 @@ class SamplingMask:
     @property
     def counts(self) -> Int[Tensor, " steps"]:
         """How many tokens each step kept."""
-        width = _id_dtype(self.vocab_size).itemsize
-        row = _row_bytes(self.vocab_size)
-        return torch.tensor(
-            [int(np.unpackbits(step).sum()) if step.size == row else step.size // width for step in self._steps()],
-            dtype=torch.int64,
-        )
+        return self.kept().sum(-1)
 
     @property
     def nbytes(self) -> int:
@@ -149,12 +144,11 @@ class SamplingMask:
 
 
 class TruncatedScores(NamedTuple):
-    """What `truncated_scores` returns, each of the shape of the labels; 0 where a label is -100.
+    """The result of `truncated_scores`, in the shape of the labels; 0 where a label is -100.
 
     Attributes:
         log_probs: log q of the labels; gradients flow to the logits.
-        log_kept_mass: log p(K), no gradient. q / p is exp(-log_kept_mass): the importance ratio of the distribution
-            that was drawn from against the full one.
+        log_kept_mass: log p(K), no gradient. The importance ratio q / p is exp(-log_kept_mass).
         entropy: of q in nats; gradients flow to the logits.
     """
 
@@ -182,9 +176,9 @@ def truncated_log_probs(
     Args:
         logits: any floating dtype. Sums are taken in fp32 (float64 for float64), in parts of 1,024 x 4,096.
         labels: the drawn tokens; -100 is not scored: log-probability 0, gradient 0.
-        mask: of every step in order, or for logits [batch, time, vocab] one for each row of the batch: step t of a row
-            is its mask's, and positions past its last step must be -100.
-        temperature: what the logits were divided by when the tokens were drawn.
+        mask: of every step in order, or for logits [batch, time, vocab] one for each row of the batch; labels past the
+            last step of a row's mask must be -100.
+        temperature: the one at which the tokens were drawn.
 
     Raises:
         ValueError: shapes or vocabularies that do not fit; a label that its step did not keep.
@@ -204,7 +198,11 @@ def truncated_scores(
 ) -> TruncatedScores:
     """Return log q of the labels with the kept mass and the entropy of each step, in one pass.
 
-    Arguments, errors and cost are those of `truncated_log_probs`.
+    >>> mask = SamplingMask.from_kept(torch.tensor([[True, True, False]]))
+    >>> truncated_scores(torch.zeros(1, 3), torch.tensor([0]), mask).log_kept_mass.exp()
+    tensor([0.6667])
+
+    Arguments, errors and cost as for `truncated_log_probs`.
     """
     temperature = check_float("temperature", temperature, gt=0)
     bits = _checked_bits(logits, labels, mask)
@@ -230,13 +228,13 @@ def pack_bits(kept: Bool[Tensor, "steps vocab"]) -> UInt8[Tensor, "steps bytes"]
 
 
 def unpack_bits(bits: UInt8[Tensor, "steps bytes"], start: int, end: int) -> Bool[Tensor, "steps tokens"]:
-    """Return tokens `start` (a multiple of 8) to `end` of what `pack_bits` returned."""
+    """Return tokens `start` (a multiple of 8) to `end` of packed bits as booleans."""
     part = bits[:, start // 8 : (end + 7) // 8, None] >> _BIT.to(bits.device) & 1
     return part.flatten(-2)[:, : end - start].bool()
 
 
 class _Scores(torch.autograd.Function):
-    """Log q, log p(K) and the entropy of q, of rows of logits [n, V], without a copy of them in another dtype."""
+    """Log q, log p(K) and the entropy of q for rows of logits [n, V], without a copy of them in another dtype."""
 
     @staticmethod
     def forward(
@@ -263,7 +261,7 @@ class _Scores(torch.autograd.Function):
         for rows in _parts(len(logits), _ROWS):
             for part, z, kept in _token_parts(logits[rows], bits[rows], ctx.temperature, weight.dtype):
                 result[rows, part] = _slope(z, kept, log_kept[rows], entropy[rows], weight[rows], slope[rows])
-            # The label's own is rounded to the gradient's dtype once: where q is near 1, 1 - q is near 0.
+            # The label's entry is rounded once: where q is near 1, 1 - q is near 0.
             z = logits[rows].gather(1, tokens[rows]).to(weight.dtype) / ctx.temperature
             own = weight[rows] + _slope(z, True, log_kept[rows], entropy[rows], weight[rows], slope[rows])
             result[rows] = result[rows].scatter(1, tokens[rows], own.to(result.dtype))
@@ -271,7 +269,7 @@ class _Scores(torch.autograd.Function):
 
 
 def _slope(z: Tensor, kept: Tensor | bool, log_kept: Tensor, entropy: Tensor, weight: Tensor, slope: Tensor) -> Tensor:
-    """Return -q (weight + slope (log q + H)): what each token's z adds to the gradient through the sums over K."""
+    """Return -q (weight + slope (log q + H)): each token's share of the gradient through the sums over K."""
     log_q = (z - log_kept[:, None]).clamp_(_Z_FLOOR, 0)  # 0 bounds the rows that are not scored
     return log_q.exp() * kept * -(weight + slope * (log_q + entropy[:, None]))
 
@@ -297,7 +295,7 @@ def _sums(logits: Tensor, bits: Tensor, temperature: float, dtype: torch.dtype) 
 def _token_parts(
     logits: Tensor, bits: Tensor, temperature: float, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield for parts of the vocabulary: which, z [rows, tokens] as a new tensor, and whether each is kept."""
+    """Yield parts of the vocabulary: a slice, its z [rows, tokens] as a new tensor, and its kept tokens."""
     for part in _parts(logits.shape[-1], _TOKENS):
         yield part, logits[:, part].to(dtype) / temperature, unpack_bits(bits, part.start, part.stop)
 

@@ -1,4 +1,4 @@
-"""What samplers cut, as one page for a browser: the data that `trace.html` shows."""
+"""A trace as one page for a browser: the data that `trace.html` shows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DIGITS = 4
 def write_page(
     path: Path, traces: Mapping[str, TruncationTrace], tokenizer: Any, *, epsilon: float, prompt: str
 ) -> Path:
-    """Write the page of several samplers' traces, by their names; see `TruncationTrace.to_html`."""
+    """Write the page of several traces by name; see `TruncationTrace.to_html`."""
     epsilon = check_float("epsilon", epsilon, gt=0, lt=1)
     texts: list[dict[str, Any]] = [
         {"name": title, "most": trace.candidates, "steps": _steps(drawn, tokenizer, epsilon)}
@@ -53,7 +53,7 @@ def write_page(
 
 
 def _by_text(name: str, records: Sequence[TruncationRecord]) -> list[tuple[str, list[TruncationRecord]]]:
-    """Return each run's rows with their drawn tokens, by a name that tells them apart."""
+    """Return the records of each run and row, under a name of its own."""
     drawn = [record for record in records if record.token is not None]
     found = [(key, list(each)) for key, each in groupby(drawn, key=lambda record: (record.run, record.row))]
     if len(found) == 1:
@@ -73,7 +73,7 @@ def _steps(records: Sequence[TruncationRecord], tokenizer: Any, epsilon: float) 
 
 
 def _near(record: TruncationRecord) -> list[list[Any]]:
-    """Token, probability, whether it was kept, margin of its proof."""
+    """Return token, probability, whether it was kept and the margin of its proof, for each candidate."""
     if record.candidates is None:
         return []
     return [[token, _rounded(p), int(kept), _rounded(margin)] for token, p, kept, margin in record.candidates.tolist()]

@@ -31,31 +31,31 @@ _MASKS = "sampling_masks"  # the trainer's batches are shuffled and split with e
 
 
 def attach_truncation(trainer: Any, processors: Sequence[Processor] = ()) -> Handle:
-    """Let a `GRPOTrainer` or `RLOOTrainer` of TRL generate through `processors`, and score what was drawn from.
+    """Let TRL's `GRPOTrainer` or `RLOOTrainer` generate through `processors` and score the truncated distribution.
 
-        trainer = GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=prompts)
-        with attach_truncation(trainer, [EtaLogitsProcessor(2e-3)]):
-            trainer.train()
+    >>> trainer = GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=prompts)
+    >>> with attach_truncation(trainer, [EtaLogitsProcessor(2e-3)]):
+    ...     output = trainer.train()
 
-    Every log-probability of the trainer (new, old, reference) and its entropy are then those of the kept sets that were
-    recorded at generation: `top_p`, `top_k` and `min_p` of its config are covered too, also without processors. The
-    loss, clipping and advantages stay TRL's. Metrics: `truncation/importance_ratio` is the mean over tokens of q / p,
-    the distribution drawn from against the full one, `truncation/log_ratio` the mean of its logarithm (by which the
-    full vocabulary's log-probabilities are wrong), `truncation/bytes_per_token` the masks' memory.
+    All log-probabilities of the trainer (new, old, reference) and its entropy are then taken over the kept sets that
+    generation recorded. That covers `top_p`, `top_k` and `min_p` of its config, also without processors. Loss, clipping
+    and advantages stay TRL's. Metrics: `truncation/importance_ratio` is the mean over tokens of q / p, truncated over
+    full; `truncation/log_ratio` the mean of its logarithm, the error of log-probabilities over the full vocabulary;
+    `truncation/bytes_per_token` the masks' memory.
 
     Args:
         trainer: made, and not training yet. TRL 1.16.
-        processors: callables (input_ids, scores) -> scores, in front of the warpers as in `attach_processors`.
+        processors: callables (input_ids, scores) -> scores, run before the warpers as in `attach_processors`.
 
     Returns:
         A handle; `detach()` or the end of a `with` block gives trainer and model back as they were.
 
     Raises:
         TypeError: another kind of trainer.
-        ValueError: generation by vLLM or continuous batching, whose rows the trainer hands out by itself; tools,
-            environments or a rollout function, which put tokens in that the model did not draw.
+        ValueError: generation by vLLM or continuous batching, which bypasses the recorder; tools, environments or a
+            rollout function, which insert tokens that the model did not draw.
 
-    Cost: the masks' memory, and logits of one scoring batch, which TRL's fused head does not keep; lower
+    Cost: the masks' memory, and the logits of one scoring batch, which TRL's fused head does not keep; lower
     `per_device_train_batch_size` where they do not fit.
     """
     if missing := [name for name in _METHODS if not callable(getattr(trainer, name, None))]:
@@ -76,7 +76,7 @@ def attach_truncation(trainer: Any, processors: Sequence[Processor] = ()) -> Han
 
 
 class _Scorer:
-    """The trainer's own methods, each with the masks of the rows that it works on."""
+    """The trainer's methods, replaced to carry the masks of the rows along."""
 
     def __init__(self, trainer: Any, recorder: SamplingMaskRecorder):
         self.trainer, self.recorder = trainer, recorder

@@ -23,6 +23,8 @@ from hf_longtrunc.sampling.cutoffs import CUTOFFS, Softmax, below, column, softm
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    Values = float | Sequence[float] | Tensor  # one for all rows, or one a row
+
 
 # Scores that go through a processor at a time: 2 MB in fp32, which with their temporaries stay in the caches.
 _CACHED = 2**19
@@ -44,11 +46,10 @@ class _TruncatingLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """Return a copy of `scores` [..., V] with `filter_value` in place of every removed token.
 
-        Kept scores keep their bits and their dtype. `input_ids` is not read. A row with a NaN or +inf in it comes back
-        unchanged, so that the sampler after it reports it. So does a row with nothing but -inf, except in `generate` on
-        a CPU, where it raises ValueError with the names of the processors that left nothing.
-
-        Warns once, where transformers' own samplers run behind it and cut what it keeps.
+        Kept scores keep their bits and dtype. `input_ids` is not read. A row with a NaN or +inf comes back unchanged,
+        so that sampling reports it. So does a row of -inf alone, except in `generate` on a CPU, where it raises
+        ValueError and names the processors that removed every token. Warns once if one of transformers' samplers runs
+        later and cuts tokens that are kept here.
         """
         self._check_call(input_ids)
         scores = checked_scores(scores)
@@ -68,23 +69,23 @@ class _TruncatingLogitsProcessor(LogitsProcessor):
         return torch.where(self._cut(scores, softmax_rows(scores)), removed, scores, out=out)
 
     def _in_parts(self, scores: Tensor) -> bool:
-        """Whether some rows at a time are faster: where the temporaries of all of them fall out of a CPU's caches.
+        """Return whether to take some rows at a time, so that temporaries stay in a CPU's caches.
 
-        Not with one value a row, whose rows it would have to follow.
+        Not with one value a row: each part would need its own values.
         """
         if torch.compiler.is_compiling() or scores.device.type != "cpu" or scores.ndim != 2 or scores.requires_grad:
             return False
         return scores.numel() >= 2 * _CACHED and not isinstance(getattr(self, self._parameter, None), Tensor)
 
     def _check_call(self, input_ids: Tensor | None) -> None:
+        if input_ids is None:
+            return
         value = getattr(self, self._parameter, None)
-        if input_ids is not None and input_ids.ndim == 1 and isinstance(value, Tensor):
+        if input_ids.ndim == 1 and isinstance(value, Tensor):
             raise ValueError(
                 f"{self._parameter} has one value a row, and continuous batching mixes the rows of requests: use one "
                 "value for all, or generate()"
             )
-        if input_ids is None:
-            return
         if isinstance(value, Tensor) and (rows := rows_a_prompt()) is not None and len(value) * rows != len(input_ids):
             raise ValueError(
                 f"{self._parameter} has {len(value)} values, and generate() runs {len(input_ids)} rows, {rows} for "
@@ -102,20 +103,18 @@ class _TruncatingLogitsProcessor(LogitsProcessor):
 
 
 class _CutoffLogitsProcessor(_TruncatingLogitsProcessor):
-    """Removes what lies below the threshold of the cutoff of this name in `cutoffs.CUTOFFS`."""
+    """Removes the tokens below the threshold of `cutoffs.CUTOFFS[_name]`."""
 
     _name = ""
 
-    def __init__(
-        self, value: float | Sequence[float] | Tensor, *, min_tokens_to_keep: int = 1, filter_value: float = -math.inf
-    ):
+    def __init__(self, value: Values, min_tokens_to_keep: int, filter_value: float):
         self.min_tokens_to_keep = check_int("min_tokens_to_keep", min_tokens_to_keep, minimum=1)
         super().__init__(filter_value)
         if self._parameter:
             setattr(self, self._parameter, one_or_a_row(self._parameter, value, **(CUTOFFS[self._name].bounds or {})))
 
     def threshold(self, scores: Tensor) -> Tensor:
-        """Return the threshold that each row of `scores` [..., V] is held against, as a probability [..., 1]."""
+        """Return each row's threshold as a probability [..., 1], for `scores` [..., V]."""
         rows = softmax_rows(checked_scores(scores))
         return (self._z_threshold(rows) - rows.log_total).exp()
 
@@ -132,24 +131,23 @@ class EtaLogitsProcessor(_CutoffLogitsProcessor):
     >>> settings = sampling_settings(model)
     >>> text = model.generate(ids, **settings, max_new_tokens=4, logits_processor=[EtaLogitsProcessor(2e-3)])
 
-    H is the entropy, in nats, of the full softmax of the scores that the processor is handed. Passed in `generate`'s
-    list it runs before temperature, top-k and top-p, so that is the model's own distribution at temperature 1, as the
-    method defines it. The most probable token always stays.
+    H is the entropy, in nats, of the full softmax of the scores. In `generate`'s list the processor runs before
+    temperature, top-k and top-p, on the model's distribution at temperature 1, as the method defines it. The most
+    probable token always stays.
 
     Args:
         epsilon: in (0, 1). The paper's range is 3e-4 to 4e-3, smaller for larger models. Or one value a row: a list or
-            a tensor [rows], or [prompts] of a batch whose beams or returns stand together, as `generate` lays them out.
-        min_tokens_to_keep: so many of the most probable tokens stay in any case; ties with the last one stay too.
-        filter_value: the score that a removed token gets; what the scores' dtype cannot hold becomes its lowest value.
+            a tensor [rows], or [prompts] for all beams or returns of each prompt.
+        min_tokens_to_keep: this many of the most probable tokens always stay, ties with the last one too.
+        filter_value: the score of removed tokens, at least the lowest value of the scores' dtype.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range; a number of values that does not fit
             the rows; scores that are no floating-point tensor or have no token in them.
 
-    Cost: one `exp` and two sums over the vocabulary; no sort, no host synchronisation; on a CPU a large batch goes
-    through in parts of 2 MB. Rows are independent of their batch to the bit. Works with `generate` in every mode that
-    takes a processor list, and through `attach_processors` in those that take none. `sampling_settings(model)` are the
-    arguments that leave it alone.
+    Cost: one `exp` and two sums over the vocabulary; no sort, no host synchronisation. A row's result does not depend
+    on the batch, bit for bit. Works in every mode of `generate` that takes a processor list, and through
+    `attach_processors` in the others. Pass `sampling_settings(model)` to switch transformers' own samplers off.
 
     Source: Hewitt, Manning, Liang 2022, "Truncation Sampling as Language Model Desmoothing", arXiv 2210.15191,
     section 4.2. Deviations: none.
@@ -158,14 +156,8 @@ class EtaLogitsProcessor(_CutoffLogitsProcessor):
     _name, _parameter = "eta", "epsilon"
     epsilon: float | Tensor
 
-    def __init__(
-        self,
-        epsilon: float | Sequence[float] | Tensor,
-        *,
-        min_tokens_to_keep: int = 1,
-        filter_value: float = -math.inf,
-    ):
-        super().__init__(epsilon, min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
+    def __init__(self, epsilon: Values, *, min_tokens_to_keep: int = 1, filter_value: float = -math.inf):
+        super().__init__(epsilon, min_tokens_to_keep, filter_value)
 
 
 class EpsilonLogitsProcessor(EtaLogitsProcessor):
@@ -175,8 +167,7 @@ class EpsilonLogitsProcessor(EtaLogitsProcessor):
     >>> EpsilonLogitsProcessor(0.05)(None, scores)
     tensor([[4., 3., -inf, -inf]])
 
-    Arguments, errors, cost and guarantees are those of `EtaLogitsProcessor`. The paper's range for epsilon is 3e-4 to
-    9e-4.
+    Arguments, errors and cost as for `EtaLogitsProcessor`; the paper's range for epsilon is 3e-4 to 9e-4.
 
     Source: Hewitt, Manning, Liang 2022, arXiv 2210.15191, section 4.1. Deviations: none.
     """
@@ -185,58 +176,49 @@ class EpsilonLogitsProcessor(EtaLogitsProcessor):
 
 
 class TopNSigmaLogitsProcessor(_CutoffLogitsProcessor):
-    """Top-n-sigma sampling: remove the tokens whose logit lies more than n standard deviations below the largest.
+    """Top-n-sigma sampling: remove the tokens with a logit more than n standard deviations below the largest.
 
     >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
     >>> TopNSigmaLogitsProcessor(1.0)(None, scores)
     tensor([[4., 3., -inf, -inf]])
 
-    The method takes the bulk of the logits for Gaussian noise and what stands far above it for signal, so it assumes
-    that the scores have such a bulk. The kept set is the same at every temperature. Errors and guarantees are those of
-    `EtaLogitsProcessor`; cost: one pass over the vocabulary more.
+    The method assumes that most logits are Gaussian noise and that the tokens far above them are meant. The kept set is
+    the same at every temperature. Other arguments and errors as for `EtaLogitsProcessor`; one pass over the vocabulary
+    more.
 
     Args:
-        n: above 0; the paper takes 1. Or one value a row, as for `EtaLogitsProcessor`.
-        min_tokens_to_keep: as for `EtaLogitsProcessor`.
-        filter_value: as for `EtaLogitsProcessor`.
+        n: above 0; the paper takes 1. Or one value a row.
 
-    Source: Tang et al. 2024, "Top-nσ: Not All Logits Are You Need", arXiv 2411.07641. Deviations: the deviation is that
-    of the whole row, divided by V and not by V - 1; tokens at -inf, removed by an earlier processor, do not enter it.
+    Source: Tang et al. 2024, "Top-nσ: Not All Logits Are You Need", arXiv 2411.07641. Deviations: the standard
+    deviation divides by V, not V - 1, and leaves out tokens at -inf.
     """
 
     _name, _parameter = "top_n_sigma", "n"
     n: float | Tensor
 
-    def __init__(
-        self, n: float | Sequence[float] | Tensor = 1.0, *, min_tokens_to_keep: int = 1, filter_value: float = -math.inf
-    ):
-        super().__init__(n, min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
+    def __init__(self, n: Values = 1.0, *, min_tokens_to_keep: int = 1, filter_value: float = -math.inf):
+        super().__init__(n, min_tokens_to_keep, filter_value)
 
 
 class PLessLogitsProcessor(_CutoffLogitsProcessor):
-    """P-less sampling: remove the tokens less probable than two draws from the row are to agree, sum of p^2.
+    """P-less sampling: remove the tokens with p < sum of p^2, the chance that two draws from the row agree.
 
     >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
     >>> PLessLogitsProcessor()(None, scores)
     tensor([[4., -inf, -inf, -inf]])
 
-    There is nothing to set. The threshold follows the distribution that the processor is handed: at temperature 1 in
-    `generate`'s list; behind temperature, as the paper has it, by `attach_processors(..., after_warpers=True)`.
-    The most probable token always stays. Guarantees are those of `EtaLogitsProcessor`; cost: one `exp` more.
+    It has no parameter. In `generate`'s list it sees the distribution at temperature 1; the paper applies it after
+    temperature: `attach_processors(..., after_warpers=True)`. The most probable token always stays. Other arguments and
+    errors as for `EtaLogitsProcessor`; one `exp` more.
 
     Args:
-        normalized: take (V sum p^2 - 1) / (V - 1), a laxer threshold: 0 for a flat row, which keeps all of its tokens.
-        min_tokens_to_keep: as for `EtaLogitsProcessor`.
-        filter_value: as for `EtaLogitsProcessor`.
-
-    Raises:
-        TypeError, ValueError: as for `EtaLogitsProcessor`.
+        normalized: take (V sum p^2 - 1) / (V - 1), a lower threshold: 0 for a flat row, which keeps all of its tokens.
 
     Source: Tan, Wu, Howard 2025, "p-less Sampling", arXiv 2509.23234. Deviations: none.
     """
 
     def __init__(self, *, normalized: bool = False, min_tokens_to_keep: int = 1, filter_value: float = -math.inf):
-        super().__init__(1.0, min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
+        super().__init__(1.0, min_tokens_to_keep, filter_value)
         if not isinstance(normalized, bool):
             raise TypeError(f"normalized must be True or False, got {normalized!r}")
         self.normalized = normalized
@@ -253,79 +235,62 @@ class TopHLogitsProcessor(_CutoffLogitsProcessor):
     >>> TopHLogitsProcessor(0.4)(None, scores)
     tensor([[4., -inf, -inf, -inf]])
 
-    Errors and guarantees are those of `EtaLogitsProcessor`; ties with the last kept token stay. Cost: the 128 most
+    Ties with the last kept token stay. Other arguments and errors as for `EtaLogitsProcessor`. Cost: the 128 most
     probable tokens are put in order, more where the share reaches further; one host synchronisation.
 
     Args:
-        top_h: in (0, 1]; the paper takes 0.4. Or one value a row, as for `EtaLogitsProcessor`.
-        min_tokens_to_keep: as for `EtaLogitsProcessor`.
-        filter_value: as for `EtaLogitsProcessor`.
+        top_h: in (0, 1]; the paper takes 0.4. Or one value a row.
 
-    Source: Potraghloo et al. 2025, "Top-H Decoding", arXiv 2509.02510, by its authors' code. Deviation: all tokens are
-    looked at, where that code and transformers' `TopHLogitsWarper` renormalise the 100 most probable ones first.
+    Source: Potraghloo et al. 2025, "Top-H Decoding", arXiv 2509.02510, and its authors' code. Deviation: that code and
+    transformers' `TopHLogitsWarper` renormalise the 100 most probable tokens first; here all tokens count.
     """
 
     _name = _parameter = "top_h"
     top_h: float | Tensor
 
-    def __init__(
-        self,
-        top_h: float | Sequence[float] | Tensor = 0.4,
-        *,
-        min_tokens_to_keep: int = 1,
-        filter_value: float = -math.inf,
-    ):
-        super().__init__(top_h, min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
+    def __init__(self, top_h: Values = 0.4, *, min_tokens_to_keep: int = 1, filter_value: float = -math.inf):
+        super().__init__(top_h, min_tokens_to_keep, filter_value)
 
 
 class MinKLogitsProcessor(_CutoffLogitsProcessor):
-    """Min-k sampling: cut behind the steepest drop, the largest (s_i - s_{i+1}) / i of the scores in order.
+    """Min-k sampling: keep the tokens before the steepest drop, the largest (s_i - s_{i+1}) / i of the sorted scores.
 
     >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
     >>> MinKLogitsProcessor()(None, scores)
     tensor([[4., 3., -inf, -inf]])
 
-    The kept set is the same at every temperature. Errors and guarantees are those of `EtaLogitsProcessor`; ties with
-    the last kept token stay. Cost: as for `TopHLogitsProcessor`; a row is read as far as a steeper drop is possible.
+    The kept set is the same at every temperature; ties with the last kept token stay. Other arguments and errors as for
+    `EtaLogitsProcessor`, cost as for `TopHLogitsProcessor`.
 
     Args:
-        tau: at least 0; floor(tau / (largest score - smallest)) tokens stay at least, which a nearly flat row needs.
-            The paper takes 3. Or one value a row, as for `EtaLogitsProcessor`.
-        min_tokens_to_keep: as for `EtaLogitsProcessor`.
-        filter_value: as for `EtaLogitsProcessor`.
+        tau: at least 0; at least floor(tau / (largest score - smallest)) tokens stay, which a nearly flat row needs.
+            The paper takes 3. Or one value a row.
 
-    Source: Ding et al. 2026, "Min-k Sampling", arXiv 2604.11012, section 3. Deviation: tokens at -inf, removed by an
-    earlier processor, do not count: the drop to them is none.
+    Source: Ding et al. 2026, "Min-k Sampling", arXiv 2604.11012, section 3. Deviation: a drop to a token at -inf does
+    not count.
     """
 
     _name, _parameter = "min_k", "tau"
     tau: float | Tensor
 
-    def __init__(
-        self,
-        tau: float | Sequence[float] | Tensor = 3.0,
-        *,
-        min_tokens_to_keep: int = 1,
-        filter_value: float = -math.inf,
-    ):
-        super().__init__(tau, min_tokens_to_keep=min_tokens_to_keep, filter_value=filter_value)
+    def __init__(self, tau: Values = 3.0, *, min_tokens_to_keep: int = 1, filter_value: float = -math.inf):
+        super().__init__(tau, min_tokens_to_keep, filter_value)
 
 
 class XTCLogitsProcessor(_TruncatingLogitsProcessor):
-    """Exclude top choices: with some probability, remove all tokens that reach a threshold but the least probable one.
+    """XTC (exclude top choices): with some probability, remove the tokens above a threshold but the least probable one.
 
     >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
     >>> XTCLogitsProcessor(threshold=0.1, probability=1.0)(None, scores)
     tensor([[-inf, 3., 0., -4.]])
 
-    One number a row and step decides whether. The distribution that the processor is handed counts: put it behind
-    truncation samplers, which leave no improbable token to become the choice. Errors and guarantees are those of
-    `EtaLogitsProcessor`; tokens as probable as the least one stay with it.
+    Each row and step draws one number to decide. Put the processor after truncation samplers, which leave no improbable
+    token to be chosen instead. Tokens as probable as the least one stay with it. Errors as for `EtaLogitsProcessor`.
 
     Args:
         threshold: in (0, 1); at 0.5 or more at most one token reaches it, and nothing is removed. Or one value a row.
         probability: in [0, 1]. Or one value a row.
-        generator: of the decisions; a list gives every row its own, which makes a row independent of its batch. None
+        generator: for the decisions; a list gives every row its own, which makes a row independent of its batch. None
             takes torch's.
         filter_value: as for `EtaLogitsProcessor`.
 
@@ -337,8 +302,8 @@ class XTCLogitsProcessor(_TruncatingLogitsProcessor):
 
     def __init__(
         self,
-        threshold: float | Sequence[float] | Tensor = 0.1,
-        probability: float | Sequence[float] | Tensor = 0.5,
+        threshold: Values = 0.1,
+        probability: Values = 0.5,
         *,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         filter_value: float = -math.inf,
@@ -361,7 +326,7 @@ class XTCLogitsProcessor(_TruncatingLogitsProcessor):
 
 
 def uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device) -> Tensor:
-    """Return one number in [0, 1) a row [rows, 1], float64, each from the row's own generator if there are several."""
+    """Return one float64 number in [0, 1) for each row [rows, 1], from the row's own generator if there are several."""
     if generator is None or isinstance(generator, torch.Generator):
         # Drawn where the generator lives.
         there = device if generator is None else generator.device
@@ -375,7 +340,7 @@ def uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] | 
 
 
 def one_or_a_row(name: str, value: object, **bounds: float) -> float | Tensor:
-    """Return a number, or a float64 tensor of one number a row, on the CPU, where their logarithms are taken."""
+    """Return a checked number, or a float64 tensor on the CPU with one for each row."""
     if isinstance(value, (list, tuple)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1):
         values = value if isinstance(value, (list, tuple)) else value.tolist()
         if not len(values):
@@ -396,7 +361,7 @@ def checked_filter_value(filter_value: object) -> float:
 
 
 def checked_scores(scores: Tensor) -> Tensor:
-    """Return `scores` unless they are no floating-point rows."""
+    """Return `scores`; raise unless they are floating-point rows."""
     if not scores.is_floating_point():
         raise TypeError(f"scores must be a floating-point tensor [..., vocabulary], got {scores.dtype}")
     if scores.shape[-1] == 0:

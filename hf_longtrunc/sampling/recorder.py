@@ -1,4 +1,4 @@
-"""Records at generation which tokens could be drawn: a `SamplingMask` a row, or a request."""
+"""Records the kept sets of a generation: a `SamplingMask` for each row or request."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class _Generation(threading.local):
-    """What one thread is generating: the prompt, all ids of the last call, and a mask of the rows for each step."""
+    """One thread's generation: the prompt's length, the ids of the last call, and a mask of all rows for each step."""
 
     def __init__(self) -> None:
         self.prompt_length = 0
@@ -33,16 +33,16 @@ class _Generation(threading.local):
         self.steps: list[SamplingMask] = []
 
     def __reduce__(self) -> tuple[type[_Generation], tuple[()]]:
-        """Copy and pickle without the generation, which stays in its thread."""
+        """Copy and pickle as empty: a generation belongs to its thread."""
         return _Generation, ()
 
     def follow(self, ids: Tensor) -> None:
-        """Go on with the step after `ids`, or back to it (speculation), or begin another generation."""
+        """Continue with the step after `ids`, go back to it (speculation), or start another generation."""
         length, last = ids.shape[1], self.ids
         step = length - self.prompt_length
         is_same = last is not None and len(last) == len(ids) and 0 < step <= len(self.steps)
         if is_same and last is not None and (len(ids) == 1 or step == len(self.steps)):
-            # A lone row may come back with another last token, which speculation drew in the place of a refused one.
+            # A single row may come back with another last token, which speculation drew instead of a refused one.
             shared = self.prompt_length if len(ids) == 1 else length - 1
             is_same = torch.equal(ids[:, :shared], last[:, :shared])
         else:
@@ -62,21 +62,21 @@ class SamplingMaskRecorder(LogitsProcessor):
     >>> [len(mask) for mask in recorder.take()]  # a mask for each row: step t is of the t-th new token
     [4]
 
-    It stands behind all processors and warpers, transformers' own included, changes nothing, and records what the
-    sampler may draw: tokens whose fp32 probability is not zero. Speculative decoding is followed. In `generate_batch`
-    and serving it records by request, where `ContinuousBatchingConfig(per_request_processors=True)`: `requests` maps
-    request ids to masks. Threads that generate at once record apart.
+    It runs after all processors and warpers, transformers' own included, changes nothing, and records the tokens of
+    non-zero fp32 probability. It follows speculative decoding. In `generate_batch` and serving it records by request,
+    with `ContinuousBatchingConfig(per_request_processors=True)`: `requests` maps request ids to masks. Each thread has
+    a record of its own.
 
     Cost: a pass over the scores, V / 8 bytes to the host and some 50 microseconds a row and step.
     """
 
-    # Declared unsupported, it would be left out there; this way it is called, and records or refuses.
+    # Declared unsupported, it would be left out there; so it is called, and records or refuses.
     supports_continuous_batching = True
 
     def __init__(self) -> None:
         self._generation = _Generation()
         self._requests: dict[str, list[SamplingMask]] = {}
-        # transformers looks up here what a processor of this class becomes; no other class is touched.
+        # transformers looks up here which class replaces this one; no other class is touched.
         CLASSIC_TO_CB_PROCESSORS_MAP[SamplingMaskRecorder] = _ByRequest
 
     def attach(self, model: Any) -> Handle:
@@ -86,8 +86,8 @@ class SamplingMaskRecorder(LogitsProcessor):
     def take(self) -> list[SamplingMask]:
         """Return a mask for each row of this thread's last generation, and forget it.
 
-        A row that ended early goes on beside the others, and speculation may look further than the text goes: step t is
-        of new token t as far as a row has tokens, and what lies behind is of no use.
+        Step t is that of new token t. Steps past the end of a row (it ended early, or speculation went further) have no
+        meaning.
         """
         steps, self._generation.steps = self._generation.steps, []
         self._generation.ids = None
@@ -109,9 +109,9 @@ class SamplingMaskRecorder(LogitsProcessor):
         """Record the step and return `scores` [rows, V] as they are.
 
         Raises:
-            ValueError: beams or greedy decoding, whose tokens are not drawn from the row's distribution; continuous
-                batching without processors by request; a processor in front that drew the token already; a row with no
-                token left.
+            ValueError: beams or greedy decoding, which do not draw from the row's distribution; continuous batching
+                without processors by request; an earlier processor that drew the token itself; a row with no token
+                left.
         """
         if input_ids.ndim == 1:
             raise ValueError(
@@ -143,7 +143,7 @@ class SamplingMaskRecorder(LogitsProcessor):
 
 
 class _ByRequest(ContinuousBatchingLogitsProcessor):
-    """A recorder in continuous batching, where rows belong to other requests at every step."""
+    """A recorder in continuous batching: the requests of the rows change at every step."""
 
     supported_kwargs: dict[str, type] = {}  # noqa: RUF012
     ignored_kwargs: tuple[str, ...] = ()
@@ -172,6 +172,6 @@ class _ByRequest(ContinuousBatchingLogitsProcessor):
 
 
 def _kept(scores: Tensor) -> SamplingMask:
-    """Return what the sampler may draw: its fp32 softmax gives other tokens nothing, whatever the filter value."""
+    """Return the tokens of non-zero fp32 probability, for any filter value."""
     above = scores.float() - scores.amax(-1, keepdim=True).float()
     return SamplingMask.from_bits(pack_bits(above.exp() > 0), scores.shape[-1])

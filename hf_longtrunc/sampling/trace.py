@@ -1,4 +1,4 @@
-"""What a sampler cut at every step: entropy, threshold, tokens and mass kept, and the token that was drawn."""
+"""A record of each sampling step: entropy, threshold, tokens and mass kept, and the drawn token."""
 
 from __future__ import annotations
 
@@ -35,64 +35,69 @@ if TYPE_CHECKING:
     from hf_longtrunc.handles import Handle
     from hf_longtrunc.sampling.trace_records import Prove
 
-# Speculative decoding asks about several positions ahead and may take them back; it runs at batch size 1 only.
+# Speculative decoding proposes several positions and may take them back; it runs at batch size 1 only.
 _OPEN_STEPS_OF_ONE_ROW = 64
 
 
 class _OpenStep(NamedTuple):
-    """A step whose token is not known yet, or may still be taken back."""
+    """A step without a known token, or one that may still be taken back."""
 
     ids: Tensor  # [rows, position], on the CPU
     log_probs: Tensor  # [rows, vocab], where the scores are
-    kept: Tensor  # bool, alike
+    kept: Tensor  # bool [rows, vocab], on the same device
     keys: list[tuple[int, int, int]]
 
 
 class _Reading(threading.local):
-    """The generation that one thread is in: its run's number, and the steps whose tokens are not known yet."""
+    """One thread's generation: the number of its run, and its open steps."""
 
     def __init__(self) -> None:
         self.run = -1
         self.open: deque[_OpenStep] = deque()
 
     def __reduce__(self) -> tuple[type[_Reading], tuple[()]]:
-        """Copy and pickle without the generation, which stays in its thread."""
+        """Copy and pickle as empty: a generation belongs to its thread."""
         return _Reading, ()
 
 
-# Records of several threads go into one trace.
+# Several threads write to one trace.
 _WRITING = threading.Lock()
 
 
 class TruncationTrace(LogitsProcessor):
-    """Applies processors and records, per step and row, what they cut.
+    """Applies processors and records for each step and row which tokens they cut.
 
-    Two ways in. `generate(logits_processor=[TruncationTrace([EtaLogitsProcessor(...)])])` watches the processors that
-    it is given. `with trace.observe(model): model.generate(..., top_p=0.9)` watches the whole list that `generate`
-    builds, transformers' own warpers included. Scores and results are never changed by the watching.
+    >>> trace = TruncationTrace([EtaLogitsProcessor(0.02)])
+    >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=2, logits_processor=[trace])
+    >>> [record.position for record in trace.finish(text).records]
+    [100, 101]
 
-    A drawn token is read off the next call's `input_ids` by matching prefixes, so permuted beams, speculative
-    decoding and calls that are taken back are followed. `finish(sequences)` supplies the last one: call it after each
-    generation, in its thread, then read `records`, `to_frame()` or `plot()`. Threads that generate at once each have
-    runs of their own.
+    In `generate`'s list it records the processors that it was given. `with trace.observe(model):` records the whole
+    list that `generate` builds, transformers' own warpers included. Scores and results do not change.
+
+    Drawn tokens are read from the next call's `input_ids` by matching prefixes, which follows permuted beams,
+    speculative decoding and calls that are taken back. `finish(sequences)` supplies the last token: call it after each
+    generation, in its thread, then read `records`, `to_frame()` or `plot()`. Each thread has runs of its own.
 
     Args:
-        processors: applied in this order; None to watch plain sampling or to `observe`.
-        critical_threshold: how to find tau* of drawn tokens: `SupportChecker(basis).critical_threshold`, some ten
-            milliseconds a token; None leaves that column empty.
+        processors: applied in this order; None records plain sampling, or is for `observe`.
+        critical_threshold: computes tau* of drawn tokens: `SupportChecker(basis).critical_threshold`, some ten
+            milliseconds a token; None leaves that field empty.
         eos_token_id: a row is not recorded past this token (`observe` takes the model's own).
-        max_records: the oldest records beyond so many are dropped, and counted in `dropped`.
-        candidates: of every step so many of the most probable tokens are kept in the record, and where something was
-            cut, half as many of the least probable tokens that were kept and of the most probable that were cut, each
-            kept one below basis-aware truncation's threshold with its proof's margin; 0 keeps none.
+        max_records: the oldest records beyond this number are dropped and counted in `dropped`.
+        candidates: how many of the most probable tokens to keep in each record. Where tokens were cut, half as many
+            of the least probable kept ones and of the most probable cut ones join, and a kept token below basis-aware
+            truncation's threshold has its proof's margin. 0 keeps none.
+
+    Raises:
+        ValueError: continuous batching, which does not tell which request a row belongs to.
 
     Cost: a softmax, three partial sorts and a host synchronisation a step; 1 to 2 ms for each margin; a whole kept set
     where basis-aware truncation draws itself. Memory: 150 bytes a record and 13 for each candidate, the last step's
-    log-probabilities [rows, vocab], and those of up to 64 steps at batch size 1. Not for continuous batching, whose
-    calls do not say which request a row belongs to: it raises ValueError there.
+    log-probabilities [rows, vocab], and those of up to 64 steps at batch size 1.
     """
 
-    # Declared unsupported, it would be left out there, and what it watches with it; this way it is called, and refuses.
+    # Declared unsupported, it would be left out there with its processors; so it is called, and refuses.
     supports_continuous_batching = True
 
     def __init__(
@@ -121,15 +126,14 @@ class TruncationTrace(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Apply the processors to `scores` [rows, vocab] and record the step.
 
-        What transformers' own warpers cut behind the trace is no longer drawable, and recorded so.
+        Tokens that transformers' own warpers cut after the trace are recorded as cut.
         """
         return self._watched(self.processors, input_ids, scores, neighbours(self)[1])
 
     def observe(self, model: Any) -> Handle:
-        """Watch the whole processor list of everything that `model` generates, from now until the handle is detached.
+        """Record the whole processor list of everything that `model` generates until the handle is detached.
 
-        `with trace.observe(model):` detaches it at the end of the block. `model` is a transformers model that
-        generates, or a wrapper of one, as for `attach_processors`.
+        `model` is a transformers model that generates, or a wrapper of one, as for `attach_processors`.
         """
 
         def watch(build: Callable[..., LogitsProcessorList], *args: Any, **kwargs: Any) -> LogitsProcessorList:
@@ -140,7 +144,7 @@ class TruncationTrace(LogitsProcessor):
         return handle
 
     def finish(self, sequences: Tensor) -> TruncationTrace:
-        """Read the last drawn tokens off `sequences` [rows, length], what `generate` returned in this thread."""
+        """Read the last drawn tokens from `sequences` [rows, length], the output of `generate` in this thread."""
         ids = sequences.detach().cpu()
         with _WRITING:
             self._read_tokens(ids)
@@ -162,9 +166,9 @@ class TruncationTrace(LogitsProcessor):
         return kept
 
     def to_frame(self, tokenizer: Any = None) -> pd.DataFrame:
-        """Return the records as a pandas frame, a column per field of `TruncationRecord` but its candidates.
+        """Return the records as a pandas frame, a column for each field of `TruncationRecord` but its candidates.
 
-        With a tokenizer there is a column `text` behind `token`, a leading space included.
+        With a tokenizer the column `text` follows `token`, leading spaces included.
         """
         try:
             import pandas as pd
@@ -190,21 +194,20 @@ class TruncationTrace(LogitsProcessor):
         epsilon: float = 2e-3,
         prompt: str = "",
     ) -> Path:
-        """Write one page that shows the drawn texts token by token, and for each token what was cut; return its path.
+        """Write a self-contained html page that shows the texts token by token; return its path.
 
-        The page holds everything that it needs, asks nothing of a network, and gives its numbers out as csv and json. A
-        token's colour is its probability; what eta-sampling would have refused and what basis-aware truncation rescued
-        are marked. Pointing at a token, tapping it or reaching it with the arrow keys shows its step: probability, bar,
-        kept and cut tokens, and the margins of the proofs behind the rescued ones.
+        A token's colour is its probability; tokens that eta-sampling would refuse or basis-aware truncation rescued are
+        marked. A click or the arrow keys show a token's step: probability, threshold, kept and cut tokens, and the
+        margins of proofs. Numbers export as csv and json.
 
         Args:
             tokenizer: of the model that drew.
-            path: a file, written anew.
-            name: what this trace's texts are called.
-            beside: further traces by name, shown in columns beside this one. Where all of them hold the same text, as
-                `hf_longtrunc.evaluation.read_traces` makes them, the page is of that text: a strip of entropy and kept
-                mass along it, and every sampler's bar and kept tokens at a token.
-            epsilon: of the eta-sampling that marks what it would have refused.
+            path: a file; an existing one is replaced.
+            name: title of this trace's texts.
+            beside: further traces by name, shown in columns. If all of them hold the same text, as
+                `hf_longtrunc.evaluation.read_traces` makes them, the page shows that text once, with each sampler's
+                threshold and kept tokens.
+            epsilon: eta-sampling's, for the marks.
             prompt: shown above the texts.
 
         Raises:
@@ -222,11 +225,10 @@ class TruncationTrace(LogitsProcessor):
         return f"<TruncationTrace of {watched}: {steps:,} records of {self._runs:,} runs>"
 
     def plot(self, *, row: int = 0, run: int = 0, axes: Sequence[Axes] | None = None, label: str = "") -> list[Axes]:
-        """Draw one row along its text: entropy; threshold and the drawn tokens' probabilities; kept mass.
+        """Plot one row along its text: entropy; threshold and drawn tokens' probabilities; kept mass.
 
-        Where no processor declares a threshold the smallest kept probability is drawn, and nothing where nothing was
-        cut. `axes`: three Axes to draw into, as an earlier call returned them, to lay several samplers over each
-        other; None makes a figure of three panels.
+        Without a processor that declares a threshold, the line is the smallest kept probability, with gaps where no
+        token was cut. `axes` are three Axes of an earlier call, to compare samplers; None makes a new figure.
         """
         records = [record for record in self.records if record.row == row and record.run == run]
         if not records:
@@ -235,7 +237,7 @@ class TruncationTrace(LogitsProcessor):
         steps = [record.position - records[0].position + 1 for record in records]
         (line,) = top.plot(steps, [record.entropy for record in records], label=label, linewidth=1.2)
         color = line.get_color()
-        middle.plot(steps, [_bar(record) for record in records], color=color, linewidth=1.2)
+        middle.plot(steps, [_line(record) for record in records], color=color, linewidth=1.2)
         drawn = [math.nan if record.probability is None else record.probability for record in records]
         middle.plot(steps, drawn, ".", color=color, markersize=3)
         bottom.plot(steps, [record.kept_mass for record in records], color=color, linewidth=1.2)
@@ -254,9 +256,9 @@ class TruncationTrace(LogitsProcessor):
             )
         before, drawable, threshold, prove = scores, scores, None, None
         for processor in processors:
-            bar = getattr(processor, "threshold", None)
-            if callable(bar):
-                threshold, margins = bar(scores), getattr(processor, "margins", None)
+            threshold_of = getattr(processor, "threshold", None)
+            if callable(threshold_of):
+                threshold, margins = threshold_of(scores), getattr(processor, "margins", None)
                 prove = None if margins is None else partial(_row_margins, margins, scores, threshold)
             result = processor(input_ids, scores)
             drawn_from = getattr(processor, "drawn_from", None)
@@ -273,7 +275,7 @@ class TruncationTrace(LogitsProcessor):
     ) -> None:
         rows = softmax_rows(before)
         log_probs = rows.z - rows.log_total
-        # A token can still be drawn if the sampler's fp32 softmax gives it any probability, whatever the filter value.
+        # A token can be drawn if its fp32 probability is not zero, for any filter value.
         kept = (after.float() - after.amax(-1, keepdim=True).float()).exp() > 0
         probs = log_probs.exp()
         columns = step_columns(probs, rows.entropy, kept, threshold)
@@ -294,7 +296,7 @@ class TruncationTrace(LogitsProcessor):
             self._forget_oldest()
 
     def _continues(self, ids: Tensor) -> bool:
-        """Whether some row of `ids` goes on from an open step; a lone row may also go back into one (speculation)."""
+        """Return whether a row of `ids` continues an open step; a single row may also go back to one (speculation)."""
         for step in self._reading.open:
             shared = min(step.ids.shape[1], ids.shape[1])
             goes_on = ids.shape[0] == 1 or ids.shape[1] > step.ids.shape[1]
@@ -303,12 +305,12 @@ class TruncationTrace(LogitsProcessor):
         return False
 
     def _read_tokens(self, ids: Tensor) -> None:
-        """Fill in the token of every open step that `ids` reaches past, from a row that goes on from it."""
+        """Fill in the token of every open step that a row of `ids` continues."""
         for step in self._reading.open:
             position = step.ids.shape[1]
             if position < ids.shape[1]:
                 same = _same_rows(ids[:, :position], step.ids)
-                # Rows with equal text (several returns of one prompt) each go on from themselves: weigh them first.
+                # Rows with equal text (several returns of one prompt) each continue themselves: the diagonal wins.
                 source = (same.int() + torch.eye(*same.shape, dtype=torch.int) * same).argmax(0)
                 self._fill_in(step, ids[source, position], same.any(0))
 
@@ -321,18 +323,13 @@ class TruncationTrace(LogitsProcessor):
         for key, is_known, *values in zip(step.keys, known.tolist(), *columns, strict=True):
             if is_known and key in self._records:
                 named = dict(zip(("token", "probability", "rank", "is_kept"), values, strict=True))
-                self._records[key] = replace(self._records[key], **named)
                 if self.critical_threshold is not None:
-                    self._fill_in_critical(key, step.log_probs[key[1]])
-
-    def _fill_in_critical(self, key: tuple[int, int, int], log_probs: Tensor) -> None:
-        record = self._records[key]
-        if self.critical_threshold is not None and record.token is not None:
-            value = self.critical_threshold(log_probs, torch.tensor([record.token], device=log_probs.device))
-            self._records[key] = replace(record, critical_threshold=float(value[0]))
+                    log_probs, token = step.log_probs[key[1]], torch.tensor(values[:1], device=step.log_probs.device)
+                    named["critical_threshold"] = float(self.critical_threshold(log_probs, token)[0])
+                self._records[key] = replace(self._records[key], **named)
 
     def _take_back(self, length: int) -> None:
-        """Drop what this run recorded at `length` or later: those positions were proposed and not accepted."""
+        """Drop this run's records at `length` or later: those positions were proposed and not accepted."""
         while self._reading.open and self._reading.open[-1].ids.shape[1] >= length:
             for key in self._reading.open.pop().keys:
                 self._records.pop(key, None)
@@ -344,7 +341,7 @@ class TruncationTrace(LogitsProcessor):
 
 
 class _Watched(LogitsProcessor):
-    """The list that `generate` built, under a trace's eyes."""
+    """The list that `generate` built, recorded by a trace."""
 
     supports_continuous_batching = True
 
@@ -363,7 +360,7 @@ def _row_margins(
 
 
 def _same_rows(left: Tensor, right: Tensor) -> Tensor:
-    """[m, n]: whether row m of `left` [m, length] equals row n of `right` [n, length]."""
+    """Return whether row m of `left` [m, length] equals row n of `right` [n, length]: [m, n]."""
     return (left[:, None] == right[None]).all(-1)
 
 
@@ -373,7 +370,7 @@ def _as_set(token_ids: int | Sequence[int] | None) -> set[int]:
     return {token_ids} if isinstance(token_ids, int) else set(token_ids)
 
 
-def _bar(record: TruncationRecord) -> float:
+def _line(record: TruncationRecord) -> float:
     if record.threshold is not None:
         return record.threshold
     return record.lowest_kept if record.kept_mass < 1 - 1e-5 else math.nan

@@ -1,4 +1,4 @@
-"""What `TruncationTrace` records of one step, in pure torch."""
+"""The record of one sampling step, for `TruncationTrace`, in pure torch."""
 
 from __future__ import annotations
 
@@ -17,36 +17,33 @@ if TYPE_CHECKING:
     # (row, its tokens) -> margins of their proofs
     Prove = Callable[[int, np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 
-# A token on the bar to fp32 rounding is neither above nor below it.
-_ON_THE_BAR = 1e-5
+# Relative: a token this close to the threshold is neither above nor below it, to fp32 rounding.
+_ON_THRESHOLD = 1e-5
 _CANDIDATE = np.dtype([("token", np.int32), ("probability", np.float32), ("kept", np.bool_), ("margin", np.float32)])
 
 
 @dataclass(frozen=True)
 class TruncationRecord:
-    """One row of scores as a truncation sampler met it; probabilities are those before the first processor.
+    """One row at one step; probabilities are those before the first processor.
 
-    Examples:
-        >>> trace = TruncationTrace([EtaLogitsProcessor(0.02)])
-        >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=2, logits_processor=[trace])
-        >>> [(record.position, record.is_kept) for record in trace.finish(text).records]
-        [(100, True), (101, True)]
+    >>> record = TruncationRecord(0, 0, 5, entropy=2.0, threshold=0.01, lowest_kept=0.02, kept=9, kept_mass=0.9)
+    >>> round(record.eta_threshold(epsilon=0.02), 5)
+    0.01914
 
     Attributes:
-        run: which generation, counted from 0; a new prompt starts a new one.
-        row: row of the batch (under beam search: the beam's slot).
+        run: number of the generation, from 0; a new prompt starts a new one.
+        row: row of the batch (under beam search the beam's slot).
         position: tokens before this one, padding included.
         entropy: of the full distribution, in nats.
-        threshold: probability that the last processor with a `threshold` method held the tokens against, or None.
-        lowest_kept: the smallest probability that was kept.
-        kept: how many tokens can still be drawn; where a processor draws itself (basis-aware truncation in sample
-            mode), how many it draws from.
+        threshold: probability threshold of the last processor with a `threshold` method, or None.
+        lowest_kept: the smallest kept probability.
+        kept: number of tokens that can still be drawn; in basis-aware truncation's sample mode, that it draws from.
         kept_mass: their probability.
-        kept_below: how many of them lie below the threshold, None without one: what basis-aware truncation rescued.
-        cut_above: how many tokens at or above the threshold were cut, None without one.
-        token, probability, rank: the token that was drawn (1 = the most probable), None while it is unknown.
-        is_kept: whether that token could be drawn; of a text that was only read, a sampler may have cut it.
-        critical_threshold: that token's basis-aware probability, where the trace was asked for it.
+        kept_below: number of kept tokens below the threshold (rescued by basis-aware truncation), None without one.
+        cut_above: number of cut tokens at or above the threshold, None without one.
+        token, probability, rank: of the drawn token (rank 1 = the most probable), None while it is unknown.
+        is_kept: whether that token could be drawn; a sampler may have cut it in a text that was only read.
+        critical_threshold: the token's basis-aware probability, if the trace computes it.
         candidates: some tokens of the step, the most probable first, as a NumPy array of records with the fields
             `token`, `probability`, `kept` and `margin`; see `TruncationTrace(candidates=...)`.
     """
@@ -69,50 +66,47 @@ class TruncationRecord:
     candidates: Candidates | None = field(default=None, compare=False, repr=False)
 
     def eta_threshold(self, epsilon: float) -> float:
-        """Return the bar of eta-sampling at this step: min(epsilon, sqrt(epsilon) exp(-entropy))."""
+        """Return eta-sampling's threshold at this step: min(epsilon, sqrt(epsilon) exp(-entropy))."""
         return min(epsilon, math.sqrt(epsilon) * math.exp(-self.entropy))
 
     def is_refused_by_eta(self, epsilon: float) -> bool:
-        """Return whether eta-sampling would have refused the token that was drawn; False where it is not known.
-
-        The most probable token is never refused.
-        """
+        """Return whether eta-sampling would have cut the drawn token; False while that is unknown."""
         if self.probability is None or self.rank == 1:
             return False
-        return self.probability < self.eta_threshold(epsilon) * (1 - _ON_THE_BAR)
+        return self.probability < self.eta_threshold(epsilon) * (1 - _ON_THRESHOLD)
 
     @property
     def is_rescued(self) -> bool:
-        """Whether the drawn token lies below the threshold: basis-aware truncation kept it by a proof."""
+        """Whether the drawn token lies below the threshold, kept by basis-aware truncation's proof."""
         if self.probability is None or self.threshold is None or self.rank == 1:
             return False
-        return self.probability < self.threshold * (1 - _ON_THE_BAR)
+        return self.probability < self.threshold * (1 - _ON_THRESHOLD)
 
 
 def step_columns(probs: Tensor, entropy: Tensor, kept: Tensor, threshold: Tensor | None) -> list[list[Any]]:
-    """Entropy, threshold, lowest kept, number and mass kept, number kept below and cut above: lists over rows."""
+    """Return lists over rows: entropy, threshold, lowest kept, number and mass kept, kept below and cut above it."""
     lowest = probs.masked_fill(~kept, torch.inf).amin(-1)
     mass = probs.masked_fill(~kept, 0).sum(-1).clamp_max(1)
     columns = [entropy[:, 0].tolist(), lowest.tolist(), kept.sum(-1).tolist(), mass.tolist()]
     unknown = [None] * len(lowest)
     if threshold is None:
         return [columns[0], unknown, *columns[1:], unknown, unknown]
-    below = (kept & (probs < threshold * (1 - _ON_THE_BAR))).sum(-1).tolist()
-    above = (~kept & (probs > threshold * (1 + _ON_THE_BAR))).sum(-1).tolist()
+    below = (kept & (probs < threshold * (1 - _ON_THRESHOLD))).sum(-1).tolist()
+    above = (~kept & (probs > threshold * (1 + _ON_THRESHOLD))).sum(-1).tolist()
     return [columns[0], threshold[:, 0].tolist(), *columns[1:], below, above]
 
 
 def step_candidates(
     probs: Tensor, kept: Tensor, threshold: Tensor | None, count: int, prove: Prove | None
 ) -> list[Candidates | None]:
-    """Of each row [V] the most probable tokens and those on both sides of the cut: arrays of `_CANDIDATE`."""
+    """Return for each row [V] its most probable tokens and those on both sides of the cut: arrays of `_CANDIDATE`."""
     if not count:
         return [None] * len(probs)
     half = min((count + 1) // 2, probs.shape[-1])
     most = probs.topk(min(count, probs.shape[-1])).indices
     last_kept = probs.masked_fill(~kept, torch.inf).topk(half, largest=False).indices
     first_cut = probs.masked_fill(kept, -1).topk(half).indices
-    # Where a side has fewer tokens, or nothing was cut, the others that a sort brings up are not meant.
+    # Where a side has fewer tokens, or no token was cut, the rest of the sort is left out.
     is_last_kept = kept.gather(-1, last_kept) & ~kept.all(-1, keepdim=True)
     is_meant = torch.cat([torch.ones_like(most) > 0, is_last_kept, ~kept.gather(-1, first_cut)], dim=-1).cpu().numpy()
     found = torch.cat([most, last_kept, first_cut], dim=-1)
@@ -121,8 +115,8 @@ def step_candidates(
     near["kept"], near["margin"] = kept.gather(-1, found).cpu().numpy(), np.nan
     candidates = [_in_order(row[meant]) for row, meant in zip(near, is_meant, strict=True)]
     if threshold is not None and prove is not None:
-        for row, (each, bar) in enumerate(zip(candidates, threshold[:, 0].tolist(), strict=True)):
-            rescued = each["kept"] & (each["probability"] < bar * (1 - _ON_THE_BAR))
+        for row, (each, limit) in enumerate(zip(candidates, threshold[:, 0].tolist(), strict=True)):
+            rescued = each["kept"] & (each["probability"] < limit * (1 - _ON_THRESHOLD))
             if rescued.any():
                 each["margin"][rescued] = prove(row, each["token"][rescued])
     return list(candidates)

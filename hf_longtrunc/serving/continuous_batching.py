@@ -1,4 +1,4 @@
-"""The truncation samplers by request in transformers' own continuous batching."""
+"""Truncation samplers by request in transformers' continuous batching."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ _OFF = math.nan  # a threshold that no token lies below
 
 
 class TruncationByRequest(LogitsProcessor):
-    """One truncation sampler in continuous batching, where each request may bring a value of its own.
+    """One truncation sampler in continuous batching, with a value for each request.
+
+    >>> TruncationByRequest("epsilon", 0.1)(None, torch.tensor([[4.0, 3.0, 0.0]]))
+    tensor([[4., 3., -inf]])
+
 
         config = ContinuousBatchingConfig(per_request_processors=True)
         with attach_processors(model, [TruncationByRequest("eta", 2e-3), TruncationByRequest("top_h")]):
@@ -35,39 +39,38 @@ class TruncationByRequest(LogitsProcessor):
                 manager.add_request(ids, eta=0.01)
                 manager.add_request(other_ids, top_h=0.4)  # and eta=2e-3
 
-    Kept sets are those of the processors, to the bit. Without `per_request_processors` all requests get the default.
-    transformers refuses a request whose value is no float in the sampler's range; the others go on. DRY is not among
-    them: it reads the text, and transformers batches a step before it knows the last one's tokens.
+    Kept sets equal those of the processors. Without `per_request_processors` all requests get the default. transformers
+    refuses a request with a value that is no float in the sampler's range, and serves the others. DRY is not available:
+    it needs the text, and transformers batches a step before it knows the last one's tokens.
 
     Args:
         name: "eta", "epsilon", "top_n_sigma", "p_less", "p_less_norm" (1.0 is on), "top_h", "min_k" or
             "xtc_probability".
-        default: the value of requests that name none; None leaves them alone.
-        xtc_threshold: of "xtc_probability", for all requests.
+        default: for requests without a value; None leaves them alone.
+        xtc_threshold: for "xtc_probability", the same for all requests.
 
     Raises:
         TypeError, ValueError: another name, a value outside its range.
     """
 
     supports_continuous_batching = True
-    _is_unwarned = True  # attached, it is warned of what cuts behind it
+    _is_unwarned = True  # `attach_processors` warns once of later samplers
 
     def __init__(self, name: str, default: float | None = None, *, xtc_threshold: float = 0.1):
         self.name = check_choice("name", name, (*CUTOFFS, _XTC))
         self.bounds = _SWITCH if name == _XTC else CUTOFFS[name].bounds or _SWITCH
-        self.default = (
-            None if default is None else check_float("default" if name != "eta" else name, default, **self.bounds)
-        )
+        called = "eta" if name == "eta" else "default"
+        self.default = None if default is None else check_float(called, default, **self.bounds)
         self._log_threshold = math.log(check_float("xtc_threshold", xtc_threshold, gt=0, lt=1))
-        # transformers looks up here what a processor of this class becomes; no other class is touched.
+        # transformers looks up here which class replaces this one; no other class is touched.
         CLASSIC_TO_CB_PROCESSORS_MAP[TruncationByRequest] = _ByRequest
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
-        """Return a copy of `scores` [..., V], -inf in place of what the default cuts."""
+        """Return a copy of `scores` [..., V], cut by the default value."""
         return self.cut(scores, self.prepared(self.default))
 
     def prepared(self, value: float | None) -> float:
-        """Return the number that the threshold is made of."""
+        """Return the argument of the threshold for a user's value."""
         if value is None or (self.name in CUTOFFS and CUTOFFS[self.name].bounds is None and not value):
             return 0.0 if self.name == _XTC else _OFF
         return value if self.name == _XTC else CUTOFFS[self.name].prepared(value)
@@ -89,7 +92,7 @@ class EtaByRequest(TruncationByRequest):
 
 
 class _ByRequest(ContinuousBatchingLogitsProcessor):
-    """One prepared number a request, float32 in the int32 storage that transformers keeps for all arguments."""
+    """One prepared number a request, as float32 in transformers' int32 storage for arguments."""
 
     ignored_kwargs: tuple[str, ...] = ()
 
@@ -113,7 +116,7 @@ class _ByRequest(ContinuousBatchingLogitsProcessor):
 
 
 def _range(name: str, bounds: Any) -> type:
-    """Return the type that transformers checks a request's value against, before the request enters the batch."""
+    """Return a type for transformers' isinstance check of a request's value: a float within `bounds`."""
 
     class Between(type):
         def __instancecheck__(cls, value: object) -> bool:

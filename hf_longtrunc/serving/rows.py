@@ -1,4 +1,4 @@
-"""Truncation of rows whose requests ask for different things: what the engines share.
+"""Truncation of a batch with different samplers in each row, shared by all engines.
 
 A request names its samplers by plain numbers, as they come over HTTP:
 
@@ -6,10 +6,10 @@ A request names its samplers by plain numbers, as they come over HTTP:
     {"top_h": 0.4}    {"min_k": 3.0}    {"xtc_threshold": 0.1, "xtc_probability": 0.5}
     {"dry_multiplier": 0.8, "dry_base": 1.75, "dry_allowed_length": 2}, dry_window, dry_sequence_breakers (ids)
 
-Several of them are applied in this order, DRY first and XTC last, each to the distribution that the one before left.
-`xtc_probability` or `dry_multiplier` asks for XTC or DRY; what is not named beside it takes the value above (no window,
-no breakers). For true and false 1 and 0 do as well: vLLM's server makes them of it. Other keys belong to others and are
-not read; one that is nearly a name of ours is a mistake.
+Several samplers run in this order, but DRY first, each on the distribution that the one before left.
+`xtc_probability` or `dry_multiplier` asks for XTC or DRY; other keys of theirs have the defaults above (no window, no
+breakers). 1 and 0 stand for true and false, as vLLM's server turns them into numbers. Unknown keys are ignored, unless
+they are nearly one of these names.
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ _DRY = {
     "dry_sequence_breakers": "sequence_breakers",
 }
 NAMES = (*CUTOFFS, *_XTC, *_DRY)
-# Shorter names than this are only mistaken for their letters in another order.
+# Names of more letters than this may be misspelt; shorter ones only by the order of their letters.
 _LONG = 5
-# So many letters tell which name is meant.
+# The beginning of a name counts as a misspelling from this many letters on.
 _BEGINNING = 3
 
 
 def wanted(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return what a request asks of the samplers, checked: numbers by name, and a `Dry` by the name "dry".
+    """Return a request's checked sampler parameters: numbers by name, and a `Dry` by the name "dry".
+
+    >>> wanted({"eta": 2e-3, "stop": "."})
+    {'eta': 0.002}
 
     Raises:
-        TypeError, ValueError: a value of the wrong type or outside its range, or a key that is nearly a name of ours.
+        TypeError, ValueError: a value of the wrong type or outside its range, or a key that is nearly a known name.
     """
     asked = {name: value for name, value in (parameters or {}).items() if value is not None and value is not False}
     for name in asked:
@@ -77,12 +80,18 @@ def wanted(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
 def truncate(
     logits: Tensor, requests: Sequence[Mapping[str, Any]], texts: Sequence[Sequence[int]] | None = None
 ) -> Tensor:
-    """Return a copy of `logits` [rows, V], -inf in place of the tokens that each row's request cuts.
+    """Return a copy of `logits` [rows, V], with -inf for the tokens that each row's request cuts.
+
+    >>> truncate(torch.tensor([[4.0, 3.0, 0.0], [4.0, 3.0, 0.0]]), [{"epsilon": 0.1}, {}])
+    tensor([[4., 3., -inf],
+            [4., 3., 0.]])
+
+    Each row equals, bit for bit, the result of the processor of that name on the row alone; XTC draws from torch's
+    generator.
 
     Args:
-        logits: any floating dtype. Kept ones keep their bits, but for DRY's penalties.
-        requests: what `wanted` returned, one a row. A row is what it would be alone, to the bit, and to the bit what
-            the processor of the same name returns; XTC's decisions are drawn from torch's generator.
+        logits: any floating dtype.
+        requests: results of `wanted`, one a row.
         texts: the token ids before each row's token, for rows that ask for DRY.
     """
     result = logits.clone()
@@ -106,7 +115,7 @@ def truncate(
 
 
 def _check_spelling(name: str) -> None:
-    """Raise ValueError where a key is nearly a name of ours: begins one, has its letters, or resembles a long one."""
+    """Raise ValueError if a key begins a known name, has the same letters, or resembles a long one."""
     if name in NAMES:
         return
     letters = sorted(_letters(name))

@@ -25,12 +25,14 @@ class TruncationLogitProcessor:
         {"custom_logit_processor": TruncationLogitProcessor.to_str(),
          "sampling_params": {"custom_params": {"eta": 2e-3}, "top_k": -1}}
 
-    `hf_longtrunc.serving.rows` lists the names. The class meets the interface without importing SGLang: the server
-    reads it by name from its own environment, where hf_longtrunc must be installed. SGLang runs custom processors in
-    front of its temperature, top-k, top-p and min-p, on the model's distribution at temperature 1. It does not run them
-    under speculative decoding: nothing is truncated there.
+    >>> TruncationLogitProcessor()(torch.tensor([[4.0, 3.0, 0.0]]), [{"epsilon": 0.1}])
+    tensor([[4., 3., -inf]])
 
-    SGLang checks no parameters before a request enters the batch, and an exception would end every request of it: a
+    `hf_longtrunc.serving.rows` lists the names. The class does not import SGLang: the server loads it by name from its
+    own environment, where hf_longtrunc must be installed. SGLang runs custom processors before its temperature, top-k,
+    top-p and min-p, on the model's distribution at temperature 1, but not under speculative decoding.
+
+    SGLang checks no parameters before a request enters the batch, and an exception would end the whole batch. So a
     request with a wrong parameter is not truncated, and the log says why.
     """
 
@@ -50,7 +52,7 @@ class TruncationLogitProcessor:
 
     @classmethod
     def to_str(cls) -> str:
-        """Return the string that a request carries: the class by its module and name."""
+        """Return the string for requests: the class by its module and name."""
         return json.dumps({"callable": pickle.dumps(cls).hex()})
 
 
@@ -63,5 +65,5 @@ def _asked(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _text(parameters: Mapping[str, Any] | None) -> list[int]:
-    request = (parameters or {}).get("__req__")  # SGLang's own, of which it makes each row
+    request = (parameters or {}).get("__req__")  # SGLang's own request object
     return [] if request is None else [*request.origin_input_ids, *request.output_ids]

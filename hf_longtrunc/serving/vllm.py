@@ -21,23 +21,20 @@ class TruncationLogitsProcessor:
         vllm serve MODEL --logits-processors hf_longtrunc.serving.vllm:TruncationLogitsProcessor
 
     and with a request `"vllm_xargs": {"eta": 2e-3}` (HTTP) or `SamplingParams(extra_args={"eta": 2e-3})`;
-    `hf_longtrunc.serving.rows` lists the names. Requests that name none are left alone; a name that is nearly one of
-    these is refused with status 400, as a value outside its range is. DRY reads the text, which the model runner V2
-    does not hand to a processor: there it is left out, and the log says so. XTC's decisions do not follow a request's
-    seed.
+    `hf_longtrunc.serving.rows` lists the names. Requests that name none are left alone; wrong values and misspelt names
+    are refused with status 400. Runs on raw logits, before temperature, top-k and top-p. XTC's decisions do not follow
+    a request's seed. DRY needs the text, which the model runner V2 does not hand over: there it is left out with a
+    warning in the log.
 
-    One class meets both interfaces. The model runner V1 makes it with (vllm_config, device, is_pin_memory), tells it of
-    the batch by `update_state` and calls `apply(logits)`: there a row is a request. The model runner V2 makes it with
-    (vllm_config, req_states), tells it of requests by `add_request` and calls `apply(logits, context)`: there rows
-    change places at every step, a request may own several, and `context` says whose each is. Both runners take
-    subclasses of their own base only: where vLLM is installed the class is registered with both. It is loaded by name
-    and never as an entry point, since an entry point of one form stops the engine of the other for everybody.
-
-    vLLM applies it to raw logits, before temperature, top-k and top-p, on the model's distribution at temperature 1.
+    One class serves both model runners. V1 calls (vllm_config, device, is_pin_memory), `update_state` and
+    `apply(logits)`, with a request in each row. V2 calls (vllm_config, req_states), `add_request` and
+    `apply(logits, context)`; rows change places at every step, and `context` maps them to requests. Both accept only
+    subclasses of their own base, so the class is registered with both where vLLM is installed. It is loaded by name: an
+    entry point for one runner stops the engine of the other.
     """
 
     def __init__(self, vllm_config: Any, device: Any = None, is_pin_memory: bool = False):
-        # By row (V1) or by request's slot (V2): what is asked, and V1's prompt and list that it adds to.
+        # By row (V1) or request slot (V2): parameters, and in V1 the prompt and the growing output.
         self._requests: dict[int, tuple[dict[str, Any], list[int], list[int]]] = {}
 
     @classmethod
@@ -53,7 +50,7 @@ class TruncationLogitsProcessor:
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        """Follow the batch of the model runner V1: requests that left, came and changed places."""
+        """Follow the batch of the model runner V1: removed, added and moved requests."""
         if batch_update is None:
             return
         for row in batch_update.removed:
@@ -68,14 +65,14 @@ class TruncationLogitsProcessor:
                 self._requests[source] = other
 
     def add_request(self, req_idx: int, params: Any) -> bool:
-        """Take in the request in slot `req_idx`; say whether it asks for anything."""
+        """Add the request in slot `req_idx`; return whether it names a sampler."""
         asked = self._wanted(params)
         if asked.pop("dry", None):
             _LOGGER.warning("DRY is left out: vLLM's model runner V2 does not hand the text to logits processors")
         return self._add(req_idx, asked, [], [])
 
     def _wanted(self, params: Any) -> dict[str, Any]:
-        """Return what a request asks for."""
+        """Return a request's parameters."""
         return _asked(params)
 
     def _add(self, row: int, asked: dict[str, Any], prompt: list[int], output: list[int]) -> bool:
@@ -85,10 +82,10 @@ class TruncationLogitsProcessor:
         return bool(asked)
 
     def apply_staged_writes(self) -> None:
-        """Do nothing: nothing is staged."""
+        """Do nothing; V2 calls it before each step."""
 
     def apply(self, logits: Tensor, context: Any = None) -> Tensor:
-        """Return `logits` [rows, V], cut in each row by what its request asks."""
+        """Return `logits` [rows, V], each row cut as its request asks."""
         on_host = range(len(logits)) if context is None else context.idx_mapping_np.tolist()
         if not any(slot in self._requests for slot in on_host):
             return logits
@@ -103,7 +100,7 @@ def _asked(params: Any) -> dict[str, Any]:
 
 
 def _register() -> None:
-    """Make the class a subclass of what each of vLLM's model runners asks for, as far as the installed one has them."""
+    """Register the class as a subclass of the base of each model runner that the installed vLLM has."""
     if find_spec("vllm") is None:
         return
     for home in ("vllm.v1.sample.logits_processor", "vllm.v1.worker.gpu.sample.logits_processor"):

@@ -95,7 +95,6 @@ if TYPE_CHECKING:
     from hf_longtrunc.sampling.bat import BasisAwareLogitsProcessor as BasisAwareLogitsProcessor
     from hf_longtrunc.sampling.by_name import sampler_by_name as sampler_by_name, sampler_names as sampler_names
     from hf_longtrunc.sampling.calls import sampling_settings as sampling_settings
-    from hf_longtrunc.sampling.dry_processor import DRYLogitsProcessor as DRYLogitsProcessor
     from hf_longtrunc.sampling.mask import (
         SamplingMask as SamplingMask,
         truncated_log_probs as truncated_log_probs,
@@ -103,6 +102,7 @@ if TYPE_CHECKING:
     )
     from hf_longtrunc.sampling.policy_training import attach_truncation as attach_truncation
     from hf_longtrunc.sampling.processors import (
+        DRYLogitsProcessor as DRYLogitsProcessor,
         EpsilonLogitsProcessor as EpsilonLogitsProcessor,
         EtaLogitsProcessor as EtaLogitsProcessor,
         MinKLogitsProcessor as MinKLogitsProcessor,
@@ -134,7 +134,7 @@ _HOME = {
     "ContrastiveDecodingLogitsProcessor": "hf_longtrunc.mixing.auxiliary",
     "CreamCollator": "hf_longtrunc.positions.collator",
     "CreamPositions": "hf_longtrunc.positions.cream",
-    "DRYLogitsProcessor": "hf_longtrunc.sampling.dry_processor",
+    "DRYLogitsProcessor": "hf_longtrunc.sampling.processors",
     "Datastore": "hf_longtrunc.cross_attention.datastore",
     "DualChunkAttention": "hf_longtrunc.attention.dual_chunk_attention",
     "EpsilonLogitsProcessor": "hf_longtrunc.sampling.processors",

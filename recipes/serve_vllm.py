@@ -35,7 +35,7 @@ import typer
 from vllm_masks import FOLDER, RecordingLogitsProcessor, read_mask
 
 from hf_longtrunc import sampler_by_name
-from hf_longtrunc.serving.rows import truncate, wanted
+from hf_longtrunc.serving.rows import parse_request, truncate
 from hf_longtrunc.serving.sglang import TruncationLogitProcessor
 from hf_longtrunc.serving.vllm import TruncationLogitsProcessor
 
@@ -198,7 +198,7 @@ def alone(row: torch.Tensor, asked: dict[str, float]) -> torch.Tensor:
 
 def compare(steps: list[dict[str, Any]], answers: list[list[int]], masks: Path) -> None:
     """Hold each row of each step against the processors, and the tokens that came back against the kept sets."""
-    of = {json.dumps(wanted(asked), sort_keys=True): n for n, asked in enumerate(ASKED)}
+    of = {json.dumps(parse_request(asked), sort_keys=True): n for n, asked in enumerate(ASKED)}
     seen: list[list[torch.Tensor]] = [[] for _ in ASKED]
     rows = others = 0
     for step in steps:
@@ -238,7 +238,7 @@ def check_model_runner_v1() -> None:
     added: list[Any] = [(row, SamplingParams(extra_args=each), None, []) for row, each in enumerate(asked)]
     processor.update_state(BatchUpdate(len(asked), [], added, [(0, 3, MoveDirectionality.SWAP)]))
     asked[0], asked[3] = asked[3], asked[0]
-    same = torch.equal(processor.apply(logits), truncate(logits, [wanted(each) for each in asked]))
+    same = torch.equal(processor.apply(logits), truncate(logits, [parse_request(each) for each in asked]))
     print(f"vLLM {__version__}, model runner V1, built by its loader: {'equal to the bit' if same else 'DIFFERENT'}")
 
 
@@ -260,7 +260,7 @@ def check_model_runner_v2() -> None:
     order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(1))
     slots, none = order + 7, torch.zeros(len(asked), dtype=torch.long)
     context = LogitsContext(slots, slots, slots.numpy(), none, none, none, none.numpy())
-    expected = truncate(logits, [wanted(asked[n]) for n in order.tolist()])
+    expected = truncate(logits, [parse_request(asked[n]) for n in order.tolist()])
     same = torch.equal(processor.apply(logits, context), expected)
     print(f"vLLM {__version__}, model runner V2, built by its loader: {'equal to the bit' if same else 'DIFFERENT'}")
 
@@ -274,7 +274,7 @@ def check_sglang(wheel: Path) -> None:
         spec.loader.exec_module(module)
     processor = module.CustomLogitProcessor.from_str(TruncationLogitProcessor.to_str())
     logits, asked = random_rows()
-    same = torch.equal(processor(logits.clone(), asked), truncate(logits, [wanted(each) for each in asked]))
+    same = torch.equal(processor(logits.clone(), asked), truncate(logits, [parse_request(each) for each in asked]))
     version = wheel.name.split("-")[1]
     print(f"SGLang {version}, read by its interface from a request: {'equal to the bit' if same else 'DIFFERENT'}")
 

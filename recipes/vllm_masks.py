@@ -30,7 +30,7 @@ import typer
 
 from hf_longtrunc import SamplingMask, sampler_by_name
 from hf_longtrunc.arguments import check_int
-from hf_longtrunc.serving.rows import wanted
+from hf_longtrunc.serving.rows import parse_request
 from hf_longtrunc.serving.vllm import TruncationLogitsProcessor
 
 FOLDER = "HF_LONGTRUNC_MASKS"
@@ -77,7 +77,7 @@ class RecordingLogitsProcessor(TruncationLogitsProcessor):
             raise ValueError(f"{_KEY} must be a file name of letters, digits, '_', '-' and '.', got {name!r}")
         if Path(folder, name).exists():
             raise ValueError(f"{_KEY} {name!r} is taken: give each request a name of its own")
-        asked = wanted(sampling_params.extra_args)
+        asked = parse_request(sampling_params.extra_args)
         if not asked or "dry" in asked:
             raise ValueError(
                 f"{_KEY} records eta, epsilon and the other samplers that cut: name one, and leave DRY off"

@@ -20,7 +20,7 @@ ATTENTION = [
     *("lm_infinite", "patch", "ring_cache", "rope", "streaming_llm", "trace"),
 ]
 SAMPLING = (
-    *("attach", "basis", "bat", "by_name", "calls", "dry_processor", "mask", "processors", "recorder", "support"),
+    *("attach", "basis", "bat", "by_name", "calls", "mask", "processors", "recorder", "support"),
     *("trace", "trace_records"),
 )
 SERVING = ("continuous_batching", "rows", "sglang")

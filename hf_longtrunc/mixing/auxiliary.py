@@ -331,13 +331,9 @@ def _all_log_probs(model: Any, input_ids: Tensor, mask: Tensor) -> Tensor:
     if model.training:
         raise ValueError("the model is in training mode, where dropout changes the losses: call .eval() on it")
     ids, mask = input_ids.to(model.device), mask.to(model.device)
-    options = {"position_ids": positions_of(mask)} if "position_ids" in _forward_parameters(model) else {}
+    options = {"position_ids": positions_of(mask)} if "position_ids" in parameters_of(unwrapped(model)) else {}
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     return torch.log_softmax(logits.float(), -1)
-
-
-def _forward_parameters(model: Any) -> frozenset[str]:
-    return frozenset(parameters_of(unwrapped(model)))
 
 
 def _check_vocabulary(size: int, scores: Tensor) -> None:

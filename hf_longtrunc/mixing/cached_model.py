@@ -23,6 +23,10 @@ class _Memory(threading.local):
     cache: DynamicCache | None = None
     weights: tuple[object, ...] = ()
 
+    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
+        """Copy and pickle as empty: a cache belongs to its thread."""
+        return _Memory, ()
+
 
 class CachedModel:
     """A causal language model with a KV cache in each thread."""
@@ -40,13 +44,6 @@ class CachedModel:
         self.tokens_fed = 0
         self._takes = frozenset(parameters_of(self.inside))
         self._cacheable = _has_attention_layers_only(config)
-        self._memory = _Memory()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_memory"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
         self._memory = _Memory()
 
     @property

@@ -67,7 +67,12 @@ def rebuild_processor_list(
     `build` is the model's own `_get_logits_processor`, which all modes of generation call: `generate` with keywords,
     continuous batching with the generation config alone. `technique` and `changed` are shown by the handle's repr.
     """
-    owner = _generating_instance(model)
+    owner = unwrapped(model)  # wrappers forward generate() to it
+    if not isinstance(unwrapped(model), GenerationMixin):
+        raise TypeError(
+            f"model must be a transformers model with generate() or a wrapper of one, got {type(model).__name__}; "
+            "pass the instance whose generate() you call"
+        )
     build = owner._get_logits_processor
     handle = Handle(technique, owner, changed)
     handle.set(owner, "_get_logits_processor", lambda *args, **kwargs: rebuild(build, *args, **kwargs))
@@ -81,17 +86,6 @@ def _after_warpers(processors: LogitsProcessorList, attached: list[Processor]) -
         end -= 1
     new = [processor for processor in attached if processor not in processors]
     return LogitsProcessorList([*processors[:end], *new, *processors[end:]])
-
-
-def _generating_instance(model: Any) -> Any:
-    # Wrappers forward generate() to the model inside, which reads the attribute of its own.
-    inside = unwrapped(model)
-    if not isinstance(inside, GenerationMixin):
-        raise TypeError(
-            f"model must be a transformers model with generate() or a wrapper of one, got {type(model).__name__}; "
-            "pass the instance whose generate() you call"
-        )
-    return inside
 
 
 def _checked_processors(processors: Sequence[Processor]) -> list[Processor]:

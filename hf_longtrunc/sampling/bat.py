@@ -12,7 +12,7 @@ from transformers import LogitsProcessor
 from hf_longtrunc.arguments import check_choice, check_float, check_int
 from hf_longtrunc.sampling.calls import (
     changes_one_token,
-    draws_by_itself,
+    is_sampling,
     neighbours,
     refuse_empty_rows,
     refuse_grammars,
@@ -21,9 +21,9 @@ from hf_longtrunc.sampling.calls import (
 )
 from hf_longtrunc.sampling.cutoffs import Softmax, below, draw, softmax_rows, threshold_of
 from hf_longtrunc.sampling.processors import (
-    checked_filter_value,
-    checked_scores,
-    one_or_a_row,
+    check_filter_value,
+    check_float_per_row,
+    check_scores,
     representable,
     uniform,
 )
@@ -96,14 +96,14 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         filter_value: float = -math.inf,
     ):
         self.checker = SupportChecker(basis)
-        self.epsilon = one_or_a_row("epsilon", epsilon, gt=0, lt=1)
+        self.epsilon = check_float_per_row("epsilon", epsilon, gt=0, lt=1)
         self.cutoff = check_choice("cutoff", cutoff, ("eta", "epsilon"))
         self.mode = check_choice("mode", mode, ("sample", "mask"))
         self.max_tries = None if max_tries is None else check_int("max_tries", max_tries, minimum=1)
         self.floor = check_float("floor", floor, minimum=0, lt=1)
         self.limit = None if limit is None else check_int("limit", limit, minimum=1)
         self.generator = generator
-        self.filter_value = checked_filter_value(filter_value)
+        self.filter_value = check_filter_value(filter_value)
         self._is_unwarned = True
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
                 "BasisAwareLogitsProcessor cannot be used in continuous batching (generate_batch() and serving): use "
                 "generate()"
             )
-        self._check_vocabulary(checked_scores(scores))
+        self._check_vocabulary(check_scores(scores))
         if input_ids is not None:
             refuse_empty_rows(self, scores)
         before, behind = neighbours(self) if input_ids is not None else ([], [])
@@ -141,7 +141,7 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
 
     def threshold(self, scores: Tensor) -> Tensor:
         """Return tau [..., 1] for `scores` [..., V]: tokens below it need a proof."""
-        rows = softmax_rows(checked_scores(scores))
+        rows = softmax_rows(check_scores(scores))
         return (threshold_of(self.cutoff, rows, self.epsilon) - rows.log_total).exp()
 
     def margins(self, scores: Tensor, tau: Tensor, tokens: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         return torch.tensor(margins, dtype=torch.float64).reshape(tokens.shape)
 
     def _draws(self, behind: list[Any]) -> bool:
-        return self.mode == "sample" and draws_by_itself() and not changes_one_token(behind)
+        return self.mode == "sample" and is_sampling() and not changes_one_token(behind)
 
     def _plain(self, scores: Tensor) -> tuple[Softmax, Tensor, Tensor, Tensor]:
         """Return the rows' softmax, the plain kept set, tau [rows, 1], and the rows with anything to decide [rows]."""

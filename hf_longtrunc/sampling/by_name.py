@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.sampling.dry_processor import DRYLogitsProcessor
 from hf_longtrunc.sampling.processors import (
+    DRYLogitsProcessor,
     EpsilonLogitsProcessor,
     EtaLogitsProcessor,
     MinKLogitsProcessor,

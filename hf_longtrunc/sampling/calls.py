@@ -87,7 +87,7 @@ def sampling_settings(model: Any) -> dict[str, bool | float | None]:
     return {name: value for name, value in _NEUTRAL.items() if hasattr(config, name)}
 
 
-def draws_by_itself() -> bool:
+def is_sampling() -> bool:
     """Return whether the running call draws each row's next token from the processed scores.
 
     Greedy decoding and beams do not. True outside of `generate`.
@@ -98,7 +98,7 @@ def draws_by_itself() -> bool:
     return bool(getattr(config, "do_sample", True)) and (getattr(config, "num_beams", None) or 1) == 1
 
 
-def rows_a_prompt() -> int | None:
+def rows_per_prompt() -> int | None:
     """Return how many rows `generate` makes of a prompt, its beams or returns; None outside of `generate`."""
     config = _generation_config()
     if config is None:

@@ -103,18 +103,18 @@ def top_n_sigma_threshold(rows: Softmax, n: float | Tensor) -> Float[Tensor, "*r
     return (_row_sum(centred.square_()) / count).sqrt_() * -n
 
 
-def p_less_threshold(rows: Softmax, on: float | Tensor, normalized: bool = False) -> Float[Tensor, "*rows 1"]:
+def p_less_threshold(rows: Softmax, switch: float | Tensor, normalized: bool = False) -> Float[Tensor, "*rows 1"]:
     """Return the collision probability C = sum of p^2 (Tan et al. 2025, section 3), which max p always reaches.
 
-    Normalised it is (V C - 1) / (V - 1): C less the mean of the other tokens' share 1 - C. `on` is 1.
+    Normalised it is (V C - 1) / (V - 1): C less the mean of the other tokens' share 1 - C. `switch` is 1.
     """
     log_probs = rows.z - rows.log_total
     if not normalized:
-        return _row_sum(log_probs.mul_(2).exp_()).log() * on + rows.log_total
+        return _row_sum(log_probs.mul_(2).exp_()).log() * switch + rows.log_total
     # V C - 1 = V sum (p - 1 / V)^2, which does not cancel in flat rows.
     size = rows.z.shape[-1]
     collision = _row_sum(log_probs.exp_().sub_(1 / size).square_()) * (size / max(size - 1, 1))
-    return collision.log() * on + rows.log_total
+    return collision.log() * switch + rows.log_total
 
 
 def top_h_threshold(rows: Softmax, share: float | Tensor) -> Float[Tensor, "*rows 1"]:
@@ -174,7 +174,7 @@ class Cutoff(NamedTuple):
         threshold: returns the z of the last kept score [*rows, 1], for a prepared value or a column of them. NaN, for a
             row that is no distribution or a value that is NaN, cuts nothing.
         prepared: turns a user's number into the argument of `threshold`.
-        bounds: of the user's number, as keywords of `arguments.number`; None for a switch, 1 for on.
+        bounds: of the user's number, as keywords of `arguments.check_float`; None for a switch, 1 for on.
     """
 
     threshold: Callable[[Softmax, float | Tensor], Tensor]

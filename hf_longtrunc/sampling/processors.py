@@ -15,10 +15,11 @@ from hf_longtrunc.sampling.calls import (
     neighbours,
     refuse_empty_rows,
     refuse_grammars,
-    rows_a_prompt,
+    rows_per_prompt,
     warn_of_cuts,
 )
 from hf_longtrunc.sampling.cutoffs import CUTOFFS, Softmax, below, column, softmax_rows, threshold_of, xtc_cut
+from hf_longtrunc.sampling.dry import Dry
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,7 +38,7 @@ class _TruncatingLogitsProcessor(LogitsProcessor):
     _parameter = ""  # the attribute that may hold one value a row
 
     def __init__(self, filter_value: float):
-        self.filter_value = checked_filter_value(filter_value)
+        self.filter_value = check_filter_value(filter_value)
         self._is_unwarned = True
 
     def _cut(self, scores: Tensor, rows: Softmax) -> Tensor:
@@ -52,7 +53,7 @@ class _TruncatingLogitsProcessor(LogitsProcessor):
         later and cuts tokens that are kept here.
         """
         self._check_call(input_ids)
-        scores = checked_scores(scores)
+        scores = check_scores(scores)
         # Elsewhere the look would stop the host at every step.
         if input_ids is not None and input_ids.ndim == scores.ndim == 2 and scores.device.type == "cpu":
             refuse_empty_rows(self, scores)
@@ -86,7 +87,11 @@ class _TruncatingLogitsProcessor(LogitsProcessor):
                 f"{self._parameter} has one value a row, and continuous batching mixes the rows of requests: use one "
                 "value for all, or generate()"
             )
-        if isinstance(value, Tensor) and (rows := rows_a_prompt()) is not None and len(value) * rows != len(input_ids):
+        if (
+            isinstance(value, Tensor)
+            and (rows := rows_per_prompt()) is not None
+            and len(value) * rows != len(input_ids)
+        ):
             raise ValueError(
                 f"{self._parameter} has {len(value)} values, and generate() runs {len(input_ids)} rows, {rows} for "
                 "each prompt: give one value for every prompt"
@@ -111,11 +116,13 @@ class _CutoffLogitsProcessor(_TruncatingLogitsProcessor):
         self.min_tokens_to_keep = check_int("min_tokens_to_keep", min_tokens_to_keep, minimum=1)
         super().__init__(filter_value)
         if self._parameter:
-            setattr(self, self._parameter, one_or_a_row(self._parameter, value, **(CUTOFFS[self._name].bounds or {})))
+            setattr(
+                self, self._parameter, check_float_per_row(self._parameter, value, **(CUTOFFS[self._name].bounds or {}))
+            )
 
     def threshold(self, scores: Tensor) -> Tensor:
         """Return each row's threshold as a probability [..., 1], for `scores` [..., V]."""
-        rows = softmax_rows(checked_scores(scores))
+        rows = softmax_rows(check_scores(scores))
         return (self._z_threshold(rows) - rows.log_total).exp()
 
     def _z_threshold(self, rows: Softmax) -> Tensor:
@@ -309,8 +316,8 @@ class XTCLogitsProcessor(_TruncatingLogitsProcessor):
         filter_value: float = -math.inf,
     ):
         super().__init__(filter_value)
-        self.threshold = one_or_a_row("threshold", threshold, gt=0, lt=1)
-        self.probability = one_or_a_row("probability", probability, minimum=0, maximum=1)
+        self.threshold = check_float_per_row("threshold", threshold, gt=0, lt=1)
+        self.probability = check_float_per_row("probability", probability, minimum=0, maximum=1)
         self.generator = generator
 
     def _cut(self, scores: Tensor, rows: Softmax) -> Tensor:
@@ -323,6 +330,72 @@ class XTCLogitsProcessor(_TruncatingLogitsProcessor):
 
     def _in_parts(self, scores: Tensor) -> bool:
         return False
+
+
+class DRYLogitsProcessor(LogitsProcessor):
+    r"""DRY (don't repeat yourself): lower the scores of tokens that would continue a repetition of the text.
+
+    >>> DRYLogitsProcessor(0.8)(torch.tensor([[5, 6, 7, 5, 6]]), torch.zeros(1, 8))[0, 5:]
+    tensor([ 0.0000,  0.0000, -0.8000])
+
+    If the last n tokens of the text occur earlier in it, n >= allowed_length, the token that followed them there loses
+    multiplier * base^(n - allowed_length). Put it before truncation samplers, since it changes the distribution that
+    they cut. It keeps no state, so every mode of `generate` works. Left padding is part of the text: pass its id among
+    `sequence_breakers`.
+
+    Args:
+        multiplier: at least 0, which penalises nothing. Or one value a row, as for `EtaLogitsProcessor`.
+        base: at least 1.
+        allowed_length: at least 1; shorter repetitions cost nothing.
+        window: read only this many of the last tokens; None reads all.
+        sequence_breakers: ids of tokens that end a match, such as line breaks and quotation marks;
+            `tokenizer.encode("a\n", add_special_tokens=False)[-1]` is that of a line break.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or outside its range; continuous batching
+            (`generate_batch`), which hands over no text.
+
+    Source: p-e-w 2024, text-generation-webui, pull request 5677. Deviations: none.
+    """
+
+    # Declared unsupported, it would be left out there with a line in the log; so it is called, and refuses.
+    supports_continuous_batching = True
+
+    def __init__(
+        self,
+        multiplier: Values = 0.8,
+        base: float = 1.75,
+        allowed_length: int = 2,
+        *,
+        window: int | None = None,
+        sequence_breakers: Sequence[int] = (),
+    ):
+        self.multiplier = check_float_per_row("multiplier", multiplier, minimum=0)
+        values = self.multiplier.tolist() if isinstance(self.multiplier, Tensor) else [self.multiplier]
+        options = {"base": base, "allowed_length": allowed_length, "window": window}
+        self.settings = [
+            Dry(multiplier=value, sequence_breakers=tuple(sequence_breakers), **options)  # type: ignore[arg-type]
+            for value in values
+        ]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return `scores` [rows, V] of the tokens after `input_ids` [rows, length], penalties subtracted."""
+        if input_ids.ndim == 1:
+            raise ValueError(
+                "DRYLogitsProcessor cannot be used in continuous batching (generate_batch()), whose calls do not hold "
+                "the text: use generate()"
+            )
+        if check_scores(scores).ndim != 2 or len(scores) != len(input_ids):
+            raise ValueError(f"scores must be [{len(input_ids)}, V], a row a text, got shape {tuple(scores.shape)}")
+        if len(scores) % len(self.settings):
+            raise ValueError(f"{len(self.settings)} multipliers, one a row, do not fit {len(scores)} rows")
+        if not len(scores):
+            return scores
+        each, ids = len(scores) // len(self.settings), input_ids.cpu().numpy()
+        return torch.stack([self.settings[n // each].penalised(row, ids[n]) for n, row in enumerate(scores)])
+
+    def __repr__(self) -> str:
+        return f"DRYLogitsProcessor({self.settings[0] if len(self.settings) == 1 else self.settings})"
 
 
 def uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device) -> Tensor:
@@ -339,7 +412,7 @@ def uniform(rows: int, generator: torch.Generator | Sequence[torch.Generator] | 
     return torch.cat([torch.empty(0, 1, device=device), *(uniform(1, each, device) for each in generator)])
 
 
-def one_or_a_row(name: str, value: object, **bounds: float) -> float | Tensor:
+def check_float_per_row(name: str, value: object, **bounds: float) -> float | Tensor:
     """Return a checked number, or a float64 tensor on the CPU with one for each row."""
     if isinstance(value, (list, tuple)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1):
         values = value if isinstance(value, (list, tuple)) else value.tolist()
@@ -355,12 +428,12 @@ def representable(filter_value: float, scores: Tensor) -> float:
     return filter_value if filter_value == -math.inf else max(filter_value, torch.finfo(scores.dtype).min)
 
 
-def checked_filter_value(filter_value: object) -> float:
+def check_filter_value(filter_value: object) -> float:
     """Return -inf or another finite number."""
     return -math.inf if filter_value == -math.inf else check_float("filter_value", filter_value)
 
 
-def checked_scores(scores: Tensor) -> Tensor:
+def check_scores(scores: Tensor) -> Tensor:
     """Return `scores`; raise unless they are floating-point rows."""
     if not scores.is_floating_point():
         raise TypeError(f"scores must be a floating-point tensor [..., vocabulary], got {scores.dtype}")

@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 
 from hf_longtrunc.sampling.attach import attach_processors
-from hf_longtrunc.sampling.calls import draws_by_itself, neighbours, refuse_empty_rows
+from hf_longtrunc.sampling.calls import is_sampling, neighbours, refuse_empty_rows
 from hf_longtrunc.sampling.mask import SamplingMask, pack_bits
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class SamplingMaskRecorder(LogitsProcessor):
         return scores
 
     def _check_call(self) -> None:
-        if not draws_by_itself():
+        if not is_sampling():
             raise ValueError(
                 "SamplingMaskRecorder records what is sampled, and this call takes beams or the most probable token: "
                 "pass do_sample=True and num_beams=1, or detach it"

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from hf_longtrunc.arguments import check_float, check_int
 from hf_longtrunc.sampling.basis import SoftmaxBasis
-from hf_longtrunc.sampling.support_proofs import Certificate, SupportRow, Work
+from hf_longtrunc.sampling.support_proofs import Certificate, SupportRow, TokenDecisions
 
 _MAX_ITERATIONS = 60
 # tau above this is "every threshold": s stays representable.
@@ -130,7 +130,7 @@ class SupportChecker:
         wanted = self._tokens(scores, tokens).reshape(len(rows), -1)
         decisions = []
         for row, each, ids in zip(rows, taus, wanted, strict=True):
-            work = Work(self._row(row), float(each), ids, proofs is not None)
+            work = TokenDecisions(self._row(row), float(each), ids, proofs is not None)
             work.decide()
             decisions.append(work.decisions)
             if proofs is not None:
@@ -141,7 +141,7 @@ class SupportChecker:
     def _kept(self, scores: Tensor, tau: float, floor: float, limit: int | None) -> Tensor:
         row = self._row(scores)
         tokens = ((row.probs >= floor) & (row.probs < tau)).nonzero()[:, 0]
-        work = Work(row, tau, tokens[row.probs[tokens].argsort(descending=True)], limit=limit)
+        work = TokenDecisions(row, tau, tokens[row.probs[tokens].argsort(descending=True)], limit=limit)
         work.sift()
         work.decide()
         mask = row.probs >= tau
@@ -159,7 +159,7 @@ class SupportChecker:
         if not 0 < p < _TAU_MAX:
             return min(p, _TAU_MAX)
         low, s_max = p / (1 - p), _TAU_MAX / (1 - _TAU_MAX)
-        work = Work(row, p, row.probs.new_tensor([token]).long())
+        work = TokenDecisions(row, p, row.probs.new_tensor([token]).long())
         for _ in range(_MAX_ITERATIONS):
             s = low * (1 + tolerance)
             if s >= s_max:

@@ -109,12 +109,12 @@ class SupportRow:
     @torch.inference_mode()
     def decide(self, token: int, tau: float) -> Decision:
         """Decide one token at `tau`."""
-        work = Work(self, tau, torch.tensor([token], device=self.probs.device))
+        work = TokenDecisions(self, tau, torch.tensor([token], device=self.probs.device))
         work.decide()
         return Decision(int(work.decisions[0]))
 
 
-class Work:
+class TokenDecisions:
     """The decisions about some tokens of one row at one tau, by programs on some columns; their proofs hold for all.
 
     With a limit only the first so many undecided tokens are asked about; with `prove` certificates are kept.

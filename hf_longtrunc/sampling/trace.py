@@ -48,16 +48,16 @@ class _OpenStep(NamedTuple):
     keys: list[tuple[int, int, int]]
 
 
-class _Reading(threading.local):
+class _Generation(threading.local):
     """One thread's generation: the number of its run, and its open steps."""
 
     def __init__(self) -> None:
         self.run = -1
         self.open: deque[_OpenStep] = deque()
 
-    def __reduce__(self) -> tuple[type[_Reading], tuple[()]]:
+    def __reduce__(self) -> tuple[type[_Generation], tuple[()]]:
         """Copy and pickle as empty: a generation belongs to its thread."""
-        return _Reading, ()
+        return _Generation, ()
 
 
 # Several threads write to one trace.
@@ -121,14 +121,14 @@ class TruncationTrace(LogitsProcessor):
         self.dropped = 0
         self._runs = 0
         self._records: dict[tuple[int, int, int], TruncationRecord] = {}
-        self._reading = _Reading()
+        self._generation = _Generation()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Apply the processors to `scores` [rows, vocab] and record the step.
 
         Tokens that transformers' own warpers cut after the trace are recorded as cut.
         """
-        return self._watched(self.processors, input_ids, scores, neighbours(self)[1])
+        return self._apply_and_record(self.processors, input_ids, scores, neighbours(self)[1])
 
     def observe(self, model: Any) -> Handle:
         """Record the whole processor list of everything that `model` generates until the handle is detached.
@@ -137,7 +137,7 @@ class TruncationTrace(LogitsProcessor):
         """
 
         def watch(build: Callable[..., LogitsProcessorList], *args: Any, **kwargs: Any) -> LogitsProcessorList:
-            return LogitsProcessorList([_Watched(self, build(*args, **kwargs))])
+            return LogitsProcessorList([_RecordedList(self, build(*args, **kwargs))])
 
         handle = rebuild_processor_list(model, watch, "TruncationTrace", "every processor list is watched")
         self._eos = self._eos or _as_set(unwrapped(model).generation_config.eos_token_id)
@@ -147,9 +147,9 @@ class TruncationTrace(LogitsProcessor):
         """Read the last drawn tokens from `sequences` [rows, length], the output of `generate` in this thread."""
         ids = sequences.detach().cpu()
         with _WRITING:
-            self._read_tokens(ids)
+            self._fill_in_tokens(ids)
             self._take_back(ids.shape[1])
-            self._reading.open.clear()
+            self._generation.open.clear()
         return self
 
     @property
@@ -246,7 +246,7 @@ class TruncationTrace(LogitsProcessor):
             top.legend(loc="upper left", ncols=4, frameon=False, fontsize="small")
         return axes
 
-    def _watched(
+    def _apply_and_record(
         self, processors: Sequence[Any], input_ids: Tensor, scores: Tensor, behind: Sequence[Any] = ()
     ) -> Tensor:
         if input_ids.ndim == 1:
@@ -281,32 +281,32 @@ class TruncationTrace(LogitsProcessor):
         columns = step_columns(probs, rows.entropy, kept, threshold)
         candidates = step_candidates(probs, kept, threshold, self.candidates, prove)
         with _WRITING:
-            reading = self._reading
+            generation = self._generation
             if not self._continues(ids):
-                reading.run, self._runs = self._runs, self._runs + 1
-                reading.open.clear()
-            self._read_tokens(ids)
+                generation.run, self._runs = self._runs, self._runs + 1
+                generation.open.clear()
+            self._fill_in_tokens(ids)
             self._take_back(ids.shape[1])
-            keys = [(reading.run, row, ids.shape[1]) for row in range(ids.shape[0])]
+            keys = [(generation.run, row, ids.shape[1]) for row in range(ids.shape[0])]
             for key, values, near in zip(keys, zip(*columns, strict=True), candidates, strict=True):
                 self._records[key] = replace(TruncationRecord(*key, *values), candidates=near)
-            reading.open.append(_OpenStep(ids, log_probs, kept, keys))
-            if len(reading.open) > (_OPEN_STEPS_OF_ONE_ROW if ids.shape[0] == 1 else 1):
-                reading.open.popleft()
+            generation.open.append(_OpenStep(ids, log_probs, kept, keys))
+            if len(generation.open) > (_OPEN_STEPS_OF_ONE_ROW if ids.shape[0] == 1 else 1):
+                generation.open.popleft()
             self._forget_oldest()
 
     def _continues(self, ids: Tensor) -> bool:
         """Return whether a row of `ids` continues an open step; a single row may also go back to one (speculation)."""
-        for step in self._reading.open:
+        for step in self._generation.open:
             shared = min(step.ids.shape[1], ids.shape[1])
             goes_on = ids.shape[0] == 1 or ids.shape[1] > step.ids.shape[1]
             if goes_on and _same_rows(ids[:, :shared], step.ids[:, :shared]).any():
                 return True
         return False
 
-    def _read_tokens(self, ids: Tensor) -> None:
+    def _fill_in_tokens(self, ids: Tensor) -> None:
         """Fill in the token of every open step that a row of `ids` continues."""
-        for step in self._reading.open:
+        for step in self._generation.open:
             position = step.ids.shape[1]
             if position < ids.shape[1]:
                 same = _same_rows(ids[:, :position], step.ids)
@@ -330,8 +330,8 @@ class TruncationTrace(LogitsProcessor):
 
     def _take_back(self, length: int) -> None:
         """Drop this run's records at `length` or later: those positions were proposed and not accepted."""
-        while self._reading.open and self._reading.open[-1].ids.shape[1] >= length:
-            for key in self._reading.open.pop().keys:
+        while self._generation.open and self._generation.open[-1].ids.shape[1] >= length:
+            for key in self._generation.open.pop().keys:
                 self._records.pop(key, None)
 
     def _forget_oldest(self) -> None:
@@ -340,7 +340,7 @@ class TruncationTrace(LogitsProcessor):
             self.dropped += 1
 
 
-class _Watched(LogitsProcessor):
+class _RecordedList(LogitsProcessor):
     """The list that `generate` built, recorded by a trace."""
 
     supports_continuous_batching = True
@@ -349,7 +349,7 @@ class _Watched(LogitsProcessor):
         self.trace, self.processors = trace, processors
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self.trace._watched(self.processors, input_ids, scores)
+        return self.trace._apply_and_record(self.processors, input_ids, scores)
 
 
 def _row_margins(

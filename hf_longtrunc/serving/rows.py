@@ -43,10 +43,10 @@ _LONG = 5
 _BEGINNING = 3
 
 
-def wanted(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
+def parse_request(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a request's checked sampler parameters: numbers by name, and a `Dry` by the name "dry".
 
-    >>> wanted({"eta": 2e-3, "stop": "."})
+    >>> parse_request({"eta": 2e-3, "stop": "."})
     {'eta': 0.002}
 
     Raises:
@@ -91,7 +91,7 @@ def truncate(
 
     Args:
         logits: any floating dtype.
-        requests: results of `wanted`, one a row.
+        requests: results of `parse_request`, one a row.
         texts: the token ids before each row's token, for rows that ask for DRY.
     """
     result = logits.clone()

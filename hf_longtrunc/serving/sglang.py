@@ -7,7 +7,7 @@ import logging
 import pickle
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.serving.rows import truncate, wanted
+from hf_longtrunc.serving.rows import parse_request, truncate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ class TruncationLogitProcessor:
 
 def _asked(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     try:
-        return wanted(parameters)
+        return parse_request(parameters)
     except (TypeError, ValueError) as error:
         _LOGGER.warning("a request is not truncated: %s", error)
         return {}

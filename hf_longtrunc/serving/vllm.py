@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.serving.rows import truncate, wanted
+from hf_longtrunc.serving.rows import parse_request, truncate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ class TruncationLogitsProcessor:
 
 
 def _asked(params: Any) -> dict[str, Any]:
-    return wanted(getattr(params, "extra_args", None))
+    return parse_request(getattr(params, "extra_args", None))
 
 
 def _register() -> None:

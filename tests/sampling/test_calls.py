@@ -27,7 +27,7 @@ from hf_longtrunc import (
     attach_processors,
     sampling_settings,
 )
-from hf_longtrunc.sampling.calls import draws_by_itself, neighbours
+from hf_longtrunc.sampling.calls import is_sampling, neighbours
 from hf_longtrunc.serving.continuous_batching import TruncationByRequest
 
 PROMPT = torch.tensor([[1, 5, 9, 13, 5, 9]])
@@ -246,11 +246,11 @@ def test_who_draws(tiny_model, mode):
     seen = []
 
     def ask(input_ids, scores):
-        seen.append((draws_by_itself(), [type(each).__name__ for each in neighbours(ask)[1]]))
+        seen.append((is_sampling(), [type(each).__name__ for each in neighbours(ask)[1]]))
         return scores
 
     generate(tiny_model, [ask], **({"top_k": 5} if options["do_sample"] else {}), **options)
     assert {draws for draws, _ in seen} == {expected}
     assert seen[0][1] == (["TopKLogitsWarper"] if options["do_sample"] else [])
-    assert draws_by_itself()
+    assert is_sampling()
     assert neighbours(ask) == ([], [])

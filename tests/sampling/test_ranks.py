@@ -22,7 +22,7 @@ from hf_longtrunc import (
 from hf_longtrunc.sampling import cutoffs
 from hf_longtrunc.sampling.cutoffs import Softmax, below, softmax_rows
 from hf_longtrunc.sampling.dry import repetitions
-from hf_longtrunc.serving.rows import truncate, wanted
+from hf_longtrunc.serving.rows import parse_request, truncate
 
 INF = math.inf
 ROWS = st.lists(st.floats(-30, 30, width=32) | st.just(-INF), min_size=1, max_size=40).filter(lambda r: max(r) > -INF)
@@ -307,7 +307,7 @@ def test_samplers_by_name_are_the_processors_and_know_every_cutoff():
     assert {"xtc", "dry"} <= set(sampler_names())
     scores = spread_rows(40, 199, 0)
     for name in cutoffs.CUTOFFS:
-        cut = truncate(scores, [wanted({name: 1 if "p_less" in name else 0.4})] * len(scores))
+        cut = truncate(scores, [parse_request({name: 1 if "p_less" in name else 0.4})] * len(scores))
         processor = sampler_by_name(name) if "p_less" in name else sampler_by_name(name, 0.4)
         assert torch.equal(processor(None, scores), cut), name
     assert isinstance(sampler_by_name(" XTC "), XTCLogitsProcessor)

@@ -312,7 +312,7 @@ def test_a_keep_that_the_whole_vocabulary_refuses_is_no_keep(monkeypatch):
         self.decisions[own] = 1
         return multipliers @ self.row.basis.T
 
-    monkeypatch.setattr(support_proofs.Work, "_verify", believe)
+    monkeypatch.setattr(support_proofs.TokenDecisions, "_verify", believe)
     assert (SupportChecker(basis, columns=64).check(scores, 0.01, tokens) != exact).any()
 
 
@@ -336,7 +336,7 @@ def test_a_keep_needs_its_margin_over_the_whole_vocabulary(excess, decision):
         middle = (low + high) / 2
         low, high = (middle, high) if ratio(middle) < 1 + excess else (low, middle)
     checker = SupportChecker(basis)
-    work = support_proofs.Work(checker.row(scores), tau, token[None])
+    work = support_proofs.TokenDecisions(checker.row(scores), tau, token[None])
     work._verify(torch.tensor([[np.cos(high), np.sin(high)]]))
     assert work.decisions.item() == decision
 
@@ -350,8 +350,8 @@ def flat():
 def test_a_flat_rows_tokens_are_decided_together_as_each_is_alone(flat, monkeypatch):
     basis, scores, tau = flat
     programs = []
-    widened = support_proofs.Work._widened
-    monkeypatch.setattr(support_proofs.Work, "_widened", lambda *given: programs.append(1) or widened(*given))
+    widened = support_proofs.TokenDecisions._widened
+    monkeypatch.setattr(support_proofs.TokenDecisions, "_widened", lambda *given: programs.append(1) or widened(*given))
     checker = SupportChecker(basis, columns=64)
     kept = checker.kept(scores, tau, floor=0)
     below = (scores.softmax(-1) < tau).nonzero()[:, 0]

@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 from hf_longtrunc import EtaLogitsProcessor, XTCLogitsProcessor, attach_processors
 from hf_longtrunc.sampling.cutoffs import CUTOFFS
 from hf_longtrunc.serving.continuous_batching import EtaByRequest, TruncationByRequest
-from hf_longtrunc.serving.rows import truncate, wanted
+from hf_longtrunc.serving.rows import parse_request, truncate
 
 ETAS = [0.01, None, 3e-4, 0.3, 2e-3]
 
@@ -60,7 +60,7 @@ def test_every_sampler_by_request(name):
     storage = torch.zeros(1, 8, dtype=torch.int32)
     together.prepare_tensor_args(asking(kwargs), storage)
     result = together(None, scores, storage)
-    assert torch.equal(result, truncate(scores, [wanted(each) for each in kwargs]))
+    assert torch.equal(result, truncate(scores, [parse_request(each) for each in kwargs]))
     assert torch.equal(result[::2], scores[::2])
     assert result[1::2].isinf().any(-1).all()
     assert torch.equal(TruncationByRequest(name)(None, scores), scores)

@@ -24,7 +24,7 @@ from hf_longtrunc import (
     TopNSigmaLogitsProcessor,
     XTCLogitsProcessor,
 )
-from hf_longtrunc.serving.rows import wanted
+from hf_longtrunc.serving.rows import parse_request
 from hf_longtrunc.serving.sglang import TruncationLogitProcessor
 from hf_longtrunc.serving.vllm import TruncationLogitsProcessor
 
@@ -119,7 +119,7 @@ def test_model_runner_v2():
     """Rows are requests' slots in another order at every step; a slot may own several rows, or be used again."""
     processor = TruncationLogitsProcessor(None, SimpleNamespace(max_num_reqs=64))
     changes = [processor.add_request(slot + 20, params(asked)) for slot, asked in enumerate(ASKED[:10])]
-    assert changes == [bool(wanted(asked)) for asked in ASKED[:10]]
+    assert changes == [bool(parse_request(asked)) for asked in ASKED[:10]]
     processor.apply_staged_writes()
     rows = [4, 4, 0, 9, 7, 1, 3, 2, 5, 6, 0]
     expected = torch.cat([by_processors(LOGITS[n % 10][None], ASKED[row]) for n, row in enumerate(rows)])
@@ -164,7 +164,7 @@ def test_a_mistyped_name_is_refused_and_another_processors_is_not():
         with pytest.raises(ValueError, match=f"{wrong} is no sampler's name; did you mean {meant}"):
             TruncationLogitsProcessor.validate_params(params({wrong: 0.1}))
     for others in ("beta", "tau", "min_p", "top_k", "top_p", "temperature", "budget", "__req__", "thinking_budget"):
-        assert wanted({others: 0.1}) == {}
+        assert parse_request({others: 0.1}) == {}
 
 
 def test_wrong_arguments_fail_the_request_and_not_the_batch():
@@ -189,8 +189,12 @@ def test_wrong_arguments_fail_the_request_and_not_the_batch():
 
 def test_a_server_that_makes_numbers_of_true_and_false():
     """As vLLM's does: found by asking one."""
-    assert wanted({"p_less": 1, "p_less_norm": 0}) == wanted({"p_less": True, "p_less_norm": False}) == {"p_less": 1.0}
-    assert wanted({"p_less": 1.0}) == {"p_less": 1.0}
+    assert (
+        parse_request({"p_less": 1, "p_less_norm": 0})
+        == parse_request({"p_less": True, "p_less_norm": False})
+        == {"p_less": 1.0}
+    )
+    assert parse_request({"p_less": 1.0}) == {"p_less": 1.0}
 
 
 def test_it_is_a_subclass_of_both_bases(monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_longtrunc import SamplingMask, truncated_log_probs
-from hf_longtrunc.serving.rows import truncate, wanted
+from hf_longtrunc.serving.rows import parse_request, truncate
 
 RECIPE = runpy.run_path(str(Path(__file__, "../../../recipes/vllm_masks.py").resolve()))
 FOLDER, RecordingLogitsProcessor, read_mask = (
@@ -64,7 +64,7 @@ def test_rows_that_come_go_and_change_places(folder):
             processor.update_state(one)
         logits = torch.randn(len(rows), VOCAB, generator=generator) * 3
         result = processor.apply(logits)
-        assert torch.equal(result, truncate(logits, [wanted(asked[name]) for name in rows]))
+        assert torch.equal(result, truncate(logits, [parse_request(asked[name]) for name in rows]))
         for row, name in enumerate(rows):
             if step % 3 == 0 and not outputs[name]:
                 continue  # a piece of a prompt: the engine drops what it drew

@@ -69,8 +69,8 @@ class TruncationTrace(LogitsProcessor):
 
     >>> trace = TruncationTrace([EtaLogitsProcessor(0.02)])
     >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=2, logits_processor=[trace])
-    >>> [record.position for record in trace.finish(text).records]
-    [100, 101]
+    >>> trace.finish(text).records[0].is_kept
+    True
 
     In `generate`'s list it records the processors that it was given. `with trace.observe(model):` records the whole
     list that `generate` builds, transformers' own warpers included. Scores and results do not change.

@@ -110,7 +110,7 @@ def naive_min_k(row: list[float], tau: float) -> int:
 
 def test_min_k_is_its_definition():
     generator = random.Random(0)
-    for case in range(600):
+    for case in range(300):
         size = generator.choice([1, 2, 7, 130, 300, 1500])
         scale = generator.choice([0.01, 1.0, 5.0])
         row = (torch.randn(size) * scale).tolist()

@@ -202,7 +202,7 @@ def test_records_are_bounded_and_the_dropped_ones_counted(tiny_model):
 def test_memory_of_a_long_batch_is_one_step(tiny_model):
     trace = TruncationTrace()
     tiny_model.generate(PROMPT.repeat(2, 1), do_sample=True, max_new_tokens=12, logits_processor=[trace])
-    assert len(trace._reading.open) == 1
+    assert len(trace._generation.open) == 1
 
 
 def test_finite_filter_values_count_as_cut():

@@ -32,12 +32,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from vllm_masks import FOLDER, RecordingLogitsProcessor, read_mask
 
 from hf_longtrunc import sampler_by_name
 from hf_longtrunc.serving.rows import parse_request, truncate
 from hf_longtrunc.serving.sglang import TruncationLogitProcessor
 from hf_longtrunc.serving.vllm import TruncationLogitsProcessor
+from instruments.vllm_masks import FOLDER, RecordingLogitsProcessor, read_mask
 
 RECORDS = "SERVE_VLLM_RECORDS"  # the folder of what the engine's processor saw
 PROMPTS = ["My name is", "The lighthouse keeper", "Once upon a time", "In the year 1851"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +9,7 @@ import torch
 
 from hf_longtrunc import SamplingMask, truncated_log_probs
 from hf_longtrunc.serving.rows import parse_request, truncate
-
-RECIPE = runpy.run_path(str(Path(__file__, "../../../recipes/vllm_masks.py").resolve()))
-FOLDER, RecordingLogitsProcessor, read_mask = (
-    RECIPE[name] for name in ("FOLDER", "RecordingLogitsProcessor", "read_mask")
-)
+from instruments.vllm_masks import FOLDER, RecordingLogitsProcessor, read_mask
 
 ASKED = [{"eta": 0.01}, {"epsilon": 0.02, "top_n_sigma": 2.0}, {"p_less": True}, {}, {"eta": 0.3}]
 VOCAB = 211

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import nbformat
@@ -11,7 +13,13 @@ from nbclient import NotebookClient
 
 from tests.command_line import model_folder  # noqa: F401
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "docs" / "notebooks").glob("*.ipynb"))
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_three():
@@ -37,3 +45,17 @@ def test_notebook_is_committed_as_it_ran(path):
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
     assert "/tmp/" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_install_line_brings_what_the_cells_import(path):
+    """`scripts/notebooks` installs exactly this line, and executes the cells on the real model."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (extras,) = re.findall(
+        r'pip install -e "\.\[([\w,]+)\]" jupyter', path.read_text(encoding="utf-8").replace("\\", "")
+    )
+    wanted = project["dependencies"] + [each for e in extras.split(",") for each in project["optional-dependencies"][e]]
+    brought = {re.match(r"[\w-]+", each)[0].replace("-", "_") for each in wanted} | {"hf_longtrunc"}
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", "\n".join(cells), re.MULTILINE))
+    assert imported - set(sys.stdlib_module_names) <= brought

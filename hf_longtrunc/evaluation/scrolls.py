@@ -182,7 +182,13 @@ def run(
         ValueError: an unknown task, a question that alone is longer than max_tokens, a text longer than a model with
             learned positions can read.
 
-    Use: `records = run(model, tokenizer, "qasper", Rows("qasper"), {"LM-Infinite": LMInfinite()})`.
+    Examples:
+        >>> from contextlib import nullcontext
+        >>> language_model, tokenizer = load_pretrained(folder, device="cpu")
+        >>> rows = [{"id": "1", "input": "a b c.", "output": "a"}]  # or Rows("gov_report")
+        >>> (record,) = run(language_model, tokenizer, "gov_report", rows, {"plain": nullcontext}, max_new_tokens=2)
+        >>> record.id, record.arm, record.cut_tokens
+        ('1', 'plain', 0)
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")

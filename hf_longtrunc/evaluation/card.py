@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,134 +31,104 @@ class Paper:
     arxiv: str
 
 
-_ETA = Paper("eta-sampling", "Hewitt et al.", 2022, "Truncation Sampling as Language Model Desmoothing", "2210.15191")
-_EPSILON = replace(_ETA, method="epsilon-sampling")
-_TOP_N_SIGMA = Paper("top-n-sigma", "Tang et al.", 2024, "Top-n\u03c3: Not All Logits Are You Need", "2411.07641")
-_P_LESS = Paper("p-less sampling", "Tan et al.", 2025, "p-less Sampling", "2509.23234")
-_TOP_H = Paper("top-H", "Potraghloo et al.", 2025, "Top-H Decoding", "2509.02510")
-_MIN_K = Paper("min-k sampling", "Ding et al.", 2026, "Min-k Sampling", "2604.11012")
-_BAT = Paper(
-    "basis-aware truncation",
-    "Finlayson et al.",
-    2023,
-    "Closing the Curious Case of Neural Text Degeneration",
-    "2310.01693",
-)
-_LM_INFINITE = Paper(
-    "LM-Infinite",
-    "Han et al.",
-    2024,
-    "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models",
-    "2308.16137",
-)
-_STREAMING_LLM = Paper(
-    "StreamingLLM",
-    "Xiao et al.",
-    2023,
-    "Efficient Streaming Language Models with Attention Sinks",
-    "2309.17453",
-)
-_DUAL_CHUNK = Paper(
-    "dual chunk attention",
-    "An et al.",
-    2024,
-    "Training-Free Long-Context Scaling of Large Language Models",
-    "2402.17463",
-)
-_UNLIMIFORMER = Paper(
-    "Unlimiformer",
-    "Bertsch et al.",
-    2023,
-    "Unlimiformer: Long-Range Transformers with Unlimited Length Input",
-    "2305.01625",
-)
-_PACKING = Paper("best-fit packing", "Ding et al.", 2024, "Fewer Truncations Improve Language Modeling", "2404.10830")
-_CREAM = Paper(
-    "CREAM",
-    "Wu et al.",
-    2024,
-    "An Efficient Recipe for Long Context Extension via Middle-Focused Positional Encoding",
-    "2406.07138",
-)
-_POSE = Paper(
-    "PoSE",
-    "Zhu et al.",
-    2023,
-    "PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise Training",
-    "2309.10400",
-)
-_YARN = Paper(
-    "scaled positions",
-    "Peng et al.",
-    2023,
-    "YaRN: Efficient Context Window Extension of Large Language Models",
-    "2309.00071",
-)
-_ULD = Paper(
-    "unlearning from logit difference",
-    "Ji et al.",
-    2024,
-    "Reversing the Forget-Retain Objectives: An Efficient LLM Unlearning Framework from Logit Difference",
-    "2406.08607",
-)
-_CONTRASTIVE = Paper(
-    "contrastive decoding",
-    "Li et al.",
-    2022,
-    "Contrastive Decoding: Open-ended Text Generation as Optimization",
-    "2210.15097",
-)
-_PROXY = Paper("proxy-tuning", "Liu et al.", 2024, "Tuning Language Models by Proxy", "2401.08565")
-_GUIDANCE = Paper(
-    "classifier-free guidance",
-    "Sanchez et al.",
-    2023,
-    "Stay on topic with Classifier-Free Guidance",
-    "2306.17806",
-)
-_PEMA = Paper(
-    "PEMA",
-    "Kim et al.",
-    2024,
-    "PEMA: An Offsite-Tunable Plug-in External Memory Adaptation for Language Models",
-    "2311.08590",
-)
-PAPERS = {  # a public name that names a technique -> its paper; tests/evaluation/test_card.py holds it complete
-    "BasisAwareLogitsProcessor": _BAT,
-    "BestFitPackingCollator": _PACKING,
-    "ContrastiveDecodingLogitsProcessor": _CONTRASTIVE,
-    "CreamCollator": _CREAM,
-    "CreamPositions": _CREAM,
-    "DualChunkAttention": _DUAL_CHUNK,
-    "EpsilonLogitsProcessor": _EPSILON,
-    "EtaLogitsProcessor": _ETA,
-    "GuidanceLogitsProcessor": _GUIDANCE,
-    "LMInfinite": _LM_INFINITE,
-    "MinKLogitsProcessor": _MIN_K,
-    "PEMA": _PEMA,
-    "PEMAAdapter": _PEMA,
-    "PEMALogitsProcessor": _PEMA,
-    "PLessLogitsProcessor": _P_LESS,
-    "BalancedRows": _PACKING,
-    "PackedDataset": _PACKING,
-    "PackedStream": _PACKING,
-    "ProxyTuningLogitsProcessor": _PROXY,
-    "SoftmaxBasis": _BAT,
-    "StreamingLLM": _STREAMING_LLM,
-    "TopBlocks": _LM_INFINITE,
-    "TopNSigmaLogitsProcessor": _TOP_N_SIGMA,
-    "TopHLogitsProcessor": _TOP_H,
-    "TopK": _LM_INFINITE,
-    "ULDLogitsProcessor": _ULD,
-    "ULDLoss": _ULD,
-    "Unlimiformer": _UNLIMIFORMER,
-    "extend_context": _YARN,
-    "TokenMixture": _PACKING,
-    "pack": _PACKING,
-    "pose_positions": _POSE,
-    "train_pema": _PEMA,
-    "uld_assistant": _ULD,
+# Paper -> the public names of its method; tests/evaluation/test_card.py checks that each technique has one.
+_PAPERS = {
+    Paper(
+        "eta-sampling", "Hewitt et al.", 2022, "Truncation Sampling as Language Model Desmoothing", "2210.15191"
+    ): "EtaLogitsProcessor",
+    Paper(
+        "epsilon-sampling", "Hewitt et al.", 2022, "Truncation Sampling as Language Model Desmoothing", "2210.15191"
+    ): "EpsilonLogitsProcessor",
+    Paper(
+        "top-n-sigma", "Tang et al.", 2024, "Top-n\u03c3: Not All Logits Are You Need", "2411.07641"
+    ): "TopNSigmaLogitsProcessor",
+    Paper("p-less sampling", "Tan et al.", 2025, "p-less Sampling", "2509.23234"): "PLessLogitsProcessor",
+    Paper("top-H", "Potraghloo et al.", 2025, "Top-H Decoding", "2509.02510"): "TopHLogitsProcessor",
+    Paper("min-k sampling", "Ding et al.", 2026, "Min-k Sampling", "2604.11012"): "MinKLogitsProcessor",
+    Paper(
+        "basis-aware truncation",
+        "Finlayson et al.",
+        2023,
+        "Closing the Curious Case of Neural Text Degeneration",
+        "2310.01693",
+    ): "BasisAwareLogitsProcessor SoftmaxBasis",
+    Paper(
+        "LM-Infinite",
+        "Han et al.",
+        2024,
+        "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models",
+        "2308.16137",
+    ): "LMInfinite TopBlocks TopK",
+    Paper(
+        "StreamingLLM", "Xiao et al.", 2023, "Efficient Streaming Language Models with Attention Sinks", "2309.17453"
+    ): "StreamingLLM",
+    Paper(
+        "dual chunk attention",
+        "An et al.",
+        2024,
+        "Training-Free Long-Context Scaling of Large Language Models",
+        "2402.17463",
+    ): "DualChunkAttention",
+    Paper(
+        "Unlimiformer",
+        "Bertsch et al.",
+        2023,
+        "Unlimiformer: Long-Range Transformers with Unlimited Length Input",
+        "2305.01625",
+    ): "Unlimiformer",
+    Paper(
+        "best-fit packing", "Ding et al.", 2024, "Fewer Truncations Improve Language Modeling", "2404.10830"
+    ): "BestFitPackingCollator BalancedRows PackedDataset PackedStream TokenMixture pack",
+    Paper(
+        "CREAM",
+        "Wu et al.",
+        2024,
+        "An Efficient Recipe for Long Context Extension via Middle-Focused Positional Encoding",
+        "2406.07138",
+    ): "CreamCollator CreamPositions",
+    Paper(
+        "PoSE",
+        "Zhu et al.",
+        2023,
+        "PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise Training",
+        "2309.10400",
+    ): "pose_positions",
+    Paper(
+        "scaled positions",
+        "Peng et al.",
+        2023,
+        "YaRN: Efficient Context Window Extension of Large Language Models",
+        "2309.00071",
+    ): "extend_context",
+    Paper(
+        "unlearning from logit difference",
+        "Ji et al.",
+        2024,
+        "Reversing the Forget-Retain Objectives: An Efficient LLM Unlearning Framework from Logit Difference",
+        "2406.08607",
+    ): "ULDLogitsProcessor ULDLoss uld_assistant",
+    Paper(
+        "contrastive decoding",
+        "Li et al.",
+        2022,
+        "Contrastive Decoding: Open-ended Text Generation as Optimization",
+        "2210.15097",
+    ): "ContrastiveDecodingLogitsProcessor",
+    Paper(
+        "proxy-tuning", "Liu et al.", 2024, "Tuning Language Models by Proxy", "2401.08565"
+    ): "ProxyTuningLogitsProcessor",
+    Paper(
+        "classifier-free guidance", "Sanchez et al.", 2023, "Stay on topic with Classifier-Free Guidance", "2306.17806"
+    ): "GuidanceLogitsProcessor",
+    Paper(
+        "PEMA",
+        "Kim et al.",
+        2024,
+        "PEMA: An Offsite-Tunable Plug-in External Memory Adaptation for Language Models",
+        "2311.08590",
+    ): "PEMA PEMAAdapter PEMALogitsProcessor train_pema",
 }
+PAPERS = {name: paper for paper, names in _PAPERS.items() for name in names.split()}
 
 
 def update_model_card(

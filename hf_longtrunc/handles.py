@@ -36,7 +36,6 @@ class Handle:
         self._changes = ExitStack()
         self._sets: list[tuple[dict[str, Any], str, Any, Any]] = []  # attributes, name, before, after
         self.is_attached = True
-        self._is_paused = False
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute of the instance itself, past any `__setattr__` of its class, until `detach()`."""
@@ -47,8 +46,6 @@ class Handle:
         attributes[name] = value
 
     def _put(self, attributes: dict[str, Any], name: str, value: Any) -> None:
-        if self._is_paused:  # it was taken back already
-            return
         if value is _ABSENT:
             attributes.pop(name, None)
         else:
@@ -89,45 +86,6 @@ class Handle:
         Raises:
             RuntimeError: something that was attached later stands on these changes; nothing is taken back.
         """
-        if not self._is_paused:
-            self._check_latest()
-        self._changes.close()
-        self._sets.clear()
-        self.is_attached = False
-
-    def pause(self) -> None:
-        """Take the changed attributes back for now; what `undo` would take back stays.
-
-        >>> handle = LMInfinite(window_length=64).attach(model)
-        >>> handle.pause()
-        >>> model.generate(ids[:, :40], max_new_tokens=1).shape  # the unmodified model
-        torch.Size([1, 41])
-        >>> handle.resume()
-        >>> handle.detach()
-
-        Raises:
-            RuntimeError: as for `detach`.
-        """
-        self._check_latest()
-        for attributes, name, before, _ in reversed(self._sets):
-            self._put(attributes, name, before)
-        self._is_paused, self.is_attached = True, False
-
-    def resume(self) -> None:
-        """Put the attributes that `pause` took back in place again, without any of the checks that attaching makes.
-
-        Raises:
-            RuntimeError: one of them was changed since; nothing is put in place.
-        """
-        first = {(id(attributes), name): (attributes, name, before) for attributes, name, before, _ in self._sets[::-1]}
-        for attributes, name, before in first.values():
-            if attributes.get(name, _ABSENT) is not before:
-                raise RuntimeError(f"{self._title} cannot be resumed: {name} was changed since; attach again")
-        self._is_paused, self.is_attached = False, True
-        for attributes, name, _, after in self._sets:
-            attributes[name] = after
-
-    def _check_latest(self) -> None:
         latest = {(id(attributes), name): (attributes, name, after) for attributes, name, _, after in self._sets}
         for attributes, name, after in latest.values():
             if attributes.get(name, _ABSENT) is not after:
@@ -135,6 +93,9 @@ class Handle:
                     f"{self._title} cannot be detached yet: {name} was changed again by something that was attached "
                     "after it; detach that first"
                 )
+        self._changes.close()
+        self._sets.clear()
+        self.is_attached = False
 
     def __enter__(self) -> Self:
         return self

@@ -193,21 +193,44 @@ def evaluating(model: Any) -> Iterator[None]:
 def weights_version(model: nn.Module) -> tuple[object, ...]:
     """Return a value that changes with a model's weights: a key for results that were computed with them.
 
-    It says where each weight lies and how often it was written to, which adapters are active, and how many steps
-    optimizers took. What writes past torch's version counters (`parameter.data`) is not seen. Cost: some microseconds
-    a module, no host synchronisation.
+    It holds the address and version of each weight, the active adapters, and the number of optimizer steps. Writes past
+    torch's version counters (`parameter.data`) are not noticed. Cost: some microseconds a module, no host
+    synchronisation.
     """
     found: list[object] = [_optimizers().steps]
     for module in model.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                version = None if tensor.is_inference() else tensor._version
-                found.append((id(tensor), _pointer(tensor), version, tensor.dtype, tensor.device))
+                found.append(_version(_offloaded(module, name) if tensor.is_meta else tensor))
         state = vars(module)
         if "_disable_adapters" in state:
             found += [str(state.get("_active_adapter")), state["_disable_adapters"], str(module.merged_adapters)]
             found.append(str(state.get("scaling")))
     return tuple(found)
+
+
+def _version(tensor: Any) -> object:
+    if not isinstance(tensor, Tensor):
+        return id(tensor)
+    return id(tensor), _pointer(tensor), None if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device
+
+
+def device_hooks(module: nn.Module) -> list[Any]:
+    """Return accelerate's hooks that move a module's inputs and weights between devices (`device_map`, offloading)."""
+    hook = vars(module).get("_hf_hook")
+    kinds = ((each, type(each)) for each in getattr(hook, "hooks", [hook]))
+    return [
+        each for each, kind in kinds if (kind.__module__, kind.__name__) == ("accelerate.hooks", "AlignDevicesHook")
+    ]
+
+
+def _offloaded(module: nn.Module, name: str) -> Any:
+    """Return the weight that accelerate loads for a parameter on "meta"; the store of all weights if it is on disk."""
+    for hook in device_hooks(module):
+        store = getattr(hook.weights_map, "dataset", hook.weights_map)  # it is a view of one store, with a prefix
+        weights = store if isinstance(store, dict) else getattr(store, "state_dict", {})
+        return weights.get(getattr(hook.weights_map, "prefix", "") + name, store)
+    return None
 
 
 class _Optimizers:

@@ -93,38 +93,3 @@ def test_copies_are_refused_while_attached(duplicate):
         duplicate(model)
     handle.detach()
     duplicate(model)
-
-
-def test_a_paused_handle_is_resumed_or_detached():
-    model, undone = nn.Linear(2, 2), []
-    model.__dict__["marked"] = "before"
-    before = dict(vars(model))
-    handle = attach(model, "first")
-    handle.set(model, "marked", "second")
-    handle.set(model, "forward", forward)
-    handle.undo(undone.append, 1)
-    during = dict(vars(model))
-    for _ in range(2):
-        handle.pause()
-        assert vars(model) == before
-        assert "detached" in repr(handle)
-        handle.resume()
-        assert vars(model) == during
-    handle.pause()
-    model.__dict__["marked"] = "theirs"
-    with pytest.raises(RuntimeError, match="cannot be resumed: marked was changed since"):
-        handle.resume()
-    assert "forward" not in vars(model)
-    handle.detach()
-    assert vars(model) == {**before, "marked": "theirs"}
-    assert undone == [1]
-
-
-def test_what_was_attached_later_is_paused_first():
-    model = nn.Linear(2, 2)
-    handle, later = attach(model, 1), attach(model, 2)
-    with pytest.raises(RuntimeError, match="cannot be detached yet"):
-        handle.pause()
-    later.detach()
-    handle.pause()
-    assert "marked" not in vars(model)

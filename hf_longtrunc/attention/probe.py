@@ -18,7 +18,15 @@ from hf_longtrunc.attention.own_forwards import own_forward
 from hf_longtrunc.attention.rope import candidate_rotations, exact_forward, exact_rotaries, find_rotation
 from hf_longtrunc.errors import UnsupportedModelError
 from hf_longtrunc.handles import Handle
-from hf_longtrunc.models import CACHE, disagreement, evaluating, few_tokens, parameters_of, weights_version
+from hf_longtrunc.models import (
+    CACHE,
+    device_hooks,
+    disagreement,
+    evaluating,
+    few_tokens,
+    parameters_of,
+    weights_version,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Set as AbstractSet
@@ -98,18 +106,29 @@ _checked: WeakKeyDictionary[nn.Module, dict[object, tuple[object, ProbeResult]]]
 
 
 def identity_of(decoder: Any) -> object:
-    """Return a value that changes with weights, config, classes and settings of a decoder, on which a probe depends.
+    """Return a value that changes with weights, config, classes, devices and settings of a decoder.
 
-    None where a hook or a replaced forward could change what it computes without a trace.
+    None if a module has a hook or a replaced forward, other than accelerate's own: it could change results unnoticed.
     """
     parts: list[object] = [str(decoder.config.to_dict()), decoder.config._attn_implementation]
     for module in decoder.modules():
         state = vars(module)
-        if "forward" in state or module._forward_hooks or module._forward_pre_hooks:
+        hooks = device_hooks(module)
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if "forward" in state and not _only_moves(state, hooks):
             return None
         settings = ((name, value) for name, value in state.items() if isinstance(value, (bool, int, float, str)))
-        parts += [type(module).forward, *(each for each in settings if each[0] != "training")]
+        parts += [type(module).forward, repr(hooks), *(each for each in settings if each[0] != "training")]
     return (weights_version(decoder), *parts)
+
+
+def _only_moves(state: dict[str, Any], hooks: list[Any]) -> bool:
+    """Return whether a module's replaced forward is accelerate's, around its class's own and with these hooks alone."""
+    hook, replaced, original = (state.get(name) for name in ("_hf_hook", "forward", "_old_forward"))
+    is_accelerate = getattr(getattr(replaced, "func", None), "__module__", None) == "accelerate.hooks"
+    is_own = getattr(original, "__func__", None) is type(getattr(original, "__self__", None)).forward
+    return is_accelerate and is_own and hooks == getattr(hook, "hooks", [hook])
 
 
 def recall(decoder: Any, technique: object, identity: object) -> ProbeResult | None:

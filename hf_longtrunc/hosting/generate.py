@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,6 @@ from hf_longtrunc.hosting.states import States
 from hf_longtrunc.models import CACHE, unwrapped, weights_version
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
     from transformers import GenerationConfig
 
@@ -84,7 +82,7 @@ def reading_of(technique: Any, tokens: int, reused: int = 0) -> Reading:
 
 
 class _Host:
-    """A model that exported folders generate with: one call at a time; patch and caches are kept between calls.
+    """A model that exported folders generate with: one call at a time; caches are kept between calls.
 
     It lies in the model's own attributes, so that it goes with the model. A copy of the model has a new one.
     """
@@ -94,30 +92,9 @@ class _Host:
         self.is_generating = False
         self.states = States(0)
         self._tokenizer: Any = None
-        self._patch: Any = None
-        self._patched_as: object = None
 
     def __reduce__(self) -> tuple[type[_Host], tuple[()]]:
         return _Host, ()
-
-    @contextmanager
-    def patched(self, model: Any, technique: Any, weights: object) -> Iterator[Any]:
-        """Patch the model for a block; checks of an earlier call hold while weights and config are the same."""
-        made_as = technique, weights, str(model.config), model.config._attn_implementation
-        if self._patch is not None:
-            try:
-                if made_as != self._patched_as:
-                    raise RuntimeError
-                self._patch.resume()
-            except RuntimeError:
-                self._patch.detach()
-                self._patch = None
-        if self._patch is None:
-            self._patch, self._patched_as = technique.attach(model), made_as
-        try:
-            yield self._patch
-        finally:
-            self._patch.pause()
 
     def tokenizer_of(self, model: Any) -> Any:
         """Return the tokenizer in the model's folder."""
@@ -143,9 +120,9 @@ def host_of(model: Any) -> _Host:
 def hosted_generate(settings: str, model: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> object:
     """Generate as `model.generate` does, under the technique and sampler that an exported folder names.
 
-    The model is patched for the call; calls on one model wait for each other. The checks of the patch are made once,
-    and again after the weights or the config changed. A call with one text and nothing else (no beams, no padding, no
-    cache of its own) continues the longest kept text that it begins with: a turn of a chat costs its new tokens only.
+    The model is patched for the call; calls on one model wait for each other. A call with one text and nothing else
+    (no beams, no padding, no cache of its own) continues the longest kept text that it begins with: a turn of a chat
+    costs its new tokens only.
     With `return_dict_in_generate=True` the output has a field `reading`, see `Reading`. Forgotten tokens are logged as
     a warning.
 
@@ -183,7 +160,7 @@ def hosted_generate(settings: str, model: Any, inputs: Tensor | None = None, *ar
         is_traced = kwargs.pop("trace_attention", vars(config).pop("longtrunc_trace", False))
         salt = repr(getattr(config, "cache_salt", None))
         weights = weights_version(model)
-        patch = patches.enter_context(host.patched(model, chosen.technique, weights))
+        patch = patches.enter_context(chosen.technique.attach(model))
         if processors := chosen.processors():
             patches.enter_context(attach_processors(model, processors))
         row, passages = None if args else _one_row(model, inputs, kwargs), None

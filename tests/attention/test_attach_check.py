@@ -6,9 +6,12 @@ import gc
 import weakref
 from dataclasses import dataclass, replace
 from functools import wraps
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 
 from hf_longtrunc import (
     DualChunkAttention,
@@ -19,7 +22,7 @@ from hf_longtrunc import (
     TopK,
     UnsupportedModelError,
 )
-from hf_longtrunc.attention import dual_chunk, lambda_attention, path_check, probe
+from hf_longtrunc.attention import dual_chunk, lambda_attention, patch, path_check, probe
 from hf_longtrunc.attention.lambda_attention import SinkWindowLaw
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.models import cache_of
@@ -135,6 +138,40 @@ def test_an_unchanged_model_is_probed_once_and_a_changed_one_again(unchecked, mo
         assert forwards() == 0, what
     decoder.norm.register_forward_hook(lambda *_: None)
     assert [forwards() > 0, forwards() > 0] == [True, True]
+
+
+class Doubling(ModelHook):
+    def post_forward(self, module, output):
+        return 2 * output
+
+
+@pytest.mark.filterwarnings("ignore:.*non-meta parameter:UserWarning")
+@pytest.mark.parametrize("placement", ["dispatched", "offloaded", "on disk"])
+def test_a_model_on_several_devices_is_probed_once(placement, unchecked, tmp_path, monkeypatch):
+    model = tiny_model("llama").requires_grad_(False)
+    if placement == "dispatched":
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    elif placement == "offloaded":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        accelerate.disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    probed, keep = [], patch.probe
+    monkeypatch.setattr(patch, "probe", lambda decoder, *args: probed.append(decoder) or keep(decoder, *args))
+    for _ in range(2):
+        with ARM(model):
+            model(prompt(20))
+    assert len(probed) == 1
+    norm = model.model.norm
+    if placement != "on disk":  # where a changed file is not noticed
+        held = norm if placement == "dispatched" else SimpleNamespace(weight=norm._hf_hook.weights_map["weight"])
+        held.weight.mul_(1.0)
+        with ARM(model):
+            assert len(probed) == 2
+    probed.clear()
+    add_hook_to_module(norm, Doubling(), append=True)
+    for count in (1, 2):
+        with ARM(model):
+            assert len(probed) == count
 
 
 def test_what_is_remembered_of_a_model_goes_with_it(unchecked):

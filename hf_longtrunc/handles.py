@@ -17,11 +17,16 @@ _ABSENT: Any = object()
 class Handle:
     """The changes that one technique has made to one model.
 
-    `with technique(model) as handle:` takes them back at the end of the block, an exception included;
-    `handle = technique.attach(model)` keeps them until `handle.detach()`. `repr(handle)` names the changes.
+    `with technique(model) as handle:` takes them back at the end of the block, after an exception too;
+    `handle = technique.attach(model)` keeps them until `handle.detach()`.
 
-    A technique subclasses this or makes one, and notes each change when it makes it: `set(owner, name, value)` for an
-    attribute, `undo(function, *arguments)` for anything else. Changes are taken back in reverse order.
+    >>> handle = LMInfinite(window_length=64).attach(model)
+    >>> handle.detach()
+    >>> handle.is_attached
+    False
+
+    A technique creates a handle and records each change in it: `set(owner, name, value)` for an attribute,
+    `undo(function, *arguments)` for anything else. Changes are taken back in reverse order.
 
     Args:
         technique: shown by the repr.
@@ -84,7 +89,7 @@ class Handle:
         """Give the model back as it was; a second call does nothing.
 
         Raises:
-            RuntimeError: something that was attached later stands on these changes; nothing is taken back.
+            RuntimeError: a later technique changed one of the attributes again; nothing is taken back.
         """
         latest = {(id(attributes), name): (attributes, name, after) for attributes, name, _, after in self._sets}
         for attributes, name, after in latest.values():

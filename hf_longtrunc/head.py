@@ -152,7 +152,7 @@ class LanguageModelHead:
 def head_inputs(module: Any, see: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Call `see` with the input of the output embedding at every use of it in the block.
 
-    What `see` returns, if anything, goes into the embedding instead.
+    If `see` returns a tensor, it goes into the embedding instead.
     """
 
     def hook(_: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -168,9 +168,9 @@ def head_inputs(module: Any, see: Callable[[Tensor], Tensor | None]) -> Iterator
 
 @torch.no_grad()
 def _probe(model: Any, module: Any) -> tuple[Tensor, Tensor]:
-    """Run eight tokens; return what went into the output embedding [8, width] and the logits [8, V], fp32.
+    """Run eight tokens; return the inputs of the output embedding [8, width] and the logits [8, V], fp32.
 
-    The last state but one is a large multiple of what it was, the last is zero.
+    The last state but one is scaled up, the last is zero.
     """
     seen: list[Tensor] = []
 

@@ -17,10 +17,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-# What forwards, `generate` and their outputs call the cache of keys and values: transformers 5.24 renamed it.
+# The name of the cache of keys and values in forwards, `generate` and their outputs: transformers 5.24 renamed it.
 # A call says `model(ids, **{CACHE: cache})`, and `cache_of(output)` reads it.
 CACHE = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
-CACHE_NAMES = ("cache", "past_key_values")  # what any release calls it
+CACHE_NAMES = ("cache", "past_key_values")  # in any release
 
 
 def cache_of(output: Any) -> Any:
@@ -31,8 +31,8 @@ def cache_of(output: Any) -> Any:
 def unwrapped(model: Any) -> Any:
     """Return the transformers model inside PEFT, `torch.compile`, DDP, DataParallel and FSDP wrappers.
 
-    Anything else is returned unchanged. The inner model shares its modules with the wrapper; whether hooks on it reach
-    calls of the wrapper is another question, see `attachable`.
+    Anything else is returned unchanged. The inner model shares its modules with the wrapper; `attachable` says whether
+    hooks on it reach calls of the wrapper.
     """
     while not isinstance(model, PreTrainedModel):
         if hasattr(model, "get_base_model"):  # PEFT

@@ -17,7 +17,7 @@ from .cross_attention.seq2seq_models import tiny_seq2seq
 
 ATTENTION = [
     *("dual_chunk", "dual_chunk_attention", "explanation", "full_store", "key_retrieval", "lambda_attention"),
-    *("lm_infinite", "patch", "ring_cache", "rope", "streaming_llm", "trace"),
+    *("lm_infinite", "ring_cache", "rope", "streaming_llm", "technique", "trace"),
 ]
 SAMPLING = (
     *("attach", "basis", "bat", "by_name", "calls", "mask", "processors", "recorder", "support"),

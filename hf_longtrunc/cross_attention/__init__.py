@@ -1,1 +1,1 @@
-"""A text longer than an encoder's window: which of its states the decoder's cross-attention reads."""
+"""Cross-attention to texts that are longer than the encoder's window."""

@@ -1,4 +1,4 @@
-"""A decoder's cross-attention modules: finding them by running them, and reading what their heads do to states."""
+"""A decoder's cross-attention modules, found by running them, and the weights of their heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_longtrunc.models import bound, parameters_of, weight_and_bias
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# What families call the same thing.
+# Names of the same thing in different families.
 _PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj", "out_proj"),
     ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -27,19 +27,12 @@ _DROPOUTS = ("attention_dropout", "dropout")
 
 @dataclass(frozen=True)
 class CrossAttention:
-    """One cross-attention module, its projections, and how it is called.
-
-    Attributes:
-        module: the module that computes it.
-        names: the attributes that hold its query, key, value and output projections.
-        forward: the module's own forward.
-        outputs: how many things it returns; the first is the attention's output, the others are weights.
-    """
+    """One cross-attention module."""
 
     module: Any
-    names: tuple[str, str, str, str]
-    forward: Callable[..., Any]
-    outputs: int
+    names: tuple[str, str, str, str]  # of the attributes that hold its query, key, value and output projections
+    forward: Callable[..., Any]  # the module's own
+    outputs: int  # length of the tuple that it returns: the attention's output, then weights
 
     def inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the decoder's hidden states, the encoder's, and the mask, out of a call's arguments."""
@@ -72,7 +65,7 @@ class CrossAttention:
         return weight.repeat_interleave(group, dim=0), bias.repeat_interleave(group, dim=0)
 
     def output(self, values: Tensor) -> Any:
-        """Return what the module returns for its heads' outputs [rows, heads, new, head_dim]; no attention weights."""
+        """Return the module's answer for its heads' outputs [rows, heads, new, head_dim], without attention weights."""
         projected = getattr(self.module, self.names[3])(values.transpose(1, 2).flatten(2))
         return (projected, *[None] * (self.outputs - 1))
 

@@ -1,8 +1,8 @@
 """Top-k search by inner product over the states of one text: exact in torch, through FAISS, or over several shards.
 
-A store answers two questions: `search(queries, k)`, which states score highest, and `weighted_sum(ids, weights)`, what
-they add up to. Nothing is copied from the states, and no matrix of all scores is ever held: they are made block by
-block, and the best k so far are merged with each block's.
+A store has two methods: `search(queries, k)` returns the states that score highest, and `weighted_sum(ids, weights)`
+their sum. States are not copied. Scores are computed block by block, and the best k so far are merged with each
+block's.
 """
 
 from __future__ import annotations
@@ -106,8 +106,12 @@ class FaissDatastore(Datastore):
 
     Args:
         states: any floating dtype; the index holds them again, on the CPU, in fp32 or as small as its kind stores them.
-        index: what `faiss.index_factory` takes, "Flat", "HNSW32", "IVF1024,Flat"; search parameters follow a colon,
+        index: a kind of `faiss.index_factory`, "Flat", "HNSW32", "IVF1024,Flat"; search parameters follow a colon,
             "IVF1024,Flat:nprobe=64".
+
+    >>> store = FaissDatastore(torch.eye(3), "Flat")  # doctest: +SKIP
+    >>> store.search(torch.tensor([[1.0, 3.0, 2.0]]), k=2)[1].tolist()  # doctest: +SKIP
+    [[1, 2]]
 
     Scores are those of the states themselves in their own dtype: an index only decides which states are found. A text
     too short to train the index on is searched exactly, and so is a query that the index finds nothing for; HNSW looks
@@ -160,8 +164,13 @@ class ShardedDatastore:
 
     Args:
         shards: stores of consecutive parts of the text, each on its device; queries and answers are on the first's.
-        group: a torch.distributed process group of which every rank holds its part, in the order of ranks. All ranks
+        group: a torch.distributed process group: every rank holds a part of the text, in the order of ranks. All ranks
             ask the same questions together and get the same answers; gradients stay within a rank.
+
+    >>> states = torch.eye(4)
+    >>> store = ShardedDatastore([Datastore(states[:2]), Datastore(states[2:])])
+    >>> store.search(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), k=2)[1].tolist()
+    [[3, 2]]
 
     Ids count through the whole text. What moves between stores is k scores and ids a query, and one weighted sum.
     """
@@ -206,7 +215,7 @@ class ShardedDatastore:
     def weighted_sum(
         self, ids: Int[Tensor, "queries found"], weights: Float[Tensor, "queries found"]
     ) -> Float[Tensor, "queries width"]:
-        """Return sum_j weights[:, j] states[ids[:, j]]: the sum of what each shard adds up of its own."""
+        """Return sum_j weights[:, j] states[ids[:, j]]; each shard adds up its own states."""
         total: Any = 0
         for shard, offset in zip(self.shards, self._offsets, strict=True):
             inside = (ids >= offset) & (ids < offset + len(shard))

@@ -82,7 +82,7 @@ def long_encoder(encoder: Any, window: int, overlap: float, encode_batch: int) -
 
 
 def _batches(pieces: list[_Piece], size: int) -> Iterator[list[_Piece]]:
-    """Yield the pieces in batches of one length, so that nothing is padded, behind a bar if they take long."""
+    """Yield the pieces in batches of one length, so that nothing is padded, with a progress bar if they take long."""
     by_length: dict[int, list[_Piece]] = {}
     for piece in pieces:
         by_length.setdefault(piece.tokens.stop - piece.tokens.start, []).append(piece)

@@ -1,4 +1,4 @@
-"""What a decoder does with inputs longer than its encoder's window: each forward's facts travel in its arguments."""
+"""A decoder's cross-attention to inputs longer than the encoder's window."""
 
 from __future__ import annotations
 
@@ -31,23 +31,16 @@ _RANDOM = torch.uint8
 class LongInputReader:
     """The parts of a model's forward and of `generate` that differ for long inputs.
 
-    What one forward knows (its texts, and whether it reads random states) goes from `before_decoder` to the layers as
-    the mask [rows, 1, 1, n] and its dtype, which transformers passes on unchanged. So forwards of several threads are
+    The texts of one forward, and whether it reads random states, go from `before_decoder` to the layers as the mask
+    [rows, 1, 1, n] and its dtype, which transformers passes on unchanged. So forwards of several threads are
     independent, and a layer that activation checkpointing runs again later computes the same.
-
-    Attributes:
-        window: tokens that the encoder reads at a time; a text of no more is attended to whole.
-        top_k: how many states a head attends to in a longer text.
-        longest_untouched: inputs of up to so many tokens go to the modules' own forward.
-        texts: the stores of the texts that are being read.
-        draws: for each forward in training mode, whether it reads random states.
     """
 
-    window: int
-    top_k: int
-    longest_untouched: int
+    window: int  # tokens that the encoder reads at a time; a text of no more is attended to whole
+    top_k: int  # states that a head attends to in a longer text
+    longest_untouched: int  # inputs of up to so many tokens go to the modules' own forward
     texts: KnownTexts
-    draws: Iterator[bool]
+    draws: Iterator[bool]  # for each forward in training mode, whether it reads random states
 
     def before_decoder(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Heads(NamedTuple):
-    """What the heads of one cross-attention layer do to states: weights [heads, head_dim, width] and biases."""
+    """Weights and biases of the heads of one cross-attention layer."""
 
     key_weight: Float[Tensor, "heads head_dim width"]
     key_bias: Float[Tensor, "heads head_dim"]

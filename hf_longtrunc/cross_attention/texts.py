@@ -15,25 +15,18 @@ if TYPE_CHECKING:
 
 
 class Texts(NamedTuple):
-    """A batch of texts that can be searched.
+    """A batch of texts that can be searched."""
 
-    Attributes:
-        mask: [rows, 1, 1, n], true where a state is searched.
-        stores: one a row.
-        version: of the states' memory; each write in place changes it.
-    """
-
-    mask: Tensor
-    stores: list[Store]
-    version: int
+    mask: Tensor  # [rows, 1, 1, n], true where a state is searched
+    stores: list[Store]  # one a row
+    version: int  # of the states' memory; each write in place changes it
 
 
 class KnownTexts:
     """Texts by the tensor that holds their states.
 
-    A text is looked up by its content, not by which was read last: several generations, in several threads or in turns,
-    each find their own. An entry does not keep its states alive. `generate()` holds them until it returns or raises,
-    and with them goes the entry.
+    Several generations, in several threads or in turns, each find their own text. An entry does not keep its states
+    alive: `generate()` holds them until it returns or raises, and then the entry goes too.
 
     Args:
         build: makes a store of states [n, width].
@@ -53,7 +46,7 @@ class KnownTexts:
     def of(self, states: Tensor, mask: Tensor) -> Texts:
         """Return the texts that `states` [rows, n, width] hold, without gradients, built if they are not known.
 
-        A text whose mask [rows, 1, 1, n] has changed, or whose states were overwritten, is built again.
+        A text is built again if its mask [rows, 1, 1, n] has changed or its states were overwritten.
         """
         known = self._known.get(states)
         version = 0 if states.is_inference() else states._version

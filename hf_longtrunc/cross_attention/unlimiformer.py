@@ -52,8 +52,8 @@ class Unlimiformer:
             in a longer batch is attended to whole.
         window: tokens the encoder reads at a time; None takes its maximum, from the config.
         overlap: share of a window that its neighbours encode too, in [0, 1).
-        index: None searches exactly; "faiss:" and what `FaissDatastore` takes, "faiss:HNSW32", through FAISS; a
-            function from states [n, width] to a store, through what it returns (`ShardedDatastore`).
+        index: None searches exactly; "faiss:" and an index of `FaissDatastore`, "faiss:HNSW32", through FAISS; a
+            function from states [n, width] to a store (`ShardedDatastore`) through that store.
         encode_batch: windows the encoder is given at once.
         training: which states a layer attends to while the model is in training mode: "retrieval" its top k, "random"
             `top_k` random ones, "alternating" one and the other in turn, random first.
@@ -92,8 +92,8 @@ class Unlimiformer:
     def attach(self, model: Any) -> UnlimiformerHandle:
         """Change `model`, a transformers encoder-decoder over text, until the handle's `detach()`.
 
-        A PEFT or DDP wrapper of one is unwrapped. A few tokens are run twice, to find the cross-attention and to see
-        that it computes what it did.
+        A PEFT or DDP wrapper of one is unwrapped. A few tokens are run twice, to find the cross-attention and to
+        compare its results.
 
         Raises:
             TypeError: it is no such model.
@@ -177,7 +177,7 @@ def _change(handle: Handle, model: Any, found: list[CrossAttention], reader: Lon
 
 
 def _few_logits(model: Any, window: int) -> Tensor:
-    """Return what the model makes of a few tokens, without cache, dropout or gradient."""
+    """Return the model's logits of a few tokens, without cache, dropout or gradient."""
     ids = few_tokens(model, window)
     with evaluating(model), torch.no_grad():
         made: Tensor = model(input_ids=ids, decoder_input_ids=ids, use_cache=False)[0]
@@ -185,7 +185,7 @@ def _few_logits(model: Any, window: int) -> Tensor:
 
 
 def _check_same(model: Any, before: Tensor, window: int) -> None:
-    """Refuse a model whose cross-attention, retrieving everything, gives other results than its own."""
+    """Refuse a model if its cross-attention, retrieving everything, gives other results than its own."""
     reason = f"Unlimiformer cannot change {type(model).__name__}: its cross-attention computes something that is not "
     try:
         difference = disagreement(before, _few_logits(model, window))

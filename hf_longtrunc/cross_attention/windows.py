@@ -1,4 +1,4 @@
-"""Overlapping windows over a text, and what is kept of each: how a text of any length is encoded.
+"""Overlapping windows over a text of any length, and the states that are kept of each.
 
 With W = `length`, margin m = int(W * overlap / 2) and stride W - 2 m: a window's first and last m states have seen too
 little of the text on that side and are left to its neighbours. The first window keeps [0, W - m), those that follow
@@ -13,7 +13,7 @@ from hf_longtrunc.arguments import check_float, check_int
 
 
 class Window(NamedTuple):
-    """Tokens [start, stop) of a text, of whose states [keep_start, keep_stop), counted from `start`, are kept."""
+    """Tokens [start, stop) of a text; their states [keep_start, keep_stop), counted from `start`, are kept."""
 
     start: int
     stop: int
@@ -26,7 +26,7 @@ def plan_windows(tokens: int, length: int, overlap: float) -> list[Window]:
 
     Args:
         tokens: N, at least 1.
-        length: W, at least 1: what the encoder was made for.
+        length: W, at least 1: the encoder's own.
         overlap: share of a window that its neighbours encode too, in [0, 1); 0.5 in the paper.
 
     Cost: about N / (W (1 - overlap)) windows.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 
 from hf_longtrunc.cross_attention import datastore
 from hf_longtrunc.cross_attention.datastore import Datastore, FaissDatastore, ShardedDatastore
+from tests.launch import two_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,13 +82,9 @@ def test_shards_find_what_one_store_finds(sizes, k):
     assert len(sharded) == 23
 
 
+@pytest.mark.xdist_group("two_ranks")
 def test_shards_over_two_processes(tmp_path):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "tests/cross_attention/two_shards.py", str(tmp_path),
-    ]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    two_ranks(Path(__file__).with_name("two_shards.py"), tmp_path)
     expected = torch.load(tmp_path / "whole.pt")
     for rank in range(2):
         found = torch.load(tmp_path / f"rank{rank}.pt")

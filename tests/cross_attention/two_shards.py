@@ -1,4 +1,4 @@
-"""Run by torchrun in two processes: each holds a part of the states, both ask the same questions."""
+"""Run by `tests.launch` on two ranks: each holds a part of the states, both ask the same questions."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def main(folder: Path) -> None:
     if rank == 0:
         torch.save(answers(Datastore(states), queries), folder / "whole.pt")
     dist.destroy_process_group()
+    (folder / f"rank{rank}.json").write_text("{}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Scoring and selecting keys of the whole text, for queries that no longer have them in their window.
 
-Every key is scored as if it stood at one constant distance D_k from the query, <R(D_k) q, k> with k un-rotated, so that
-its place in the text does not matter. `key_retrieval.py` says what this is for.
+Every key is scored at one constant distance D_k from the query, <R(D_k) q, k> with k un-rotated, so that its place in
+the text does not matter. `key_retrieval.py` uses it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DistantKeys(NamedTuple):
         distance: D_k, at which every distant key is scored.
         first_query: queries before this position see none.
         layer: the layer's index.
-        selection: what was selected for each row; None: nothing yet.
+        selection: the blocks selected for each row; None: none yet.
         block_scores: collects the layer's scores during a scoring pass, else None.
     """
 

@@ -1,4 +1,4 @@
-"""What a cache's keys mean: the law that filled it, checked by everything that continues it.
+"""The law under which a cache was filled, checked by everything that continues it.
 
 A patched model may cache keys at other positions than the unpatched model (dual chunk attention), or keep only some of
 them (a ring). So each cache layer carries the `CacheLaw` under which it was filled. A cache of n tokens goes on under
@@ -26,17 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CacheLaw:
-    """How cached keys were computed.
+    """How cached keys were computed."""
 
-    Attributes:
-        technique: with its settings, as messages name it.
-        exact_length: the longest text with the same keys as in the unpatched model.
-        frequencies: a fingerprint of the rotary frequencies; 0 for the model's own.
-    """
-
-    technique: str
-    exact_length: int
-    frequencies: int = 0
+    technique: str  # with its settings, as messages name it
+    exact_length: int  # the longest text with the same keys as in the unpatched model
+    frequencies: int = 0  # fingerprint of the rotary frequencies; 0 for the model's own
 
 
 def require_law(layer: Any, law: CacheLaw | None) -> None:
@@ -63,15 +57,10 @@ def require_law(layer: Any, law: CacheLaw | None) -> None:
 
 
 class GuardedLayer:
-    """Mixed into a cache layer that grows: the law that filled it, and what `TopBlocks` selected of its text.
+    """Mixed into a cache layer that grows: the law that filled it, and the blocks that `TopBlocks` selected."""
 
-    Attributes:
-        law: None for the unpatched model.
-        selection: the blocks that are read; None before any selection.
-    """
-
-    law: CacheLaw | None = None
-    selection: BlockSelection | None = None
+    law: CacheLaw | None = None  # None for the unpatched model
+    selection: BlockSelection | None = None  # None before any selection
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Store new keys and values; refused to the unpatched model where its own keys would be others."""

@@ -1,4 +1,4 @@
-r"""Dual chunk attention: every key is seen, and no distance is larger than what the model was trained on.
+r"""Dual chunk attention: every key is seen, at no larger distance than in training.
 
 A model was trained on c positions. The text is cut into chunks of s < c tokens. With positions counted from a row's
 first real token, key j is rotated at j mod s once and for all, and a query i sees it from
@@ -52,13 +52,10 @@ class ChunkLaw:
     >>> ChunkLaw(chunk_length=2, trained_length=3).distance(torch.tensor([4]), torch.arange(5)).tolist()
     [[2, 1, 2, 1, 0]]
 
-    Attributes:
-        chunk_length: s.
-        trained_length: c, more than s.
     """
 
-    chunk_length: int
-    trained_length: int
+    chunk_length: int  # s
+    trained_length: int  # c, more than s
 
     @property
     def exact_length(self) -> int:
@@ -211,7 +208,7 @@ def _same_padding(
     multiplicity: KeyMultiplicity | None,
 ) -> Tensor:
     """`dual_chunk_attention` of rows that all begin at column `padding`."""
-    blank, begin = _begin(query, key, padding)
+    blank, begin = _first_query(query, key, padding)
     query, key, value = query[:, :, blank:], key[:, :, padding:], value[:, :, padding:]
     outputs = [query.new_zeros(*query.shape[:2], blank, value.shape[-1])] if blank else []
     repeated = None if multiplicity is None else _repeated_keys(key, value, multiplicity, begin)
@@ -224,7 +221,7 @@ def _same_padding(
 
 def _weights(query: Tensor, key: Tensor, padding: int, law: ChunkLaw, scoring: Scoring) -> Iterator[tuple[int, Tensor]]:
     """Yield where a block of queries starts among them, and their attention weights [rows, heads, queries, m]."""
-    blank, begin = _begin(query, key, padding)
+    blank, begin = _first_query(query, key, padding)
     query, key = query[:, :, blank:], key[:, :, padding:]
     for start, stop in _blocks(begin, key.shape[2], law.chunk_length):
         for first in range(start, stop, ROWS_SCORED):
@@ -240,7 +237,7 @@ def _weights(query: Tensor, key: Tensor, padding: int, law: ChunkLaw, scoring: S
             )
 
 
-def _begin(query: Tensor, key: Tensor, padding: int) -> tuple[int, int]:
+def _first_query(query: Tensor, key: Tensor, padding: int) -> tuple[int, int]:
     """Return how many leading queries are padding, and the position of the first other one."""
     n, length = query.shape[2], key.shape[2] - padding
     blank = min(n, max(0, n - length))
@@ -271,7 +268,7 @@ def _parts(
 
     def parts(first: int, last: int, rotated: Tensor) -> Iterator[AttentionPart]:
         yield AttentionPart(rotated, key[:, :, first:last], value[:, :, first:last])
-        yield from _repetitions(rotated, repeated, first, last)
+        yield from _repeated_parts(rotated, repeated, first, last)
 
     if own:
         far_query, near_query = _to_earlier_chunks(query, start, stop, law, scoring.rotation)
@@ -321,7 +318,7 @@ def _repeated_keys(key: Tensor, value: Tensor, multiplicity: KeyMultiplicity, be
     return k, v, KeyMultiplicity(positions.masked_fill(positions >= begin, -1), counts)
 
 
-def _repetitions(query: Tensor, repeated: RepeatedKeys | None, first: int, last: int) -> Iterator[AttentionPart]:
+def _repeated_parts(query: Tensor, repeated: RepeatedKeys | None, first: int, last: int) -> Iterator[AttentionPart]:
     """Yield the repeated keys first..last as often as they count beyond once; nothing where there are none."""
     if repeated is None:
         return

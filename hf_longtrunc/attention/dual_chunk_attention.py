@@ -12,8 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.attention.block_scores import KeyMultiplicity, selected_positions
 from hf_longtrunc.attention.cache_law import guard
-from hf_longtrunc.attention.context import PASSTHROUGH, ForwardContext, current_context
-from hf_longtrunc.attention.decoder_call import full_context
+from hf_longtrunc.attention.context import PASSTHROUGH, ForwardContext, current_context, full_context
 from hf_longtrunc.attention.dual_chunk import (
     ChunkLaw,
     chunk_block_scores,
@@ -22,9 +21,9 @@ from hf_longtrunc.attention.dual_chunk import (
 )
 from hf_longtrunc.attention.key_retrieval import TopBlocks
 from hf_longtrunc.attention.lm_infinite import trained_length
-from hf_longtrunc.attention.patch import PatchTechnique
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.attention.rope import exact_forward
+from hf_longtrunc.attention.technique import Technique
 from hf_longtrunc.errors import CacheLawError, UnsupportedModelError
 from hf_longtrunc.models import parameters_of
 
@@ -35,8 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from hf_longtrunc.attention.cache_law import CacheLaw
-    from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, MaskPlaceholder
-    from hf_longtrunc.attention.decoder_call import DecoderCall
+    from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, DecoderCall, MaskPlaceholder
     from hf_longtrunc.attention.key_retrieval import BlockScores
     from hf_longtrunc.attention.probe import ProbeResult
     from hf_longtrunc.handles import Handle
@@ -45,7 +43,7 @@ _SINKS = 16  # first tokens that every token attends to, whatever is asked: no b
 
 
 @dataclass(frozen=True, kw_only=True)
-class DualChunkAttention(PatchTechnique):
+class DualChunkAttention(Technique):
     """The whole text at distances that the model was trained on, without training.
 
     The text is cut into chunks of `chunk_length` tokens. Keys of a query's own chunk are seen at their true
@@ -60,12 +58,11 @@ class DualChunkAttention(PatchTechnique):
     without rotary positions see all keys.
 
     Args:
-        chunk_length: s; None takes three quarters of the trained length, as the authors do, or what the config's
-            `dual_chunk_attention_config` says (Qwen2.5-1M).
-        trained_length: c, more than s; None takes what the config says.
-        retrieval: `TopBlocks(...)` lets the keys of the blocks that a question points at count for several, in all
-            layers that read: what the model overlooks. Texts of any length are emphasised so, and it needs a cache
-            that grows (`DynamicCache`). None: every key counts for one.
+        chunk_length: s; None takes that of the config's `dual_chunk_attention_config` (Qwen2.5-1M), or three quarters
+            of the trained length, as the authors do.
+        trained_length: c, more than s; None takes it from the config.
+        retrieval: `TopBlocks(...)` counts the keys of the blocks that a question points at several times, in all layers
+            that read, at any length. It needs a cache that grows (`DynamicCache`). None: every key counts once.
         temperature: sharpens the scores of queries past the trained length, "log" by log(i + 1) / log c, "yarn" by
             (0.1 log((i + 1) / c) + 1)^2; None leaves them as they are.
 
@@ -131,7 +128,7 @@ class DualChunkAttention(PatchTechnique):
 
     @property
     def max_drafts(self) -> int | None:
-        """Any number; with retrieval as many as read beside the token before them."""
+        """Any number; with retrieval one fewer than the rows that read."""
         return None if self.retrieval is None else self.retrieval.rows - 1
 
     @property
@@ -207,7 +204,7 @@ class DualChunkAttention(PatchTechnique):
         return layer_with_law
 
     def selection_layers(self, call: DecoderCall) -> Sequence[Any]:
-        """Return the cache's layers, each of which grows."""
+        """Return the cache's layers, if all of them grow."""
         layers: Any = call.cache_layers
         grow = [isinstance(layer, DynamicLayer) and "Quantized" not in type(layer).__name__ for layer in layers]
         if not layers or not all(grow):

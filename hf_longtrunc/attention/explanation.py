@@ -1,11 +1,10 @@
-"""What will hold for a model under a technique: said before a long prompt is read."""
+"""A summary of a model under a technique, before a long prompt is read: layers, lengths, cache, drafts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from transformers import DynamicCache
 
 from hf_longtrunc.attention.generation import replace_layers
@@ -16,7 +15,7 @@ from hf_longtrunc.models import few_tokens
 
 @dataclass(frozen=True)
 class Explanation:
-    """What holds for one model under one technique; `print` shows a line for each field.
+    """Summary of one model under one technique; `print` shows a line for each field.
 
     >>> told = DualChunkAttention(chunk_length=48).explain(model)
     >>> told.supported, told.cache_bytes(1000)
@@ -26,7 +25,7 @@ class Explanation:
         technique: with its lengths for this model.
         supported: whether the model can be patched.
         layers: how many attention layers are patched, and what happens to the others.
-        exact: up to which length the model reads a text as without the patch.
+        exact: the longest text that the model reads as without the patch.
         rope: which rotary frequencies hold.
         cache: what `generate` keeps.
         drafts: how many drafted tokens can be taken back.
@@ -53,13 +52,8 @@ class Explanation:
         return self.constant_bytes + self.bytes_per_token * tokens
 
     @classmethod
-    def refused(cls, technique: Any, model: Any, error: Exception) -> Explanation:
-        """Return why a model cannot be patched."""
-        return cls(f"{technique} on {type(model).__name__}", supported=False, reason=str(error))
-
-    @classmethod
     def of(cls, patch: Any) -> Explanation:
-        """Return what holds for the model of an `AttentionPatch`."""
+        """Return the explanation of an `AttentionPatch`."""
         technique, found = patch.resolved, patch.found
         constant, growing = _cache_bytes(patch)
         left = len(found.windowed)
@@ -98,24 +92,17 @@ def _cache_bytes(patch: Any) -> tuple[int, int]:
     """Return the bytes a row that the patched layers' cache takes at any length, and for each token."""
     ids, cache = few_tokens(patch.decoder, 4), DynamicCache(config=patch.decoder.config)
     hidden_states(patch.decoder, ids, cache)
-    held = {layer.index: layer for layer in patch.layers.values() if 0 <= layer.index < len(cache.layers)}
-    ordinary = {index: cache.layers[index] for index in held}
-    states = {
-        index: (each.keys.to("meta"), each.values.to("meta")) for index, each in ordinary.items() if each.is_initialized
-    }
     layers = DynamicCache(config=patch.decoder.config).layers
     replace_layers(patch, layers)
     constant = growing = 0
-    for index, (keys, values) in states.items():
-        ring = layers[index]
+    for index in {layer.index for layer in patch.layers.values() if 0 <= layer.index < len(layers)}:
+        ring, ordinary = layers[index], cache.layers[index]
+        if not ordinary.is_initialized:
+            continue
+        keys, values = ordinary.keys.to("meta"), ordinary.values.to("meta")
         if isinstance(ring, RingCacheLayer):
-            if ring.rotation is not None:
-                ring.rotation = None  # its halves are counted here: they are in fp32 or better
-                width = 2 * len(held[index].rotation.frequencies) if held[index].rotation is not None else 0
-                wide = torch.promote_types(keys.dtype, torch.float32).itemsize
-                constant += keys.shape[1] * ring.num_sink_tokens * width * wide
             ring.lazy_initialization(keys, values)
-            constant += sum(x.nbytes for x in (ring.keys, ring.values, *ring.buffers[:3]))
+            constant += ring.nbytes
         if not isinstance(ring, RingCacheLayer) or hasattr(ring, "store_keys"):
             growing += (keys.nbytes + values.nbytes) // keys.shape[2]
     return constant, growing

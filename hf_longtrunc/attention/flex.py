@@ -18,35 +18,22 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int
+    from jaxtyping import Float
+
+    from hf_longtrunc.attention.lambda_attention import LambdaAttention
 
 BLOCK = 128
 
 
-def flex_lambda_attention(
-    query: Float[Tensor, "batch heads n dim"],
-    key: Float[Tensor, "batch kv_heads m dim"],
-    value: Float[Tensor, "batch kv_heads m value_dim"],
-    query_positions: Int[Tensor, "rows n"],
-    key_positions: Int[Tensor, "rows m"],
-    far: tuple[Tensor, Tensor] | None,
-    window: int,
-    scaling: float,
-    is_padded: bool,
-) -> Float[Tensor, "batch heads n value_dim"]:
-    """Attend as `lambda_attention` does.
+def flex_attend(call: LambdaAttention, far: tuple[Tensor, Tensor] | None) -> Float[Tensor, "batch heads n value_dim"]:
+    """Return the output of `call`.
 
     Args:
-        query: rotated at its own positions.
-        key: rotated too, in the order of the text; the last n belong to the queries.
-        value: of the keys.
-        query_positions: counted from each row's first real token.
-        key_positions: counted in the same way.
+        call: without extra keys.
         far: the sinks' logits [batch, heads, n, S] and values [batch, kv_heads, S, value_dim], None without sinks.
-        window: L.
-        scaling: of the dot products; `far` has it already.
-        is_padded: whether positions below zero may occur.
     """
+    query, key, value, window = call.query, call.key, call.value, call.law.window_length
+    query_positions, key_positions = call.query_positions, call.key_positions
     sinks = 0 if far is None else far[0].shape[-1]
     lead = -(-sinks // BLOCK) * BLOCK  # the sinks fill whole blocks
     if far is not None:
@@ -54,25 +41,25 @@ def flex_lambda_attention(
         value = torch.cat([F.pad(far[1], (0, 0, 0, lead - sinks)), value], dim=2)
     last = query_positions.shape[0] - 1
 
-    def seen(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         row = b.clamp_max(last)
         i = query_positions[row, q]
         j = key_positions[row, (kv - lead).clamp_min(0)]
         is_near = (j >= 0) & (j <= i) & (i - j < window) | (i < 0)  # a padding query sees all it is shown: finite
         return ((kv >= lead) & is_near) | ((kv < sinks) & (i - kv >= window))
 
-    def put_far(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    def far_score(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         assert far is not None
         return torch.where(kv < sinks, far[0][b, h, q, kv.clamp_max(sinks - 1)].to(score.dtype), score)
 
-    mask = _block_mask(query.shape[2], key.shape[2] - lead, lead, window, seen, not is_padded, query.device)
+    mask = _block_mask(query.shape[2], key.shape[2] - lead, lead, window, visible, not call.is_padded, query.device)
     output = _kernel(query.device.type)(
         query,
         key,
         value,
-        score_mod=None if far is None else put_far,
+        score_mod=None if far is None else far_score,
         block_mask=mask,
-        scale=scaling,
+        scale=call.scoring.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(output, Tensor)
@@ -80,11 +67,11 @@ def flex_lambda_attention(
 
 
 def _block_mask(
-    n: int, m: int, lead: int, window: int, seen: Any, has_full_blocks: bool, device: torch.device
+    n: int, m: int, lead: int, window: int, visible: Any, has_full_blocks: bool, device: torch.device
 ) -> BlockMask:
     """Blocks of keys for each block of queries: the sinks', then those from its first window's start to its last query.
 
-    Blocks between the two edges are seen whole and need no mask, unless padding moves the edges from row to row.
+    Blocks between the two edges are fully visible and need no mask, unless padding moves the edges from row to row.
     """
     starts = torch.arange(0, n, BLOCK, device=device)
     first_query, last_query = starts + m - n, (starts + BLOCK).clamp_max(n) - 1 + m - n
@@ -98,11 +85,13 @@ def _block_mask(
     sinks = torch.arange(lead // BLOCK, device=device).expand(len(starts), -1)
     blocks = torch.cat([sinks, blocks + lead // BLOCK], dim=-1)
     is_partial = F.pad(is_needed & ~is_whole, (lead // BLOCK, 0), value=True)
-    partial, whole = (_chosen(blocks, chosen, lead + m) for chosen in (is_partial, F.pad(is_whole, (lead // BLOCK, 0))))
-    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(n, lead + m))
+    partial, whole = (
+        _select_blocks(blocks, chosen, lead + m) for chosen in (is_partial, F.pad(is_whole, (lead // BLOCK, 0)))
+    )
+    return BlockMask.from_kv_blocks(*partial, *whole, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(n, lead + m))
 
 
-def _chosen(blocks: Tensor, is_chosen: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _select_blocks(blocks: Tensor, is_chosen: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Return counts [1, 1, rows] and indices [1, 1, rows, all key blocks] of the chosen blocks, these first."""
     order = (~is_chosen).int().argsort(dim=-1, stable=True)
     total = -(-length // BLOCK)
@@ -114,10 +103,10 @@ def _chosen(blocks: Tensor, is_chosen: Tensor, length: int) -> tuple[Tensor, Ten
 @lru_cache
 def _kernel(device_type: str) -> Any:
     """Return the compiled kernel; on a CPU the plain definition, slow and good for tests."""
-    return _uncompiled if device_type == "cpu" else torch.compile(flex_attention, dynamic=True)
+    return _plain_kernel if device_type == "cpu" else torch.compile(flex_attention, dynamic=True)
 
 
-def _uncompiled(*args: Any, **kwargs: Any) -> Any:
+def _plain_kernel(*args: Any, **kwargs: Any) -> Any:
     with warnings.catch_warnings():  # PyTorch warns that it is slow
         warnings.simplefilter("ignore", UserWarning)
         return flex_attention(*args, **kwargs)

@@ -134,7 +134,7 @@ class _WithState(_State):  # type: ignore[misc]
         return super(LinearAttentionCacheLayerMixin, self)
 
     def lazy_initialization(self, *states: Any, **named: Any) -> None:
-        """Allocate the ring for keys and values, or the state for what is named."""
+        """Allocate the ring for keys and values, or the state for named tensors."""
         owner: Any = self._ring if states else super()
         owner.lazy_initialization(*states, **named)
 

@@ -1,4 +1,4 @@
-"""What `generate()` of a patched model does differently: its cache, long prompts, drafts, and what it refuses."""
+"""Changes to `generate()` of a patched model: its cache, long prompts, drafts, and refusals."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.models import CACHE
 
 
-def adapt_generate(patch: Any) -> None:
-    """Replace the methods of an `AttentionPatch`'s model by which `generate()` prepares itself, until detach."""
+def patch_generate(patch: Any) -> None:
+    """Replace methods that `generate()` calls on the model of an `AttentionPatch`, until detach."""
     model = patch.model
     patch.set(model, "_get_stopping_criteria", partial(_stopping_criteria, model))
     patch.set(model, "init_continuous_batching", partial(_refuse_continuous_batching, patch))
@@ -71,7 +71,7 @@ def _prepare_cache(patch: Any, generation_config: Any, model_kwargs: dict[str, A
             patch.resolved.check_cache_layer(cache.layers[index])
     chunk, retrieval = generation_config.prefill_chunk_size, patch.resolved.retrieval
     if chunk is None or retrieval is None:
-        _read_in_chunks(patch, generation_config, model_kwargs)
+        _set_prefill_chunk(patch, generation_config, model_kwargs)
     else:
         mask = model_kwargs.get("attention_mask")
         length = getattr(generation_config, "_mask_length", 0) if mask is None else mask.shape[-1]
@@ -115,7 +115,7 @@ def replace_layers(patch: Any, cached: list[Any]) -> None:
         ring.states = [each for each in others if isinstance(each, LinearAttentionLayer)]
 
 
-def _read_in_chunks(patch: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+def _set_prefill_chunk(patch: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
     """Let a long prompt of ids be read in chunks, so that its activations too take constant memory.
 
     Retrieval counts the rows of a forward, and some recurrent layers do not go on from a chunk to the next: there
@@ -164,9 +164,9 @@ def _candidate_generator(patch: Any, *args: Any, **kwargs: Any) -> Any:
     if getattr(generator, "num_assistant_tokens", None) is not None:
         update = generator.update_candidate_strategy
 
-        def within_reach(*args: Any, **kwargs: Any) -> None:  # the heuristic lets drafts grow
+        def update_within(*args: Any, **kwargs: Any) -> None:  # the heuristic lets drafts grow
             update(*args, **kwargs)
             generator.num_assistant_tokens = min(generator.num_assistant_tokens, most)
 
-        generator.update_candidate_strategy = within_reach
+        generator.update_candidate_strategy = update_within
     return generator

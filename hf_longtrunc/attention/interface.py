@@ -33,7 +33,7 @@ _ROWS = 256  # of a mask that are compared at once
 
 
 def register(name: str, original: str) -> None:
-    """Register both functions under `name`, for a model whose own attention is `original`."""
+    """Register both functions under `name`, for a model with the attention `original` of its own."""
     functions: tuple[Any, Any] = _attention, _mask
     for registry, function in zip(_REGISTRIES, functions, strict=True):
         registry.register(name, partial(function, original))
@@ -102,7 +102,7 @@ def _mask(original: str, *, local_size: int | None = None, **kwargs: Any) -> Any
 
 
 def _is_causal(mask_function: Any, q_length: int, q_offset: int, **kwargs: Any) -> bool:
-    """Return whether a mask that transformers asks for hides what is to come and nothing else, padding aside."""
+    """Return whether a requested mask hides the future and nothing else, padding aside."""
     if mask_function is causal_mask_function:
         return True
     kwargs |= {"attention_mask": None, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}

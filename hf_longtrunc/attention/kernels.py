@@ -1,4 +1,4 @@
-"""Attention calls that every technique shares: how a pair becomes a logit, and one softmax over masked keys."""
+"""Attention calls that every technique shares: logits of pairs, and one softmax over masked keys."""
 
 from __future__ import annotations
 
@@ -11,29 +11,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Float
 
     from hf_longtrunc.attention.rope import Rotation
 
 
 class Scoring(NamedTuple):
-    """How a layer makes a logit of a query and a key: scaling * <q, k>, soft-capped, minus slope * distance.
-
-    Attributes:
-        scaling: factor of the dot product.
-        softcap: c in c * tanh(score / c), or None.
-        slopes: ALiBi's slope of each query head [heads], or None.
-        null_logits: a learned logit of each query head [heads] that joins the softmax and carries no value, or None.
-        dropout: probability that an attention weight is dropped.
-        rotation: of queries and keys; None for layers without rotary positions.
-    """
+    """How a layer computes the logit of a query and a key: scaling * <q, k>, soft-capped, minus slope * distance."""
 
     scaling: float
-    softcap: float | None = None
-    slopes: Tensor | None = None
-    null_logits: Tensor | None = None
-    dropout: float = 0.0
-    rotation: Rotation | None = None
+    softcap: float | None = None  # c in c * tanh(score / c)
+    slopes: Tensor | None = None  # ALiBi's, of each query head [heads]
+    null_logits: Tensor | None = None  # of each query head [heads], learned: they join the softmax without a value
+    dropout: float = 0.0  # probability that an attention weight is dropped
+    rotation: Rotation | None = None  # of queries and keys; None for layers without rotary positions
 
     @property
     def is_plain(self) -> bool:
@@ -46,48 +37,10 @@ class Scoring(NamedTuple):
 
 
 class ExtraKeys(NamedTuple):
-    """Keys of their own for each head and query, which join the softmax.
+    """Keys of each head and query that join the softmax."""
 
-    Attributes:
-        scores: logits [batch, heads, n, k]; the dtype's least number for a key that is not visible.
-        value: [batch, heads, n, k, value_dim], or [batch, heads, 1, k, value_dim] where all queries share them.
-    """
-
-    scores: Tensor
-    value: Tensor
-
-
-def single_query_attention(
-    query: Float[Tensor, "batch heads 1 dim"],
-    key: Float[Tensor, "batch kv_heads m dim"],
-    value: Float[Tensor, "batch kv_heads m value_dim"],
-    distances: Int[Tensor, "rows m"],
-    seen: Bool[Tensor, "rows m"] | None,
-    scoring: Scoring,
-    read: Callable[[Tensor], ExtraKeys | None] | None = None,
-) -> Float[Tensor, "batch heads 1 value_dim"]:
-    """Attend with one query a row over keys in any order that are already rotated to their distances.
-
-    One ordinary attention call: the heads of a group become the queries of their key head. Every query must see a key;
-    `seen` is None where it sees them all, which lets any kernel serve.
-    """
-    seen = None if seen is None else seen[:, None]
-    if read is None and scoring.softcap is None and scoring.slopes is None and scoring.null_logits is None:
-        batch, heads, _, dim = query.shape
-        width = value.shape[-1]
-        wide = max(dim, width)
-        mask = None if seen is None else seen[:, None]
-        grouped = query.reshape(batch, key.shape[1], -1, dim)
-        # `pad` copies even where there is nothing to pad: the whole cache for every token that is decoded.
-        if dim != wide:
-            grouped, key = F.pad(grouped, (0, wide - dim)), F.pad(key, (0, wide - dim))
-        if width != wide:
-            value = F.pad(value, (0, wide - width))
-        dropout, scale = scoring.dropout, scoring.scaling
-        output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scale)
-        return output[..., :width].reshape(batch, heads, 1, -1)
-    bias = None if scoring.slopes is None else alibi_bias(scoring.slopes, distances[:, None], query)
-    return eager_attention(query, key, value, seen, scoring, None, bias, read)
+    scores: Tensor  # logits [batch, heads, n, k]; the dtype's least number for a key that is not visible
+    value: Tensor  # [batch, heads, n, k, value_dim], or [batch, heads, 1, k, value_dim] if all queries share them
 
 
 def eager_attention(
@@ -100,7 +53,7 @@ def eager_attention(
     bias: Tensor | None,
     read: Callable[[Tensor], ExtraKeys | None] | None,
 ) -> Tensor:
-    """One softmax over S far logits [batch, heads, n, S], where there are any, m keys, and extra keys.
+    """Attend to the sinks by S far logits [batch, heads, n, S], to m keys and to extra keys, in one softmax.
 
     `value` [batch, kv_heads, S + m, value_dim] and `seen` [rows, n, S + m] begin with the far set; `bias` joins the
     scores of the m keys.
@@ -128,12 +81,16 @@ def eager_attention(
 def sdpa_attention(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scoring: Scoring, far: Tensor | None
 ) -> Tensor:
-    """`eager_attention` of plain scores by PyTorch's kernel."""
+    """Attend as `eager_attention` does, with plain scores, by PyTorch's kernel."""
     batch, heads, n, value_dim = *query.shape[:3], value.shape[-1]
     if far is not None:
-        query, key = _with_far_dimensions(query, key, far / scoring.scaling)
+        query, key = _with_far_keys(query, key, far / scoring.scaling)
     dim = max(query.shape[-1], value_dim)
-    query, key, value = (F.pad(x, (0, dim - x.shape[-1])) if x.shape[-1] < dim else x for x in (query, key, value))
+    # `pad` would copy even where there is nothing to pad: the whole cache for every decoded token.
+    if query.shape[-1] < dim:
+        query, key = F.pad(query, (0, dim - query.shape[-1])), F.pad(key, (0, dim - key.shape[-1]))
+    if value_dim < dim:
+        value = F.pad(value, (0, dim - value_dim))
     output = F.scaled_dot_product_attention(
         query,
         key,
@@ -146,7 +103,7 @@ def sdpa_attention(
     return output[..., :value_dim].reshape(batch, heads, n, value_dim)
 
 
-def _with_far_dimensions(query: Tensor, key: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+def _with_far_keys(query: Tensor, key: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
     """Let any attention kernel add the far logits: as dot products over dimensions of their own.
 
     Query [q, far] meets key [k, 0] of the local set and key [0, identity] of the far set, so the mask stays a boolean

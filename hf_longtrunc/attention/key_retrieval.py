@@ -12,7 +12,7 @@ window and sinks with that score. There are two ways to select:
   part of the window beyond D_k can be selected too, S <= j <= i - D_k: such a key may be seen twice, at its own
   distance and at D_k. Each selected key counts for several.
 
-A third way is one more `Retrieval`: it says which layers read, what a query reads, and how a call is run.
+A third way is one more subclass of `Retrieval`.
 
 Source: Han et al. 2024, "LM-Infinite", arXiv 2308.16137: top-k with k = 5, D_k half the trained length, for the last
 row of a forward. Deviations: any number of rows may read; blocks are our own.
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from hf_longtrunc.attention.decoder_call import DecoderCall
+    from hf_longtrunc.attention.context import DecoderCall
     from hf_longtrunc.attention.kernels import ExtraKeys
 
 STORES = ("device", "cpu")
@@ -54,7 +54,7 @@ BlockScores = dict[int, "Tensor"]
 
 
 class Retrieval(ABC):
-    """A way to read distant keys: its settings, what they mean in a layer, and how a decoder call is run with them."""
+    """Settings for reading distant keys: which layers and rows read, which keys, and how a decoder call is run."""
 
     distance: int | None
     first_layer: int
@@ -140,7 +140,7 @@ class TopK(Retrieval):
         rows: how many of the last rows of each forward read: of a whole prompt, of each chunk of a prompt that comes in
             chunks, of every decoded token its own. 1 is the paper's setting, None lets every row read.
         store: where the whole text's keys and values are kept: on the model's "device", or on the "cpu" (pinned memory
-            for CUDA), where they are searched too, so that only what was selected travels.
+            for CUDA), where they are searched too, so that only selected keys are transferred.
 
     Cost: O(n) memory; a reading row costs O(n) time in each layer.
     """
@@ -277,7 +277,7 @@ class TopBlocks(Retrieval):
         return self.ending_rows + self.voting_rows + self.contrast_rows if is_scoring else self.rows
 
     def prefill_chunk(self, chunk: int, new: int) -> int:
-        """Return a number of at most `chunk` by which the last chunk holds all rows that score, read or are a baseline.
+        """Return a size of at most `chunk`, such that the last chunk holds all rows that score, read or are a baseline.
 
         Raises:
             ValueError: there is none.
@@ -335,7 +335,7 @@ class TopBlocks(Retrieval):
         drafts = 0 if behind is None or asks is None else int(behind[asks].min())
         if drafts:  # of assisted decoding, which come in the same forward as the question
             first = self.run(call.part(0, call.new - drafts), run, layers, total)
-            return _followed_by(first, run(call.part(call.new - drafts, call.new), None))
+            return _append_rows(first, run(call.part(call.new - drafts, call.new), None))
         held = layers()
         if call.new < self.voting_rows + self.ending_rows and held[0].selection is not None:
             return run(call, None)
@@ -350,7 +350,7 @@ class TopBlocks(Retrieval):
         for layer in held:
             layer.selection = selection.map(lambda x: x.to(first[0].device))
         again = run(call.part(call.new - rows, call.new), None)
-        return _followed_by(first, again, dropped=rows)
+        return _append_rows(first, again, dropped=rows)
 
     def select(self, collected: Mapping[int, Tensor], total: Callable[[Tensor], Tensor]) -> BlockSelection:
         """Select blocks by the scores of all layers."""
@@ -391,7 +391,7 @@ class TopBlocks(Retrieval):
         collected[layer] = collected[layer] + part if layer in collected else part
 
 
-def _followed_by(first: Any, second: Any, dropped: int = 0) -> Any:
+def _append_rows(first: Any, second: Any, dropped: int = 0) -> Any:
     """Return `second` with the hidden states of `first`, without its last `dropped` rows, before its own."""
     hidden = torch.cat([first[0][:, : first[0].shape[1] - dropped], second[0]], dim=1)
     if isinstance(second, tuple):

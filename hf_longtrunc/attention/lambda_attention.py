@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from hf_longtrunc.arguments import check_choice
 from hf_longtrunc.attention.kernels import (
     ExtraKeys,
     Scoring,
@@ -61,18 +62,12 @@ class SinkWindowLaw:
     [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
     >>> law.distance(torch.tensor([3]), torch.arange(4)).tolist()
     [[2, 2, 1, 0]]
-
-    Attributes:
-        num_sink_tokens: S.
-        window_length: L.
-        max_distance: D, the largest distance of the first sink.
-        sink_spacing: 0: the largest distance of every sink is D. 1: that of sink j is D - j, so they keep their order.
     """
 
-    num_sink_tokens: int
-    window_length: int
-    max_distance: int
-    sink_spacing: int = 0
+    num_sink_tokens: int  # S
+    window_length: int  # L
+    max_distance: int  # D, the largest distance of the first sink
+    sink_spacing: int = 0  # 0: the largest distance of every sink is D. 1: that of sink j is D - j, in their order
 
     def key_position(self, positions: Tensor) -> Tensor:
         """Return the position at which keys are rotated and cached: their own."""
@@ -105,62 +100,43 @@ class SinkWindowLaw:
         """The first query position that sees every sink at its largest distance."""
         return self.max_distance + (1 - self.sink_spacing) * (self.num_sink_tokens - 1)
 
-    def far_query(self, query: Tensor, query_positions: Tensor, scoring: Scoring) -> Tensor:
-        """Return rotated queries, rotated on to the largest distance from the first sink."""
-        return scoring.rotate(query, self.max_distance - query_positions)
+    def far_query_offsets(self, query_positions: Tensor) -> Tensor:
+        """Return the offsets that rotate queries to the largest distance from the first sink."""
+        return self.max_distance - query_positions
 
-    def far_key(self, key: Tensor, scoring: Scoring) -> Tensor:
-        """Return rotated sinks, rotated so that `far_query` sees each at its largest distance."""
-        if self.sink_spacing == 1:
-            return key
-        return scoring.rotate(key, (self.sink_spacing - 1) * torch.arange(key.shape[2], device=key.device)[None])
+    def far_key_offsets(self, sink_positions: Tensor) -> Tensor:
+        """Return the offsets that rotate sinks, so that such a query sees each at its largest distance."""
+        return (self.sink_spacing - 1) * sink_positions
 
 
 @dataclass(frozen=True, eq=False)
 class LambdaAttention:
-    """One call: attention over a window of keys and the row's first keys.
+    """Attention over a window of keys and the row's first keys, in one forward of a layer."""
 
-    `LambdaAttention(...).compute()` returns [batch, heads, n, value_dim] in the dtype of `query`.
-
-    Attributes:
-        query: [batch, heads, n, dim], rotated at its own positions.
-        key: [batch, kv_heads, m, dim], rotated too, in the order of the text; the last n belong to the queries.
-        value: [batch, kv_heads, m, value_dim]; value_dim may differ from dim.
-        query_positions: [rows, n], counted from each row's first real token; `rows` is the batch, or 1 if all agree.
-        key_positions: [rows, m], one step apart; negative is padding.
-        sinks: keys [batch, kv_heads, S, dim] and values of positions 0..S-1, rotated there; None where no query has a
-            position of `window_length` or more.
-        law: of visibility and distance.
-        scoring: of the layer.
-        read: `read(query, query_positions, logits)`, given the logits of sinks and window [batch, heads, n, S + m],
-            returns the `ExtraKeys` of some queries; None: none.
-        reading_rows: how many of the last queries have extra keys; they take the "eager" path.
-        is_padded: whether positions below zero may occur; a batch without any needs fewer masks.
-    """
-
-    query: Float[Tensor, "batch heads n dim"]
-    key: Float[Tensor, "batch kv_heads m dim"]
-    value: Float[Tensor, "batch kv_heads m value_dim"]
-    query_positions: Int[Tensor, "rows n"]
-    key_positions: Int[Tensor, "rows m"]
-    sinks: tuple[Tensor, Tensor] | None
+    query: Float[Tensor, "batch heads n dim"]  # rotated at its own positions
+    key: Float[Tensor, "batch kv_heads m dim"]  # rotated too, in the order of the text; the last n are the queries' own
+    value: Float[Tensor, "batch kv_heads m value_dim"]  # value_dim may differ from dim
+    query_positions: Int[Tensor, "rows n"]  # counted from each row's first real token; `rows` is the batch or 1
+    key_positions: Int[Tensor, "rows m"]  # one step apart; negative is padding
+    sinks: tuple[Tensor, Tensor] | None  # keys [batch, kv_heads, S, dim] and values of positions 0 to S - 1
     law: SinkWindowLaw
     scoring: Scoring
+    # read(query, query_positions, logits of sinks and window [batch, heads, n, S + m]) finds extra keys.
     read: Callable[[Tensor, Tensor, Tensor], ExtraKeys | None] | None = None
-    reading_rows: int = 0
-    is_padded: bool = False
+    reading_rows: int = 0  # the last queries, which have extra keys and take the "eager" path
+    is_padded: bool = False  # whether positions below zero may occur; without any, fewer masks are needed
 
     def compute(self, path: str = "auto", block_size: int = 512) -> Tensor:
-        """Attend.
+        """Return the output [batch, heads, n, value_dim] in the dtype of `query`.
 
         Args:
             path: "split" (CPU; kernel calls without masks for each block of up to 256 queries), "sdpa" (any device;
-                one call with a mask, to which "split" falls back for padded rows, dropout, another value_dim and the
-                few queries that are near some of the sinks), "eager" (any device and scoring; the only one for
+                one call with a mask, the fallback of "split" for padded rows, dropout, another value_dim and the few
+                queries that are near some of the sinks), "eager" (any device and scoring; the only one for
                 soft-capping, slopes and null logits), "flex" (CUDA; FlexAttention) or "auto".
             block_size: queries that the blockwise paths take together.
         """
-        path = choose_path(path, self.scoring, self.query)
+        path = resolve_path(path, self.scoring, self.query)
         if self.read is not None:
             return self._with_extra_keys(path, block_size)
         if path == "flex":
@@ -177,22 +153,12 @@ class LambdaAttention:
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
 
     def _flex(self) -> Tensor:
-        from hf_longtrunc.attention.flex import flex_lambda_attention
+        from hf_longtrunc.attention.flex import flex_attend
 
         far = None
         if self.sinks is not None:
             far = self._far_scores(self.query, self.query_positions), self.sinks[1]
-        return flex_lambda_attention(
-            self.query,
-            self.key,
-            self.value,
-            self.query_positions,
-            self.key_positions,
-            far,
-            self.law.window_length,
-            self.scoring.scaling,
-            self.is_padded,
-        )
+        return flex_attend(self, far)
 
     def _with_extra_keys(self, path: str, block_size: int) -> Tensor:
         """Attend with the last `reading_rows` queries by "eager", with the others by `path`."""
@@ -264,8 +230,9 @@ class LambdaAttention:
             parts.append(part(reach, first, "full"))
         if self.sinks is not None and int(self.query_positions[0, start]) >= law.window_length:
             key, value = self.sinks
-            query = law.far_query(query, self.query_positions[:, start:stop], self.scoring)
-            parts.append(AttentionPart(query, law.far_key(key, self.scoring), value))
+            i, j = self.query_positions[:, start:stop], torch.arange(key.shape[2], device=key.device)[None]
+            query = self.scoring.rotate(query, law.far_query_offsets(i))
+            parts.append(AttentionPart(query, self.scoring.rotate(key, law.far_key_offsets(j)), value))
         return merge_attention(parts, self.scoring)
 
     def _block(self, start: int, stop: int, path: str) -> Tensor:
@@ -292,7 +259,8 @@ class LambdaAttention:
         assert self.sinks is not None
         law, scoring, key = self.law, self.scoring, self.sinks[0]
         j = torch.arange(key.shape[2], device=key.device)[None]
-        scores = grouped_scores(law.far_query(query, i, scoring), law.far_key(key, scoring))
+        far_query = scoring.rotate(query, law.far_query_offsets(i))
+        scores = grouped_scores(far_query, scoring.rotate(key, law.far_key_offsets(j)))
         if scoring.rotation is not None and law.max_distance > law.window_length:
             # Some sinks that left the window are not at their largest distance yet.
             is_near = (law.distance(i, j) == i[..., :, None] - j[..., None, :])[:, None]
@@ -303,17 +271,13 @@ class LambdaAttention:
         return scores
 
 
-def choose_path(path: str, scoring: Scoring, query: Tensor | None = None) -> str:
+def resolve_path(path: str, scoring: Scoring, query: Tensor | None = None) -> str:
     """Return the path that `path` names, "auto" resolved.
 
     Raises:
         ValueError: the path does not exist, or cannot serve this scoring or device.
     """
-    if path in ("varlen", "triton", "joined"):
-        advice = "it is called 'split' now" if path == "joined" else "it was removed, as no measurement chose it"
-        raise ValueError(f"path {path!r}: {advice}; leave path out, or take one of {', '.join(PATHS)}")
-    if path not in PATHS:
-        raise ValueError(f"path must be one of {', '.join(PATHS)}, got {path!r}")
+    check_choice("path", path, PATHS)
     if path == "auto":
         # FlexAttention takes sinks' logits as a constant of its kernel: a good one for inference on long prompts.
         long_prompt = query is not None and query.is_cuda and query.shape[2] >= 1024 and not query.requires_grad

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.arguments import check_choice, check_int
-from hf_longtrunc.attention.kernels import Scoring
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.attention.key_retrieval import Retrieval
-from hf_longtrunc.attention.lambda_attention import PATHS, SinkWindowLaw, choose_path
+from hf_longtrunc.attention.lambda_attention import SinkWindowLaw
 from hf_longtrunc.attention.sink_window import SinkWindowTechnique
 
 if TYPE_CHECKING:
@@ -57,17 +56,12 @@ class LMInfinite(SinkWindowTechnique):
     path: str = "auto"
 
     def __post_init__(self) -> None:
-        for name, least in (("num_sink_tokens", 0), ("window_length", 1), ("max_distance", 1)):
-            value = getattr(self, name)
-            if value is not None or name == "num_sink_tokens":
-                object.__setattr__(self, name, check_int(name, value, minimum=least))
-        if None not in (self.max_distance, self.window_length):
-            check_int("max_distance", self.max_distance, minimum=self.window_length)
+        super().__post_init__()
+        if self.max_distance is not None:
+            max_distance = check_int("max_distance", self.max_distance, minimum=self.window_length or 1)
+            object.__setattr__(self, "max_distance", max_distance)
         if self.retrieval is not None and not isinstance(self.retrieval, Retrieval):
             raise TypeError(f"retrieval must be TopK(...), TopBlocks(...) or None, got {self.retrieval!r}")
-        if self.path not in PATHS:
-            choose_path(self.path, Scoring(1.0))
-        check_choice("path", self.path, PATHS)
 
     def for_model(self, model: Any) -> Self:
         """Return the technique with window and maximum distance of one model."""

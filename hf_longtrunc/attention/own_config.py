@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from hf_longtrunc.handles import Handle
 
 
-def give_own_configs(handle: Handle, model: Any, decoder: Any, name: str) -> list[PreTrainedConfig]:
+def set_own_configs(handle: Handle, model: Any, decoder: Any, name: str) -> list[PreTrainedConfig]:
     """Let every module of the model hold a copy of its config until detach; the decoder's call their attention `name`.
 
-    A config object may be shared with other models, and is saved with this one: neither must see the name. What is
-    edited in the copy meanwhile is carried back.
+    A config object may be shared with other models, and is saved with this one: neither must see the name. Edits of the
+    copies are carried back at detach.
 
     Returns:
         The copies that name the attention.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def falcon_forward(module: Any, attend: Attend) -> Callable[..., Any]:
-    """Build the forward of a `FalconAttention`, rotary or ALiBi (whose bias Falcon scales like its scores)."""
+    """Build the forward of a `FalconAttention`, rotary or ALiBi; Falcon scales the bias like its scores."""
     rotate = sys.modules["transformers.models.falcon.modeling_falcon"].apply_rotary_pos_emb
     scaling = module.inv_norm_factor
     slopes = _slopes(module, "build_alibi_tensor") * scaling if module.config.alibi else None
@@ -44,13 +44,13 @@ def falcon_forward(module: Any, attend: Attend) -> Callable[..., Any]:
             key, value = layer_past.update(key, value, module.layer_idx)
         dropout = module.attention_dropout.p if module.training and alibi is not None else 0.0
         output = attend(query, key, value, attention_mask, Scoring(scaling, slopes=slopes, dropout=dropout))
-        return module.dense(_merged(output)), None
+        return module.dense(_merge_heads(output)), None
 
     return forward
 
 
 def gpt_neox_japanese_forward(module: Any, attend: Attend) -> Callable[..., Any]:
-    """Build the forward of a `GPTNeoXJapaneseAttention`, which hands its bias out beside its output."""
+    """Build the forward of a `GPTNeoXJapaneseAttention`, which returns its bias after its output."""
     rotate = sys.modules["transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese"].apply_rotary_pos_emb
     turned, scaling = module.rotary_ndims, 1 / module.norm_factor
 
@@ -62,7 +62,9 @@ def gpt_neox_japanese_forward(module: Any, attend: Attend) -> Callable[..., Any]
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None, Any]:
-        query, key, value = _heads(module.query_key_value(hidden_states), module.num_attention_heads).chunk(3, dim=-1)
+        query, key, value = _split_heads(module.query_key_value(hidden_states), module.num_attention_heads).chunk(
+            3, dim=-1
+        )
         rotated = rotate(query[..., :turned], key[..., :turned], *position_embeddings)
         query, key = (
             torch.cat([part, states[..., turned:]], dim=-1) for part, states in zip(rotated, (query, key), strict=True)
@@ -71,7 +73,7 @@ def gpt_neox_japanese_forward(module: Any, attend: Attend) -> Callable[..., Any]
             key, value = layer_past.update(key, value, module.layer_idx)
         dropout = module.attention_dropout.p if module.training else 0.0
         output = attend(query, key, value, attention_mask, Scoring(scaling, dropout=dropout))
-        return module.dense(_merged(output)), None, module.dense_bias
+        return module.dense(_merge_heads(output)), None, module.dense_bias
 
     return forward
 
@@ -93,7 +95,7 @@ def bloom_forward(module: Any, attend: Attend) -> Callable[..., Any]:
             key, value = layer_past.update(key, value, module.layer_idx)
         dropout = module.attention_dropout.p if module.training else 0.0
         scoring = Scoring(module.inv_norm_factor, slopes=slopes, dropout=dropout)
-        output = module.dense(_merged(attend(query, key, value, attention_mask, scoring)))
+        output = module.dense(_merge_heads(attend(query, key, value, attention_mask, scoring)))
         return residual + nn.functional.dropout(output, module.hidden_dropout, module.training), None
 
     return forward
@@ -112,12 +114,12 @@ def mpt_forward(module: Any, attend: Attend) -> Callable[..., Any]:
         cache = kwargs.get(CACHE)
         fused = module.Wqkv(hidden_states)
         fused = fused.clamp(-module.clip_qkv, module.clip_qkv) if module.clip_qkv else fused
-        query, key, value = (_heads(part, module.n_heads) for part in fused.chunk(3, dim=2))
+        query, key, value = (_split_heads(part, module.n_heads) for part in fused.chunk(3, dim=2))
         if cache is not None:
             key, value = cache.update(key, value, module.layer_idx)
         dropout = module.attn_dropout_p if module.training else 0.0
         scoring = Scoring(module.softmax_scale, slopes=slopes, dropout=dropout)
-        return module.out_proj(_merged(attend(query, key, value, attention_mask, scoring))), None
+        return module.out_proj(_merge_heads(attend(query, key, value, attention_mask, scoring))), None
 
     return forward
 
@@ -138,7 +140,7 @@ def own_forward(module: nn.Module) -> Callable[[Any, Attend], Callable[..., Any]
 
 
 def _slopes(module: Any, builder: str) -> Tensor:
-    """ALiBi's slope of each head: what the model file's own bias changes by from one key to the next."""
+    """ALiBi's slope of each head: the step of the model file's own bias from one key to the next."""
     build = getattr(sys.modules[next(cls.__module__ for cls in type(module).__mro__)], builder)
     heads = getattr(module, "n_heads", None) or module.num_heads
     weight = next(module.parameters())
@@ -151,11 +153,11 @@ def _slopes(module: Any, builder: str) -> Tensor:
     return slopes
 
 
-def _heads(states: Tensor, heads: int) -> Tensor:
+def _split_heads(states: Tensor, heads: int) -> Tensor:
     """[batch, n, heads * dim] -> [batch, heads, n, dim]."""
     return states.view(*states.shape[:2], heads, -1).transpose(1, 2)
 
 
-def _merged(states: Tensor) -> Tensor:
+def _merge_heads(states: Tensor) -> Tensor:
     """[batch, heads, n, dim] -> [batch, n, heads * dim]."""
     return states.transpose(1, 2).flatten(2)

@@ -9,41 +9,26 @@ from torch import Tensor
 
 
 class RowShift(NamedTuple):
-    """How a row's cached tokens move when masked columns lie between them and its new tokens.
+    """How a row's cached tokens move when masked columns lie between them and its new tokens."""
 
-    Attributes:
-        truncated: how many of each row's last tokens the mask has since turned to padding [batch].
-        shift: by how many columns the remaining tokens move right, to end where the new tokens begin [batch].
-        leading: how many of each row's new columns old tokens then fill [batch].
-        order: the new columns of each row, masked ones first [batch, n]; None if they come in that order.
-    """
-
-    truncated: Tensor
-    shift: Tensor
-    leading: Tensor
-    order: Tensor | None
+    truncated: Tensor  # each row's last tokens that the mask has since turned to padding [batch]
+    shift: Tensor  # columns by which the remaining tokens move right, to end where the new tokens begin [batch]
+    leading: Tensor  # each row's new columns that old tokens then fill [batch]
+    order: Tensor | None  # the new columns of each row, masked ones first [batch, n]; None if they come in that order
 
 
 class PaddingState(NamedTuple):
     """How the columns that a cache has seen map to positions.
 
     A row's tokens are kept as its last columns, so column c holds position c - padding; below 0 it holds no token.
-
-    Attributes:
-        padding: masked columns of each row [batch]; None where no row has any.
-        max_padding: the largest of them.
-        gaps: how many of them lie after the row's first token [batch]; None where none do.
-        trailing: how many lay after the row's last token [batch] when `ended` columns were seen; None: none.
-        ended: the columns seen when masked ones last came; all since hold tokens.
-        floor: the number of columns that a cache cannot be cropped below: shifts before it cannot be undone.
     """
 
-    padding: Tensor | None = None
-    max_padding: int = 0
-    gaps: Tensor | None = None
-    trailing: Tensor | None = None
-    ended: int = 0
-    floor: int = 0
+    padding: Tensor | None = None  # masked columns of each row [batch]; None: no row has any
+    max_padding: int = 0  # the largest of them
+    gaps: Tensor | None = None  # those of them after the row's first token [batch]
+    trailing: Tensor | None = None  # those after the row's last token [batch] when `ended` columns were seen
+    ended: int = 0  # columns seen when masked ones last came; all since hold tokens
+    floor: int = 0  # a cache cannot be cropped below so many columns: shifts before it cannot be undone
 
     def map(self, change: Any) -> PaddingState:
         """Return the state with `change` (repeat, select, reorder) applied to its rows."""
@@ -77,7 +62,7 @@ class PaddingState(NamedTuple):
         if not bool(is_as_it_was.all()):
             raise ValueError(
                 "attention_mask was changed for tokens that were seen already: only columns at the end of a row, "
-                "behind its answer, may turn to 0 between turns. Start anew with the whole text"
+                "after its answer, may turn to 0 between turns. Start anew with the whole text"
             )
         missing, leading = new - now.sum(-1), left_padding(now)
         behind = torch.where(now.any(-1), left_padding(now.flip(-1)), masked + new)
@@ -158,7 +143,7 @@ def check_end(mask: Any) -> None:
     """Refuse a mask [batch, tokens] that ends in padding where a text is about to be continued."""
     if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, -1].all()):
         raise ValueError(
-            "attention_mask ends in zeros, and generate() goes on behind them: pad on the left, "
+            "attention_mask ends in zeros, and generate() continues after them: pad on the left, "
             "tokenizer.padding_side = 'left'"
         )
 

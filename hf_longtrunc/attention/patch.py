@@ -14,67 +14,33 @@ from hf_longtrunc.attention.cache_law import CacheLaw, guard, require_law
 from hf_longtrunc.attention.context import (
     AttentionCall,
     AttentionLayer,
+    DecoderCall,
     ForwardContext,
     padding_of,
     resolve_mask,
     set_context,
 )
-from hf_longtrunc.attention.decoder_call import DecoderCall
 from hf_longtrunc.attention.explanation import Explanation
-from hf_longtrunc.attention.generation import adapt_generate
+from hf_longtrunc.attention.generation import patch_generate
 from hf_longtrunc.attention.interface import register, unregister
-from hf_longtrunc.attention.own_config import give_own_configs
+from hf_longtrunc.attention.own_config import set_own_configs
 from hf_longtrunc.attention.own_forwards import own_forward
 from hf_longtrunc.attention.path_check import check_paths
 from hf_longtrunc.attention.probe import hidden_states, identity_of, probe, recall, remember, states_of
 from hf_longtrunc.attention.refusals import refuse_model
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
-from hf_longtrunc.attention.technique import Technique
 from hf_longtrunc.errors import UnsupportedModelError
 from hf_longtrunc.handles import Handle
-from hf_longtrunc.models import attachable, cache_of, decoder_of, disagreement, few_tokens, parameters_of
+from hf_longtrunc.models import cache_of, decoder_of, disagreement, few_tokens, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from hf_longtrunc.attention.kernels import Scoring
     from hf_longtrunc.attention.key_retrieval import BlockScores
+    from hf_longtrunc.attention.technique import Technique
 
 _serial = itertools.count()
-
-
-class PatchTechnique(Technique):
-    """A technique that attaches by an `AttentionPatch`."""
-
-    def attach(self, model: Any) -> AttentionPatch:
-        """Patch `model`, a transformers causal language model or a PEFT or DDP wrapper of one, until `detach()`.
-
-        Runs a few forwards of at most eight tokens to find how each layer rotates its queries and keys. The same
-        technique on the same model, unchanged since, runs none.
-
-        Raises:
-            TypeError: it is no such model.
-            UnsupportedModelError: its architecture cannot be patched; the message says why.
-            ValueError: it is patched or compiled already, or the settings do not fit it.
-        """
-        return AttentionPatch(self, attachable(model, type(self).__name__))
-
-    __call__ = attach
-
-    def explain(self, model: Any) -> Explanation:
-        """Return what will hold for this model, or why it cannot be patched, before a long prompt is read.
-
-        >>> print(LMInfinite(window_length=64).explain(model).cache)
-        a ring: 40 KiB a row at any length
-
-        The model is patched and given back. See `Explanation` for the fields; `print` shows all of them.
-        """
-        owner = attachable(model, type(self).__name__)
-        try:
-            with self.attach(model) as handle:
-                return handle.explanation()
-        except UnsupportedModelError as error:
-            return Explanation.refused(self, owner, error)
 
 
 class AttentionPatch(Handle):
@@ -86,7 +52,7 @@ class AttentionPatch(Handle):
     Attributes:
         technique: as the user wrote it.
         resolved: the technique with its lengths for this model.
-        found: what the probe found out about the model.
+        found: the probe's findings about the model.
         layer_indices: of these modules, in order.
         law: which caches carry.
         model: the instance that is changed.
@@ -127,7 +93,7 @@ class AttentionPatch(Handle):
         known = recall(decoder, key, identity)
         states = (False, True) if known else states_of(decoder)  # by the model's own attention
         self._original = decoder.config._attn_implementation
-        self._configs = give_own_configs(self, model, decoder, self._name)
+        self._configs = set_own_configs(self, model, decoder, self._name)
         register(self._name, self._original)
         self.undo(weakref.finalize(model, unregister, self._name))  # at detach, or when the model goes
         self.set(decoder, "_hf_longtrunc_patch", self)
@@ -139,9 +105,9 @@ class AttentionPatch(Handle):
         check_paths(self.resolved, self.found)
         self.resolved.prepare(self, decoder, self.found)
         ids = few_tokens(decoder, self.resolved.rope_length)
-        before = None if known else self._natively(ids)
+        before = None if known else self._own_states(ids)
         for module, layer in self.found.layers.items():
-            self.route(self, module, layer, self.resolved.attend)
+            self.set_attention(self, module, layer, self.resolved.attend)
         self._run_decoder = decoder.forward
         self._takes_positions = "position_ids" in parameters_of(decoder)
         self.layer_indices = sorted({layer.index for layer in self.found.layers.values() if layer.index >= 0})
@@ -151,11 +117,11 @@ class AttentionPatch(Handle):
             self._compare(ids, before)
             remember(decoder, key, identity, self.found)
         self.passthrough = self.resolved.retrieval is None and not self.found.own_forwards
-        adapt_generate(self)
+        patch_generate(self)
         self.refuse_copies(model, decoder, advice="detach first, copy or save, and attach again")
 
     def _compare(self, ids: Tensor, before: Tensor) -> None:
-        """Refuse a model whose states of a few tokens are others than `before`, those of its own attention."""
+        """Refuse the model if its states of a few tokens differ from `before`, those of its own attention."""
         after = hidden_states(self.decoder, ids)
         if disagreement(before, after) is None:
             return
@@ -166,7 +132,7 @@ class AttentionPatch(Handle):
                 f"{difference:.1e}), so it computes something that is not reproduced here"
             )
 
-    def _natively(self, ids: Tensor) -> Tensor:
+    def _own_states(self, ids: Tensor) -> Tensor:
         """Return hidden states of the model's own attention, at the rotary frequencies of the patch."""
         attributes = self.decoder.__dict__
         patched = attributes.get("forward")
@@ -197,14 +163,14 @@ class AttentionPatch(Handle):
         hook = self.decoder.get_input_embeddings().register_forward_hook(rounded)
         try:
             for _ in range(3):
-                difference = self._natively(ids) - before
+                difference = self._own_states(ids) - before
                 noise = max(noise, float(difference.double().norm() / before.double().norm()))
         finally:
             hook.remove()
         return noise
 
     @staticmethod
-    def route(
+    def set_attention(
         handle: Handle, module: nn.Module, layer: AttentionLayer, attend: Callable[[AttentionCall], Tensor]
     ) -> None:
         """Let a module's attention be computed by `attend`, until detach."""
@@ -277,7 +243,7 @@ class AttentionPatch(Handle):
         for ring in rings:
             ring.commit()
         if call.past == 0:  # the decoder made the cache, or its layers
-            self._mark(cache_of(output) if call.cache is None else call.cache)
+            self._guard_cache(cache_of(output) if call.cache is None else call.cache)
         return output
 
     def _check_cache(self, cached: Any) -> None:
@@ -296,7 +262,7 @@ class AttentionPatch(Handle):
                 cached[index] = guarded
                 require_law(guarded, self.law)
 
-    def _mark(self, cache: Any) -> None:
+    def _guard_cache(self, cache: Any) -> None:
         """Let a cache after its first forward carry the law."""
         layers: Any = getattr(cache, "layers", ())
         for index in () if torch.compiler.is_compiling() else self.layer_indices:

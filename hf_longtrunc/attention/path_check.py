@@ -16,8 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from hf_longtrunc.attention.cache_law import CacheLaw
-from hf_longtrunc.attention.context import AttentionCall, AttentionLayer
-from hf_longtrunc.attention.decoder_call import DecoderCall
+from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, DecoderCall
 from hf_longtrunc.attention.kernels import Scoring
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.attention.rope import Rotation
@@ -74,7 +73,7 @@ def pairwise_attention(query: Tensor, key: Tensor, value: Tensor, law: DistanceL
         query: un-rotated, [1, heads, n, dim].
         key: un-rotated, [1, 1, n, dim].
         value: [1, 1, n, value_dim].
-        law: says what is visible, and at which distance.
+        law: of visibility and distance.
         scoring: scaling and rotation.
     """
     places = torch.arange(query.shape[2])
@@ -89,7 +88,7 @@ def pairwise_attention(query: Tensor, key: Tensor, value: Tensor, law: DistanceL
 def _computed(
     technique: Technique, scoring: Scoring, states: tuple[Tensor, Tensor, Tensor], parts: tuple[int, ...] | None
 ) -> Tensor:
-    """Return what the technique computes in forwards of so many tokens; None: in one, without a cache."""
+    """Return the technique's outputs in forwards of so many tokens; None: in one, without a cache."""
     rotation = scoring.rotation
     layer = AttentionLayer(0, rotation)
     found: Any = SimpleNamespace(distinct_rotations=() if rotation is None else (rotation,), windowed=frozenset())

@@ -37,26 +37,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ProbeResult:
-    """What a probe has found out about a decoder.
+    """Findings about a decoder."""
 
-    Attributes:
-        layers: the attention modules with full attention, with a record of each.
-        windowed: the modules that were trained with a sliding window.
-        exact: the rotary modules, and what answers in their place with exact angles.
-        has_states: whether recurrent or convolutional layers carry a state.
-        states_go_on: whether a forward of several tokens goes on from it. Jamba and Zamba start again there, patched or
-            not.
-        own_forwards: whether some module's whole forward is replaced by one of ours.
-        frequencies: fingerprint of the rotary frequencies, where they are not those of a short text; 0 elsewhere.
-    """
-
-    layers: Mapping[nn.Module, AttentionLayer]
-    windowed: AbstractSet[nn.Module]
-    exact: Mapping[nn.Module, dict[str | None, ExactRotary]]
-    has_states: bool
-    states_go_on: bool
-    own_forwards: bool
-    frequencies: int
+    layers: Mapping[nn.Module, AttentionLayer]  # the modules with full attention
+    windowed: AbstractSet[nn.Module]  # those that were trained with a sliding window
+    exact: Mapping[nn.Module, dict[str | None, ExactRotary]]  # the rotary modules, by layer type
+    has_states: bool  # whether recurrent or convolutional layers carry a state
+    states_go_on: bool  # whether a forward of several tokens continues it; in Jamba and Zamba it starts again
+    own_forwards: bool  # whether some module's whole forward is replaced by one of ours
+    frequencies: int  # fingerprint of the rotary frequencies, if they are not those of a short text; else 0
 
     @cached_property
     def distinct_rotations(self) -> tuple[Rotation, ...]:
@@ -101,7 +90,7 @@ class ProbeResult:
             )
 
 
-# Of each decoder, by technique: what was checked, and what was found. A value holds no decoder: it would never go.
+# For each decoder, by technique: its identity and the findings. A value must not hold the decoder, to let it go.
 _checked: WeakKeyDictionary[nn.Module, dict[object, tuple[object, ProbeResult]]] = WeakKeyDictionary()
 
 
@@ -127,18 +116,18 @@ def _only_moves(state: dict[str, Any], hooks: list[Any]) -> bool:
     """Return whether a module's replaced forward is accelerate's, around its class's own and with these hooks alone."""
     hook, replaced, original = (state.get(name) for name in ("_hf_hook", "forward", "_old_forward"))
     is_accelerate = getattr(getattr(replaced, "func", None), "__module__", None) == "accelerate.hooks"
-    is_own = getattr(original, "__func__", None) is type(getattr(original, "__self__", None)).forward
+    is_own = original is not None and getattr(original, "__func__", None) is type(original.__self__).forward
     return is_accelerate and is_own and hooks == getattr(hook, "hooks", [hook])
 
 
 def recall(decoder: Any, technique: object, identity: object) -> ProbeResult | None:
-    """Return what an earlier attach of the same technique found about the same decoder; None if it may have changed."""
+    """Return the findings of the same technique about the same decoder; None if it may have changed since."""
     earlier, found = _checked.get(decoder, {}).get(technique, (None, None))
     return found if identity is not None and identity == earlier else None
 
 
 def remember(decoder: Any, technique: object, identity: object, found: ProbeResult) -> None:
-    """Keep what was found for the next `recall`, as long as the decoder lives."""
+    """Keep the findings for the next `recall`, as long as the decoder lives."""
     if identity is not None:
         _checked.setdefault(decoder, {})[technique] = identity, found
 
@@ -167,7 +156,7 @@ class ArchitectureProbe(MaskPlaceholder):
         self._stored_last = -1  # the layer that stored its keys last
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scoring: Any) -> Tensor:
-        """Keep what a layer's attention was called with, [batch, heads, n, dim] each, and return zeros.
+        """Keep a layer's queries and keys [batch, heads, n, dim], and return zeros.
 
         Layers with another mask were trained with a window; their calls are not kept.
         """
@@ -215,7 +204,7 @@ class ArchitectureProbe(MaskPlaceholder):
         return layers
 
     def _caches(self, key: Tensor, index: int) -> bool:
-        """Return whether the cache holds these keys of the last forward, or what they are made from."""
+        """Return whether the cache holds these keys of the last forward, and not latents."""
         cached = self._cache.layers[index : index + 1] if index >= 0 else []
         return all(layer.keys is None or torch.equal(layer.keys, key) for layer in cached)
 
@@ -226,11 +215,11 @@ class ArchitectureProbe(MaskPlaceholder):
         self._cache = DynamicCache(config=self.decoder.config)
         store = self._cache.update
 
-        def noted(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        def update(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             self._stored_last = layer_idx
             return store(keys, values, layer_idx, *args, **kwargs)
 
-        self._cache.update = noted
+        self._cache.update = update
         for source in self.sources:
             source.probing = factor
         before = set_context(self)
@@ -258,7 +247,7 @@ class ArchitectureProbe(MaskPlaceholder):
 
 
 def probe(decoder: Any, rope_length: int, has_states: bool, states_go_on: bool) -> ProbeResult:
-    """Find out how each layer's attention rotates and what its caches hold.
+    """Find out how each layer's attention rotates and which layers cache their keys.
 
     Args:
         decoder: with the attention and the mask function of its patch installed.
@@ -306,12 +295,12 @@ def states_of(decoder: Any) -> tuple[bool, bool]:
     layers = DynamicCache(config=decoder.config).layers
     if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
         return False, True
-    as_they_are, changed = (_continued(decoder, factor) for factor in (1.0, 1e3))
+    as_they_are, changed = (_states_after(decoder, factor) for factor in (1.0, 1e3))
     return True, disagreement(as_they_are, changed) is not None
 
 
-def _continued(decoder: Any, factor: float) -> Tensor:
-    """Return hidden states of a few tokens behind others whose states are multiplied by `factor`."""
+def _states_after(decoder: Any, factor: float) -> Tensor:
+    """Return hidden states of a few tokens after others, with the others' states multiplied by `factor`."""
     ids, cache = few_tokens(decoder, 8), DynamicCache(config=decoder.config)
     hidden_states(decoder, ids[:, :4], cache)
     for layer in cache.layers:

@@ -19,45 +19,21 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.rope import Rotation
 
 
+_BUFFERS = ("keys", "values", "rollback_keys", "rollback_values", "sink_keys")
+
+
 class WritePlan(NamedTuple):
-    """Where the tokens of one forward are written, computed once for all layers.
+    """Slots for the tokens of one forward, computed once for all layers."""
 
-    Attributes:
-        ring: their slots of the buffers [n].
-        rollback: their slots of the rollback buffer [n].
-        state: of the padding once they are there.
-        shift: of cached tokens before they are written; None: none.
-        sinks: each sink's column among the new ones [rows, S]; None where no new token can be a sink.
-        is_first: whether no token came before.
-        past: how many did, without dimensions: for a graph, which would be compiled again for each number.
-        sink_rotation: cosines and sines [rows, 1, S, 2f] that rotate the sinks to their distance from one new token;
-            None where several come or nothing rotates.
-    """
-
-    ring: Tensor
-    rollback: Tensor
-    state: PaddingState
-    shift: RowShift | None
-    sinks: Tensor | None
-    is_first: bool
-    past: Tensor
+    ring: Tensor  # their slots of the buffers [n]
+    rollback: Tensor  # their slots of the rollback buffer [n]
+    state: PaddingState  # once they are written
+    shift: RowShift | None  # of cached tokens before they are written
+    sinks: Tensor | None  # each sink's column among the new ones [rows, S]; None: no new token can be a sink
+    is_first: bool  # whether no token came before
+    past: Tensor  # tokens before, a scalar: a graph would be compiled again for each int
+    # Cosines and sines [rows, 1, S, 2f] that rotate the sinks to their distance from one new token.
     sink_rotation: tuple[Tensor, Tensor] | None = None
-
-
-class AuxiliaryBuffers(NamedTuple):
-    """What a ring keeps besides its slots.
-
-    Attributes:
-        rollback_keys: [batch, heads, ROLLBACK, dim]: at c mod ROLLBACK, what column c overwrote.
-        rollback_values: the same for values.
-        sink_keys: at their own positions [batch, heads, S, dim].
-        sink_halves: `Rotation.rotate_half` of them [batch, heads, S, 2f]; None: nothing rotates.
-    """
-
-    rollback_keys: Tensor
-    rollback_values: Tensor
-    sink_keys: Tensor
-    sink_halves: Tensor | None
 
 
 class RingCacheLayer(CacheLayerMixin):
@@ -78,12 +54,12 @@ class RingCacheLayer(CacheLayerMixin):
     once the ring is full, all that they hold is visible, and no mask is needed. For several it returns [sinks | window
     before | new tokens], the sinks at their own positions, once per call. For a first forward it returns its tokens.
 
-    `get_seq_length` counts the tokens seen; `commit` counts those of a forward that has ended. For one token `update`
-    reads no number that changes with the tokens seen: all that does lies in the plan's tensors, so that a compiled
-    step is one graph for every token. What a token overwrites is kept in a rollback buffer of `ROLLBACK` columns, so
-    `crop` takes back up to `ROLLBACK` + 1 tokens exactly, any number before the ring is full, and refuses more, and any
-    where other layers of the cache carry a state that cannot go back. Bytes are constant from the first token on: those
-    of 2 (S + L + ROLLBACK) + S keys a head, row and layer, and S more in fp32.
+    `get_seq_length` counts the tokens seen; `commit` counts those of a forward that has ended. For one token, every
+    number that changes with the tokens seen is in the plan's tensors, so a compiled step is one graph for all tokens.
+    Overwritten keys and values go to a rollback buffer of `ROLLBACK` columns: `crop` takes back up to `ROLLBACK` + 1
+    tokens exactly, any number before the ring is full, and refuses more, and any if other layers of the cache carry a
+    state that cannot go back. Bytes are constant from the first token on: those of 2 (S + L + ROLLBACK) + S keys a
+    head, row and layer.
 
     Args:
         num_sink_tokens: S.
@@ -107,11 +83,15 @@ class RingCacheLayer(CacheLayerMixin):
         self.law: CacheLaw | None = None
         self.selection: BlockSelection | None = None
         self.seen = 0
-        self.written = 0  # the most tokens ever seen: what the ring has overwritten, after a crop too
+        self.written = 0  # the most tokens ever seen, before a crop too: the ring has overwritten older ones
         self.padding_state = PaddingState()
         self.keys: Any = None  # [batch, heads, S + L, dim]
         self.values: Any = None
-        self.buffers: Any = None
+        self.rollback_keys: Any = (
+            None  # [batch, heads, ROLLBACK, dim]: slot c mod ROLLBACK has the key that c overwrote
+        )
+        self.rollback_values: Any = None
+        self.sink_keys: Any = None  # at their own positions [batch, heads, S, dim]
         self.states: Sequence[Any] = ()  # the layers of the same cache that carry a state instead
         self._plan: WritePlan | None = None
         self._stored = 0  # by a forward that has not ended
@@ -153,17 +133,17 @@ class RingCacheLayer(CacheLayerMixin):
         return self.num_sink_tokens + (self.window_length if new_tokens == 1 else self._window_before() + new_tokens)
 
     def key_positions(self, state: PaddingState, device: torch.device) -> Tensor:
-        """Positions [rows, S + L] of the slots' keys as one more token will see them, negative for what is empty."""
+        """Positions [rows, S + L] of the slots' keys as one more token will see them, negative for an empty slot."""
         sinks, slots = (torch.arange(n, device=device) for n in (self.num_sink_tokens, self.window_length))
         positions = from_first_token(self.seen - (self.seen - slots) % self.window_length, state.padding)
         return torch.cat([sinks.expand(positions.shape[0], -1), positions], dim=-1)
 
     def _slots_of(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where columns lie in the buffers, and where what they overwrote lies in the rollback buffer."""
+        """Return the columns' slots of the buffers, and of the rollback buffer."""
         return columns % self.window_length + self.num_sink_tokens, columns % self.ROLLBACK
 
-    def sees_every_slot(self, state: PaddingState) -> bool:
-        """Whether the next token, coming alone, sees all that the buffers then hold, whatever the row."""
+    def all_visible(self, state: PaddingState) -> bool:
+        """Whether the next token, coming alone, sees every slot in every row."""
         return self.seen - state.max_padding >= self.num_sink_tokens + self.window_length - 1
 
     def oldest_length(self) -> int:
@@ -176,9 +156,14 @@ class RingCacheLayer(CacheLayerMixin):
         return min(self.seen, self.window_length - 1)
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of its buffers."""
+        return sum(int(getattr(self, name).nbytes) for name in _BUFFERS)
+
+    @property
     def device(self) -> torch.device:
         """Where the layer computes: `DynamicCache(offloading=True)` moves keys and values to the CPU and back."""
-        device: torch.device = self.buffers.sink_keys.device
+        device: torch.device = self.sink_keys.device
         return device
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -186,19 +171,18 @@ class RingCacheLayer(CacheLayerMixin):
         slots = self.num_sink_tokens + self.window_length
         states = key_states, value_states
         self.keys, self.values = (x.new_zeros(*x.shape[:2], slots, x.shape[3]) for x in states)
-        rollback_keys, rollback_values = (x.new_zeros(*x.shape[:2], self.ROLLBACK, x.shape[3]) for x in states)
-        sinks = self.keys[:, :, : self.num_sink_tokens].clone()
-        halves = None if self.rotation is None else self.rotation.rotate_half(sinks)
-        self.buffers = AuxiliaryBuffers(rollback_keys, rollback_values, sinks, halves)
+        rollback = (x.new_zeros(*x.shape[:2], self.ROLLBACK, x.shape[3]) for x in states)
+        self.rollback_keys, self.rollback_values = rollback
+        self.sink_keys = self.keys[:, :, : self.num_sink_tokens].clone()
         if self.keys.is_cuda and not torch.compiler.is_compiling():  # a CUDA graph writes them where they lie
-            for buffer in (self.keys, self.values, rollback_keys, rollback_values):
+            for buffer in (self.keys, self.values, self.rollback_keys, self.rollback_values):
                 torch._dynamo.mark_static_address(buffer)
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [batch, heads, n, dim] and return what their queries may see."""
+        """Store new keys and values [batch, heads, n, dim]; return those that their queries may see."""
         new, plan = key_states.shape[2], self._plan
         if plan is None or len(plan.ring) != new:
             raise CacheLawError(
@@ -213,13 +197,13 @@ class RingCacheLayer(CacheLayerMixin):
         self.padding_state = plan.state
         returned = key_states, value_states
         if plan.shift is not None:
-            key_states, value_states = self._shifted(key_states, value_states, plan, plan.shift)
+            key_states, value_states = self._shift_rows(key_states, value_states, plan, plan.shift)
         if plan.sinks is not None:
             self._store_sinks(key_states, value_states, plan.sinks, plan.shift)
         if not plan.is_first and new > 1:
             sink_values = self.values[:, :, : self.num_sink_tokens]
             returned = (
-                self._in_order(self.keys, self.buffers.sink_keys, key_states),
+                self._in_order(self.keys, self.sink_keys, key_states),
                 self._in_order(self.values, sink_values, value_states),
             )
         elif not plan.is_first:
@@ -227,7 +211,7 @@ class RingCacheLayer(CacheLayerMixin):
         self._store(key_states, value_states, plan)
         self._stored = new
         if plan.sink_rotation is not None and self.rotation is not None and self.num_sink_tokens:
-            self._rotate_sinks(*plan.sink_rotation, self.rotation.rotary_dims)
+            self._rotate_sinks(self.rotation, *plan.sink_rotation)
         return returned
 
     def fits(self, dtype: torch.dtype) -> bool:
@@ -246,8 +230,8 @@ class RingCacheLayer(CacheLayerMixin):
         wide = torch.promote_types(key_states.dtype, self.keys.dtype)
         wide_values = torch.promote_types(value_states.dtype, self.values.dtype)
         self.keys, self.values = self.keys.to(wide), self.values.to(wide_values)
-        rollback_keys, rollback_values, sinks, halves = self.buffers
-        self.buffers = AuxiliaryBuffers(rollback_keys.to(wide), rollback_values.to(wide_values), sinks.to(wide), halves)
+        self.rollback_keys, self.rollback_values = self.rollback_keys.to(wide), self.rollback_values.to(wide_values)
+        self.sink_keys = self.sink_keys.to(wide)
         return key_states.to(wide), value_states.to(wide_values)
 
     def _in_order(self, ring: Tensor, sinks: Tensor, new: Tensor) -> Tensor:
@@ -256,7 +240,7 @@ class RingCacheLayer(CacheLayerMixin):
         slots, _ = self._slots_of(columns)
         return torch.cat([sinks, ring.index_select(2, slots), new], dim=2)
 
-    def _shifted(
+    def _shift_rows(
         self, key_states: Tensor, value_states: Tensor, plan: WritePlan, shift: RowShift
     ) -> tuple[Tensor, Tensor]:
         """Move each row's old tokens up to its new ones; return the new columns' states with old ones at their head."""
@@ -267,8 +251,8 @@ class RingCacheLayer(CacheLayerMixin):
         ring = plan.ring.to(back.device).expand(len(back), -1)
         result = []
         for buffer, rollback, states in (
-            (self.keys, self.buffers.rollback_keys, key_states),
-            (self.values, self.buffers.rollback_values, value_states),
+            (self.keys, self.rollback_keys, key_states),
+            (self.values, self.rollback_values, value_states),
         ):
             if bool(back.any()) and self.seen:
                 self._restore(buffer, rollback, back)
@@ -278,9 +262,9 @@ class RingCacheLayer(CacheLayerMixin):
         return result[0], result[1]
 
     def _restore(self, buffer: Tensor, rollback: Tensor, back: Tensor) -> None:
-        """Put into each row's slots what its last `back` columns [batch] overwrote.
+        """Restore each row's slots that its last `back` columns [batch] overwrote.
 
-        If several removed columns used one slot, what the earliest overwrote comes back.
+        If several removed columns used one slot, the earliest one's old content is restored.
         """
         columns = torch.arange(max(0, self.seen - int(back.max())), self.seen, device=buffer.device)
         first = (self.seen - back)[:, None]
@@ -293,7 +277,7 @@ class RingCacheLayer(CacheLayerMixin):
             buffer[:, :, slot] = torch.where(mine, rollback[:, :, kept], buffer[:, :, slot])
 
     def _store(self, key_states: Tensor, value_states: Tensor, plan: WritePlan) -> None:
-        """Write the new tokens into the ring, and what the last of them overwrite into the rollback buffer."""
+        """Write the new tokens into the ring, and the slots that the last ones overwrite into the rollback buffer."""
         new = key_states.shape[2]
         key_states, value_states = key_states.detach(), value_states.detach()
         ring, rollback = plan.ring.to(key_states.device), plan.rollback.to(key_states.device)
@@ -310,9 +294,9 @@ class RingCacheLayer(CacheLayerMixin):
                 self._write(key_states[:, :, part], value_states[:, :, part], ring[part], rollback[part])
 
     def _write(self, key_states: Tensor, value_states: Tensor, ring: Tensor, rollback: Tensor) -> None:
-        """Write a few tokens into the ring, and what they overwrite into the rollback buffer."""
-        self.buffers.rollback_keys.index_copy_(2, rollback, self.keys.index_select(2, ring))
-        self.buffers.rollback_values.index_copy_(2, rollback, self.values.index_select(2, ring))
+        """Write a few tokens into the ring, and the slots that they overwrite into the rollback buffer."""
+        self.rollback_keys.index_copy_(2, rollback, self.keys.index_select(2, ring))
+        self.rollback_values.index_copy_(2, rollback, self.values.index_select(2, ring))
         self.keys.index_copy_(2, ring, key_states)
         self.values.index_copy_(2, ring, value_states)
 
@@ -323,19 +307,15 @@ class RingCacheLayer(CacheLayerMixin):
         is_new = ((index >= first) & (index < key_states.shape[2]))[:, None, :, None]
         index = index.clamp(0, key_states.shape[2] - 1)[:, None, :, None]
         slots = slice(self.num_sink_tokens)
-        sink_keys = self.buffers.sink_keys
-        for store, states in ((sink_keys, key_states), (self.values[:, :, slots], value_states)):
+        for store, states in ((self.sink_keys, key_states), (self.values[:, :, slots], value_states)):
             there = index.expand(*states.shape[:2], -1, states.shape[3])
             store.copy_(torch.where(is_new, states.detach().gather(2, there), store))
-        self.keys[:, :, slots].copy_(sink_keys)
-        if self.rotation is not None:
-            self.buffers = self.buffers._replace(sink_halves=self.rotation.rotate_half(sink_keys))
+        self.keys[:, :, slots].copy_(self.sink_keys)
 
-    def _rotate_sinks(self, cos: Tensor, sin: Tensor, dims: slice) -> None:
+    def _rotate_sinks(self, rotation: Rotation, cos: Tensor, sin: Tensor) -> None:
         """Put the sinks' keys, rotated to their distance, into their slots."""
-        cos, sin = cos.to(self.keys.device), sin.to(self.keys.device)
-        rotated = torch.addcmul(self.buffers.sink_keys[..., dims] * cos, self.buffers.sink_halves, sin)
-        self.keys[:, :, : self.num_sink_tokens, dims].copy_(rotated)
+        rotated = rotation.apply(self.sink_keys, cos.to(self.keys.device), sin.to(self.keys.device))
+        self.keys[:, :, : self.num_sink_tokens].copy_(rotated)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (new tokens, 0): transformers' own mask is made for these and then not used."""
@@ -355,8 +335,8 @@ class RingCacheLayer(CacheLayerMixin):
         """Take back the last `-tokens_to_remove` tokens.
 
         Raises:
-            ValueError: the number is positive, which transformers refuses too, or the ring has overwritten what the
-                shorter text would see.
+            ValueError: the number is positive, which transformers refuses too, or the ring has overwritten keys that
+                the shorter text would see.
         """
         if tokens_to_remove > 0:
             raise ValueError(
@@ -374,11 +354,11 @@ class RingCacheLayer(CacheLayerMixin):
         if remove:
             refuse_crop_of_states(self.states)
         if self.is_initialized and self.written > self.window_length:
-            # If several removed columns used one slot, what the earliest overwrote comes back.
+            # If several removed columns used one slot, the earliest one's old content is restored.
             last = min(remaining + self.window_length, self.seen)
             ring, rollback = self._slots_of(torch.arange(remaining, last, device=self.keys.device))
-            self.keys.index_copy_(2, ring, self.buffers.rollback_keys.index_select(2, rollback))
-            self.values.index_copy_(2, ring, self.buffers.rollback_values.index_select(2, rollback))
+            self.keys.index_copy_(2, ring, self.rollback_keys.index_select(2, rollback))
+            self.values.index_copy_(2, ring, self.rollback_values.index_select(2, rollback))
         self.seen = remaining
         state = self.padding_state
         if state.padding is not None and remaining < state.max_padding:
@@ -407,9 +387,8 @@ class RingCacheLayer(CacheLayerMixin):
     def _map_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         self.padding_state = self.padding_state.map(change)
         if self.is_initialized:
-            self.keys, self.values = change(self.keys), change(self.values)
-            buffers: Any = (None if each is None else change(each) for each in self.buffers)
-            self.buffers = AuxiliaryBuffers(*buffers)
+            for name in _BUFFERS:
+                setattr(self, name, change(getattr(self, name)))
         if self.selection is not None:
             self.selection = self.selection.map(change)
 

@@ -17,7 +17,7 @@ them once. Frequencies that depend on the running length ("dynamic", longrope) a
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -53,6 +53,10 @@ class Rotation:
     layout: Literal["halves", "pairs"] = "halves"
     start: int = 0
     sign: int = 1
+    dims: slice = field(init=False)  # of a head, those that rotate
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dims", slice(self.start, self.start + 2 * len(self.frequencies)))
 
     def rotate(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Rotate x [batch, heads, n, dim] by offsets [rows, n] positions; the result has x's dtype."""
@@ -60,39 +64,24 @@ class Rotation:
 
     def cos_sin(self, offsets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cosines and sines [rows, 1, n, 2f] for offsets [rows, n], in fp32 or better."""
-        return self._cos_sin(exact_angles(offsets, self.frequencies)[:, None] * self.sign, dtype)
-
-    def rotate_by_angles(self, x: Tensor, angles: Tensor) -> Tensor:
-        """Rotate x [batch, heads, n, dim] by angles [..., n, f], in fp32 or better."""
-        return self.apply(x, *self._cos_sin(angles, x.dtype))
-
-    def apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate x [batch, heads, n, dim] by what `cos_sin` returned."""
-        dims = self.rotary_dims
-        rotated = (x[..., dims] * cos + self.rotate_half(x) * sin).to(x.dtype)
-        if rotated.shape[-1] == x.shape[-1]:
-            return rotated
-        return torch.cat([x[..., : dims.start], rotated, x[..., dims.stop :]], dim=-1)
-
-    @property
-    def rotary_dims(self) -> slice:
-        """The dimensions of a head that rotate."""
-        return slice(self.start, self.start + 2 * len(self.frequencies))
-
-    def _cos_sin(self, angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(dtype, torch.float32)
-        cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+        angles, wide = exact_angles(offsets, self.frequencies)[:, None], torch.promote_types(dtype, torch.float32)
+        cos, sin = angles.cos().to(wide), (angles * self.sign).sin().to(wide)
         if self.layout == "halves":
             return torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
         return cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
 
-    def rotate_half(self, x: Tensor) -> Tensor:
-        """Return the rotary dimensions of x [..., dim], each pair (a, b) as (-b, a), in fp32 or better [..., 2f]."""
-        part = x[..., self.rotary_dims].to(torch.promote_types(x.dtype, torch.float32))
+    def apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate x [batch, heads, n, dim] by cosines and sines of `cos_sin`."""
+        part = x[..., self.dims].to(torch.promote_types(x.dtype, torch.float32))
         if self.layout == "halves":
             first, second = part.chunk(2, dim=-1)
-            return torch.cat([-second, first], dim=-1)
-        return torch.stack([-part[..., 1::2], part[..., ::2]], dim=-1).flatten(-2)
+            turned = torch.cat([-second, first], dim=-1)
+        else:
+            turned = torch.stack([-part[..., 1::2], part[..., ::2]], dim=-1).flatten(-2)
+        rotated = (part * cos + turned * sin).to(x.dtype)
+        if rotated.shape[-1] == x.shape[-1]:
+            return rotated
+        return torch.cat([x[..., : self.dims.start], rotated, x[..., self.dims.stop :]], dim=-1)
 
 
 def exact_angles(positions: Tensor, frequencies: Tensor) -> Tensor:
@@ -164,7 +153,7 @@ class ExactRotary:
             raise UnsupportedModelError(f"{name} computes its angles in a way that is not position * inv_freq")
 
     def __call__(self, x: Tensor, positions: Tensor) -> Any:
-        """Return what the module would, for positions [rows, n]."""
+        """Return the module's answer for positions [rows, n]."""
         if self.probing is None:
             angles = exact_angles(positions, self.frequencies)
         else:
@@ -197,21 +186,22 @@ def _table(module: nn.Module) -> Tensor | None:
 def find_rotation(
     unrotated: Tensor, rotated: Tensor, candidates: Iterable[tuple[ExactRotary, Rotation]]
 ) -> Rotation | None:
-    """Find the candidate that turns one into the other, both [..., dim], by its source's probe angles.
+    """Find the candidate that rotates one to the other, both [batch, heads, n, dim], by its source's probe angles.
 
     Returns:
         The rotation, or None where nothing was rotated.
 
     Raises:
-        UnsupportedModelError: neither explains what is seen.
+        UnsupportedModelError: no candidate does.
     """
     scale = unrotated.double().norm()
     tolerance = 2e-2 if unrotated.dtype in (torch.float16, torch.bfloat16) else 1e-4
     if (rotated.double() - unrotated.double()).norm() <= tolerance * scale:
         return None
+    one = torch.ones(1, unrotated.shape[2], device=unrotated.device)
     for source, candidate in candidates:
-        angles = source.probe_angles.to(unrotated.device) * candidate.sign
-        if (candidate.rotate_by_angles(unrotated.double(), angles) - rotated.double()).norm() <= tolerance * scale:
+        by_probe_angles = replace(candidate, frequencies=source.probe_angles)
+        if (by_probe_angles.rotate(unrotated.double(), one) - rotated.double()).norm() <= tolerance * scale:
             return candidate
     raise UnsupportedModelError(
         "it turns queries or keys in a way that is no rotation of planes by position * frequency"

@@ -1,4 +1,4 @@
-"""Sinks and a window: what LM-Infinite and StreamingLLM share. They differ in the distance at which sinks are seen."""
+"""Base of LM-Infinite and StreamingLLM, sinks and a window, which differ in the distance of the sinks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer, StaticLayer
 
+from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.attention.block_scores import DistantKeys, UnrotatedKV
-from hf_longtrunc.attention.context import ForwardContext
-from hf_longtrunc.attention.decoder_call import full_context, positions_in_call_order
+from hf_longtrunc.attention.context import ForwardContext, full_context, positions_in_call_order
 from hf_longtrunc.attention.full_store import FullStoreCacheLayer, FullStoreStateCacheLayer, RingStateCacheLayer
-from hf_longtrunc.attention.kernels import single_query_attention
+from hf_longtrunc.attention.kernels import alibi_bias, eager_attention, sdpa_attention
 from hf_longtrunc.attention.lambda_attention import PATHS, LambdaAttention, SinkWindowLaw
 from hf_longtrunc.attention.padding import RowShift, first_real, from_first_token
-from hf_longtrunc.attention.patch import PatchTechnique
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.attention.rope import exact_forward
+from hf_longtrunc.attention.technique import Technique
 from hf_longtrunc.errors import CacheLawError
 
 if TYPE_CHECKING:
@@ -28,16 +28,15 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from hf_longtrunc.attention.cache_law import CacheLaw
-    from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, MaskPlaceholder
-    from hf_longtrunc.attention.decoder_call import DecoderCall
+    from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, DecoderCall, MaskPlaceholder
     from hf_longtrunc.attention.kernels import ExtraKeys
     from hf_longtrunc.attention.key_retrieval import BlockScores
     from hf_longtrunc.attention.probe import ProbeResult
     from hf_longtrunc.handles import Handle
 
 
-class SinkWindowTechnique(PatchTechnique):
-    """A technique whose queries see a row's first tokens and its last ones.
+class SinkWindowTechnique(Technique):
+    """Queries see a row's first tokens and its last ones.
 
     A subclass is a frozen dataclass with `num_sink_tokens` and `window_length`, and says its `distances`.
     """
@@ -49,6 +48,12 @@ class SinkWindowTechnique(PatchTechnique):
     window_length: int | None
     path: str = "auto"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_sink_tokens", check_int("num_sink_tokens", self.num_sink_tokens, minimum=0))
+        if self.window_length is not None:
+            object.__setattr__(self, "window_length", check_int("window_length", self.window_length, minimum=1))
+        check_choice("path", self.path, PATHS)
+
     @property
     def distances(self) -> SinkWindowLaw:
         """The law of visibility and distance, resolved."""
@@ -56,7 +61,7 @@ class SinkWindowTechnique(PatchTechnique):
 
     @property
     def max_drafts(self) -> int:
-        """As many as the ring can take back; with retrieval no more than read beside the token before them."""
+        """As many as the ring can take back; with retrieval, one fewer than the rows that read at most."""
         most = RingCacheLayer.ROLLBACK + 1
         return most if self.retrieval is None else min(most, self.retrieval.reading_rows(most + 1, False) - 1)
 
@@ -145,7 +150,7 @@ class SinkWindowTechnique(PatchTechnique):
         return ring
 
     def selection_layers(self, call: DecoderCall) -> Sequence[Any]:
-        """Return the cache's layers, each of which must store the whole text."""
+        """Return the cache's layers; all must store the whole text."""
         layers = call.cache_layers
         if not layers or not all(isinstance(layer, FullStoreCacheLayer) for layer in layers):
             kinds = ", ".join(sorted({type(layer).__name__.removeprefix("Guarded") for layer in layers})) or "no cache"
@@ -182,7 +187,7 @@ class SinkWindowTechnique(PatchTechnique):
             j = ring.key_positions(state, device)
             distances = law.distance(queries, j)[:, 0]
             if past:
-                slots = None if ring.sees_every_slot(state) else self._visible_slots(queries, j), distances
+                slots = None if ring.all_visible(state) else self._visible_slots(queries, j), distances
             offsets = (queries - j - distances)[:, : self.num_sink_tokens].clamp_min(0)
             for rotation in {*found.distinct_rotations, *(each.rotation for each in rings)}:  # an earlier patch's rings
                 if rotation is not None:
@@ -234,24 +239,22 @@ class SinkWindowTechnique(PatchTechnique):
                 "generate()"
             )
         if context.ring_slots is None:
-            return call.in_call_order(self._over_text(call.in_text_order()).compute(self.path))
+            return call.in_call_order(self._lambda_attention(call.in_text_order()).compute(self.path))
         query, layer, rotation, sinks = call.query, call.layer, call.scoring.rotation, slice(self.num_sink_tokens)
         seen, distances = context.ring_slots
         if not layer.caches_keys and rotation is not None and sinks.stop:
             cos, sin = (each.to(key.device) for each in context.sink_rotations[id(rotation)])
             key[:, :, sinks] = rotation.apply(key[:, :, sinks], cos, sin)
-        read = self._reader(call, None)
-        return single_query_attention(
-            query,
-            key,
-            call.value,
-            distances.to(query.device),
-            None if seen is None else seen.to(query.device),
-            call.scoring,
-            None if read is None else partial(read, query, context.query_positions.to(query.device)),
-        )
+        seen, distances = None if seen is None else seen.to(query.device)[:, None], distances.to(query.device)[:, None]
+        read, scoring = self._reader(call, None), call.scoring
+        if read is None and scoring.is_plain:
+            grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # a group's heads, as queries
+            return sdpa_attention(grouped, key, call.value, seen, scoring, None).reshape(*query.shape[:3], -1)
+        bias = None if scoring.slopes is None else alibi_bias(scoring.slopes, distances, query)
+        read = None if read is None else partial(read, query, context.query_positions.to(query.device))
+        return eager_attention(query, key, call.value, seen, scoring, None, bias, read)
 
-    def _over_text(self, call: AttentionCall) -> LambdaAttention:
+    def _lambda_attention(self, call: AttentionCall) -> LambdaAttention:
         """Return the attention to keys in the order of the text, or to the sinks and the end of the text after them."""
         law, context, query, key, value = self.distances, call.context, call.query, call.key, call.value
         sinks, leading = self.num_sink_tokens, context.leading_sinks

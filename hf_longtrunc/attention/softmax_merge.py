@@ -39,23 +39,15 @@ _Kind = tuple[MaskKind, "Tensor | None"]  # mask and bias of a part
 
 
 class AttentionPart(NamedTuple):
-    """One kernel call: the queries of all parts, rotated for this part, and keys of its own.
+    """One kernel call: the queries of all parts, rotated for this part, and keys of its own."""
 
-    Attributes:
-        query: [batch, heads, n, dim].
-        key: [batch, kv_heads, m, dim].
-        value: [batch, kv_heads, m, value_dim].
-        mask: query i sees all keys ("full"), those at j <= i ("causal"), or those at j >= i - (n - m) ("anticausal").
-            Each query must see at least one key.
-        bias: joins the logits of all queries [batch, m]: the logarithm of a key's multiplicity. For few keys, as they
-            are scored without a kernel.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: MaskKind = "full"
-    bias: Tensor | None = None
+    query: Tensor  # [batch, heads, n, dim]
+    key: Tensor  # [batch, kv_heads, m, dim]
+    value: Tensor  # [batch, kv_heads, m, value_dim]
+    mask: MaskKind = "full"  # query i sees all keys, those at j <= i, or those at j >= i - (n - m); at least one
+    bias: Tensor | None = (
+        None  # of all queries' logits [batch, m]: log of a key's multiplicity. Scored without a kernel
+    )
 
 
 def merge_attention(parts: Sequence[AttentionPart], scoring: Scoring) -> Float[Tensor, "batch heads n value_dim"]:
@@ -85,7 +77,7 @@ def _merge(parts: Sequence[AttentionPart], scoring: Scoring) -> tuple[Tensor, Te
     """
     outputs, each = [], []
     for part in parts:
-        output, lse = _attended(part, scoring)
+        output, lse = _attend_part(part, scoring)
         outputs.append(output)
         each.append(lse)
     if scoring.null_logits is not None:
@@ -135,7 +127,7 @@ def _has_kernel(part: AttentionPart, scoring: Scoring) -> bool:
     return _KERNEL_IS_TRIED and part.query.device.type == "cpu" and has_one_width and is_plain
 
 
-def _attended(part: AttentionPart, scoring: Scoring) -> tuple[Tensor, Tensor]:
+def _attend_part(part: AttentionPart, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Return the output [batch, heads, n, value_dim] of one part and its log-sum-exp [batch, heads, n]."""
     if _has_kernel(part, scoring):
         query, key, value = _in_order(part)
@@ -180,8 +172,8 @@ def _gradients(
             capped = scores if part.bias is None else scores - part.bias[:, None, None]
             inner = inner * (1 - (capped.masked_fill(weights == 0, 0) / scoring.softcap).square())
         to_query.append(grouped_matmul(inner, key))
-        to_key += _sum_over_group(inner, part.query[:, :, rows].to(wide), key.shape[1])
-        to_value += _sum_over_group(weights, upstream, key.shape[1])
+        to_key += _grouped_sum(inner, part.query[:, :, rows].to(wide), key.shape[1])
+        to_value += _grouped_sum(weights, upstream, key.shape[1])
     return torch.cat(to_query, dim=2).to(part.query.dtype), to_key.to(part.key.dtype), to_value.to(part.value.dtype)
 
 
@@ -206,7 +198,7 @@ def scores_of(part: AttentionPart, start: int, scoring: Scoring) -> Float[Tensor
     return scores
 
 
-def _sum_over_group(x: Tensor, y: Tensor, groups: int) -> Tensor:
+def _grouped_sum(x: Tensor, y: Tensor, groups: int) -> Tensor:
     """x^T y [batch, kv_heads, m, d], summed over the queries and heads of a group; x [..., n, m], y [..., n, d]."""
     batch = x.shape[0]
     return x.reshape(batch, groups, -1, x.shape[-1]).transpose(-1, -2) @ y.reshape(batch, groups, -1, y.shape[-1])

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hf_longtrunc.arguments import check_choice, check_int
-from hf_longtrunc.attention.lambda_attention import PATHS, SinkWindowLaw
+from hf_longtrunc.attention.lambda_attention import SinkWindowLaw
 from hf_longtrunc.attention.lm_infinite import trained_length
 from hf_longtrunc.attention.sink_window import SinkWindowTechnique
 
@@ -17,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamingLLM(SinkWindowTechnique):
-    """Attention sinks and a window, with positions counted within the cache: what `SinkCache` was in transformers.
+    """Attention sinks and a window, with positions counted within the cache, as transformers' former `SinkCache`.
 
-    Every query sees the `num_sink_tokens` first tokens of its row and the last `window_length`, as if nothing stood
-    between them. Texts of up to S + L tokens are read as the unmodified model reads them. Cost as for `LMInfinite`.
+    Every query sees the `num_sink_tokens` first tokens of its row and the last `window_length`, as if they were
+    adjacent. Texts of up to S + L tokens are read as the unmodified model reads them. Cost as for `LMInfinite`.
 
     >>> with StreamingLLM(num_sink_tokens=4, window_length=60)(model):
     ...     answer = model.generate(ids, max_new_tokens=4, do_sample=False)
@@ -40,12 +39,6 @@ class StreamingLLM(SinkWindowTechnique):
     window_length: int | None = None
     path: str = "auto"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "num_sink_tokens", check_int("num_sink_tokens", self.num_sink_tokens, minimum=0))
-        if self.window_length is not None:
-            object.__setattr__(self, "window_length", check_int("window_length", self.window_length, minimum=1))
-        check_choice("path", self.path, PATHS)
-
     def for_model(self, model: Any) -> Self:
         """Return the technique with the window of one model."""
         window = self.window_length
@@ -53,7 +46,7 @@ class StreamingLLM(SinkWindowTechnique):
 
     @cached_property
     def distances(self) -> SinkWindowLaw:
-        """The sinks stand right before the window, in their order."""
+        """The sinks come right before the window, in their order."""
         assert self.window_length is not None
         return SinkWindowLaw(
             self.num_sink_tokens, self.window_length, self.num_sink_tokens + self.window_length - 1, sink_spacing=1

@@ -1,8 +1,8 @@
-"""The contract between `AttentionPatch` and a technique: what a patch asks, and what a technique answers.
+"""The base class of techniques: the settings that a user writes, and the methods that `AttentionPatch` calls.
 
-A technique is a frozen dataclass of settings. `for_model` and `check` return it with every default resolved; the other
-methods belong to that resolved copy. A new technique needs one law of distances, `context` and `attend`; `patch.py`
-needs no change. `path_check.py` holds each of its paths to the law at attach.
+A technique is a frozen dataclass. `for_model` and `check` return it with every default resolved; the other methods
+belong to that resolved copy. A new technique needs a law of distances, `context` and `attend`; `patch.py` needs no
+change. At attach, `path_check.py` compares each of its paths with the law.
 """
 
 from __future__ import annotations
@@ -12,6 +12,11 @@ from abc import ABC, abstractmethod
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from hf_longtrunc.attention.explanation import Explanation
+from hf_longtrunc.attention.patch import AttentionPatch
+from hf_longtrunc.errors import UnsupportedModelError
+from hf_longtrunc.models import attachable
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -20,8 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from hf_longtrunc.attention.cache_law import CacheLaw
-    from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, MaskPlaceholder
-    from hf_longtrunc.attention.decoder_call import DecoderCall
+    from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, DecoderCall, MaskPlaceholder
     from hf_longtrunc.attention.key_retrieval import BlockScores, Retrieval
     from hf_longtrunc.attention.probe import ProbeResult
     from hf_longtrunc.handles import Handle
@@ -62,7 +66,7 @@ class Technique(ABC):
     restarts_positions: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """Refuse what a dataclass would refuse, and name the right call."""
+        """Refuse arguments that a dataclass would refuse, and name the right call."""
         name = cls.__name__
         if args:
             raise TypeError(
@@ -78,12 +82,41 @@ class Technique(ABC):
         return super().__new__(cls)
 
     def __enter__(self) -> None:
-        """Refuse `with LMInfinite():`, which names no model."""
         name = type(self).__name__
         raise TypeError(f"{name}(...) has no model to patch yet: write `with {name}(...)(model):`")
 
     def __exit__(self, *exception: object) -> None:  # noqa: B027
-        """Only here so that `with` calls `__enter__`."""
+        """Do nothing: `with` needs this method before it calls `__enter__`."""
+
+    def attach(self, model: Any) -> AttentionPatch:
+        """Patch `model`, a transformers causal language model or a PEFT or DDP wrapper of one, until `detach()`.
+
+        Runs a few forwards of at most eight tokens to find how each layer rotates its queries and keys. The same
+        technique on the same model, unchanged since, runs none.
+
+        Raises:
+            TypeError: it is no such model.
+            UnsupportedModelError: its architecture cannot be patched; the message says why.
+            ValueError: it is patched or compiled already, or the settings do not fit it.
+        """
+        return AttentionPatch(self, attachable(model, type(self).__name__))
+
+    __call__ = attach
+
+    def explain(self, model: Any) -> Explanation:
+        """Return what holds for this model under the technique, or why it cannot be patched.
+
+        >>> print(LMInfinite(window_length=64).explain(model).cache)
+        a ring: 40 KiB a row at any length
+
+        The model is patched and given back. See `Explanation` for the fields; `print` shows all of them.
+        """
+        owner = attachable(model, type(self).__name__)
+        try:
+            with self.attach(model) as handle:
+                return handle.explanation()
+        except UnsupportedModelError as error:
+            return Explanation(f"{self} on {type(owner).__name__}", supported=False, reason=str(error))
 
     @property
     @abstractmethod
@@ -103,7 +136,7 @@ class Technique(ABC):
     @property
     @abstractmethod
     def retrieval_length(self) -> int:
-        """The shortest text of which `retrieval` can select something."""
+        """The shortest text in which `retrieval` can select keys."""
 
     @property
     def first_block(self) -> int:

@@ -6,6 +6,7 @@ import copy
 import threading
 from dataclasses import dataclass, replace
 from functools import partial, update_wrapper
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +16,29 @@ from torch import Tensor
 from hf_longtrunc.arguments import check_int
 from hf_longtrunc.attention.full_store import FullStoreCacheLayer
 from hf_longtrunc.attention.key_retrieval import TopBlocks
-from hf_longtrunc.attention.mass import by_stretch, mass_of_keys
-from hf_longtrunc.attention.page import write_page
 from hf_longtrunc.attention.patch import AttentionPatch
 from hf_longtrunc.handles import Handle
 from hf_longtrunc.models import bound
+from hf_longtrunc.page import write
+from hf_longtrunc.pieces import pieces
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Sequence
 
+    from jaxtyping import Float, Int
+
     from hf_longtrunc.attention.context import AttentionCall, ForwardContext
     from hf_longtrunc.attention.technique import Technique
+
+_CELLS = 600  # of a page's strip: more could not be told apart
+_PARTS = 100_000  # unit of the shares on a page
+_NOT_SEEN = -1
 
 
 @dataclass(eq=False)
 class AttentionRecord:
-    """What the last token of one forward read; the next token was made of it.
+    """The attention of one forward's last token, from which the next token was predicted.
 
     Attributes:
         position: of that token in each row [batch], counted from the row's first real token.
@@ -49,7 +56,7 @@ class AttentionRecord:
 
 
 class AttentionTrace(Handle):
-    """A record of what a patched model reads, until `detach()` or the end of a `with` block.
+    """Record which tokens a patched model attends to, until `detach()` or the end of a `with` block.
 
     >>> with LMInfinite(window_length=64)(model) as handle, AttentionTrace(handle) as trace, torch.no_grad():
     ...     answer = model.generate(ids, max_new_tokens=3, do_sample=False)
@@ -64,7 +71,7 @@ class AttentionTrace(Handle):
     The shares of a forward are stored on the CPU, a number for each stretch.
 
     Args:
-        handle: what `LMInfinite(...).attach(model)` or `DualChunkAttention(...).attach(model)` returned.
+        handle: returned by `LMInfinite(...).attach(model)` or `DualChunkAttention(...).attach(model)`.
         stretch: tokens of the text that are counted together.
 
     Attributes:
@@ -87,18 +94,18 @@ class AttentionTrace(Handle):
         self._patch = handle
         _refuse_untraceable(handle)
         model, decoder = handle.model, handle.decoder
-        super().__init__("AttentionTrace", model, "its attention layers record what they read")
+        super().__init__("AttentionTrace", model, "its attention layers record their weights")
         with self.or_nothing():
             for module, layer in handle.layers.items():
-                handle.route(self, module, layer, self._attend)
+                handle.set_attention(self, module, layer, self._attend)
             self.set(decoder, "_hf_longtrunc_trace", self)
-            self.set(handle, "passthrough", False)  # a short text is to be read by layers that can be listened to
+            self.set(handle, "passthrough", False)  # a short text too is computed by layers that record
             self.set(decoder, "forward", update_wrapper(partial(self._forward), decoder.forward))
             prepare = model._prepare_cache_for_generation
-            self.set(model, "_prepare_cache_for_generation", partial(_without_beams, prepare))
+            self.set(model, "_prepare_cache_for_generation", partial(_refuse_beams, prepare))
 
     def _forward(self, *args: Any, **inputs: Any) -> Any:
-        """Run the decoder and record what its last token read."""
+        """Run the decoder and record the attention of its last token."""
         inputs = bound(self._patch.decoder, args, inputs)
         if torch.is_inference_mode_enabled():
             raise ValueError("AttentionTrace cannot count under torch.inference_mode(): use torch.no_grad()")
@@ -119,7 +126,7 @@ class AttentionTrace(Handle):
         return output
 
     def _attend(self, call: AttentionCall) -> Tensor:
-        """Attend as the technique does, and record what the last query reads, except in a scoring pass."""
+        """Attend as the technique does, and record the last query's attention, except in a scoring pass."""
         technique = self._patch.resolved
         read = getattr(self._thread, "read", None)  # None where a layer is run again for its gradients
         if read is not None and call.context.block_scores is None:
@@ -158,10 +165,12 @@ class AttentionTrace(Handle):
         ids = [int(token) for token in ids]
         first = check_int("prompt_length", prompt_length, minimum=1, maximum=len(ids) - 1)
         records = self._of_row(ids, first, check_int("row", row, minimum=0))
-        return write_page(Path(path), tokenizer, ids, first, records, self.stretch, prompt)
+        content = resources.files("hf_longtrunc.attention").joinpath("trace.html").read_text(encoding="utf-8")
+        data = _page_data(tokenizer, ids, prompt, self.stretch, records)
+        return write(Path(path), content, data, title="Where the answer read", prompt=prompt)
 
     def _of_row(self, ids: list[int], first: int, row: int) -> list[tuple[Tensor, Tensor | None]]:
-        """Return the mass, and the chosen blocks, of which each token from `first` on was made."""
+        """Return the mass and the selected blocks from which each token from `first` on was predicted."""
         by_position = {int(each.position[row]): each for each in self.records if row < len(each.position)}
         found = []
         for before in range(first - 1, len(ids) - 1):
@@ -192,43 +201,83 @@ def _refuse_untraceable(handle: AttentionPatch) -> None:
 
 
 def _layer_record(technique: Technique, call: AttentionCall, stretch: int) -> AttentionRecord:
-    """Return what the last query of a layer read; its mass is summed over the heads."""
-    context, held = call.context, call.context.cache_layers.get(call.layer.index)
+    """Return the record of one layer's last query; its mass is summed over the heads."""
+    context, cached = call.context, call.context.cache_layers.get(call.layer.index)
     last = context.last_position[:, 0].expand(len(call.value)).cpu()
     mass = torch.zeros(len(last), int(last.max()) // stretch + 1, dtype=torch.float64)
-    for of_keys, positions in _masses(technique, call, held):
-        mass += by_stretch(of_keys, positions, stretch, mass.shape[1]).cpu()
+    for of_keys, positions in _mass_of_cache(technique, call, cached):
+        mass += mass_of_stretches(of_keys, positions, stretch, mass.shape[1]).cpu()
     blocks = None
-    if held is not None and held.selection is not None and isinstance(technique.retrieval, TopBlocks):
-        blocks = _spans(held.selection.blocks, technique.retrieval, technique.first_block)
+    if cached is not None and cached.selection is not None and isinstance(technique.retrieval, TopBlocks):
+        retrieval, chosen = technique.retrieval, cached.selection.blocks.cpu()[..., None]
+        start = technique.first_block + chosen * retrieval.block_size
+        spans = torch.cat([start - retrieval.margin, start + retrieval.block_size + retrieval.margin], dim=-1)
+        blocks = spans.clamp_min(0).masked_fill(chosen < 0, 0)
     return AttentionRecord(last, None, mass, blocks)
 
 
-def _masses(technique: Technique, call: AttentionCall, held: Any) -> list[tuple[Tensor, Tensor]]:
+def _mass_of_cache(technique: Technique, call: AttentionCall, cached: Any) -> list[tuple[Tensor, Tensor]]:
     """Return the attention that the last query pays to keys [batch, m], and their positions [rows, m].
 
-    `held` is the layer's cache: keys of its full store, where it has one, are read too.
+    If `cached`, the layer's cache, has a full store, the keys of the store are read too.
     """
-    text = held.text() if isinstance(held, FullStoreCacheLayer) else None
+    text = cached.text() if isinstance(cached, FullStoreCacheLayer) else None
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     call = call.in_text_order()
-    positions = call.context.query_positions[:, -1:]
-    context = replace(call.context, query_positions=positions, query_order=None, key_order=None)
+    context = call.context
+    context = replace(context, query_positions=context.query_positions[:, -1:], query_order=None, key_order=None)
     query, scoring = call.query[:, :, -1:].to(dtype, copy=True), call.scoring._replace(dropout=0.0)
 
     def attend(values: Tensor, of_text: Tensor | None = None) -> Tensor:
-        shown = context
+        with_values = context
         if of_text is not None:
-            view = copy.copy(held)
+            view = copy.copy(cached)
             view.store_values = of_text
-            shown = replace(context, cache_layers={call.layer.index: view})
+            with_values = replace(context, cache_layers={call.layer.index: view})
         key = call.key.to(dtype, copy=True)
-        return technique.attend(call._replace(query=query, key=key, value=values, context=shown, scoring=scoring))
+        return technique.attend(call._replace(query=query, key=key, value=values, context=with_values, scoring=scoring))
 
     values = [call.value] if text is None else [call.value, text.value]
-    first, *rest = mass_of_keys(attend, *values, dtype=dtype)
-    own = first, _positions(context, call.key.shape[2])
-    return [own, *((mass, text.positions) for mass in rest if text is not None)]
+    mass, *of_text = mass_of_keys(attend, *values, dtype=dtype)
+    return [
+        (mass, _positions(context, call.key.shape[2])),
+        *((each, text.positions) for each in of_text if text is not None),
+    ]
+
+
+def mass_of_keys(
+    attend: Callable[..., Tensor], *values: Float[Tensor, "batch kv_heads _ _"], dtype: torch.dtype
+) -> list[Float[Tensor, "batch _"]]:
+    """Return the attention weight of each key [batch, keys], summed over heads and queries.
+
+    An output is linear in the values, o = sum_j w_j v_j. If each value is one number, the gradient of o by v_j is w_j,
+    summed over the heads that share the key. So the weights come from the code that attends, not from a copy of it.
+
+    Args:
+        attend: takes a tensor [batch, kv_heads, keys, 1] for each of `values`, and returns the output of attention
+            over all of them [batch, heads, n, 1].
+        values: of the keys.
+        dtype: of the computation.
+
+    Cost: the attention and its backward pass, with values of one number. Works under `torch.no_grad`, not under
+    `torch.inference_mode`.
+    """
+    # Saved-tensor hooks of a checkpoint around this call must not count its tensors.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        ones = [value.new_ones(*value.shape[:3], 1, dtype=dtype).requires_grad_() for value in values]
+        found = torch.autograd.grad(attend(*ones).sum(), ones, allow_unused=True)
+    return [
+        each.new_zeros(each.shape[0], each.shape[2]) if grad is None else grad[..., 0].sum(1)
+        for each, grad in zip(ones, found, strict=True)
+    ]
+
+
+def mass_of_stretches(
+    mass: Float[Tensor, "batch keys"], positions: Int[Tensor, "rows keys"], stretch: int, count: int
+) -> Float[Tensor, "batch count"]:
+    """Return the sum of mass over each of `count` stretches of `stretch` tokens; keys before position 0 have none."""
+    index = (positions.to(mass.device) // stretch).clamp(0, count - 1).expand(mass.shape)
+    return mass.new_zeros(len(mass), count).scatter_add(1, index, mass)
 
 
 def _positions(context: ForwardContext, count: int) -> Tensor:
@@ -241,14 +290,39 @@ def _positions(context: ForwardContext, count: int) -> Tensor:
     return torch.cat([torch.arange(sinks, device=device).expand(len(others), -1), others], dim=1)
 
 
-def _spans(blocks: Tensor, retrieval: TopBlocks, first: int) -> Tensor:
-    """Return where chosen blocks [batch, blocks] start and stop, their margins included [batch, blocks, 2]."""
-    start = first + blocks.cpu() * retrieval.block_size
-    spans = torch.stack([start - retrieval.margin, start + retrieval.block_size + retrieval.margin], dim=-1)
-    return spans.clamp_min(0).masked_fill(blocks.cpu()[..., None] < 0, 0)
+def _page_data(
+    tokenizer: Any, ids: list[int], prompt: str, stretch: int, read: Sequence[tuple[Tensor, Tensor | None]]
+) -> dict[str, Any]:
+    """Return the data that `trace.html` shows.
+
+    `read` holds for each token of the answer the mass of each stretch [stretches] and the selected blocks [blocks, 2].
+    """
+    per_cell = -(-len(read[-1][0]) // _CELLS)  # stretches
+    cell, first = stretch * per_cell, len(ids) - len(read)
+    texts = list(pieces(tokenizer, ids))
+    answer = []
+    for text, (mass, blocks) in zip(texts[first:], read, strict=True):
+        padded = torch.nn.functional.pad(mass, (0, -len(mass) % per_cell))
+        shares = padded.view(-1, per_cell).sum(1).tolist()
+        answer.append(
+            {
+                "text": text,
+                "mass": [_NOT_SEEN if share == 0 else round(share * _PARTS) for share in shares],
+                "blocks": [] if blocks is None else [span for span in blocks.tolist() if span[1]],
+            }
+        )
+    return {
+        "prompt": prompt,
+        "cell": cell,
+        "length": len(ids),
+        "first": first,
+        "parts": _PARTS,
+        "words": ["".join(texts[start : start + cell]) for start in range(0, len(ids), cell)],
+        "answer": answer,
+    }
 
 
-def _without_beams(prepare: Callable[..., Any], generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+def _refuse_beams(prepare: Callable[..., Any], generation_config: Any, *args: Any, **kwargs: Any) -> Any:
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(
             f"num_beams={generation_config.num_beams} lets the rows of a batch change places, and a trace could not "

@@ -37,7 +37,7 @@ from rich.table import Table
 from torch import Tensor
 
 from hf_longtrunc import LMInfinite, load_pretrained
-from hf_longtrunc.attention.kernels import Scoring, single_query_attention
+from hf_longtrunc.attention.kernels import Scoring, sdpa_attention
 from hf_longtrunc.attention.lambda_attention import LONG_PROMPTS, LambdaAttention, SinkWindowLaw
 from hf_longtrunc.attention.padding import PaddingState
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
@@ -210,7 +210,7 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
     j = cache.key_positions(cache.padding_state, device)
     distances = layer.law.distance(i, j)[:, 0]
     assert cache.rotation is not None
-    assert cache.sees_every_slot(cache.padding_state)
+    assert cache.all_visible(cache.padding_state)
     offsets = (i - j - distances)[:, : layer.sinks]
     rotation = cache.rotation.cos_sin(offsets, layer.dtype)
     plan = cache.write_plan(1, device, PaddingState())._replace(sink_rotation=rotation)
@@ -219,7 +219,8 @@ def decode_sides(layer: Layer, n: int, batch: int) -> dict[str, Callable[[], obj
         cache.prepare_update(plan)
         keys, values = cache.update(key, value)
         cache.commit()
-        return single_query_attention(query, keys, values, distances, None, layer.scoring)
+        grouped = query.view(batch, layer.kv_heads, -1, layer.dim)
+        return sdpa_attention(grouped, keys, values, None, layer.scoring, None)
 
     return {
         "full": lambda: plain(all_keys, all_values),
@@ -281,8 +282,7 @@ def cache_mib(layer: Layer, n: int) -> tuple[float, float]:
     """Return the MiB of one layer's LM-Infinite cache and of an ordinary one, after n tokens at batch 1."""
     _, key, value = layer.tokens(n)
     cache = filled_cache(layer, key, value)
-    held = sum(tensor.nbytes for tensor in (cache.keys, cache.values, *cache.buffers))
-    return held / 2**20, (key.nbytes + value.nbytes) / 2**20
+    return cache.nbytes / 2**20, (key.nbytes + value.nbytes) / 2**20
 
 
 def timings(

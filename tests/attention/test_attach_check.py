@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from types import SimpleNamespace
 
@@ -50,16 +50,8 @@ def unchecked():
     probe._checked.clear()
 
 
-@dataclass(frozen=True)
-class OneFarther(SinkWindowLaw):
-    """Another distance than its definition says, in one place."""
-
-    def far_query(self, query, query_positions, scoring):
-        return scoring.rotate(query, self.max_distance + 1 - query_positions)
-
-
 def plant_far(monkeypatch):
-    monkeypatch.setattr(SinkWindowLaw, "far_query", OneFarther.far_query)
+    monkeypatch.setattr(SinkWindowLaw, "far_query_offsets", lambda self, positions: self.max_distance + 1 - positions)
 
 
 def plant_split(monkeypatch):
@@ -69,16 +61,14 @@ def plant_split(monkeypatch):
 
 def plant_ring(monkeypatch):
     keep = RingCacheLayer._rotate_sinks
-    monkeypatch.setattr(RingCacheLayer, "_rotate_sinks", lambda self, cos, sin, dims: keep(self, cos, -sin, dims))
+    monkeypatch.setattr(RingCacheLayer, "_rotate_sinks", lambda self, to, cos, sin: keep(self, to, cos, -sin))
 
 
 def plant_mask(monkeypatch):
     from hf_longtrunc.attention import sink_window
 
-    keep = sink_window.single_query_attention
-    monkeypatch.setattr(
-        sink_window, "single_query_attention", lambda q, k, v, d, seen, *rest: keep(q, k, v, d, None, *rest)
-    )
+    keep = sink_window.sdpa_attention
+    monkeypatch.setattr(sink_window, "sdpa_attention", lambda q, k, v, seen, *rest: keep(q, k, v, None, *rest))
 
 
 def plant_chunks(monkeypatch):
@@ -293,10 +283,7 @@ def test_an_explanation_says_what_holds(llama, technique):
         output = llama.generate(ids, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
         layers = cache_of(output).layers
         assert str(handle.explanation()) == str(told)
-    held = 0
-    for layer in layers:
-        tensors = [layer.keys, layer.values, *(x for x in getattr(layer, "buffers", None) or () if x is not None)]
-        held += sum(tensor.nbytes for tensor in tensors)
+    held = sum(getattr(layer, "nbytes", layer.keys.nbytes + layer.values.nbytes) for layer in layers)
     assert told.cache_bytes(layers[0].get_seq_length()) == held
     assert "as without the patch up to" in str(told)
     assert before.isfinite().all()

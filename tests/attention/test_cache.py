@@ -54,7 +54,7 @@ def give(ring: LambdaCacheLayer, tape: Tape, n: int) -> None:
     elif before:
         sinks = torch.arange(tape.sinks).expand(len(tape.padding), -1)
         j = torch.cat([sinks, j[:, tape.sinks - ring.keys_returned(n) :]], dim=-1)
-    everything_is_seen = ring.sees_every_slot(rows)
+    everything_is_seen = ring.all_visible(rows)
     keys, values = ring.update(*tape.append(n))
     ring.commit()
     assert keys.shape[2] == values.shape[2] == j.shape[1]
@@ -110,6 +110,6 @@ def test_a_full_ring_is_seen_whole_from_the_first_token_that_does():
     ring, tape = SmallRing(3, 5, ROTATION), Tape([0, 2], 3, 5)
     whole = []
     for n in [4, *[1] * 8]:
-        whole.append(ring.sees_every_slot(PaddingState(tape.padding, 2)))
+        whole.append(ring.all_visible(PaddingState(tape.padding, 2)))
         give(ring, tape, n)
     assert whole == [False] * 6 + [True] * 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import random
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -199,43 +198,6 @@ def test_a_short_text_is_the_unmodified_model_to_the_bit(llama, attention):
     before = logits(llama, ids, attention_mask=mask, position_ids=positions)
     with ARM(llama):
         assert torch.equal(logits(llama, ids, attention_mask=mask, position_ids=positions), before)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_random_histories_are_each_row_alone(llama, seed):
-    """Chunks, single tokens, crops, rows repeated and reordered, left padding of one row too, a patch anew."""
-    draw = random.Random(seed)
-    torch.manual_seed(seed)
-    rows = draw.randint(1, 3)
-    padding = [draw.choice([0, 0, draw.randint(1, 12)]) for _ in range(rows)]
-    ids, cache, handle = torch.randint(3, 90, (rows, 70)), DynamicCache(), ARM(llama)
-    pad = torch.tensor(padding)[:, None]
-    seen = 0
-    while seen < 45:
-        new = draw.choice([1, 1, draw.randint(2, 19)])
-        new = min(new, ids.shape[1] - seen)
-        mask = (torch.arange(seen + new)[None] >= pad).long()
-        got = logits(llama, ids[:, seen : seen + new], cache=cache, attention_mask=mask, use_cache=True)
-        seen += new
-        event = draw.choice(["", "", "crop", "reorder", "again"])
-        for row in range(len(ids)):
-            first = int(pad[row])
-            if seen <= first:
-                continue
-            alone = logits(llama, ids[row : row + 1, first:seen])[0]
-            kept = alone[-new:] if seen - first >= new else alone
-            assert (got[row, new - len(kept) :] - kept).abs().max() < 3e-5
-        if event == "crop" and seen > 14:
-            cache.crop(-draw.randint(1, 12))
-            seen = cache.get_seq_length()
-        elif event == "reorder":
-            order = torch.tensor([draw.randrange(len(ids)) for _ in range(len(ids))])
-            cache.reorder_cache(order)
-            ids, pad = ids[order], pad[order]
-        elif event == "again":
-            handle.detach()
-            handle = ARM(llama)
-    handle.detach()
 
 
 def test_a_batched_chat_with_answers_of_different_lengths(llama):

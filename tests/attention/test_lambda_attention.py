@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from hf_longtrunc import LMInfinite
 from hf_longtrunc.attention import softmax_merge
-from hf_longtrunc.attention.kernels import Scoring, single_query_attention
-from hf_longtrunc.attention.lambda_attention import SinkWindowLaw, choose_path
+from hf_longtrunc.attention.kernels import Scoring, eager_attention, sdpa_attention
+from hf_longtrunc.attention.lambda_attention import SinkWindowLaw, resolve_path
 from hf_longtrunc.attention.rope import Rotation
 
 from .reference import Naive, Rope, is_visible, lambda_attention
@@ -179,16 +178,13 @@ def test_one_query_over_keys_in_any_order():
     last = query[:, :, -1:]
     away = (19 - j).clamp_max(9)
     turned = ROTATION.rotate(key[:, :, order], -away[None])
-    got = single_query_attention(
-        last,
-        turned,
-        value[:, :, order],
-        away[None],
-        SinkWindowLaw(3, 6, 6).visible(torch.tensor([19]), j),
-        Scoring(0.4),
-    )
+    seen = SinkWindowLaw(3, 6, 6).visible(torch.tensor([19]), j)[None]
     expected = Naive(3, 6, 9, ROPE)(query[0], key[0], value[0], 0.4)[:, -1:]
-    assert (got[0] - expected).abs().max() < 1e-12
+    for got in (
+        sdpa_attention(last, turned, value[:, :, order], seen, Scoring(0.4), None),
+        eager_attention(last, turned, value[:, :, order], seen, Scoring(0.4), None, None, None),
+    ):
+        assert (got[0] - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("path", ["split", "sdpa", "eager"])
@@ -246,19 +242,14 @@ def test_flex_attention_with_padding_and_a_past():
 
 
 def test_paths_are_named():
-    assert choose_path("auto", Scoring(1.0)) == "sdpa"
-    assert choose_path("auto", Scoring(1.0, softcap=2.0)) == "eager"
+    assert resolve_path("auto", Scoring(1.0)) == "sdpa"
+    assert resolve_path("auto", Scoring(1.0, softcap=2.0)) == "eager"
     with pytest.raises(ValueError, match="path must be one of"):
-        choose_path("flash", Scoring(1.0))
+        resolve_path("flash", Scoring(1.0))
     with pytest.raises(ValueError, match="use 'eager'"):
-        choose_path("sdpa", Scoring(1.0, softcap=2.0))
+        resolve_path("sdpa", Scoring(1.0, softcap=2.0))
     with pytest.raises(ValueError, match="has no attention dropout"):
-        choose_path("flex", Scoring(1.0, dropout=0.1))
-    for path in ("varlen", "triton"):
-        with pytest.raises(ValueError, match=r"was removed.*leave path out"):
-            choose_path(path, Scoring(1.0))
-    with pytest.raises(ValueError, match="called 'split' now"):
-        LMInfinite(path="joined")
+        resolve_path("flex", Scoring(1.0, dropout=0.1))
 
 
 def test_rotation_is_exact_at_any_position():

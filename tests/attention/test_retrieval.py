@@ -485,24 +485,26 @@ def test_what_blocks_take_where_nothing_is_given(llama):
         assert not torch.equal(logits(llama, ids, cache=ring_cache(llama)), expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", "gptj"])
-def test_a_left_padded_row_chooses_for_itself(family):
+IN_CONTRAST = {"contrast_rows": 6, "ending_rows": 1, "margin": 2, "least_contrast": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {}), ("llama", {"store": "cpu"}), ("llama", IN_CONTRAST), ("bloom", {}), ("gptj", IN_CONTRAST)],
+)
+def test_a_left_padded_row_chooses_for_itself(family, options):
     model = model_of(family)
     lengths = [1, VOTERS - 1, L, L + S + 1, 3 * L, N]
     texts = [prompt(n) for n in lengths]
     ids = torch.cat([torch.nn.functional.pad(text, (N - text.shape[1], 0)) for text in texts])
     mask = torch.tensor([[0] * (N - n) + [1] * n for n in lengths])
-    in_contrast = {"contrast_rows": 6, "ending_rows": 1, "margin": 2, "least_contrast": 0.5}
-    for options in ({"store": "device"}, {"store": "cpu"}, in_contrast):
-        retrieval = TopBlocks(
-            blocks=2, block_size=4, distance=4, first_layer=0, voting_rows=VOTERS, rows=ROWS, **options
-        )
-        with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
-            options = {"max_new_tokens": L, "do_sample": False, "suppress_tokens": [0]}
-            together = model.generate(ids, attention_mask=mask, **options)
-            for index, text in enumerate(texts):
-                alone = model.generate(text, **options)
-                assert torch.equal(together[index, N:], alone[0, text.shape[1] :]), lengths[index]
+    retrieval = TopBlocks(blocks=2, block_size=4, distance=4, first_layer=0, voting_rows=VOTERS, rows=ROWS, **options)
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
+        options = {"max_new_tokens": L, "do_sample": False, "suppress_tokens": [0]}
+        together = model.generate(ids, attention_mask=mask, **options)
+        for index, text in enumerate(texts):
+            alone = model.generate(text, **options)
+            assert torch.equal(together[index, N:], alone[0, text.shape[1] :]), lengths[index]
 
 
 def test_beams_keep_the_choice(llama):

@@ -7,7 +7,6 @@ import gc
 import logging
 import os
 import pickle
-import subprocess
 import sys
 import threading
 import weakref
@@ -20,6 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from hf_longtrunc import LambdaCacheLayer, LMInfinite, TopBlocks, TopK
 from hf_longtrunc.handles import Handle
 from hf_longtrunc.models import CACHE, cache_of
+from tests.launch import two_ranks
 
 from .test_lm_infinite import FAMILIES, L, S, enable_checkpointing, in_chunks, logits, model_of, prompt, ring_cache
 from .tiny_models import tiny_model
@@ -300,24 +300,24 @@ def test_a_forward_that_was_interrupted_leaves_a_cache_that_is_refused(llama):
 
 
 def test_drafts_that_cannot_be_taken_back_are_refused_at_the_start(llama, monkeypatch):
-    assistant, ids = model_of("llama"), prompt(8).repeat(1, 12)
+    assistant, ids, new = model_of("llama"), prompt(8).repeat(1, 12), 30
     monkeypatch.setattr(LambdaCacheLayer, "ROLLBACK", 8)
     with SETTINGS(llama), SETTINGS(assistant):
-        greedy = llama.generate(ids, max_new_tokens=60, **GREEDY)
+        greedy = llama.generate(ids, max_new_tokens=new, **GREEDY)
         calls = []
         hook = llama.register_forward_pre_hook(lambda *_: calls.append(1))
         with pytest.raises(ValueError, match="prompt_lookup_num_tokens must be at most 9"):
-            llama.generate(ids, max_new_tokens=60, prompt_lookup_num_tokens=10, **GREEDY)
+            llama.generate(ids, max_new_tokens=new, prompt_lookup_num_tokens=10, **GREEDY)
         with pytest.raises(ValueError, match="num_assistant_tokens must be at most 9"):
-            llama.generate(ids, max_new_tokens=60, assistant_model=assistant, **GREEDY)
+            llama.generate(ids, max_new_tokens=new, assistant_model=assistant, **GREEDY)
         assert not calls
         hook.remove()
-        assert torch.equal(llama.generate(ids, max_new_tokens=60, prompt_lookup_num_tokens=9, **GREEDY), greedy)
+        assert torch.equal(llama.generate(ids, max_new_tokens=new, prompt_lookup_num_tokens=9, **GREEDY), greedy)
         assistant.generation_config.num_assistant_tokens = 8
         assistant.generation_config.num_assistant_tokens_schedule = "heuristic"
         logging.disable(logging.WARNING)
         try:
-            assert torch.equal(llama.generate(ids, max_new_tokens=60, assistant_model=assistant, **GREEDY), greedy)
+            assert torch.equal(llama.generate(ids, max_new_tokens=new, assistant_model=assistant, **GREEDY), greedy)
         finally:
             logging.disable(logging.NOTSET)
 
@@ -430,7 +430,7 @@ def test_four_threads_on_one_model_say_what_each_says_alone(llama, technique, le
 
             def task(text):
                 ids, mask = padded(text, left)
-                return lambda: llama.generate(ids, attention_mask=mask, max_new_tokens=12, **GREEDY)
+                return lambda: llama.generate(ids, attention_mask=mask, max_new_tokens=8, **GREEDY)
 
             tasks = [task(text) for text in texts]
             alone = [task() for task in tasks]
@@ -441,6 +441,7 @@ def test_four_threads_on_one_model_say_what_each_says_alone(llama, technique, le
 
 
 @pytest.mark.real_model
+@pytest.mark.xdist_group("real_model")
 @pytest.mark.parametrize("kind", ["padded", "TopBlocks"])
 def test_four_threads_on_the_real_model(real_model, kind):
     """HF_LONGTRUNC_GENERATIONS=50 gives each thread fifty."""
@@ -452,12 +453,12 @@ def test_four_threads_on_the_real_model(real_model, kind):
         "Rain fell on the town. ",
         "We sang. ",
     ]
-    texts = [tokenizer(word * 12, return_tensors="pt")["input_ids"][:, : 50 + 5 * i] for i, word in enumerate(words)]
+    texts = [tokenizer(word * 12, return_tensors="pt")["input_ids"][:, : 32 + 3 * i] for i, word in enumerate(words)]
     with LMInfinite(num_sink_tokens=4, window_length=24, retrieval=retrieval)(model):
 
         def task(text):
             ids, mask = padded(text, 9 if kind == "padded" else 0)
-            return lambda: model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+            return lambda: model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
 
         tasks = [task(text) for text in texts]
         alone = [task() for task in tasks]
@@ -468,11 +469,10 @@ def test_four_threads_on_the_real_model(real_model, kind):
 # -- wrappers and ranks ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.xdist_group("two_ranks")
 def test_two_ranks(tmp_path):
-    command = [sys.executable, "-m", "tests.attention.two_ranks", str(tmp_path / "store")]
-    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.split() == ["tensor_parallel", "ddp", "fully_shard"]
+    ranks = two_ranks(Path(__file__).with_name("two_ranks.py"), tmp_path)
+    assert ranks == [["tensor_parallel", "ddp", "fully_shard"]] * 2
 
 
 # -- one token -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from hf_longtrunc import AttentionTrace, DualChunkAttention, LMInfinite, TopBlocks, TopK
 from hf_longtrunc.attention.context import current_context
 from hf_longtrunc.attention.dual_chunk import ChunkLaw
-from hf_longtrunc.attention.mass import by_stretch, mass_of_keys
+from hf_longtrunc.attention.trace import mass_of_keys, mass_of_stretches
 from tests.attention.reference import Rope, is_visible
 from tests.attention.tiny_models import tiny_model as family
 from tests.conftest import tiny_config
@@ -223,7 +223,7 @@ def test_masses_are_those_of_the_weights():
     torch.testing.assert_close(mass, weights.sum((1, 2)))
     positions = torch.tensor([[-3, -1, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
     mass[0, :2] = 0
-    summed = by_stretch(mass, positions, 4, 3)
+    summed = mass_of_stretches(mass, positions, 4, 3)
     for row in range(2):
         for part in range(3):
             inside = [c for c, p in enumerate(positions[row].tolist()) if p >= 0 and p // 4 == part]

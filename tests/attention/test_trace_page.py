@@ -55,7 +55,7 @@ def test_the_page_holds_what_was_recorded(traced):
 
 def test_a_long_text_has_fewer_cells_than_stretches(traced, tmp_path, monkeypatch):
     trace, ids, _ = traced
-    monkeypatch.setattr("hf_longtrunc.attention.page._CELLS", 7)
+    monkeypatch.setattr("hf_longtrunc.attention.trace._CELLS", 7)
     data = data_of(trace.to_html(Letters(), ids, tmp_path / "page.html", prompt_length=PROMPT))
     assert data["cell"] == 3 * CELL
     assert len(data["words"]) == 7

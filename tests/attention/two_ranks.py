@@ -1,16 +1,15 @@
-"""Run by a test in a process of its own: LM-Infinite on two ranks, `python -m tests.attention.two_ranks STORE`."""
+"""Run by `tests.launch` on two ranks: LM-Infinite under tensor parallelism, DDP and FSDP2."""
 
 from __future__ import annotations
 
-import os
+import json
 import sys
-import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_longtrunc import LMInfinite, TopBlocks, TopK
@@ -81,26 +80,22 @@ def fully_shard(folder: str) -> None:
         PLAIN.attach(model)
 
 
-def run(rank: int, store: str, folder: str) -> None:
+def main(folder: Path) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    for check in (tensor_parallel, ddp, fully_shard):
-        check(folder)
-        dist.barrier()
-        if rank == 0:
-            print(check.__name__, flush=True)
-    dist.destroy_process_group()
-
-
-def main() -> None:
-    (store,) = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as folder:
+    dist.init_process_group("gloo")
+    rank, saved = dist.get_rank(), str(folder / "model")
+    if rank == 0:
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(CONFIG).save_pretrained(folder)
-        mp.spawn(run, (store, folder), nprocs=2)
+        AutoModelForCausalLM.from_config(CONFIG).save_pretrained(saved)
+    dist.barrier()
+    checks = (tensor_parallel, ddp, fully_shard)
+    for check in checks:
+        check(saved)
+        dist.barrier()
+    dist.destroy_process_group()
+    (folder / f"rank{rank}.json").write_text(json.dumps([check.__name__ for check in checks]))
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -176,7 +176,7 @@ def test_a_left_padded_row_is_the_row_alone(model, rows):
         for index, text in enumerate(texts):
             assert (batch[index, N - text.shape[1] :] - logits(model, text)[0]).abs().max() < 3e-5
         # Token 0 is padding and embedded as zero: all its scores are equal, and any keys may be the best.
-        options = {"max_new_tokens": L + 2, "do_sample": False, "suppress_tokens": [0]}
+        options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [0]}
         together = model.generate(ids, attention_mask=mask, **options)
         for index in (1, 3, 5):
             text = texts[index]
@@ -186,7 +186,7 @@ def test_a_left_padded_row_is_the_row_alone(model, rows):
 
 def test_generate_in_its_modes(model):
     ids = prompt(25, batch=2)
-    greedy = {"max_new_tokens": 16, "do_sample": False, "suppress_tokens": [0]}
+    greedy = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0]}
     beams = {**greedy, "num_beams": 3, "num_return_sequences": 3}
     with SETTINGS(model):
         cached = model.generate(ids, **greedy)
@@ -197,7 +197,7 @@ def test_generate_in_its_modes(model):
 
 def test_a_crop_and_speculation_leave_no_trace(llama):
     ids = prompt(8).repeat(1, 4)
-    options = {"max_new_tokens": 60, "do_sample": False, "suppress_tokens": [0]}
+    options = {"max_new_tokens": 30, "do_sample": False, "suppress_tokens": [0]}
     with SETTINGS(llama):
         greedy = llama.generate(ids, **options)
         assert torch.equal(llama.generate(ids, prompt_lookup_num_tokens=5, **options), greedy)
@@ -205,7 +205,7 @@ def test_a_crop_and_speculation_leave_no_trace(llama):
 
 def test_an_archive_on_the_cpu_is_the_same(llama):
     ids = prompt(25)
-    options = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [0]}
+    options = {"max_new_tokens": 20, "do_sample": False, "suppress_tokens": [0]}
     with SETTINGS(llama):
         expected = llama.generate(ids, **options)
     on_cpu = TopK(k=3, distance=4, first_layer=0, rows=None, store="cpu")
@@ -500,7 +500,7 @@ def test_a_left_padded_row_chooses_for_itself(family, options):
     mask = torch.tensor([[0] * (N - n) + [1] * n for n in lengths])
     retrieval = TopBlocks(blocks=2, block_size=4, distance=4, first_layer=0, voting_rows=VOTERS, rows=ROWS, **options)
     with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
-        options = {"max_new_tokens": L, "do_sample": False, "suppress_tokens": [0]}
+        options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [0]}
         together = model.generate(ids, attention_mask=mask, **options)
         for index, text in enumerate(texts):
             alone = model.generate(text, **options)

@@ -292,6 +292,14 @@ class AttentionCall(NamedTuple):
     context: ForwardContext
     scoring: Scoring
 
+    def check_keys(self, technique: str) -> None:
+        """Refuse a cache that returns another number of keys than the context was built for."""
+        if self.key.shape[2] != self.context.num_keys:
+            raise ValueError(
+                f"the cache returns {self.key.shape[2]} keys where {self.context.num_keys} were expected: this kind of "
+                f"cache cannot be used on a model patched by {technique}; take DynamicCache or leave it to generate()"
+            )
+
     def in_text_order(self) -> AttentionCall:
         """Return the call with masked columns between tokens moved before each row's tokens."""
         query, key, value, context = self.query, self.key, self.value, self.context

@@ -224,11 +224,7 @@ class DualChunkAttention(Technique):
     ) -> tuple[MaskPlaceholder, Tensor | None]:
         """Return positions that start again at every chunk; PASSTHROUGH for a text within the first."""
         context, positions = full_context(call)
-        if found.windowed and context.query_order is not None:
-            raise ValueError(
-                "attention_mask has zeros between real tokens, and this model has layers with a window of their own, "
-                "which counts them: pad on the left alone"
-            )
+        found.check_gaps(context)
         if passthrough and call.past + call.new <= self.distances.chunk_length and context.key_order is None:
             needs_positions = context.is_padded and call.inputs.get("position_ids") is None
             return PASSTHROUGH, positions.clamp_min(0) if needs_positions else None
@@ -249,11 +245,7 @@ class DualChunkAttention(Technique):
                 "DualChunkAttention merges attention calls, and this layer has ALiBi slopes or attention dropout: set "
                 "its attention dropout to 0, or take LMInfinite"
             )
-        if call.key.shape[2] != context.num_keys:
-            raise ValueError(
-                f"the cache returns {call.key.shape[2]} keys where {context.num_keys} were expected: "
-                "DualChunkAttention needs a cache that grows; take DynamicCache or leave it to generate()"
-            )
+        call.check_keys(type(self).__name__)
         text = call.in_text_order()
         query, key, value = text.query, text.key, text.value
         if not query.dtype == key.dtype == value.dtype:  # under autocast, which rotates queries and keys in fp32

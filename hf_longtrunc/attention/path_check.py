@@ -18,13 +18,13 @@ from transformers.cache_utils import DynamicLayer
 from hf_longtrunc.attention.cache_law import CacheLaw
 from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, DecoderCall
 from hf_longtrunc.attention.kernels import Scoring
+from hf_longtrunc.attention.probe import ProbeResult
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.attention.rope import Rotation
 from hf_longtrunc.errors import UnsupportedModelError
 from hf_longtrunc.models import CACHE
 
 if TYPE_CHECKING:
-    from hf_longtrunc.attention.probe import ProbeResult
     from hf_longtrunc.attention.technique import DistanceLaw, Technique
 
 _TOKENS = 14
@@ -62,8 +62,11 @@ def _error(technique: Technique, kind: tuple[Any, ...] | None) -> float:
     )
     scoring = Scoring(_SCALING, rotation=rotation)
     expected = pairwise_attention(query, key, value, technique.distances, scoring)
-    outputs = [_computed(technique, scoring, (query, key, value), parts) for parts in (*_PARTS, None)]
-    return max(float((output - expected).abs().max()) for output in outputs)
+    worst = 0.0
+    for parts in (*_PARTS, None):
+        output = _output(technique, scoring, (query, key, value), parts)
+        worst = max(worst, float((output - expected).abs().max()))
+    return worst
 
 
 def pairwise_attention(query: Tensor, key: Tensor, value: Tensor, law: DistanceLaw, scoring: Scoring) -> Tensor:
@@ -85,13 +88,12 @@ def pairwise_attention(query: Tensor, key: Tensor, value: Tensor, law: DistanceL
     return masked.softmax(-1) @ value
 
 
-def _computed(
+def _output(
     technique: Technique, scoring: Scoring, states: tuple[Tensor, Tensor, Tensor], parts: tuple[int, ...] | None
 ) -> Tensor:
     """Return the technique's outputs in forwards of so many tokens; None: in one, without a cache."""
-    rotation = scoring.rotation
-    layer = AttentionLayer(0, rotation)
-    found: Any = SimpleNamespace(distinct_rotations=() if rotation is None else (rotation,), windowed=frozenset())
+    layer = AttentionLayer(0, scoring.rotation)
+    found = ProbeResult({torch.nn.Identity(): layer}, frozenset(), {}, False, True, False, 0)
     cached = None
     if parts is not None:
         ordinary = DynamicLayer()  # type: ignore[no-untyped-call]

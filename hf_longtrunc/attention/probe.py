@@ -31,6 +31,7 @@ from hf_longtrunc.models import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Set as AbstractSet
 
+    from hf_longtrunc.attention.context import ForwardContext
     from hf_longtrunc.attention.key_retrieval import Retrieval
     from hf_longtrunc.attention.rope import ExactRotary, Rotation
 
@@ -58,6 +59,14 @@ class ProbeResult:
         indices = [layer.index for layer in self.layers.values()]
         retrieval.check(indices, all(layer.caches_keys for layer in self.layers.values()), can_crop)
         return retrieval.for_layers(max(indices) + 1)
+
+    def check_gaps(self, context: ForwardContext) -> None:
+        """Refuse masked columns between tokens if some layers count them in a window of their own."""
+        if self.windowed and (context.query_order is not None or context.is_shifted):
+            raise ValueError(
+                "attention_mask has zeros between real tokens, and this model has layers with a window of their own, "
+                "which counts them: pad on the left alone"
+            )
 
     def check_states(self, real: Tensor | None, past: int, new: int) -> None:
         """Refuse a forward after which the model's states would not be those of each row's tokens.

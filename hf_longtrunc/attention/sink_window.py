@@ -170,7 +170,7 @@ class SinkWindowTechnique(Technique):
         rings = [layer for layer in call.cache_layers if isinstance(layer, RingCacheLayer)]
         if not rings:
             context, positions = full_context(call)
-            self._refuse_gaps(found, context)
+            found.check_gaps(context)
             return replace(context, block_scores=block_scores), positions.clamp_min(0)
         past, new, device, ring, law = call.past, call.new, call.device, rings[0], self.distances
         columns = torch.arange(past, past + new, device=device)
@@ -211,15 +211,8 @@ class SinkWindowTechnique(Technique):
             },
             block_scores=block_scores,
         )
-        self._refuse_gaps(found, context)
+        found.check_gaps(context)
         return context, positions.clamp_min(0)
-
-    def _refuse_gaps(self, found: ProbeResult, context: ForwardContext) -> None:
-        if found.windowed and (context.query_order is not None or context.is_shifted):
-            raise ValueError(
-                "attention_mask has zeros between real tokens, and this model has layers with a window of their own, "
-                "which counts them: pad on the left alone"
-            )
 
     def _visible_slots(self, i: Tensor, j: Tensor) -> Tensor:
         """Return which of the slots at j [rows, S + L] a query at i [rows, 1] sees: old sinks, and its window."""
@@ -232,12 +225,7 @@ class SinkWindowTechnique(Technique):
     def attend(self, call: AttentionCall) -> Tensor:
         """Attend to sinks and window; keys come rotated at their own positions."""
         context, key = call.context, call.key
-        if key.shape[2] != context.num_keys:
-            raise ValueError(
-                f"the cache returns {key.shape[2]} keys where {context.num_keys} were expected: this kind of "
-                f"cache cannot be used on a model patched by {type(self).__name__}; take DynamicCache or leave it to "
-                "generate()"
-            )
+        call.check_keys(type(self).__name__)
         if context.ring_slots is None:
             return call.in_call_order(self._lambda_attention(call.in_text_order()).compute(self.path))
         query, layer, rotation, sinks = call.query, call.layer, call.scoring.rotation, slice(self.num_sink_tokens)

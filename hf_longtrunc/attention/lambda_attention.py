@@ -118,7 +118,8 @@ class LambdaAttention:
     value: Float[Tensor, "batch kv_heads m value_dim"]  # value_dim may differ from dim
     query_positions: Int[Tensor, "rows n"]  # counted from each row's first real token; `rows` is the batch or 1
     key_positions: Int[Tensor, "rows m"]  # one step apart; negative is padding
-    sinks: tuple[Tensor, Tensor] | None  # keys [batch, kv_heads, S, dim] and values of positions 0 to S - 1
+    # Keys [batch, kv_heads, S, dim] and values of positions 0 to S - 1; None: all are in every query's window.
+    sinks: tuple[Tensor, Tensor] | None
     law: SinkWindowLaw
     scoring: Scoring
     # read(query, query_positions, logits of sinks and window [batch, heads, n, S + m]) finds extra keys.

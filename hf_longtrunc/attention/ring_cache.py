@@ -87,9 +87,8 @@ class RingCacheLayer(CacheLayerMixin):
         self.padding_state = PaddingState()
         self.keys: Any = None  # [batch, heads, S + L, dim]
         self.values: Any = None
-        self.rollback_keys: Any = (
-            None  # [batch, heads, ROLLBACK, dim]: slot c mod ROLLBACK has the key that c overwrote
-        )
+        # [batch, heads, ROLLBACK, dim]: slot c mod ROLLBACK holds the key that column c overwrote.
+        self.rollback_keys: Any = None
         self.rollback_values: Any = None
         self.sink_keys: Any = None  # at their own positions [batch, heads, S, dim]
         self.states: Sequence[Any] = ()  # the layers of the same cache that carry a state instead

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 
-from hf_longtrunc import LambdaCacheLayer, LMInfinite, TopBlocks, TopK
+from hf_longtrunc import DualChunkAttention, LambdaCacheLayer, LMInfinite, TopBlocks, TopK
 from hf_longtrunc.handles import Handle
 from hf_longtrunc.models import CACHE, cache_of
 from tests.launch import two_ranks
@@ -396,6 +396,17 @@ def test_a_long_prompt_is_read_in_chunks(llama, monkeypatch):
         hook.remove()
         embeds = llama.get_input_embeddings()(ids)
         assert torch.equal(llama.generate(inputs_embeds=embeds, attention_mask=mask, **options), expected[:, 55:])
+
+
+@pytest.mark.parametrize("technique", [SETTINGS, DualChunkAttention(chunk_length=9, trained_length=12)])
+@pytest.mark.parametrize("cached", [False, True])
+def test_masked_columns_between_tokens_are_refused_where_layers_count_them(technique, cached):
+    model, mask = model_of("gemma3_text"), torch.ones(1, 30, dtype=torch.long)
+    mask[:, 12:15] = 0
+    with technique(model):
+        options = {CACHE: ring_cache(model)} if cached else {"use_cache": False}
+        with pytest.raises(ValueError, match=r"zeros between real tokens.*pad on the left alone"):
+            model(prompt(30), attention_mask=mask, **options)
 
 
 # -- threads ---------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def _mask(original: str, *, local_size: int | None = None, **kwargs: Any) -> Any
     if not is_causal():
         if isinstance(context, ArchitectureProbe):
             raise UnsupportedModelError(
-                "it asks for a mask in which tokens see what is to come, as an encoder's do, and the mask that limits "
+                "it asks for a mask in which tokens see later ones, as in an encoder, and the mask that limits "
                 "distances is causal"
             )
         raise ValueError(MORE_THAN_CAUSAL)

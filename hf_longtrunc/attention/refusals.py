@@ -13,8 +13,8 @@ from hf_longtrunc.models import CACHE, parameters_of
 # Reasons that no probe can find, by the name of the decoder's class.
 _REFUSED: dict[str, str] = {
     "DogeModel": (
-        "it adds to every score a bias that it makes from that key's value, and drops keys by it: what a token sees is "
-        "no matter of distance"
+        "it adds to every score a bias that it makes from that key's value, and drops keys by it: visibility does not "
+        "depend on distance"
     ),
     "GPTNeoModel": "it adds learned absolute positions to its tokens: there is no distance to limit",
     "MiniMaxModel": (
@@ -55,8 +55,8 @@ def refuse_model(model: Any, decoder: Any, technique: str) -> None:
     layers = DynamicCache(config=config).layers
     if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
         raise UnsupportedModelError(
-            "an indexer of its own chooses from the whole text which keys each token sees: a window would hide what it "
-            "chooses from, and its cache would grow all the same"
+            "an indexer of its own chooses from the whole text which keys each token sees: a window would hide keys "
+            "from it, and its cache would grow all the same"
         )
     attends = any(isinstance(layer, CacheLayerMixin) for layer in layers)
     if not attends or (model._is_stateful and CACHE not in parameters_of(decoder)):

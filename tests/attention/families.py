@@ -96,7 +96,7 @@ def page(outcomes: dict[str, tuple[str, str]]) -> str:
         f"cache, within the window, and after detaching. {tried} of {len(outcomes)} families are listed; the rest are "
         "not tried.",
         *_section("Works", groups.get((WORKS, ""), [])),
-        *_section("Works with an ordinary cache, whose memory grows", groups.get((GROWS, ""), [])),
+        *_section("Works with an ordinary cache, which grows", groups.get((GROWS, ""), [])),
         f"## Refused: {count}",
         "At attach, or in the first forward that needs it; the model is left as it was.",
         "| because | families |\n|---|---|\n"

@@ -25,7 +25,6 @@ CHUNK, TRAINED = 7, 10
 ARM = DualChunkAttention(chunk_length=CHUNK, trained_length=TRAINED)
 ROPES = {
     "llama": Rope(8),
-    "mistral": Rope(8),
     "qwen3": Rope(8),
     "gpt_neox": Rope(4),
     "cohere": Rope(8, pairs=True, base=5e5),

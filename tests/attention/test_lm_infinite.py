@@ -23,7 +23,7 @@ from .tiny_models import tiny_model
 
 S, L = 3, 10
 SETTINGS = LMInfinite(num_sink_tokens=S, window_length=L)
-FAMILIES = ["llama", "mistral", "qwen3", "gemma3_text", "gpt_neox", "cohere", "gptj", "bloom"]
+FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt_neox", "cohere", "gptj", "bloom"]
 N = 3 * L + 4
 
 

@@ -19,7 +19,6 @@ from .test_seams import padded
 ARM = StreamingLLM(num_sink_tokens=S, window_length=L)
 ROPES = {
     "llama": Rope(8),
-    "mistral": Rope(8),
     "qwen3": Rope(8),
     "gemma3_text": Rope(8, base=1e6),
     "gpt_neox": Rope(4),

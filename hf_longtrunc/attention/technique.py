@@ -107,7 +107,7 @@ class Technique(ABC):
         """Return what holds for this model under the technique, or why it cannot be patched.
 
         >>> print(LMInfinite(window_length=64).explain(model).cache)
-        a ring: 40 KiB a row at any length
+        a ring: 38 KiB a row at any length
 
         The model is patched and given back. See `Explanation` for the fields; `print` shows all of them.
         """

@@ -34,7 +34,7 @@ class Remembering(SentenceEncoder):
         super().__init__(*args, **kwargs)
         self._known: dict[str, torch.Tensor] = {}
 
-    def encode(self, texts: Sequence[str], *, progress: bool = False) -> torch.Tensor:
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
         """Return each text's vector, remembered or computed."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.asking.finders import Finder
     from hf_longtrunc.asking.passages import Passage
 
-CONTEXT = 300  # characters of a sentence that a passage may grow by: a fact may take two
+CONTEXT = 300  # characters of a neighbour that is read too
 _SPREAD = 8  # units that stand for a whole text
 NOT_FOUND = "no passage stands out; answered without the text"
 
@@ -80,8 +80,8 @@ def ask(
         questions: one or several.
         finder: finds the passages; None takes `SentenceEncoder` of `load_encoder()`. Not with a `TextIndex`.
         count: passages at most. More than one made SmolLM2-135M-Instruct answer worse.
-        context: the sentence before or after a passage's unit, of at most so many characters, is read too if the finder
-            then scores the passage higher. Reading more than the fact made SmolLM2-135M-Instruct answer worse.
+        context: a unit under 80 characters is read with the one before and the one after, each of at most so many
+            characters, and once more by itself right before the question.
         hops: 2 looks again with the words of the first passage, and reads both.
         prompt: holds {passages} and {question}.
         follow_up: each question may refer to the one before it. One that does is read with that turn; one that does
@@ -144,7 +144,7 @@ def find_passages(
     before = list(turns[-1:]) if earlier is not None and index.follows(asked, earlier) else []
     found = index.find(asked, before=earlier if before else None, count=count, context=context)
     if hops == 2 and found:
-        found += index.find(f"{asked} {found[0].text}", count=count, context=context, besides=found)
+        found += index.find(f"{asked} {found[0].match}", count=count, context=context, besides=found)
     return found, before
 
 

@@ -9,7 +9,7 @@ import torch
 
 from hf_longtrunc.arguments import check_int
 from hf_longtrunc.asking.names import Capitals, has_a_name, without_names
-from hf_longtrunc.asking.passages import Passage, neighbours, unit_spans
+from hf_longtrunc.asking.passages import SHORT, Passage, unit_spans
 from hf_longtrunc.saving import load_folder, save_folder
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class TextIndex:
             question: what is asked.
             before: the question before it, if this is a follow-up (`follows`): a unit's score is the smaller of both.
             count: how many units at most; passages that touch become one.
-            context: the sentence before or after a unit, of at most so many characters, is part of its passage if the
-                finder then scores it higher: a fact may begin in one sentence and end in the next.
+            context: a unit under 80 characters is read with the one before and the one after, each of at most so many
+                characters: a fact may begin in one sentence and end in the next.
             besides: passages that were found before, which are not found again.
         """
         scores, least = self._scorer.score(question), self.finder.threshold
@@ -93,8 +93,7 @@ class TextIndex:
         found: list[Passage] = []
         for score, n in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             if score > least and (besides or self._is_about(n, question, before or "")):
-                span = self._grown(n, f"{before or ''} {question}".strip(), check_int("context", context, minimum=0))
-                self._add(found, n, span, score)
+                self._add(found, n, self._around(n, check_int("context", context, minimum=0)), score)
         return found
 
     def _is_about(self, unit: int, question: str, before: str) -> bool:
@@ -159,15 +158,15 @@ class TextIndex:
         start, end = self._spans[name][n]
         return self.documents[name][start:end]
 
-    def _grown(self, unit: int, question: str, context: int) -> tuple[int, int]:
-        """Return the span of a unit, or with the sentence before or after it if that matches the question better."""
-        (start, end), document = self._span(unit), self.documents[self._units[unit][0]]
-        first, last = neighbours(document, start, end, context)
-        spans = [(start, end), *[(first, end)] * (first < start), *[(start, last)] * (last > end)]
-        if len(spans) == 1:
-            return start, end
-        scores = self.finder.read([" ".join(document[slice(*span)].split()) for span in spans]).score(question)
-        return spans[int(scores.argmax())]
+    def _around(self, unit: int, context: int) -> tuple[int, int]:
+        """Return the span of a unit, or of a short one and its neighbours of at most `context` characters."""
+        name, n = self._units[unit]
+        spans = self._spans[name]
+        if spans[n][1] - spans[n][0] >= SHORT:
+            return spans[n]
+        near = [spans[at] for at in (n - 1, n + 1) if 0 <= at < len(spans) and spans[at][1] - spans[at][0] <= context]
+        starts, ends = zip(spans[n], *near, strict=True)
+        return min(starts), max(ends)
 
     def _add(self, found: list[Passage], unit: int, span: tuple[int, int], score: float) -> None:
         """Append a passage, or widen one that it touches."""
@@ -177,9 +176,9 @@ class TextIndex:
             between = document[min(end, other.end) : max(start, other.start)]
             if other.source == name and not between.strip():
                 start, end = min(start, other.start), max(end, other.end)
-                found[at] = Passage(start, end, document[start:end], max(score, other.score), name)
+                found[at] = Passage(start, end, document[start:end], max(score, other.score), name, other.match)
                 return
-        found.append(Passage(start, end, document[start:end], score, name))
+        found.append(Passage(start, end, document[start:end], score, name, self._text(*self._units[unit])))
 
 
 def documents_of(text: str | Mapping[str, str]) -> dict[str, str]:

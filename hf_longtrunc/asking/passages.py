@@ -1,8 +1,7 @@
 """A text cut into units that a finder scores, and the best units made into passages that a model reads.
 
-A unit is a sentence or several short ones, never longer than `LONGEST` characters. A passage is a unit, with the
-sentence before or after it if that belongs to what is asked; passages that touch are one. Everything is a span of
-characters, so that a passage can be shown where it stands.
+A unit is a sentence or several short ones, never longer than `LONGEST` characters. A passage is a unit, and a short one
+with the units before and after it; passages that touch are one. Everything is a span of characters of the text.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SHORTEST, LONGEST = 40, 600
+SHORT = 80  # a unit under so many characters is read with its neighbours: a fact may take two sentences
 _BREAK = re.compile(
     "(?<=[.!?\u2026])[\"'\u201d\u2019)\\]]*\\s+|\\n\\s*\\n|(?<=[\u3002\uff01\uff1f])"
 )  # quotes close; CJK has no space
@@ -28,9 +28,10 @@ class Passage:
     Attributes:
         start: its first character in the text.
         end: the character after its last.
-        text: what stands there.
+        text: from start to end.
         score: of its best unit, as the finder gives it; higher is better, and scales differ between finders.
         source: the name of the document; empty where the text is a single string.
+        match: the text of its best unit.
     """
 
     start: int
@@ -38,6 +39,7 @@ class Passage:
     text: str
     score: float
     source: str = ""
+    match: str = ""
 
 
 def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
@@ -76,21 +78,6 @@ def unit_spans(text: str) -> list[tuple[int, int]]:
             begin = cut
         units += _stripped(text, begin, end)
     return units
-
-
-def neighbours(text: str, start: int, end: int, longest: int) -> tuple[int, int]:
-    """Return where the sentence before a span begins and where the one after it ends.
-
-    Where none of at most `longest` characters is there, it is the span's own start or end.
-    """
-    first = max(start - longest - 1, 0)
-    before = [first + begin for begin, _ in sentence_spans(text[first:start])]
-    if first > 0:
-        before = before[1:]  # it may begin in the middle of a sentence
-    after = [end + last for _, last in sentence_spans(text[end : end + longest + LONGEST])]
-    if end + longest + LONGEST < len(text):
-        after = after[:-1]  # it may end in the middle of one
-    return before[-1] if before else start, after[0] if after and after[0] <= end + longest else end
 
 
 def _stripped(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -370,10 +370,10 @@ def _holds(answer: str, value: str) -> bool:
 
 
 def _token_ends(tokenizer: Any, text: str) -> Sequence[int]:
-    """Return where each token of a text ends, a million characters at a time: an offset takes a hundred bytes."""
+    """Return where each token of a text ends, 2**16 characters at a time: a token's offsets take some kilobyte."""
     ends = array("q")
-    for first in range(0, len(text), 2**20):
-        part = text[first : first + 2**20]
+    for first in range(0, len(text), 2**16):
+        part = text[first : first + 2**16]
         found = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends.extend(first + end for _, end in found.offset_mapping)
     return ends

@@ -53,6 +53,9 @@ def test_several_passages_stand_with_the_best_last_and_their_source(model_and_to
         fill_prompt("{question} | {passages}", passages, " {passages}? ") == "{passages}? | b: Other.\n\na: Best one."
     )
     assert fill_prompt(PROMPT, [], " Why? ") == "Why?"
+    around = Passage(0, 13, "One. Two.\nAll.", 2.0, "a", "Two.")
+    assert fill_prompt("{passages}|{question}", [around], "?") == "a: One. Two. All.\n\nTwo.|?"
+    assert fill_prompt("{passages}|{question}", [Passage(0, 4, "Two.", 2.0, "", "Two.")], "?") == "Two.|?"
     model, tokenizer = model_and_tokenizer
     documents = {"a": TEXT, "b": "An elephant is mentioned here and only here, of all places."}
     (answer,) = ask(model, tokenizer, documents, "elephant six six", finder=ByWord(), count=2, max_new_tokens=2)

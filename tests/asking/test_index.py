@@ -35,12 +35,14 @@ def test_passages_are_the_best_units_with_their_places():
     assert TEXT[found.start : found.end] == found.text
     assert index.find("seven") == []
     assert [each.text for each in index.find("six six one", count=3)] == [SENTENCES[5], SENTENCES[0]]
-    assert index.find("three", context=70) == [found]
-    (wide,) = index.find("three two three", context=70)
-    assert wide.text == " ".join(SENTENCES[1:3])
-    assert index.find("three two three", context=20)[0].text == SENTENCES[2]
+    (wide,) = index.find("three", context=70)
+    assert (wide.text, wide.match, wide.score) == (" ".join(SENTENCES[1:4]), SENTENCES[2], 1.0)
+    assert index.find("one", context=70)[0].text == " ".join(SENTENCES[:2])
+    assert index.find("three", context=20) == [found]
+    long = TextIndex(TEXT.replace(SENTENCES[2], f"{SENTENCES[2][:-1]}, longer than eighty characters."), ByWord())
+    assert long.find("three", context=70)[0].text == long.find("three", context=70)[0].match
     (joined,) = index.find("three four four", count=2)
-    assert (joined.text, joined.score) == (" ".join(SENTENCES[2:4]), 2.0)
+    assert (joined.text, joined.match, joined.score) == (" ".join(SENTENCES[2:4]), SENTENCES[3], 2.0)
     assert index.find("three four four", besides=[joined]) == []
 
 
@@ -50,6 +52,9 @@ def test_documents_are_searched_together_and_named():
         ("a", TEXT.index(SENTENCES[5])),
         ("b", 0),
     ]
+    (first,) = index.find("number one", context=70)
+    (last,) = index.find("six", context=70)  # the unit after it is another document's
+    assert (first.text, last.text) == (" ".join(SENTENCES[:2]), " ".join(SENTENCES[4:]))
     assert [each.source for each in index.spread(2)] == ["a", "b"]
     assert [each.text for each in TextIndex(TEXT, ByWord()).spread(2)] == [SENTENCES[0], SENTENCES[5]]
 

@@ -28,13 +28,13 @@ NOT_FOUND = "no passage stands out; answered without the text"
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and what it was read from.
+    """An answer with the passages it was read from.
 
     Attributes:
         question: as it was asked.
         text: the answer.
-        passages: what was read, the best first; the last one read stands right before the question.
-        found: whether a passage stands out for the question. If not, nothing was read but the question.
+        passages: those that were read, the best first; the prompt has the best last.
+        found: whether a passage stands out for the question. If not, the question was read alone.
         tokens_read: tokens of the prompt.
         seconds: to find, read and answer.
         peak_bytes: the most memory that this process has held by then, on a GPU if the model is there; None where
@@ -84,8 +84,8 @@ def ask(
             characters, and once more by itself right before the question.
         hops: 2 looks again with the words of the first passage, and reads both.
         prompt: holds {passages} and {question}.
-        follow_up: each question may refer to the one before it. One that does is read with that turn; one that does
-            not is read by itself, as earlier turns made the answers of SmolLM2-135M-Instruct worse.
+        follow_up: each question may refer to the one before it, and is read with that turn if it does. Other questions
+            are read alone, as earlier turns made the answers of SmolLM2-135M-Instruct worse.
         before: questions and answers of earlier calls, which the first question may refer to.
         max_new_tokens: of an answer.
         streamer: gets the tokens of the answers as they are made.
@@ -95,7 +95,7 @@ def ask(
         An answer a question.
 
     Raises:
-        ValueError: an empty text or question, a prompt without its two marks, a finder beside an index.
+        ValueError: an empty text or question, a prompt without its two marks, a finder together with an index.
 
     Examples:
         >>> from hf_longtrunc import load_pretrained
@@ -137,7 +137,7 @@ def find_passages(
     context: int = CONTEXT,
     hops: int = 1,
 ) -> tuple[list[Passage], list[tuple[str, str]]]:
-    """Return what is read for a question, the best first, and the turn before it if it is a follow-up; see `ask`."""
+    """Return the passages for a question, the best first, and the turn before it if it is a follow-up; see `ask`."""
     if is_about_the_whole(question):
         return index.spread(_SPREAD), []
     asked, earlier = what_is_asked(question), what_is_asked(turns[-1][0]) if turns else None

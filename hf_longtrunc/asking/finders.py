@@ -1,4 +1,4 @@
-"""Finders: what gives every unit of a text a score for a question.
+"""Finders: each gives every unit of a text a score for a question.
 
 A finder has two methods: `index(units)` reads the units of a text once and returns tensors, which can be saved, and
 `score(index, question)` returns a score a unit [units], higher is better. Words and meaning are found by different
@@ -35,7 +35,7 @@ class Scorer(NamedTuple):
 
     Attributes:
         score: gives every unit a score for a question [units]; higher is better.
-        tensors: what took time to compute, to be saved and handed to `read` again.
+        tensors: results that took time, to be saved and handed to `read` again.
     """
 
     score: Callable[[str], Tensor]
@@ -46,7 +46,7 @@ class Finder(Protocol):
     """Scores the units of a text for a question.
 
     Attributes:
-        identity: what makes its scores, the same in every process; saved tensors of another identity are refused.
+        identity: names its method and weights, the same in every process; tensors saved under another are refused.
         threshold: a unit stands out if its score lies above it.
 
     It may have a `matter_threshold`: then a unit stands out for a question with names in it only if it is about the
@@ -61,7 +61,7 @@ class Finder(Protocol):
     def read(
         self, units: Sequence[str], saved: Mapping[str, Tensor] | None = None, *, progress: bool = False
     ) -> Scorer:
-        """Read the units of a text, or take what `Scorer.tensors` held of them."""
+        """Read the units of a text, or take their saved `Scorer.tensors`."""
         ...
 
 
@@ -174,10 +174,10 @@ class SentenceEncoder:
 
 
 class Fused:
-    """A weighted sum of the scores of several finders, whose scales are the same in every text.
+    """A weighted sum of the scores of several finders, each on a scale that is the same in every text.
 
-    Reciprocal ranks (Cormack et al. 2009) do without scales, but a rank does not say how well a unit matches: the best
-    of poor matches counts like the best of good ones. On the texts that settings were chosen on they found less.
+    Reciprocal ranks (Cormack et al. 2009) need no scale, but the best of poor matches then counts like the best of good
+    ones. On the texts that settings were chosen on they found less.
 
     Args:
         finders: two or more.

@@ -26,7 +26,7 @@ _NEAR = 8  # units around one that may have the name of whom it tells
 
 
 class TextIndex:
-    """What a finder knows of a text: the best passages for a question are looked up in it.
+    """A text that a finder has read: the best passages for a question are looked up in it.
 
     Args:
         text: one text, or a mapping from the name of each document to its text.
@@ -75,7 +75,7 @@ class TextIndex:
         """Return the passages that stand out for a question, the best first; none if no unit does.
 
         Args:
-            question: what is asked.
+            question: of the user.
             before: the question before it, if this is a follow-up (`follows`): a unit's score is the smaller of both.
             count: how many units at most; passages that touch become one.
             context: a unit under 80 characters is read with the one before and the one after, each of at most so many
@@ -129,7 +129,7 @@ class TextIndex:
         return found
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write what the finder computed, with the identities of finder and text, see `hf_longtrunc.saving`."""
+        """Write the finder's tensors, with the identities of finder and text, see `hf_longtrunc.saving`."""
         settings = {"finder": self.finder.identity, "text": _digest(self.documents), "units": len(self)}
         save_folder(folder, _KIND, self._scorer.tensors, settings)
 

@@ -22,7 +22,7 @@ _TITLES = frozenset(("Mr", "Mrs", "Ms", "Miss", "Dr", "Sir", "Lady", "Lord", "St
 
 
 class Capitals:
-    """What a text writes with a capital letter inside its sentences.
+    """The words that a text writes with a capital letter inside its sentences.
 
     Args:
         texts: its parts.

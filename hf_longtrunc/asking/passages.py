@@ -45,7 +45,7 @@ class Passage:
 def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of each sentence.
 
-    Paragraphs end sentences; common abbreviations and initials do not, nor what goes on with a small letter.
+    Paragraphs end sentences. Common abbreviations, initials, and a mark before a small letter do not.
     """
     start = 0
     for found in _BREAK.finditer(text):

@@ -26,7 +26,7 @@ SURNAMES = [
 
 
 class Kind(NamedTuple):
-    """Facts of one kind: {name} is of whom they tell, {thing} of what, {value} is what a question asks for."""
+    """Facts of one kind: {name} is their person, {thing} their object, {value} the answer to a question."""
 
     statements: list[str]
     questions: list[str]

@@ -2,8 +2,8 @@
 
 A `FactText` is a stretch of a novel with some twenty sentences in it (`hf_longtrunc.evaluation.facts`): a fact of each
 kind at 5, 35, 65 or 95 % of the text, and others of its kind about other people with other values. Every second fact
-lies across the edge of a block of 64 tokens. `run_find_and_read` asks about it under several finders. What no finder
-can decide is held apart: "oracle" is handed the sentence of the fact itself.
+lies across the edge of a block of 64 tokens. `run_find_and_read` asks about it under several finders, and with the
+sentences of the fact itself in hand ("oracle"), which measures the reading model alone.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ class FactText:
 
     Args:
         novel: the text that facts are hidden in, at least ten times as long in characters as `length` in tokens.
-        tokenizer: a fast one, in whose tokens the length is counted.
+        tokenizer: a fast one; the length is counted in its tokens.
         length: of the text, in tokens, to within a few.
         trial: which draw; another one in every novel. The stretch begins at the same place for every length.
-        part: whose phrasings: "choose" or "report".
+        part: of the phrasings: "choose" or "report".
         seed: of the draws.
 
     Attributes:
-        text: what is read.
+        text: the stretch with its facts.
         questions: one of each kind, seven of "unshared", two each of those that nothing answers. The last of a
             conversation, "follow-up", is about the person of the first, "number", and does not name them.
 
@@ -119,10 +119,10 @@ class FactText:
 
 @dataclass(frozen=True, kw_only=True)
 class FindAndReadRecord(ModelRecord):
-    """One question under one arm; what is measured begins at `tokens_read`.
+    """One question under one arm; the measurements begin at `tokens_read`.
 
-    `turn` counts a conversation's questions, 1 is a question alone; `right` says whether all sentences that answer are
-    among what was read; `answer` is None where only the finder was asked.
+    `turn` counts a conversation's questions, 1 is a question alone; `right` says whether all sentences that answer
+    were read; `answer` is None where only the finder was asked.
     """
 
     arm: str
@@ -175,17 +175,17 @@ def run_find_and_read(
         lengths: of the texts, in tokens.
         arms: name -> finder.
         texts: of each novel and length.
-        part: whose phrasings: "choose" or "report".
+        part: of the phrasings: "choose" or "report".
         seed: of the draws.
         read: whether the model answers; False asks the finders alone.
         trailing: ask each question twelve times, with one of twelve instructions after it.
         conversations: ask four questions of each text once more, as one conversation.
         kinds: of questions that are asked.
-        count: see `hf_longtrunc.ask`, which also says what the following are.
-        context: likewise.
-        hops: likewise.
-        prompt: likewise.
-        path: a JSON-lines file; texts whose records it holds are not asked again.
+        count: see `hf_longtrunc.ask`.
+        context: see there.
+        hops: see there.
+        prompt: see there.
+        path: a JSON-lines file; a text with records in it is not asked again.
         progress: show a bar.
 
     Returns:
@@ -329,7 +329,7 @@ def _cell(records: Sequence[FindAndReadRecord]) -> str:
 def _passages(
     index: TextIndex | None, question: Question, said: str, turns: list[tuple[str, str]], **how: int
 ) -> tuple[list[Passage], list[tuple[str, str]]]:
-    """Return what is read for a question, and the turns that it is read with."""
+    """Return the passages for a question, and the turns that it is read with."""
     from hf_longtrunc import Passage
 
     if index is None:

@@ -182,7 +182,7 @@ STEPS = [
         "asking-long",
         "`ask` on 128,000 and a million tokens: right passages, time, memory, a saved index",
         None,
-        f"asking_long.py --texts {NOVELS},middlemarch.txt,david_copperfield.txt,sherlock_holmes.txt --out OUT",
+        f"asking_long.py --texts {NOVELS},middlemarch.txt,bleak_house.txt,moby_dick.txt --out OUT",
     ),
     Step("ruler", "Six of RULER's tasks past the trained window: `ask`", None, "ruler.py --arms ask --out OUT"),
     Step(

@@ -71,6 +71,11 @@ def test_a_second_hop_looks_with_the_words_of_the_first_passage(model_and_tokeni
     (two,) = ask(model, tokenizer, index, "Ezra", hops=2, context=0, max_new_tokens=2)
     assert [each.text[:5] for each in one.passages] == ["Ezra "]
     assert [each.text[:5] for each in two.passages] == ["Ezra ", "Quill"]
+    text = "Ezra lodged with a certain Quill for two years. A zebra and a zither stood in the hall all the time. "
+    text += "It rained a lot, and nobody minded. Quill had a shop in Lime Row, next to the old fish market. "
+    text += "Another zebra and another zither came by later, and both of them stood in the hall."
+    _, hop = ask(model, tokenizer, TextIndex(text, ByWord()), "Ezra", hops=2, max_new_tokens=2)[0].passages
+    assert hop.match.startswith("It rained")  # with Quill, and not the words around Ezra's sentence
 
 
 def test_a_follow_up_is_read_with_the_turn_before_it_and_others_are_not(model_and_tokenizer):

@@ -327,7 +327,8 @@ def test_a_long_file_is_talked_about_passage_by_passage(model, tokenizer, monkey
         "/file",
     ):
         assert talk.handle(line)
-    prompt = f"{SENTENCES[2]}\n\nUsing only the passage above, answer in a few words: is it three"
+    around = " ".join(SENTENCES[1:4])
+    prompt = f"{around}\n\n{SENTENCES[2]}\n\nUsing only the passage above, answer in a few words: is it three"
     assert said == ["the sea\n\nwhat", "and", prompt, "elephants", "three"]
     told = capsys.readouterr().err
     assert "7 characters, read with your next message" in told

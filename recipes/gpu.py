@@ -1,6 +1,7 @@
 """Everything that a GPU has to say about these methods, in one command.
 
     python recipes/gpu.py --out gpu --minutes 25 --texts a_novel.txt another.txt
+    python recipes/gpu.py --out gpu --model A_FOLDER --steps ruler-larger    # a larger model's row
     python recipes/gpu.py --out tiny --device cpu --tiny        # the same commands at toy size: two minutes of a CPU
 
 The most valuable steps come first, each in a process of its own with a limit of time; what it prints goes to
@@ -44,7 +45,8 @@ EVIDENCE = SimpleNamespace(**runpy.run_path(str(ROOT / "recipes" / "evidence.py"
 class Step:
     """One table: its folder, what is shown, the command at either size, and its limit.
 
-    TEXT, TRAIN, OUT and DEVICE stand for what they say. A step without a tiny form needs a GPU's speed.
+    TEXT, TRAIN, OUT and DEVICE stand for what they say, MODEL for a larger model's folder. A step without a tiny form
+    needs a GPU's speed.
     """
 
     name: str
@@ -131,6 +133,21 @@ STEPS = [
         5,
     ),
     Step(
+        "ruler",
+        "Six of RULER's tasks at half, once and twice the trained window, read in eight ways",
+        "ruler.py --out OUT",
+        "ruler.py --lengths 512 --tasks niah_single_1 --limit 1 --arms unmodified,bm25 --out OUT",
+        20,
+    ),
+    Step(
+        "ruler-larger",
+        "The same of a larger model",
+        "ruler.py --model MODEL --out OUT",
+        "ruler.py --model MODEL --lengths 512 --tasks niah_single_1 --limit 1 --arms unmodified,bm25 --out OUT",
+        25,
+        needs_model=False,
+    ),
+    Step(
         "stream",
         "Ten million tokens at constant memory",
         "constant_memory.py --tokens 10000000 --every 1000000 --chunk 4000 --out OUT",
@@ -147,6 +164,7 @@ def main(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
     tiny: Annotated[bool, typer.Option("--tiny", help="Toy sizes.")] = False,
     texts: Annotated[list[Path] | None, typer.Option(help="Long texts, the last for evaluation; repeat it.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Folder of a larger model, for `ruler-larger`.")] = None,
     steps: Annotated[str | None, typer.Option(help="Only these steps, separated by commas.")] = None,
 ) -> None:
     until = time.monotonic() + 60 * minutes
@@ -157,13 +175,17 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     has_model = cached_model_folder().exists()
     print("\n".join(environment(has_model)), flush=True)
-    paths, ended = written_texts(out, texts) | {"DEVICE": device}, {}
+    larger = shlex.quote(str(model.resolve())) if model else ""
+    paths, ended = written_texts(out, texts) | {"DEVICE": device, "MODEL": larger}, {}
     for step in STEPS:
         command = step.tiny if tiny else step.command
         is_wanted = steps is None or step.name in steps.split(",")
         if not is_wanted or command is None or ("TRAIN" in command and not texts):
             continue
-        for word in ("TRAIN", "DEVICE"):
+        if "MODEL" in command and model is None:
+            ended[step.name] = "left out: no --model"
+            continue
+        for word in ("TRAIN", "DEVICE", "MODEL"):
             command = command.replace(word, paths[word])
         if any(run.command == EVIDENCE.written(command, None) for run in EVIDENCE.runs_in(out)):
             ended[step.name] = "done before"
@@ -186,7 +208,7 @@ def to_bring(device: str, tiny: bool) -> list[str]:
         lines.append("--device cpu takes days at full size: add --tiny")
     declared = re.search(r"^dependencies = (\[.*\])$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
     assert declared is not None
-    for requirement in [*ast.literal_eval(declared[1]), "pytest", "matplotlib", "accelerate"]:
+    for requirement in [*ast.literal_eval(declared[1]), "pytest", "matplotlib", "accelerate", "lm_eval", "bm25s"]:
         line = missing_package(Requirement(requirement))
         lines += [] if line is None else [line]
     return lines

@@ -54,6 +54,15 @@ def test_without_the_real_model_its_steps_are_left_out_in_words(recipe, tmp_path
     assert "HF_LONGTRUNC_CACHE" in shown
 
 
+def test_a_larger_model_is_named_or_its_step_is_left_out(recipe, tmp_path, capsys):
+    command = "-m platform MODEL"
+    recipe["STEPS"][:] = [recipe["Step"]("larger", "A model", command, command, 1, needs_model=False)]
+    assert run(recipe, tmp_path) == 0
+    assert "larger: left out: no --model" in capsys.readouterr().out
+    assert run(recipe, tmp_path, model=tmp_path / "a folder") == 0
+    assert f"platform '{tmp_path / 'a folder'}'" in capsys.readouterr().out
+
+
 def test_what_is_missing_is_said_with_the_way_to_bring_it(recipe, tmp_path):
     line = recipe["missing_package"](Requirement("transformers>=99"))
     assert "transformers>=99 needed: where there is a network, pip download" in line

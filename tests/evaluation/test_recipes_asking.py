@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import runpy
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -59,41 +61,102 @@ def test_recipe_asking_long(files, encoder_folder, tmp_path, capsys):  # noqa: F
     assert "4,000" in capsys.readouterr().out
 
 
-def test_recipe_ruler(files, encoder_folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+@pytest.fixture(scope="module")
+def ruler():
     pytest.importorskip("lm_eval")
-    pytest.importorskip("nltk")
-    monkeypatch.setattr("nltk.download", lambda *_, **__: False)
-    recipe = runpy.run_path(str(RECIPES / "ruler.py"))
-    given = {"model": str(files / "model"), "lengths": "4096", "limit": 1, "finder": "bm25", "encoder": None}
-    main, globals_ = recipe["main"], recipe["main"].__globals__
-    main(arms="unmodified,ask", tasks="niah_single_1", out=tmp_path, **given)
-    records = read_records(tmp_path / "ruler.jsonl", recipe["RulerRecord"])
-    assert [(r.arm, r.task, r.samples) for r in records] == [
-        ("unmodified", "niah_single_1", 1),
-        ("ask", "niah_single_1", 1),
+    nltk = pytest.importorskip("nltk")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nltk, "download", lambda *_, **__: False)
+        yield runpy.run_path(str(RECIPES / "ruler.py"))
+
+
+def test_recipe_ruler_goes_on_prompt_by_prompt(ruler, files, tmp_path, capsys, monkeypatch):
+    given = {"model": str(files / "model"), "lengths": "512", "encoder": None, "tasks": "niah_single_1"}
+    main, recorded = partial(ruler["main"], out=tmp_path, **given), tmp_path / "ruler.jsonl"
+    main(arms="unmodified,bm25", limit=1)
+    first = read_records(recorded, ruler["RulerRecord"])
+    assert [(r.model, r.arm, r.length, r.number) for r in first] == [
+        ("model", "unmodified", 512, 0),
+        ("model", "bm25", 512, 0),
     ]
     assert "niah_single_1" in capsys.readouterr().out
     assert (tmp_path / "ruler.png").exists()
-    monkeypatch.setitem(globals_, "measured", lambda *_: pytest.fail("measured again"))
-    main(arms="unmodified,ask", tasks="niah_single_1", out=tmp_path, **given)
-    assert read_records(tmp_path / "ruler.jsonl", recipe["RulerRecord"]) == records
+    main(arms="unmodified", limit=2)
+    assert read_records(recorded, ruler["RulerRecord"])[:2] == first
+    assert [r.number for r in read_records(recorded, ruler["RulerRecord"])] == [0, 0, 1]
+    monkeypatch.setitem(ruler["main"].__globals__, "prompts", lambda *_: pytest.fail("answered again"))
+    main(arms="unmodified", limit=2)
     with pytest.raises(typer.BadParameter, match="--arms takes unmodified, yarn"):
-        main(arms="rag", tasks="niah_single_1", out=tmp_path, **given)
+        main(arms="rag", limit=1)
 
 
-def test_rulers_prompt_is_cut_where_its_question_begins(monkeypatch):
-    pytest.importorskip("lm_eval")
-    recipe = runpy.run_path(str(RECIPES / "ruler.py"))
+@pytest.mark.parametrize("task", ["niah_multikey_3", "ruler_vt", "ruler_cwe", "ruler_fwe"])
+def test_ruler_makes_as_many_prompts_as_are_asked_and_the_same_for_every_limit(ruler, task, monkeypatch):
+    from lm_eval.tasks.ruler import cwe_utils, fwe_utils, niah_utils, vt_utils
+
+    made, makers = [], {niah_utils: "generate_samples", vt_utils: "sys_vartrack_w_noise_random"}
+    makers |= {cwe_utils: "sys_word_pair_random", fwe_utils: "sys_kwext"}
+
+    def noted(make, *args, **kwargs):
+        made.append(make(*args, **kwargs))
+        return made[-1]
+
+    for module, maker in makers.items():
+        monkeypatch.setattr(module, maker, partial(noted, getattr(module, maker)))
+        words = type("Words", (), {"__call__": lambda _, text: type("Encoded", (), {"input_ids": text.split()})})
+        monkeypatch.setattr(module, "get_tokenizer", lambda _, words=words: words())
+    one, two = (ruler["prompts"](task, 900, limit, "words") for limit in (1, 2))
+    assert max(map(len, made)) == 2
+    assert [len(one), len(two)] == [1, 2]
+    assert one[0][0] == two[0][0] != two[1][0]
+    prompt, _, score = one[0]
+    assert score("") == 0.0
+    assert score(prompt) == 1.0  # which holds the answers
+
+
+def test_rulers_prompt_is_cut_where_its_question_begins(ruler, files, monkeypatch):
     seen = {}
 
     def ask(model, tokenizer, index, question, **given):
         seen.update(text=index.documents[""], question=question, **given)
-        return [type("Answer", (), {"text": "7"})]
 
-    monkeypatch.setitem(recipe["AskLM"].__init__.__globals__, "ask", ask)
-    from hf_longtrunc import BM25
-
-    lm = recipe["AskLM"](None, None, BM25())
-    request = type("Request", (), {"args": ("Some words.\nThe number is 7.\nWhat is it? It is", {"max_gen_toks": 9})})
-    assert lm.generate_until([request]) == ["7"]
+    monkeypatch.setitem(ruler["answers_of"].__globals__, "ask", ask)
+    answer, *_ = ruler["answers_of"]("bm25", str(files / "model"), 512, None)
+    answer("Some words.\nThe number is 7.\nWhat is it? It is", max_new_tokens=9)
     assert seen == {"text": "Some words.\nThe number is 7.", "question": "What is it? It is", "max_new_tokens": 9}
+
+
+def test_rulers_arms_read_with_their_techniques(ruler, files, monkeypatch):
+    attached = []
+    for technique in ("DualChunkAttention", "LMInfinite", "StreamingLLM"):
+        of = ruler["answers_of"].__globals__[technique]
+        monkeypatch.setattr(of, "attach", lambda self, model: attached.append((type(self).__name__, model)))
+    for arm in ("unmodified", "yarn", "dynamic ntk", "streaming", "lm-infinite", "dual chunk"):
+        ruler["answers_of"](arm, str(files / "model"), 128, None)
+    assert [name for name, _ in attached] == ["StreamingLLM", "LMInfinite", "DualChunkAttention"]
+    assert all(model.config.rope_parameters["rope_type"] == "default" for _, model in attached)
+
+
+def test_rulers_yarn_reaches_the_longest_prompt(ruler, files):
+    answer, *_ = ruler["answers_of"]("yarn", str(files / "model"), 256, None)
+    rope = inspect.getclosurevars(answer).nonlocals["model"].config.rope_parameters
+    assert (rope["rope_type"], rope["factor"] * rope["original_max_position_embeddings"]) == ("yarn", 256)
+
+
+def test_rulers_answer_ends_where_no_token_can_change_its_score(ruler, files):
+    """The model says the same as without it, up to there."""
+    answer, tokenizer, _ = ruler["answers_of"]("unmodified", str(files / "model"), 64, None)
+    model = inspect.getclosurevars(answer).nonlocals["model"]
+    ids = tokenizer("The road went on", return_tensors="pt").input_ids
+    said = model.generate(ids, do_sample=False, max_new_tokens=9)[0, ids.shape[1] :]
+    heard = []
+
+    def score(text):
+        heard.append(text)
+        return 1.0 if text == tokenizer.decode(said[:4], skip_special_tokens=True) else 0.5
+
+    watched = ruler["Watched"](tokenizer, score)
+    assert ruler["answered"](answer, "The road went on", 9, watched) == {"score": 1.0}
+    assert len(dict.fromkeys(heard)) <= 4
+    watched = ruler["Watched"](tokenizer, lambda text: 0.25)
+    assert ruler["answered"](answer, "The road went on", 9, watched) == {"score": 0.25}

@@ -6,6 +6,7 @@ the text does not matter. `key_retrieval.py` uses it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,6 +18,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScores:
+    """The scores that a scoring pass collects.
+
+    Attributes:
+        turn: how many of the last tokens belong to the last user turn and the template's ending [batch]; None: all.
+        layers: each layer's scores [batch, heads, groups, blocks + 1]: the attention weight of each block from each
+            group of rows, and how many rows these were. The last group is the baseline.
+    """
+
+    turn: Tensor | None = None
+    layers: dict[int, Tensor] = field(default_factory=dict)
 
 
 class UnrotatedKV(NamedTuple):
@@ -56,7 +71,7 @@ class DistantKeys(NamedTuple):
     first_query: int = 0
     layer: int = 0
     selection: BlockSelection | None = None
-    block_scores: dict[int, Tensor] | None = None
+    block_scores: BlockScores | None = None
 
 
 class KeyMultiplicity(NamedTuple):
@@ -108,7 +123,7 @@ def block_scores(
     distant: DistantKeys,
     normalizer: Float[Tensor, "batch heads n"],
     block_size: int,
-    groups: Bool[Tensor, "groups rows n"],
+    groups: Bool[Tensor, "groups some n"],
 ) -> Float[Tensor, "batch heads groups blocks"]:
     """Return the attention weight that each head and a group's queries would give to each block of the text.
 
@@ -118,7 +133,7 @@ def block_scores(
         distant: the keys.
         normalizer: log-sum-exp of each query's logits with window and sinks.
         block_size: tokens a block; block b begins at position S + b * block_size.
-        groups: which queries belong to each group.
+        groups: which queries belong to each group; `some` is the batch or 1.
 
     Returns:
         [batch, heads, groups, blocks]: the sum over a group's queries.
@@ -151,7 +166,7 @@ class BlockSelection(NamedTuple):
 
 
 def select_blocks(
-    scores: Float[Tensor, "batch heads blocks"],
+    scores: Float[Tensor, "batch heads stretches blocks"],
     baseline: Float[Tensor, "batch heads blocks"],
     count: int,
     emphasis: float,
@@ -162,12 +177,13 @@ def select_blocks(
 
     Without a baseline the blocks of the largest total score are the best, and all get `emphasis`. With one, each head
     contributes the ratio of its score v to its baseline weight, v / (b + mean b + mean of all heads' b); a
-    block's contrast is the root mean square over heads, so the few heads that look for the answer count. Blocks below
-    `least` are not read. The best block's multiplicity is its squared contrast, clamped to [1, emphasis]; the others
-    are scaled by the ratio of squared contrasts.
+    block's contrast is the root mean square over heads, so the few heads that look for the answer count, in the stretch
+    of rows where it is largest. Blocks below `least` are not read. The best block's multiplicity is its squared
+    contrast, clamped to [1, emphasis]; the others are scaled by the ratio of squared contrasts.
 
     Args:
-        scores: attention weight that a scoring row gives to each block, of all heads of all scoring layers.
+        scores: attention weight that a scoring row of each stretch gives to each block, of all heads of all scoring
+            layers.
         baseline: the weight that a row before them gives; 0 everywhere where there are no such rows.
         count: how many blocks.
         emphasis: the largest multiplicity.
@@ -180,8 +196,8 @@ def select_blocks(
     common = total(usual.sum(1)) / heads  # [batch, 1]
     has_baseline = common > 0
     expected = (baseline + usual + common[:, None]).clamp_min(tiny)
-    contrast = (total((scores / expected).square().sum(1)) / heads).sqrt()
-    rank = torch.where(has_baseline, contrast, total(scores.sum(1)))
+    contrast = (total((scores / expected[:, :, None]).square().sum(1)) / heads).sqrt().amax(1)
+    rank = torch.where(has_baseline, contrast, total(scores.sum(1)).amax(1))
     best, index = rank.topk(min(count, rank.shape[1]), dim=-1)
     is_read = (best > 0) & (~has_baseline | (best >= least))
     first = best[:, :1]

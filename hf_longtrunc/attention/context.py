@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from hf_longtrunc.attention.block_scores import BlockScores
     from hf_longtrunc.attention.kernels import Scoring
-    from hf_longtrunc.attention.key_retrieval import BlockScores
     from hf_longtrunc.attention.rope import Rotation
 
 _thread = threading.local()
@@ -165,8 +165,8 @@ class DecoderCall:
         """The tokens' device."""
         return self.like.device
 
-    def tokens_after(self, ids: Sequence[int]) -> Tensor | None:
-        """Return how many tokens follow each row's last occurrence of `ids` [batch], up to 64; -1 where there is none.
+    def tokens_after(self, ids: Sequence[int], within: int = _DRAFTS) -> Tensor | None:
+        """Return how many tokens follow each row's last occurrence of `ids` [batch], at most `within`; -1: none does.
 
         None where no ids are named. In a call that brings embeddings, those of `ids` are looked for.
         """
@@ -177,7 +177,7 @@ class DecoderCall:
         tokens, wanted = self.inputs.get("input_ids"), torch.tensor(list(ids), device=self.device)
         if tokens is None:
             tokens, wanted = self.inputs["inputs_embeds"], self.decoder.get_input_embeddings()(wanted)
-        windows = tokens[:, -len(ids) - _DRAFTS :].unfold(1, len(ids), 1)  # [batch, places, (dim,) ids]
+        windows = tokens[:, -len(ids) - within :].unfold(1, len(ids), 1)  # [batch, places, (dim,) ids]
         is_there = (windows == wanted.movedim(0, -1)).flatten(2).all(-1).flip(1)
         return torch.where(is_there.any(1), is_there.int().argmax(1), -1)
 

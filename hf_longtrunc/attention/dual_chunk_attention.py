@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from typing_extensions import Self
 
+    from hf_longtrunc.attention.block_scores import BlockScores
     from hf_longtrunc.attention.cache_law import CacheLaw
     from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, DecoderCall, MaskPlaceholder
-    from hf_longtrunc.attention.key_retrieval import BlockScores
     from hf_longtrunc.attention.probe import ProbeResult
     from hf_longtrunc.handles import Handle
 
@@ -291,7 +291,7 @@ class DualChunkAttention(Technique):
             return
         rows = retrieval.reading_rows(query.shape[2], is_scoring=True)
         positions = context.query_positions[:, -rows:].to(query.device)
-        groups = retrieval.groups(positions, context.last_position.to(query.device))
+        groups = retrieval.groups(positions, context.last_position.to(query.device), context.block_scores)
         last = retrieval.rows + retrieval.margin  # rows that read come after what they read
         scores = chunk_block_scores(
             query[:, :, -rows:],

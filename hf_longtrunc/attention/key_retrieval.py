@@ -5,7 +5,7 @@ D_k, <R(D_k) q, k> with k un-rotated, so that its place in the text does not mat
 window and sinks with that score. There are two ways to select:
 
 - `TopK`: each head and row takes its k best keys.
-- `TopBlocks`: a few rows at the end of a question run twice. In the scoring pass the later layers report how much
+- `TopBlocks`: the rows of a question run twice. In the scoring pass the later layers report how much
   attention each head would give to each block of keys, in one softmax over window, sinks and distant keys. The blocks
   are selected from these scores, and in the second pass all heads and layers see them. Single heads' favourites cannot
   crowd the softmax, and it matters little how many keys there are to select from. For a row that has distant keys, the
@@ -23,12 +23,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hf_longtrunc.arguments import check_choice, check_float, check_int
 from hf_longtrunc.attention.block_scores import (
+    BlockScores,
     BlockSelection,
     DistantKeys,
     block_keys,
@@ -40,7 +42,7 @@ from hf_longtrunc.errors import UnsupportedModelError
 from hf_longtrunc.templates import template_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -48,9 +50,6 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.kernels import ExtraKeys
 
 STORES = ("device", "cpu")
-# Each layer's scores [batch, heads, 2, blocks + 1]: the attention weight of each block, from rows that score and from
-# the baseline rows before them, and how many rows these were.
-BlockScores = dict[int, "Tensor"]
 
 
 class Retrieval(ABC):
@@ -188,14 +187,15 @@ class TopBlocks(Retrieval):
         first_voting_layer: the first layer that scores; None takes two fifths of the model's layers (12 of 30), and
             never less than `first_layer`. Lower layers attend to salient tokens, whatever the question is.
         voting_rows: how many of a forward's last rows score. In our runs recall fell when more rows scored.
+        question_rows: how many of the last rows may belong to a question, whatever follows it. They score in stretches
+            of `voting_rows`, and for each block the stretch with the largest score counts. None: `voting_rows`.
         rows: how many of a forward's last rows read: `voting_rows` to 64, as many as the ring can take back. The whole
             question should be among them.
-        ending_rows: how many of the last rows follow the question and do not score: a chat template's
-            `<|im_end|> <|im_start|> assistant`. `for_chat` counts them.
-        ending_ids: the tokens of these rows. A row of the batch without them asks nothing, and gets no blocks; a
-            forward of such rows alone, part of a text or a draft of several tokens, leaves the selection as it is.
-            Up to 64 tokens may follow them in the same forward, as drafts do in assisted decoding. Empty: every
-            forward that is long enough asks.
+        opening_ids: the tokens that open a user's turn. Rows before the last ones do not score. `for_chat` finds them.
+        ending_ids: the tokens that follow a question, a chat template's `<|im_end|> <|im_start|> assistant`. They do
+            not score. A row of the batch without them asks nothing, and gets no blocks; a forward of such rows alone,
+            part of a text or a draft of several tokens, leaves the selection as it is. Up to 64 tokens may follow them
+            in the same forward, as drafts do in assisted decoding. Empty: every forward that is long enough asks.
         contrast_rows: how many rows before the scoring ones give a baseline. Blocks are then ranked by attention
             relative to it (see `select_blocks`) and emphasised by that much, the best by `emphasis` at most; blocks
             below `least_contrast` are ignored. 0 ranks by the total attention of all heads.
@@ -213,8 +213,9 @@ class TopBlocks(Retrieval):
     first_layer: int = 4
     first_voting_layer: int | None = None
     voting_rows: int = 8
+    question_rows: int | None = None
     rows: int = 16
-    ending_rows: int = 0
+    opening_ids: tuple[int, ...] = ()
     ending_ids: tuple[int, ...] = ()
     contrast_rows: int = 0
     least_contrast: float = 1.5
@@ -223,7 +224,7 @@ class TopBlocks(Retrieval):
 
     def __post_init__(self) -> None:
         least = {"blocks": 1, "block_size": 1, "distance": 1, "first_layer": 0, "first_voting_layer": 0}
-        _check_counts(self, **least, voting_rows=1, ending_rows=0, contrast_rows=0, margin=0)
+        _check_counts(self, **least, voting_rows=1, question_rows=1, contrast_rows=0, margin=0)
         for name in ("emphasis", "least_contrast"):
             object.__setattr__(self, name, check_float(f"TopBlocks: {name}", getattr(self, name), gt=0))
         rows = check_int("TopBlocks: rows", self.rows, minimum=1)
@@ -233,22 +234,20 @@ class TopBlocks(Retrieval):
                 f"rows={rows}, voting_rows={self.voting_rows}"
             )
         object.__setattr__(self, "rows", rows)
-        if not isinstance(self.ending_ids, Iterable):
-            raise TypeError(f"TopBlocks: ending_ids must be token ids, as many as ending_rows, got {self.ending_ids!r}")
-        ending = tuple(check_int("TopBlocks: ending_ids", token, minimum=0) for token in self.ending_ids)
-        object.__setattr__(self, "ending_ids", ending)
-        if ending and len(ending) != self.ending_rows:
-            raise ValueError(
-                f"TopBlocks: ending_ids are the tokens of ending_rows={self.ending_rows} rows, got {len(ending)}"
-            )
+        for name in ("opening_ids", "ending_ids"):
+            ids = getattr(self, name)
+            if not isinstance(ids, Iterable):
+                raise TypeError(f"TopBlocks: {name} must be token ids, got {ids!r}")
+            object.__setattr__(self, name, tuple(check_int(f"TopBlocks: {name}", token, minimum=0) for token in ids))
 
     @classmethod
     def for_chat(cls, tokenizer: Any, **options: Any) -> TopBlocks:
         """Return the settings for questions that end in a tokenizer's chat template, changed by `options`.
 
         The tokens that the template puts after a question do not score, and a forward without them asks nothing. The
-        twelve rows before them select four blocks, against a baseline of the 64 rows before; these are read with a
-        margin of 16 keys by the last 48 rows, each key counting for up to eight.
+        last user turn scores, up to 64 rows of it, in stretches of eight rows and against a baseline of the rows
+        before. Four blocks are selected; they are read with a margin of 16 keys by the last 64 rows, each key counting
+        for up to eight.
 
         Raises:
             TypeError: it is no tokenizer, or `options` holds what TopBlocks does not take.
@@ -258,9 +257,9 @@ class TopBlocks(Retrieval):
                 "TopBlocks.for_chat takes the model's tokenizer, whose chat template it reads, got "
                 f"{type(tokenizer).__name__}"
             )
-        ending = ids_after_question(tokenizer)
-        chat = {"ending_rows": len(ending), "ending_ids": ending, "contrast_rows": 64, "margin": 16}
-        return cls(**{**chat, "voting_rows": 12, "blocks": 4, "emphasis": 8.0, "rows": 48, **options})
+        opening, ending = turn_ids(tokenizer)
+        chat = {"opening_ids": opening, "ending_ids": ending, "question_rows": 64, "contrast_rows": 64, "rows": 64}
+        return cls(**{**chat, "blocks": 4, "emphasis": 8.0, "margin": 16, **options})
 
     def seen_at(self, window: int) -> int:
         """Return D_k for a window of that length."""
@@ -274,7 +273,12 @@ class TopBlocks(Retrieval):
 
     def reading_rows(self, new: int, is_scoring: bool) -> int:
         """Return how many of the last rows look at distant keys: those that score, or those that read."""
-        return self.ending_rows + self.voting_rows + self.contrast_rows if is_scoring else self.rows
+        return len(self.ending_ids) + self.most_question_rows + self.contrast_rows if is_scoring else self.rows
+
+    @property
+    def most_question_rows(self) -> int:
+        """How many of the last rows may score."""
+        return max(self.voting_rows, self.question_rows or 0)
 
     def prefill_chunk(self, chunk: int, new: int) -> int:
         """Return a size of at most `chunk`, such that the last chunk holds all rows that score, read or are a baseline.
@@ -337,10 +341,11 @@ class TopBlocks(Retrieval):
             first = self.run(call.part(0, call.new - drafts), run, layers, total)
             return _append_rows(first, run(call.part(call.new - drafts, call.new), None))
         held = layers()
-        if call.new < self.voting_rows + self.ending_rows and held[0].selection is not None:
+        if call.new < self.voting_rows + len(self.ending_ids) and held[0].selection is not None:
             return run(call, None)
         call.refuse_hidden_states()
-        collected: BlockScores = {}
+        turn = call.tokens_after(self.opening_ids, within=len(self.ending_ids) + self.most_question_rows)
+        collected = BlockScores(turn)
         first = run(call, collected)
         selection = self.select(collected, total)
         if asks is not None:  # a row that asks nothing reads nothing
@@ -352,11 +357,12 @@ class TopBlocks(Retrieval):
         again = run(call.part(call.new - rows, call.new), None)
         return _append_rows(first, again, dropped=rows)
 
-    def select(self, collected: Mapping[int, Tensor], total: Callable[[Tensor], Tensor]) -> BlockSelection:
+    def select(self, collected: BlockScores, total: Callable[[Tensor], Tensor]) -> BlockSelection:
         """Select blocks by the scores of all layers."""
-        scores = torch.cat(list(collected.values()), dim=1)  # the heads of all layers
-        score, baseline = (scores[..., :-1] / scores[..., -1:].clamp_min(1)).unbind(2)
-        return select_blocks(score, baseline, self.blocks, self.emphasis, self.least_contrast, total)
+        scores = torch.cat(list(collected.layers.values()), dim=1)  # the heads of all layers
+        by_row = scores[..., :-1] / scores[..., -1:].clamp_min(1)
+        stretches, baseline = by_row[:, :, :-1], by_row[:, :, -1]
+        return select_blocks(stretches, baseline, self.blocks, self.emphasis, self.least_contrast, total)
 
     def read(self, distant: DistantKeys, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
         """Score the blocks during a scoring pass, and return the selected blocks' keys otherwise."""
@@ -365,7 +371,7 @@ class TopBlocks(Retrieval):
         distant = distant._replace(distance=away, window=min(away, window), first_query=first_query)
         if collected is not None:
             last = distant.text.positions[..., -1:].to(positions.device)
-            groups = self.groups(positions, last)
+            groups = self.groups(positions, last, collected)
             scores = block_scores(query, positions, distant, logits.logsumexp(-1), self.block_size, groups)
             self.collect(collected, distant.layer, scores, groups)
             return None
@@ -373,22 +379,32 @@ class TopBlocks(Retrieval):
             return None
         return block_keys(query, positions, distant, selection, self.block_size, self.margin)
 
-    def groups(self, positions: Tensor, last: Tensor) -> Tensor:
-        """Return which of the last rows score, and which give the baseline [2, rows, n]; padding does neither.
+    def groups(self, positions: Tensor, last: Tensor, collected: BlockScores) -> Tensor:
+        """Return which of the last rows belong to each stretch of the question, and to the baseline before it.
 
         Args:
             positions: of the rows that look at the text [rows, n].
             last: position of the last token [rows, 1].
+            collected: of this scoring pass.
+
+        Returns:
+            [stretches + 1, rows or batch, n]; padding belongs to none.
         """
-        scoring = (last - self.ending_rows - self.voting_rows < positions) & (positions <= last - self.ending_rows)
-        before = ~scoring & (positions <= last - self.ending_rows)
-        return torch.stack([scoring, before]) & (positions >= 0)
+        back = last - len(self.ending_ids) - positions  # 0: the last row of the question
+        asks = (back >= 0) & (back < self.most_question_rows)
+        if collected.turn is not None:
+            turn = collected.turn.to(back.device)[:, None]
+            asks = asks & ((turn < 0) | (back < turn - len(self.ending_ids)))
+        count = -(-self.most_question_rows // self.voting_rows)
+        stretches = [asks & (back // self.voting_rows == number) for number in range(count)]
+        return torch.stack([*stretches, (back >= 0) & ~asks]) & (positions >= 0)
 
     def collect(self, collected: BlockScores, layer: int, scores: Tensor, groups: Tensor) -> None:
-        """Add a layer's scores [batch, heads, 2, blocks] to those of its rows before, with how many rows these are."""
+        """Add a layer's scores [batch, heads, groups, blocks] to those of its rows before, with the number of rows."""
         counted = groups.sum(-1).T[:, None, :, None].expand(*scores.shape[:3], 1)
         part = torch.cat([scores, counted.to(scores)], dim=-1).cpu()
-        collected[layer] = collected[layer] + part if layer in collected else part
+        held = collected.layers.get(layer)
+        collected.layers[layer] = part if held is None else held + part
 
 
 def _append_rows(first: Any, second: Any, dropped: int = 0) -> Any:
@@ -400,20 +416,27 @@ def _append_rows(first: Any, second: Any, dropped: int = 0) -> Any:
     return second
 
 
-def ids_after_question(tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens that a chat template puts between a user's words and the answer; none without a template."""
+def turn_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens with which a chat template opens a user's turn, and those between it and the answer.
+
+    None without a template, and no opening where first and later turns begin differently.
+    """
     if not getattr(tokenizer, "chat_template", None):
-        return ()
-    mark = "<<question>>"
-    _, behind = template_parts(tokenizer, [{"role": "user", "content": mark}], mark)
-    return tuple(tokenizer(behind, add_special_tokens=False).input_ids)
+        return (), ()
+    marks = ("<<question>>", "<<answer>>", "<<another>>")
+    chat = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)]
+    first, ending = template_parts(tokenizer, chat[:1], marks[0])
+    later = template_parts(tokenizer, chat, *marks)[2]
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(first), reversed(later), strict=False))
+    opening = "".join(letter for letter, _ in same)[::-1].strip()
+    return tuple(tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in (opening, ending))
 
 
 def _check_counts(strategy: Any, **least: int) -> None:
     """Store a strategy's counts as plain ints of at least `least`, None where the default may be; check its store."""
     owner, may_be_none = (
         type(strategy).__name__,
-        {"distance", "first_voting_layer", *(["rows"] if "k" in least else [])},
+        {"distance", "first_voting_layer", "question_rows", *(["rows"] if "k" in least else [])},
     )
     for name, bound in least.items():
         value = getattr(strategy, name)

@@ -36,8 +36,8 @@ from hf_longtrunc.models import cache_of, decoder_of, disagreement, few_tokens, 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from hf_longtrunc.attention.block_scores import BlockScores
     from hf_longtrunc.attention.kernels import Scoring
-    from hf_longtrunc.attention.key_retrieval import BlockScores
     from hf_longtrunc.attention.technique import Technique
 
 _serial = itertools.count()

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Self
 
+    from hf_longtrunc.attention.block_scores import BlockScores
     from hf_longtrunc.attention.cache_law import CacheLaw
     from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, DecoderCall, MaskPlaceholder
     from hf_longtrunc.attention.kernels import ExtraKeys
-    from hf_longtrunc.attention.key_retrieval import BlockScores
     from hf_longtrunc.attention.probe import ProbeResult
     from hf_longtrunc.handles import Handle
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger("hf_longtrunc")
 
-_ASKING = 128  # last tokens of a prompt that are read in one forward, so that retrieval sees the question whole
+_ASKING = 192  # last tokens of a prompt that are read in one forward, so that retrieval sees the question whole
 # Settings that make a call more than one row read from left to right, and their neutral values.
 _PLAIN = {"num_beams": 1, "num_return_sequences": 1, "guidance_scale": 1.0, "prompt_lookup_num_tokens": None}
 _TEXT = {"input_ids", "attention_mask"}

@@ -313,7 +313,7 @@ DRAFTS = 4  # with the token before them no more than the rows that read
 def test_blocks_are_selected_before_drafts_join(llama, technique):
     """Prompt lookup feeds drafts in the question's own forward: they neither score nor hide the question."""
     ending = (5, 6)
-    rows = {"voting_rows": 3, "rows": 6, "ending_rows": 2, "ending_ids": ending}
+    rows = {"voting_rows": 3, "rows": 6, "ending_ids": ending}
     chat = TopBlocks(blocks=1, block_size=4, first_layer=0, first_voting_layer=0, **rows)
     ids = prompt(70)
     ids[0, -2:] = torch.tensor(ending)

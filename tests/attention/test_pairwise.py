@@ -49,7 +49,7 @@ from .pairs import (
 from .reference import Rope
 
 CHAT = TopBlocks(
-    blocks=1, block_size=BLOCK, voting_rows=VOTERS, rows=READERS, ending_rows=2, ending_ids=ENDING, emphasis=EMPHASIS,
+    blocks=1, block_size=BLOCK, voting_rows=VOTERS, rows=READERS, ending_ids=ENDING, emphasis=EMPHASIS,
     first_layer=0, first_voting_layer=0,
 )  # fmt: skip
 TECHNIQUES: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 
@@ -321,31 +322,46 @@ def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, fir
     assert (got - without)[:, N:].abs().max() > 1e-2
 
 
+OPENING = (3, 4)
+
+
 @pytest.mark.parametrize("least", [0.1, 1.2])
-@pytest.mark.parametrize(("contrast_rows", "ending_rows", "margin"), [(7, 0, 0), (9, 4, 3), (0, 2, 6)])
-def test_blocks_in_contrast_are_the_definition(monkeypatch, contrast_rows, ending_rows, margin, least):
-    """Two groups of rows note what each head pays; a block is worth what the later ones pay it beyond the earlier."""
+@pytest.mark.parametrize(
+    ("contrast_rows", "ending", "margin", "question_rows", "turn"),
+    [
+        *((7, 0, 0, None, None), (9, 4, 3, None, None), (0, 2, 6, None, None)),
+        *((6, 2, 0, 2 * VOTERS + 1, None), (6, 2, 0, 3 * VOTERS, VOTERS + 1), (0, 2, 1, 2 * VOTERS, 1)),
+    ],
+)
+def test_blocks_in_contrast_are_the_definition(monkeypatch, contrast_rows, ending, margin, least, question_rows, turn):
+    """Groups of rows note what each head pays; a block is worth what one stretch pays it beyond the rows before."""
     monkeypatch.setattr("hf_longtrunc.attention.lambda_attention._RETRIEVAL_BLOCK", 5)  # a layer's votes come in parts
     ids, rope = prompt(N), INTERFACE_FAMILIES["llama"]
+    most = question_rows or VOTERS
+    asking = min(most, turn or most)
+    if turn is not None:
+        ids[:, -ending - turn - len(OPENING) : -ending - turn] = torch.tensor(OPENING)
+    stretches = [(min(VOTERS, asking - start), ending + start) for start in range(0, asking, VOTERS)]
     shares = []
-    for rows, behind in ((VOTERS, ending_rows), (contrast_rows, ending_rows + VOTERS)):
+    for rows, behind in (*stretches, (contrast_rows + most - asking, ending + asking)):
         naive = NaiveBlocks(S, L, L, rope, size=4, away=4, rows=rows, behind=behind)
         install(reference := model_of("llama").double(), naive)
         logits(reference, ids)
         shares.append({place: mass / rows for place, mass in naive.paid.items()})
-    vote, before = shares
-    heads, blocks = {place[:2] for place in vote}, {place[2] for place in vote}
+    *votes, before = shares
+    heads, blocks = {place[:2] for place in votes[0]}, {place[2] for vote in votes for place in vote}
     of_head = {head: [paid for place, paid in before.items() if place[:2] == head] for head in heads}
     usual = {head: sum(paid) / max(1, len(paid)) for head, paid in of_head.items()}
     common = sum(usual.values()) / len(heads)
-    worth = {}
-    for block in blocks:
+    worth = dict.fromkeys(blocks, 0.0)
+    for vote, block in itertools.product(votes, blocks):
+        paid = {head: vote.get((*head, block), 0.0) for head in heads}
         if before:
-            places = [((*head, block), usual[head] + common) for head in heads]
-            squares = [(vote[place] / (before.get(place, 0.0) + anyway)) ** 2 for place, anyway in places]
-            worth[block] = math.sqrt(sum(squares) / len(heads))
+            anyway = {head: before.get((*head, block), 0.0) + usual[head] + common for head in heads}
+            found = math.sqrt(sum((paid[head] / anyway[head]) ** 2 for head in heads) / len(heads))
         else:
-            worth[block] = sum(vote[(*head, block)] for head in heads)
+            found = sum(paid.values())
+        worth[block] = max(worth[block], found)
     best = sorted(worth, key=worth.__getitem__, reverse=True)[:2]
     chosen = [block for block in best if not before or worth[block] >= least]
     most, top = min(2.5, max(1.0, worth[best[0]] ** 2)), worth[best[0]]
@@ -353,7 +369,9 @@ def test_blocks_in_contrast_are_the_definition(monkeypatch, contrast_rows, endin
     naive = NaiveBlocks(S, L, L, rope, size=4, away=4, rows=ROWS + 4, margin=margin, chosen=chosen, emphases=emphases)
     install(reference := model_of("llama").double(), naive)
     expected = logits(reference, ids)
-    options = {"contrast_rows": contrast_rows, "ending_rows": ending_rows, "margin": margin, "least_contrast": least}
+    options = {"contrast_rows": contrast_rows, "margin": margin, "least_contrast": least}
+    options["ending_ids"] = ids[0, N - ending :].tolist()
+    options |= {"question_rows": question_rows, "opening_ids": OPENING if turn is not None else ()}
     retrieval = replace(BLOCKS.retrieval, rows=ROWS + 4, emphasis=2.5, **options)
     model = model_of("llama")
     with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
@@ -372,34 +390,64 @@ def test_nothing_is_read_where_no_block_stands_out(llama):
         assert (logits(llama, ids, cache=ring_cache(llama)) - expected).abs().max() < 2e-5
 
 
-def test_a_chat_template_says_how_many_rows_come_behind_a_question():
-    class Letters:
-        chat_template = "[user]{}[/user][assistant]"
+class Letters:
+    """A tokenizer whose tokens are letters."""
 
-        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
-            assert (tokenize, add_generation_prompt) == (False, True)
-            return self.chat_template.format(messages[0]["content"])
+    def __init__(self, chat_template):
+        self.chat_template = chat_template
 
-        def __call__(self, text, add_special_tokens):
-            assert not add_special_tokens
-            return type("Encoded", (), {"input_ids": [ord(letter) for letter in text]})
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert (tokenize, add_generation_prompt) == (False, True)
+        said = [f"[{message['role']}]{message['content']}[/{message['role']}]" for message in messages]
+        return self.chat_template + "".join(said) + "[assistant]"
 
-    settings = TopBlocks.for_chat(Letters(), blocks=3)
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return type("Encoded", (), {"input_ids": [ord(letter) for letter in text]})
+
+
+def test_a_chat_template_says_where_a_question_begins_and_ends():
+    settings = TopBlocks.for_chat(Letters("[system]Be kind.[/system]"), blocks=3)
     ending = "[/user][assistant]"
-    assert (settings.ending_rows, settings.blocks) == (len(ending), 3)
-    assert settings.ending_ids == tuple(map(ord, ending))
-    assert (settings.contrast_rows, settings.margin) == (64, 16)
-    Letters.chat_template = None
-    assert TopBlocks.for_chat(Letters()).ending_rows == 0
-    with pytest.raises(ValueError, match="ending_rows"):
-        TopBlocks(ending_rows=-1)
+    assert (settings.ending_ids, settings.blocks) == (tuple(map(ord, ending)), 3)
+    assert "".join(map(chr, settings.opening_ids)) in ("[user]", "][user]", "m][user]")
+    assert (settings.contrast_rows, settings.question_rows, settings.margin) == (64, 64, 16)
+    plain = TopBlocks.for_chat(Letters(""))
+    assert plain.opening_ids == plain.ending_ids == ()
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_each_row_of_a_batch_scores_with_its_own_last_turn(family):
+    """Turns of different lengths, one that began before the forward, padding, and a cache that was filled before."""
+    model, ending = model_of(family), (5, 6)
+    ids = prompt(N, batch=3)
+    for row, turn in enumerate([3, 9]):
+        ids[row, -2 - turn - 2 : -2 - turn] = torch.tensor(OPENING)
+    ids[:, -2:] = torch.tensor(ending)
+    options = {"ending_ids": ending, "opening_ids": OPENING, "question_rows": 10, "contrast_rows": 5}
+    retrieval = replace(BLOCKS.retrieval, rows=16, least_contrast=0.1, **options)
+    with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
+        cache = ring_cache(model)
+        logits(model, ids, cache=cache)
+        together = cache.layers[0].selection
+        for row in range(3):
+            for parts in ([N], [N - 17, 17]):
+                alone = ring_cache(model)
+                in_chunks(model, ids[row : row + 1], parts, alone)
+                assert torch.equal(alone.layers[0].selection.blocks[0], together.blocks[row])
+        padded = torch.nn.functional.pad(ids[:1], (5, 0))
+        mask = torch.ones_like(padded)
+        mask[:, :5] = 0
+        cache = ring_cache(model)
+        logits(model, padded, cache=cache, attention_mask=mask)
+        assert torch.equal(cache.layers[0].selection.blocks[0], together.blocks[0])
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_block_counts_for_the_square_of_its_worth_in_proportion_to_the_best(seed):
     generator = torch.Generator().manual_seed(seed)
     vote, before = torch.rand(2, 1, 5, 7, dtype=torch.float64, generator=generator).pow(4).unbind(0)
-    chosen = select_blocks(vote, before, 4, 8.0, 0.6, lambda x: x)
+    chosen = select_blocks(vote[:, :, None], before, 4, 8.0, 0.6, lambda x: x)
     usual = [sum(paid) / 7 for paid in before[0].tolist()]
     worth = []
     for block in range(7):
@@ -422,7 +470,7 @@ def test_ranks_that_share_heads_choose_as_one_that_holds_all():
         vote, before = torch.rand(2, 3, heads, blocks, generator=generator).square().unbind(0)
         before[1] = 0.0  # a row without rows before those that vote
         vote[2] = 0.0  # a row that pays nothing
-        whole = select_blocks(vote, before, 4, 3.0, 0.4, lambda x: x)
+        whole = select_blocks(vote[:, :, None], before, 4, 3.0, 0.4, lambda x: x)
         sums: list[list[torch.Tensor]] = [[], []]
         for _ in range(5):  # one more sum is known in every turn
             noted = [list(parts) for parts in sums]
@@ -435,7 +483,7 @@ def test_ranks_that_share_heads_choose_as_one_that_holds_all():
                     mine.append(x)
                     return x + next(seen, 0.0)
 
-                chosen = select_blocks(vote[:, half], before[:, half], 4, 3.0, 0.4, total)
+                chosen = select_blocks(vote[:, half, None], before[:, half], 4, 3.0, 0.4, total)
         assert torch.equal(chosen.blocks, whole.blocks)
         assert torch.allclose(chosen.emphasis, whole.emphasis)
         assert torch.isfinite(whole.emphasis).all()
@@ -485,7 +533,7 @@ def test_what_blocks_take_where_nothing_is_given(llama):
         assert not torch.equal(logits(llama, ids, cache=ring_cache(llama)), expected)
 
 
-IN_CONTRAST = {"contrast_rows": 6, "ending_rows": 1, "margin": 2, "least_contrast": 0.5}
+IN_CONTRAST = {"contrast_rows": 6, "ending_ids": (5,), "margin": 2, "least_contrast": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -496,6 +544,8 @@ def test_a_left_padded_row_chooses_for_itself(family, options):
     model = model_of(family)
     lengths = [1, VOTERS - 1, L, L + S + 1, 3 * L, N]
     texts = [prompt(n) for n in lengths]
+    for text in texts:
+        text[:, -1] = 5
     ids = torch.cat([torch.nn.functional.pad(text, (N - text.shape[1], 0)) for text in texts])
     mask = torch.tensor([[0] * (N - n) + [1] * n for n in lengths])
     retrieval = TopBlocks(blocks=2, block_size=4, distance=4, first_layer=0, voting_rows=VOTERS, rows=ROWS, **options)
@@ -569,6 +619,8 @@ def test_blocks_are_refused_where_nothing_can_be_taken_back(llama):
         ({"emphasis": "4"}, TypeError, "emphasis must be a number"),
         ({"first_voting_layer": 1.0}, TypeError, "first_voting_layer must be a whole number"),
         ({"store": "gpu"}, ValueError, "TopBlocks: store must be one of"),
+        ({"question_rows": 0}, ValueError, "question_rows must be a whole number of at least 1"),
+        ({"opening_ids": 5}, TypeError, "opening_ids must be token ids, got 5"),
     ],
 )
 def test_bad_settings_of_blocks(arguments, error, message):

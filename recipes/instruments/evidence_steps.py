@@ -184,7 +184,25 @@ STEPS = [
         None,
         f"asking_long.py --texts {NOVELS},middlemarch.txt,bleak_house.txt,moby_dick.txt --out OUT",
     ),
-    Step("ruler", "Six of RULER's tasks past the trained window: `ask`", None, "ruler.py --arms ask --out OUT"),
+    Step(
+        "blocks",
+        "Whether the blocks that a chat's question selects hold its answer, with instructions after the question",
+        None,
+        "block_choice.py --texts middlemarch.txt --out OUT",
+    ),
+    Step(
+        "ruler",
+        "Six of RULER's tasks up to twice the trained window: `ask`, and its best passage by words alone",
+        None,
+        "ruler.py --arms ask,bm25 --out OUT",
+    ),
+    Step(
+        "ruler-read",
+        "Three of these tasks at half the trained window, read whole and under LM-Infinite",
+        None,
+        "ruler.py --arms unmodified,lm-infinite --lengths 4096 --limit 5 "
+        "--tasks niah_single_1,niah_multikey_2,niah_multikey_3 --out OUT",
+    ),
     Step(
         "memory",
         "LM-Infinite over a long stream: memory and time",

@@ -246,8 +246,8 @@ class TopBlocks(Retrieval):
 
         The tokens that the template puts after a question do not score, and a forward without them asks nothing. The
         last user turn scores, up to 64 rows of it, in stretches of eight rows and against a baseline of the rows
-        before. Four blocks are selected; they are read with a margin of 16 keys by the last 64 rows, each key counting
-        for up to eight.
+        before. Up to four blocks of a contrast of 3 are read with a margin of 16 keys by the last 64 rows, each key
+        counting for up to eight.
 
         Raises:
             TypeError: it is no tokenizer, or `options` holds what TopBlocks does not take.
@@ -259,7 +259,7 @@ class TopBlocks(Retrieval):
             )
         opening, ending = turn_ids(tokenizer)
         chat = {"opening_ids": opening, "ending_ids": ending, "question_rows": 64, "contrast_rows": 64, "rows": 64}
-        return cls(**{**chat, "blocks": 4, "emphasis": 8.0, "margin": 16, **options})
+        return cls(**{**chat, "blocks": 4, "emphasis": 8.0, "least_contrast": 3.0, "margin": 16, **options})
 
     def seen_at(self, window: int) -> int:
         """Return D_k for a window of that length."""

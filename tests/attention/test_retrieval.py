@@ -411,7 +411,7 @@ def test_a_chat_template_says_where_a_question_begins_and_ends():
     ending = "[/user][assistant]"
     assert (settings.ending_ids, settings.blocks) == (tuple(map(ord, ending)), 3)
     assert "".join(map(chr, settings.opening_ids)) in ("[user]", "][user]", "m][user]")
-    assert (settings.contrast_rows, settings.question_rows, settings.margin) == (64, 64, 16)
+    assert (settings.contrast_rows, settings.question_rows, settings.least_contrast) == (64, 64, 3.0)
     plain = TopBlocks.for_chat(Letters(""))
     assert plain.opening_ids == plain.ending_ids == ()
 

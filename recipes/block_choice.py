@@ -4,8 +4,8 @@
 
 A text of `FactText` and a question about it are one user turn, read under LM-Infinite with `TopBlocks.for_chat`
 ("turn") and with the twelve rows before the template's ending alone ("last 12 rows"). Each fact whose question shares
-words with it is asked for without an instruction, and with six ("turn") or two of twelve after it, other ones than the
-next fact; questions that the text does not answer are asked without. A run that was cut off goes on where it stopped.
+words with it is asked for without an instruction, and with three of twelve after it, other ones than the next fact;
+questions that the text does not answer are asked without. A run that was cut off goes on where it stopped.
 
 Cost: with SmolLM2-135M-Instruct on one CPU core a text of 7,500 tokens takes 9 minutes.
 """
@@ -32,7 +32,7 @@ from hf_longtrunc.evaluation.streaming import read_ahead
 from hf_longtrunc.models import CACHE, decoder_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from rich.table import Table
 
@@ -41,7 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {"turn": {}, "last 12 rows": {"question_rows":
 # An emphasis without an upper bound is the square of a block's contrast; blocks of any contrast are recorded.
 RECORDED = {"emphasis": 1e9, "least_contrast": 1e-6}
 LEAST = {"turn": 3.0, "last 12 rows": 1.5}  # contrast of a block that is read
-EVERY = {"turn": 2, "last 12 rows": 6}  # which instructions follow a fact
+EVERY = 4  # three of twelve instructions follow a fact, other ones than the next fact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +101,11 @@ def ask_all(
 ) -> None:
     """Read a text once, and note what each of its questions selects."""
     fixed = {**where, **model_settings(model)}
-    every = EVERY[where["arm"]]
     facts = [question for question in text.questions if question.kind in SHARED]
-    asked = [(q, ending) for n, q in enumerate(facts) for ending in ["", *TRAILING[n % every :: every]]]
+    asked = [(q, ending) for n, q in enumerate(facts) for ending in ["", *TRAILING[n % EVERY :: EVERY]]]
     asked += [(question, "") for question in text.questions if question.kind in NOTHING]
-    read, ids = None, encoded(tokenizer, text.text, "Q").input_ids
+    read: Any = None
+    ids = encoded(tokenizer, text.text, "Q").input_ids
     held_back = len(ids) - retrieval.reading_rows(len(ids), is_scoring=True)
     for question, ending in tqdm(asked, desc=where["arm"]):
         plan = {"kind": question.kind, "depth": question.depth, "question": question.text, "ending": ending, **fixed}
@@ -146,7 +146,7 @@ def table_of(records: Sequence[ChoiceRecord]) -> Table:
         table.add_column(arm, justify="right")
     facts, nothing = ([r for r in records if (r.kind in NOTHING) is is_nothing] for is_nothing in (False, True))
     plain, tailed = ([r for r in facts if bool(r.ending) is has_ending] for has_ending in (False, True))
-    rows = [
+    rows: list[tuple[str, str, list[ChoiceRecord], Callable[[ChoiceRecord], bool]]] = [
         (name, counted, some, counts)
         for name, some in (("a fact", plain), ("a fact, an instruction after it", tailed))
         for counted, counts in (

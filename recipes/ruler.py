@@ -100,7 +100,7 @@ def main(
     draw(records).savefig(out / "ruler.png", dpi=130)
 
 
-class Watched(BaseStreamer):  # type: ignore[misc]
+class Watched(BaseStreamer):
     """Keeps an answer, and ends it by `StopIteration` once it holds everything: no further token lowers its score."""
 
     def __init__(self, tokenizer: Any, score: Callable[[str], float]):
@@ -141,7 +141,8 @@ def answers_of(
     if arm in ("yarn", "dynamic ntk"):
         scaling = {"rope_type": arm.split()[0], "factor": max(longest / trained, 1.0)}
         config.rope_parameters = {**config.rope_parameters, **scaling, "original_max_position_embeddings": trained}
-    model, tokenizer = load_pretrained(source, config=config)
+    loaded: tuple[Any, Any] = load_pretrained(source, config=config)
+    model, tokenizer = loaded
     settings = {**model_settings(model), "model": Path(source).name if Path(source).exists() else source}
     if arm in ("ask", "bm25"):
         finder = BM25(threshold=0) if arm == "bm25" else default_finder(encoder)

@@ -429,7 +429,8 @@ def turn_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     later = template_parts(tokenizer, chat, *marks)[2]
     same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(first), reversed(later), strict=False))
     opening = "".join(letter for letter, _ in same)[::-1].strip()
-    return tuple(tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in (opening, ending))
+    before, after = (tuple(tokenizer(part, add_special_tokens=False).input_ids) for part in (opening, ending))
+    return before, after
 
 
 def _check_counts(strategy: Any, **least: int) -> None:

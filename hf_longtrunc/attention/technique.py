@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from transformers.cache_utils import CacheLayerMixin
     from typing_extensions import Self
 
+    from hf_longtrunc.attention.block_scores import BlockScores
     from hf_longtrunc.attention.cache_law import CacheLaw
     from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, DecoderCall, MaskPlaceholder
-    from hf_longtrunc.attention.key_retrieval import BlockScores, Retrieval
+    from hf_longtrunc.attention.key_retrieval import Retrieval
     from hf_longtrunc.attention.probe import ProbeResult
     from hf_longtrunc.handles import Handle
 

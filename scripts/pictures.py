@@ -1,16 +1,15 @@
-"""Draw pictures of the pages into docs/assets: a mask, packed rows, samplers, perplexity, facts found, RULER.
+"""Draw pictures of the pages into docs/assets: a mask, packed rows, samplers, perplexity, facts found.
 
     python scripts/pictures.py
 
 Plain SVG on a white card: they look the same in the light and the dark theme. The rows are packed by this package; the
-last three, and the heat maps of docs/evidence, are drawn from records.
+last two, and the heat maps of docs/evidence, are drawn from records.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +32,6 @@ def main() -> None:
     for name, picture in schematic().items():
         (FOLDER / f"{name}.svg").write_text(picture, encoding="utf-8")
     heat_maps()
-    ruler()
 
 
 def schematic() -> dict[str, str]:
@@ -206,16 +204,6 @@ def heat_maps() -> None:
         axes[0].figure.savefig(path.with_suffix(".png"), dpi=130)
         if path.parent.name == "reading":
             axes[0].figure.savefig(FOLDER / "facts.png", dpi=130)
-
-
-def ruler() -> None:
-    """Draw RULER's scores by task, length and way of reading."""
-    paths = [DOCS / "evidence" / step / "ruler.jsonl" for step in ("ruler", "ruler-read")]
-    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    figure = runpy.run_path(str(ROOT / "recipes" / "ruler.py"))["draw"](
-        [SimpleNamespace(**json.loads(line)) for line in lines]
-    )
-    figure.savefig(FOLDER / "ruler.png", dpi=130)
 
 
 def bars(

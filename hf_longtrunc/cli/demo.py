@@ -33,12 +33,12 @@ def demo(
     force: common.Force = False,
     as_json: common.AsJson = False,
 ) -> None:
-    """Run the techniques on a real model and show their effects: some three minutes on two idle cores.
+    """Run the techniques on a real model and show their effects: five minutes of processor time.
 
     [b]sampling[/b]: plain sampling, top-p and eta on one prompt, and the tokens that each cut; half a minute.
     [b]bat[/b]: basis-aware truncation, and the tokens that it kept below eta's threshold; half a minute.
     [b]packing[/b]: docstrings packed into rows, and that no document sees another; ten seconds.
-    [b]past-window[/b]: a text longer than the trained window, unmodified and under LM-Infinite; two minutes.
+    [b]past-window[/b]: a text longer than the trained window, unmodified and under LM-Infinite; some three minutes.
     """
     chosen = [part.value for part in Part if (part in parts if parts else part.value != "bat")]
     if not 0 < epsilon < 1:

@@ -70,7 +70,7 @@ def past_the_window(
     ids = torch.cat([ids[:place], note, ids[place:], question])
     arms: dict[str, Arm] = {"unmodified": nullcontext, "LM-Infinite": LMInfinite(window_length=max(1, window // 4))}
     readings: dict[str, Reading] = {}
-    common.notes().print(f"reading {len(ids):,} tokens twice: some two minutes on two cores")
+    common.notes().print(f"reading {len(ids):,} tokens twice: some three minutes of processor time")
     for name, arm in arms.items():
         with arm(model):
             readings[name] = read_and_answer(model, tokenizer, ids.to(model.device), name)

@@ -1,4 +1,4 @@
-"""Streams of datasets: private copies of their state, and the test of which streams resume exactly."""
+"""Streams of datasets: private copies of their state, and a test for exact resuming."""
 
 from __future__ import annotations
 

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from hf_longtrunc.sampling.trace import TruncationTrace
     from hf_longtrunc.sampling.trace_records import TruncationRecord
 
+# Fields of a record that the page shows as they are.
 _FIELDS = (
-    *("token", "probability", "rank", "is_kept", "entropy", "threshold", "lowest_kept", "kept", "kept_mass"),
-    *("kept_below", "cut_above"),
-)
+    "token", "probability", "rank", "is_kept", "entropy", "threshold", "lowest_kept", "kept", "kept_mass", "kept_below",
+    "cut_above",
+)  # fmt: skip
 _DIGITS = 4
 
 

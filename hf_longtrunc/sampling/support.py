@@ -111,8 +111,9 @@ class SupportChecker:
         """
         tolerance = check_float("tolerance", tolerance, gt=0)
         rows, _ = self._rows(scores, 0.5)
-        wanted = self._tokens(scores, tokens).reshape(len(rows), -1)
-        values = [self._critical_of_row(row, ids, tolerance) for row, ids in zip(rows, wanted.tolist(), strict=True)]
+        wanted = self._tokens(scores, tokens).reshape(len(rows), -1).tolist()
+        pairs = zip(map(self._row, rows), wanted, strict=True)
+        values = [[self._critical(row, token, tolerance) for token in ids] for row, ids in pairs]
         return torch.tensor(values, dtype=torch.float64, device=scores.device).reshape(tokens.shape)
 
     @torch.inference_mode()
@@ -149,10 +150,6 @@ class SupportChecker:
         return mask
 
     @torch.inference_mode()
-    def _critical_of_row(self, scores: Tensor, tokens: list[int], tolerance: float) -> list[float]:
-        row = self._row(scores)
-        return [self._critical(row, token, tolerance) for token in tokens]
-
     def _critical(self, row: SupportRow, token: int, tolerance: float) -> float:
         """Iterate as Dinkelbach does: the l that is best at one s gives the largest s that it can prove."""
         p = float(row.probs[token])

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_TOGETHER = 32  # units a forward
+_TOGETHER = 2048  # tokens a forward, padding included: a batch of long units needs no more memory than one of short
 _SORTED = 512  # units that are tokenised and sorted by length together: memory does not grow with the text
+_MULTIPLE = 16  # a batch's length is a multiple of it: kernels are kept by shape
 _PRIOR = 16  # units' worth of a zero vector in the mean of a text's vectors, so that a short text keeps its own
 
 
@@ -162,10 +163,13 @@ class SentenceEncoder:
         """Return each text's vector [texts, width], of length 1, on the CPU."""
         vectors = torch.empty(len(texts), self.model.config.hidden_size)
         ids = self.tokenizer(list(texts), truncation=True, max_length=256).input_ids if texts else []
-        order = sorted(range(len(texts)), key=lambda n: len(ids[n]))
-        for at in range(0, len(order), _TOGETHER):
-            chosen = order[at : at + _TOGETHER]
-            batch = self.tokenizer.pad({"input_ids": [ids[n] for n in chosen]}, return_tensors="pt")
+        order = sorted(range(len(texts)), key=lambda n: -len(ids[n]))
+        while order:
+            size = max(_TOGETHER // (len(ids[order[0]]) + _MULTIPLE), 1)
+            chosen, order = order[:size], order[size:]
+            batch = self.tokenizer.pad(
+                {"input_ids": [ids[n] for n in chosen]}, pad_to_multiple_of=_MULTIPLE, return_tensors="pt"
+            )
             batch = batch.to(self.model.device)
             states = self.model(**batch).last_hidden_state.float()
             mean = (states * batch["attention_mask"][:, :, None]).sum(1)

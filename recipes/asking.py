@@ -45,7 +45,9 @@ class Remembering(SentenceEncoder):
 def main(
     texts: Annotated[str, typer.Option(help="Novels, separated by commas.")],
     lengths: Annotated[str, typer.Option(help="Tokens of a text.")] = "7500,12000,16000",
-    arms: Annotated[str, typer.Option(help="ask, encoder, bm25")] = "ask,encoder,bm25",
+    arms: Annotated[
+        str, typer.Option(help="ask, finder (ask without the re-ranker), encoder, bm25")
+    ] = "ask,encoder,bm25",
     each: Annotated[int, typer.Option(help="Texts of each novel and length.")] = 3,
     part: Annotated[str, typer.Option(help="Whose phrasings: choose or report.")] = "report",
     read: Annotated[bool, typer.Option(help="Let the model answer; --no-read asks the finders alone.")] = True,
@@ -65,7 +67,12 @@ def main(
     by_meaning = Remembering(*load_encoder(encoder))
     alone = Remembering(by_meaning.model, by_meaning.tokenizer, threshold=-1, matter_threshold=-2)  # nothing is refused
     alone.encode = by_meaning.encode  # type: ignore[method-assign]
-    known: dict[str, Any] = {"ask": Fused(by_meaning, BM25()), "encoder": alone, "bm25": BM25(threshold=0)}
+    known: dict[str, Any] = {
+        "ask": Fused(by_meaning, BM25()),
+        "finder": Fused(by_meaning, BM25()),
+        "encoder": alone,
+        "bm25": BM25(threshold=0),
+    }
     if unknown := set(arms.split(",")) - set(known):
         raise typer.BadParameter(f"--arms takes {', '.join(known)}; got {', '.join(sorted(unknown))}")
     records = run_find_and_read(
@@ -84,10 +91,11 @@ def main(
         count=count,
         context=context,
         hops=hops,
+        reranked=("ask",),
         path=out / "records.jsonl",
         progress=True,
     )
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else 200)
     console.print(find_and_read_table(records))
     first, *others = arms.split(",")
     for name, among in {"words shared": SHARED, "none shared": ("unshared",)}.items() if read else ():

@@ -12,6 +12,7 @@ import torch
 from hf_longtrunc.arguments import check_int
 from hf_longtrunc.asking.index import TextIndex
 from hf_longtrunc.asking.prompt import PROMPT, chat_ids, check_prompt, fill_prompt, is_about_the_whole, what_is_asked
+from hf_longtrunc.asking.rerank import UNITS, Reranker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,6 +61,7 @@ def ask(
     count: int = 1,
     context: int = CONTEXT,
     hops: int = 1,
+    rerank: int = UNITS,
     prompt: str = PROMPT,
     follow_up: bool = False,
     before: Sequence[tuple[str, str]] = (),
@@ -83,6 +85,7 @@ def ask(
         context: a unit under 80 characters is read with the one before and the one after, each of at most so many
             characters, and once more by itself right before the question.
         hops: 2 looks again with the words of the first passage, and reads both.
+        rerank: the model compares so many of the finder's best units, see `Reranker`; 1 takes the finder's best.
         prompt: holds {passages} and {question}.
         follow_up: each question may refer to the one before it, and is read with that turn if it does. Other questions
             are read alone, as earlier turns made the answers of SmolLM2-135M-Instruct worse.
@@ -114,10 +117,13 @@ def ask(
         index = text
     else:
         index = TextIndex(text, default_finder() if finder is None else finder, progress=progress)
+    reranker = Reranker(model, tokenizer, rerank)
     turns, answers = list(before), []
     for question in asked:
         since = time.perf_counter()
-        passages, read_with = find_passages(index, question, turns, count=count, context=context, hops=hops)
+        passages, read_with = find_passages(
+            index, question, turns, count=count, context=context, hops=hops, reranker=reranker
+        )
         ids = chat_ids(tokenizer, read_with, fill_prompt(prompt, passages, question))
         said = _greedy(model, ids, check_int("max_new_tokens", max_new_tokens, minimum=1), streamer)
         answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
@@ -136,15 +142,17 @@ def find_passages(
     count: int = 1,
     context: int = CONTEXT,
     hops: int = 1,
+    reranker: Reranker | None = None,
 ) -> tuple[list[Passage], list[tuple[str, str]]]:
     """Return the passages for a question, the best first, and the turn before it if it is a follow-up; see `ask`."""
     if is_about_the_whole(question):
         return index.spread(_SPREAD), []
+    how: dict[str, Any] = {"count": count, "context": context, "reranker": reranker}
     asked, earlier = what_is_asked(question), what_is_asked(turns[-1][0]) if turns else None
     before = list(turns[-1:]) if earlier is not None and index.follows(asked, earlier) else []
-    found = index.find(asked, before=earlier if before else None, count=count, context=context)
+    found = index.find(asked, before=earlier if before else None, **how)
     if hops == 2 and found:
-        found += index.find(f"{asked} {found[0].match}", count=count, context=context, besides=found)
+        found += index.find(f"{asked} {found[0].match}", besides=found, **how)
     return found, before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hf_longtrunc.asking.finders import Finder
+    from hf_longtrunc.asking.rerank import Reranker
 
 _KIND = "text_index"
 _FOLLOWS = 0.8  # chosen on 12 follow-ups, which it all finds, of two novels
@@ -71,6 +73,7 @@ class TextIndex:
         count: int = 1,
         context: int = 0,
         besides: Sequence[Passage] = (),
+        reranker: Reranker | None = None,
     ) -> list[Passage]:
         """Return the passages that stand out for a question, the best first; none if no unit does.
 
@@ -81,6 +84,7 @@ class TextIndex:
             context: a unit under 80 characters is read with the one before and the one after, each of at most so many
                 characters: a fact may begin in one sentence and end in the next.
             besides: passages that were found before, which are not found again.
+            reranker: takes one of the best units for the first, if the finder's best stands out.
         """
         scores, least = self._scorer.score(question), self.finder.threshold
         if before is not None:
@@ -89,12 +93,31 @@ class TextIndex:
             start, end = self._spans[name][own]
             if any(each.source == name and each.start < end and start < each.end for each in besides):
                 scores[n] = -torch.inf
-        best = scores.topk(min(check_int("count", count, minimum=1), len(scores)))
+        among = max(check_int("count", count, minimum=1), 1 if reranker is None else reranker.units)
+        best = scores.topk(min(among, len(scores))).indices.tolist()
+
+        def is_about(n: int) -> bool:
+            return bool(besides) or self._is_about(n, question, before or "")
+
+        first = best[0]
+        if scores[first] <= least or not is_about(first):
+            return []
+        if reranker is not None:
+            reach = scores[first] - reranker.reach
+            near = [first, *(n for n in best[1 : reranker.units] if scores[n] >= reach and is_about(n))]
+            first = self._likeliest(near, scores, f"{before or ''} {question}".strip(), reranker)
+        others = (n for n in best if n != first and scores[n] > least and is_about(n))
         found: list[Passage] = []
-        for score, n in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            if score > least and (besides or self._is_about(n, question, before or "")):
-                self._add(found, n, self._around(n, check_int("context", context, minimum=0)), score)
+        for n in [first, *islice(others, count - 1)]:
+            self._add(found, n, self._around(n, check_int("context", context, minimum=0)), scores[n].item())
         return found
+
+    def _likeliest(self, units: list[int], scores: Tensor, question: str, reranker: Reranker) -> int:
+        """Return the unit of the highest score with the re-ranker's gain."""
+        if len(units) == 1:
+            return units[0]
+        gains = reranker(question, [self._text(*self._units[n]) for n in units])
+        return units[int((scores[units] + gains).argmax())]
 
     def _is_about(self, unit: int, question: str, before: str) -> bool:
         """Whether a unit is about whom a question, or the one before it, names, and about the matter too."""

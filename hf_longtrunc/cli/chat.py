@@ -200,13 +200,15 @@ class ChatSession:
         """Return the message that the model reads for a line: with a short file, or the best passage of a long one."""
         from hf_longtrunc.asking.answers import NOT_FOUND, find_passages
         from hf_longtrunc.asking.prompt import PROMPT, fill_prompt
+        from hf_longtrunc.asking.rerank import Reranker
 
         if self._file:
             message, self._file = f"{self._file}\n\n{line}", ""
             return message
         if self._index is None:
             return line
-        passages, _ = find_passages(self._index, line, self._turns)
+        reranker = Reranker(self.conversation.model, self.conversation.tokenizer)
+        passages, _ = find_passages(self._index, line, self._turns, reranker=reranker)
         if not passages:
             common.notes().print(f"[dim]({NOT_FOUND})[/dim]")
         return fill_prompt(PROMPT, passages, line)

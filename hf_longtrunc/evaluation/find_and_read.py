@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_longtrunc.asking.answers import CONTEXT, find_passages
 from hf_longtrunc.asking.prompt import PROMPT, chat_ids, fill_prompt
+from hf_longtrunc.asking.rerank import UNITS, Reranker
 from hf_longtrunc.evaluation import facts
 from hf_longtrunc.evaluation.display import new_table
 from hf_longtrunc.evaluation.intervals import wilson_interval
@@ -162,6 +163,7 @@ def run_find_and_read(
     count: int = 1,
     context: int = CONTEXT,
     hops: int = 1,
+    reranked: Collection[str] = (),
     prompt: str = PROMPT,
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -184,6 +186,7 @@ def run_find_and_read(
         count: see `hf_longtrunc.ask`.
         context: see there.
         hops: see there.
+        reranked: arms in which the model compares the finder's best units, see `Reranker`.
         prompt: see there.
         path: a JSON-lines file; a text with records in it is not asked again.
         progress: show a bar.
@@ -198,8 +201,8 @@ def run_find_and_read(
 
     results = ("tokens_read", "found", "right", "expected", "answer", "lenient", "strict")
     journal, records = Journal(path, FindAndReadRecord, results), []
-    how = {"count": count, "context": context, "hops": hops}
-    settings = f"{how} read={read} trailing={trailing} prompt={prompt!r}"
+    given = {"count": count, "context": context, "hops": hops}
+    settings = f"{given} read={read} trailing={trailing} prompt={prompt!r}"
     cells = [(name, length, trial) for name in novels for length in lengths for trial in range(texts)]
     answered: dict[tuple[int, ...], str] = {}
     for name, length, trial in tqdm(cells, desc="texts", disable=not progress):
@@ -214,7 +217,9 @@ def run_find_and_read(
             asked += [(q, turn, q.text) for turn, q in enumerate(talk, 1) if turn > 1]
         for arm in [*arms, ORACLE]:
             finder = arms.get(arm)
-            made_by = settings if finder is None else f"{finder.identity} {settings}"
+            how = {**given, "reranker": Reranker(model, tokenizer) if arm in reranked else None}
+            read_by = f"reranked {UNITS} " if arm in reranked else ""
+            made_by = settings if finder is None else f"{finder.identity} {read_by}{settings}"
             fixed: dict[str, Any] = {
                 "arm": arm,
                 "settings": made_by,
@@ -327,7 +332,7 @@ def _cell(records: Sequence[FindAndReadRecord]) -> str:
 
 
 def _passages(
-    index: TextIndex | None, question: Question, said: str, turns: list[tuple[str, str]], **how: int
+    index: TextIndex | None, question: Question, said: str, turns: list[tuple[str, str]], **how: Any
 ) -> tuple[list[Passage], list[tuple[str, str]]]:
     """Return the passages for a question, and the turns that it is read with."""
     from hf_longtrunc import Passage

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from hf_longtrunc import BM25, Passage, SentenceEncoder, TextIndex, load_encoder
+from hf_longtrunc.asking.answers import CONTEXT
 from hf_longtrunc.asking.passages import LONGEST, sentence_spans
 from hf_longtrunc.asking.prompt import PROMPT, fill_prompt, is_about_the_whole
 from hf_longtrunc.templates import template_parts
@@ -68,7 +69,7 @@ def find_and_shorten(tokenizer: Any, ids: Tensor, finder: str, salt: object) -> 
         return None
     best: list[Passage] = []
     for number, document in searched(chat.messages):
-        for passage in indexed(document, finder, salt).find(question):
+        for passage in indexed(document, finder, salt).find(question, context=CONTEXT):
             if not best or passage.score > best[0].score:
                 best = [replace(passage, source=str(number))]
     if not best:
@@ -109,9 +110,10 @@ def question_span(message: str) -> tuple[int, int] | None:
     question mark, in this order, or else a last line of more than five words after a blank one or the end of a
     sentence.
 
-    >>> message = "It rained, and nobody went out. " * 30 + "\nWho went out?"
-    >>> message[slice(*question_span(message))]
-    'Who went out?'
+    Examples:
+        >>> message = "It rained, and nobody went out. " * 30 + "\nWho went out?"
+        >>> message[slice(*question_span(message))]
+        'Who went out?'
     """
     if len(message) <= LONGEST:
         return (0, len(message)) if _asks(message) else None

@@ -119,9 +119,10 @@ def export(
         FileExistsError: `folder` holds something.
         TypeError, ValueError: an argument that cannot be, or a model that is no causal one or runs code of its own.
 
-    >>> made = export(model_folder, f"{scratch}/endless", LMInfinite(window_length=64))
-    >>> sorted(path.name for path in made.folder.iterdir())
-    ['README.md', 'config.json', 'custom_generate', 'generation_config.json', 'model.safetensors']
+    Examples:
+        >>> made = export(model_folder, f"{scratch}/endless", LMInfinite(window_length=64))
+        >>> sorted(path.name for path in made.folder.iterdir())
+        ['README.md', 'config.json', 'custom_generate', 'generation_config.json', 'model.safetensors']
     """
     check_choice("weights", weights, ("link", "copy", "none"))
     out = Path(folder)
@@ -156,9 +157,10 @@ def verify_export(folder: str | os.PathLike[str]) -> Exported:
         FileNotFoundError: the folder was not exported.
         ValueError: its code was changed, it holds other code, or its settings cannot be read.
 
-    >>> made = export(model_folder, f"{scratch}/checked", LMInfinite(window_length=64))
-    >>> verify_export(made.folder) == made
-    True
+    Examples:
+        >>> made = export(model_folder, f"{scratch}/checked", LMInfinite(window_length=64))
+        >>> verify_export(made.folder) == made
+        True
     """
     path = Path(folder, CODE)
     if not path.is_file():

@@ -49,8 +49,9 @@ class Reading:
         attended: where the answer attended, most first: {"start", "end"} in tokens and {"share"} of its attention, the
             mean over its tokens, layers and heads; None: it was not asked for.
 
-    >>> Reading(read=100, kept=80, forgotten=20, window=64).described()
-    {'read': 100, 'kept': 80, 'forgotten': 20, 'window': 64, 'reused': 0}
+    Examples:
+        >>> Reading(read=100, kept=80, forgotten=20, window=64).described()
+        {'read': 100, 'kept': 80, 'forgotten': 20, 'window': 64, 'reused': 0}
     """
 
     read: int
@@ -70,8 +71,9 @@ class Reading:
 def reading_of(technique: Any, tokens: int, reused: int = 0) -> Reading:
     """Return how much of a prompt of so many tokens a model sees under a technique.
 
-    >>> reading_of(LMInfinite(num_sink_tokens=16, window_length=64), 100).forgotten
-    20
+    Examples:
+        >>> reading_of(LMInfinite(num_sink_tokens=16, window_length=64), 100).forgotten
+        20
     """
     sinks = getattr(technique, "num_sink_tokens", None)
     if sinks is None:
@@ -141,10 +143,11 @@ def hosted_generate(settings: str, model: Any, inputs: Tensor | None = None, *ar
     Raises:
         ValueError: the settings cannot be read, or the technique cannot patch this model.
 
-    >>> settings = HostSettings(technique=LMInfinite(num_sink_tokens=16, window_length=64)).to_json()
-    >>> output = hosted_generate(settings, model, ids, max_new_tokens=4, return_dict_in_generate=True)
-    >>> output.reading["read"], output.reading["forgotten"]
-    (100, 20)
+    Examples:
+        >>> settings = HostSettings(technique=LMInfinite(num_sink_tokens=16, window_length=64)).to_json()
+        >>> output = hosted_generate(settings, model, ids, max_new_tokens=4, return_dict_in_generate=True)
+        >>> output.reading["read"], output.reading["forgotten"]
+        (100, 20)
     """
     chosen = HostSettings.from_json(settings)
     model = unwrapped(model)

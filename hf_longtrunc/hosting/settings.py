@@ -34,9 +34,10 @@ class HostSettings:
     Raises:
         TypeError, ValueError: an argument of the wrong type, or outside its range.
 
-    >>> settings = HostSettings(technique=LMInfinite(window_length=64), sampler="eta=0.002")
-    >>> HostSettings.from_json(settings.to_json()) == settings
-    True
+    Examples:
+        >>> settings = HostSettings(technique=LMInfinite(window_length=64), sampler="eta=0.002")
+        >>> HostSettings.from_json(settings.to_json()) == settings
+        True
     """
 
     technique: Any

@@ -159,10 +159,17 @@ STEPS = [
         "asking.py --part choose --texts bleak_house.txt,moby_dick.txt --lengths 7500 --each 4 --out OUT",
     ),
     Step(
+        "off-topic",
+        "How often `ask` reads a passage for a question that has nothing to do with the text",
+        None,
+        "off_topic.py --texts bleak_house.txt,moby_dick.txt --out OUT",
+    ),
+    Step(
         "asking",
         "What `ask` finds and answers in novels and wordings that nothing was chosen on",
         None,
-        f"asking.py --texts {NOVELS},middlemarch.txt --lengths 7500,12000,16000 --each 2 --conversations --out OUT",
+        f"asking.py --texts {NOVELS},middlemarch.txt --lengths 7500,12000,16000 --each 2 --conversations "
+        "--arms ask,finder,encoder,bm25 --out OUT",
     ),
     Step(
         "asking-trailing",

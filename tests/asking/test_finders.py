@@ -101,3 +101,8 @@ def test_fused_adds_weighted_scores():
 def test_a_threshold_is_a_number():
     with pytest.raises(TypeError, match="threshold must be a number, got 'high'"):
         BM25(threshold="high")
+
+
+def test_units_without_a_word_score_nothing():
+    scores = BM25().read(["It is.", "..."]).score("Was it he?")
+    assert scores.tolist() == [0.0, 0.0]

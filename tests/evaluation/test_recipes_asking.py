@@ -11,7 +11,7 @@ import matplotlib as mpl
 import pytest
 import typer
 
-from hf_longtrunc import load_pretrained
+from hf_longtrunc import load_encoder, load_pretrained
 from hf_longtrunc.evaluation import FindAndReadRecord, read_records
 from tests.asking.conftest import encoder_folder  # noqa: F401
 
@@ -38,14 +38,16 @@ def test_recipe_asking(files, encoder_folder, tmp_path, capsys):  # noqa: F811
     given = {"texts": str(files / "road.txt"), "lengths": "1500", "each": 1, "model": str(files / "model")}
     given |= {"encoder": encoder_folder, "part": "report", "read": True, "trailing": False, "conversations": True}
     given |= {"kinds": "number,place,person,birth,unshared,unsaid", "count": 1, "context": 150, "hops": 1, "seed": 0}
-    main(arms="ask,encoder,bm25", out=tmp_path, **given)
+    main(arms="ask,finder,encoder,bm25", out=tmp_path, **given)
     printed = capsys.readouterr().out
     assert "words shared: right under ask alone" in printed
     assert "turns 2 to 4: right as a turn alone" in printed
     records = read_records(tmp_path / "records.jsonl", FindAndReadRecord)
-    assert {record.arm for record in records} == {"ask", "encoder", "bm25", "oracle"}
+    assert {record.arm for record in records} == {"ask", "finder", "encoder", "bm25", "oracle"}
+    by_arm = [{r.question: r.found for r in records if r.arm == arm} for arm in ("ask", "finder")]
+    assert by_arm[0] == by_arm[1]  # the model chooses among passages, and refuses none
     assert all(record.found for record in records if record.arm == "encoder" and record.kind == "unshared")
-    with pytest.raises(typer.BadParameter, match="--arms takes ask, encoder, bm25; got fused"):
+    with pytest.raises(typer.BadParameter, match="--arms takes ask, finder, encoder, bm25; got fused"):
         main(arms="fused", out=tmp_path, **given)
 
 
@@ -59,6 +61,16 @@ def test_recipe_asking_long(files, encoder_folder, tmp_path, capsys):  # noqa: F
     assert [record.loaded_answers_the_same for record in records] == [True, True, None]
     assert all(len(r.right) == len(r.strict) == len(r.kinds) == len(r.question_seconds) == 14 for r in records)
     assert "4,000" in capsys.readouterr().out
+
+
+def test_recipe_off_topic(files, encoder_folder, tmp_path, capsys, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("hf_longtrunc.pretrained.load_encoder", lambda _, load=load_encoder: load(encoder_folder))
+    recipe = runpy.run_path(str(RECIPES / "off_topic.py"))
+    recipe["main"](texts=str(files / "road.txt"), characters=2000, out=tmp_path)
+    records = read_records(tmp_path / "records.jsonl", recipe["OffTopicRecord"])
+    assert len(records) == 2 * len(recipe["QUESTIONS"]) == 120
+    above = sum(record.score > 0.35 for record in records) / 120
+    assert f"0.35 (default) │ {above:.3f}" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

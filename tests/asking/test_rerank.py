@@ -1,0 +1,90 @@
+"""The re-ranker against the definition, and which unit an index takes with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_longtrunc import TextIndex, ask, load_pretrained
+from hf_longtrunc.asking.rerank import Reranker
+from tests.asking.test_index import SENTENCES, TEXT, ByWord
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer(model_folder):
+    return load_pretrained(model_folder, device="cpu")
+
+
+class Prefers:
+    """A re-ranker that gives units with a word in them a gain."""
+
+    units = 3
+
+    def __init__(self, word, gain, reach=1.0):
+        self.word, self.gain, self.reach, self.asked = word, gain, reach, []
+
+    def __call__(self, question, units):
+        self.asked.append((question, list(units)))
+        return torch.tensor([self.gain * (self.word in unit) for unit in units])
+
+
+def test_a_gain_is_the_mean_log_probability_of_the_question_after_the_unit(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
+    units, question = ["A hat, grey\nand old.", "No.", "a b c"], "Where is it"
+    gains = Reranker(model, tokenizer, weight=0.5)(question, units)
+    for gain, unit in zip(gains.tolist(), ["A hat, grey and old.", "No.", "a b c"], strict=True):
+        before = tokenizer(f"Passage: {unit}\nQuestion:").input_ids
+        terms = []
+        for token in tokenizer(f" {question}", add_special_tokens=False).input_ids:  # one token at a time
+            logits = model(torch.tensor([before])).logits[0, -1].double()
+            terms.append((logits[token] - logits.exp().sum().log()).item())
+            before = [*before, token]
+        assert gain == pytest.approx(0.5 * sum(terms) / len(terms), abs=1e-4)
+    assert len({round(gain, 4) for gain in gains.tolist()}) == 3
+
+
+def test_the_best_unit_is_chosen_among_the_best_few_if_the_finders_best_stands_out():
+    index = TextIndex(TEXT, ByWord())
+    prefers = Prefers("two", 5.0)
+    (found,) = index.find("one one two three", reranker=prefers)
+    assert (found.text, found.score) == (SENTENCES[1], 1.0)  # the score stays the finder's
+    ((asked, compared),) = prefers.asked
+    assert (asked, set(compared)) == ("one one two three", set(SENTENCES[:3]))
+    assert index.find("one one two three", reranker=Prefers("two", 0.5))[0].text == SENTENCES[0]
+    assert index.find("one one two three", reranker=Prefers("six", 5.0))[0].text == SENTENCES[0]  # not among the few
+    assert index.find("one one two three", reranker=Prefers("two", 5.0, reach=0.9))[0].text == SENTENCES[0]
+    assert index.find("seven", reranker=Prefers("two", 5.0)) == []
+    two = index.find("one one two six", count=2, reranker=Prefers("six", 5.0))
+    assert [each.text for each in two] == [SENTENCES[5], SENTENCES[0]]
+
+
+def test_a_unit_below_the_threshold_is_read_only_if_the_model_takes_it_for_the_first():
+    finder = ByWord()
+    finder.threshold = 1.5
+    index = TextIndex(TEXT, finder)
+    low, high = index.find("one one four", count=3, reranker=Prefers("four", 5.0))
+    assert [(each.text, each.score) for each in (low, high)] == [(SENTENCES[3], 1.0), (SENTENCES[0], 2.0)]
+    (alone,) = index.find("one one four", count=3, reranker=Prefers("four", 0.5))
+    assert alone.text == SENTENCES[0]
+
+
+def test_units_about_nobody_that_the_question_names_are_not_compared():
+    text = " ".join(
+        [*SENTENCES, "It was Ann who came by at number two.", *SENTENCES * 2, "So said Ann to all of them."]
+    )
+    prefers = Prefers("x", 1.0)
+    TextIndex(text, ByWord()).find("What said Ann of two", reranker=prefers)
+    assert all("Ann" in text[max(text.index(unit) - 600, 0) : text.index(unit) + 600] for unit in prefers.asked[0][1])
+
+
+def test_ask_compares_units_and_one_takes_the_finders_best(model_and_tokenizer, monkeypatch):
+    model, tokenizer = model_and_tokenizer
+    monkeypatch.setattr(Reranker, "__call__", lambda self, question, units: Prefers("two", 5.0)(question, units))
+    monkeypatch.setattr(Reranker, "reach", 1.0)
+    for rerank, best in ((3, SENTENCES[1]), (1, SENTENCES[0])):
+        (answer,) = ask(
+            model, tokenizer, TEXT, "one one two", finder=ByWord(), context=0, rerank=rerank, max_new_tokens=1
+        )
+        assert answer.passages[0].text == best
+    with pytest.raises(ValueError, match="units must be a whole number of at least 1, got 0"):
+        ask(model, tokenizer, TEXT, "one", finder=ByWord(), rerank=0)

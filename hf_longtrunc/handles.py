@@ -20,10 +20,11 @@ class Handle:
     `with technique(model) as handle:` takes them back at the end of the block, after an exception too;
     `handle = technique.attach(model)` keeps them until `handle.detach()`.
 
-    >>> handle = LMInfinite(window_length=64).attach(model)
-    >>> handle.detach()
-    >>> handle.is_attached
-    False
+    Examples:
+        >>> handle = LMInfinite(window_length=64).attach(model)
+        >>> handle.detach()
+        >>> handle.is_attached
+        False
 
     A technique creates a handle and records each change in it: `set(owner, name, value)` for an attribute,
     `undo(function, *arguments)` for anything else. Changes are taken back in reverse order.

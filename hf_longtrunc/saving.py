@@ -100,12 +100,13 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     Raises:
         FileExistsError: `overwrite` is False, and the file exists before or after the block.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp(), "notes.txt")
-    >>> with replacing(path) as written:
-    ...     _ = written.write_text("new")
-    >>> path.read_text()
-    'new'
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "notes.txt")
+        >>> with replacing(path) as written:
+        ...     _ = written.write_text("new")
+        >>> path.read_text()
+        'new'
     """
     if not overwrite and path.exists():
         raise FileExistsError(f"{path} exists: write to another path, or delete it first")

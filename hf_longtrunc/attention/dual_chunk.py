@@ -49,8 +49,9 @@ if TYPE_CHECKING:
 class ChunkLaw:
     """At which distance a query sees each key j <= i.
 
-    >>> ChunkLaw(chunk_length=2, trained_length=3).distance(torch.tensor([4]), torch.arange(5)).tolist()
-    [[2, 1, 2, 1, 0]]
+    Examples:
+        >>> ChunkLaw(chunk_length=2, trained_length=3).distance(torch.tensor([4]), torch.arange(5)).tolist()
+        [[2, 1, 2, 1, 0]]
 
     """
 

@@ -51,8 +51,9 @@ class DualChunkAttention(Technique):
     largest trained distances. Nothing is left out: memory and time are those of full attention, and so is the cache.
     Texts of at most `chunk_length` tokens are computed by the unmodified model itself (Falcon: equal up to rounding).
 
-    >>> with DualChunkAttention(chunk_length=48)(model):
-    ...     answer = model.generate(ids, max_new_tokens=4, do_sample=False)
+    Examples:
+        >>> with DualChunkAttention(chunk_length=48)(model):
+        ...     answer = model.generate(ids, max_new_tokens=4, do_sample=False)
 
     Layers that were trained with a sliding window keep their own attention and positions; full-attention layers
     without rotary positions see all keys.

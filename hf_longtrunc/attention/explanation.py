@@ -17,9 +17,10 @@ from hf_longtrunc.models import few_tokens
 class Explanation:
     """Summary of one model under one technique; `print` shows a line for each field.
 
-    >>> told = DualChunkAttention(chunk_length=48).explain(model)
-    >>> told.supported, told.cache_bytes(1000)
-    (True, 256000)
+    Examples:
+        >>> told = DualChunkAttention(chunk_length=48).explain(model)
+        >>> told.supported, told.cache_bytes(1000)
+        (True, 256000)
 
     Attributes:
         technique: with its lengths for this model.

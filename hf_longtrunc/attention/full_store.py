@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 class FullStoreCacheLayer(RingCacheLayer):  # type: ignore[no-untyped-call]
     """Sinks and a ring, and the un-rotated keys and values of the whole text, for a model that reads distant keys.
 
-    >>> with LMInfinite(num_sink_tokens=4, window_length=16, retrieval=TopK(k=2, first_layer=0))(model):
-    ...     output = model.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    >>> cache_of(output).layers[0].text().key.shape[2]
-    101
+    Examples:
+        >>> with LMInfinite(num_sink_tokens=4, window_length=16, retrieval=TopK(k=2, first_layer=0))(model):
+        ...     output = model.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+        >>> cache_of(output).layers[0].text().key.shape[2]
+        101
 
     The store grows by half whenever it is full, so a token costs the same on average. Everything else is
     `RingCacheLayer`.

@@ -129,8 +129,9 @@ class Retrieval(ABC):
 class TopK(Retrieval):
     """Each head of the last rows of a forward reads its `k` best distant keys.
 
-    >>> LMInfinite(window_length=512, retrieval=TopK(k=16)).retrieval.k
-    16
+    Examples:
+        >>> LMInfinite(window_length=512, retrieval=TopK(k=16)).retrieval.k
+        16
 
     Args:
         k: keys a head and row; 5 in the paper.
@@ -174,8 +175,9 @@ class TopBlocks(Retrieval):
     its last `voting_rows` rows, and runs its last `rows` a second time with the selected ones; decoded tokens go on
     reading that selection. Shorter forwards keep the selection there is. Needs the cache that `generate` builds.
 
-    >>> TopBlocks(blocks=4, block_size=64).blocks
-    4
+    Examples:
+        >>> TopBlocks(blocks=4, block_size=64).blocks
+        4
 
     Args:
         blocks: how many.

@@ -57,11 +57,12 @@ _RETRIEVAL_BLOCK = 64  # queries that read distant keys together: their scores o
 class SinkWindowLaw:
     """Which keys a query sees, and at which distance.
 
-    >>> law = SinkWindowLaw(num_sink_tokens=1, window_length=2, max_distance=2)
-    >>> law.visible(torch.arange(4), torch.arange(4)).int().tolist()
-    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
-    >>> law.distance(torch.tensor([3]), torch.arange(4)).tolist()
-    [[2, 2, 1, 0]]
+    Examples:
+        >>> law = SinkWindowLaw(num_sink_tokens=1, window_length=2, max_distance=2)
+        >>> law.visible(torch.arange(4), torch.arange(4)).int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
+        >>> law.distance(torch.tensor([3]), torch.arange(4)).tolist()
+        [[2, 2, 1, 0]]
     """
 
     num_sink_tokens: int  # S

@@ -25,11 +25,12 @@ class LMInfinite(SinkWindowTechnique):
     it always did. Cost: time O(n (S + L)) for n tokens; `generate` builds a cache of constant size. Tokens outside
     sinks and window cannot be read: perplexity stays flat at any length, recall of the middle does not.
 
-    >>> technique = LMInfinite(num_sink_tokens=4, window_length=64)
-    >>> with technique(model) as handle:
-    ...     answer = model.generate(ids, max_new_tokens=4, do_sample=False)
-    >>> answer.shape[1] - ids.shape[1]
-    4
+    Examples:
+        >>> technique = LMInfinite(num_sink_tokens=4, window_length=64)
+        >>> with technique(model) as handle:
+        ...     answer = model.generate(ids, max_new_tokens=4, do_sample=False)
+        >>> answer.shape[1] - ids.shape[1]
+        4
 
     Args:
         num_sink_tokens: S; 10 to 100 in the paper. 0 leaves a plain sliding window.
@@ -101,8 +102,9 @@ def trained_length(config: PreTrainedConfig) -> int:
     That is `max_position_embeddings` (or what its config calls it), or the length that YaRN's factor stretches the
     original one to, if that is more.
 
-    >>> trained_length(model.config)
-    64
+    Examples:
+        >>> trained_length(model.config)
+        64
     """
     config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions"):

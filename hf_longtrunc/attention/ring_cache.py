@@ -39,11 +39,12 @@ class WritePlan(NamedTuple):
 class RingCacheLayer(CacheLayerMixin):
     """Sinks and a ring buffer, in place of a `DynamicLayer`, for a model patched by LMInfinite or StreamingLLM.
 
-    >>> with LMInfinite(num_sink_tokens=4, window_length=16)(model):
-    ...     output = model.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    >>> layer = cache_of(output).layers[0]
-    >>> layer.get_seq_length(), layer.keys.shape[2]  # tokens seen, keys kept
-    (101, 20)
+    Examples:
+        >>> with LMInfinite(num_sink_tokens=4, window_length=16)(model):
+        ...     output = model.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
+        >>> layer = cache_of(output).layers[0]
+        >>> layer.get_seq_length(), layer.keys.shape[2]  # tokens seen, keys kept
+        (101, 20)
 
     Keys are stored as the model rotated them. `keys` and `values` are one buffer each, [batch, heads, S + L, dim]:
     S slots for the sinks and a ring of L slots in which column c lies at slot c mod L, so a token is stored by one

@@ -35,12 +35,13 @@ _LAYOUTS: tuple[Literal["halves", "pairs"], ...] = ("halves", "pairs")
 class Rotation:
     """The rotary embedding of queries and keys, one object for all layers that share it.
 
-    >>> rotation = Rotation(torch.tensor([1.0, 0.1]))
-    >>> x = torch.randn(1, 1, 3, 4)
-    >>> there = rotation.rotate(x, torch.tensor([[5, 6, 7]]))
-    >>> back = rotation.rotate(there, -torch.tensor([[5, 6, 7]]))
-    >>> torch.allclose(back, x, atol=1e-6)
-    True
+    Examples:
+        >>> rotation = Rotation(torch.tensor([1.0, 0.1]))
+        >>> x = torch.randn(1, 1, 3, 4)
+        >>> there = rotation.rotate(x, torch.tensor([[5, 6, 7]]))
+        >>> back = rotation.rotate(there, -torch.tensor([[5, 6, 7]]))
+        >>> torch.allclose(back, x, atol=1e-6)
+        True
 
     Attributes:
         frequencies: radians per position [f], fp64.

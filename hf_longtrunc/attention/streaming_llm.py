@@ -21,8 +21,9 @@ class StreamingLLM(SinkWindowTechnique):
     Every query sees the `num_sink_tokens` first tokens of its row and the last `window_length`, as if they were
     adjacent. Texts of up to S + L tokens are read as the unmodified model reads them. Cost as for `LMInfinite`.
 
-    >>> with StreamingLLM(num_sink_tokens=4, window_length=60)(model):
-    ...     answer = model.generate(ids, max_new_tokens=4, do_sample=False)
+    Examples:
+        >>> with StreamingLLM(num_sink_tokens=4, window_length=60)(model):
+        ...     answer = model.generate(ids, max_new_tokens=4, do_sample=False)
 
     Args:
         num_sink_tokens: S; 4 in the paper.

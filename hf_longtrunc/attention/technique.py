@@ -107,8 +107,9 @@ class Technique(ABC):
     def explain(self, model: Any) -> Explanation:
         """Return what holds for this model under the technique, or why it cannot be patched.
 
-        >>> print(LMInfinite(window_length=64).explain(model).cache)
-        a ring: 38 KiB a row at any length
+        Examples:
+            >>> print(LMInfinite(window_length=64).explain(model).cache)
+            a ring: 38 KiB a row at any length
 
         The model is patched and given back. See `Explanation` for the fields; `print` shows all of them.
         """

@@ -58,10 +58,11 @@ class AttentionRecord:
 class AttentionTrace(Handle):
     """Record which tokens a patched model attends to, until `detach()` or the end of a `with` block.
 
-    >>> with LMInfinite(window_length=64)(model) as handle, AttentionTrace(handle) as trace, torch.no_grad():
-    ...     answer = model.generate(ids, max_new_tokens=3, do_sample=False)
-    >>> trace.records[0].mass.shape  # of the prompt's last token: a share for each 64 tokens of the text
-    torch.Size([1, 2])
+    Examples:
+        >>> with LMInfinite(window_length=64)(model) as handle, AttentionTrace(handle) as trace, torch.no_grad():
+        ...     answer = model.generate(ids, max_new_tokens=3, do_sample=False)
+        >>> trace.records[0].mass.shape  # of the prompt's last token: a share for each 64 tokens of the text
+        torch.Size([1, 2])
 
     `to_html` writes the records as a page. They stay after the trace is detached. Logits do not change, but a text
     within one chunk of dual chunk attention is computed by our attention too, equal up to rounding.

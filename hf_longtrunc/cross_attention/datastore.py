@@ -54,10 +54,11 @@ class Store(Protocol):
 class Datastore:
     """Exact search over `states` [n, width], of any dtype and on any device.
 
-    >>> store = Datastore(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]))
-    >>> scores, ids = store.search(torch.tensor([[1.0, 0.5]]), k=2)
-    >>> ids.tolist(), scores.tolist()
-    ([[2, 0]], [[2.0, 1.0]])
+    Examples:
+        >>> store = Datastore(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]]))
+        >>> scores, ids = store.search(torch.tensor([[1.0, 0.5]]), k=2)
+        >>> ids.tolist(), scores.tolist()
+        ([[2, 0]], [[2.0, 1.0]])
 
     `search` costs queries * n * width multiplications and 64 MB in addition to the states, which are read once for some
     hundred queries. Both methods carry gradients to states, queries and weights.
@@ -109,9 +110,10 @@ class FaissDatastore(Datastore):
         index: a kind of `faiss.index_factory`, "Flat", "HNSW32", "IVF1024,Flat"; search parameters follow a colon,
             "IVF1024,Flat:nprobe=64".
 
-    >>> store = FaissDatastore(torch.eye(3), "Flat")  # doctest: +SKIP
-    >>> store.search(torch.tensor([[1.0, 3.0, 2.0]]), k=2)[1].tolist()  # doctest: +SKIP
-    [[1, 2]]
+    Examples:
+        >>> store = FaissDatastore(torch.eye(3), "Flat")  # doctest: +SKIP
+        >>> store.search(torch.tensor([[1.0, 3.0, 2.0]]), k=2)[1].tolist()  # doctest: +SKIP
+        [[1, 2]]
 
     Scores are those of the states themselves in their own dtype: an index only decides which states are found. A text
     too short to train the index on is searched exactly, and so is a query that the index finds nothing for; HNSW looks
@@ -167,10 +169,11 @@ class ShardedDatastore:
         group: a torch.distributed process group: every rank holds a part of the text, in the order of ranks. All ranks
             ask the same questions together and get the same answers; gradients stay within a rank.
 
-    >>> states = torch.eye(4)
-    >>> store = ShardedDatastore([Datastore(states[:2]), Datastore(states[2:])])
-    >>> store.search(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), k=2)[1].tolist()
-    [[3, 2]]
+    Examples:
+        >>> states = torch.eye(4)
+        >>> store = ShardedDatastore([Datastore(states[:2]), Datastore(states[2:])])
+        >>> store.search(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), k=2)[1].tolist()
+        [[3, 2]]
 
     Ids count through the whole text. What moves between stores is k scores and ids a query, and one weighted sum.
     """

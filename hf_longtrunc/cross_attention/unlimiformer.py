@@ -44,8 +44,9 @@ class Unlimiformer:
     up to `window` tokens is computed by the unmodified model itself. Memory: one copy of the encoder states, shared by
     all layers, heads and beams; time: one pass over them per layer and step.
 
-    >>> with Unlimiformer(top_k=8, window=32)(seq2seq):
-    ...     answer = seq2seq.generate(ids, max_new_tokens=4, do_sample=False)  # of 100 tokens
+    Examples:
+        >>> with Unlimiformer(top_k=8, window=32)(seq2seq):
+        ...     answer = seq2seq.generate(ids, max_new_tokens=4, do_sample=False)  # of 100 tokens
 
     Args:
         top_k: states that a head attends to; None takes `window`, as the paper does. A text of up to `window` tokens

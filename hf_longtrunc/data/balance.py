@@ -40,8 +40,9 @@ def deal_rows(cost: NDArray[Any], rows_per_step: int, window: int, rng: np.rando
 
     Cost: a sort of the rows.
 
-    >>> deal_rows(np.array([9, 1, 9, 1]), 2, 4, np.random.default_rng(0)).tolist()
-    [2, 0, 1, 3]
+    Examples:
+        >>> deal_rows(np.array([9, 1, 9, 1]), 2, 4, np.random.default_rng(0)).tolist()
+        [2, 0, 1, 3]
     """
     order, steps = rng.permutation(len(cost)), len(cost) // rows_per_step
     last = order[steps * rows_per_step :]

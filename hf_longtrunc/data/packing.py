@@ -90,8 +90,9 @@ class Packing:
     from its token `start[p]` on. Rows are in the order of the algorithm, the longest pieces first: shuffle the rows
     (not the pieces) before training.
 
-    >>> best_fit_decreasing([3, 2, 4], seq_length=5).stats()["rows"]
-    2
+    Examples:
+        >>> best_fit_decreasing([3, 2, 4], seq_length=5).stats()["rows"]
+        2
     """
 
     seq_length: int

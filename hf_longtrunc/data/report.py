@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 def packing_table(packing: Packing) -> Table:
     """Return a rich table of `packing.stats()` and of concatenation: rows, cut documents, dropped documents and tokens.
 
-    >>> packing_table(best_fit_decreasing([3, 2, 4], seq_length=5)).columns[1].header
-    'best fit'
+    Examples:
+        >>> packing_table(best_fit_decreasing([3, 2, 4], seq_length=5)).columns[1].header
+        'best fit'
     """
     box = import_extra("rich.box", "a table", "eval")
     from rich.table import Table
@@ -52,9 +53,10 @@ def plot_packing(packing: Packing, axes: Sequence[Axes] | None = None) -> tuple[
     Returns:
         The two axes.
 
-    >>> fills, cuts = plot_packing(best_fit_decreasing([3, 2, 4], seq_length=5))
-    >>> cuts.get_xlabel()
-    'tokens in the document'
+    Examples:
+        >>> fills, cuts = plot_packing(best_fit_decreasing([3, 2, 4], seq_length=5))
+        >>> cuts.get_xlabel()
+        'tokens in the document'
     """
     if axes is None:
         axes = import_pyplot("plot_packing").subplots(1, 2, figsize=(11, 4), layout="constrained")[1]

@@ -17,8 +17,9 @@ def wilson_interval(mean: float, count: int, *, z: float = 1.959964) -> tuple[fl
 
     Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
 
-    >>> [round(end, 2) for end in wilson_interval(0.9, 20)]
-    [0.7, 0.97]
+    Examples:
+        >>> [round(end, 2) for end in wilson_interval(0.9, 20)]
+        [0.7, 0.97]
     """
     mean, count, z = check_fraction("mean", mean), check_int("count", count, minimum=1), check_float("z", z, gt=0)
     middle = mean + z * z / (2 * count)

@@ -101,8 +101,9 @@ def matched_parameter(method: str, critical: Sequence[float], share: float) -> f
     Raises:
         ValueError: another share, another method.
 
-    >>> matched_parameter("epsilon", [0.3, 0.001, 0.02, 0.1], 0.25)
-    0.02
+    Examples:
+        >>> matched_parameter("epsilon", [0.3, 0.001, 0.02, 0.1], 0.25)
+        0.02
     """
     check_choice("method", method, tuple(name for name, parameter in PARAMETERS.items() if parameter))
     share = check_float("share", share, minimum=1 / len(critical), lt=1)
@@ -126,8 +127,9 @@ def matched_parameters(
     Raises:
         ValueError: the text is too short for every share.
 
-    >>> matched_parameters({"epsilon": [0.3, 0.001, 0.02, 0.1]}, [0.25, 0.5])
-    [{'refused': 0.25, 'epsilon': 0.02}, {'refused': 0.5, 'epsilon': 0.1}]
+    Examples:
+        >>> matched_parameters({"epsilon": [0.3, 0.001, 0.02, 0.1]}, [0.25, 0.5])
+        [{'refused': 0.25, 'epsilon': 0.02}, {'refused': 0.5, 'epsilon': 0.1}]
     """
     return [
         {"refused": share}
@@ -161,8 +163,9 @@ def known_shares(tokens: int, shares: Sequence[float] = SHARES) -> list[float]:
 def match_table(columns: Mapping[str, Sequence[float]], shares: Sequence[float] = SHARES) -> Table:
     """Return `matched_parameters` as a rich table: a row per method, a column per share of rejected tokens.
 
-    >>> match_table({"epsilon": [0.3, 0.001, 0.02, 0.1]}, [0.25, 0.5]).row_count
-    1
+    Examples:
+        >>> match_table({"epsilon": [0.3, 0.001, 0.02, 0.1]}, [0.25, 0.5]).row_count
+        1
     """
     rows = matched_parameters(columns, shares)
     refused = [f"{row['refused']:.1%}" for row in rows]
@@ -180,8 +183,9 @@ def match_table(columns: Mapping[str, Sequence[float]], shares: Sequence[float] 
 def plot_match(columns: Mapping[str, Sequence[float]], axes: Axes | None = None) -> Axes:
     """Plot the share of rejected tokens over the parameter: a line per method with a probability as its parameter.
 
-    >>> plot_match({"epsilon": [0.3, 0.001, 0.02, 0.1]}).get_xlabel()
-    'epsilon or min_p'
+    Examples:
+        >>> plot_match({"epsilon": [0.3, 0.001, 0.02, 0.1]}).get_xlabel()
+        'epsilon or min_p'
     """
     axes = axes or new_axes(7, 4.5)
     for name, values in columns.items():

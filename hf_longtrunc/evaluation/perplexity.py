@@ -42,8 +42,9 @@ class PositionBin:
         nll: mean negative log-likelihood in nats: over the texts at each position, then over the positions.
         perplexity: exp(nll).
 
-    >>> perplexity_by_position(torch.zeros(4), [0, 4])
-    [PositionBin(start=0, end=4, tokens=4, nll=0.0, perplexity=1.0)]
+    Examples:
+        >>> perplexity_by_position(torch.zeros(4), [0, 4])
+        [PositionBin(start=0, end=4, tokens=4, nll=0.0, perplexity=1.0)]
     """
 
     start: int
@@ -213,8 +214,9 @@ def perplexity_by_position(losses: Tensor, edges: Sequence[int]) -> list[Positio
     Raises:
         ValueError: fewer than two edges, or edges that do not increase from 0 or more.
 
-    >>> [round(each.perplexity, 2) for each in perplexity_by_position(torch.tensor([1.0, 1.0, 2.0]), [0, 2, 3])]
-    [2.72, 7.39]
+    Examples:
+        >>> [round(each.perplexity, 2) for each in perplexity_by_position(torch.tensor([1.0, 1.0, 2.0]), [0, 2, 3])]
+        [2.72, 7.39]
     """
     rows = losses if losses.ndim == 2 else losses[None]
     bins = []
@@ -232,8 +234,9 @@ def default_edges(window_length: int, length: int) -> list[int]:
     Raises:
         TypeError, ValueError: a window of less than 4 or a length of less than 1 token.
 
-    >>> default_edges(1000, 1700)
-    [0, 500, 1000, 1250, 1500, 2000]
+    Examples:
+        >>> default_edges(1000, 1700)
+        [0, 500, 1000, 1250, 1500, 2000]
     """
     window_length, length = check_int("window_length", window_length, minimum=4), check_int("length", length, minimum=1)
     edges = [0, window_length // 2, window_length, window_length * 5 // 4, window_length * 3 // 2, window_length * 2]
@@ -248,10 +251,11 @@ def perplexity_records(
 ) -> list[PerplexityRecord]:
     """Return the perplexity of each arm and bin from the losses that `compare_losses` returned.
 
-    >>> from contextlib import nullcontext
-    >>> (record,) = perplexity_records(model, {"plain": torch.ones(4)}, {"plain": nullcontext}, [0, 4])
-    >>> record.arm, round(record.perplexity, 3)
-    ('plain', 2.718)
+    Examples:
+        >>> from contextlib import nullcontext
+        >>> (record,) = perplexity_records(model, {"plain": torch.ones(4)}, {"plain": nullcontext}, [0, 4])
+        >>> record.arm, round(record.perplexity, 3)
+        ('plain', 2.718)
     """
     return [
         PerplexityRecord(
@@ -267,10 +271,11 @@ def perplexity_records(
 def perplexity_table(records: Sequence[PerplexityRecord]) -> Table:
     """Return records as a rich table: a row per arm, a column per bin of positions.
 
-    >>> from contextlib import nullcontext
-    >>> records = perplexity_records(model, {"plain": torch.ones(4)}, {"plain": nullcontext}, [0, 2, 4])
-    >>> [column.header for column in perplexity_table(records).columns]
-    ['arm', '0-2', '2-4']
+    Examples:
+        >>> from contextlib import nullcontext
+        >>> records = perplexity_records(model, {"plain": torch.ones(4)}, {"plain": nullcontext}, [0, 2, 4])
+        >>> [column.header for column in perplexity_table(records).columns]
+        ['arm', '0-2', '2-4']
     """
     bins = sorted({(record.start, record.end) for record in records})
     table = new_table("arm", title="perplexity by position")
@@ -292,9 +297,10 @@ def plot_perplexity(
         trained_window: draw a vertical line at this position.
         axes: draw into these Axes, which are returned; None makes new ones.
 
-    >>> axes = plot_perplexity({"plain": torch.ones(100)}, trained_window=64)
-    >>> axes.get_xlabel()
-    'position (tokens)'
+    Examples:
+        >>> axes = plot_perplexity({"plain": torch.ones(100)}, trained_window=64)
+        >>> axes.get_xlabel()
+        'position (tokens)'
     """
     axes = axes or new_axes(9, 4.5)
     from matplotlib.ticker import LogFormatter

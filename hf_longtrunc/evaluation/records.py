@@ -42,11 +42,12 @@ def append_records(path: str | os.PathLike[str], records: Iterable[Any]) -> None
 
     All lines are written at once, so a killed process leaves all of them or none.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp(), "records.jsonl")
-    >>> append_records(path, [ModelRecord(model="tiny", dtype="float32", device="cpu")])
-    >>> read_records(path, ModelRecord)
-    [ModelRecord(model='tiny', dtype='float32', device='cpu')]
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "records.jsonl")
+        >>> append_records(path, [ModelRecord(model="tiny", dtype="float32", device="cpu")])
+        >>> read_records(path, ModelRecord)
+        [ModelRecord(model='tiny', dtype='float32', device='cpu')]
     """
     lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +64,9 @@ def read_records(path: str | os.PathLike[str], record_type: type[RecordT]) -> li
     Raises:
         ValueError: a line is no JSON object with exactly the fields of `record_type`; the message names the line.
 
-    >>> read_records("no-such-file.jsonl", ModelRecord)
-    []
+    Examples:
+        >>> read_records("no-such-file.jsonl", ModelRecord)
+        []
     """
     if not Path(path).exists():
         return []
@@ -104,9 +106,10 @@ class Journal(Generic[RecordT]):
     Raises:
         ValueError: see `read_records`.
 
-    >>> journal = Journal(None, ModelRecord, ["dtype"])
-    >>> journal.once({"model": "tiny", "device": "cpu"}, lambda: {"dtype": "float32"}).dtype
-    'float32'
+    Examples:
+        >>> journal = Journal(None, ModelRecord, ["dtype"])
+        >>> journal.once({"model": "tiny", "device": "cpu"}, lambda: {"dtype": "float32"}).dtype
+        'float32'
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, record_type: type[RecordT], results: Collection[str]):

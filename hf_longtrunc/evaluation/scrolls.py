@@ -86,11 +86,12 @@ class Rows:
         ValueError: an unknown task; a limit below 1; when read: a line that is no row of SCROLLS.
         FileNotFoundError: no such file, or nothing of the split in it.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp(), "validation.jsonl")
-    >>> _ = path.write_text(json.dumps({"id": "1", "input": "A report.", "output": "Short."}))
-    >>> [row["output"] for row in Rows("gov_report", path)]
-    ['Short.']
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp(), "validation.jsonl")
+        >>> _ = path.write_text(json.dumps({"id": "1", "input": "A report.", "output": "Short."}))
+        >>> [row["output"] for row in Rows("gov_report", path)]
+        ['Short.']
     """
 
     def __init__(
@@ -135,8 +136,9 @@ def prompt(task: str, row: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
         ValueError: no blank line separates question and document.
 
-    >>> prompt("qasper", {"id": "1", "input": "Why?\n\nBecause."})
-    ('Because.', '\n\nQuestion: Why?\n\nAnswer:')
+    Examples:
+        >>> prompt("qasper", {"id": "1", "input": "Why?\n\nBecause."})
+        ('Because.', '\n\nQuestion: Why?\n\nAnswer:')
     """
     ask = TASKS[task].ask
     if "{query}" not in ask:
@@ -214,9 +216,10 @@ def predictions(records: Iterable[ScrollsRecord], arm: str | None = None) -> dic
     Raises:
         ValueError: several arms and none named; no records.
 
-    >>> predictions([], "plain")
-    Traceback (most recent call last):
-    ValueError: arm must be one of (no records), got 'plain'
+    Examples:
+        >>> predictions([], "plain")
+        Traceback (most recent call last):
+        ValueError: arm must be one of (no records), got 'plain'
     """
     by_arm: dict[str, dict[str, str]] = {}
     for record in records:
@@ -231,9 +234,10 @@ def predictions(records: Iterable[ScrollsRecord], arm: str | None = None) -> dic
 def scrolls_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return a rich table of arm -> the dictionary of `evaluate`: a row per arm, a column per displayed metric.
 
-    >>> scores = evaluate("qasper", {"a": "yes"}, [{"id": "a", "output": "yes"}])
-    >>> [column.header for column in scrolls_table({"plain": scores}).columns]
-    ['arm', 'f1', 'score', 'examples', 'characters']
+    Examples:
+        >>> scores = evaluate("qasper", {"a": "yes"}, [{"id": "a", "output": "yes"}])
+        >>> [column.header for column in scrolls_table({"plain": scores}).columns]
+        ['arm', 'f1', 'score', 'examples', 'characters']
     """
     table = new_table("arm", title="SCROLLS")
     shown = next(iter(results.values()))["display_keys"]
@@ -249,9 +253,10 @@ def scrolls_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 def plot_scrolls(results: Mapping[str, Mapping[str, Any]], axes: Axes | None = None) -> Axes:
     """Plot arm -> the dictionary of `evaluate` as groups of bars: a group per displayed metric, a bar per arm.
 
-    >>> scores = evaluate("qasper", {"a": "yes"}, [{"id": "a", "output": "yes"}])
-    >>> plot_scrolls({"plain": scores}).get_ylabel()
-    'percent'
+    Examples:
+        >>> scores = evaluate("qasper", {"a": "yes"}, [{"id": "a", "output": "yes"}])
+        >>> plot_scrolls({"plain": scores}).get_ylabel()
+        'percent'
     """
     axes = axes or new_axes(6, 3.5)
     shown = next(iter(results.values()))["display_keys"]

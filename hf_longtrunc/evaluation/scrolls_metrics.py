@@ -53,8 +53,9 @@ def evaluate(task: str, predictions: Mapping[str, str], rows: Iterable[Mapping[s
     Cost: ROUGE-L takes time proportional to prediction times reference, some 0.1 s for two texts of 500 words.
     Source: Shaham et al. 2022, arXiv 2201.03533, section 4; the benchmark's evaluator.
 
-    >>> evaluate("qasper", {"a": "The old keeper"}, [{"id": "a", "output": "the keeper"}])["f1"]
-    66.6667
+    Examples:
+        >>> evaluate("qasper", {"a": "The old keeper"}, [{"id": "a", "output": "the keeper"}])["f1"]
+        66.6667
     """
     metric = _metric_of(task)
     references = _references(rows)
@@ -77,9 +78,10 @@ def benchmark(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: the tasks are not exactly the seven.
 
-    >>> one = {"scrolls_score": 50.0, "display": [50.0], "display_keys": ["f1"]}
-    >>> benchmark(dict.fromkeys(METRICS, one))["scrolls_score"]
-    50.0
+    Examples:
+        >>> one = {"scrolls_score": 50.0, "display": [50.0], "display_keys": ["f1"]}
+        >>> benchmark(dict.fromkeys(METRICS, one))["scrolls_score"]
+        50.0
     """
     if set(results) != set(METRICS):
         raise ValueError(f"results must hold the seven tasks {', '.join(METRICS)}, got {', '.join(sorted(results))}")

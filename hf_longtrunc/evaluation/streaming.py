@@ -124,9 +124,10 @@ def greedy_answer(model: Any, ids: list[int], max_new_tokens: int) -> Tensor:
 def cache_bytes(cache: Any) -> int:
     """Return the bytes of all tensors in the layers of a transformers cache, each storage counted once.
 
-    >>> cache, _ = start_stream(model, torch.tensor([[5, 6, 7]]))
-    >>> cache_bytes(cache) > 0
-    True
+    Examples:
+        >>> cache, _ = start_stream(model, torch.tensor([[5, 6, 7]]))
+        >>> cache_bytes(cache) > 0
+        True
     """
     held = (tensor for layer in cache.layers for tensor in _tensors(list(vars(layer).values())))
     return sum({storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, held)}.values())

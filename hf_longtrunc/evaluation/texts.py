@@ -14,8 +14,9 @@ def python_reference() -> str:
     Raises:
         FileNotFoundError: this Python was installed without `pydoc_data`.
 
-    >>> len(python_reference()) > 300_000
-    True
+    Examples:
+        >>> len(python_reference()) > 300_000
+        True
     """
     try:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics

@@ -32,10 +32,11 @@ _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "audio
 class AuxiliaryModelLogitsProcessor(LogitsProcessor):
     """Base of the processors that combine the model's distribution with those of other models for the same text.
 
-    >>> class Average(AuxiliaryModelLogitsProcessor):
-    ...     def combine(self, target, *others):
-    ...         return (target + others[0]).log_softmax(-1)
-    >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[Average(model)])
+    Examples:
+        >>> class Average(AuxiliaryModelLogitsProcessor):
+        ...     def combine(self, target, *others):
+        ...         return (target + others[0]).log_softmax(-1)
+        >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[Average(model)])
 
     A subclass defines `combine(target, *others)`: log-probabilities [rows, V] in, log-probabilities out, one of
     `others` for each model. It may define `context` to let the models read another text than the target.
@@ -136,8 +137,9 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
 class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
     """Unlearning from logit difference: subtract an assistant that knows only the facts to forget.
 
-    >>> processor = ULDLogitsProcessor(uld_assistant(model, num_layers=1), alpha=0.5)
-    >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[processor])
+    Examples:
+        >>> processor = ULDLogitsProcessor(uld_assistant(model, num_layers=1), alpha=0.5)
+        >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[processor])
 
         log p' = log p - alpha log p_assistant  (over the likely tokens, renormalised)
 
@@ -209,9 +211,10 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
 class ContrastiveDecodingLogitsProcessor(AuxiliaryModelLogitsProcessor):
     """Contrastive decoding: among the likely tokens, prefer those that a weaker model finds less likely.
 
-    >>> amateur = model  # a smaller one
-    >>> contrastive = ContrastiveDecodingLogitsProcessor(amateur)
-    >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[contrastive])
+    Examples:
+        >>> amateur = model  # a smaller one
+        >>> contrastive = ContrastiveDecodingLogitsProcessor(amateur)
+        >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[contrastive])
 
         log p - log p_amateur  over the tokens with p >= alpha max p, renormalised
 
@@ -240,9 +243,10 @@ class ContrastiveDecodingLogitsProcessor(AuxiliaryModelLogitsProcessor):
 class ProxyTuningLogitsProcessor(AuxiliaryModelLogitsProcessor):
     """Proxy-tuning: apply the change that tuning made in a small model to a large one.
 
-    >>> tuned, untuned = model, model  # small ones
-    >>> proxy = ProxyTuningLogitsProcessor(tuned, untuned)
-    >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[proxy])
+    Examples:
+        >>> tuned, untuned = model, model  # small ones
+        >>> proxy = ProxyTuningLogitsProcessor(tuned, untuned)
+        >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[proxy])
 
         log p + alpha (log p_expert - log p_anti_expert), renormalised
 
@@ -268,8 +272,9 @@ class ProxyTuningLogitsProcessor(AuxiliaryModelLogitsProcessor):
 class GuidanceLogitsProcessor(AuxiliaryModelLogitsProcessor):
     """Classifier-free guidance, right under beams: move away from the distribution after another prompt.
 
-    >>> guided = GuidanceLogitsProcessor(model, 1.5, ids)
-    >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[guided])
+    Examples:
+        >>> guided = GuidanceLogitsProcessor(model, 1.5, ids)
+        >>> text = model.generate(ids, do_sample=False, max_new_tokens=2, logits_processor=[guided])
 
         log q + scale (log p - log q), renormalised,    q: the same continuation after the negative prompt
 

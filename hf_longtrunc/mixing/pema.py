@@ -43,8 +43,9 @@ _SETTINGS = ("hidden_size", "rank", "vocab_size")
 class PEMAMemory:
     """PEMA's training data: a model's hidden states, and the tokens that followed.
 
-    >>> PEMAMemory(hidden=torch.randn(3, 32), tokens=torch.tensor([4, 5, 6]), vocab_size=96)
-    PEMAMemory(3 rows of width 32, vocab_size=96)
+    Examples:
+        >>> PEMAMemory(hidden=torch.randn(3, 32), tokens=torch.tensor([4, 5, 6]), vocab_size=96)
+        PEMAMemory(3 rows of width 32, vocab_size=96)
 
     Attributes:
         hidden: [rows, width], the inputs of the model's output embedding, any floating dtype.
@@ -104,9 +105,10 @@ class PEMAMemory:
 class PEMAAdapter(nn.Module):
     """The external part of PEMA: B_pd A f replaces f before the output embedding.
 
-    >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
-    >>> adapter(torch.randn(2, 32)).shape
-    torch.Size([2, 32])
+    Examples:
+        >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
+        >>> adapter(torch.randn(2, 32)).shape
+        torch.Size([2, 32])
 
     Args:
         hidden_size: width of f.
@@ -245,8 +247,9 @@ def fit_adapter(
 class GradualUnrolling:
     """PEMA's share of a distribution, falling along the text: lambda_i = (lambda_max * (1 - i / source_length))^2.
 
-    >>> GradualUnrolling(source_length=4, prompt_length=10).shares(width=12, rows=1)
-    tensor([0.2025])
+    Examples:
+        >>> GradualUnrolling(source_length=4, prompt_length=10).shares(width=12, rows=1)
+        tensor([0.2025])
 
     i counts the generated tokens from 0; past the source's length the share is 0. It follows from the width of
     `input_ids`, so there is no count to keep.

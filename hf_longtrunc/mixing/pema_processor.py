@@ -43,8 +43,9 @@ def build_pema_memory(
 ) -> PEMAMemory:
     """Run `model` over the examples and keep, for every target token, the state that predicts it.
 
-    >>> build_pema_memory(model, [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}])
-    PEMAMemory(2 rows of width 32, vocab_size=96)
+    Examples:
+        >>> build_pema_memory(model, [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}])
+        PEMAMemory(2 rows of width 32, vocab_size=96)
 
     Args:
         model: a decoder-only transformers language model; it runs in eval mode and returns to its own mode.
@@ -94,9 +95,10 @@ def train_pema(
 ) -> PEMAAdapter:
     """Train an adapter on a memory of `model`, through the model's output embedding, which does not change.
 
-    >>> memory = build_pema_memory(model, [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}])
-    >>> train_pema(model, memory, rank=8, epochs=1)
-    PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
+    Examples:
+        >>> memory = build_pema_memory(model, [{"input_ids": [3, 4, 5, 6], "labels": [-100, -100, 5, 6]}])
+        >>> train_pema(model, memory, rank=8, epochs=1)
+        PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
 
     Args:
         model: the model that the memory was built with.
@@ -143,9 +145,10 @@ def train_pema(
 class PEMA:
     """Plug-in external memory adaptation: mix an adapter's distribution into a model's at every step.
 
-    >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
-    >>> with PEMA(adapter)(model) as pema:
-    ...     text = model.generate(ids, max_new_tokens=2, do_sample=False, logits_processor=[pema])
+    Examples:
+        >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
+        >>> with PEMA(adapter)(model) as pema:
+        ...     text = model.generate(ids, max_new_tokens=2, do_sample=False, logits_processor=[pema])
 
     P = lambda P_PEMA + (1 - lambda) P_LM; `PEMALogitsProcessor` says in which modes of generation, and at what cost.
 
@@ -182,9 +185,10 @@ class PEMA:
 class PEMALogitsProcessor(LogitsProcessor, Handle):
     """The logits processor and handle of `PEMA(adapter)(model)`: P = lambda P_PEMA + (1 - lambda) P_LM at every step.
 
-    >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
-    >>> with PEMALogitsProcessor(model, adapter, interpolation=0.3) as pema:
-    ...     text = model.generate(ids, max_new_tokens=2, do_sample=False, logits_processor=[pema])
+    Examples:
+        >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
+        >>> with PEMALogitsProcessor(model, adapter, interpolation=0.3) as pema:
+        ...     text = model.generate(ids, max_new_tokens=2, do_sample=False, logits_processor=[pema])
 
     A hook reads the input of the model's output embedding, from `attach()` or the beginning of the block to `detach()`
     or its end, an exception included. Its rows are those of the scores, also under beams. No state is kept from step

@@ -39,8 +39,9 @@ def uld_assistant(
     moves to another device or dtype. Modules and config are its own, so a patch such as `LMInfinite` has to be applied
     to both.
 
-    >>> assistant = uld_assistant(model, num_layers=1)
-    >>> text = model.generate(ids, max_new_tokens=2, logits_processor=[ULDLogitsProcessor(assistant)])
+    Examples:
+        >>> assistant = uld_assistant(model, num_layers=1)
+        >>> text = model.generate(ids, max_new_tokens=2, logits_processor=[ULDLogitsProcessor(assistant)])
 
     Args:
         model: a decoder-only transformers model, or a wrapper of one.
@@ -81,7 +82,8 @@ def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
 
     Shared weights are not written: `load_uld_assistant` takes them from the target.
 
-    >>> save_uld_assistant(uld_assistant(model, num_layers=1), scratch)
+    Examples:
+        >>> save_uld_assistant(uld_assistant(model, num_layers=1), scratch)
     """
     peft = _peft()
     adapter = {name: _plain(value) for name, value in assistant.peft_config[assistant.active_adapter].to_dict().items()}
@@ -92,8 +94,9 @@ def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
 def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainable: bool = False) -> PeftModel:
     """Load an assistant that `save_uld_assistant` wrote, on the weights of `model`, its target, in eval mode.
 
-    >>> save_uld_assistant(uld_assistant(model, num_layers=1), scratch)
-    >>> assistant = load_uld_assistant(model, scratch)
+    Examples:
+        >>> save_uld_assistant(uld_assistant(model, num_layers=1), scratch)
+        >>> assistant = load_uld_assistant(model, scratch)
 
     Raises:
         FileNotFoundError: the folder holds no assistant.
@@ -125,8 +128,9 @@ class ULDLoss:
     Mean over the supervised tokens of a batch (an accumulated one, on all processes) of -log q(token) for forget tokens
     and beta CE(uniform, q) for retain tokens; `ULDCollator` marks them in the labels.
 
-    >>> ULDLoss(beta=0.5)(model(ids), labels=ids).ndim
-    0
+    Examples:
+        >>> ULDLoss(beta=0.5)(model(ids), labels=ids).ndim
+        0
 
     Args:
         beta: weight of a retain token, where a forget token has 1.
@@ -148,9 +152,10 @@ class ULDLoss:
 class ULDCollator:
     """Collate examples {"prompt": str, "completion": str, "forget": bool} for ULD's assistant.
 
-    >>> batch = ULDCollator(tokenizer)([{"prompt": "ab", "completion": "cd", "forget": False}])
-    >>> batch["labels"]
-    tensor([[-100, -100,   -1,   -1]])
+    Examples:
+        >>> batch = ULDCollator(tokenizer)([{"prompt": "ab", "completion": "cd", "forget": False}])
+        >>> batch["labels"]
+        tensor([[-100, -100,   -1,   -1]])
 
     The completion is supervised: its tokens are their own labels if the example is to be forgotten, and -1 (uniform
     distribution) if not. Rows are padded on the right; prompt and padding have label -100. With an empty prompt every

@@ -130,8 +130,9 @@ def pose_positions(length: int, window: int, factor: int, generator: np.random.G
 
     The first chunk has 1..n - 1 tokens, uniformly. Source: Zhu et al. 2024, arXiv 2309.10400, section 3.
 
-    >>> pose_positions(6, 8, 4, np.random.default_rng(0)).tolist()
-    [0, 1, 2, 3, 4, 22]
+    Examples:
+        >>> pose_positions(6, 8, 4, np.random.default_rng(0)).tolist()
+        [0, 1, 2, 3, 4, 22]
     """
     check_lengths(length, window, factor)
     ids = np.arange(length, dtype=np.int64)
@@ -143,8 +144,9 @@ def pose_positions(length: int, window: int, factor: int, generator: np.random.G
 def random_positions(length: int, window: int, factor: int, generator: np.random.Generator) -> Positions:
     """Return ids drawn from [0, fN) without replacement, sorted (Ruoss et al. 2023, arXiv 2305.16843).
 
-    >>> random_positions(4, 8, 4, np.random.default_rng(0)).tolist()
-    [8, 15, 19, 24]
+    Examples:
+        >>> random_positions(4, 8, 4, np.random.default_rng(0)).tolist()
+        [8, 15, 19, 24]
     """
     check_lengths(length, window, factor)
     return np.sort(generator.choice(factor * window, length, replace=False, shuffle=False))
@@ -153,8 +155,9 @@ def random_positions(length: int, window: int, factor: int, generator: np.random
 def contiguous_positions(length: int, window: int, factor: int, generator: np.random.Generator) -> Positions:
     """Return ordinary positions 0..n - 1; nothing is drawn.
 
-    >>> contiguous_positions(4, 8, 4, np.random.default_rng(0)).tolist()
-    [0, 1, 2, 3]
+    Examples:
+        >>> contiguous_positions(4, 8, 4, np.random.default_rng(0)).tolist()
+        [0, 1, 2, 3]
     """
     check_lengths(length, window, factor)
     return np.arange(length, dtype=np.int64)
@@ -194,8 +197,9 @@ def distances_seen(
     Each pair of runs contributes an interval of distances, so a document costs the square of its number of runs:
     little for CREAM and PoSE, much for random positions.
 
-    >>> distances_seen(contiguous_positions, 3, 4, 2, draws=5).tolist()
-    [5, 5, 5, 0, 0, 0, 0, 0]
+    Examples:
+        >>> distances_seen(contiguous_positions, 3, 4, 2, draws=5).tolist()
+        [5, 5, 5, 0, 0, 0, 0, 0]
     """
     changes = np.zeros(factor * window + 1, np.int64)
     generator = np.random.default_rng(seed)

@@ -23,8 +23,9 @@ _ALWAYS_LAST = (WatermarkLogitsProcessor, LogitNormalization)
 def attach_processors(model: Any, processors: Sequence[Processor], *, after_warpers: bool = False) -> Handle:
     """Run `processors` in everything that `model` generates, `generate_batch` included, until they are detached.
 
-    >>> with attach_processors(model, [EtaLogitsProcessor(2e-3)], after_warpers=True):
-    ...     text = model.generate(ids, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=2)
+    Examples:
+        >>> with attach_processors(model, [EtaLogitsProcessor(2e-3)], after_warpers=True):
+        ...     text = model.generate(ids, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=2)
 
     By default they run where `generate(logits_processor=...)` runs its list: after penalties and constraints, before
     temperature, top-k and top-p, on the model's distribution at temperature 1. With `after_warpers=True` they see the

@@ -37,9 +37,10 @@ _KIND = "softmax_basis"
 class SoftmaxBasis:
     """The leading `rank` directions of a model's output embedding, for basis-aware truncation.
 
-    >>> basis = SoftmaxBasis.from_model(model, rank=8)
-    >>> basis.factors.shape
-    torch.Size([96, 8])
+    Examples:
+        >>> basis = SoftmaxBasis.from_model(model, rank=8)
+        >>> basis.factors.shape
+        torch.Size([96, 8])
 
     Attributes:
         factors: [vocabulary, rank], float64: the output embedding times its leading right singular vectors, each

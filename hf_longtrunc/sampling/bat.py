@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 class BasisAwareLogitsProcessor(LogitsProcessor):
     """Basis-aware truncation: keep tokens below the plain threshold if their true probability is provably not zero.
 
-    >>> bat = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(model, rank=8), 2e-3)
-    >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=2, logits_processor=[bat])
+    Examples:
+        >>> bat = BasisAwareLogitsProcessor(SoftmaxBasis.from_model(model, rank=8), 2e-3)
+        >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=2, logits_processor=[bat])
 
     The model's error lies in the few directions that its output embedding cannot express. A token is cut only if some
     distribution with the same image in `basis`, nowhere above p-hat / (1 - tau), gives it probability zero. Tau is the

@@ -37,8 +37,9 @@ _SAMPLERS: dict[str, tuple[Callable[[float], LogitsProcessor], float | None]] = 
 def sampler_names() -> tuple[str, ...]:
     """Return the names that `sampler_by_name` knows.
 
-    >>> sampler_names()
-    ('eta', 'epsilon', 'top-n-sigma', 'p-less', 'p-less-norm', 'top-h', 'min-k', 'xtc', 'dry')
+    Examples:
+        >>> sampler_names()
+        ('eta', 'epsilon', 'top-n-sigma', 'p-less', 'p-less-norm', 'top-h', 'min-k', 'xtc', 'dry')
     """
     return tuple(_SAMPLERS)
 
@@ -46,10 +47,11 @@ def sampler_names() -> tuple[str, ...]:
 def sampler_by_name(name: str, value: float | None = None) -> LogitsProcessor:
     """Return the logits processor for a sampler's name and number, as in a configuration file or a request.
 
-    >>> sampler_by_name("top_n_sigma", 1.5)
-    TopNSigmaLogitsProcessor(n=1.5)
-    >>> sampler_by_name("p-less")
-    PLessLogitsProcessor(normalized=False)
+    Examples:
+        >>> sampler_by_name("top_n_sigma", 1.5)
+        TopNSigmaLogitsProcessor(n=1.5)
+        >>> sampler_by_name("p-less")
+        PLessLogitsProcessor(normalized=False)
 
     Args:
         name: one of `sampler_names()`; underscores for hyphens are fine.

@@ -76,8 +76,9 @@ _NEUTRAL: dict[str, bool | float | None] = {
 def sampling_settings(model: Any) -> dict[str, bool | float | None]:
     """Return arguments of `generate` that switch sampling on and transformers' own samplers and penalties off.
 
-    >>> eta = EtaLogitsProcessor(2e-3)
-    >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=4, logits_processor=[eta])
+    Examples:
+        >>> eta = EtaLogitsProcessor(2e-3)
+        >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=4, logits_processor=[eta])
 
     transformers cuts to 50 tokens by default (`top_k`), and a model's own `generation_config` may hold a temperature,
     a top-p, a repetition penalty, guidance or a bias: each changes the tokens that a processor of yours keeps, or the

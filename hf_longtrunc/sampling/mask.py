@@ -39,9 +39,10 @@ _BIT = torch.arange(8, dtype=torch.uint8)
 class SamplingMask:
     """The kept sets of consecutive steps, each as token ids or as one bit a token, as is smaller.
 
-    >>> mask = SamplingMask.from_kept(torch.tensor([[True, False, True], [False, True, False]]))
-    >>> mask.counts, mask.kept()[1]
-    (tensor([2, 1]), tensor([False,  True, False]))
+    Examples:
+        >>> mask = SamplingMask.from_kept(torch.tensor([[True, False, True], [False, True, False]]))
+        >>> mask.counts, mask.kept()[1]
+        (tensor([2, 1]), tensor([False,  True, False]))
 
     A step takes 2 (V <= 65,536) or 4 bytes for each kept token, at most V / 8. Slices of steps are masks again.
 
@@ -166,12 +167,13 @@ def truncated_log_probs(
 ) -> Float[Tensor, "*steps"]:
     """Return log q of the labels, q the softmax of `logits` / `temperature` over the kept sets alone.
 
-    >>> recorder = SamplingMaskRecorder()
-    >>> with recorder.attach(model):
-    ...     sequences = model.generate(ids, **sampling_settings(model), max_new_tokens=3)
-    >>> logits = model(sequences).logits[:, ids.shape[1] - 1 : -1]
-    >>> labels = sequences[:, ids.shape[1] :]  # -100 in padding
-    >>> log_probs = truncated_log_probs(logits, labels, recorder.take())  # a mask for each row
+    Examples:
+        >>> recorder = SamplingMaskRecorder()
+        >>> with recorder.attach(model):
+        ...     sequences = model.generate(ids, **sampling_settings(model), max_new_tokens=3)
+        >>> logits = model(sequences).logits[:, ids.shape[1] - 1 : -1]
+        >>> labels = sequences[:, ids.shape[1] :]  # -100 in padding
+        >>> log_probs = truncated_log_probs(logits, labels, recorder.take())  # a mask for each row
 
     Args:
         logits: any floating dtype. Sums are taken in fp32 (float64 for float64), in parts of 1,024 x 4,096.
@@ -198,9 +200,10 @@ def truncated_scores(
 ) -> TruncatedScores:
     """Return log q of the labels with the kept mass and the entropy of each step, in one pass.
 
-    >>> mask = SamplingMask.from_kept(torch.tensor([[True, True, False]]))
-    >>> truncated_scores(torch.zeros(1, 3), torch.tensor([0]), mask).log_kept_mass.exp()
-    tensor([0.6667])
+    Examples:
+        >>> mask = SamplingMask.from_kept(torch.tensor([[True, True, False]]))
+        >>> truncated_scores(torch.zeros(1, 3), torch.tensor([0]), mask).log_kept_mass.exp()
+        tensor([0.6667])
 
     Arguments, errors and cost as for `truncated_log_probs`.
     """

@@ -33,9 +33,10 @@ _MASKS = "sampling_masks"  # the trainer's batches are shuffled and split with e
 def attach_truncation(trainer: Any, processors: Sequence[Processor] = ()) -> Handle:
     """Let TRL's `GRPOTrainer` or `RLOOTrainer` generate through `processors` and score the truncated distribution.
 
-    >>> trainer = GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=prompts)
-    >>> with attach_truncation(trainer, [EtaLogitsProcessor(2e-3)]):
-    ...     output = trainer.train()
+    Examples:
+        >>> trainer = GRPOTrainer(model, reward_funcs=reward, args=config, train_dataset=prompts)
+        >>> with attach_truncation(trainer, [EtaLogitsProcessor(2e-3)]):
+        ...     output = trainer.train()
 
     All log-probabilities of the trainer (new, old, reference) and its entropy are then taken over the kept sets that
     generation recorded. That covers `top_p`, `top_k` and `min_p` of its config, also without processors. Loss, clipping

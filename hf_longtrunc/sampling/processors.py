@@ -135,8 +135,9 @@ class _CutoffLogitsProcessor(_TruncatingLogitsProcessor):
 class EtaLogitsProcessor(_CutoffLogitsProcessor):
     """Eta-sampling: remove the tokens with p < eta = min(epsilon, sqrt(epsilon) * exp(-H)).
 
-    >>> settings = sampling_settings(model)
-    >>> text = model.generate(ids, **settings, max_new_tokens=4, logits_processor=[EtaLogitsProcessor(2e-3)])
+    Examples:
+        >>> settings = sampling_settings(model)
+        >>> text = model.generate(ids, **settings, max_new_tokens=4, logits_processor=[EtaLogitsProcessor(2e-3)])
 
     H is the entropy, in nats, of the full softmax of the scores. In `generate`'s list the processor runs before
     temperature, top-k and top-p, on the model's distribution at temperature 1, as the method defines it. The most
@@ -170,9 +171,10 @@ class EtaLogitsProcessor(_CutoffLogitsProcessor):
 class EpsilonLogitsProcessor(EtaLogitsProcessor):
     """Epsilon-sampling: remove the tokens with p < epsilon, the most probable one excepted.
 
-    >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
-    >>> EpsilonLogitsProcessor(0.05)(None, scores)
-    tensor([[4., 3., -inf, -inf]])
+    Examples:
+        >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
+        >>> EpsilonLogitsProcessor(0.05)(None, scores)
+        tensor([[4., 3., -inf, -inf]])
 
     Arguments, errors and cost as for `EtaLogitsProcessor`; the paper's range for epsilon is 3e-4 to 9e-4.
 
@@ -185,9 +187,10 @@ class EpsilonLogitsProcessor(EtaLogitsProcessor):
 class TopNSigmaLogitsProcessor(_CutoffLogitsProcessor):
     """Top-n-sigma sampling: remove the tokens with a logit more than n standard deviations below the largest.
 
-    >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
-    >>> TopNSigmaLogitsProcessor(1.0)(None, scores)
-    tensor([[4., 3., -inf, -inf]])
+    Examples:
+        >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
+        >>> TopNSigmaLogitsProcessor(1.0)(None, scores)
+        tensor([[4., 3., -inf, -inf]])
 
     The method assumes that most logits are Gaussian noise and that the tokens far above them are meant. The kept set is
     the same at every temperature. Other arguments and errors as for `EtaLogitsProcessor`; one pass over the vocabulary
@@ -210,9 +213,10 @@ class TopNSigmaLogitsProcessor(_CutoffLogitsProcessor):
 class PLessLogitsProcessor(_CutoffLogitsProcessor):
     """P-less sampling: remove the tokens with p < sum of p^2, the chance that two draws from the row agree.
 
-    >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
-    >>> PLessLogitsProcessor()(None, scores)
-    tensor([[4., -inf, -inf, -inf]])
+    Examples:
+        >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
+        >>> PLessLogitsProcessor()(None, scores)
+        tensor([[4., -inf, -inf, -inf]])
 
     It has no parameter. In `generate`'s list it sees the distribution at temperature 1; the paper applies it after
     temperature: `attach_processors(..., after_warpers=True)`. The most probable token always stays. Other arguments and
@@ -238,9 +242,10 @@ class PLessLogitsProcessor(_CutoffLogitsProcessor):
 class TopHLogitsProcessor(_CutoffLogitsProcessor):
     """Top-H sampling: keep the most probable tokens as long as their terms -p log p sum to `top_h` of the entropy.
 
-    >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
-    >>> TopHLogitsProcessor(0.4)(None, scores)
-    tensor([[4., -inf, -inf, -inf]])
+    Examples:
+        >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
+        >>> TopHLogitsProcessor(0.4)(None, scores)
+        tensor([[4., -inf, -inf, -inf]])
 
     Ties with the last kept token stay. Other arguments and errors as for `EtaLogitsProcessor`. Cost: the 128 most
     probable tokens are put in order, more where the share reaches further; one host synchronisation.
@@ -262,9 +267,10 @@ class TopHLogitsProcessor(_CutoffLogitsProcessor):
 class MinKLogitsProcessor(_CutoffLogitsProcessor):
     """Min-k sampling: keep the tokens before the steepest drop, the largest (s_i - s_{i+1}) / i of the sorted scores.
 
-    >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
-    >>> MinKLogitsProcessor()(None, scores)
-    tensor([[4., 3., -inf, -inf]])
+    Examples:
+        >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
+        >>> MinKLogitsProcessor()(None, scores)
+        tensor([[4., 3., -inf, -inf]])
 
     The kept set is the same at every temperature; ties with the last kept token stay. Other arguments and errors as for
     `EtaLogitsProcessor`, cost as for `TopHLogitsProcessor`.
@@ -287,9 +293,10 @@ class MinKLogitsProcessor(_CutoffLogitsProcessor):
 class XTCLogitsProcessor(_TruncatingLogitsProcessor):
     """XTC (exclude top choices): with some probability, remove the tokens above a threshold but the least probable one.
 
-    >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
-    >>> XTCLogitsProcessor(threshold=0.1, probability=1.0)(None, scores)
-    tensor([[-inf, 3., 0., -4.]])
+    Examples:
+        >>> scores = torch.tensor([[4.0, 3.0, 0.0, -4.0]])
+        >>> XTCLogitsProcessor(threshold=0.1, probability=1.0)(None, scores)
+        tensor([[-inf, 3., 0., -4.]])
 
     Each row and step draws one number to decide. Put the processor after truncation samplers, which leave no improbable
     token to be chosen instead. Tokens as probable as the least one stay with it. Errors as for `EtaLogitsProcessor`.
@@ -335,8 +342,9 @@ class XTCLogitsProcessor(_TruncatingLogitsProcessor):
 class DRYLogitsProcessor(LogitsProcessor):
     r"""DRY (don't repeat yourself): lower the scores of tokens that would continue a repetition of the text.
 
-    >>> DRYLogitsProcessor(0.8)(torch.tensor([[5, 6, 7, 5, 6]]), torch.zeros(1, 8))[0, 5:]
-    tensor([ 0.0000,  0.0000, -0.8000])
+    Examples:
+        >>> DRYLogitsProcessor(0.8)(torch.tensor([[5, 6, 7, 5, 6]]), torch.zeros(1, 8))[0, 5:]
+        tensor([ 0.0000,  0.0000, -0.8000])
 
     If the last n tokens of the text occur earlier in it, n >= allowed_length, the token that followed them there loses
     multiplier * base^(n - allowed_length). Put it before truncation samplers, since it changes the distribution that

@@ -56,11 +56,12 @@ class _Generation(threading.local):
 class SamplingMaskRecorder(LogitsProcessor):
     """Records the kept set of every step that a model samples from, for `truncated_log_probs`.
 
-    >>> recorder = SamplingMaskRecorder()
-    >>> with attach_processors(model, [EtaLogitsProcessor(2e-3)]), recorder.attach(model):
-    ...     sequences = model.generate(ids, **sampling_settings(model), max_new_tokens=4)
-    >>> [len(mask) for mask in recorder.take()]  # a mask for each row: step t is of the t-th new token
-    [4]
+    Examples:
+        >>> recorder = SamplingMaskRecorder()
+        >>> with attach_processors(model, [EtaLogitsProcessor(2e-3)]), recorder.attach(model):
+        ...     sequences = model.generate(ids, **sampling_settings(model), max_new_tokens=4)
+        >>> [len(mask) for mask in recorder.take()]  # a mask for each row: step t is of the t-th new token
+        [4]
 
     It runs after all processors and warpers, transformers' own included, changes nothing, and records the tokens of
     non-zero fp32 probability. It follows speculative decoding. In `generate_batch` and serving it records by request,

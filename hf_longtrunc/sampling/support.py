@@ -44,10 +44,11 @@ _TAU_MAX = 0.999
 class SupportChecker:
     """Decides tokens of rows of scores by basis-aware truncation, each with a proof.
 
-    >>> checker = SupportChecker(SoftmaxBasis.from_model(model, rank=8))
-    >>> scores = model(ids).logits[0, -1].detach()
-    >>> checker.kept(scores, tau=0.01).shape
-    torch.Size([96])
+    Examples:
+        >>> checker = SupportChecker(SoftmaxBasis.from_model(model, rank=8))
+        >>> scores = model(ids).logits[0, -1].detach()
+        >>> checker.kept(scores, tau=0.01).shape
+        torch.Size([96])
 
     Args:
         basis: of the output embedding of the model that made the scores; moved to the scores' device on first use.
@@ -211,10 +212,11 @@ class SupportChecker:
 def critical_threshold(basis: SoftmaxBasis, scores: Tensor, tokens: Tensor, *, tolerance: float = 1e-4) -> Tensor:
     """Return tau* of tokens: `SupportChecker(basis).critical_threshold(scores, tokens)`.
 
-    >>> scores = model(ids).logits[0, -1].detach()
-    >>> bounds = critical_threshold(SoftmaxBasis.from_model(model, rank=8), scores, torch.tensor([3, 5]))
-    >>> bool((bounds >= scores.double().softmax(-1)[[3, 5]]).all())
-    True
+    Examples:
+        >>> scores = model(ids).logits[0, -1].detach()
+        >>> bounds = critical_threshold(SoftmaxBasis.from_model(model, rank=8), scores, torch.tensor([3, 5]))
+        >>> bool((bounds >= scores.double().softmax(-1)[[3, 5]]).all())
+        True
     """
     return SupportChecker(basis).critical_threshold(scores, tokens, tolerance=tolerance)
 

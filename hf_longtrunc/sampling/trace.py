@@ -67,10 +67,11 @@ _WRITING = threading.Lock()
 class TruncationTrace(LogitsProcessor):
     """Applies processors and records for each step and row which tokens they cut.
 
-    >>> trace = TruncationTrace([EtaLogitsProcessor(0.02)])
-    >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=2, logits_processor=[trace])
-    >>> trace.finish(text).records[0].is_kept
-    True
+    Examples:
+        >>> trace = TruncationTrace([EtaLogitsProcessor(0.02)])
+        >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=2, logits_processor=[trace])
+        >>> trace.finish(text).records[0].is_kept
+        True
 
     In `generate`'s list it records the processors that it was given. `with trace.observe(model):` records the whole
     list that `generate` builds, transformers' own warpers included. Scores and results do not change.

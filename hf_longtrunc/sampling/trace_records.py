@@ -26,9 +26,10 @@ _CANDIDATE = np.dtype([("token", np.int32), ("probability", np.float32), ("kept"
 class TruncationRecord:
     """One row at one step; probabilities are those before the first processor.
 
-    >>> record = TruncationRecord(0, 0, 5, entropy=2.0, threshold=0.01, lowest_kept=0.02, kept=9, kept_mass=0.9)
-    >>> round(record.eta_threshold(epsilon=0.02), 5)
-    0.01914
+    Examples:
+        >>> record = TruncationRecord(0, 0, 5, entropy=2.0, threshold=0.01, lowest_kept=0.02, kept=9, kept_mass=0.9)
+        >>> round(record.eta_threshold(epsilon=0.02), 5)
+        0.01914
 
     Attributes:
         run: number of the generation, from 0; a new prompt starts a new one.

@@ -29,8 +29,9 @@ _OFF = math.nan  # a threshold that no token lies below
 class TruncationByRequest(LogitsProcessor):
     """One truncation sampler in continuous batching, with a value for each request.
 
-    >>> TruncationByRequest("epsilon", 0.1)(None, torch.tensor([[4.0, 3.0, 0.0]]))
-    tensor([[4., 3., -inf]])
+    Examples:
+        >>> TruncationByRequest("epsilon", 0.1)(None, torch.tensor([[4.0, 3.0, 0.0]]))
+        tensor([[4., 3., -inf]])
 
 
         config = ContinuousBatchingConfig(per_request_processors=True)

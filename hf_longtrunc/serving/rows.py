@@ -46,8 +46,9 @@ _BEGINNING = 3
 def parse_request(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return a request's checked sampler parameters: numbers by name, and a `Dry` by the name "dry".
 
-    >>> parse_request({"eta": 2e-3, "stop": "."})
-    {'eta': 0.002}
+    Examples:
+        >>> parse_request({"eta": 2e-3, "stop": "."})
+        {'eta': 0.002}
 
     Raises:
         TypeError, ValueError: a value of the wrong type or outside its range, or a key that is nearly a known name.
@@ -82,9 +83,10 @@ def truncate(
 ) -> Tensor:
     """Return a copy of `logits` [rows, V], with -inf for the tokens that each row's request cuts.
 
-    >>> truncate(torch.tensor([[4.0, 3.0, 0.0], [4.0, 3.0, 0.0]]), [{"epsilon": 0.1}, {}])
-    tensor([[4., 3., -inf],
-            [4., 3., 0.]])
+    Examples:
+        >>> truncate(torch.tensor([[4.0, 3.0, 0.0], [4.0, 3.0, 0.0]]), [{"epsilon": 0.1}, {}])
+        tensor([[4., 3., -inf],
+                [4., 3., 0.]])
 
     Each row equals, bit for bit, the result of the processor of that name on the row alone; XTC draws from torch's
     generator.

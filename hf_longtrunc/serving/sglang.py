@@ -25,8 +25,9 @@ class TruncationLogitProcessor:
         {"custom_logit_processor": TruncationLogitProcessor.to_str(),
          "sampling_params": {"custom_params": {"eta": 2e-3}, "top_k": -1}}
 
-    >>> TruncationLogitProcessor()(torch.tensor([[4.0, 3.0, 0.0]]), [{"epsilon": 0.1}])
-    tensor([[4., 3., -inf]])
+    Examples:
+        >>> TruncationLogitProcessor()(torch.tensor([[4.0, 3.0, 0.0]]), [{"epsilon": 0.1}])
+        tensor([[4., 3., -inf]])
 
     `hf_longtrunc.serving.rows` lists the names. The class does not import SGLang: the server loads it by name from its
     own environment, where hf_longtrunc must be installed. SGLang runs custom processors before its temperature, top-k,

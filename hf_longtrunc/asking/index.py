@@ -86,9 +86,9 @@ class TextIndex:
             besides: passages that were found before, which are not found again.
             reranker: takes one of the best units for the first, if the finder's best stands out.
         """
-        scores, least = self._scorer.score(question), self.finder.threshold
+        scores, threshold = self._scorer.score(question), self.finder.threshold
         if before is not None:
-            scores, least = torch.minimum(scores, self._scorer.score(before)), _FOLLOWS * least
+            scores, threshold = torch.minimum(scores, self._scorer.score(before)), _FOLLOWS * threshold
         for n, (name, own) in enumerate(self._units if besides else ()):
             start, end = self._spans[name][own]
             if any(each.source == name and each.start < end and start < each.end for each in besides):
@@ -100,13 +100,13 @@ class TextIndex:
             return bool(besides) or self._is_about(n, question, before or "")
 
         first = best[0]
-        if scores[first] <= least or not is_about(first):
+        if scores[first] <= threshold or not is_about(first):
             return []
         if reranker is not None:
             reach = scores[first] - reranker.reach
             near = [first, *(n for n in best[1 : reranker.units] if scores[n] >= reach and is_about(n))]
             first = self._likeliest(near, scores, f"{before or ''} {question}".strip(), reranker)
-        others = (n for n in best if n != first and scores[n] > least and is_about(n))
+        others = (n for n in best if n != first and scores[n] > threshold and is_about(n))
         found: list[Passage] = []
         for n in [first, *islice(others, count - 1)]:
             self._add(found, n, self._around(n, check_int("context", context, minimum=0)), scores[n].item())

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-UNITS = (
-    6  # all 140 right units of the choosing half of the battery that share no word with the question were among so many
-)
+UNITS = 6  # of 140 facts told in other words in two novels, the right unit was always among the best six
 
 
 @dataclass(frozen=True)

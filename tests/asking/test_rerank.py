@@ -69,12 +69,18 @@ def test_a_unit_below_the_threshold_is_read_only_if_the_model_takes_it_for_the_f
 
 
 def test_units_about_nobody_that_the_question_names_are_not_compared():
-    text = " ".join(
-        [*SENTENCES, "It was Ann who came by at number two.", *SENTENCES * 2, "So said Ann to all of them."]
-    )
-    prefers = Prefers("x", 1.0)
-    TextIndex(text, ByWord()).find("What said Ann of two", reranker=prefers)
-    assert all("Ann" in text[max(text.index(unit) - 600, 0) : text.index(unit) + 600] for unit in prefers.asked[0][1])
+    about = "So said Ann of number two, who came by in the end."
+    elsewhere = "This is number two of the sentences, and it goes on."
+    text = " ".join([*SENTENCES * 2, about, *SENTENCES * 2, elsewhere, *SENTENCES * 2])
+    prefers = Prefers("goes on.", 9.0, reach=9.0)
+    assert TextIndex(text, ByWord()).find("What said Ann of two", reranker=prefers)[0].text == about
+    assert elsewhere not in [unit for _, units in prefers.asked for unit in units]
+
+
+def test_no_more_units_are_compared_than_the_re_ranker_takes_whatever_the_count():
+    prefers = Prefers("six", 9.0, reach=9.0)
+    TextIndex(TEXT, ByWord()).find("one one one three three five six", count=6, reranker=prefers)
+    assert [len(units) for _, units in prefers.asked] == [3]
 
 
 def test_ask_compares_units_and_one_takes_the_finders_best(model_and_tokenizer, monkeypatch):

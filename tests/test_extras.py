@@ -41,7 +41,7 @@ def test_every_extra_that_is_named_exists():
         line.rsplit('"', 2)[1]
         for path in (ROOT / "hf_longtrunc").rglob("*.py")
         for line in path.read_text().splitlines()
-        if "raise missing(" in line or 'import_extra("' in line
+        if 'raise missing("' in line or 'import_extra("' in line
     }
     assert named
     assert named <= set(EXTRAS)

@@ -345,7 +345,11 @@ def test_an_interrupted_index_leaves_the_conversation_and_the_file_before(
     short, long = tmp_path / "short", tmp_path / "long"
     short.write_text("the sea", encoding="utf-8")
     long.write_text(TEXT, encoding="utf-8")
-    monkeypatch.setattr("hf_longtrunc.TextIndex", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_longtrunc.TextIndex", interrupted)
     talk = ChatSession(conversation(model, tokenizer, window=200), "greedy", 3, None)
     assert talk.handle(f"/file {short}")
     assert talk.handle(f"/file {long}")

@@ -55,7 +55,7 @@ def test_an_unmodified_cache_grows_and_a_patched_one_does_not(tiny_model):
     patched = [cache_bytes(cache) for cache in caches]
     (layer, *_), kept = caches[0].layers, caches[0].layers[0].ROLLBACK
     heads, dim = layer.keys.shape[1], layer.keys.shape[3]
-    assert patched[0] == len(caches[0].layers) * (2 * (2 + 8 + kept) + 2 + 2) * heads * dim * 4  # quarter turns too
+    assert patched[0] == len(caches[0].layers) * (2 * (2 + 8 + kept) + 2) * heads * dim * 4  # and the sinks unrotated
     assert patched[0] == patched[1] < cache_bytes(start_stream(tiny_model, short)[0])
 
 
@@ -63,7 +63,7 @@ def test_bytes_of_a_ring_are_those_of_all_that_it_keeps(tiny_model):
     with LMInfinite(num_sink_tokens=2, window_length=8)(tiny_model):
         cache, _ = start_stream(tiny_model, torch.randint(97, (1, 100)))
     heads, dim = cache.layers[0].keys.shape[1::2]
-    kept = 2 * (2 + 8 + cache.layers[0].ROLLBACK) + 2 * 2  # slots and rollback buffer; sinks and their quarter turns
+    kept = 2 * (2 + 8 + cache.layers[0].ROLLBACK) + 2  # slots and rollback buffer; unrotated sinks
     assert cache_bytes(cache) == len(cache.layers) * heads * dim * kept * 4
 
 

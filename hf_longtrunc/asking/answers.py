@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,8 @@ def ask(
         >>> model, tokenizer = load_pretrained()  # doctest: +SKIP
         >>> ask(model, tokenizer, novel, "Who stole the bishop's peacock?")[0].text  # doctest: +SKIP
     """
+    if not isinstance(questions, Iterable):
+        raise TypeError(f"questions must be a text or a list of texts, got {questions!r}")
     asked = [questions] if isinstance(questions, str) else list(questions)
     for question in asked:
         if not isinstance(question, str) or not question.strip():
@@ -117,7 +120,7 @@ def ask(
         index = text
     else:
         index = TextIndex(text, default_finder() if finder is None else finder, progress=progress)
-    reranker = Reranker(model, tokenizer, rerank)
+    reranker = Reranker(model, tokenizer, check_int("rerank", rerank, minimum=1))
     turns, answers = list(before), []
     for question in asked:
         since = time.perf_counter()

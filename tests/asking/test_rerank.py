@@ -92,5 +92,7 @@ def test_ask_compares_units_and_one_takes_the_finders_best(model_and_tokenizer, 
             model, tokenizer, TEXT, "one one two", finder=ByWord(), context=0, rerank=rerank, max_new_tokens=1
         )
         assert answer.passages[0].text == best
-    with pytest.raises(ValueError, match="units must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="rerank must be a whole number of at least 1, got 0"):
         ask(model, tokenizer, TEXT, "one", finder=ByWord(), rerank=0)
+    with pytest.raises(TypeError, match="questions must be a text or a list of texts, got 5"):
+        ask(model, tokenizer, TEXT, 5, finder=ByWord())

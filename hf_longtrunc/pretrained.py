@@ -105,6 +105,9 @@ def load_encoder(
     Raises:
         ConnectionError: the default encoder is not in the cache and could not be fetched; the message says what to do.
         FileNotFoundError: `name_or_path` is a path, and no folder is there.
+
+    Examples:
+        >>> finder = SentenceEncoder(*load_encoder())  # doctest: +SKIP
     """
     source = default_encoder_folder() if name_or_path is None else checked_name(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

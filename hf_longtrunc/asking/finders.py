@@ -76,6 +76,10 @@ class BM25:
         threshold: a unit stands out if its score lies above it.
 
     Reads a million tokens in seconds, so nothing is saved. Without bm25s: ModuleNotFoundError.
+
+    Examples:
+        >>> BM25().read(["A red hat lay there.", "It rained."]).score("Whose hat?").argmax()
+        tensor(0)
     """
 
     identity = "bm25"
@@ -124,6 +128,11 @@ class SentenceEncoder:
         matter_threshold: see `Finder`. Both defaults were chosen for all-MiniLM-L6-v2 on two novels.
 
     Units are cut to 256 tokens, as all-MiniLM-L6-v2 was trained. Time is linear in the text, memory is a vector a unit.
+
+    Examples:
+        >>> finder = SentenceEncoder(*load_encoder())  # doctest: +SKIP
+        >>> finder.read(["He could not hear.", "It rained."]).score("Who was deaf?").argmax()  # doctest: +SKIP
+        tensor(0)
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.35, matter_threshold: float = 0.18):
@@ -194,6 +203,11 @@ class Fused:
 
     Raises:
         ValueError: fewer than two finders, or another number of weights.
+
+    Examples:
+        >>> finder = Fused(BM25(), BM25(), weights=(1.0, 0.5))
+        >>> finder.identity
+        '1 bm25 + 0.5 bm25'
     """
 
     def __init__(

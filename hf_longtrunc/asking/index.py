@@ -41,9 +41,9 @@ class TextIndex:
         ValueError: there is nothing in it.
 
     Examples:
-        >>> index = TextIndex("It rained. The code of the gate was 4711, and nobody wrote it down.", BM25())
-        >>> index.find("Which code has the gate?")[0].text
-        'It rained. The code of the gate was 4711, and nobody wrote it down.'
+        >>> text = "It rained for a week, and the moor was a lake. The code of the gate was 4711, as all of us knew."
+        >>> TextIndex(text, BM25()).find("The code of the gate?")[0].text
+        'The code of the gate was 4711, as all of us knew.'
     """
 
     def __init__(

@@ -32,6 +32,10 @@ class Passage:
         score: of its best unit, as the finder gives it; higher is better, and scales differ between finders.
         source: the name of the document; empty where the text is a single string.
         match: the text of its best unit.
+
+    Examples:
+        >>> Passage(0, 10, "It rained.", 0.7).text
+        'It rained.'
     """
 
     start: int

@@ -156,7 +156,7 @@ def wait_for(server: subprocess.Popen[bytes], port: int, log: Path, seconds: flo
     end = time.monotonic() + seconds
     while time.monotonic() < end and server.poll() is None:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
         except OSError:
             time.sleep(0.5)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
@@ -50,3 +51,15 @@ def served(folder: object, start: Any = None) -> Iterator[str]:
             for server in servers:
                 server.should_exit = True
             thread.join()
+    assert_closed()
+
+
+def assert_closed() -> None:
+    """Raise here for a client or socket that a test left open, not in a later test that collects it."""
+    import openai
+
+    clients = [each for each in gc.get_objects() if type(each) is openai.OpenAI]
+    left = [each for each in clients if not each.is_closed()]
+    assert not left, f"{len(left)} OpenAI clients were not closed: use `with OpenAI(...) as client:`"
+    del clients, left
+    gc.collect()

@@ -135,8 +135,7 @@ def test_the_door_of_serve(exported, chat_folder):
         ids = [tokenizer(text, return_tensors="pt").input_ids for text in rendered]
         made = [model.generate(each, **NEW)[0, each.shape[1] :] for each in ids]
     wanted = [tokenizer.decode(each, skip_special_tokens=True) for each in made]
-    with served(exported.folder) as address:
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="-")
+    with served(exported.folder) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="-") as client:
         for text, prompt, answer in zip(texts, ids, wanted, strict=True):
             asked = {
                 "model": str(exported.folder),
@@ -155,8 +154,7 @@ def test_answers_of_our_serve_say_what_was_read(chat_folder, tmp_path):
     pytest.importorskip("fastapi", reason="transformers[serving] is not installed")
     made = export(chat_folder, tmp_path / "exported", TECHNIQUES["lm-infinite"])
     openai = pytest.importorskip("openai", reason="transformers[serving] is not installed")
-    with served(made.folder, serve) as address:
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="-")
+    with served(made.folder, serve) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="-") as client:
         asked = {"model": str(made.folder), "max_tokens": 3, "temperature": 0}
         for length in (10, 100):
             messages = [{"role": "user", "content": "a" * length}]
@@ -185,8 +183,9 @@ def test_the_page(chat_folder, tmp_path, monkeypatch, capsys):
     blocks = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 4
     with served("endless", serve) as address:
-        for block in blocks:
-            exec(compile(block.replace("http://localhost:8000", address), "<documentation>", "exec"), {})
+        left: list[dict[str, object]] = [{} for _ in blocks]  # a client that a block leaves open is seen by served()
+        for block, names in zip(blocks, left, strict=True):
+            exec(compile(block.replace("http://localhost:8000", address), "<documentation>", "exec"), names)
         (body,) = re.findall(r"-d '(.*?)'", page)
         asked = urllib.request.Request(
             f"{address}/v1/chat/completions", body.encode(), {"Content-Type": "application/json"}

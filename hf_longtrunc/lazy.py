@@ -10,18 +10,23 @@ if TYPE_CHECKING:
 
 
 def lazy_names(
-    package: str, homes: Mapping[str, str], moved: Mapping[str, str] | None = None
+    package: str, names: Mapping[str, str], moved: Mapping[str, str] | None = None
 ) -> Callable[[str], object]:
-    """Return a module's `__getattr__` that finds each name of `homes` in the module it is mapped to.
+    """Return the `__getattr__` of a package that imports its names from its files on first use.
 
-    A name of `moved` raises ImportError, which names the file of the repository that has it now.
+    Args:
+        package: its name.
+        names: file -> the names in it, in one string.
+        moved: file of recipes/instruments -> names that it has now; they raise ImportError, which says so.
     """
+    files = {name: f"{package}.{file}" for file, line in names.items() for name in line.split()}
+    gone = {name: f"recipes/instruments/{file}.py" for file, line in (moved or {}).items() for name in line.split()}
 
     def getattribute(name: str) -> object:
-        if moved and name in moved:  # an AttributeError would lose its message in `from package import name`
-            raise ImportError(f"{package}.{name} moved to {moved[name]} of the repository: copy it from there")
-        if name not in homes:
-            raise AttributeError(f"module {package!r} has no attribute {name!r}; it offers {', '.join(sorted(homes))}")
-        return getattr(import_module(homes[name]), name)
+        if name in gone:  # an AttributeError would lose its message in `from package import name`
+            raise ImportError(f"{package}.{name} moved to {gone[name]} of the repository: copy it from there")
+        if name not in files:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}; it offers {', '.join(sorted(files))}")
+        return getattr(import_module(files[name]), name)
 
     return getattribute

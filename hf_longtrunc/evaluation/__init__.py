@@ -78,14 +78,9 @@ _MOVED = {  # file of recipes/instruments -> its names that were public in 0.1.0
         "truncation_scores truncation_table"
     ),
 }
-_HOME = {name: f"hf_longtrunc.evaluation.{file}" for file, names in _NAMES.items() for name in names.split()}
 
-__all__ = sorted(_HOME)
-__getattr__ = lazy_names(
-    __name__,
-    _HOME,
-    {name: f"recipes/instruments/{file}.py" for file, names in _MOVED.items() for name in names.split()},
-)
+__all__ = sorted(" ".join(_NAMES.values()).split())
+__getattr__ = lazy_names(__name__, _NAMES, _MOVED)
 
 
 def __dir__() -> list[str]:

@@ -106,7 +106,7 @@ def ask_all(
     asked += [(question, "") for question in text.questions if question.kind in NOTHING]
     read: Any = None
     ids = encoded(tokenizer, text.text, "Q").input_ids
-    held_back = len(ids) - retrieval.reading_rows(len(ids), is_scoring=True)
+    held_back = len(ids) - retrieval.query_rows(len(ids), is_scoring=True)
     for question, ending in tqdm(asked, desc=where["arm"]):
         plan = {"kind": question.kind, "depth": question.depth, "question": question.text, "ending": ending, **fixed}
         if journal.get(**plan) is not None:
@@ -118,7 +118,7 @@ def ask_all(
         with torch.no_grad():
             decoder_of(model)(torch.tensor([made.input_ids[held_back:]]), use_cache=True, **{CACHE: cache})
         selection = cache.layers[-1].selection
-        blocks, contrasts = selection.blocks[0].tolist(), selection.emphasis[0].sqrt().tolist()
+        blocks, contrasts = selection.indices[0].tolist(), selection.emphasis[0].sqrt().tolist()
         place = None
         if question.stated:
             start = made.text.index(question.stated[0])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_longtrunc.attention.kernels import ExtraKeys, Scoring, grouped_scores, soft_capped
+from hf_longtrunc.attention.kernels import ExtraKeys, Scoring, grouped_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ class BlockScores:
     layers: dict[int, Tensor] = field(default_factory=dict)
 
 
-class UnrotatedKV(NamedTuple):
+class UnrotatedKeys(NamedTuple):
     """Keys and values of the whole text so far.
 
     Attributes:
@@ -63,27 +63,15 @@ class DistantKeys(NamedTuple):
         block_scores: collects the layer's scores during a scoring pass, else None.
     """
 
-    text: UnrotatedKV
+    text: UnrotatedKeys
     scoring: Scoring
     num_sink_tokens: int
     window: int
     distance: int = 0
     first_query: int = 0
     layer: int = 0
-    selection: BlockSelection | None = None
+    selection: Selection | None = None
     block_scores: BlockScores | None = None
-
-
-class KeyMultiplicity(NamedTuple):
-    """Keys that count for several.
-
-    Attributes:
-        positions: of them [batch, k], each once, counted from a row's first real token; -1 for none.
-        counts: how many keys each counts for [batch, k].
-    """
-
-    positions: Tensor
-    counts: Tensor
 
 
 def is_distant(
@@ -149,20 +137,20 @@ def block_scores(
     return weights.new_zeros(*weights.shape[:3], count).scatter_add(3, block, weights)
 
 
-class BlockSelection(NamedTuple):
-    """The blocks that each row of a batch reads.
+class Selection(NamedTuple):
+    """The blocks, or the single keys, that each row of a batch reads.
 
     Attributes:
-        blocks: indices [batch, blocks], the best first; -1, which is never seen, where there are fewer.
-        emphasis: the multiplicity of each block's keys [batch, blocks].
+        indices: of blocks, the best first, or positions of keys [batch, k]; -1, which is never seen, for none.
+        emphasis: how many keys each key counts for [batch, k].
     """
 
-    blocks: Tensor
+    indices: Tensor
     emphasis: Tensor
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> BlockSelection:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Selection:
         """Return the selection with `change` (repeat, select, reorder) applied to its rows."""
-        return BlockSelection(change(self.blocks), change(self.emphasis))
+        return Selection(change(self.indices), change(self.emphasis))
 
 
 def select_blocks(
@@ -172,13 +160,13 @@ def select_blocks(
     emphasis: float,
     least: float,
     total: Callable[[Tensor], Tensor],
-) -> BlockSelection:
+) -> Selection:
     """Select each row's `count` best blocks.
 
     Without a baseline the blocks of the largest total score are the best, and all get `emphasis`. With one, each head
     contributes the ratio of its score v to its baseline weight, v / (b + mean b + mean of all heads' b); a
     block's contrast is the root mean square over heads, so the few heads that look for the answer count, in the stretch
-    of rows where it is largest. Blocks below `least` are not read. The best block's multiplicity is its squared
+    of rows where it is largest. Blocks below `least` are not read. The best block's emphasis is its squared
     contrast, clamped to [1, emphasis]; the others are scaled by the ratio of squared contrasts.
 
     Args:
@@ -186,7 +174,7 @@ def select_blocks(
             layers.
         baseline: the weight that a row before them gives; 0 everywhere where there are no such rows.
         count: how many blocks.
-        emphasis: the largest multiplicity.
+        emphasis: the largest.
         least: contrast of a block that is read.
         total: returns the sum over the ranks that share the heads.
     """
@@ -203,14 +191,14 @@ def select_blocks(
     first = best[:, :1]
     shared = first.square().clamp(1, emphasis) * (best / first.clamp_min(tiny)).square()
     given = torch.where(has_baseline, shared.clamp_min(1), emphasis)
-    return BlockSelection(torch.where(is_read, index, -1), given)
+    return Selection(torch.where(is_read, index, -1), given)
 
 
 def block_keys(
     query: Float[Tensor, "batch heads n dim"],
     query_positions: Int[Tensor, "rows n"],
     distant: DistantKeys,
-    selection: BlockSelection,
+    selection: Selection,
     block_size: int,
     margin: int,
 ) -> ExtraKeys:
@@ -221,31 +209,29 @@ def block_keys(
     """
     text, heads = distant.text, query.shape[1]
     device = text.key.device
-    positions, emphasis = selected_positions(selection, block_size, margin, distant.num_sink_tokens)
+    positions, emphasis = select_keys(selection, block_size, margin, distant.num_sink_tokens)
     positions, emphasis = positions.to(device), emphasis.to(query.device)
     columns = (positions - text.positions[:, :1]).clamp(0, text.key.shape[2] - 1)[:, None, :, None]
     key, value = (
         x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])).to(query.device) for x in (text.key, text.value)
     )
-    part = distant._replace(text=UnrotatedKV(key, value, positions.to(query.device)))
+    part = distant._replace(text=UnrotatedKeys(key, value, positions.to(query.device)))
     scores = _distant_scores(query, query_positions, part)
     scores = scores + emphasis.to(scores.dtype).log()[:, None, None]
     return ExtraKeys(scores, value.repeat_interleave(heads // value.shape[1], dim=1)[:, :, None])
 
 
-def selected_positions(
-    selection: BlockSelection, block_size: int, margin: int, num_sink_tokens: int
-) -> KeyMultiplicity:
+def select_keys(selection: Selection, block_size: int, margin: int, num_sink_tokens: int) -> Selection:
     """Return the keys of selected blocks, `margin` keys on either side included, with their emphasis."""
-    inside = torch.arange(-margin, block_size + margin, device=selection.blocks.device)
-    positions = num_sink_tokens + selection.blocks[..., None] * block_size + inside
-    positions = positions.masked_fill(selection.blocks[..., None] < 0, -1).flatten(1)
+    inside = torch.arange(-margin, block_size + margin, device=selection.indices.device)
+    positions = num_sink_tokens + selection.indices[..., None] * block_size + inside
+    positions = positions.masked_fill(selection.indices[..., None] < 0, -1).flatten(1)
     emphasis = selection.emphasis.repeat_interleave(len(inside), dim=1)
     if margin:  # the blocks come best first, so a stable sort puts the largest emphasis of a position first
         positions, order = positions.sort(dim=-1, stable=True)
         is_repeated = torch.nn.functional.pad(positions[:, 1:] == positions[:, :-1], (1, 0))
         positions, emphasis = positions.masked_fill(is_repeated, -1), emphasis.gather(1, order)
-    return KeyMultiplicity(positions, emphasis)
+    return Selection(positions, emphasis)
 
 
 def _distant_scores(query: Tensor, query_positions: Tensor, distant: DistantKeys) -> Tensor:
@@ -253,7 +239,7 @@ def _distant_scores(query: Tensor, query_positions: Tensor, distant: DistantKeys
     text, scoring = distant.text, distant.scoring
     device = text.key.device
     query = scoring.rotate(query, distant.distance - query_positions).to(device)
-    scores = soft_capped(grouped_scores(query, text.key) * scoring.scaling, scoring.softcap)
+    scores = scoring.scores(grouped_scores(query, text.key))
     if scoring.slopes is not None:
         scores = scores - scoring.slopes.to(scores.device, scores.dtype)[:, None, None] * distant.distance
     i = query_positions.to(device)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.cache_utils import DynamicLayer
 
-from hf_longtrunc.attention.context import current_context
+from hf_longtrunc.attention.context import get_context
 from hf_longtrunc.errors import CacheLawError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from hf_longtrunc.attention.block_scores import BlockSelection
+    from hf_longtrunc.attention.block_scores import Selection
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class CacheLaw:
     frequencies: int = 0  # fingerprint of the rotary frequencies; 0 for the model's own
 
 
-def require_law(layer: Any, law: CacheLaw | None) -> None:
+def check_law(layer: Any, law: CacheLaw | None) -> None:
     """Let a cache layer be continued under a law, None for the unpatched model.
 
     Raises:
@@ -60,12 +60,12 @@ class GuardedLayer:
     """Mixed into a cache layer that grows: the law that filled it, and the blocks that `TopBlocks` selected."""
 
     law: CacheLaw | None = None  # None for the unpatched model
-    selection: BlockSelection | None = None  # None before any selection
+    selection: Selection | None = None  # None before any selection
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         """Store new keys and values; refused to the unpatched model where its own keys would be others."""
-        if self.law is not None and current_context() is None:
-            require_law(self, None)
+        if self.law is not None and get_context() is None:
+            check_law(self, None)
         return super().update(*args, **kwargs)  # type: ignore[misc]
 
     def reset(self) -> None:
@@ -93,25 +93,25 @@ class GuardedLayer:
             self.selection = self.selection.map(change)
 
 
-def guard(layer: Any) -> Any:
+def guarded(layer: Any) -> Any:
     """Return a `GuardedLayer` that shares everything with a cache layer that grows; None for other kinds of layer."""
     if isinstance(layer, GuardedLayer):
         return layer
     if not isinstance(layer, DynamicLayer) or layer.is_sliding:
         return None
-    kind = _guarded(type(layer))
-    guarded = object.__new__(kind)
-    guarded.__dict__ = layer.__dict__
-    return guarded
+    kind = _guarded_layer(type(layer))
+    result = object.__new__(kind)
+    result.__dict__ = layer.__dict__
+    return result
 
 
 @cache
-def _guarded(kind: Any) -> Any:
+def _guarded_layer(kind: Any) -> Any:
     name = f"Guarded{kind.__name__}"
     # transformers would register a subclass with a layer type of its own; pickle finds the class by its name here.
-    guarded = type(kind)(name, (GuardedLayer, kind), {"__module__": __name__, "_layer_type": None})
-    globals()[name] = guarded
-    return guarded
+    result = type(kind)(name, (GuardedLayer, kind), {"__module__": __name__, "_layer_type": None})
+    globals()[name] = result
+    return result
 
 
-_guarded(DynamicLayer)  # a pickled cache loads in a new process
+_guarded_layer(DynamicLayer)  # a pickled cache loads in a new process

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_longtrunc.attention.padding import check_positions, checked_mask, from_first_token, gather_columns, text_order
+from hf_longtrunc.attention.padding import check_mask, check_positions, gather_columns, positions_of, text_order
 from hf_longtrunc.models import CACHE, bound
 
 if TYPE_CHECKING:
@@ -40,10 +40,6 @@ MORE_THAN_CAUSAL = (
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 
-class PlaceholderError(RuntimeError):
-    """A mask placeholder was used as a tensor."""
-
-
 class MaskPlaceholder:
     """Travels to the layers as `attention_mask`; implements the tensor methods that decoders call on a mask.
 
@@ -62,8 +58,8 @@ class MaskPlaceholder:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Raise PlaceholderError: gradient checkpointing runs layers again, after a detach as well."""
-        raise PlaceholderError(
+        """Raise RuntimeError: gradient checkpointing runs layers again, after a detach as well."""
+        raise RuntimeError(
             f"a layer used {cls.__name__} as an attention mask: the forward was made by a patched model, and its "
             "layers run again after the patch was detached. Call backward() before detach(), inside the with block"
         )
@@ -121,7 +117,7 @@ class DecoderCall:
     like: Tensor  # empty, of the decoder's dtype, on the tokens' device
 
     @classmethod
-    def bind(cls, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DecoderCall:
+    def of(cls, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> DecoderCall:
         """Read a call's arguments, positional, renamed and deprecated ones too.
 
         Raises:
@@ -140,7 +136,7 @@ class DecoderCall:
                 "this forward brings no token: transformers' generate() does so for inputs_embeds with an "
                 "assistant. Pass input_ids, or leave the assistant out"
             )
-        real = checked_mask(padding_of(inputs.get("attention_mask")), past + new)
+        real = check_mask(padding_of(inputs.get("attention_mask")), past + new)
         check_positions(inputs.get("position_ids"), real, past, new)
         return cls(decoder, inputs, new, past, real, tokens.new_empty(0, dtype=decoder.dtype))
 
@@ -197,7 +193,7 @@ class DecoderCall:
                     "generate without prompt_lookup_num_tokens and assistant_model"
                 )
             inputs["attention_mask"] = None if mask is None else mask[:, : mask.shape[1] - (self.new - stop)]
-        return DecoderCall.bind(self.decoder, (), inputs)
+        return DecoderCall.of(self.decoder, (), inputs)
 
     def refuse_hidden_states(self) -> None:
         """Refuse a call that wants hidden states of all layers, of rows that run twice."""
@@ -231,14 +227,14 @@ class ForwardContext(MaskPlaceholder):
         return replace(self, query_positions=self.query_positions[:, index[2]])
 
 
-def current_context() -> Any:
+def get_context() -> Any:
     """Return the context of the decoder that this thread is running; None outside."""
     return getattr(_thread, "context", None)
 
 
 def set_context(context: Any) -> Any:
     """Set the context of this thread; return the one before."""
-    before = current_context()
+    before = get_context()
     _thread.context = context
     return before
 
@@ -250,11 +246,11 @@ def full_context(call: DecoderCall) -> tuple[ForwardContext, Tensor]:
     """
     columns = torch.arange(call.past, call.past + call.new, device=call.device)
     padding, order = text_order(call.real)
-    positions = queries = from_first_token(columns, padding)
+    positions = queries = positions_of(columns, padding)
     query_order = None
     if call.real is not None and order is not None:
         positions, query_order = positions_in_call_order(columns, padding, call.real[:, call.past :])
-    last = from_first_token(columns[-1:], padding)
+    last = positions_of(columns[-1:], padding)
     is_padded = padding is not None
     context = ForwardContext(
         queries, last, call.past + call.new, is_padded=is_padded, query_order=query_order, key_order=order

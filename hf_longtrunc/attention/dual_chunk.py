@@ -13,8 +13,8 @@ and a text of at most s tokens is read as the model was trained to read it.
 Each block of queries takes at most four kernel calls, merged into one softmax: earlier chunks, the chunk before, its
 own chunk before the block, and the block itself. No n x n tensor exists.
 
-Some keys may count for several (`KeyMultiplicity`): a key of multiplicity e is in these calls once, and in further
-calls e - 1 times, in the same softmax.
+Some keys may count for several (`Selection`): a key of emphasis e is in these calls once, and in further calls e - 1
+times, in the same softmax.
 
 Source: An et al. 2024, "Training-Free Long-Context Scaling of Large Language Models", arXiv 2402.17463, section 3;
 the authors take s = 3c/4.
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_longtrunc.attention.block_scores import KeyMultiplicity
+from hf_longtrunc.attention.block_scores import Selection
 from hf_longtrunc.attention.softmax_merge import ROWS_SCORED, AttentionPart, merge_attention, scores_of
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.rope import Rotation
 
     # Keys and values [rows, kv_heads, k, ..], and how often each counts.
-    RepeatedKeys = tuple[Tensor, Tensor, KeyMultiplicity]
+    RepeatedKeys = tuple[Tensor, Tensor, Selection]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def dual_chunk_attention(
     padding: Int[Tensor, " batch"] | None,
     law: ChunkLaw,
     scoring: Scoring,
-    multiplicity: KeyMultiplicity | None = None,
+    selection: Selection | None = None,
 ) -> Float[Tensor, "batch heads n value_dim"]:
     """Attend from the last n of m tokens.
 
@@ -127,19 +127,19 @@ def dual_chunk_attention(
         padding: columns before each row's first real token; None where there are none.
         law: of distances.
         scoring: of the layer, without slopes and dropout.
-        multiplicity: keys that count for several, if they come before all queries; None: there are none.
+        selection: keys that count for several, if they come before all queries; None: there are none.
 
     Returns:
         [batch, heads, n, value_dim] in the dtype of `query`; zeros for padding. Rows of one padding go together: each
         other padding in the batch costs a pass of its own.
     """
     if padding is None:
-        return _same_padding(query, key, value, 0, law, scoring, multiplicity)
+        return _attend_rows(query, key, value, 0, law, scoring, selection)
     output = query.new_zeros(*query.shape[:3], value.shape[-1])
-    for rows, columns in _by_padding(padding, query):
+    for rows, columns in _padding_groups(padding, query):
         q, k, v = (_select_rows(x, rows) for x in (query, key, value))
-        of_rows = None if multiplicity is None else KeyMultiplicity(*(_select_rows(x, rows) for x in multiplicity))
-        attended = _same_padding(q, k, v, columns, law, scoring, of_rows)
+        of_rows = None if selection is None else Selection(*(_select_rows(x, rows) for x in selection))
+        attended = _attend_rows(q, k, v, columns, law, scoring, of_rows)
         output = attended if rows is None else output.index_copy(0, rows, attended)
     return output
 
@@ -175,7 +175,7 @@ def chunk_block_scores(
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = query.new_zeros(*query.shape[:2], groups.shape[0], count, dtype=wide)
     belongs = groups.to(query.device, wide).transpose(0, 1).expand(query.shape[0], -1, -1)[:, None]
-    for rows, columns in _by_padding(padding, query):
+    for rows, columns in _padding_groups(padding, query):
         q, k, member = (_select_rows(x, rows) for x in (query, key, belongs))
         complete = max(0, key.shape[2] - columns - last - num_sink_tokens) // block_size
         inside = slice(num_sink_tokens, num_sink_tokens + complete * block_size)
@@ -191,7 +191,7 @@ def _select_rows(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.index_select(0, rows)
 
 
-def _by_padding(padding: Tensor | None, like: Tensor) -> Iterator[tuple[Tensor | None, int]]:
+def _padding_groups(padding: Tensor | None, like: Tensor) -> Iterator[tuple[Tensor | None, int]]:
     """Yield the rows of each padding, and their columns of it; None stands for all rows."""
     first = [0] if padding is None else padding.tolist()
     for columns in sorted(set(first)):
@@ -199,20 +199,20 @@ def _by_padding(padding: Tensor | None, like: Tensor) -> Iterator[tuple[Tensor |
         yield None if len(rows) == len(first) else torch.tensor(rows, device=like.device), columns
 
 
-def _same_padding(
+def _attend_rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     padding: int,
     law: ChunkLaw,
     scoring: Scoring,
-    multiplicity: KeyMultiplicity | None,
+    selection: Selection | None,
 ) -> Tensor:
     """`dual_chunk_attention` of rows that all begin at column `padding`."""
     blank, begin = _first_query(query, key, padding)
     query, key, value = query[:, :, blank:], key[:, :, padding:], value[:, :, padding:]
     outputs = [query.new_zeros(*query.shape[:2], blank, value.shape[-1])] if blank else []
-    repeated = None if multiplicity is None else _repeated_keys(key, value, multiplicity, begin)
+    repeated = None if selection is None else _repeat_keys(key, value, selection, begin)
     for start, stop in _blocks(begin, key.shape[2], law.chunk_length):
         block = query[:, :, start - begin : stop - begin]
         parts = list(_parts(block, key, value, start, stop, law, scoring, repeated))
@@ -269,10 +269,10 @@ def _parts(
 
     def parts(first: int, last: int, rotated: Tensor) -> Iterator[AttentionPart]:
         yield AttentionPart(rotated, key[:, :, first:last], value[:, :, first:last])
-        yield from _repeated_parts(rotated, repeated, first, last)
+        yield from _repeat_parts(rotated, repeated, first, last)
 
     if own:
-        far_query, near_query = _to_earlier_chunks(query, start, stop, law, scoring.rotation)
+        far_query, near_query = _rotate_query(query, start, stop, law, scoring.rotation)
         if before:
             yield from parts(0, before, far_query)
         yield from parts(before, own, near_query)
@@ -284,7 +284,7 @@ def _parts(
     yield AttentionPart(query, key[:, :, start:stop], value[:, :, start:stop], "causal")
 
 
-def _to_earlier_chunks(
+def _rotate_query(
     query: Tensor, start: int, stop: int, law: ChunkLaw, rotation: Rotation | None
 ) -> tuple[Tensor, Tensor]:
     """Return queries start..stop rotated for keys of all earlier chunks but the last, and for those of the last."""
@@ -300,7 +300,7 @@ def _to_earlier_chunks(
 def _offsets(
     start: int, stop: int, law: ChunkLaw, rotation: Rotation, dtype: torch.dtype, device: torch.device, _: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of `_to_earlier_chunks` [1, 1, 2n, 2f]: of the far rotations, then of the near."""
+    """Return the cosines and sines of `_rotate_query` [1, 1, 2n, 2f]: of the far rotations, then of the near."""
     inside = torch.arange(start, stop, device=device)[None] % law.chunk_length
     far, near = law.query_position(inside, 2) - inside, law.query_position(inside, 1) - inside
     return rotation.cos_sin(torch.cat([far, near], dim=1), dtype)
@@ -310,16 +310,16 @@ def _offsets(
 _offsets_of_token = lru_cache(maxsize=8)(_offsets)
 
 
-def _repeated_keys(key: Tensor, value: Tensor, multiplicity: KeyMultiplicity, begin: int) -> RepeatedKeys:
+def _repeat_keys(key: Tensor, value: Tensor, selection: Selection, begin: int) -> RepeatedKeys:
     """Take the keys that count for several, where they stand before position `begin`."""
-    positions = multiplicity.positions.to(key.device)
+    positions = selection.indices.to(key.device)
     columns = positions.clamp(0, key.shape[2] - 1)[:, None, :, None]
     k, v = (x.gather(2, columns.expand(-1, x.shape[1], -1, x.shape[3])) for x in (key, value))
-    counts = multiplicity.counts.to(key.device, torch.promote_types(key.dtype, torch.float32))
-    return k, v, KeyMultiplicity(positions.masked_fill(positions >= begin, -1), counts)
+    counts = selection.emphasis.to(key.device, torch.promote_types(key.dtype, torch.float32))
+    return k, v, Selection(positions.masked_fill(positions >= begin, -1), counts)
 
 
-def _repeated_parts(query: Tensor, repeated: RepeatedKeys | None, first: int, last: int) -> Iterator[AttentionPart]:
+def _repeat_parts(query: Tensor, repeated: RepeatedKeys | None, first: int, last: int) -> Iterator[AttentionPart]:
     """Yield the repeated keys first..last as often as they count beyond once; nothing where there are none."""
     if repeated is None:
         return

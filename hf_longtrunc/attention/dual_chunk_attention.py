@@ -10,9 +10,9 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from hf_longtrunc.arguments import check_choice, check_int
-from hf_longtrunc.attention.block_scores import KeyMultiplicity, selected_positions
-from hf_longtrunc.attention.cache_law import guard
-from hf_longtrunc.attention.context import PASSTHROUGH, ForwardContext, current_context, full_context
+from hf_longtrunc.attention.block_scores import Selection, select_keys
+from hf_longtrunc.attention.cache_law import guarded
+from hf_longtrunc.attention.context import PASSTHROUGH, ForwardContext, full_context, get_context
 from hf_longtrunc.attention.dual_chunk import (
     ChunkLaw,
     chunk_block_scores,
@@ -121,7 +121,7 @@ class DualChunkAttention(Technique):
         return replace(self, chunk_length=chunk, trained_length=trained)
 
     @cached_property
-    def distances(self) -> ChunkLaw:
+    def distance_law(self) -> ChunkLaw:
         """The law of distances."""
         assert self.chunk_length is not None
         assert self.trained_length is not None
@@ -135,7 +135,7 @@ class DualChunkAttention(Technique):
     @property
     def rope_length(self) -> int:
         """The trained length."""
-        return self.distances.trained_length
+        return self.distance_law.trained_length
 
     @property
     def retrieval_length(self) -> int:
@@ -151,12 +151,12 @@ class DualChunkAttention(Technique):
     @property
     def title(self) -> str:
         """The technique and the settings that its caches depend on."""
-        law = self.distances
+        law = self.distance_law
         return f"DualChunkAttention(chunk_length={law.chunk_length}, trained_length={law.trained_length})"
 
     def check(self, found: ProbeResult) -> Self:
         """Refuse a model without rotary positions; return the technique with the retrieval's defaults."""
-        if not found.distinct_rotations:
+        if not found.rotations:
             raise UnsupportedModelError("none of its layers has rotary positions, so there is no distance to limit")
         if self.retrieval is None:
             return self
@@ -164,10 +164,10 @@ class DualChunkAttention(Technique):
         retrieval: Any = found.check_retrieval(self.retrieval, can_crop)
         return replace(self, retrieval=retrieval)
 
-    def tiny(self) -> Self:
+    def tiny(self) -> Sequence[Self]:
         """Return the technique at chunks of three tokens."""
-        beyond = min(2, self.distances.trained_length - self.distances.chunk_length)
-        return replace(self, chunk_length=3, trained_length=3 + beyond, retrieval=None, temperature=None)
+        beyond = min(2, self.distance_law.trained_length - self.distance_law.chunk_length)
+        return [replace(self, chunk_length=3, trained_length=3 + beyond, retrieval=None, temperature=None)]
 
     def prepare(self, handle: Handle, decoder: Any, found: ProbeResult) -> None:
         """Freeze frequencies that depend on the length; let windowed layers rotate by true positions."""
@@ -175,7 +175,7 @@ class DualChunkAttention(Technique):
             raise UnsupportedModelError(
                 "its decoder takes no position_ids, so its keys cannot start again at every chunk"
             )
-        if found.frequencies or _depends_on_length(decoder.config):
+        if found.frequencies or _is_dynamic(decoder.config):
             for module, rotaries in found.exact.items():
                 handle.set(module, "forward", exact_forward(rotaries))
         for module in found.windowed:
@@ -199,10 +199,9 @@ class DualChunkAttention(Technique):
 
     def cache_layer(self, ordinary: Any, layer: AttentionLayer, law: CacheLaw, shares_keys: bool) -> CacheLayerMixin:
         """Return the ordinary layer, which knows its law from now on."""
-        guarded: Any = guard(ordinary) or ordinary
-        guarded.law = law
-        layer_with_law: CacheLayerMixin = guarded
-        return layer_with_law
+        result: CacheLayerMixin = guarded(ordinary) or ordinary
+        result.law = law  # type: ignore[attr-defined]
+        return result
 
     def selection_layers(self, call: DecoderCall) -> Sequence[Any]:
         """Return the cache's layers, if all of them grow."""
@@ -215,7 +214,7 @@ class DualChunkAttention(Technique):
                 f"grows, DynamicCache(config=model.config), got {got}: leave the cache to generate(), or leave "
                 "retrieval out"
             )
-        layers[:] = [guard(layer) for layer in layers]
+        layers[:] = [guarded(layer) for layer in layers]
         return list(layers)
 
     # -- one forward, one layer ----------------------------------------------------------------------------------------
@@ -226,7 +225,7 @@ class DualChunkAttention(Technique):
         """Return positions that start again at every chunk; PASSTHROUGH for a text within the first."""
         context, positions = full_context(call)
         found.check_gaps(context)
-        if passthrough and call.past + call.new <= self.distances.chunk_length and context.key_order is None:
+        if passthrough and call.past + call.new <= self.distance_law.chunk_length and context.key_order is None:
             needs_positions = context.is_padded and call.inputs.get("position_ids") is None
             return PASSTHROUGH, positions.clamp_min(0) if needs_positions else None
         layers = {index: layer for index, layer in enumerate(call.cache_layers) if hasattr(layer, "selection")}
@@ -236,7 +235,7 @@ class DualChunkAttention(Technique):
             block_scores=block_scores,
             true_positions=positions.clamp_min(0) if found.windowed else None,
         )
-        return context, self.distances.key_position(positions.clamp_min(0))
+        return context, self.distance_law.key_position(positions.clamp_min(0))
 
     def attend(self, call: AttentionCall) -> Tensor:
         """Attend to all keys so far; queries and keys are rotated at their positions mod s, in column order."""
@@ -251,7 +250,7 @@ class DualChunkAttention(Technique):
         query, key, value = text.query, text.key, text.value
         if not query.dtype == key.dtype == value.dtype:  # under autocast, which rotates queries and keys in fp32
             query, key = query.to(value.dtype), key.to(value.dtype)
-        law, retrieval = self.distances, self.retrieval
+        law, retrieval = self.distance_law, self.retrieval
         if self.temperature is not None:
             wide = torch.promote_types(query.dtype, torch.float32)
             factor = sharpness(context.query_positions.to(query.device), law.trained_length, self.temperature, wide)
@@ -263,34 +262,34 @@ class DualChunkAttention(Technique):
         if retrieval is None:
             return call.in_call_order(attend(query, key, value))
         if context.block_scores is not None:
-            self._score(retrieval, call, query, key, padding)
-        multiplicity = self._multiplicity(retrieval, call)
-        if multiplicity is None:
+            self._collect_scores(retrieval, call, query, key, padding)
+        selected = self._select_keys(retrieval, call)
+        if selected is None:
             return call.in_call_order(attend(query, key, value))
         plain, end = max(0, query.shape[2] - retrieval.rows), key.shape[2] - retrieval.rows
-        output = attend(query[:, :, plain:], key, value, multiplicity=multiplicity)
+        output = attend(query[:, :, plain:], key, value, selection=selected)
         if plain:
             before = attend(query[:, :, :plain], key[:, :, :end], value[:, :, :end])
             output = torch.cat([before, output], dim=2)
         return call.in_call_order(output)
 
     @staticmethod
-    def _multiplicity(retrieval: TopBlocks, call: AttentionCall) -> KeyMultiplicity | None:
+    def _select_keys(retrieval: TopBlocks, call: AttentionCall) -> Selection | None:
         """Return which keys count for several in this layer; None: none, or this is a scoring pass."""
         index, context = call.layer.index, call.context
         selection = getattr(context.cache_layers.get(index), "selection", None)
         if selection is None or context.block_scores is not None or not retrieval.reads(index, is_scoring=False):
             return None
-        return selected_positions(selection, retrieval.block_size, retrieval.margin, _SINKS)
+        return select_keys(selection, retrieval.block_size, retrieval.margin, _SINKS)
 
-    def _score(
+    def _collect_scores(
         self, retrieval: TopBlocks, call: AttentionCall, query: Tensor, key: Tensor, padding: Tensor | None
     ) -> None:
         """Collect the weight that scoring rows, and those before, give to each block."""
         index, context = call.layer.index, call.context
         if context.block_scores is None or not retrieval.reads(index, is_scoring=True):
             return
-        rows = retrieval.reading_rows(query.shape[2], is_scoring=True)
+        rows = retrieval.query_rows(query.shape[2], is_scoring=True)
         positions = context.query_positions[:, -rows:].to(query.device)
         groups = retrieval.groups(positions, context.last_position.to(query.device), context.block_scores)
         last = retrieval.rows + retrieval.margin  # rows that read come after what they read
@@ -298,7 +297,7 @@ class DualChunkAttention(Technique):
             query[:, :, -rows:],
             key,
             padding,
-            self.distances,
+            self.distance_law,
             call.scoring,
             groups,
             _SINKS,
@@ -308,7 +307,7 @@ class DualChunkAttention(Technique):
         retrieval.collect(context.block_scores, index, scores, groups)
 
 
-def _depends_on_length(config: Any) -> bool:
+def _is_dynamic(config: Any) -> bool:
     """Return whether some rotary frequencies depend on the running length."""
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {rope.get("rope_type"), *(each.get("rope_type") for each in rope.values() if isinstance(each, dict))}
@@ -326,7 +325,7 @@ def _with_true_positions(module: nn.Module, decoder: Any, found: ProbeResult) ->
     run = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        context = current_context()
+        context = get_context()
         given = kwargs.get("position_embeddings")
         if isinstance(context, ForwardContext) and context.true_positions is not None:
             if given is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import DynamicCache
 
-from hf_longtrunc.attention.generation import replace_layers
+from hf_longtrunc.attention.generation import prepare_layers
 from hf_longtrunc.attention.probe import hidden_states
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.models import few_tokens
@@ -70,10 +70,10 @@ class Explanation:
             rope=f"frequencies of a text of {technique.rope_length:,} tokens, at every length"
             if found.frequencies
             else "the model's own frequencies",
-            cache=f"a ring: {_size(constant)} a row at any length"
+            cache=f"a ring: {_to_text(constant)} a row at any length"
             if not growing
-            else f"grows by {_size(growing)} a token"
-            + (f", and a ring of {_size(constant)} a row" if constant else ""),
+            else f"grows by {_to_text(growing)} a token"
+            + (f", and a ring of {_to_text(constant)} a row" if constant else ""),
             drafts="any number of drafted tokens"
             if technique.max_drafts is None
             else f"up to {technique.max_drafts} drafted tokens at a time",
@@ -94,7 +94,7 @@ def _cache_bytes(patch: Any) -> tuple[int, int]:
     ids, cache = few_tokens(patch.decoder, 4), DynamicCache(config=patch.decoder.config)
     hidden_states(patch.decoder, ids, cache)
     layers = DynamicCache(config=patch.decoder.config).layers
-    replace_layers(patch, layers)
+    prepare_layers(patch, layers)
     constant = growing = 0
     for index in {layer.index for layer in patch.layers.values() if 0 <= layer.index < len(layers)}:
         ring, ordinary = layers[index], cache.layers[index]
@@ -109,7 +109,7 @@ def _cache_bytes(patch: Any) -> tuple[int, int]:
     return constant, growing
 
 
-def _size(count: int) -> str:
+def _to_text(count: int) -> str:
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:,.0f} {unit}" if unit == "bytes" or count >= 10 else f"{count:.1f} {unit}"

@@ -48,7 +48,7 @@ def flex_attend(call: LambdaAttention, far: tuple[Tensor, Tensor] | None) -> Flo
         is_near = (j >= 0) & (j <= i) & (i - j < window) | (i < 0)  # a padding query sees all it is shown: finite
         return ((kv >= lead) & is_near) | ((kv < sinks) & (i - kv >= window))
 
-    def far_score(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+    def far_scores(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         assert far is not None
         return torch.where(kv < sinks, far[0][b, h, q, kv.clamp_max(sinks - 1)].to(score.dtype), score)
 
@@ -57,7 +57,7 @@ def flex_attend(call: LambdaAttention, far: tuple[Tensor, Tensor] | None) -> Flo
         query,
         key,
         value,
-        score_mod=None if far is None else far_score,
+        score_mod=None if far is None else far_scores,
         block_mask=mask,
         scale=call.scoring.scaling,
         enable_gqa=query.shape[1] != key.shape[1],

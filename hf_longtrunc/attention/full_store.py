@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
-from hf_longtrunc.attention.block_scores import UnrotatedKV
-from hf_longtrunc.attention.padding import RowShift, from_first_token, gather_columns
+from hf_longtrunc.attention.block_scores import UnrotatedKeys
+from hf_longtrunc.attention.padding import RowShift, gather_columns, positions_of
 from hf_longtrunc.attention.ring_cache import RingCacheLayer, refuse_crop_of_states
 
 if TYPE_CHECKING:
@@ -59,10 +59,10 @@ class FullStoreCacheLayer(RingCacheLayer):  # type: ignore[no-untyped-call]
                 key_states, value_states = (gather_columns(x, shift.order) for x in (key_states, value_states))
             self._shift_store(shift)
         columns = torch.arange(past, past + new, device=key_states.device)
-        positions = from_first_token(columns, self.padding_state.padding)
+        positions = positions_of(columns, self.padding_state.padding)
         unrotated = key_states if self.rotation is None else self.rotation.rotate(key_states, -positions)
-        self.store_keys = self._grown(self.store_keys, unrotated)
-        self.store_values = self._grown(self.store_values, value_states)
+        self.store_keys = self._store_for(self.store_keys, unrotated)
+        self.store_values = self._store_for(self.store_values, value_states)
         for store, states in ((self.store_keys, unrotated), (self.store_values, value_states)):
             states = states.detach()
             if shift is not None:  # tokens that moved into the new columns stay
@@ -75,17 +75,19 @@ class FullStoreCacheLayer(RingCacheLayer):  # type: ignore[no-untyped-call]
         """Move each row's old tokens up to its new ones."""
         if self.store_keys is None or self.store_values is None:
             return
-        self.store_keys, self.store_values = (self._grown(x, x[:, :, :0]) for x in (self.store_keys, self.store_values))
+        self.store_keys, self.store_values = (
+            self._store_for(x, x[:, :, :0]) for x in (self.store_keys, self.store_values)
+        )
         for store in (self.store_keys, self.store_values):
-            columns = torch.arange(self.held, device=store.device) - shift.shift.to(store.device)[:, None]
-            store[:, :, : self.held] = gather_columns(store, columns.clamp_min(0))
+            columns = torch.arange(self.store_length, device=store.device) - shift.shift.to(store.device)[:, None]
+            store[:, :, : self.store_length] = gather_columns(store, columns.clamp_min(0))
 
-    def _grown(self, store: Tensor | None, states: Tensor) -> Tensor:
+    def _store_for(self, store: Tensor | None, states: Tensor) -> Tensor:
         """Return a store with room for all tokens seen: this one, or a larger one with its contents."""
-        if store is not None and store.shape[2] >= self.held:
+        if store is not None and store.shape[2] >= self.store_length:
             return store
         like = states if store is None else store
-        shape = *like.shape[:2], self.held if store is None else self.held * 3 // 2, like.shape[3]
+        shape = *like.shape[:2], self.store_length if store is None else self.store_length * 3 // 2, like.shape[3]
         on_cpu, pinned = self.store == "cpu", states.is_cuda if store is None else store.is_pinned()
         larger = torch.zeros(
             shape, dtype=like.dtype, device="cpu" if on_cpu else like.device, pin_memory=on_cpu and pinned
@@ -94,13 +96,13 @@ class FullStoreCacheLayer(RingCacheLayer):  # type: ignore[no-untyped-call]
             larger[:, :, : store.shape[2]] = store
         return larger
 
-    def text(self) -> UnrotatedKV:
+    def text(self) -> UnrotatedKeys:
         """Return all that was seen, un-rotated, where it is stored."""
         keys, values = self.store_keys, self.store_values
         assert keys is not None
         assert values is not None
-        positions = from_first_token(torch.arange(self.held, device=keys.device), self.padding_state.padding)
-        return UnrotatedKV(keys[:, :, : self.held], values[:, :, : self.held], positions)
+        positions = positions_of(torch.arange(self.store_length, device=keys.device), self.padding_state.padding)
+        return UnrotatedKeys(keys[:, :, : self.store_length], values[:, :, : self.store_length], positions)
 
     def reset(self) -> None:
         """Forget every token."""

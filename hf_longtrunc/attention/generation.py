@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import DynamicLayer, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from hf_longtrunc.attention.padding import check_end
+from hf_longtrunc.attention.padding import check_padding
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.models import CACHE
 
@@ -18,16 +18,16 @@ from hf_longtrunc.models import CACHE
 def patch_generate(patch: Any) -> None:
     """Replace methods that `generate()` calls on the model of an `AttentionPatch`, until detach."""
     model = patch.model
-    patch.set(model, "_get_stopping_criteria", partial(_stopping_criteria, model))
-    patch.set(model, "init_continuous_batching", partial(_refuse_continuous_batching, patch))
+    patch.set(model, "_get_stopping_criteria", partial(_prepare_criteria, model))
+    patch.set(model, "init_continuous_batching", partial(_refuse_batch, patch))
     patch.set(model, "_prepare_cache_for_generation", partial(_prepare_cache, patch))
     prepare = type(model).prepare_inputs_for_generation
     patch.set(model, "prepare_inputs_for_generation", update_wrapper(partial(_prepare_inputs, model), prepare))
     patch.set(model, "_prepare_attention_mask_for_generation", partial(_prepare_mask, model))
-    patch.set(model, "_get_candidate_generator", partial(_candidate_generator, patch))
+    patch.set(model, "_get_candidate_generator", partial(_check_drafts, patch))
 
 
-def _stopping_criteria(model: Any, *args: Any, **kwargs: Any) -> Any:
+def _prepare_criteria(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Build the stopping criteria without the warning that a text exceeds the model's length: here it may."""
     criteria = type(model)._get_stopping_criteria(model, *args, **kwargs)
     for criterion in criteria:
@@ -36,7 +36,7 @@ def _stopping_criteria(model: Any, *args: Any, **kwargs: Any) -> Any:
     return criteria
 
 
-def _refuse_continuous_batching(patch: Any, *args: Any, **kwargs: Any) -> Any:
+def _refuse_batch(patch: Any, *args: Any, **kwargs: Any) -> Any:
     raise ValueError(
         f"continuous batching keeps a cache and an attention of its own: detach {type(patch.technique).__name__} "
         "first, or use generate()"
@@ -57,7 +57,7 @@ def _prepare_cache(patch: Any, generation_config: Any, model_kwargs: dict[str, A
             f"use_mtp drafts with layers that {named} does not patch: leave it out, or detach first. "
             "prompt_lookup_num_tokens and assistant_model work"
         )
-    check_end(model_kwargs.get("attention_mask"))
+    check_padding(model_kwargs.get("attention_mask"))
     given = model_kwargs.get(CACHE)
     prepare = type(patch.model)._prepare_cache_for_generation
     result = prepare(patch.model, generation_config, model_kwargs, *args, **kwargs)
@@ -65,7 +65,7 @@ def _prepare_cache(patch: Any, generation_config: Any, model_kwargs: dict[str, A
     if cache is None:
         return result
     if given is None:
-        replace_layers(patch, cache.layers)
+        prepare_layers(patch, cache.layers)
     for index in patch.layer_indices:
         if index < len(cache.layers):
             patch.resolved.check_cache_layer(cache.layers[index])
@@ -102,7 +102,7 @@ def _prepare_inputs(model: Any, *args: Any, **inputs: Any) -> dict[str, Any]:
     return result
 
 
-def replace_layers(patch: Any, cached: list[Any]) -> None:
+def prepare_layers(patch: Any, cached: list[Any]) -> None:
     """Put the technique's cache layer in the place of every one that would grow, and tell it of states."""
     shares_keys = bool(getattr(patch.decoder.config, "num_kv_shared_layers", 0))
     for layer in patch.layers.values():
@@ -142,7 +142,7 @@ def _set_prefill_chunk(patch: Any, generation_config: Any, model_kwargs: dict[st
         generation_config.prefill_chunk_size = chunk
 
 
-def _candidate_generator(patch: Any, *args: Any, **kwargs: Any) -> Any:
+def _check_drafts(patch: Any, *args: Any, **kwargs: Any) -> Any:
     """Build the drafter of assisted decoding, and refuse drafts that the cache could not take back."""
     generator = type(patch.model)._get_candidate_generator(patch.model, *args, **kwargs)
     most = patch.resolved.max_drafts
@@ -164,9 +164,9 @@ def _candidate_generator(patch: Any, *args: Any, **kwargs: Any) -> Any:
     if getattr(generator, "num_assistant_tokens", None) is not None:
         update = generator.update_candidate_strategy
 
-        def update_within(*args: Any, **kwargs: Any) -> None:  # the heuristic lets drafts grow
+        def update_drafts(*args: Any, **kwargs: Any) -> None:  # the heuristic lets drafts grow
             update(*args, **kwargs)
             generator.num_assistant_tokens = min(generator.num_assistant_tokens, most)
 
-        generator.update_candidate_strategy = update_within
+        generator.update_candidate_strategy = update_drafts
     return generator

@@ -6,6 +6,7 @@ They hold no reference to a model. They read everything from the module and the 
 from __future__ import annotations
 
 import sys
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,30 +20,26 @@ from hf_longtrunc.attention.context import (
     AttentionCall,
     DeferredMask,
     ForwardContext,
-    current_context,
+    get_context,
 )
 from hf_longtrunc.attention.kernels import Scoring
-from hf_longtrunc.attention.probe import ArchitectureProbe
+from hf_longtrunc.attention.probe import LayerProbe
 from hf_longtrunc.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_REGISTRIES = (AttentionInterface, AttentionMaskInterface)
+    from hf_longtrunc.handles import Handle
+
 _ROWS = 256  # of a mask that are compared at once
 
 
-def register(name: str, original: str) -> None:
-    """Register both functions under `name`, for a model with the attention `original` of its own."""
+def register(handle: Handle, model: Any, name: str, original: str) -> None:
+    """Register both functions under `name`, for a model with the attention `original`, until it is detached or gone."""
     functions: tuple[Any, Any] = _attention, _mask
-    for registry, function in zip(_REGISTRIES, functions, strict=True):
+    for registry, function in zip((AttentionInterface, AttentionMaskInterface), functions, strict=True):
         registry.register(name, partial(function, original))
-
-
-def unregister(name: str) -> None:
-    """Forget a name."""
-    for registry in _REGISTRIES:
-        registry._global_mapping.pop(name, None)
+        handle.undo(weakref.finalize(model, registry._global_mapping.pop, name, None))
 
 
 def _attention(
@@ -68,8 +65,8 @@ def _attention(
         scoring = Scoring(scale, kwargs.get("softcap"), None, kwargs.get("s_aux"), dropout, layer.rotation)
         call = AttentionCall(layer, query, key, value, attention_mask, scoring)
         return module._hf_longtrunc_attend(call).transpose(1, 2).contiguous(), None
-    probe = current_context()
-    if isinstance(probe, ArchitectureProbe):
+    probe = get_context()
+    if isinstance(probe, LayerProbe):
         output = probe.attend(module, query, key, value, attention_mask, None)
         return output.transpose(1, 2).contiguous(), None
     native: Any = AttentionInterface._global_mapping.get(original)
@@ -83,7 +80,7 @@ def _attention(
 
 def _mask(original: str, *, local_size: int | None = None, **kwargs: Any) -> Any:
     """Return the running decoder's context; layers that were trained with a window get their own mask."""
-    context = current_context()
+    context = get_context()
     own: Any = AttentionMaskInterface._global_mapping[original]
     native = partial(own, local_size=local_size, **kwargs)
     if local_size is not None or context is PASSTHROUGH:
@@ -92,7 +89,7 @@ def _mask(original: str, *, local_size: int | None = None, **kwargs: Any) -> Any
     if context is None:
         return DeferredMask(kwargs["attention_mask"], is_causal, native)
     if not is_causal():
-        if isinstance(context, ArchitectureProbe):
+        if isinstance(context, LayerProbe):
             raise UnsupportedModelError(
                 "it asks for a mask in which tokens see later ones, as in an encoder, and the mask that limits "
                 "distances is causal"

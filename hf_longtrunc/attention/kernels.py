@@ -31,6 +31,11 @@ class Scoring(NamedTuple):
         """Whether an ordinary attention kernel computes it."""
         return self.softcap is None and self.slopes is None and self.null_logits is None
 
+    def scores(self, products: Tensor) -> Tensor:
+        """Return the logits of dot products: scaled and soft-capped, without bias."""
+        scores = products * self.scaling
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
+
     def rotate(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Rotate x [batch, heads, n, dim] by offsets [rows, n] positions, where anything rotates."""
         return x if self.rotation is None else self.rotation.rotate(x, offsets)
@@ -58,7 +63,7 @@ def eager_attention(
     `value` [batch, kv_heads, S + m, value_dim] and `seen` [rows, n, S + m] begin with the far set; `bias` joins the
     scores of the m keys.
     """
-    scores = soft_capped(grouped_scores(query, key) * scoring.scaling, scoring.softcap)
+    scores = scoring.scores(grouped_scores(query, key))
     scores = scores if bias is None else scores + bias
     scores = scores if far is None else torch.cat([far, scores], dim=-1)
     scores = scores if seen is None else scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)
@@ -129,11 +134,6 @@ def grouped_scores(
     """Return the dot products, in fp32 or better, of each query head with its group's key head."""
     wide = torch.promote_types(query.dtype, torch.float32)
     return grouped_matmul(query.to(wide), key.to(wide).transpose(-1, -2))
-
-
-def soft_capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """Return c * tanh(score / c); the scores where there is no cap c."""
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def grouped_matmul(x: Float[Tensor, "batch heads n k"], y: Float[Tensor, "batch kv_heads k m"]) -> Tensor:

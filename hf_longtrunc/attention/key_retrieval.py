@@ -31,8 +31,8 @@ import torch
 from hf_longtrunc.arguments import check_choice, check_float, check_int
 from hf_longtrunc.attention.block_scores import (
     BlockScores,
-    BlockSelection,
     DistantKeys,
+    Selection,
     block_keys,
     block_scores,
     select_blocks,
@@ -60,15 +60,15 @@ class Retrieval(ABC):
     store: str
 
     @abstractmethod
-    def seen_at(self, window: int) -> int:
+    def key_distance(self, window: int) -> int:
         """Return D_k for a window of that length."""
 
     @abstractmethod
-    def reading_rows(self, new: int, is_scoring: bool) -> int:
+    def query_rows(self, new: int, is_scoring: bool) -> int:
         """Return how many of the last of `new` rows look at distant keys."""
 
     @abstractmethod
-    def read(self, distant: DistantKeys, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
+    def extra_keys(self, distant: DistantKeys, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
         """Return the extra keys of queries [batch, heads, n, dim] at positions [rows, n].
 
         `logits` [batch, heads, n, S + m] are those of window and sinks, which the same softmax holds.
@@ -152,19 +152,19 @@ class TopK(Retrieval):
     store: str = "device"
 
     def __post_init__(self) -> None:
-        _check_counts(self, k=1, distance=1, first_layer=0, rows=1)
+        _check_fields(self, k=1, distance=1, first_layer=0, rows=1)
 
-    def seen_at(self, window: int) -> int:
+    def key_distance(self, window: int) -> int:
         """Return D_k for a window of that length."""
         return max(1, window // 2) if self.distance is None else self.distance
 
-    def reading_rows(self, new: int, is_scoring: bool) -> int:
+    def query_rows(self, new: int, is_scoring: bool) -> int:
         """Return how many of the last of `new` rows look at distant keys."""
         return new if self.rows is None else self.rows
 
-    def read(self, distant: DistantKeys, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
+    def extra_keys(self, distant: DistantKeys, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
         """Return the k best keys of each head and row."""
-        return top_k(query, positions, distant._replace(distance=self.seen_at(distant.window)), self.k)
+        return top_k(query, positions, distant._replace(distance=self.key_distance(distant.window)), self.k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,7 @@ class TopBlocks(Retrieval):
 
     def __post_init__(self) -> None:
         least = {"blocks": 1, "block_size": 1, "distance": 1, "first_layer": 0, "first_voting_layer": 0}
-        _check_counts(self, **least, voting_rows=1, question_rows=1, contrast_rows=0, margin=0)
+        _check_fields(self, **least, voting_rows=1, question_rows=1, contrast_rows=0, margin=0)
         for name in ("emphasis", "least_contrast"):
             object.__setattr__(self, name, check_float(f"TopBlocks: {name}", getattr(self, name), gt=0))
         rows = check_int("TopBlocks: rows", self.rows, minimum=1)
@@ -259,11 +259,11 @@ class TopBlocks(Retrieval):
                 "TopBlocks.for_chat takes the model's tokenizer, whose chat template it reads, got "
                 f"{type(tokenizer).__name__}"
             )
-        opening, ending = turn_ids(tokenizer)
+        opening, ending = chat_ids(tokenizer)
         chat = {"opening_ids": opening, "ending_ids": ending, "question_rows": 64, "contrast_rows": 64, "rows": 64}
         return cls(**{**chat, "blocks": 4, "emphasis": 8.0, "least_contrast": 3.0, "margin": 16, **options})
 
-    def seen_at(self, window: int) -> int:
+    def key_distance(self, window: int) -> int:
         """Return D_k for a window of that length."""
         return max(1, window // 4) if self.distance is None else self.distance
 
@@ -273,12 +273,12 @@ class TopBlocks(Retrieval):
             return max(self.first_layer, 2 * layers // 5)
         return self.first_voting_layer
 
-    def reading_rows(self, new: int, is_scoring: bool) -> int:
+    def query_rows(self, new: int, is_scoring: bool) -> int:
         """Return how many of the last rows look at distant keys: those that score, or those that read."""
-        return len(self.ending_ids) + self.most_question_rows + self.contrast_rows if is_scoring else self.rows
+        return len(self.ending_ids) + self.max_question_rows + self.contrast_rows if is_scoring else self.rows
 
     @property
-    def most_question_rows(self) -> int:
+    def max_question_rows(self) -> int:
         """How many of the last rows may score."""
         return max(self.voting_rows, self.question_rows or 0)
 
@@ -288,7 +288,7 @@ class TopBlocks(Retrieval):
         Raises:
             ValueError: there is none.
         """
-        needed = min(new, max(self.rows, self.reading_rows(new, is_scoring=True)))
+        needed = min(new, max(self.rows, self.query_rows(new, is_scoring=True)))
         for size in range(min(chunk, new), needed - 1, -1):
             if (new - 1) % size + 1 >= needed:
                 return size
@@ -346,12 +346,12 @@ class TopBlocks(Retrieval):
         if call.new < self.voting_rows + len(self.ending_ids) and held[0].selection is not None:
             return run(call, None)
         call.refuse_hidden_states()
-        turn = call.tokens_after(self.opening_ids, within=len(self.ending_ids) + self.most_question_rows)
+        turn = call.tokens_after(self.opening_ids, within=len(self.ending_ids) + self.max_question_rows)
         collected = BlockScores(turn)
         first = run(call, collected)
         selection = self.select(collected, total)
         if asks is not None:  # a row that asks nothing reads nothing
-            selection = selection._replace(blocks=selection.blocks.masked_fill(~asks.cpu()[:, None], -1))
+            selection = selection._replace(indices=selection.indices.masked_fill(~asks.cpu()[:, None], -1))
         rows = min(self.rows, call.new)
         call.cache.crop(-rows)
         for layer in held:
@@ -359,17 +359,17 @@ class TopBlocks(Retrieval):
         again = run(call.part(call.new - rows, call.new), None)
         return _append_rows(first, again, dropped=rows)
 
-    def select(self, collected: BlockScores, total: Callable[[Tensor], Tensor]) -> BlockSelection:
+    def select(self, collected: BlockScores, total: Callable[[Tensor], Tensor]) -> Selection:
         """Select blocks by the scores of all layers."""
         scores = torch.cat(list(collected.layers.values()), dim=1)  # the heads of all layers
         by_row = scores[..., :-1] / scores[..., -1:].clamp_min(1)
         stretches, baseline = by_row[:, :, :-1], by_row[:, :, -1]
         return select_blocks(stretches, baseline, self.blocks, self.emphasis, self.least_contrast, total)
 
-    def read(self, distant: DistantKeys, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
+    def extra_keys(self, distant: DistantKeys, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
         """Score the blocks during a scoring pass, and return the selected blocks' keys otherwise."""
         collected, selection, window = distant.block_scores, distant.selection, distant.window
-        away, first_query = self.seen_at(window), window + distant.num_sink_tokens
+        away, first_query = self.key_distance(window), window + distant.num_sink_tokens
         distant = distant._replace(distance=away, window=min(away, window), first_query=first_query)
         if collected is not None:
             last = distant.text.positions[..., -1:].to(positions.device)
@@ -393,11 +393,11 @@ class TopBlocks(Retrieval):
             [stretches + 1, rows or batch, n]; padding belongs to none.
         """
         back = last - len(self.ending_ids) - positions  # 0: the last row of the question
-        asks = (back >= 0) & (back < self.most_question_rows)
+        asks = (back >= 0) & (back < self.max_question_rows)
         if collected.turn is not None:
             turn = collected.turn.to(back.device)[:, None]
             asks = asks & ((turn < 0) | (back < turn - len(self.ending_ids)))
-        count = -(-self.most_question_rows // self.voting_rows)
+        count = -(-self.max_question_rows // self.voting_rows)
         stretches = [asks & (back // self.voting_rows == number) for number in range(count)]
         return torch.stack([*stretches, (back >= 0) & ~asks]) & (positions >= 0)
 
@@ -418,7 +418,7 @@ def _append_rows(first: Any, second: Any, dropped: int = 0) -> Any:
     return second
 
 
-def turn_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def chat_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the tokens with which a chat template opens a user's turn, and those between it and the answer.
 
     None without a template, and no opening where first and later turns begin differently.
@@ -435,7 +435,7 @@ def turn_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return before, after
 
 
-def _check_counts(strategy: Any, **least: int) -> None:
+def _check_fields(strategy: Any, **least: int) -> None:
     """Store a strategy's counts as plain ints of at least `least`, None where the default may be; check its store."""
     owner, may_be_none = (
         type(strategy).__name__,

@@ -38,7 +38,6 @@ from hf_longtrunc.attention.kernels import (
     eager_attention,
     grouped_scores,
     sdpa_attention,
-    soft_capped,
 )
 from hf_longtrunc.attention.softmax_merge import AttentionPart, MaskKind, merge_attention
 
@@ -97,7 +96,7 @@ class SinkWindowLaw:
         return min(self.num_sink_tokens + self.window_length, self.max_distance + 1)
 
     @property
-    def all_far_from(self) -> int:
+    def far_from(self) -> int:
         """The first query position that sees every sink at its largest distance."""
         return self.max_distance + (1 - self.sink_spacing) * (self.num_sink_tokens - 1)
 
@@ -125,10 +124,10 @@ class LambdaAttention:
     scoring: Scoring
     # read(query, query_positions, logits of sinks and window [batch, heads, n, S + m]) finds extra keys.
     read: Callable[[Tensor, Tensor, Tensor], ExtraKeys | None] | None = None
-    reading_rows: int = 0  # the last queries, which have extra keys and take the "eager" path
+    query_rows: int = 0  # the last queries, which have extra keys and take the "eager" path
     is_padded: bool = False  # whether positions below zero may occur; without any, fewer masks are needed
 
-    def compute(self, path: str = "auto", block_size: int = 512) -> Tensor:
+    def attend(self, path: str = "auto", block_size: int = 512) -> Tensor:
         """Return the output [batch, heads, n, value_dim] in the dtype of `query`.
 
         Args:
@@ -163,9 +162,9 @@ class LambdaAttention:
         return flex_attend(self, far)
 
     def _with_extra_keys(self, path: str, block_size: int) -> Tensor:
-        """Attend with the last `reading_rows` queries by "eager", with the others by `path`."""
+        """Attend with the last `query_rows` queries by "eager", with the others by `path`."""
         n, m = self.query.shape[2], self.key.shape[2]
-        first = max(0, n - self.reading_rows)
+        first = max(0, n - self.query_rows)
         spans = [(start, min(start + _RETRIEVAL_BLOCK, n)) for start in range(first, n, _RETRIEVAL_BLOCK)]
         parts = [self._block(start, stop, "eager") for start, stop in spans]
         if first:
@@ -179,18 +178,18 @@ class LambdaAttention:
                 key_positions=self.key_positions[:, :keys],
                 read=None,
             )
-            parts.insert(0, before.compute(path, block_size))
+            parts.insert(0, before.attend(path, block_size))
         return torch.cat(parts, dim=2)
 
     def _blocks(self, path: str, block_size: int) -> Iterator[tuple[int, int, bool]]:
         """Yield blocks of queries start..stop, and whether kernel calls without masks serve one."""
         n, window, ahead = self.query.shape[2], self.law.window_length, self.key.shape[2] - self.query.shape[2]
-        if path != "split" or not self._can_split():
+        if path != "split" or not self._is_split():
             yield from ((start, min(start + block_size, n), False) for start in range(0, n, block_size))
             return
         first = int(self.query_positions[0, 0])
         # All sinks are near before the first of these, and at their largest distance from the second on.
-        edges = (n, n) if self.sinks is None else (window, self.law.all_far_from)
+        edges = (n, n) if self.sinks is None else (window, self.law.far_from)
         mixed = [min(n, max(0, edge - first)) for edge in edges]
         for begin, end, is_split in ((0, mixed[0], True), (mixed[0], mixed[1], False), (mixed[1], n, True)):
             start = begin
@@ -201,7 +200,7 @@ class LambdaAttention:
                 yield start, stop, is_split
                 start = stop
 
-    def _can_split(self) -> bool:
+    def _is_split(self) -> bool:
         """Whether no row is padded, all share their positions, and an ordinary kernel computes the scores."""
         query, key, value = self.query, self.key, self.value
         is_plain = self.scoring.is_plain and not self.scoring.dropout and query.device.type == "cpu"
@@ -267,7 +266,7 @@ class LambdaAttention:
             # Some sinks that left the window are not at their largest distance yet.
             is_near = (law.distance(i, j) == i[..., :, None] - j[..., None, :])[:, None]
             scores = torch.where(is_near, grouped_scores(query, key), scores)
-        scores = soft_capped(scores * scoring.scaling, scoring.softcap)
+        scores = scoring.scores(scores)
         if scoring.slopes is not None:
             scores = scores + alibi_bias(scoring.slopes, law.distance(i, j), query)
         return scores

@@ -12,6 +12,8 @@ from hf_longtrunc.attention.lambda_attention import SinkWindowLaw
 from hf_longtrunc.attention.sink_window import SinkWindowTechnique
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedConfig
     from typing_extensions import Self
 
@@ -82,18 +84,16 @@ class LMInfinite(SinkWindowTechnique):
         return replace(self, window_length=window, max_distance=max_distance)
 
     @cached_property
-    def distances(self) -> SinkWindowLaw:
+    def distance_law(self) -> SinkWindowLaw:
         """Sinks are seen at the maximum distance."""
         assert self.window_length is not None
         assert self.max_distance is not None
         return SinkWindowLaw(self.num_sink_tokens, self.window_length, self.max_distance)
 
-    def tiny(self) -> Self:
-        """Return the technique at a window of four tokens."""
-        law = self.distances
-        beyond = min(2, law.max_distance - law.window_length)
-        sinks = min(2, self.num_sink_tokens)
-        return replace(self, num_sink_tokens=sinks, window_length=4, max_distance=4 + beyond, retrieval=None)
+    def tiny(self) -> Sequence[Self]:
+        """Return the technique at a window of four tokens, and at up to two positions beyond it."""
+        beyond = min(2, self.distance_law.max_distance - self.distance_law.window_length)
+        return [replace(each, max_distance=4 + beyond, retrieval=None) for each in super().tiny()]
 
 
 def trained_length(config: PreTrainedConfig) -> int:

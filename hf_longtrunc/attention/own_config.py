@@ -30,13 +30,13 @@ def set_own_configs(handle: Handle, model: Any, decoder: Any, name: str) -> list
     for module in model.modules():
         for attribute, config in _configs(module).items():
             handle.set(module, attribute, copy.deepcopy(config, memo))
-            _collect(config, originals)
+            _inner_configs(config, originals)
     for key, original in originals.items():
         own = memo[key]
         if key in mine:
             own._attn_implementation_internal = name
             named.append(own)
-        handle.undo(_carry_back, original, own, copy.deepcopy(_fields(own)))
+        handle.undo(_update_config, original, own, copy.deepcopy(_fields(own)))
     return named
 
 
@@ -45,13 +45,13 @@ def _configs(module: nn.Module) -> dict[str, PreTrainedConfig]:
     return {name: value for name, value in module.__dict__.items() if isinstance(value, PreTrainedConfig)}
 
 
-def _collect(config: PreTrainedConfig, found: dict[int, PreTrainedConfig]) -> None:
+def _inner_configs(config: PreTrainedConfig, found: dict[int, PreTrainedConfig]) -> None:
     """Add a config and those inside it to `found`, by their ids."""
     if id(config) not in found:
         found[id(config)] = config
         for value in config.__dict__.values():
             if isinstance(value, PreTrainedConfig):
-                _collect(value, found)
+                _inner_configs(value, found)
 
 
 def _fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _fields(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def _carry_back(original: PreTrainedConfig, own: PreTrainedConfig, before: dict[str, Any]) -> None:
+def _update_config(original: PreTrainedConfig, own: PreTrainedConfig, before: dict[str, Any]) -> None:
     """Make the changes in the original config that were made in its copy since it had the fields `before`."""
     now = _fields(own)
     for name, value in now.items():

@@ -49,7 +49,7 @@ def falcon_forward(module: Any, attend: Attend) -> Callable[..., Any]:
     return forward
 
 
-def gpt_neox_japanese_forward(module: Any, attend: Attend) -> Callable[..., Any]:
+def neox_forward(module: Any, attend: Attend) -> Callable[..., Any]:
     """Build the forward of a `GPTNeoXJapaneseAttention`, which returns its bias after its output."""
     rotate = sys.modules["transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese"].apply_rotary_pos_emb
     turned, scaling = module.rotary_ndims, 1 / module.norm_factor
@@ -127,7 +127,7 @@ def mpt_forward(module: Any, attend: Attend) -> Callable[..., Any]:
 # By the name of the attention class, so that no model file is imported for it.
 FORWARDS: dict[str, Callable[[Any, Attend], Callable[..., Any]]] = {
     "FalconAttention": falcon_forward,
-    "GPTNeoXJapaneseAttention": gpt_neox_japanese_forward,
+    "GPTNeoXJapaneseAttention": neox_forward,
     "BloomAttention": bloom_forward,
     "MptAttention": mpt_forward,
 }

@@ -47,7 +47,7 @@ class PaddingState(NamedTuple):
         Raises:
             ValueError: the mask of past columns changed in another way than that rows now end earlier.
         """
-        if real is None or self._continues(real, past):
+        if real is None or self._all_real(real, past):
             return self, None
         before, now = real[:, :past], real[:, past:]
         zero = torch.zeros(len(real), dtype=torch.long, device=real.device)
@@ -86,7 +86,7 @@ class PaddingState(NamedTuple):
         floor = past + min(new, int(missing.max()) + 1) if is_sorted else past + new
         return result._replace(floor=floor), RowShift(truncated, shift, missing, order)
 
-    def _continues(self, real: Tensor, past: int) -> bool:
+    def _all_real(self, real: Tensor, past: int) -> bool:
         """Return whether all new columns hold a token and the old ones are unchanged, where that is cheap to know."""
         if torch.compiler.is_compiling() and past:  # a graph cannot look
             return True
@@ -96,12 +96,12 @@ class PaddingState(NamedTuple):
         return bool((real.sum(-1) == expected).all())
 
 
-def from_first_token(columns: Tensor, padding: Tensor | None) -> Tensor:
+def positions_of(columns: Tensor, padding: Tensor | None) -> Tensor:
     """Return columns [n] less each row's padding [batch], as positions [batch, n]; [1, n] without padding."""
     return columns[None] if padding is None else columns - padding.to(columns.device)[:, None]
 
 
-def checked_mask(mask: Any, length: int) -> Tensor | None:
+def check_mask(mask: Any, length: int) -> Tensor | None:
     """Return `attention_mask` as booleans if it is a mask [batch, length], None if it is None."""
     if mask is None:
         return None
@@ -139,7 +139,7 @@ def text_order(real: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return padding, None if is_sorted else real.int().argsort(dim=-1, stable=True)
 
 
-def check_end(mask: Any) -> None:
+def check_padding(mask: Any) -> None:
     """Refuse a mask [batch, tokens] that ends in padding where a text is about to be continued."""
     if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask[:, -1].all()):
         raise ValueError(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import weakref
 from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_longtrunc.attention.cache_law import CacheLaw, guard, require_law
+from hf_longtrunc.attention.cache_law import CacheLaw, check_law, guarded
 from hf_longtrunc.attention.context import (
     AttentionCall,
     AttentionLayer,
@@ -22,11 +21,11 @@ from hf_longtrunc.attention.context import (
 )
 from hf_longtrunc.attention.explanation import Explanation
 from hf_longtrunc.attention.generation import patch_generate
-from hf_longtrunc.attention.interface import register, unregister
+from hf_longtrunc.attention.interface import register
 from hf_longtrunc.attention.own_config import set_own_configs
 from hf_longtrunc.attention.own_forwards import own_forward
-from hf_longtrunc.attention.path_check import check_paths
-from hf_longtrunc.attention.probe import hidden_states, identity_of, probe, recall, remember, states_of
+from hf_longtrunc.attention.path_check import check_technique
+from hf_longtrunc.attention.probe import get_result, hidden_states, identity_of, probe, set_result, states_of
 from hf_longtrunc.attention.refusals import refuse_model
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.errors import UnsupportedModelError
@@ -73,7 +72,7 @@ class AttentionPatch(Handle):
         self._run_decoder: Any = None  # the decoder's forward before the patch
         with self.or_nothing():
             try:
-                self._install()
+                self._attach()
             except UnsupportedModelError as error:
                 named = type(technique).__name__
                 raise UnsupportedModelError(f"{named} cannot patch {type(model).__name__}: {error}") from error
@@ -85,24 +84,23 @@ class AttentionPatch(Handle):
 
     # -- install -------------------------------------------------------------------------------------------------------
 
-    def _install(self) -> None:
+    def _attach(self) -> None:
         """Put everything in place; refuse a model that computes something else on a few tokens than before."""
         decoder, model = self.decoder, self.model
         refuse_model(model, decoder, type(self.technique).__name__)
         key, identity = self.resolved, identity_of(decoder)
-        known = recall(decoder, key, identity)
+        known = get_result(decoder, key, identity)
         states = (False, True) if known else states_of(decoder)  # by the model's own attention
         self._original = decoder.config._attn_implementation
         self._configs = set_own_configs(self, model, decoder, self._name)
-        register(self._name, self._original)
-        self.undo(weakref.finalize(model, unregister, self._name))  # at detach, or when the model goes
+        register(self, model, self._name, self._original)
         self.set(decoder, "_hf_longtrunc_patch", self)
         self.found = known or probe(decoder, self.resolved.rope_length, *states)
         self.resolved = self.resolved.check(self.found)
-        law = self.resolved.distances
+        law = self.resolved.distance_law
         frequencies = self.found.frequencies
         self.law = CacheLaw(self.resolved.title, 0 if frequencies else law.exact_length, frequencies)
-        check_paths(self.resolved, self.found)
+        check_technique(self.resolved, self.found)
         self.resolved.prepare(self, decoder, self.found)
         ids = few_tokens(decoder, self.resolved.rope_length)
         before = None if known else self._own_states(ids)
@@ -114,13 +112,13 @@ class AttentionPatch(Handle):
         enter = partial(self.run, None, None) if self.resolved.retrieval is None else partial(self.forward)
         self.set(decoder, "forward", update_wrapper(enter, decoder.forward))
         if before is not None:  # texts of every length take our attention here, so a layer that it cannot serve is seen
-            self._compare(ids, before)
-            remember(decoder, key, identity, self.found)
+            self._check_attention(ids, before)
+            set_result(decoder, key, identity, self.found)
         self.passthrough = self.resolved.retrieval is None and not self.found.own_forwards
         patch_generate(self)
         self.refuse_copies(model, decoder, advice="detach first, copy or save, and attach again")
 
-    def _compare(self, ids: Tensor, before: Tensor) -> None:
+    def _check_attention(self, ids: Tensor, before: Tensor) -> None:
         """Refuse the model if its states of a few tokens differ from `before`, those of its own attention."""
         after = hidden_states(self.decoder, ids)
         if disagreement(before, after) is None:
@@ -155,19 +153,19 @@ class AttentionPatch(Handle):
         """
         generator = torch.Generator().manual_seed(0)
 
-        def rounded(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        def noise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             draw = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
             return output * (1 + 4 * torch.finfo(output.dtype).eps * draw)
 
-        noise = 0.0
-        hook = self.decoder.get_input_embeddings().register_forward_hook(rounded)
+        largest = 0.0
+        hook = self.decoder.get_input_embeddings().register_forward_hook(noise)
         try:
             for _ in range(3):
                 difference = self._own_states(ids) - before
-                noise = max(noise, float(difference.double().norm() / before.double().norm()))
+                largest = max(largest, float(difference.double().norm() / before.double().norm()))
         finally:
             hook.remove()
-        return noise
+        return largest
 
     @staticmethod
     def set_attention(
@@ -189,7 +187,7 @@ class AttentionPatch(Handle):
 
     def forward(self, *args: Any, **inputs: Any) -> Any:
         """Run the decoder, as often as the retrieval wants it."""
-        call, retrieval = DecoderCall.bind(self.decoder, args, inputs), self.resolved.retrieval
+        call, retrieval = DecoderCall.of(self.decoder, args, inputs), self.resolved.retrieval
         if retrieval is None or call.past + call.new < self.resolved.retrieval_length:
             return self.run(call, None)
         return retrieval.run(call, self.run, partial(self.resolved.selection_layers, call), self._total)
@@ -209,7 +207,7 @@ class AttentionPatch(Handle):
             inputs: of the decoder's forward, by name.
         """
         if call is None:
-            call = DecoderCall.bind(self.decoder, args, inputs)
+            call = DecoderCall.of(self.decoder, args, inputs)
         if self.decoder.config._attn_implementation != self._name:
             raise ValueError(
                 f"set_attn_implementation was called on a model patched by {type(self.technique).__name__}, whose "
@@ -243,7 +241,7 @@ class AttentionPatch(Handle):
         for ring in rings:
             ring.commit()
         if call.past == 0:  # the decoder made the cache, or its layers
-            self._guard_cache(cache_of(output) if call.cache is None else call.cache)
+            self._set_law(cache_of(output) if call.cache is None else call.cache)
         return output
 
     def _check_cache(self, cached: Any) -> None:
@@ -257,19 +255,19 @@ class AttentionPatch(Handle):
             if getattr(layer, "law", None) is self.law and not getattr(layer, "is_partial", False):
                 continue
             self.resolved.check_cache_layer(layer)
-            guarded = layer if isinstance(layer, RingCacheLayer) else guard(layer)
-            if guarded is not None:
-                cached[index] = guarded
-                require_law(guarded, self.law)
+            own = layer if isinstance(layer, RingCacheLayer) else guarded(layer)
+            if own is not None:
+                cached[index] = own
+                check_law(own, self.law)
 
-    def _guard_cache(self, cache: Any) -> None:
+    def _set_law(self, cache: Any) -> None:
         """Let a cache after its first forward carry the law."""
         layers: Any = getattr(cache, "layers", ())
         for index in () if torch.compiler.is_compiling() else self.layer_indices:
-            guarded = guard(layers[index]) if index < len(layers) else None
-            if guarded is not None and guarded.law is not self.law:
-                layers[index] = guarded
-                guarded.law = self.law
+            own = guarded(layers[index]) if index < len(layers) else None
+            if own is not None and own.law is not self.law:
+                layers[index] = own
+                own.law = self.law
 
     def _total(self, x: Tensor) -> Tensor:
         """Return the sum over the ranks that share the model's heads: all of them must select alike."""

@@ -32,15 +32,15 @@ _PARTS = (_TOKENS,), (8, 1, 1, 3, 1), (2, 1, 1, 1, 7, 2)  # tokens of each forwa
 _SCALING = 0.5
 
 
-def check_paths(technique: Technique, found: ProbeResult) -> None:
+def check_technique(technique: Technique, found: ProbeResult) -> None:
     """Refuse a technique if one of its paths computes something else than its law says.
 
     Raises:
         UnsupportedModelError: the message names path and error.
     """
-    for rotation in found.distinct_rotations or (None,):
+    for rotation in found.rotations or (None,):
         kind = None if rotation is None else (rotation.layout, rotation.start, rotation.sign, len(rotation.frequencies))
-        for tiny in technique.tiny_paths():
+        for tiny in technique.tiny():
             error = _error(tiny, kind)
             if not error < 1e-6:
                 raise UnsupportedModelError(
@@ -61,10 +61,10 @@ def _error(technique: Technique, kind: tuple[Any, ...] | None) -> float:
         torch.randn(1, heads, _TOKENS, dim, generator=generator, dtype=torch.float64) for heads in (2, 1, 1)
     )
     scoring = Scoring(_SCALING, rotation=rotation)
-    expected = pairwise_attention(query, key, value, technique.distances, scoring)
+    expected = pairwise_attention(query, key, value, technique.distance_law, scoring)
     worst = 0.0
     for parts in (*_PARTS, None):
-        output = _output(technique, scoring, (query, key, value), parts)
+        output = _attend(technique, scoring, (query, key, value), parts)
         worst = max(worst, float((output - expected).abs().max()))
     return worst
 
@@ -88,7 +88,7 @@ def pairwise_attention(query: Tensor, key: Tensor, value: Tensor, law: DistanceL
     return masked.softmax(-1) @ value
 
 
-def _output(
+def _attend(
     technique: Technique, scoring: Scoring, states: tuple[Tensor, Tensor, Tensor], parts: tuple[int, ...] | None
 ) -> Tensor:
     """Return the technique's outputs in forwards of so many tokens; None: in one, without a cache."""
@@ -101,7 +101,7 @@ def _output(
     outputs, start = [], 0
     for new in parts or (_TOKENS,):
         stop = start + new
-        at = technique.distances.key_position(torch.arange(start, stop))[None]
+        at = technique.distance_law.key_position(torch.arange(start, stop))[None]
         q, k, v = (x[:, :, start:stop] for x in states)
         q, k = scoring.rotate(q, at), scoring.rotate(k, at)
         inputs = {} if cached is None else {CACHE: SimpleNamespace(layers=[cached])}

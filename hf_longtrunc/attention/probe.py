@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from hf_longtrunc.attention.context import AttentionLayer, MaskPlaceholder, PlaceholderError, set_context
+from hf_longtrunc.attention.context import AttentionLayer, MaskPlaceholder, set_context
 from hf_longtrunc.attention.own_forwards import own_forward
-from hf_longtrunc.attention.rope import candidate_rotations, exact_forward, exact_rotaries, find_rotation
+from hf_longtrunc.attention.rope import exact_forward, find_rotary, find_rotation, rotations_of
 from hf_longtrunc.errors import UnsupportedModelError
 from hf_longtrunc.handles import Handle
 from hf_longtrunc.models import (
@@ -49,7 +49,7 @@ class ProbeResult:
     frequencies: int  # fingerprint of the rotary frequencies, if they are not those of a short text; else 0
 
     @cached_property
-    def distinct_rotations(self) -> tuple[Rotation, ...]:
+    def rotations(self) -> tuple[Rotation, ...]:
         """The rotations of the layers, each once."""
         rotations = (layer.rotation for layer in self.layers.values())
         return tuple({id(each): each for each in rotations if each is not None}.values())
@@ -114,14 +114,14 @@ def identity_of(decoder: Any) -> object:
         hooks = device_hooks(module)
         if module._forward_hooks or module._forward_pre_hooks:
             return None
-        if "forward" in state and not _only_moves(state, hooks):
+        if "forward" in state and not _is_offload(state, hooks):
             return None
         settings = ((name, value) for name, value in state.items() if isinstance(value, (bool, int, float, str)))
         parts += [type(module).forward, repr(hooks), *(each for each in settings if each[0] != "training")]
     return (weights_version(decoder), *parts)
 
 
-def _only_moves(state: dict[str, Any], hooks: list[Any]) -> bool:
+def _is_offload(state: dict[str, Any], hooks: list[Any]) -> bool:
     """Return whether a module's replaced forward is accelerate's, around its class's own and with these hooks alone."""
     hook, replaced, original = (state.get(name) for name in ("_hf_hook", "forward", "_old_forward"))
     is_accelerate = getattr(getattr(replaced, "func", None), "__module__", None) == "accelerate.hooks"
@@ -129,19 +129,19 @@ def _only_moves(state: dict[str, Any], hooks: list[Any]) -> bool:
     return is_accelerate and is_own and hooks == getattr(hook, "hooks", [hook])
 
 
-def recall(decoder: Any, technique: object, identity: object) -> ProbeResult | None:
+def get_result(decoder: Any, technique: object, identity: object) -> ProbeResult | None:
     """Return the findings of the same technique about the same decoder; None if it may have changed since."""
     earlier, found = _checked.get(decoder, {}).get(technique, (None, None))
     return found if identity is not None and identity == earlier else None
 
 
-def remember(decoder: Any, technique: object, identity: object, found: ProbeResult) -> None:
-    """Keep the findings for the next `recall`, as long as the decoder lives."""
+def set_result(decoder: Any, technique: object, identity: object, found: ProbeResult) -> None:
+    """Keep the findings for the next `get_result`, as long as the decoder lives."""
     if identity is not None:
         _checked.setdefault(decoder, {})[technique] = identity, found
 
 
-class ArchitectureProbe(MaskPlaceholder):
+class LayerProbe(MaskPlaceholder):
     """Two forwards of a decoder, at angle zero and at known angles, that record the queries and keys of each layer.
 
     Attention returns zero meanwhile, so every layer gets the same input in both forwards. The input is one token four
@@ -169,7 +169,7 @@ class ArchitectureProbe(MaskPlaceholder):
 
         Layers with another mask were trained with a window; their calls are not kept.
         """
-        if isinstance(mask, ArchitectureProbe):
+        if isinstance(mask, LayerProbe):
             seen = self._captured.get(module, (query, key))
             if seen[0] is not query or seen[1] is not key:  # with other values, as differential attention does, it may
                 raise UnsupportedModelError("a layer runs several times in a forward")
@@ -204,7 +204,7 @@ class ArchitectureProbe(MaskPlaceholder):
                     "layers mix tokens outside attention (recurrence, convolution): there is no distance to limit"
                 )
         kinds = {(states.shape[-1], states.device) for states in unrotated.values()}
-        candidates = {kind: candidate_rotations(*kind, self.sources) for kind in kinds}
+        candidates = {kind: rotations_of(*kind, self.sources) for kind in kinds}
         layers = {}
         for module, states in unrotated.items():
             rotation = find_rotation(states, rotated[module], candidates[states.shape[-1], states.device])
@@ -240,7 +240,7 @@ class ArchitectureProbe(MaskPlaceholder):
         except UnsupportedModelError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            if isinstance(error, PlaceholderError) or "'ArchitectureProbe'" in str(error):  # taken for a tensor
+            if "LayerProbe" in str(error):  # taken for a tensor
                 raise UnsupportedModelError(
                     "its model file makes or changes attention masks by itself, so that of transformers' mask "
                     "interface does not reach its layers"
@@ -265,21 +265,21 @@ def probe(decoder: Any, rope_length: int, has_states: bool, states_go_on: bool) 
         states_go_on: whether a forward of several tokens goes on from them.
     """
     with Handle("a probe", decoder, "rotary modules") as probing:
-        exact = dict(exact_rotaries(decoder, rope_length))
+        exact = dict(find_rotary(decoder, rope_length))
         for module, rotaries in exact.items():
             probing.set(module, "forward", exact_forward(rotaries))
         sources = [source for rotaries in exact.values() for source in rotaries.values()]
-        experiment = ArchitectureProbe(decoder, sources, has_states)
+        experiment = LayerProbe(decoder, sources, has_states)
         own = {module: build for module in decoder.modules() if (build := own_forward(module)) is not None}
         for module, build in own.items():
             probing.set(module, "forward", build(module, partial(experiment.attend, module)))
         layers = experiment.layers()
-    short = dict(exact_rotaries(decoder, 1))
+    short = dict(find_rotary(decoder, 1))
     windowed = frozenset(experiment.windowed)
-    return ProbeResult(layers, windowed, exact, has_states, states_go_on, bool(own), _fingerprint(exact, short))
+    return ProbeResult(layers, windowed, exact, has_states, states_go_on, bool(own), _rope_identity(exact, short))
 
 
-def _fingerprint(frozen: Any, short: Any) -> int:
+def _rope_identity(frozen: Any, short: Any) -> int:
     """Return a number for rotary frequencies that are not those of a short text; 0 where they are."""
     result = 0
     for module, rotaries in frozen.items():

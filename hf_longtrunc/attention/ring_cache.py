@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_longtrunc.attention.padding import PaddingState, RowShift, from_first_token, gather_columns
+from hf_longtrunc.attention.padding import PaddingState, RowShift, gather_columns, positions_of
 from hf_longtrunc.errors import CacheLawError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from hf_longtrunc.attention.block_scores import BlockSelection
+    from hf_longtrunc.attention.block_scores import Selection
     from hf_longtrunc.attention.cache_law import CacheLaw
     from hf_longtrunc.attention.rope import Rotation
 
@@ -82,7 +82,7 @@ class RingCacheLayer(CacheLayerMixin):
         self.window_length = window_length
         self.rotation = rotation
         self.law: CacheLaw | None = None
-        self.selection: BlockSelection | None = None
+        self.selection: Selection | None = None
         self.seen = 0
         self.written = 0  # the most tokens ever seen, before a crop too: the ring has overwritten older ones
         self.padding_state = PaddingState()
@@ -124,18 +124,18 @@ class RingCacheLayer(CacheLayerMixin):
         return self._stored > 0
 
     @property
-    def held(self) -> int:
+    def store_length(self) -> int:
         """How many tokens are stored, those of the running forward included."""
         return self.seen + self._stored
 
-    def keys_returned(self, new_tokens: int) -> int:
+    def keys_for(self, new_tokens: int) -> int:
         """Return how many keys the next `update` will return, of several tokens or of one that is not the first."""
-        return self.num_sink_tokens + (self.window_length if new_tokens == 1 else self._window_before() + new_tokens)
+        return self.num_sink_tokens + (self.window_length if new_tokens == 1 else self._window_keys() + new_tokens)
 
     def key_positions(self, state: PaddingState, device: torch.device) -> Tensor:
         """Positions [rows, S + L] of the slots' keys as one more token will see them, negative for an empty slot."""
         sinks, slots = (torch.arange(n, device=device) for n in (self.num_sink_tokens, self.window_length))
-        positions = from_first_token(self.seen - (self.seen - slots) % self.window_length, state.padding)
+        positions = positions_of(self.seen - (self.seen - slots) % self.window_length, state.padding)
         return torch.cat([sinks.expand(positions.shape[0], -1), positions], dim=-1)
 
     def _slots_of(self, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,12 +146,12 @@ class RingCacheLayer(CacheLayerMixin):
         """Whether the next token, coming alone, sees every slot in every row."""
         return self.seen - state.max_padding >= self.num_sink_tokens + self.window_length - 1
 
-    def oldest_length(self) -> int:
+    def crop_length(self) -> int:
         """Return the least number of tokens that `crop` can go back to."""
         has_overwritten = self.written > self.window_length + self.ROLLBACK
         return max(self.padding_state.floor, self.written - self.ROLLBACK - 1 if has_overwritten else 0)
 
-    def _window_before(self) -> int:
+    def _window_keys(self) -> int:
         """How many columns before the new ones their first window reaches."""
         return min(self.seen, self.window_length - 1)
 
@@ -193,13 +193,13 @@ class RingCacheLayer(CacheLayerMixin):
         self._plan = None
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        key_states, value_states = self._fitted(key_states, value_states)
+        key_states, value_states = self._prepare_states(key_states, value_states)
         self.padding_state = plan.state
         returned = key_states, value_states
         if plan.shift is not None:
             key_states, value_states = self._shift_rows(key_states, value_states, plan, plan.shift)
         if plan.sinks is not None:
-            self._store_sinks(key_states, value_states, plan.sinks, plan.shift)
+            self._store_sink_keys(key_states, value_states, plan.sinks, plan.shift)
         if not plan.is_first and new > 1:
             sink_values = self.values[:, :, : self.num_sink_tokens]
             returned = (
@@ -211,7 +211,7 @@ class RingCacheLayer(CacheLayerMixin):
         self._store(key_states, value_states, plan)
         self._stored = new
         if plan.sink_rotation is not None and self.rotation is not None and self.num_sink_tokens:
-            self._rotate_sinks(self.rotation, *plan.sink_rotation)
+            self._rotate_sink_keys(self.rotation, *plan.sink_rotation)
         return returned
 
     def fits(self, dtype: torch.dtype) -> bool:
@@ -219,7 +219,7 @@ class RingCacheLayer(CacheLayerMixin):
         is_locked = self.keys.is_inference() and not torch.is_inference_mode_enabled()
         return bool(self.keys.dtype == self.values.dtype == dtype) and not is_locked
 
-    def _fitted(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    def _prepare_states(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Make buffers and new states agree in dtype, the wider one winning, and the buffers writable here."""
         if torch.compiler.is_compiling():
             return key_states, value_states
@@ -236,7 +236,7 @@ class RingCacheLayer(CacheLayerMixin):
 
     def _in_order(self, ring: Tensor, sinks: Tensor, new: Tensor) -> Tensor:
         """Return [sinks | window before | new tokens], in the order of the text."""
-        columns = torch.arange(self.seen - self._window_before(), self.seen, device=ring.device)
+        columns = torch.arange(self.seen - self._window_keys(), self.seen, device=ring.device)
         slots, _ = self._slots_of(columns)
         return torch.cat([sinks, ring.index_select(2, slots), new], dim=2)
 
@@ -300,7 +300,7 @@ class RingCacheLayer(CacheLayerMixin):
         self.keys.index_copy_(2, ring, key_states)
         self.values.index_copy_(2, ring, value_states)
 
-    def _store_sinks(self, key_states: Tensor, value_states: Tensor, index: Tensor, shift: RowShift | None) -> None:
+    def _store_sink_keys(self, key_states: Tensor, value_states: Tensor, index: Tensor, shift: RowShift | None) -> None:
         """Keep the new tokens that are among their row's first S real ones, by their columns [rows, S]."""
         index = index.to(key_states.device)
         first = 0 if shift is None else shift.leading.to(index.device)[:, None]
@@ -312,7 +312,7 @@ class RingCacheLayer(CacheLayerMixin):
             store.copy_(torch.where(is_new, states.detach().gather(2, there), store))
         self.keys[:, :, slots].copy_(self.sink_keys)
 
-    def _rotate_sinks(self, rotation: Rotation, cos: Tensor, sin: Tensor) -> None:
+    def _rotate_sink_keys(self, rotation: Rotation, cos: Tensor, sin: Tensor) -> None:
         """Put the sinks' keys, rotated to their distance, into their slots."""
         rotated = rotation.apply(self.sink_keys, cos.to(self.keys.device), sin.to(self.keys.device))
         self.keys[:, :, : self.num_sink_tokens].copy_(rotated)
@@ -344,7 +344,7 @@ class RingCacheLayer(CacheLayerMixin):
                 "n tokens, pass m - n"
             )
         remove = min(-tokens_to_remove, self.seen)
-        remaining, oldest = self.seen - remove, self.oldest_length()
+        remaining, oldest = self.seen - remove, self.crop_length()
         if remove and remaining < oldest:
             raise ValueError(
                 f"cannot take back {remove} tokens: after {self.written} tokens this cache of constant size can go "

@@ -123,10 +123,10 @@ class ExactRotary:
         self.frequencies: Tensor = frequencies.double().cpu().clone().to(device)
         self.probe_angles = 0.2 + 1.2 * torch.rand(self.frequencies.shape, generator=generator, dtype=torch.float64)
         self.probing: float | None = None
-        self._set_form(answer, name)
+        self._set_order(answer, name)
         self._check(answer, positions[:, :4], name)
 
-    def _set_form(self, answer: Any, name: str) -> None:
+    def _set_order(self, answer: Any, name: str) -> None:
         count = self.frequencies.shape[-1]
         self.is_complex = isinstance(answer, Tensor) and answer.is_complex()
         parts = [answer] if self.is_complex else answer
@@ -167,7 +167,7 @@ class ExactRotary:
         return (sin, cos) if self.is_sine_first else (cos, sin)
 
 
-def exact_rotaries(decoder: nn.Module, window: int) -> Iterator[tuple[nn.Module, dict[str | None, ExactRotary]]]:
+def find_rotary(decoder: nn.Module, window: int) -> Iterator[tuple[nn.Module, dict[str | None, ExactRotary]]]:
     """Yield each rotary module of `decoder` with an `ExactRotary` for each of its frequency sets."""
     generator = torch.Generator().manual_seed(0)
     for module in decoder.modules():
@@ -209,9 +209,7 @@ def find_rotation(
     )
 
 
-def candidate_rotations(
-    dim: int, device: torch.device, sources: list[ExactRotary]
-) -> list[tuple[ExactRotary, Rotation]]:
+def rotations_of(dim: int, device: torch.device, sources: list[ExactRotary]) -> list[tuple[ExactRotary, Rotation]]:
     """Return every rotation of heads of `dim` dimensions that a source's frequencies can make, with that source."""
     candidates = []
     for source in sources:

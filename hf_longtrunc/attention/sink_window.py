@@ -10,12 +10,12 @@ import torch
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer, StaticLayer
 
 from hf_longtrunc.arguments import check_choice, check_int
-from hf_longtrunc.attention.block_scores import DistantKeys, UnrotatedKV
+from hf_longtrunc.attention.block_scores import DistantKeys, UnrotatedKeys
 from hf_longtrunc.attention.context import ForwardContext, full_context, positions_in_call_order
 from hf_longtrunc.attention.full_store import FullStoreCacheLayer, FullStoreStateCacheLayer, RingStateCacheLayer
 from hf_longtrunc.attention.kernels import alibi_bias, eager_attention, sdpa_attention
 from hf_longtrunc.attention.lambda_attention import PATHS, LambdaAttention, SinkWindowLaw
-from hf_longtrunc.attention.padding import RowShift, first_real, from_first_token
+from hf_longtrunc.attention.padding import RowShift, first_real, positions_of
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.attention.rope import exact_forward
 from hf_longtrunc.attention.technique import Technique
@@ -55,7 +55,7 @@ class SinkWindowTechnique(Technique):
         check_choice("path", self.path, PATHS)
 
     @property
-    def distances(self) -> SinkWindowLaw:
+    def distance_law(self) -> SinkWindowLaw:
         """The law of visibility and distance, resolved."""
         raise NotImplementedError
 
@@ -63,17 +63,17 @@ class SinkWindowTechnique(Technique):
     def max_drafts(self) -> int:
         """As many as the ring can take back; with retrieval, one fewer than the rows that read at most."""
         most = RingCacheLayer.ROLLBACK + 1
-        return most if self.retrieval is None else min(most, self.retrieval.reading_rows(most + 1, False) - 1)
+        return most if self.retrieval is None else min(most, self.retrieval.query_rows(most + 1, False) - 1)
 
     @property
     def rope_length(self) -> int:
         """The window's length."""
-        return self.distances.window_length
+        return self.distance_law.window_length
 
     @property
     def retrieval_length(self) -> int:
         """The shortest text with keys outside sinks and window."""
-        return self.distances.window_length + self.num_sink_tokens + 1
+        return self.distance_law.window_length + self.num_sink_tokens + 1
 
     @property
     def first_block(self) -> int:
@@ -83,7 +83,7 @@ class SinkWindowTechnique(Technique):
     @property
     def title(self) -> str:
         """The technique and the settings that its caches depend on."""
-        law = self.distances
+        law = self.distance_law
         return (
             f"{type(self).__name__}(num_sink_tokens={law.num_sink_tokens}, window_length={law.window_length}, "
             f"max_distance={law.max_distance})"
@@ -96,10 +96,11 @@ class SinkWindowTechnique(Technique):
         retrieval = found.check_retrieval(self.retrieval, can_crop=not found.has_states)
         return replace(self, retrieval=retrieval)  # type: ignore[type-var]
 
-    def tiny_paths(self) -> Sequence[Self]:
-        """Return `tiny` once for each path of a prompt's attention."""
+    def tiny(self) -> Sequence[Self]:
+        """Return the technique at a window of four tokens, once for each path of a prompt's attention."""
         paths = [path for path in PATHS[1:] if path != "flex" or torch.cuda.is_available()]
-        return [replace(self.tiny(), path=path) for path in paths]  # type: ignore[type-var]
+        sinks = min(2, self.num_sink_tokens)
+        return [replace(self, num_sink_tokens=sinks, window_length=4, path=path) for path in paths]  # type: ignore[type-var]
 
     def prepare(self, handle: Handle, decoder: Any, found: ProbeResult) -> None:
         """Let the rotary modules answer with exact angles."""
@@ -135,7 +136,7 @@ class SinkWindowTechnique(Technique):
     def cache_layer(self, ordinary: Any, layer: AttentionLayer, law: CacheLaw, shares_keys: bool) -> CacheLayerMixin:
         """Return a ring; with retrieval one that stores the text, or the ordinary layer where it holds no own keys."""
         state = (ordinary.number_of_states,) if isinstance(ordinary, LinearAttentionLayer) else ()
-        lengths = self.num_sink_tokens, self.distances.window_length
+        lengths = self.num_sink_tokens, self.distance_law.window_length
         ring: RingCacheLayer
         if self.retrieval is None:
             kind: Any = RingStateCacheLayer if state else RingCacheLayer
@@ -172,12 +173,12 @@ class SinkWindowTechnique(Technique):
             context, positions = full_context(call)
             found.check_gaps(context)
             return replace(context, block_scores=block_scores), positions.clamp_min(0)
-        past, new, device, ring, law = call.past, call.new, call.device, rings[0], self.distances
+        past, new, device, ring, law = call.past, call.new, call.device, rings[0], self.distance_law
         columns = torch.arange(past, past + new, device=device)
         state, shift = ring.padding_state.append(call.real, past, new)
         if shift is not None:
-            _refuse_lost(ring, past, shift)
-        positions = queries = from_first_token(columns, state.padding)
+            _refuse_crop(ring, past, shift)
+        positions = queries = positions_of(columns, state.padding)
         query_order = None
         if call.real is not None and shift is not None and shift.order is not None:
             positions, query_order = positions_in_call_order(columns, state.padding, call.real[:, past:])
@@ -189,7 +190,7 @@ class SinkWindowTechnique(Technique):
             if past:
                 slots = None if ring.all_visible(state) else self._visible_slots(queries, j), distances
             offsets = (queries - j - distances)[:, : self.num_sink_tokens].clamp_min(0)
-            for rotation in {*found.distinct_rotations, *(each.rotation for each in rings)}:  # an earlier patch's rings
+            for rotation in {*found.rotations, *(each.rotation for each in rings)}:  # an earlier patch's rings
                 if rotation is not None:
                     sink_rotations[id(rotation)] = rotation.cos_sin(offsets, call.like.dtype)
         plan = ring.write_plan(new, device, state, shift)
@@ -197,8 +198,8 @@ class SinkWindowTechnique(Technique):
             each.prepare_update(plan._replace(sink_rotation=sink_rotations.get(id(each.rotation))))
         context = ForwardContext(
             query_positions=queries,
-            last_position=from_first_token(columns[-1:], state.padding),
-            num_keys=new if past == 0 else ring.keys_returned(new),
+            last_position=positions_of(columns[-1:], state.padding),
+            num_keys=new if past == 0 else ring.keys_for(new),
             leading_sinks=self.num_sink_tokens if past else 0,
             is_padded=state.padding is not None,
             query_order=query_order,
@@ -217,8 +218,8 @@ class SinkWindowTechnique(Technique):
     def _visible_slots(self, i: Tensor, j: Tensor) -> Tensor:
         """Return which of the slots at j [rows, S + L] a query at i [rows, 1] sees: old sinks, and its window."""
         sinks = self.num_sink_tokens
-        local = replace(self.distances, num_sink_tokens=0).visible(i, j[:, sinks:]) | (i < 0)[..., None]
-        return torch.cat([i - j[:, :sinks] >= self.distances.window_length, local[:, 0]], dim=-1)
+        local = replace(self.distance_law, num_sink_tokens=0).visible(i, j[:, sinks:]) | (i < 0)[..., None]
+        return torch.cat([i - j[:, :sinks] >= self.distance_law.window_length, local[:, 0]], dim=-1)
 
     # -- one layer -----------------------------------------------------------------------------------------------------
 
@@ -227,14 +228,14 @@ class SinkWindowTechnique(Technique):
         context, key = call.context, call.key
         call.check_keys(type(self).__name__)
         if context.ring_slots is None:
-            return call.in_call_order(self._lambda_attention(call.in_text_order()).compute(self.path))
+            return call.in_call_order(self._lambda_attention(call.in_text_order()).attend(self.path))
         query, layer, rotation, sinks = call.query, call.layer, call.scoring.rotation, slice(self.num_sink_tokens)
         seen, distances = context.ring_slots
         if not layer.caches_keys and rotation is not None and sinks.stop:
             cos, sin = (each.to(key.device) for each in context.sink_rotations[id(rotation)])
             key[:, :, sinks] = rotation.apply(key[:, :, sinks], cos, sin)
         seen, distances = None if seen is None else seen.to(query.device)[:, None], distances.to(query.device)[:, None]
-        read, scoring = self._reader(call, None), call.scoring
+        read, scoring = self._extra_keys(call, None), call.scoring
         if read is None and scoring.is_plain:
             grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # a group's heads, as queries
             return sdpa_attention(grouped, key, call.value, seen, scoring, None).reshape(*query.shape[:3], -1)
@@ -244,12 +245,12 @@ class SinkWindowTechnique(Technique):
 
     def _lambda_attention(self, call: AttentionCall) -> LambdaAttention:
         """Return the attention to keys in the order of the text, or to the sinks and the end of the text after them."""
-        law, context, query, key, value = self.distances, call.context, call.query, call.key, call.value
+        law, context, query, key, value = self.distance_law, call.context, call.query, call.key, call.value
         sinks, leading = self.num_sink_tokens, context.leading_sinks
         i = context.query_positions.to(query.device)
         j = context.last_position.to(query.device)
         j = j - torch.arange(key.shape[2] - leading - 1, -1, -1, device=query.device)
-        read = self._reader(call, j)
+        read = self._extra_keys(call, j)
         if leading:
             far = key[:, :, :sinks], value[:, :, :sinks]
             key, value = key[:, :, sinks:], value[:, :, sinks:]
@@ -257,7 +258,7 @@ class SinkWindowTechnique(Technique):
             far = first_real(key, j, sinks, context.is_padded), first_real(value, j, sinks, context.is_padded)
         rows = 0
         if self.retrieval is not None:
-            rows = self.retrieval.reading_rows(query.shape[2], context.block_scores is not None)
+            rows = self.retrieval.query_rows(query.shape[2], context.block_scores is not None)
         return LambdaAttention(
             query=query,
             key=key,
@@ -268,11 +269,11 @@ class SinkWindowTechnique(Technique):
             law=law,
             scoring=call.scoring,
             read=read,
-            reading_rows=rows,
+            query_rows=rows,
             is_padded=context.is_padded,
         )
 
-    def _reader(
+    def _extra_keys(
         self, call: AttentionCall, j: Tensor | None
     ) -> Callable[[Tensor, Tensor, Tensor], ExtraKeys | None] | None:
         """Return what finds the extra keys of this layer's queries; None if there are none.
@@ -283,14 +284,14 @@ class SinkWindowTechnique(Technique):
         index, block_scores = call.layer.index, context.block_scores
         if retrieval is None or not retrieval.reads(index, block_scores is not None):
             return None
-        window, store = self.distances.window_length, context.cache_layers.get(index)
-        if (key.shape[2] if store is None else store.held) <= window + self.num_sink_tokens:
+        window, store = self.distance_law.window_length, context.cache_layers.get(index)
+        if (key.shape[2] if store is None else store.store_length) <= window + self.num_sink_tokens:
             return None
         if store is not None:
             text, selection = store.text(), store.selection
         else:
             assert j is not None
-            text, selection = UnrotatedKV(call.scoring.rotate(key, -j), call.value, j), None
+            text, selection = UnrotatedKeys(call.scoring.rotate(key, -j), call.value, j), None
         distant = DistantKeys(
             text,
             call.scoring,
@@ -300,14 +301,14 @@ class SinkWindowTechnique(Technique):
             selection=selection,
             block_scores=block_scores,
         )
-        return partial(retrieval.read, distant)
+        return partial(retrieval.extra_keys, distant)
 
 
-def _refuse_lost(ring: RingCacheLayer, past: int, shift: RowShift) -> None:
+def _refuse_crop(ring: RingCacheLayer, past: int, shift: RowShift) -> None:
     longest = int(shift.truncated.max())
-    if longest and past - longest < ring.oldest_length():
+    if longest and past - longest < ring.crop_length():
         raise ValueError(
             f"attention_mask turns the last {longest} tokens of a row to 0, and this cache of constant size can go "
-            f"back from {past} tokens to {ring.oldest_length()}, no further: let answers of a batch differ by at most "
+            f"back from {past} tokens to {ring.crop_length()}, no further: let answers of a batch differ by at most "
             f"{ring.ROLLBACK} tokens, continue rows one by one, or pass cache=DynamicCache(), which keeps everything"
         )

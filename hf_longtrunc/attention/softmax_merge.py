@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_longtrunc.attention.kernels import grouped_matmul, soft_capped
+from hf_longtrunc.attention.kernels import grouped_matmul, grouped_scores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,9 +45,8 @@ class AttentionPart(NamedTuple):
     key: Tensor  # [batch, kv_heads, m, dim]
     value: Tensor  # [batch, kv_heads, m, value_dim]
     mask: MaskKind = "full"  # query i sees all keys, those at j <= i, or those at j >= i - (n - m); at least one
-    bias: Tensor | None = (
-        None  # of all queries' logits [batch, m]: log of a key's multiplicity. Scored without a kernel
-    )
+    # Of all queries' logits [batch, m]: the log of how many keys each key counts for. Scored without a kernel.
+    bias: Tensor | None = None
 
 
 def merge_attention(parts: Sequence[AttentionPart], scoring: Scoring) -> Float[Tensor, "batch heads n value_dim"]:
@@ -112,7 +111,7 @@ class _Merge(torch.autograd.Function):
             delta = (grads[0].to(total.dtype) * output.to(total.dtype)).sum(-1)
             to_null = -((null_logits.to(total.dtype)[:, None] - total).exp() * delta).sum((0, 2)).to(null_logits.dtype)
         for part in _parts(tensors, ctx.kinds):
-            gradients.extend(_gradients(part, ctx.scoring, grads[0], output, total))
+            gradients.extend(_backward(part, ctx.scoring, grads[0], output, total))
         return None, None, to_null, *gradients
 
 
@@ -146,7 +145,7 @@ def _attend_part(part: AttentionPart, scoring: Scoring) -> tuple[Tensor, Tensor]
     return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
 
 
-def _gradients(
+def _backward(
     part: AttentionPart, scoring: Scoring, grad: Tensor, output: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return one part's gradients of query, key and value, given the merged output and log-sum-exp."""
@@ -172,8 +171,8 @@ def _gradients(
             capped = scores if part.bias is None else scores - part.bias[:, None, None]
             inner = inner * (1 - (capped.masked_fill(weights == 0, 0) / scoring.softcap).square())
         to_query.append(grouped_matmul(inner, key))
-        to_key += _grouped_sum(inner, part.query[:, :, rows].to(wide), key.shape[1])
-        to_value += _grouped_sum(weights, upstream, key.shape[1])
+        to_key += _grouped_backward(inner, part.query[:, :, rows].to(wide), key.shape[1])
+        to_value += _grouped_backward(weights, upstream, key.shape[1])
     return torch.cat(to_query, dim=2).to(part.query.dtype), to_key.to(part.key.dtype), to_value.to(part.value.dtype)
 
 
@@ -186,9 +185,7 @@ def _in_order(part: AttentionPart) -> tuple[Tensor, ...]:
 
 def scores_of(part: AttentionPart, start: int, scoring: Scoring) -> Float[Tensor, "batch heads n m"]:
     """Return the logits of up to 256 queries of a part from `start` on, in fp32 or better."""
-    wide = torch.promote_types(part.query.dtype, torch.float32)
-    query = part.query[:, :, start : start + ROWS_SCORED].to(wide)
-    scores = soft_capped(grouped_matmul(query, part.key.to(wide).transpose(-1, -2)) * scoring.scaling, scoring.softcap)
+    scores = scoring.scores(grouped_scores(part.query[:, :, start : start + ROWS_SCORED], part.key))
     if part.bias is not None:
         scores = scores + part.bias[:, None, None]
     if part.mask != "full":
@@ -198,7 +195,7 @@ def scores_of(part: AttentionPart, start: int, scoring: Scoring) -> Float[Tensor
     return scores
 
 
-def _grouped_sum(x: Tensor, y: Tensor, groups: int) -> Tensor:
+def _grouped_backward(x: Tensor, y: Tensor, groups: int) -> Tensor:
     """x^T y [batch, kv_heads, m, d], summed over the queries and heads of a group; x [..., n, m], y [..., n, d]."""
     batch = x.shape[0]
     return x.reshape(batch, groups, -1, x.shape[-1]).transpose(-1, -2) @ y.reshape(batch, groups, -1, y.shape[-1])

@@ -46,13 +46,9 @@ class StreamingLLM(SinkWindowTechnique):
         return replace(self, window_length=window or max(1, trained_length(model.config) - self.num_sink_tokens))
 
     @cached_property
-    def distances(self) -> SinkWindowLaw:
+    def distance_law(self) -> SinkWindowLaw:
         """The sinks come right before the window, in their order."""
         assert self.window_length is not None
         return SinkWindowLaw(
             self.num_sink_tokens, self.window_length, self.num_sink_tokens + self.window_length - 1, sink_spacing=1
         )
-
-    def tiny(self) -> Self:
-        """Return the technique at a window of four tokens."""
-        return replace(self, num_sink_tokens=min(2, self.num_sink_tokens), window_length=4)

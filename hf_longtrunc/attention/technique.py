@@ -122,7 +122,7 @@ class Technique(ABC):
 
     @property
     @abstractmethod
-    def distances(self) -> DistanceLaw:
+    def distance_law(self) -> DistanceLaw:
         """The law of visibility and distance, resolved."""
 
     @property
@@ -167,12 +167,8 @@ class Technique(ABC):
         """
 
     @abstractmethod
-    def tiny(self) -> Self:
-        """Return the technique at lengths of a few tokens, on which `path_check.py` tries every path."""
-
-    def tiny_paths(self) -> Sequence[Self]:
-        """Return `tiny` once for each path of computation."""
-        return [self.tiny()]
+    def tiny(self) -> Sequence[Self]:
+        """Return the technique at lengths of a few tokens, once for each path of computation, for `path_check.py`."""
 
     @abstractmethod
     def prepare(self, handle: Handle, decoder: Any, found: ProbeResult) -> None:

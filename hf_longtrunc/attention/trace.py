@@ -93,7 +93,7 @@ class AttentionTrace(Handle):
         self.records: list[AttentionRecord] = []
         self._thread = threading.local()
         self._patch = handle
-        _refuse_untraceable(handle)
+        _refuse_trace(handle)
         model, decoder = handle.model, handle.decoder
         super().__init__("AttentionTrace", model, "its attention layers record their weights")
         with self.or_nothing():
@@ -103,7 +103,7 @@ class AttentionTrace(Handle):
             self.set(handle, "passthrough", False)  # a short text too is computed by layers that record
             self.set(decoder, "forward", update_wrapper(partial(self._forward), decoder.forward))
             prepare = model._prepare_cache_for_generation
-            self.set(model, "_prepare_cache_for_generation", partial(_refuse_beams, prepare))
+            self.set(model, "_prepare_cache_for_generation", partial(_prepare_cache, prepare))
 
     def _forward(self, *args: Any, **inputs: Any) -> Any:
         """Run the decoder and record the attention of its last token."""
@@ -167,7 +167,7 @@ class AttentionTrace(Handle):
         first = check_int("prompt_length", prompt_length, minimum=1, maximum=len(ids) - 1)
         records = self._of_row(ids, first, check_int("row", row, minimum=0))
         content = resources.files("hf_longtrunc.attention").joinpath("trace.html").read_text(encoding="utf-8")
-        data = _page_data(tokenizer, ids, prompt, self.stretch, records)
+        data = _html_fields(tokenizer, ids, prompt, self.stretch, records)
         return write(Path(path), content, data, title="Where the answer read", prompt=prompt)
 
     def _of_row(self, ids: list[int], first: int, row: int) -> list[tuple[Tensor, Tensor | None]]:
@@ -190,7 +190,7 @@ class AttentionTrace(Handle):
         return f"{super().__repr__()[:-1]}; {len(self.records):,} forwards recorded>"
 
 
-def _refuse_untraceable(handle: AttentionPatch) -> None:
+def _refuse_trace(handle: AttentionPatch) -> None:
     if not handle.is_attached:
         raise ValueError(f"{handle!r} reads nothing any more: attach the technique again, and trace that")
     if getattr(handle.model, "_device_mesh", None) is not None:
@@ -206,18 +206,18 @@ def _layer_record(technique: Technique, call: AttentionCall, stretch: int) -> At
     context, cached = call.context, call.context.cache_layers.get(call.layer.index)
     last = context.last_position[:, 0].expand(len(call.value)).cpu()
     mass = torch.zeros(len(last), int(last.max()) // stretch + 1, dtype=torch.float64)
-    for of_keys, positions in _mass_of_cache(technique, call, cached):
-        mass += mass_of_stretches(of_keys, positions, stretch, mass.shape[1]).cpu()
+    for of_keys, positions in _weights_of_cache(technique, call, cached):
+        mass += weights_of_positions(of_keys, positions, stretch, mass.shape[1]).cpu()
     blocks = None
     if cached is not None and cached.selection is not None and isinstance(technique.retrieval, TopBlocks):
-        retrieval, chosen = technique.retrieval, cached.selection.blocks.cpu()[..., None]
+        retrieval, chosen = technique.retrieval, cached.selection.indices.cpu()[..., None]
         start = technique.first_block + chosen * retrieval.block_size
         spans = torch.cat([start - retrieval.margin, start + retrieval.block_size + retrieval.margin], dim=-1)
         blocks = spans.clamp_min(0).masked_fill(chosen < 0, 0)
     return AttentionRecord(last, None, mass, blocks)
 
 
-def _mass_of_cache(technique: Technique, call: AttentionCall, cached: Any) -> list[tuple[Tensor, Tensor]]:
+def _weights_of_cache(technique: Technique, call: AttentionCall, cached: Any) -> list[tuple[Tensor, Tensor]]:
     """Return the attention that the last query pays to keys [batch, m], and their positions [rows, m].
 
     If `cached`, the layer's cache, has a full store, the keys of the store are read too.
@@ -239,14 +239,14 @@ def _mass_of_cache(technique: Technique, call: AttentionCall, cached: Any) -> li
         return technique.attend(call._replace(query=query, key=key, value=values, context=with_values, scoring=scoring))
 
     values = [call.value] if text is None else [call.value, text.value]
-    mass, *of_text = mass_of_keys(attend, *values, dtype=dtype)
+    mass, *of_text = weights_of_keys(attend, *values, dtype=dtype)
     return [
         (mass, _positions(context, call.key.shape[2])),
         *((each, text.positions) for each in of_text if text is not None),
     ]
 
 
-def mass_of_keys(
+def weights_of_keys(
     attend: Callable[..., Tensor], *values: Float[Tensor, "batch kv_heads _ _"], dtype: torch.dtype
 ) -> list[Float[Tensor, "batch _"]]:
     """Return the attention weight of each key [batch, keys], summed over heads and queries.
@@ -273,7 +273,7 @@ def mass_of_keys(
     ]
 
 
-def mass_of_stretches(
+def weights_of_positions(
     mass: Float[Tensor, "batch keys"], positions: Int[Tensor, "rows keys"], stretch: int, count: int
 ) -> Float[Tensor, "batch count"]:
     """Return the sum of mass over each of `count` stretches of `stretch` tokens; keys before position 0 have none."""
@@ -291,7 +291,7 @@ def _positions(context: ForwardContext, count: int) -> Tensor:
     return torch.cat([torch.arange(sinks, device=device).expand(len(others), -1), others], dim=1)
 
 
-def _page_data(
+def _html_fields(
     tokenizer: Any, ids: list[int], prompt: str, stretch: int, read: Sequence[tuple[Tensor, Tensor | None]]
 ) -> dict[str, Any]:
     """Return the data that `trace.html` shows.
@@ -323,7 +323,7 @@ def _page_data(
     }
 
 
-def _refuse_beams(prepare: Callable[..., Any], generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+def _prepare_cache(prepare: Callable[..., Any], generation_config: Any, *args: Any, **kwargs: Any) -> Any:
     if (generation_config.num_beams or 1) > 1:
         raise ValueError(
             f"num_beams={generation_config.num_beams} lets the rows of a batch change places, and a trace could not "

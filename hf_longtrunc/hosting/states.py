@@ -104,7 +104,7 @@ def _common_prefix(left: Tensor, right: Tensor) -> int:
 def _can_go_back_to(cache: Any, length: int, read: int) -> bool:
     """Whether a cache that has read so many tokens can be cropped to its first `length`."""
     return length == read or all(
-        not layer.states and length >= layer.oldest_length()
+        not layer.states and length >= layer.crop_length()
         if isinstance(layer, LambdaCacheLayer)
         else isinstance(layer, DynamicLayer) and not layer.is_sliding
         for layer in cache.layers

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_longtrunc.attention.block_scores import KeyMultiplicity
+from hf_longtrunc.attention.block_scores import Selection
 from hf_longtrunc.attention.dual_chunk import ChunkLaw, dual_chunk_attention
 from hf_longtrunc.attention.kernels import Scoring
 from hf_longtrunc.attention.rope import Rotation
@@ -59,7 +59,7 @@ def sides(new: int, keys: int, device: str, chosen: bool) -> tuple[Callable[[], 
     emphasis = None
     if chosen:
         positions = torch.randperm(keys // 2, device=device, generator=draw)[None, :KEYS_CHOSEN]
-        emphasis = KeyMultiplicity(positions, torch.full(positions.shape, 8.0, device=device))
+        emphasis = Selection(positions, torch.full(positions.shape, 8.0, device=device))
 
     def ours() -> object:
         return dual_chunk_attention(query, key, value, None, law, scoring, emphasis)

@@ -151,7 +151,7 @@ def prefill_sides(layer: Layer, n: int) -> dict[str, Callable[[], object]]:
 
     def windowed(path: str, sinks: tuple[Tensor, Tensor] | None) -> Tensor:
         call = LambdaAttention(*(query, key, value, positions, positions), sinks, layer.law, layer.scoring)
-        return call.compute(path)
+        return call.attend(path)
 
     sides: dict[str, Callable[[], object]] = {"full": full}
     if layer.device == "cuda":

@@ -180,7 +180,7 @@ class Histories(RuleBasedStateMachine):
         if bool((self.mask[:, -n:] == 0).any()):
             return
         rings = [layer for layer in self.cache.layers if isinstance(layer, LambdaCacheLayer)]
-        if rings and self.mask.shape[1] - n < rings[0].oldest_length():
+        if rings and self.mask.shape[1] - n < rings[0].crop_length():
             with pytest.raises(ValueError, match="cannot take back"):
                 rings[0].crop(-n)
             return

@@ -34,7 +34,7 @@ def lambda_attention(
     """Attention of LM-Infinite (spacing 0) or StreamingLLM (1) over tensors, by one of its paths."""
     law = SinkWindowLaw(0 if sinks is None else sinks[0].shape[2], window, max_distance, spacing)
     scoring = scoring._replace(rotation=rotation)
-    return LambdaAttention(query, key, value, i, j, sinks, law, scoring, **call).compute(path, block_size)
+    return LambdaAttention(query, key, value, i, j, sinks, law, scoring, **call).attend(path, block_size)
 
 
 def is_visible(i: int, j: int, sinks: int, window: int) -> bool:

@@ -60,8 +60,8 @@ def plant_split(monkeypatch):
 
 
 def plant_ring(monkeypatch):
-    keep = RingCacheLayer._rotate_sinks
-    monkeypatch.setattr(RingCacheLayer, "_rotate_sinks", lambda self, to, cos, sin: keep(self, to, cos, -sin))
+    keep = RingCacheLayer._rotate_sink_keys
+    monkeypatch.setattr(RingCacheLayer, "_rotate_sink_keys", lambda self, to, cos, sin: keep(self, to, cos, -sin))
 
 
 def plant_mask(monkeypatch):
@@ -324,5 +324,5 @@ def test_blocks_are_selected_before_drafts_join(llama, technique):
         )
     selections = [cache_of(output).layers[0].selection for output in (plain, drafted)]
     assert selections[0] is not None
-    assert torch.equal(selections[0].blocks, selections[1].blocks)
+    assert torch.equal(selections[0].indices, selections[1].indices)
     assert torch.equal(plain.sequences, drafted.sequences)

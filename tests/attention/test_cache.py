@@ -53,7 +53,7 @@ def give(ring: LambdaCacheLayer, tape: Tape, n: int) -> None:
         j = ring.key_positions(rows, torch.device("cpu")).expand(len(tape.padding), -1)
     elif before:
         sinks = torch.arange(tape.sinks).expand(len(tape.padding), -1)
-        j = torch.cat([sinks, j[:, tape.sinks - ring.keys_returned(n) :]], dim=-1)
+        j = torch.cat([sinks, j[:, tape.sinks - ring.keys_for(n) :]], dim=-1)
     everything_is_seen = ring.all_visible(rows)
     keys, values = ring.update(*tape.append(n))
     ring.commit()

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from hf_longtrunc.attention.block_scores import KeyMultiplicity
+from hf_longtrunc.attention.block_scores import Selection
 from hf_longtrunc.attention.dual_chunk import (
     ChunkLaw,
     chunk_block_scores,
@@ -97,7 +97,7 @@ def drawn_emphasis(tensors, seed):
     positions = [[p if draw.random() < 0.8 else -1 for p in draw.sample(range(m + 9), k)] for _ in range(batch)]
     counts = [[draw.choice([1.0, 1.5, 4.0, 16.0]) for _ in range(k)] for _ in range(batch)]
     as_dicts = [{p: c for p, c in zip(*row, strict=True) if p >= 0} for row in zip(positions, counts, strict=True)]
-    return KeyMultiplicity(torch.tensor(positions), torch.tensor(counts, dtype=torch.float64)), as_dicts
+    return Selection(torch.tensor(positions), torch.tensor(counts, dtype=torch.float64)), as_dicts
 
 
 @pytest.mark.parametrize("seed", range(1000, 1120))

@@ -443,7 +443,7 @@ def test_what_is_chosen_is_read_on_in_chunks_and_with_padding(llama):
             expected = answer(llama, alone, attention_mask=torch.ones_like(alone))
             assert torch.equal(together.sequences[row, 48:], expected.sequences[0, alone.shape[1] :])
             theirs, ours = (cache_of(output).layers[1].selection for output in (expected, together))
-            assert torch.equal(theirs.blocks[0], ours.blocks[row])
+            assert torch.equal(theirs.indices[0], ours.indices[row])
     with DualChunkAttention(chunk_length=CHUNK, trained_length=TRAINED)(llama):
         read = DynamicCache(config=llama.config)
         logits(llama, ids[:1, :30], cache=read, use_cache=True)
@@ -461,7 +461,7 @@ def test_beams_a_second_turn_and_a_copy_keep_what_was_chosen(llama):
             alone = answer(llama, ids[row : row + 1], attention_mask=ones[:1], num_beams=3)
             assert torch.equal(beams.sequences[row], alone.sequences[0])
         first = answer(llama, ids[:1], attention_mask=ones[:1])
-        kept = cache_of(first).layers[0].selection.blocks.clone()
+        kept = cache_of(first).layers[0].selection.indices.clone()
         said = torch.cat([first.sequences, question(20)], dim=1)
         seen = torch.ones_like(said)
         second = answer(llama, said, attention_mask=seen, **{CACHE: copy.deepcopy(cache_of(first))})
@@ -473,14 +473,14 @@ def test_beams_a_second_turn_and_a_copy_keep_what_was_chosen(llama):
         again = answer(llama, said, attention_mask=seen, **{CACHE: forgotten})
         assert torch.equal(second.sequences, again.sequences)  # who votes has not read the last choice
         theirs, ours = (cache_of(output).layers[0].selection for output in (again, second))
-        assert torch.equal(theirs.blocks, ours.blocks)
-        assert not torch.equal(cache_of(second).layers[0].selection.blocks, kept)  # it asks anew
-        assert torch.equal(cache_of(first).layers[0].selection.blocks, kept)
+        assert torch.equal(theirs.indices, ours.indices)
+        assert not torch.equal(cache_of(second).layers[0].selection.indices, kept)  # it asks anew
+        assert torch.equal(cache_of(first).layers[0].selection.indices, kept)
         before = cache_of(first).layers[0]
         before.batch_repeat_interleave(2)
-        assert before.selection.blocks.shape[0] == 2
+        assert before.selection.indices.shape[0] == 2
         before.batch_select_indices(torch.tensor([1]))
-        assert before.selection.blocks.shape[0] == before.keys.shape[0] == 1
+        assert before.selection.indices.shape[0] == before.keys.shape[0] == 1
         before.reset()
         assert before.selection is None
 

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 from transformers import DynamicCache
 
 from hf_longtrunc import ArchiveCacheLayer, LambdaCacheLayer, LMInfinite, TopBlocks, TopK
-from hf_longtrunc.attention.block_scores import DistantKeys, UnrotatedKV, select_blocks, top_k
+from hf_longtrunc.attention.block_scores import DistantKeys, UnrotatedKeys, select_blocks, top_k
 from hf_longtrunc.attention.kernels import Scoring
 from hf_longtrunc.attention.rope import Rotation
 
@@ -44,7 +44,7 @@ def attended(query, key, value, sinks, window, scoring, k, away, rows):
     i = torch.arange(query.shape[2])[None]
 
     def read(queries, positions, scores):
-        text = UnrotatedKV(key, value, i)
+        text = UnrotatedKeys(key, value, i)
         distant = DistantKeys(text, scoring._replace(rotation=ROTATION), sinks, window, distance=away)
         return top_k(queries, positions, distant, k)
 
@@ -62,7 +62,7 @@ def attended(query, key, value, sinks, window, scoring, k, away, rows):
         rotation=ROTATION,
         block_size=16,
         read=read,
-        reading_rows=rows,
+        query_rows=rows,
     )
 
 
@@ -316,7 +316,7 @@ def test_blocks_are_the_definition_and_decoding_goes_on_reading_them(family, fir
     with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
         cache = ring_cache(model)
         got = in_chunks(model, ids, [N, 1, 1, 2, 2], cache)
-    assert sorted(cache.layers[0].selection.blocks[0].tolist()) == sorted(naive.chosen)
+    assert sorted(cache.layers[0].selection.indices[0].tolist()) == sorted(naive.chosen)
     assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
     assert (got - without)[:, : N - ROWS].abs().max() < 2e-5
     assert (got - without)[:, N:].abs().max() > 1e-2
@@ -377,7 +377,7 @@ def test_blocks_in_contrast_are_the_definition(monkeypatch, contrast_rows, endin
     with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=retrieval)(model):
         cache = ring_cache(model)
         got = logits(model, ids, cache=cache)
-    assert [block for block in cache.layers[0].selection.blocks[0].tolist() if block >= 0] == chosen
+    assert [block for block in cache.layers[0].selection.indices[0].tolist() if block >= 0] == chosen
     assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
 
 
@@ -434,13 +434,13 @@ def test_each_row_of_a_batch_scores_with_its_own_last_turn(family):
             for parts in ([N], [N - 17, 17]):
                 alone = ring_cache(model)
                 in_chunks(model, ids[row : row + 1], parts, alone)
-                assert torch.equal(alone.layers[0].selection.blocks[0], together.blocks[row])
+                assert torch.equal(alone.layers[0].selection.indices[0], together.indices[row])
         padded = torch.nn.functional.pad(ids[:1], (5, 0))
         mask = torch.ones_like(padded)
         mask[:, :5] = 0
         cache = ring_cache(model)
         logits(model, padded, cache=cache, attention_mask=mask)
-        assert torch.equal(cache.layers[0].selection.blocks[0], together.blocks[0])
+        assert torch.equal(cache.layers[0].selection.indices[0], together.indices[0])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -457,7 +457,7 @@ def test_a_block_counts_for_the_square_of_its_worth_in_proportion_to_the_best(se
         ]
         worth.append(math.sqrt(sum(ratio**2 for ratio in ratios) / 5))
     best = sorted(range(7), key=worth.__getitem__, reverse=True)[:4]
-    assert chosen.blocks[0].tolist() == [block if worth[block] >= 0.6 else -1 for block in best]
+    assert chosen.indices[0].tolist() == [block if worth[block] >= 0.6 else -1 for block in best]
     most = min(8.0, max(1.0, worth[best[0]] ** 2))
     expected = [max(1.0, most * worth[block] ** 2 / worth[best[0]] ** 2) for block in best]
     assert chosen.emphasis[0].tolist() == pytest.approx(expected, rel=1e-12)
@@ -484,10 +484,10 @@ def test_ranks_that_share_heads_choose_as_one_that_holds_all():
                     return x + next(seen, 0.0)
 
                 chosen = select_blocks(vote[:, half, None], before[:, half], 4, 3.0, 0.4, total)
-        assert torch.equal(chosen.blocks, whole.blocks)
+        assert torch.equal(chosen.indices, whole.indices)
         assert torch.allclose(chosen.emphasis, whole.emphasis)
         assert torch.isfinite(whole.emphasis).all()
-        assert (whole.blocks[2] == -1).all()
+        assert (whole.indices[2] == -1).all()
 
 
 def test_a_row_reads_blocks_from_the_first_key_that_it_has_lost(llama):
@@ -516,7 +516,7 @@ def test_the_later_layers_choose_otherwise():
             )(model):
                 cache = ring_cache(model)
                 logits(model, ids, cache=cache)
-                chosen.append(sorted(cache.layers[0].selection.blocks[0].tolist()))
+                chosen.append(sorted(cache.layers[0].selection.indices[0].tolist()))
     assert choices[None] == choices[0] != choices[1]
 
 
@@ -565,9 +565,9 @@ def test_beams_keep_the_choice(llama):
         assert torch.equal(llama.generate(ids[:1], num_beams=3, **options), beams[:1])
         cache = ring_cache(llama)
         logits(llama, prompt(N, batch=2), cache=cache)
-        before = cache.layers[0].selection.blocks.clone()
+        before = cache.layers[0].selection.indices.clone()
         cache.batch_repeat_interleave(2)
-        assert torch.equal(cache.layers[1].selection.blocks, before.repeat_interleave(2, 0))
+        assert torch.equal(cache.layers[1].selection.indices, before.repeat_interleave(2, 0))
 
 
 def test_a_chat_turn_chooses_anew(llama):
@@ -576,7 +576,7 @@ def test_a_chat_turn_chooses_anew(llama):
         choices = []
         for turn in (prompt(N), prompt(2 * L), prompt(VOTERS - 1)):
             logits(llama, turn, cache=cache)
-            choices.append(cache.layers[0].selection.blocks.tolist())
+            choices.append(cache.layers[0].selection.indices.tolist())
         assert cache.get_seq_length() == N + 2 * L + VOTERS - 1
     assert choices[0] != choices[1] == choices[2]
 

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausa
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_longtrunc import LMInfinite
-from hf_longtrunc.attention.rope import ExactRotary, UnsupportedModelError, candidate_rotations, find_rotation
+from hf_longtrunc.attention.rope import ExactRotary, UnsupportedModelError, find_rotation, rotations_of
 
 from .reference import Naive, Rope, install
 
@@ -80,7 +80,7 @@ def test_a_window_beyond_the_original_length_takes_the_long_factors():
 def test_what_is_no_rotation_is_refused():
     source = ExactRotary(scaled_llama("default").model.rotary_emb, None, L, torch.Generator().manual_seed(0))
     x = torch.randn(2, 6, 4, 8)
-    candidates = candidate_rotations(8, x.device, [source])
+    candidates = rotations_of(8, x.device, [source])
     assert find_rotation(x, x, candidates) is None
     with pytest.raises(ValueError, match="no rotation of planes"):
         find_rotation(x, x.flip(-1), candidates)

@@ -12,9 +12,9 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hf_longtrunc import AttentionTrace, DualChunkAttention, LMInfinite, TopBlocks, TopK
-from hf_longtrunc.attention.context import current_context
+from hf_longtrunc.attention.context import get_context
 from hf_longtrunc.attention.dual_chunk import ChunkLaw
-from hf_longtrunc.attention.trace import mass_of_keys, mass_of_stretches
+from hf_longtrunc.attention.trace import weights_of_keys, weights_of_positions
 from tests.attention.reference import Rope, is_visible
 from tests.attention.tiny_models import tiny_model as family
 from tests.conftest import tiny_config
@@ -51,7 +51,7 @@ class Projected:
                 module.register_forward_hook(lambda _, args, output, at=(kind, index): self.note(*at, output))
 
     def note(self, kind, index, output):
-        context, store = current_context(), self.query if kind == "q" else self.key
+        context, store = get_context(), self.query if kind == "q" else self.key
         order = context.query_order
         for row, states in enumerate(output):
             states = states if order is None else states[order[row]]
@@ -219,11 +219,11 @@ def test_masses_are_those_of_the_weights():
     def attend(values):
         return weights @ values.repeat_interleave(2, dim=1)
 
-    (mass,) = mass_of_keys(attend, key, dtype=torch.float64)
+    (mass,) = weights_of_keys(attend, key, dtype=torch.float64)
     torch.testing.assert_close(mass, weights.sum((1, 2)))
     positions = torch.tensor([[-3, -1, 0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
     mass[0, :2] = 0
-    summed = mass_of_stretches(mass, positions, 4, 3)
+    summed = weights_of_positions(mass, positions, 4, 3)
     for row in range(2):
         for part in range(3):
             inside = [c for c, p in enumerate(positions[row].tolist()) if p >= 0 and p // 4 == part]

@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,23 +112,16 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         raise FileExistsError(f"{path} exists: write to another path, or delete it first")
     with hidden_folder(path.parent) as hidden:
         yield hidden / path.name
-        if overwrite:
-            move_synced(hidden / path.name, path)
-            return
-        try:
-            _link_synced(hidden / path.name, path)
-        except FileExistsError:
-            raise FileExistsError(f"{path} exists: another process wrote it; write to another path") from None
+        move_synced(hidden / path.name, path, overwrite=overwrite)
 
 
 @contextmanager
 def hidden_folder(parent: Path) -> Iterator[Path]:
     """Make a hidden folder for unfinished files, deleted at the end of the block or by the next writer in `parent`."""
     for left in parent.glob(".partial-*"):
-        if (handle := _lock(left, wait=False)) is not None:
-            if time.time() - os.fstat(handle).st_mtime > _NEW:
+        with locked(left, wait=False) as handle:
+            if handle is not None and time.time() - os.fstat(handle).st_mtime > _NEW:
                 shutil.rmtree(left, ignore_errors=True)
-            os.close(handle)
     hidden = parent / f".partial-{secrets.token_hex(4)}"
     hidden.mkdir(parents=True)
     try:
@@ -138,51 +131,33 @@ def hidden_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def move_synced(written: Path, path: Path) -> None:
-    """Rename a file after its content is on the disk."""
-    _sync(written)
-    os.replace(written, path)
-
-
-def _link_synced(written: Path, path: Path) -> None:
-    """Name a file after its content is on the disk; FileExistsError if the name is taken."""
-    _sync(written)
+def move_synced(written: Path, path: Path, *, overwrite: bool = True) -> None:
+    """Give a file its name after its content is on the disk; FileExistsError if the name is taken."""
+    with written.open("r+b") as file:
+        os.fsync(file.fileno())
+    if overwrite:
+        os.replace(written, path)
+        return
     try:
         os.link(written, path)
     except FileExistsError:
-        raise
+        raise FileExistsError(f"{path} exists: another process wrote it; write to another path") from None
     except OSError:  # a disk without hard links
         path.touch(exist_ok=False)
         os.replace(written, path)
 
 
-def _sync(path: Path) -> None:
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
-
-
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the exclusive lock of a file or folder, where the disk has locks."""
-    handle = _lock(path, wait=True)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)
+def locked(path: Path, *, wait: bool = True) -> Iterator[int | None]:
+    """Lock a file or folder and give its handle; None if it is gone, held by another process, or there are no locks."""
+    handle = None
+    with ExitStack() as stack:
+        try:
+            import fcntl
 
-
-def _lock(path: Path, *, wait: bool) -> int | None:
-    """Return the handle of a locked path; None if it is gone, another process holds it, or there are no locks."""
-    try:
-        import fcntl
-
-        handle = os.open(path, os.O_RDONLY)
-    except (ModuleNotFoundError, OSError):
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
+            handle = os.open(path, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except (ModuleNotFoundError, OSError):
+            handle = None
+        yield handle

@@ -45,10 +45,7 @@ def write_rows(
     bounds, token = np.linspace(0, len(rows), num_proc + 1).astype(int).tolist(), secrets.token_hex(4)
     with hidden_folder(folder) as hidden:
         paths = [hidden / f"data-{token}-{index:05d}-of-{num_proc:05d}.arrow" for index in range(num_proc)]
-        jobs = [
-            (rows, *bound, path, columns, dtype) for *bound, path in zip(bounds[:-1], bounds[1:], paths, strict=True)
-        ]
-        _run(jobs, library)
+        _run([(rows, *job, columns, dtype) for job in zip(bounds[:-1], bounds[1:], paths, strict=True)], library)
         with locked(folder):
             _commit(folder, paths, library)
             written: datasets.Dataset = library.load_from_disk(str(folder))
@@ -130,9 +127,8 @@ def _receive(jobs: list[_Job]) -> None:
 
 
 def _write_job(index: int) -> int:
-    _, first, last, *_ = job = _received[index]
-    _write(*job, lambda _: None)
-    return last - first
+    _write(*(job := _received[index]), lambda _: None)
+    return job[2] - job[1]
 
 
 def _write(

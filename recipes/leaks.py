@@ -1,8 +1,8 @@
 """Does my row leak? Each causal language model of transformers, tiny and untrained, with each form of input.
 
-    python recipes/leaks.py                          # all families, and a line for each
-    python recipes/leaks.py --families llama,lfm2    # some of them
-    python recipes/leaks.py --page docs/leaks.md     # into the table of the page
+    python recipes/leaks.py                                # all families, and a line for each
+    python recipes/leaks.py --families llama,lfm2          # some of them
+    python recipes/leaks.py --page docs/leaks_families.md  # into the table of the page
 
 A verdict is that of `check_packed`: "apart", "leaks", or "refused" if the model raises. This tests the code of a
 family; for a checkpoint, use `hf-longtrunc check-packed MODEL`. Cost: two minutes on a CPU core.

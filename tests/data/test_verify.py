@@ -77,7 +77,7 @@ def test_a_batch_that_another_collator_made():
 def test_the_table_of_the_page_is_what_twelve_families_show(monkeypatch):
     recipe = runpy.run_path(str(ROOT / "recipes/leaks.py"))
     tiny = __import__("tests.attention.tiny_models", fromlist=["tiny_model"])
-    page = (ROOT / "docs/leaks.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/leaks_families.md").read_text(encoding="utf-8")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     for family in FAMILIES:
         found = recipe["verdicts"](tiny, family)

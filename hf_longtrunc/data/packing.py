@@ -49,10 +49,10 @@ _LONG = ("split", "truncate", "drop", "error")
 
 
 class RowPlan(NamedTuple):
-    """Moves in order of decreasing piece length: `rows` rows from `first` on take `pieces` pieces each.
+    """The moves of a packing: in each, `rows` rows, from row `first` on, receive `pieces` pieces.
 
-    Four int64 arrays, one entry a move; the moves consume the pieces one after another. The rows of a move hold `held`
-    pieces before it.
+    Four int64 arrays with one entry for each move. The moves take the pieces in order of decreasing length. `held` is
+    the number of pieces that each row of a move had before it.
     """
 
     first: Indices
@@ -62,10 +62,10 @@ class RowPlan(NamedTuple):
     num_rows: int
 
     def places(self) -> tuple[Indices, Indices]:
-        """Return where every piece goes when rows lie one after another, and where every row begins, [rows + 1].
+        """Return the place of each piece in the concatenated rows, and the place [rows + 1] at which each row begins.
 
-        Pieces are in order of decreasing length. A piece's place is the beginning of its row, the pieces that the row
-        held before the move, and its rank among those of the move: nothing need be sorted.
+        Pieces are in order of decreasing length. The place is the sum of the row's beginning, the pieces that the row
+        held before the move, and the piece's rank within the move, so nothing is sorted.
         """
         dtype = _index_dtype(int((self.rows * self.pieces).sum()))
         # The visited rows, move by move: `first`, `first + 1`, ... restart with every move.

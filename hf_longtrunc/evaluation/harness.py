@@ -61,7 +61,7 @@ class PatchedLM(HFLM):  # type: ignore[misc]
             self._patch.enter_context(arm(self.model))
 
     def close(self) -> None:
-        """Take the patch off the model."""
+        """Remove the patch from the model."""
         self._patch.close()
 
     def __enter__(self) -> PatchedLM:

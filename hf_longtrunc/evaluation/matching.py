@@ -148,7 +148,7 @@ def refused_shares(columns: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def known_shares(tokens: int, shares: Sequence[float] = SHARES) -> list[float]:
-    """Return the shares that `tokens` predicted tokens can tell from none: those of at least 1 / tokens.
+    """Return the shares of at least 1 / `tokens`; smaller ones cannot be measured on that many predicted tokens.
 
     Raises:
         ValueError: not even the largest.

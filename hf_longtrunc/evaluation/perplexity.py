@@ -137,11 +137,11 @@ def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: b
 def recomputed_losses(
     model: Any, input_ids: Tensor, window: int, *, chunk: int = 512, progress: bool | str = False
 ) -> Tensor:
-    """Return the losses of an unmodified model that reads its last window again after every half window.
+    """Return the losses of an unmodified model that re-reads the last half window with each new half window.
 
-    It is the best that the model can do with its window: every token past the first window has at least half a window
-    before it, at true distances. If a long-context technique loses more than this baseline, the difference is its
-    own; if both lose more than before, the text is harder.
+    This is the baseline for a long-context technique: each token past the first window has at least half a window of
+    context, at true distances. If only the technique's loss rises along the text, the technique is the reason; if both
+    rise, the text gets harder.
 
     Args:
         model: see `stream_losses`.

@@ -41,10 +41,10 @@ class Method(NamedTuple):
     """A sampler with one parameter, or with none.
 
     Attributes:
-        parameter: its name, None where there is nothing to set.
-        keeps_more: whether a larger parameter keeps more.
-        critical: (rows, rank) -> the parameter [rows] at which it begins to keep the token that `rank` tokens of its
-            row are more probable than; inf where it never does. Without a parameter: 1 where it refuses the token.
+        parameter: the parameter's name, or None.
+        keeps_more: whether a larger parameter keeps more tokens.
+        critical: a function (rows, rank) that returns the parameter [rows] from which the sampler keeps the token of
+            that rank (the number of more probable tokens); inf if it never does. Without a parameter: 1 if refused.
     """
 
     parameter: str | None
@@ -108,7 +108,7 @@ def _top_n_sigma_critical(rows: Ranked, rank: Tensor) -> Tensor:
 
 
 def collision(rows: Ranked, normalized: bool) -> Tensor:
-    """P-less' bar, as a surprisal."""
+    """Return p-less' threshold as a surprisal [rows]."""
     probs, size = (-rows.surprisal).exp(), rows.surprisal.shape[1]
     if normalized:
         probs = (probs - 1 / size) * math.sqrt(size / max(size - 1, 1))
@@ -141,7 +141,7 @@ def nearer(rows: Ranked, distance: Tensor, is_strict: bool) -> Interval:
 
 
 def top_h_shares(rows: Ranked) -> Tensor:
-    """Entropy of the first 1, 2, .. tokens among the 100 most probable, renormalised, over that of all of them."""
+    """Return the share of the entropy that the first 1, 2, .. of the 100 most probable tokens, renormalised, have."""
     surprisal = rows.surprisal[:, :TOP_H_TOKENS]
     log_probs = (-surprisal).log_softmax(-1)
     entropy = (log_probs.exp() * -log_probs.clamp_min(-1e3)).cumsum(-1)

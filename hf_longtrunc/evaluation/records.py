@@ -141,7 +141,7 @@ class Journal(Generic[RecordT]):
 
 
 def arm_settings(arm: Arm) -> str:
-    """Say what an arm of a comparison is, the same in every process: its repr, or a function's or class's name."""
+    """Return the settings of an arm as text: its repr, or the name of a function or class. Equal in every process."""
     return getattr(arm, "__qualname__", None) or repr(arm)
 
 

@@ -159,8 +159,8 @@ class CreamCollator(TrainerCallback):
         """Make a causal language model rotate by the ids in training mode.
 
         Use it as `with collator.attach(model):`, or keep it until `collator.detach()`. The model may be wrapped by
-        PEFT, DDP or FSDP before or afterwards, and compiled afterwards. `verify_positions(model)` finds out whether
-        CREAM means something to it.
+        PEFT, DDP or FSDP before or afterwards, and compiled afterwards. `verify_positions(model)` raises if
+        the model cannot be trained with CREAM.
 
         Returns:
             A handle; its `detach()` is the collator's.
@@ -182,7 +182,7 @@ class CreamCollator(TrainerCallback):
         return handle
 
     def detach(self) -> None:
-        """Give the model back as it was; a second call does nothing."""
+        """Remove the hooks from the model; a second call does nothing."""
         if self._handle is not None:
             self._handle.detach()
 

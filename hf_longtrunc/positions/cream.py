@@ -96,7 +96,7 @@ class CreamPositions:
         return np.concatenate([np.arange(*run, dtype=np.int64) for run in runs])
 
     def ends(self, length: int, factor: int, variant: Variant) -> int:
-        """Return k, the tokens of the head and of the tail each."""
+        """Return k, the number of tokens in the head, and in the tail."""
         if variant == "relativity":
             ends = max(length // 3, 1)
         else:

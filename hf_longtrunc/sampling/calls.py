@@ -100,7 +100,7 @@ def is_sampling() -> bool:
 
 
 def rows_per_prompt() -> int | None:
-    """Return how many rows `generate` makes of a prompt, its beams or returns; None outside of `generate`."""
+    """Return the number of rows for each prompt: beams or returned sequences. None outside of `generate`."""
     config = _generation_config()
     if config is None:
         return None

@@ -104,9 +104,9 @@ def top_n_sigma_threshold(rows: Softmax, n: float | Tensor) -> Float[Tensor, "*r
 
 
 def p_less_threshold(rows: Softmax, switch: float | Tensor, normalized: bool = False) -> Float[Tensor, "*rows 1"]:
-    """Return the collision probability C = sum of p^2 (Tan et al. 2025, section 3), which max p always reaches.
+    """Return the collision probability C = sum of p^2 (Tan et al. 2025, section 3). It is never above max p.
 
-    Normalised it is (V C - 1) / (V - 1): C less the mean of the other tokens' share 1 - C. `switch` is 1.
+    With `normalized`: (V C - 1) / (V - 1), which is 0 for a flat row. `switch` is 1; NaN cuts nothing.
     """
     log_probs = rows.z - rows.log_total
     if not normalized:
@@ -118,10 +118,10 @@ def p_less_threshold(rows: Softmax, switch: float | Tensor, normalized: bool = F
 
 
 def top_h_threshold(rows: Softmax, share: float | Tensor) -> Float[Tensor, "*rows 1"]:
-    """Return the last of the most probable tokens with terms -p log p that sum to at most `share` of the entropy.
+    """Return the lowest kept score: the terms -p log p of the kept tokens sum to at most `share` of the entropy.
 
     Potraghloo et al. 2025, arXiv 2509.02510: the terms are not renormalised, and the most probable token always stays.
-    The authors' code and transformers read the 100 most probable tokens; here as many as the share needs.
+    The authors' code and transformers read the 100 most probable tokens only; this reads as many as the share needs.
     """
     goal = (rows.entropy * share).double().reshape(-1, 1) * (1 + _ROUNDING)
     log_total = rows.log_total.reshape(-1, 1)
@@ -135,7 +135,7 @@ def top_h_threshold(rows: Softmax, share: float | Tensor) -> Float[Tensor, "*row
 
 
 def min_k_threshold(rows: Softmax, tau: float | Tensor) -> Float[Tensor, "*rows 1"]:
-    """Return the last token before the steepest drop: k = argmax of (s_i - s_{i+1}) / i over the sorted scores.
+    """Return the score before the steepest drop: s_k, k the argmax of (s_i - s_{i+1}) / i over the sorted scores.
 
     Ding et al. 2026, arXiv 2604.11012, section 3: at least floor(tau / R) tokens stay, R the row's range. The set is
     the same at every temperature as long as tau is below k R. A drop to an entry at -inf does not count.
@@ -171,10 +171,10 @@ class Cutoff(NamedTuple):
     """A sampler that cuts the tokens below `threshold(rows, prepared(value))`.
 
     Attributes:
-        threshold: returns the z of the last kept score [*rows, 1], for a prepared value or a column of them. NaN, for a
-            row that is no distribution or a value that is NaN, cuts nothing.
+        threshold: returns the z of the lowest kept score [*rows, 1], for one prepared value or a column of them. It is
+            NaN, and nothing is cut, for a row that is no distribution and for a value that is NaN.
         prepared: turns a user's number into the argument of `threshold`.
-        bounds: of the user's number, as keywords of `arguments.check_float`; None for a switch, 1 for on.
+        bounds: limits of the user's number, as keywords of `arguments.check_float`. None: it is a switch, 1 for on.
     """
 
     threshold: Callable[[Softmax, float | Tensor], Tensor]

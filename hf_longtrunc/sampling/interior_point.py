@@ -35,7 +35,7 @@ _SMALLEST_BATCH = 4
 
 
 class Result(NamedTuple):
-    """Per ray: status -1 and a feasible u that reaches the threshold, 1 and an l with l . a = 1 and T(l) below; 0."""
+    """The outcome per ray: -1 if a feasible u reaches the threshold, 1 if an l with l . a = 1 excludes it, else 0."""
 
     status: Tensor  # [n] int8
     u: Float[Tensor, "n k"]
@@ -43,7 +43,7 @@ class Result(NamedTuple):
 
 
 class DualBound(NamedTuple):
-    """T(l) = s * positive + negative."""
+    """The dual bound T(l) of each ray, as s * positive + negative."""
 
     positive: Float[Tensor, " n"]
     negative: Float[Tensor, " n"]
@@ -83,9 +83,10 @@ class _Predictor(NamedTuple):
 
 
 class InteriorPoint:
-    """The programs on columns `basis` [k, width] with weights `weights` [k], prepared for `rays` rays; s is `ceiling`.
+    """A solver for the programs on the columns `basis` [k, width] with weights `weights` [k] and s = `ceiling`.
 
-    `basis` should be white: sum_j w_j b_j b_j^T the identity.
+    `basis` should be white: the sum of w_j b_j b_j^T is the identity. `rays` is the number of rays that it will solve;
+    from four on, it computes products of columns in advance.
     """
 
     def __init__(self, basis: Float[Tensor, "k width"], weights: Float[Tensor, " k"], ceiling: float, rays: int):
@@ -102,7 +103,7 @@ class InteriorPoint:
 
     @property
     def batch(self) -> int:
-        """Rays to solve together."""
+        """The number of rays that `solve` should get at a time."""
         return max(_SMALLEST_BATCH, _BATCH_SIZE // len(self.weights))
 
     def solve(

@@ -37,7 +37,7 @@ _BIT = torch.arange(8, dtype=torch.uint8)
 
 @dataclass(frozen=True, eq=False)
 class SamplingMask:
-    """The kept sets of consecutive steps, each as token ids or as one bit a token, as is smaller.
+    """The kept sets of consecutive steps. A step is stored as token ids or as one bit a token, whichever is smaller.
 
     Examples:
         >>> mask = SamplingMask.from_kept(torch.tensor([[True, False, True], [False, True, False]]))

@@ -93,9 +93,10 @@ class SupportChecker:
     def kept(self, scores: Tensor, tau: float | Tensor, *, floor: float = 1e-6, limit: int | None = None) -> Tensor:
         """Return the kept set as a boolean mask of `scores` [*rows, V].
 
-        Of the tokens with floor <= p-hat < tau the `limit` most probable ones are decided (None: all). The others are
-        kept where a proof of those covers them, and cut without a proof where none does; so are undecided ones. Time
-        grows with the tokens that are decided, so `limit` bounds it, at a loss (docs: results/sampling.md).
+        Tokens with p-hat >= tau stay. Of those with floor <= p-hat < tau, the `limit` most probable ones are decided
+        (None: all); another token stays if one of their proofs covers it too. All others are cut, with or without a
+        proof, and so are undecided ones. Time grows with the number of decided tokens; `limit` bounds it and loses
+        a few kept tokens (docs: results/sampling.md).
         """
         floor = check_float("floor", floor, minimum=0, lt=1)
         limit = None if limit is None else check_int("limit", limit, minimum=1)

@@ -90,12 +90,12 @@ class _Program(NamedTuple):
 
 
 class SupportRow:
-    """One row of scores, for questions about its tokens one after the other; `SupportChecker.row` makes it.
+    """One row of scores, prepared once to decide its tokens one by one; `SupportChecker.row` returns it.
 
     Attributes:
-        checker: counts decisions.
+        checker: the checker, which counts the decisions.
         probs: p-hat [vocabulary], float64.
-        basis: [vocabulary, rank + 1], with its leading one.
+        basis: the basis [vocabulary, rank + 1]; its first column is 1.
     """
 
     def __init__(self, checker: SupportChecker, probs: Float[Tensor, " vocab"], basis: Float[Tensor, "vocab width"]):
@@ -115,9 +115,9 @@ class SupportRow:
 
 
 class TokenDecisions:
-    """The decisions about some tokens of one row at one tau, by programs on some columns; their proofs hold for all.
+    """Decides some tokens of one row at one tau, by programs on a part of the columns; each proof is verified on all.
 
-    With a limit only the first so many undecided tokens are asked about; with `prove` certificates are kept.
+    With `limit`, only the first `limit` undecided tokens are decided. With `prove`, certificates are kept.
     """
 
     def __init__(self, row: SupportRow, tau: float, tokens: Tensor, prove: bool = False, limit: int | None = None):
@@ -133,7 +133,7 @@ class TokenDecisions:
         return self.row.first_program
 
     def certificates(self) -> list[Certificate]:
-        """Return one for each token, in order."""
+        """Return the certificate of each token, in order."""
         pairs = zip(self.tokens.tolist(), self.decisions.tolist(), strict=True)
         return [self.proofs.get(n, Certificate(token, Decision(d))) for n, (token, d) in enumerate(pairs)]
 
@@ -141,7 +141,7 @@ class TokenDecisions:
         return ((self.decisions == 0) & (self.probs > 0))[: self.limit].nonzero()[:, 0]
 
     def sift(self) -> None:
-        """Cut the tokens that a few columns cut in a few steps: most of them, at a fraction of the cost."""
+        """Cut the easy tokens, on few columns and in few steps: most of them, at a fraction of the cost."""
         pending = self._pending()
         if len(pending) < _SIFTING_PAYS:
             return

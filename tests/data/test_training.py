@@ -67,13 +67,13 @@ class StopAfter(TrainerCallback):
 
 
 @pytest.mark.filterwarnings("ignore:packing within this batch", "ignore:the collator got documents without labels")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_twelve_steps_on_raw_documents_equal_the_padded_run(tmp_path, workers):
+def test_twelve_steps_on_raw_documents_equal_the_padded_run(tmp_path):
     dataset = datasets.Dataset.from_list(raw_examples(LENGTHS))
     padded = trained(tmp_path, dataset, pad)
-    packed = trained(tmp_path, dataset, BestFitPackingCollator(SEQ_LENGTH), dataloader_num_workers=workers)
-    assert (packed - padded).abs().max() < 1e-12
-    start = trained(tmp_path, dataset, pad, learning_rate=0.0)
+    for workers in (0, 2):
+        packed = trained(tmp_path, dataset, BestFitPackingCollator(SEQ_LENGTH), dataloader_num_workers=workers)
+        assert (packed - padded).abs().max() < 1e-12
+    start = trained(tmp_path, dataset, pad, steps=1, learning_rate=0.0)
     assert (padded - start).abs().max() > 0.05
 
 

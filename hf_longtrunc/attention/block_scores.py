@@ -85,16 +85,10 @@ def is_distant(
 def top_k(
     query: Float[Tensor, "batch heads n dim"], query_positions: Int[Tensor, "rows n"], distant: DistantKeys, k: int
 ) -> ExtraKeys:
-    """Select each head's and row's k best distant keys; all of them where there are fewer.
+    """Return each head's and row's k best distant keys, on the query's device.
 
-    Args:
-        query: rotated at its own positions.
-        query_positions: counted from each row's first real token; `rows` is the batch or 1.
-        distant: the keys.
-        k: keys a head and row.
-
-    Returns:
-        On the query's device; logits of -3e38 or so where a row found fewer.
+    A row that finds fewer gets logits of -3e38 or so. Queries are rotated at their own positions, which count from each
+    row's first real token; `rows` is the batch or 1.
     """
     batch, heads, n, _ = query.shape
     text = distant.text
@@ -115,16 +109,8 @@ def block_scores(
 ) -> Float[Tensor, "batch heads groups blocks"]:
     """Return the attention weight that each head and a group's queries would give to each block of the text.
 
-    Args:
-        query: rotated at its own positions.
-        query_positions: counted from each row's first real token; padding is not counted.
-        distant: the keys.
-        normalizer: log-sum-exp of each query's logits with window and sinks.
-        block_size: tokens a block; block b begins at position S + b * block_size.
-        groups: which queries belong to each group; `some` is the batch or 1.
-
-    Returns:
-        [batch, heads, groups, blocks]: the sum over a group's queries.
+    Block b begins at position S + b * block_size. `normalizer` is the log-sum-exp of each query's logits with window
+    and sinks, and `groups` says which queries belong to each group; its `some` is the batch or 1. Padding has none.
     """
     text = distant.text
     scores = _distant_scores(query, query_positions, distant)
@@ -169,14 +155,9 @@ def select_blocks(
     of rows where it is largest. Blocks below `least` are not read. The best block's emphasis is its squared
     contrast, clamped to [1, emphasis]; the others are scaled by the ratio of squared contrasts.
 
-    Args:
-        scores: attention weight that a scoring row of each stretch gives to each block, of all heads of all scoring
-            layers.
-        baseline: the weight that a row before them gives; 0 everywhere where there are no such rows.
-        count: how many blocks.
-        emphasis: the largest.
-        least: contrast of a block that is read.
-        total: returns the sum over the ranks that share the heads.
+    `scores` are the weights that a scoring row of each stretch gives to each block, in all heads of all scoring layers;
+    `baseline` those of a row before them, 0 everywhere without such rows. `total` returns a tensor's sum over the ranks
+    that share the heads.
     """
     tiny = torch.finfo(scores.dtype).tiny
     heads = total(scores.new_full((1,), scores.shape[1]))

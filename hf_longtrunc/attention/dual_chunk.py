@@ -118,20 +118,16 @@ def dual_chunk_attention(
     scoring: Scoring,
     selection: Selection | None = None,
 ) -> Float[Tensor, "batch heads n value_dim"]:
-    """Attend from the last n of m tokens.
+    """Attend from the last n of m tokens; the output has the dtype of `query`, and is zero for padding.
 
     Args:
         query: rotated at i mod s.
         key: rotated at j mod s, in the order of the text; the last n are the queries' own.
         value: of the keys.
-        padding: columns before each row's first real token; None where there are none.
+        padding: columns before each row's first real token. Each different one costs a pass of its own.
         law: of distances.
         scoring: of the layer, without slopes and dropout.
-        selection: keys that count for several, if they come before all queries; None: there are none.
-
-    Returns:
-        [batch, heads, n, value_dim] in the dtype of `query`; zeros for padding. Rows of one padding go together: each
-        other padding in the batch costs a pass of its own.
+        selection: keys that count for several, if they come before all queries.
     """
     if padding is None:
         return _attend_rows(query, key, value, 0, law, scoring, selection)
@@ -155,21 +151,11 @@ def chunk_block_scores(
     block_size: int,
     last: int,
 ) -> Float[Tensor, "batch heads groups blocks"]:
-    """Return the attention weight that each head and a group's queries give to each block of keys.
+    """Return the attention weight that a head and a group's queries give to each block; 0 for incomplete blocks.
 
-    Args:
-        query: of the last n of m tokens, as for `dual_chunk_attention`.
-        key: as there.
-        padding: as there.
-        law: of distances.
-        scoring: of the layer.
-        groups: which queries belong to each group; `rows` is the batch or 1.
-        num_sink_tokens: keys at the beginning of a row that belong to no block.
-        block_size: keys a block; block b begins at position num_sink_tokens + b * block_size.
-        last: queries at the end before which a block must end.
-
-    Returns:
-        [batch, heads, groups, blocks]: sums over a group's queries; 0 for blocks that are not complete.
+    Block b has `block_size` keys from position `num_sink_tokens` + b * block_size on, and must end before the `last`
+    queries. `groups` says which queries belong to each group; its `rows` is the batch or 1. The other arguments are
+    those of `dual_chunk_attention`.
     """
     count = max(0, key.shape[2] - last - num_sink_tokens) // block_size
     wide = torch.promote_types(query.dtype, torch.float32)

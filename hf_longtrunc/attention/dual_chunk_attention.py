@@ -13,12 +13,7 @@ from hf_longtrunc.arguments import check_choice, check_int
 from hf_longtrunc.attention.block_scores import Selection, select_keys
 from hf_longtrunc.attention.cache_law import guarded
 from hf_longtrunc.attention.context import PASSTHROUGH, ForwardContext, full_context, get_context
-from hf_longtrunc.attention.dual_chunk import (
-    ChunkLaw,
-    chunk_block_scores,
-    dual_chunk_attention,
-    sharpness,
-)
+from hf_longtrunc.attention.dual_chunk import ChunkLaw, chunk_block_scores, dual_chunk_attention, sharpness
 from hf_longtrunc.attention.key_retrieval import TopBlocks
 from hf_longtrunc.attention.lm_infinite import trained_length
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
@@ -38,8 +33,6 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.context import AttentionCall, AttentionLayer, DecoderCall, MaskPlaceholder
     from hf_longtrunc.attention.probe import ProbeResult
     from hf_longtrunc.handles import Handle
-
-_SINKS = 16  # first tokens that every token attends to, whatever is asked: no block holds them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +72,7 @@ class DualChunkAttention(Technique):
 
     cache_implementations: ClassVar[tuple[str | None, ...]] = (None, "dynamic", "offloaded", "quantized")
     restarts_positions: ClassVar[bool] = True
+    num_sink_tokens = 16  # that every token attends to, whatever is asked
 
     chunk_length: int | None = None
     trained_length: int | None = None
@@ -141,18 +135,9 @@ class DualChunkAttention(Technique):
     def retrieval_length(self) -> int:
         """The shortest text with a block before the rows that read."""
         retrieval = self.retrieval
-        return 0 if retrieval is None else _SINKS + retrieval.block_size + retrieval.margin + retrieval.rows
-
-    @property
-    def first_block(self) -> int:
-        """Position of the first key of the first block."""
-        return _SINKS
-
-    @property
-    def title(self) -> str:
-        """The technique and the settings that its caches depend on."""
-        law = self.distance_law
-        return f"DualChunkAttention(chunk_length={law.chunk_length}, trained_length={law.trained_length})"
+        return (
+            0 if retrieval is None else self.num_sink_tokens + retrieval.block_size + retrieval.margin + retrieval.rows
+        )
 
     def check(self, found: ProbeResult) -> Self:
         """Refuse a model without rotary positions; return the technique with the retrieval's defaults."""
@@ -273,14 +258,13 @@ class DualChunkAttention(Technique):
             output = torch.cat([before, output], dim=2)
         return call.in_call_order(output)
 
-    @staticmethod
-    def _select_keys(retrieval: TopBlocks, call: AttentionCall) -> Selection | None:
+    def _select_keys(self, retrieval: TopBlocks, call: AttentionCall) -> Selection | None:
         """Return which keys count for several in this layer; None: none, or this is a scoring pass."""
         index, context = call.layer.index, call.context
         selection = getattr(context.cache_layers.get(index), "selection", None)
         if selection is None or context.block_scores is not None or not retrieval.reads(index, is_scoring=False):
             return None
-        return select_keys(selection, retrieval.block_size, retrieval.margin, _SINKS)
+        return select_keys(selection, retrieval.block_size, retrieval.margin, self.num_sink_tokens)
 
     def _collect_scores(
         self, retrieval: TopBlocks, call: AttentionCall, query: Tensor, key: Tensor, padding: Tensor | None
@@ -300,7 +284,7 @@ class DualChunkAttention(Technique):
             self.distance_law,
             call.scoring,
             groups,
-            _SINKS,
+            self.num_sink_tokens,
             retrieval.block_size,
             last,
         )

@@ -60,10 +60,6 @@ class Retrieval(ABC):
     store: str
 
     @abstractmethod
-    def key_distance(self, window: int) -> int:
-        """Return D_k for a window of that length."""
-
-    @abstractmethod
     def query_rows(self, new: int, is_scoring: bool) -> int:
         """Return how many of the last of `new` rows look at distant keys."""
 
@@ -87,15 +83,12 @@ class Retrieval(ABC):
         return self
 
     def check(self, layers: Sequence[int], caches_keys: bool, can_crop: bool) -> None:
-        """Refuse a model that cannot be read this way.
+        """Raise ValueError if a model cannot be read this way.
 
         Args:
             layers: which ones have full attention; -1 where a module does not say.
             caches_keys: whether they cache their keys, or what keys are made from.
             can_crop: whether every layer can drop its last tokens, or some carry a state.
-
-        Raises:
-            ValueError: the message says why.
         """
         if -1 in layers:
             raise UnsupportedModelError(
@@ -114,13 +107,10 @@ class Retrieval(ABC):
         layers: Callable[[], Sequence[Any]],
         total: Callable[[Tensor], Tensor],
     ) -> object:
-        """Run a decoder call and return the decoder's output.
+        """Run a decoder call and return the decoder's output; `run(call, block_scores)` runs it once.
 
-        Args:
-            call: to be run.
-            run: `run(call, block_scores)` runs it once.
-            layers: returns the cache layers that hold a selection; raises ValueError where there are none.
-            total: returns a tensor's sum over the ranks that share the model's heads.
+        `layers` returns the cache layers that hold a selection, and raises ValueError where there are none; `total`
+        returns a tensor's sum over the ranks that share the model's heads.
         """
         return run(call, None)
 
@@ -154,17 +144,14 @@ class TopK(Retrieval):
     def __post_init__(self) -> None:
         _check_fields(self, k=1, distance=1, first_layer=0, rows=1)
 
-    def key_distance(self, window: int) -> int:
-        """Return D_k for a window of that length."""
-        return max(1, window // 2) if self.distance is None else self.distance
-
     def query_rows(self, new: int, is_scoring: bool) -> int:
         """Return how many of the last of `new` rows look at distant keys."""
         return new if self.rows is None else self.rows
 
     def extra_keys(self, distant: DistantKeys, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
         """Return the k best keys of each head and row."""
-        return top_k(query, positions, distant._replace(distance=self.key_distance(distant.window)), self.k)
+        distance = self.distance or max(1, distant.window // 2)
+        return top_k(query, positions, distant._replace(distance=distance), self.k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,16 +250,6 @@ class TopBlocks(Retrieval):
         chat = {"opening_ids": opening, "ending_ids": ending, "question_rows": 64, "contrast_rows": 64, "rows": 64}
         return cls(**{**chat, "blocks": 4, "emphasis": 8.0, "least_contrast": 3.0, "margin": 16, **options})
 
-    def key_distance(self, window: int) -> int:
-        """Return D_k for a window of that length."""
-        return max(1, window // 4) if self.distance is None else self.distance
-
-    def scores_from(self, layers: int) -> int:
-        """Return the first layer that scores, in a model of that many."""
-        if self.first_voting_layer is None:
-            return max(self.first_layer, 2 * layers // 5)
-        return self.first_voting_layer
-
     def query_rows(self, new: int, is_scoring: bool) -> int:
         """Return how many of the last rows look at distant keys: those that score, or those that read."""
         return len(self.ending_ids) + self.max_question_rows + self.contrast_rows if is_scoring else self.rows
@@ -299,7 +276,9 @@ class TopBlocks(Retrieval):
 
     def for_layers(self, count: int) -> TopBlocks:
         """Return the settings with the first layer that scores."""
-        return replace(self, first_voting_layer=self.scores_from(count))
+        if self.first_voting_layer is not None:
+            return self
+        return replace(self, first_voting_layer=max(self.first_layer, 2 * count // 5))
 
     def reads(self, layer: int, is_scoring: bool) -> bool:
         """Return whether that layer scores, or reads."""
@@ -318,7 +297,7 @@ class TopBlocks(Retrieval):
                 "its cache holds what keys are made from (multi-head latent attention), and TopBlocks searches "
                 "keys that are cached: take TopK"
             )
-        if max(layers) < self.scores_from(max(layers) + 1):
+        if not self.reads(max(layers), is_scoring=True):
             raise ValueError(
                 f"TopBlocks: first_voting_layer={self.first_voting_layer} leaves no layer that scores: the last one "
                 f"of full attention is layer {max(layers)}"
@@ -369,8 +348,8 @@ class TopBlocks(Retrieval):
     def extra_keys(self, distant: DistantKeys, query: Tensor, positions: Tensor, logits: Tensor) -> ExtraKeys | None:
         """Score the blocks during a scoring pass, and return the selected blocks' keys otherwise."""
         collected, selection, window = distant.block_scores, distant.selection, distant.window
-        away, first_query = self.key_distance(window), window + distant.num_sink_tokens
-        distant = distant._replace(distance=away, window=min(away, window), first_query=first_query)
+        distance, first_query = self.distance or max(1, window // 4), window + distant.num_sink_tokens
+        distant = distant._replace(distance=distance, window=min(distance, window), first_query=first_query)
         if collected is not None:
             last = distant.text.positions[..., -1:].to(positions.device)
             groups = self.groups(positions, last, collected)
@@ -384,13 +363,8 @@ class TopBlocks(Retrieval):
     def groups(self, positions: Tensor, last: Tensor, collected: BlockScores) -> Tensor:
         """Return which of the last rows belong to each stretch of the question, and to the baseline before it.
 
-        Args:
-            positions: of the rows that look at the text [rows, n].
-            last: position of the last token [rows, 1].
-            collected: of this scoring pass.
-
-        Returns:
-            [stretches + 1, rows or batch, n]; padding belongs to none.
+        From the rows' positions [rows, n] and the last token's [rows, 1] to [stretches + 1, rows or batch, n]; padding
+        belongs to none.
         """
         back = last - len(self.ending_ids) - positions  # 0: the last row of the question
         asks = (back >= 0) & (back < self.max_question_rows)

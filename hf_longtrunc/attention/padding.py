@@ -39,10 +39,7 @@ class PaddingState(NamedTuple):
     def append(self, real: Tensor | None, past: int, new: int) -> tuple[PaddingState, RowShift | None]:
         """Return the state after `new` more columns, and the shift that they require; None where nothing moves.
 
-        Args:
-            real: where there are tokens [batch, past + new]; None where all new columns hold one.
-            past: columns seen.
-            new: columns to come.
+        `real` [batch, past + new] says where there are tokens; None where all new columns hold one.
 
         Raises:
             ValueError: the mask of past columns changed in another way than that rows now end earlier.

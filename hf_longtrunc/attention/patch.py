@@ -21,12 +21,18 @@ from hf_longtrunc.attention.context import (
 )
 from hf_longtrunc.attention.explanation import Explanation
 from hf_longtrunc.attention.generation import patch_generate
-from hf_longtrunc.attention.interface import register
-from hf_longtrunc.attention.own_config import set_own_configs
+from hf_longtrunc.attention.interface import register, set_own_configs
 from hf_longtrunc.attention.own_forwards import own_forward
 from hf_longtrunc.attention.path_check import check_technique
-from hf_longtrunc.attention.probe import get_result, hidden_states, identity_of, probe, set_result, states_of
-from hf_longtrunc.attention.refusals import refuse_model
+from hf_longtrunc.attention.probe import (
+    get_result,
+    hidden_states,
+    identity_of,
+    probe,
+    refuse_model,
+    set_result,
+    states_of,
+)
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
 from hf_longtrunc.errors import UnsupportedModelError
 from hf_longtrunc.handles import Handle
@@ -195,16 +201,10 @@ class AttentionPatch(Handle):
     def run(
         self, call: DecoderCall | None, block_scores: BlockScores | None = None, /, *args: Any, **inputs: Any
     ) -> Any:
-        """Run the decoder once.
+        """Run the decoder once, for a call or for the arguments of its forward.
 
-        Where the step of one token is compiled, it is planned before it and committed after it, so that its graph
-        holds no number that changes with the tokens seen.
-
-        Args:
-            call: of the decoder; None takes it from the arguments of its forward.
-            block_scores: collects the scores of a scoring pass; None otherwise.
-            args: of the decoder's forward.
-            inputs: of the decoder's forward, by name.
+        A step of one token is planned before it and committed after it, so that a compiled graph holds no number that
+        changes with the tokens seen. `block_scores` collects the scores of a scoring pass.
         """
         if call is None:
             call = DecoderCall.of(self.decoder, args, inputs)

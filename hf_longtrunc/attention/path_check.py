@@ -72,12 +72,7 @@ def _error(technique: Technique, kind: tuple[Any, ...] | None) -> float:
 def pairwise_attention(query: Tensor, key: Tensor, value: Tensor, law: DistanceLaw, scoring: Scoring) -> Tensor:
     """Return attention by the definition: every pair rotated to its own distance, one softmax over visible keys.
 
-    Args:
-        query: un-rotated, [1, heads, n, dim].
-        key: un-rotated, [1, 1, n, dim].
-        value: [1, 1, n, value_dim].
-        law: of visibility and distance.
-        scoring: scaling and rotation.
+    Queries [1, heads, n, dim] and keys [1, 1, n, dim] come un-rotated.
     """
     places = torch.arange(query.shape[2])
     distances, scores = law.distance(places, places), []

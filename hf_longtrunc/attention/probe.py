@@ -1,4 +1,7 @@
-"""Finding out by experiment how each layer of a model rotates queries and keys, and what its states can do."""
+"""Finding out by experiment how each layer of a model rotates queries and keys, and what its states can do.
+
+`refuse_model` refuses models before any experiment: their class, config and modules say that they do not fit.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicIndexedLayer, LinearAttentionCacheLayerMixin
 
 from hf_longtrunc.attention.context import AttentionLayer, MaskPlaceholder, set_context
 from hf_longtrunc.attention.own_forwards import own_forward
@@ -36,6 +39,61 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.rope import ExactRotary, Rotation
 
 
+# Reasons that no probe can find, by the name of the decoder's class.
+_REFUSED: dict[str, str] = {
+    "DogeModel": (
+        "it adds to every score a bias that it makes from that key's value, and drops keys by it: visibility does not "
+        "depend on distance"
+    ),
+    "GPTNeoModel": "it adds learned absolute positions to its tokens: there is no distance to limit",
+    "MiniMaxModel": (
+        "its cache is a class of its own that its forward makes: it has no place for a ring, and it counts tokens in "
+        "the first layer, which in the released models is a linear one and counts none"
+    ),
+}
+
+
+def refuse_model(model: Any, decoder: Any, technique: str) -> None:
+    """Refuse a model that needs no probe to be seen as unfit.
+
+    Raises:
+        UnsupportedModelError, ValueError: the message says why.
+    """
+    earlier = decoder.__dict__.get("_hf_longtrunc_patch")
+    if earlier is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is patched by {type(earlier.technique).__name__} already: detach that patch "
+            "first, they do not nest"
+        )
+    if any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__):
+        raise ValueError(
+            f"{technique}: this model was sharded by fully_shard, whose parameters cannot be probed: attach before "
+            "fully_shard(model)"
+        )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError("it is an encoder-decoder, not a causal language model")
+    config = decoder.config
+    sees_ahead = getattr(config, "use_bidirectional_attention", None) in (True, "all")
+    if sees_ahead or not getattr(config, "is_causal", True):
+        raise UnsupportedModelError(
+            "its prompts are read in both directions, and the mask that limits distances is causal"
+        )
+    reason = _REFUSED.get(type(decoder).__name__)
+    if reason is not None:
+        raise UnsupportedModelError(reason)
+    layers = DynamicCache(config=config).layers
+    if any(isinstance(layer, DynamicIndexedLayer) for layer in layers):
+        raise UnsupportedModelError(
+            "an indexer of its own chooses from the whole text which keys each token sees: a window would hide keys "
+            "from it, and its cache would grow all the same"
+        )
+    attends = any(isinstance(layer, CacheLayerMixin) for layer in layers)
+    if not attends or (model._is_stateful and CACHE not in parameters_of(decoder)):
+        raise UnsupportedModelError(
+            "it has no attention layers: its states are of constant size already, and there is no distance to limit"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class ProbeResult:
     """Findings about a decoder."""
@@ -57,8 +115,9 @@ class ProbeResult:
     def check_retrieval(self, retrieval: Retrieval, can_crop: bool) -> Retrieval:
         """Return the retrieval with defaults for these layers; refuse one that they cannot serve."""
         indices = [layer.index for layer in self.layers.values()]
+        retrieval = retrieval.for_layers(max(indices) + 1)
         retrieval.check(indices, all(layer.caches_keys for layer in self.layers.values()), can_crop)
-        return retrieval.for_layers(max(indices) + 1)
+        return retrieval
 
     def check_gaps(self, context: ForwardContext) -> None:
         """Refuse masked columns between tokens if some layers count them in a window of their own."""
@@ -69,16 +128,7 @@ class ProbeResult:
             )
 
     def check_states(self, real: Tensor | None, past: int, new: int) -> None:
-        """Refuse a forward after which the model's states would not be those of each row's tokens.
-
-        Args:
-            real: where there are tokens [batch, past + new]; None: everywhere.
-            past: columns seen.
-            new: columns to come.
-
-        Raises:
-            ValueError: the message says what to do.
-        """
+        """Raise ValueError for a forward after which the model's states would not be those of each row's tokens."""
         if past and new > 1 and not self.states_go_on:
             raise ValueError(
                 f"this model's recurrent layers forget their state in a forward of several tokens behind others, "
@@ -258,11 +308,8 @@ class LayerProbe(MaskPlaceholder):
 def probe(decoder: Any, rope_length: int, has_states: bool, states_go_on: bool) -> ProbeResult:
     """Find out how each layer's attention rotates and which layers cache their keys.
 
-    Args:
-        decoder: with the attention and the mask function of its patch installed.
-        rope_length: frequencies that depend on the running length are taken at this length.
-        has_states: from `states_of`, as is the next.
-        states_go_on: whether a forward of several tokens goes on from them.
+    The decoder calls the attention and the mask function of its patch. Frequencies that depend on the running length
+    are taken at `rope_length`; the last two arguments are those of `states_of`.
     """
     with Handle("a probe", decoder, "rotary modules") as probing:
         exact = dict(find_rotary(decoder, rope_length))

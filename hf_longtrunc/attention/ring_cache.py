@@ -130,7 +130,8 @@ class RingCacheLayer(CacheLayerMixin):
 
     def keys_for(self, new_tokens: int) -> int:
         """Return how many keys the next `update` will return, of several tokens or of one that is not the first."""
-        return self.num_sink_tokens + (self.window_length if new_tokens == 1 else self._window_keys() + new_tokens)
+        before = min(self.seen, self.window_length - 1)
+        return self.num_sink_tokens + (self.window_length if new_tokens == 1 else before + new_tokens)
 
     def key_positions(self, state: PaddingState, device: torch.device) -> Tensor:
         """Positions [rows, S + L] of the slots' keys as one more token will see them, negative for an empty slot."""
@@ -150,10 +151,6 @@ class RingCacheLayer(CacheLayerMixin):
         """Return the least number of tokens that `crop` can go back to."""
         has_overwritten = self.written > self.window_length + self.ROLLBACK
         return max(self.padding_state.floor, self.written - self.ROLLBACK - 1 if has_overwritten else 0)
-
-    def _window_keys(self) -> int:
-        """How many columns before the new ones their first window reaches."""
-        return min(self.seen, self.window_length - 1)
 
     @property
     def nbytes(self) -> int:
@@ -236,7 +233,7 @@ class RingCacheLayer(CacheLayerMixin):
 
     def _in_order(self, ring: Tensor, sinks: Tensor, new: Tensor) -> Tensor:
         """Return [sinks | window before | new tokens], in the order of the text."""
-        columns = torch.arange(self.seen - self._window_keys(), self.seen, device=ring.device)
+        columns = torch.arange(max(0, self.seen - self.window_length + 1), self.seen, device=ring.device)
         slots, _ = self._slots_of(columns)
         return torch.cat([sinks, ring.index_select(2, slots), new], dim=2)
 

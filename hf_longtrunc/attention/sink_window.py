@@ -44,7 +44,6 @@ class SinkWindowTechnique(Technique):
     compiles_decode: ClassVar[bool] = True
     prefill_chunk: ClassVar[int | None] = 1024
 
-    num_sink_tokens: int
     window_length: int | None
     path: str = "auto"
 
@@ -74,20 +73,6 @@ class SinkWindowTechnique(Technique):
     def retrieval_length(self) -> int:
         """The shortest text with keys outside sinks and window."""
         return self.distance_law.window_length + self.num_sink_tokens + 1
-
-    @property
-    def first_block(self) -> int:
-        """Position of the first key of the first block: blocks are counted from the end of the sinks."""
-        return self.num_sink_tokens
-
-    @property
-    def title(self) -> str:
-        """The technique and the settings that its caches depend on."""
-        law = self.distance_law
-        return (
-            f"{type(self).__name__}(num_sink_tokens={law.num_sink_tokens}, window_length={law.window_length}, "
-            f"max_distance={law.max_distance})"
-        )
 
     def check(self, found: ProbeResult) -> Self:
         """Return the technique with the retrieval's defaults for so many layers."""

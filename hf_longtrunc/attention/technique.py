@@ -58,9 +58,11 @@ class Technique(ABC):
         prefill_chunk: tokens of a long prompt that `generate` reads at once; None: all.
         cache_implementations: those of `generate` that it works with.
         restarts_positions: whether its position_ids may start again within a text.
+        num_sink_tokens: first tokens of a row that belong to no block of `TopBlocks`.
     """
 
     retrieval: Retrieval | None = None
+    num_sink_tokens: int
     compiles_decode: ClassVar[bool] = False
     prefill_chunk: ClassVar[int | None] = None
     cache_implementations: ClassVar[tuple[str | None, ...]] = (None, "dynamic", "offloaded")
@@ -141,14 +143,10 @@ class Technique(ABC):
         """The shortest text in which `retrieval` can select keys."""
 
     @property
-    def first_block(self) -> int:
-        """Position of the first key of the first block that `TopBlocks` can select."""
-        return 0
-
-    @property
     def title(self) -> str:
         """The technique and the settings that its caches depend on, as messages name them."""
-        return repr(self)
+        lengths = (each.name for each in fields(self.distance_law) if hasattr(self, each.name))  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in lengths)})"
 
     @abstractmethod
     def for_model(self, model: Any) -> Self:
@@ -180,22 +178,15 @@ class Technique(ABC):
     ) -> tuple[MaskPlaceholder, Tensor | None]:
         """Return the context of a call, or PASSTHROUGH, and its position_ids; None leaves the decoder's own.
 
-        Args:
-            call: to be run.
-            found: about the model.
-            block_scores: collects scores of a scoring pass; None otherwise.
-            passthrough: whether a call that the unpatched model computes equally may be left to it.
+        `block_scores` collects the scores of a scoring pass; `passthrough` says whether a call that the unpatched model
+        computes equally may be left to it.
         """
 
     @abstractmethod
     def cache_layer(self, ordinary: Any, layer: AttentionLayer, law: CacheLaw, shares_keys: bool) -> CacheLayerMixin:
-        """Return the cache layer that `generate` uses in the place of an ordinary one that grows.
+        """Return the cache layer that `generate` uses in the place of an `ordinary` one that grows.
 
-        Args:
-            ordinary: a `DynamicLayer`, or one with a state.
-            layer: its module's record.
-            law: of its keys.
-            shares_keys: whether several layers of the model read one cache layer.
+        `shares_keys` says whether several layers of the model read one cache layer.
         """
 
     @abstractmethod

@@ -211,7 +211,7 @@ def _layer_record(technique: Technique, call: AttentionCall, stretch: int) -> At
     blocks = None
     if cached is not None and cached.selection is not None and isinstance(technique.retrieval, TopBlocks):
         retrieval, chosen = technique.retrieval, cached.selection.indices.cpu()[..., None]
-        start = technique.first_block + chosen * retrieval.block_size
+        start = technique.num_sink_tokens + chosen * retrieval.block_size
         spans = torch.cat([start - retrieval.margin, start + retrieval.block_size + retrieval.margin], dim=-1)
         blocks = spans.clamp_min(0).masked_fill(chosen < 0, 0)
     return AttentionRecord(last, None, mass, blocks)
@@ -252,16 +252,9 @@ def weights_of_keys(
     """Return the attention weight of each key [batch, keys], summed over heads and queries.
 
     An output is linear in the values, o = sum_j w_j v_j. If each value is one number, the gradient of o by v_j is w_j,
-    summed over the heads that share the key. So the weights come from the code that attends, not from a copy of it.
-
-    Args:
-        attend: takes a tensor [batch, kv_heads, keys, 1] for each of `values`, and returns the output of attention
-            over all of them [batch, heads, n, 1].
-        values: of the keys.
-        dtype: of the computation.
-
-    Cost: the attention and its backward pass, with values of one number. Works under `torch.no_grad`, not under
-    `torch.inference_mode`.
+    summed over the heads that share the key. So the weights come from the code that attends, not from a copy of it:
+    `attend` takes a tensor [batch, kv_heads, keys, 1] for each of `values`, and returns the output of attention over
+    all of them [batch, heads, n, 1]. Works under `torch.no_grad`, not under `torch.inference_mode`.
     """
     # Saved-tensor hooks of a checkpoint around this call must not count its tensors.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):

@@ -521,9 +521,9 @@ def test_the_later_layers_choose_otherwise():
 
 
 def test_what_blocks_take_where_nothing_is_given(llama):
-    assert [TopBlocks().scores_from(layers) for layers in (30, 16, 8)] == [12, 6, 4]
-    assert TopBlocks(first_layer=0).scores_from(2) == 0
-    assert TopBlocks(first_voting_layer=2).scores_from(30) == 2
+    assert [TopBlocks().for_layers(layers).first_voting_layer for layers in (30, 16, 8)] == [12, 6, 4]
+    assert TopBlocks(first_layer=0).for_layers(2).first_voting_layer == 0
+    assert TopBlocks(first_voting_layer=2).for_layers(30).first_voting_layer == 2
     ids = prompt(N)
     with LMInfinite(num_sink_tokens=S, window_length=L, retrieval=replace(BLOCKS.retrieval, distance=L // 4))(llama):
         expected = logits(llama, ids, cache=ring_cache(llama))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, update_wrapper
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -57,8 +58,8 @@ class DualChunkAttention(Technique):
         trained_length: c, more than s; None takes it from the config.
         retrieval: `TopBlocks(...)` counts the keys of the blocks that a question points at several times, in all layers
             that read, at any length. It needs a cache that grows (`DynamicCache`). None: every key counts once.
-        temperature: sharpens the scores of queries past the trained length, "log" by log(i + 1) / log c, "yarn" by
-            (0.1 log((i + 1) / c) + 1)^2; None leaves them as they are.
+        temperature: deprecated, goes with 0.3. Sharpens the scores of queries past the trained length, "log" by
+            log(i + 1) / log c, "yarn" by (0.1 log((i + 1) / c) + 1)^2; None leaves them as they are.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.
@@ -100,6 +101,13 @@ class DualChunkAttention(Technique):
 
     def for_model(self, model: Any) -> Self:
         """Return the technique with chunk and trained length of one model."""
+        if self.temperature is not None:
+            warnings.warn(
+                "DualChunkAttention(temperature=...) helped on no text that was measured, and goes with version 0.3: "
+                "leave it out",
+                FutureWarning,
+                stacklevel=4,  # the caller of attach()
+            )
         config = model.config.get_text_config(decoder=True)
         own = getattr(config, "dual_chunk_attention_config", None) or {}  # as Qwen2.5-1M has it
         trained = self.trained_length or own.get("chunk_size") or trained_length(model.config)

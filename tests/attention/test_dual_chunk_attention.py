@@ -166,7 +166,10 @@ def test_scores_past_the_trained_length_are_sharpened(family, temperature):
     install(defined, SharperChunks(0, 1, 1, ROPES[family], factors=factors), "naive_sharper")
     expected = logits(defined, ids)
     wide, mask = padded(ids, 5)
-    with replace(ARM, temperature=temperature)(model):
+    with pytest.warns(FutureWarning, match="goes with version 0.3") as warned:
+        handle = replace(ARM, temperature=temperature).attach(model)
+    assert [each.filename for each in warned] == [__file__]
+    with handle:
         assert torch.equal(logits(model, ids[:, :CHUNK]), logits(model_of(family), ids[:, :CHUNK]))
         for got in (
             logits(model, ids),

@@ -120,10 +120,10 @@ def eta(epsilon: float = 8e-3) -> str:
         )
         y = height(threshold)
         parts.append(line(panel, y, ORANGE))
-        parts.append(text(290 + 400 * panel, y + (-6 if threshold == epsilon else 16), f"eta {threshold:.1e}"))
+        parts.append(text(270 + 400 * panel, y + (-6 if threshold == epsilon else 16), f"eta {threshold:.1e}"))
         y = height(epsilon)
         if threshold < epsilon:
-            parts += [line(panel, y, INK, dash=True), text(290 + 400 * panel, y - 6, f"epsilon {epsilon:.1e}")]
+            parts += [line(panel, y, INK, dash=True), text(270 + 400 * panel, y - 6, f"epsilon {epsilon:.1e}")]
     words = "Green: kept; grey: cut. Tokens by decreasing probability, on a logarithmic scale."
     return svg(800, 300, [*parts, text(20, 290, words)])
 

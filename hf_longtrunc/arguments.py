@@ -1,15 +1,45 @@
-"""Check the numbers and words that a user passes.
+"""Check the numbers, words and names that a user passes.
 
-Each function returns the value as a plain Python number, so that `np.int64(8)` or a torch scalar
+Each `check_` function returns the value as a plain Python number, so that `np.int64(8)` or a torch scalar
 is stored, compared and printed like 8. `True` is no number.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
+from dataclasses import fields
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class NamedSettings:
+    """Base of a dataclass of keyword-only settings: it refuses what `__init__` would, and names the right call.
+
+    Attributes:
+        usage: the right call; {name} stands for the class.
+    """
+
+    usage: ClassVar[str]
+
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        """Refuse settings without a name, or with one that the class does not have."""
+        name = cls.__name__
+        if args:
+            raise TypeError(
+                f"{name} takes its settings by name, got {type(args[0]).__name__}: {cls.usage.format(name=name)}"
+            )
+        known = [each.name for each in fields(cls)]  # type: ignore[arg-type]
+        for unknown in settings.keys() - set(known):
+            part = [each for each in known if unknown in each]
+            near = part or difflib.get_close_matches(unknown, known, n=1, cutoff=0.3)
+            advice = f" Did you mean {near[0]}?" if near else ""
+            raise TypeError(f"{name} has no setting {unknown!r}.{advice} It takes {', '.join(known)}")
+        return super().__new__(cls)
 
 
 def check_int(name: str, value: object, *, minimum: int | None = None, maximum: int | None = None) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hf_longtrunc.arguments import NamedSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -12,6 +14,19 @@ if TYPE_CHECKING:
 
 
 _ABSENT: Any = object()
+
+
+class PatchSettings(NamedSettings):
+    """Base of a technique's settings, which become a patch when they are called with a model."""
+
+    usage: ClassVar[str] = "patch a model by {name}(...)(model), or `with {name}(...)(model):`"
+
+    def __enter__(self) -> None:
+        name = type(self).__name__
+        raise TypeError(f"{name}(...) has no model to patch yet: write `with {name}(...)(model):`")
+
+    def __exit__(self, *exception: object) -> None:
+        """Do nothing: `with` needs this method before it calls `__enter__`."""
 
 
 class Handle:

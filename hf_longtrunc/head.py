@@ -40,12 +40,18 @@ class LanguageModelHead:
         vocab_size: width of the logits, which may exceed the tokenizer.
 
     Raises:
+        TypeError: it is no model.
         ValueError: no output embedding, one that the forward does not call or that has active dropout, or logits that
             are none of the above.
     """
 
     def __init__(self, model: Any) -> None:
         inside = unwrapped(model)
+        if not hasattr(inside, "get_output_embeddings"):
+            raise TypeError(
+                "model must be a transformers language model or a wrapper of one, got "
+                f"{type(model).__name__}; load one with load_pretrained(name)"
+            )
         self._model_name = type(inside).__name__
         self.module = inside.get_output_embeddings()
         if self.module is None:

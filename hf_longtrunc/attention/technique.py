@@ -7,7 +7,6 @@ change. At attach, `path_check.py` compares each of its paths with the law.
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from hf_longtrunc.attention.explanation import Explanation
 from hf_longtrunc.attention.patch import AttentionPatch
 from hf_longtrunc.errors import UnsupportedModelError
+from hf_longtrunc.handles import PatchSettings
 from hf_longtrunc.models import attachable
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class DistanceLaw(Protocol):
         """Return the distance of each pair [..., n, m]."""
 
 
-class Technique(ABC):
+class Technique(PatchSettings, ABC):
     """Settings of a technique, and how it computes attention.
 
     Attributes:
@@ -67,29 +67,6 @@ class Technique(ABC):
     prefill_chunk: ClassVar[int | None] = None
     cache_implementations: ClassVar[tuple[str | None, ...]] = (None, "dynamic", "offloaded")
     restarts_positions: ClassVar[bool] = False
-
-    def __new__(cls, *args: Any, **settings: Any) -> Self:
-        """Refuse arguments that a dataclass would refuse, and name the right call."""
-        name = cls.__name__
-        if args:
-            raise TypeError(
-                f"{name} takes its settings by name, got {type(args[0]).__name__}: patch a model by "
-                f"{name}(...)(model), or `with {name}(...)(model):`"
-            )
-        known = [each.name for each in fields(cls)]  # type: ignore[arg-type]
-        for unknown in settings.keys() - set(known):
-            part = [each for each in known if unknown in each]
-            near = part or difflib.get_close_matches(unknown, known, n=1, cutoff=0.3)
-            advice = f" Did you mean {near[0]}?" if near else ""
-            raise TypeError(f"{name} has no setting {unknown!r}.{advice} It takes {', '.join(known)}")
-        return super().__new__(cls)
-
-    def __enter__(self) -> None:
-        name = type(self).__name__
-        raise TypeError(f"{name}(...) has no model to patch yet: write `with {name}(...)(model):`")
-
-    def __exit__(self, *exception: object) -> None:  # noqa: B027
-        """Do nothing: `with` needs this method before it calls `__enter__`."""
 
     def attach(self, model: Any) -> AttentionPatch:
         """Patch `model`, a transformers causal language model or a PEFT or DDP wrapper of one, until `detach()`.

@@ -75,20 +75,18 @@ def load(
     Raises:
         typer.BadParameter: a device that is not there, or a model that cannot be loaded.
     """
-    import torch
     from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     from hf_longtrunc import load_pretrained
-    from hf_longtrunc.pretrained import checked_name, default_model_folder
+    from hf_longtrunc.pretrained import checked_device, checked_name, default_model_folder
 
     if not is_watched():
         disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        torch.empty(0, device=device)
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise typer.BadParameter(f"cannot be used here, got {device}: {reason}", param_hint="--device") from error
+        checked_device(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from error
     try:
         config: Any = None if name is None else AutoConfig.from_pretrained(checked_name(name))
         if config is not None and needs is not None and config.is_encoder_decoder != (needs == "an encoder-decoder"):
@@ -96,7 +94,7 @@ def load(
             raise TypeError(f"this command needs {needs}, and this is {kind}")
         source = default_model_folder() if name is None else name  # fetched under pip's own progress bar
         with notes().status("loading the model"):
-            return load_pretrained(source, dtype=None if dtype is None else getattr(torch, dtype), device=device)
+            return load_pretrained(source, dtype=dtype, device=device)
     except Exception as error:  # from_pretrained raises what its files make it raise
         raise _could_not_load(name or "the default model", error, "--model") from error
 

@@ -15,7 +15,7 @@ from hf_longtrunc.cross_attention.datastore import Datastore, FaissDatastore
 from hf_longtrunc.cross_attention.long_encoder import long_encoder
 from hf_longtrunc.cross_attention.reader import LongInputReader
 from hf_longtrunc.cross_attention.texts import KnownTexts
-from hf_longtrunc.handles import Handle
+from hf_longtrunc.handles import Handle, PatchSettings
 from hf_longtrunc.models import attachable, disagreement, evaluating, few_tokens, parameters_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _DRAWS = {"retrieval": (False,), "random": (True,), "alternating": (True, False)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unlimiformer:
+class Unlimiformer(PatchSettings):
     """Inputs of any length for a pretrained encoder-decoder: every cross-attention head reads its own best states.
 
     The text is encoded in overlapping windows by the unmodified encoder, and each head of each decoder layer attends

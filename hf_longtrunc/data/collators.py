@@ -39,7 +39,7 @@ class BestFitPackingCollator:
     Args:
         seq_length: tokens in a row.
         tokenizer: for its padding token.
-        pad_token_id: None takes the tokenizer's, or its EOS, or 0. Padding is never learned.
+        pad_token_id: None takes the tokenizer's or its EOS; without a tokenizer 0, as no document sees the padding.
         layout: "rows" gives [rows, seq_length], for eager, sdpa and flex attention. "flat" gives one row of all tokens
             without padding, [1, tokens], with cu_seq_lens_q/k, max_length_q/k and seq_idx: for flash attention, and for
             the kernels of convolutions, linear attention and Mamba (causal-conv1d, flash-linear-attention, mamba-ssm).
@@ -71,10 +71,17 @@ class BestFitPackingCollator:
     ) -> None:
         self.seq_length = check_int("seq_length", seq_length, minimum=1)
         check_choice("layout", layout, ("auto", "rows", "flat"))
-        padding = padding_token(tokenizer)
-        self.pad_token_id = padding if pad_token_id is None else check_int("pad_token_id", pad_token_id, minimum=0)
+        check_tokenizer(tokenizer)
+        padding = padding_token(tokenizer) if pad_token_id is None else pad_token_id
+        self.pad_token_id = check_int("pad_token_id", padding, minimum=0)
         if model is not None and not hasattr(unwrapped(model), "config"):
             raise TypeError(f"model must be a transformers model or None, got {type(model).__name__}")
+        vocabulary = None if model is None else unwrapped(model).config.get_text_config().vocab_size
+        if vocabulary is not None and self.pad_token_id >= vocabulary:
+            raise ValueError(
+                f"pad_token_id must be below the model's vocabulary of {vocabulary}, got {self.pad_token_id}: pass "
+                "another one, or the model's own tokenizer"
+            )
         self.layout = _layout_for(model) if layout == "auto" else layout
         if model is not None:
             warn_beyond_window(
@@ -186,12 +193,22 @@ def _is_packed(example: Any) -> bool:
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Return a tokenizer's padding token, or its EOS, or 0."""
+    """Return a tokenizer's padding token, or its EOS; without a tokenizer 0.
+
+    Raises:
+        TypeError: it is no tokenizer.
+        ValueError: it has neither.
+    """
     check_tokenizer(tokenizer)
-    for token in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+    if tokenizer is None:
+        return 0
+    for token in (getattr(tokenizer, "pad_token_id", None), tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    return 0
+    raise ValueError(
+        f"tokenizer has neither a padding token nor an EOS ({type(tokenizer).__name__}): set tokenizer.pad_token, or "
+        "pass the collator pad_token_id=0, as padding is never learned"
+    )
 
 
 def check_tokenizer(tokenizer: object) -> None:

@@ -377,7 +377,8 @@ def _ending(tokenizer: PreTrainedTokenizerBase | None, pad_document_to: int, seq
     eos_token_id = None if tokenizer is None else tokenizer.eos_token_id
     newline = tokenizer("\n", add_special_tokens=False)["input_ids"] if callable(tokenizer) else ()
     newline_token_id = newline[-1] if newline else None
-    return checked_ending(seq_length, eos_token_id, pad_document_to, padding_token(tokenizer), newline_token_id)
+    padding = 0 if pad_document_to == 1 else padding_token(tokenizer)
+    return checked_ending(seq_length, eos_token_id, pad_document_to, padding, newline_token_id)
 
 
 def _check_splits(splits: Mapping[str, Any]) -> None:

@@ -365,7 +365,7 @@ def _checked_example(example: Mapping[str, Any], name: str) -> tuple[Tensor, Ten
 
 def _head_of(model: Any) -> LanguageModelHead:
     inside = unwrapped(model)
-    if inside.config.is_encoder_decoder:
+    if getattr(getattr(inside, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"{type(inside).__name__} is an encoder-decoder: its logits depend on a source that input_ids do not "
             "hold; take a decoder-only model"

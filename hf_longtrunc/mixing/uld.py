@@ -158,7 +158,8 @@ class ULDCollator:
         tensor([[-100, -100,   -1,   -1]])
 
     The completion is supervised: its tokens are their own labels if the example is to be forgotten, and -1 (uniform
-    distribution) if not. Rows are padded on the right; prompt and padding have label -100. With an empty prompt every
+    distribution) if not. Rows are padded on the right, by the EOS where there is no padding token;
+    prompt and padding have label -100. With an empty prompt every
     token but the first is supervised. A completion mostly begins with a space.
 
     The forget set should hold paraphrases, and the retain set the *forget* questions with wrong answers: otherwise the
@@ -167,18 +168,28 @@ class ULDCollator:
     Use with `TrainingArguments(remove_unused_columns=False)`.
 
     Raises:
-        ValueError: an example without one of the three columns, or with an empty completion.
+        TypeError: it is no tokenizer.
+        ValueError: one with neither padding token nor EOS; an example without one of the three columns, or with an
+            empty completion.
     """
 
     tokenizer: PreTrainedTokenizerBase
 
+    def __post_init__(self) -> None:
+        if not callable(self.tokenizer) or not hasattr(self.tokenizer, "pad_token_id"):
+            raise TypeError(f"tokenizer must be a tokenizer, got {type(self.tokenizer).__name__}")
+        if self.tokenizer.pad_token_id is None and self.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "tokenizer has neither a padding token nor an EOS to pad rows with: set tokenizer.pad_token first"
+            )
+
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return input_ids, attention_mask and labels, each int64 [examples, longest]."""
         ids, labels = zip(*(self._tokens(example) for example in examples), strict=True)
-        pad = self.tokenizer.pad_token_id
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         mask = [torch.ones_like(row) for row in ids]
         return {
-            "input_ids": pad_sequence(list(ids), batch_first=True, padding_value=0 if pad is None else pad),
+            "input_ids": pad_sequence(list(ids), batch_first=True, padding_value=eos if pad is None else pad),
             "attention_mask": pad_sequence(mask, batch_first=True),
             "labels": pad_sequence(list(labels), batch_first=True, padding_value=IGNORED),
         }

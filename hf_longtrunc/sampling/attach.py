@@ -44,7 +44,7 @@ def attach_processors(model: Any, processors: Sequence[Processor], *, after_warp
     Raises:
         TypeError: `model` does not generate, or a processor is not callable.
     """
-    attached = _checked_processors(processors)
+    attached = checked_processors(processors)
 
     def join(build: Callable[..., LogitsProcessorList], *args: Any, **kwargs: Any) -> LogitsProcessorList:
         if after_warpers:
@@ -89,7 +89,8 @@ def _after_warpers(processors: LogitsProcessorList, attached: list[Processor]) -
     return LogitsProcessorList([*processors[:end], *new, *processors[end:]])
 
 
-def _checked_processors(processors: Sequence[Processor]) -> list[Processor]:
+def checked_processors(processors: Sequence[Processor]) -> list[Processor]:
+    """Return a list of callables; raise TypeError for anything else."""
     if not isinstance(processors, (list, tuple)):
         raise TypeError(f"processors must be a list of processors, got {type(processors).__name__}; write [processor]")
     for index, processor in enumerate(processors):

@@ -89,6 +89,7 @@ class SoftmaxBasis:
         is no plain linear layer (adapters, quantised weights) is read as f(I) - f(0).
 
         Raises:
+            TypeError: it is no model.
             ValueError: the model has no output embedding, one with dropout that is in training mode, or logits that
                 are none of the above; errors of `from_weight`.
         """
@@ -101,7 +102,7 @@ class SoftmaxBasis:
 
         Args:
             weight: any floating dtype; worked on in float64, 16384 rows at a time.
-            rank: how many directions, 0 to the numerical rank of `weight`; the paper uses 20.
+            rank: how many directions, 1 to the numerical rank of `weight`; the paper uses 20.
             softcap: the cap of the logits, if the head has one.
 
         Raises:
@@ -134,7 +135,7 @@ class SoftmaxBasis:
 
     def truncated(self, rank: int) -> SoftmaxBasis:
         """Return the basis of the first `rank` of these directions."""
-        rank = check_int("rank", rank, minimum=0, maximum=self.rank)
+        rank = check_int("rank", rank, minimum=1, maximum=self.rank)
         parts = self.factors[:, :rank].contiguous(), self.singular_values[:rank].clone()
         return SoftmaxBasis(*parts, self.weight_hash, self.softcap)
 
@@ -190,8 +191,6 @@ def _check_directions(singular_values: Float[Tensor, " rank"], weight: Tensor) -
     Entries of root mean square r, rounded to a relative eps, differ from the exact ones by a matrix of norm about
     eps r (sqrt(vocabulary) + sqrt(width)); squaring the weight hides directions under sqrt(width eps64) of its norm.
     """
-    if not len(singular_values):
-        return
     rms = torch.stack([rows.double().square().sum() for rows in torch.split(weight, _CHUNK)]).sum() / weight.numel()
     stored = torch.finfo(weight.dtype).eps * rms.sqrt() * sum(math.sqrt(side) for side in weight.shape)
     worked = math.sqrt(weight.shape[1] * torch.finfo(torch.float64).eps) * singular_values[0]
@@ -204,6 +203,8 @@ def _check_directions(singular_values: Float[Tensor, " rank"], weight: Tensor) -
 
 
 def _checked_rank(weight: Tensor, rank: object) -> int:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a tensor [vocabulary, width], got {type(weight).__name__}")
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(
             "weight must be a floating-point matrix [vocabulary, width], got "
@@ -211,4 +212,4 @@ def _checked_rank(weight: Tensor, rank: object) -> int:
         )
     if not weight.isfinite().all():
         raise ValueError("weight must be finite, got NaN or infinite entries")
-    return check_int("rank", rank, minimum=0, maximum=min(weight.shape))
+    return check_int("rank", rank, minimum=1, maximum=min(weight.shape))

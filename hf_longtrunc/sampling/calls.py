@@ -83,8 +83,13 @@ def sampling_settings(model: Any) -> dict[str, bool | float | None]:
     transformers cuts to 50 tokens by default (`top_k`), and a model's own `generation_config` may hold a temperature,
     a top-p, a repetition penalty, guidance or a bias: each changes the tokens that a processor of yours keeps, or the
     scores that it reads. Beams, lengths and special tokens stay as the model has them. `model` may be a wrapper.
+
+    Raises:
+        TypeError: the model does not generate.
     """
-    config = unwrapped(model).generation_config
+    config = getattr(unwrapped(model), "generation_config", None)
+    if config is None:
+        raise TypeError(f"model must be a transformers model that generates, got {type(model).__name__}")
     return {name: value for name, value in _NEUTRAL.items() if hasattr(config, name)}
 
 

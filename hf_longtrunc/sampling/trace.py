@@ -18,7 +18,7 @@ from hf_longtrunc.arguments import check_int
 from hf_longtrunc.extras import import_pyplot, missing
 from hf_longtrunc.models import unwrapped
 from hf_longtrunc.pieces import piece_by_token
-from hf_longtrunc.sampling.attach import rebuild_processor_list
+from hf_longtrunc.sampling.attach import checked_processors, rebuild_processor_list
 from hf_longtrunc.sampling.calls import WARPERS, neighbours
 from hf_longtrunc.sampling.cutoffs import softmax_rows
 from hf_longtrunc.sampling.page import write_page
@@ -110,7 +110,7 @@ class TruncationTrace(LogitsProcessor):
         max_records: int = 1_000_000,
         candidates: int = 20,
     ):
-        self.processors = list(processors or [])
+        self.processors = checked_processors(processors or [])
         self.critical_threshold = critical_threshold
         self.max_records = check_int("max_records", max_records, minimum=1)
         self.candidates = check_int("candidates", candidates, minimum=0)

@@ -1,0 +1,106 @@
+"""Calls with an argument of the wrong kind: the message names the argument, what it got, and the right call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BartConfig, BartForConditionalGeneration
+
+from hf_longtrunc import (
+    BM25,
+    BestFitPackingCollator,
+    CreamCollator,
+    DualChunkAttention,
+    LMInfinite,
+    SentenceEncoder,
+    SoftmaxBasis,
+    StreamingLLM,
+    TextIndex,
+    TopBlocks,
+    TopK,
+    TruncationTrace,
+    ULDCollator,
+    Unlimiformer,
+    ask,
+    build_pema_memory,
+    load_pretrained,
+    pack,
+    sampling_settings,
+    trained_length,
+)
+from tests.command_line import letter_tokenizer
+
+TOKENIZER = letter_tokenizer(["<pad>", "<unk>"], "abcdefghijklmnopqrstuvwxyz .?")
+NO_PADDING = letter_tokenizer(["<pad>", "<unk>"], "abc")
+NO_PADDING.pad_token = None
+SIZES = {f"{part}_{name}": 1 for part in ("encoder", "decoder") for name in ("layers", "attention_heads", "ffn_dim")}
+SEQ2SEQ = BartForConditionalGeneration(BartConfig(vocab_size=40, d_model=4, max_position_embeddings=16, **SIZES))
+
+
+def asked(model, tokenizer=TOKENIZER, text="the cat sat.", **options):
+    return ask(model, tokenizer, text, "who sat?", **{"finder": BM25(), **options})
+
+
+CALLS = {
+    "LMInfinite takes its settings by name, got Llama.*patch a model by LMInfinite": LMInfinite,
+    "StreamingLLM takes its settings by name.*with StreamingLLM\\(...\\)\\(model\\):": StreamingLLM,
+    "DualChunkAttention takes its settings by name": DualChunkAttention,
+    "Unlimiformer takes its settings by name.*with Unlimiformer\\(...\\)\\(model\\):": Unlimiformer,
+    "TopK takes its settings by name.*LMInfinite\\(retrieval=TopK\\(...\\)\\)": TopK,
+    "TopBlocks takes its settings by name": TopBlocks,
+    "no model to patch yet: write `with Unlimiformer": lambda model: Unlimiformer().__enter__(),
+    "Unlimiformer has no setting 'window_length'. Did you mean window": lambda model: Unlimiformer(window_length=8),
+    "TopBlocks has no setting 'block'. Did you mean blocks": lambda model: TopBlocks(block=8),
+    "model must be a transformers language model or a wrapper of one, got str; load": lambda model: (
+        SoftmaxBasis.from_model("gpt2")
+    ),
+    "rank must be a whole number from 1 to 32, got 0": lambda model: SoftmaxBasis.from_model(model, 0),
+    "model must be a transformers model that generates, got int": lambda model: sampling_settings(42),
+    "got BM25; write .processor.": lambda model: TruncationTrace(BM25()),
+    "config must be that of a transformers model, `model.config`, got Llama": trained_length,
+    "language model or a wrapper of one, got str": lambda model: build_pema_memory("gpt2", []),
+    "inner must be a collator .*, got LlamaForCausalLM": lambda model: CreamCollator(model, 8, 2),
+    "text must be a string or map names to strings, got int.*read_text": lambda model: TextIndex(42, BM25()),
+    "finder must be a finder, such as BM25\\(\\).*, got 'bm25'": lambda model: asked(model, finder="bm25"),
+    "finder must be a finder, .*got <class": lambda model: TextIndex("a text", BM25),
+    "model must be a transformers causal LM, got gpt2; load one": lambda model: asked("gpt2"),
+    "model must be a causal LM, got Bart.*Unlimiformer": lambda model: asked(SEQ2SEQ),
+    "tokenizer must be the model's tokenizer, got str": lambda model: asked(model, "gpt2"),
+    "before must hold pairs of a question and its answer, got 'a'": lambda model: asked(model, before=["a"]),
+    "prompt must be a text with .passages. and .question. in it, got 42": lambda model: asked(model, prompt=42),
+    "must be an encoder and its tokenizer, got str.*load_encoder": lambda model: SentenceEncoder("minilm", TOKENIZER),
+    "neither a padding token nor an EOS.*pad_token_id=0": lambda model: BestFitPackingCollator(8, NO_PADDING),
+    "a padding token nor an EOS": lambda model: pack([{"input_ids": [1]}], 8, NO_PADDING, pad_document_to=4),
+    "pad_token_id must be below the model's vocabulary of 97, got 97": lambda model: BestFitPackingCollator(
+        8, pad_token_id=97, model=model
+    ),
+    "tokenizer must be a tokenizer, got str": lambda model: ULDCollator("gpt2"),
+    "to pad rows with: set tokenizer.pad_token first": lambda model: ULDCollator(NO_PADDING),
+    "dtype must be a torch.dtype such as torch.bfloat16, its name or None, got 'bf16'": lambda model: load_pretrained(
+        "x", dtype="bf16"
+    ),
+    "device cannot be used here, got gpu": lambda model: load_pretrained("x", device="gpu"),
+    "name_or_path must be a hub id .*, got int": lambda model: load_pretrained(42),
+}
+
+
+@pytest.mark.parametrize("message", CALLS)
+def test_a_wrong_call_names_the_right_one(message, tiny_model):
+    with pytest.raises((TypeError, ValueError), match=message):
+        CALLS[message](tiny_model)
+
+
+def test_padding_changes_no_document(tiny_model):
+    """So a collator without a tokenizer may pad with 0."""
+    documents = [{"input_ids": [5, 6, 7, 8]}, {"input_ids": [8, 9, 10, 11]}, {"input_ids": [12, 13]}]
+    logits = [
+        tiny_model(**BestFitPackingCollator(11, pad_token_id=pad)(documents), use_cache=False).logits[0, :10]
+        for pad in (0, 50)
+    ]
+    assert torch.equal(*logits)
+
+
+def test_a_dtype_may_be_named(tmp_path, tiny_model):
+    tiny_model.save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    assert load_pretrained(tmp_path, dtype="bfloat16")[0].dtype == torch.bfloat16

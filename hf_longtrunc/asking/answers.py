@@ -99,6 +99,7 @@ def ask(
         An answer a question.
 
     Raises:
+        TypeError: an argument of another kind; an encoder-decoder.
         ValueError: an empty text or question, a prompt without its two marks, a finder together with an index.
 
     Examples:
@@ -106,6 +107,7 @@ def ask(
         >>> model, tokenizer = load_pretrained()  # doctest: +SKIP
         >>> ask(model, tokenizer, novel, "Who stole the bishop's peacock?")[0].text  # doctest: +SKIP
     """
+    _check_model(model, tokenizer)
     if not isinstance(questions, Iterable):
         raise TypeError(f"questions must be a text or a list of texts, got {questions!r}")
     asked = [questions] if isinstance(questions, str) else list(questions)
@@ -121,7 +123,7 @@ def ask(
     else:
         index = TextIndex(text, default_finder() if finder is None else finder, progress=progress)
     reranker = Reranker(model, tokenizer, check_int("rerank", rerank, minimum=1))
-    turns, answers = list(before), []
+    turns, answers = [_turn(each) for each in before], []
     for question in asked:
         since = time.perf_counter()
         passages, read_with = find_passages(
@@ -181,6 +183,28 @@ def peak_bytes(model: Any) -> int | None:
         return None
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(held) * (1 if sys.platform == "darwin" else 2**10)
+
+
+def _check_model(model: Any, tokenizer: Any) -> None:
+    if not hasattr(model, "generate") or not hasattr(model, "config"):
+        raise TypeError(
+            f"model must be a transformers causal LM, got {model if isinstance(model, str) else type(model).__name__}; "
+            "load one with load_pretrained(name)"
+        )
+    if model.config.is_encoder_decoder:
+        raise TypeError(
+            f"model must be a causal LM, got {type(model).__name__}, an encoder-decoder: with Unlimiformer() it reads "
+            "a text of any length itself"
+        )
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise TypeError(f"tokenizer must be the model's tokenizer, got {type(tokenizer).__name__}")
+
+
+def _turn(turn: Any) -> tuple[str, str]:
+    if isinstance(turn, str) or len(turn) != 2 or not all(isinstance(part, str) for part in turn):
+        raise TypeError(f"before must hold pairs of a question and its answer, got {turn!r}")
+    question, answer = turn
+    return question, answer
 
 
 def _greedy(model: Any, ids: list[int], max_new_tokens: int, streamer: BaseStreamer | None) -> list[int]:

@@ -136,6 +136,11 @@ class SentenceEncoder:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.35, matter_threshold: float = 0.18):
+        if not hasattr(model, "eval") or not callable(tokenizer):
+            raise TypeError(
+                f"model and tokenizer must be an encoder and its tokenizer, got {type(model).__name__} and "
+                f"{type(tokenizer).__name__}; load_encoder(name) returns both"
+            )
         self.model, self.tokenizer = model.eval(), tokenizer
         self.threshold = check_float("threshold", threshold)
         self.matter_threshold = check_float("matter_threshold", matter_threshold)

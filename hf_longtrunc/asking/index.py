@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from hf_longtrunc.saving import load_folder, save_folder
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -37,7 +38,7 @@ class TextIndex:
         progress: show a bar while the finder reads.
 
     Raises:
-        TypeError: text is neither a string nor a mapping from strings to strings.
+        TypeError: text is neither a string nor a mapping from strings to strings, or finder is none.
         ValueError: there is nothing in it.
 
     Examples:
@@ -55,6 +56,10 @@ class TextIndex:
         progress: bool = False,
     ):
         self.documents = documents_of(text)
+        if isinstance(finder, type) or not hasattr(finder, "read") or not hasattr(finder, "threshold"):
+            raise TypeError(
+                f"finder must be a finder, such as BM25() or SentenceEncoder(*load_encoder()), got {finder!r}"
+            )
         self.finder = finder
         self._spans = {name: unit_spans(document) for name, document in self.documents.items()}
         self._units = [(name, n) for name, spans in self._spans.items() for n in range(len(spans))]
@@ -206,6 +211,10 @@ class TextIndex:
 
 def documents_of(text: str | Mapping[str, str]) -> dict[str, str]:
     """Return a mapping of documents; a single text has the empty name."""
+    if not isinstance(text, (str, Mapping)):
+        raise TypeError(
+            f"text must be a string or map names to strings, got {type(text).__name__}; of a file, its read_text()"
+        )
     documents = {"": text} if isinstance(text, str) else dict(text)
     for name, document in documents.items():
         if not isinstance(name, str) or not isinstance(document, str):

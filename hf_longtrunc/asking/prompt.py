@@ -24,8 +24,11 @@ def check_prompt(prompt: str) -> str:
     """Return a template of a prompt.
 
     Raises:
+        TypeError: it is no text.
         ValueError: {passages} or {question} does not stand in it exactly once.
     """
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be a text with {{passages}} and {{question}} in it, got {prompt!r}")
     for mark in ("{passages}", "{question}"):
         if prompt.count(mark) != 1:
             raise ValueError(f"prompt must hold {mark} once, got it {prompt.count(mark)} times: {prompt!r}")

@@ -2,7 +2,8 @@
 
     python recipes/readme.py
 
-Expect: the comment under each block's last print, and at most 60 seconds of processor time a block.
+Expect: the comment under each block's last print, and at most 60 seconds of processor time a block, on one thread:
+the time that a second thread waits would be counted too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 README = Path(__file__).parent.parent / "README.md"
@@ -23,6 +25,7 @@ def main(
     only: Annotated[int | None, typer.Option(help="Run the block of this number alone.")] = None,
 ) -> None:
     """Run README's Python blocks one after another, each in a name space of its own."""
+    torch.set_num_threads(1)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     with tempfile.TemporaryDirectory() as scratch:
         os.chdir(scratch)

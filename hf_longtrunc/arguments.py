@@ -61,7 +61,7 @@ def check_int(name: str, value: object, *, minimum: int | None = None, maximum: 
             raise TypeError
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}") from None
+        raise TypeError(f"{name} must be {expected}, got {_shown(value)}") from None
     if (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
         raise ValueError(f"{name} must be {expected}, got {number}")
     return number
@@ -84,7 +84,7 @@ def check_float(
     """
     expected = f"a number{_bounds(gt, minimum, lt, maximum)}"
     if _is_bool(value) or _dimensions(value) or not (isinstance(value, Real) or hasattr(value, "item")):
-        raise TypeError(f"{name} must be {expected}, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be {expected}, got {_shown(value)}")
     real = float(value)  # type: ignore[arg-type]
     is_inside = (
         math.isfinite(real)
@@ -112,6 +112,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def _shown(value: object) -> str:
+    """Return a value with its type; of a model, whose repr fills a page, the type alone."""
+    shown, kind = repr(value), type(value).__name__
+    return f"a {kind}" if "\n" in shown or len(shown) > 80 else f"{shown} of type {kind}"
 
 
 def _is_bool(value: Any) -> bool:

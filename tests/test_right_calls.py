@@ -59,6 +59,7 @@ CALLS = {
     "got BM25; write .processor.": lambda model: TruncationTrace(BM25()),
     "config must be that of a transformers model, `model.config`, got Llama": trained_length,
     "language model or a wrapper of one, got str": lambda model: build_pema_memory("gpt2", []),
+    "^seq_length must be a whole number of at least 1, got a LlamaForCausalLM$": BestFitPackingCollator,
     "inner must be a collator .*, got LlamaForCausalLM": lambda model: CreamCollator(model, 8, 2),
     "text must be a string or map names to strings, got int.*read_text": lambda model: TextIndex(42, BM25()),
     "finder must be a finder, such as BM25\\(\\).*, got 'bm25'": lambda model: asked(model, finder="bm25"),

@@ -12,8 +12,9 @@ import torch
 
 from hf_longtrunc.arguments import check_int
 from hf_longtrunc.asking.index import TextIndex
+from hf_longtrunc.asking.passages import CONTEXT, UNITS
 from hf_longtrunc.asking.prompt import PROMPT, chat_ids, check_prompt, fill_prompt, is_about_the_whole, what_is_asked
-from hf_longtrunc.asking.rerank import UNITS, Reranker
+from hf_longtrunc.asking.rerank import Reranker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from hf_longtrunc.asking.finders import Finder
     from hf_longtrunc.asking.passages import Passage
 
-CONTEXT = 300  # characters of a neighbour that is read too
 _SPREAD = 8  # units that stand for a whole text
 NOT_FOUND = "no passage stands out; answered without the text"
 

@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from typer import Argument, Option
 
+from hf_longtrunc.asking.passages import CONTEXT, UNITS
 from hf_longtrunc.cli import common
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ def ask(
     encoder: Annotated[str | None, Option(help="Hub id or folder; all-MiniLM-L6-v2 if left out.")] = None,
     index: Annotated[Path | None, Option(help="Folder that keeps the index for the next time.")] = None,
     count: Annotated[int, Option(min=1, help="Passages that are read at most.")] = 1,
-    context: Annotated[int, Option(min=0, help="Longest neighbour that a short sentence is read with.")] = 300,
+    context: Annotated[int, Option(min=0, help="Longest neighbour that a short sentence is read with.")] = CONTEXT,
     hops: Annotated[int, Option(min=1, max=2, help="2 looks again with the first passage's words.")] = 1,
-    rerank: Annotated[int, Option(min=1, help="Best passages that the model compares; 1 for none.")] = 6,
+    rerank: Annotated[int, Option(min=1, help="Best passages that the model compares; 1 for none.")] = UNITS,
     follow_up: Annotated[bool, Option("--follow-up", help="A question may refer to the one before it.")] = False,
     prompt: Annotated[Path | None, Option(help="A file with {passages} and {question} in it.")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Tokens of an answer.")] = 64,

@@ -33,7 +33,9 @@ DType = Annotated[
     typer.Option(help="Of the weights; bfloat16 on CUDA and float32 elsewhere if left out."),
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; CUDA if there is one, if left out.")]
-Window = Annotated[int | None, typer.Option(min=1, help="LM-Infinite's window; the trained one if left out.")]
+Window = Annotated[
+    int | None, typer.Option(min=1, max=2**31 - 1, help="LM-Infinite's window; the trained one if left out.")
+]
 Sinks = Annotated[int, typer.Option(min=0, help="First tokens that stay visible.")]
 WithLMInfinite = Annotated[bool, typer.Option("--lm-infinite", help="Run LM-Infinite too, side by side.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

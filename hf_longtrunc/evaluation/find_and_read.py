@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from hf_longtrunc.asking.answers import CONTEXT, find_passages
+from hf_longtrunc.asking.answers import find_passages
+from hf_longtrunc.asking.passages import CONTEXT, UNITS
 from hf_longtrunc.asking.prompt import PROMPT, chat_ids, fill_prompt
-from hf_longtrunc.asking.rerank import UNITS, Reranker
+from hf_longtrunc.asking.rerank import Reranker
 from hf_longtrunc.evaluation import facts
 from hf_longtrunc.evaluation.display import new_table
 from hf_longtrunc.evaluation.intervals import wilson_interval

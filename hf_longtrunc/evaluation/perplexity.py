@@ -309,15 +309,16 @@ def plot_perplexity(
         step = max(1, -(-loss.shape[-1] // _POINTS_OF_A_CURVE))
         bins = perplexity_by_position(loss, range(0, loss.shape[-1] + step, step))
         centres = [(point.start + min(point.end, loss.shape[-1])) / 2 for point in bins]
-        # The first arm lies on top and is thicker: where arms agree, the others do not hide it.
-        width, level = (1.4, 2) if axes.lines else (2.2, 3)
-        axes.plot(centres, [point.perplexity for point in bins], label=name, linewidth=width, zorder=level)
+        # The first arm is thick, the others are thin dashes over it: where arms agree, each is seen.
+        others = sum(line.get_label() != name for line in axes.lines)
+        style = {"linewidth": 1.5, "linestyle": (0, (4, 1 + 2 * others))} if others else {"linewidth": 3.0}
+        axes.plot(centres, [point.perplexity for point in bins], label=name, **style)
     if trained_window is not None:
         axes.axvline(trained_window, color="grey", linestyle=":", linewidth=1, label="trained window")
     axes.set(xlabel="position (tokens)", ylabel="perplexity", yscale="log")
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter())
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)  # above: it covers no line
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)  # above: it covers no line
     return axes
 
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from hf_longtrunc import BM25, Passage, SentenceEncoder, TextIndex, load_encoder
-from hf_longtrunc.asking.answers import CONTEXT
-from hf_longtrunc.asking.passages import LONGEST, sentence_spans
+from hf_longtrunc.asking.passages import CONTEXT, LONGEST, sentence_spans
 from hf_longtrunc.asking.prompt import PROMPT, fill_prompt, is_about_the_whole
 from hf_longtrunc.templates import template_parts
 

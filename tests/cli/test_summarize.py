@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_longtrunc import Unlimiformer, load_pretrained
+from hf_longtrunc.cli import common
 from tests.command_line import invoke, letter_tokenizer
 from tests.cross_attention.seq2seq_models import tiny_seq2seq
 
@@ -41,6 +43,19 @@ def test_options_reach_the_method(folder, text):
     )
     assert result.exit_code == 0, result.output
     assert "the whole text, top 3 states a head: 480 tokens" in result.output
+
+
+def test_a_folder_of_another_family_a_dtype_and_a_device(folder, text, tmp_path, monkeypatch):
+    tiny_seq2seq("t5").float().save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes(Path(folder, name).read_bytes())
+    loaded, load = [], common.load
+    monkeypatch.setattr(common, "load", lambda *args, **kwargs: loaded.append(load(*args, **kwargs)) or loaded[-1])
+    options = ("--max-new-tokens", "5", "--window", "16", "--dtype", "bfloat16", "--device", "cpu")
+    result = invoke("summarize", text, "--model", tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    ((model, _),) = loaded
+    assert (type(model).__name__, model.dtype) == ("T5ForConditionalGeneration", torch.bfloat16)
 
 
 @pytest.mark.parametrize(

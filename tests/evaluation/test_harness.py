@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import Qwen3Config, Qwen3ForCausalLM, T5Config, T5ForConditionalGeneration
 
 from hf_longtrunc import LMInfinite, load_pretrained
 from hf_longtrunc.evaluation import read_records
@@ -186,15 +186,19 @@ def test_rulers_offline_tasks_run(ruler, model, tmp_path, task):
     assert "LM-Infinite" in console.export_text()
 
 
-def test_the_command(ruler, folder, tmp_path):
+def test_the_command_takes_a_folder_of_another_family_a_dtype_and_a_device(ruler, folder, tmp_path):
+    tokens = load_pretrained(folder)[0].config.vocab_size
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+    config = Qwen3Config(vocab_size=tokens, hidden_size=32, intermediate_size=48, num_hidden_layers=2, **sizes)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
     options = ["--model", folder, "--lm-infinite", "--window", "32", "--max-length", "5000", "--limit", "1"]
+    options += ["--dtype", "bfloat16", "--device", "cpu"]
     result = invoke("lm-eval", "niah_single_1", *options, "--output-dir", tmp_path)
     assert result.exit_code == 0, result.output
     assert "niah_single_1" in result.output
-    assert [r.arm for r in read_records(tmp_path / "lm_eval.jsonl", ruler.HarnessRecord)] == [
-        "unmodified",
-        "lm-infinite",
-    ]
+    records = read_records(tmp_path / "lm_eval.jsonl", ruler.HarnessRecord)
+    assert [r.arm for r in records] == ["unmodified", "lm-infinite"]
+    assert {(r.model, r.dtype) for r in records} == {("Qwen3ForCausalLM", "bfloat16")}
 
 
 def test_an_unknown_task_is_one_line_with_the_names_that_are_near(ruler, folder, tmp_path):

@@ -184,7 +184,9 @@ def test_table_and_plot_show_every_arm(tiny_model):
     assert "20-1,000" in shown
     axes = plot_perplexity(losses, trained_window=25)
     assert [line.get_label() for line in axes.lines] == ["unmodified", "again", "trained window"]
-    first = axes.lines[0]
+    first, second = axes.lines[:2]
+    assert first.get_linewidth() > second.get_linewidth()  # where both agree, the first is seen between dashes
+    assert (first.get_linestyle(), second.get_linestyle()) == ("-", "--")
     assert len(first.get_xdata()) == 49
     torch.testing.assert_close(torch.tensor(first.get_ydata()), losses["unmodified"].double().mean(0).exp())
     assert plot_perplexity(losses, axes=axes) is axes

@@ -88,7 +88,7 @@ def load(
     try:
         checked_device(device)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from error
+        raise typer.BadParameter(str(error).removeprefix("device "), param_hint="--device") from error
     try:
         config: Any = None if name is None else AutoConfig.from_pretrained(checked_name(name))
         if config is not None and needs is not None and config.is_encoder_decoder != (needs == "an encoder-decoder"):

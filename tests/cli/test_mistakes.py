@@ -95,6 +95,7 @@ MISTAKES = {  # command line -> a part of the line that is said; {name} is one o
     "chat --model {nothing}": "could not load",
     "chat --model {bart}": "this command needs a causal LM, and this is an encoder-decoder",
     "ppl {text} --tokens 99999999999999999999999 --model {model}": "a number is too large: ",
+    "ppl {text} --window 99999999999999999999999 --model {model}": "less than or equal to 2147483647",
     "ppl {folder}/missing.txt": "no such file: ",
     "ppl {folder}": "is a folder, expected a text file",
     "ppl {text} --window 0": "--window",

@@ -66,6 +66,13 @@ class Finder(Protocol):
         ...
 
 
+def check_finder(finder: Finder) -> Finder:
+    """Return a finder; raise TypeError for anything else, such as its name or its class."""
+    if isinstance(finder, type) or not hasattr(finder, "read") or not hasattr(finder, "threshold"):
+        raise TypeError(f"finder must be a finder, such as BM25() or SentenceEncoder(*load_encoder()), got {finder!r}")
+    return finder
+
+
 class BM25:
     """Words that question and unit share, rare ones counting more (Robertson & Zaragoza 2009), by the package bm25s.
 
@@ -226,7 +233,8 @@ class Fused:
             raise ValueError(f"Fused takes at least two finders, got {len(finders)}")
         if len(weights) != len(finders):
             raise ValueError(f"weights must be one for each of {len(finders)} finders, got {len(weights)}")
-        self.finders, self.weights = finders, [check_float("weights", weight) for weight in weights]
+        self.finders = [check_finder(finder) for finder in finders]
+        self.weights = [check_float("weights", weight) for weight in weights]
         self.threshold = check_float("threshold", threshold)
         self.matter_threshold = check_float("matter_threshold", matter_threshold)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_longtrunc.arguments import check_int
+from hf_longtrunc.asking.finders import check_finder
 from hf_longtrunc.asking.names import Capitals, has_a_name, without_names
 from hf_longtrunc.asking.passages import SHORT, Passage, unit_spans
 from hf_longtrunc.saving import load_folder, save_folder
@@ -56,11 +57,7 @@ class TextIndex:
         progress: bool = False,
     ):
         self.documents = documents_of(text)
-        if isinstance(finder, type) or not hasattr(finder, "read") or not hasattr(finder, "threshold"):
-            raise TypeError(
-                f"finder must be a finder, such as BM25() or SentenceEncoder(*load_encoder()), got {finder!r}"
-            )
-        self.finder = finder
+        self.finder = check_finder(finder)
         self._spans = {name: unit_spans(document) for name, document in self.documents.items()}
         self._units = [(name, n) for name, spans in self._spans.items() for n in range(len(spans))]
         self._capitals = Capitals(self.documents.values())

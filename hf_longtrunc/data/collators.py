@@ -76,7 +76,7 @@ class BestFitPackingCollator:
         self.pad_token_id = check_int("pad_token_id", padding, minimum=0)
         if model is not None and not hasattr(unwrapped(model), "config"):
             raise TypeError(f"model must be a transformers model or None, got {type(model).__name__}")
-        vocabulary = None if model is None else unwrapped(model).config.get_text_config().vocab_size
+        vocabulary = None if model is None else getattr(unwrapped(model).config.get_text_config(), "vocab_size", None)
         if vocabulary is not None and self.pad_token_id >= vocabulary:
             raise ValueError(
                 f"pad_token_id must be below the model's vocabulary of {vocabulary}, got {self.pad_token_id}: pass "

@@ -317,8 +317,8 @@ def pack(
         row_multiple: add rows until their number is a multiple, see `PackedDataset`. With the number of processes
             times the batch size, no sampler repeats or drops a row.
         pad_document_to: pad each document to a multiple of this number of tokens, with the tokenizer's padding token
-            (or its EOS, or 0), never learned. Context parallelism over n ranks cuts each document into 2 n equal parts,
-            so pass 2 n. `seq_length` must be a multiple.
+            or EOS (0 without a tokenizer), never learned. Context parallelism over n ranks cuts each document into 2 n
+            equal parts, so pass 2 n. `seq_length` must be a multiple.
         pool_size: for a stream, see `PackedStream`.
         pool_tokens: for a stream, see `PackedStream`.
         sharding: for a stream, see `PackedStream`.

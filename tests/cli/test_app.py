@@ -69,7 +69,7 @@ def test_help_imports_neither_torch_nor_what_commands_need():
     program = """
 import sys
 from hf_longtrunc.cli.app import app
-for words in (["--help"], ["ppl", "--help"], ["demo", "--help"], ["scrolls", "--help"]):
+for words in (["--help"], *([name, "--help"] for name in ("ask", "demo", "export", "ppl", "scrolls"))):
     try:
         app(words)
     except SystemExit as error:

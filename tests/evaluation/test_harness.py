@@ -198,7 +198,7 @@ def test_the_command_takes_a_folder_of_another_family_a_dtype_and_a_device(ruler
     assert "niah_single_1" in result.output
     records = read_records(tmp_path / "lm_eval.jsonl", ruler.HarnessRecord)
     assert [r.arm for r in records] == ["unmodified", "lm-infinite"]
-    assert {(r.model, r.dtype) for r in records} == {("Qwen3ForCausalLM", "bfloat16")}
+    assert {(r.model, r.dtype) for r in records} == {(folder, "bfloat16")}
 
 
 def test_an_unknown_task_is_one_line_with_the_names_that_are_near(ruler, folder, tmp_path):

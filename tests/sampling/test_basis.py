@@ -176,9 +176,9 @@ def test_bfloat16_weights(weight):
     assert span_angle(basis.factors, SoftmaxBasis.from_weight(weight, 4).factors) < 0.02
 
 
-@pytest.mark.parametrize("rank", [-1, 41, True])
+@pytest.mark.parametrize("rank", [0, 41, True])
 def test_bad_rank(weight, rank):
-    with pytest.raises((TypeError, ValueError), match="rank must be a whole number from 0 to 40"):
+    with pytest.raises((TypeError, ValueError), match="rank must be a whole number from 1 to 40"):
         SoftmaxBasis.from_weight(weight, rank)
 
 

@@ -12,11 +12,7 @@ from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_longtrunc.asking.answers import Answer as Answer, ask as ask
-    from hf_longtrunc.asking.finders import (
-        BM25 as BM25,
-        Fused as Fused,
-        SentenceEncoder as SentenceEncoder,
-    )
+    from hf_longtrunc.asking.finders import BM25 as BM25, Fused as Fused, SentenceEncoder as SentenceEncoder
     from hf_longtrunc.asking.index import TextIndex as TextIndex
     from hf_longtrunc.asking.passages import Passage as Passage
     from hf_longtrunc.attention.dual_chunk_attention import DualChunkAttention as DualChunkAttention
@@ -112,10 +108,7 @@ if TYPE_CHECKING:
         XTCLogitsProcessor as XTCLogitsProcessor,
     )
     from hf_longtrunc.sampling.recorder import SamplingMaskRecorder as SamplingMaskRecorder
-    from hf_longtrunc.sampling.support import (
-        SupportChecker as SupportChecker,
-        critical_threshold as critical_threshold,
-    )
+    from hf_longtrunc.sampling.support import SupportChecker as SupportChecker, critical_threshold as critical_threshold
     from hf_longtrunc.sampling.trace import TruncationTrace as TruncationTrace
     from hf_longtrunc.sampling.trace_records import TruncationRecord as TruncationRecord
 

@@ -39,10 +39,7 @@ if TYPE_CHECKING:
         stream_losses as stream_losses,
         token_losses as token_losses,
     )
-    from hf_longtrunc.evaluation.records import (
-        append_records as append_records,
-        read_records as read_records,
-    )
+    from hf_longtrunc.evaluation.records import append_records as append_records, read_records as read_records
     from hf_longtrunc.evaluation.streaming import (
         cache_bytes as cache_bytes,
         read_ahead as read_ahead,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
-from functools import wraps
+from functools import partial, wraps
 from types import SimpleNamespace
 
 import accelerate
@@ -59,6 +59,16 @@ def plant_split(monkeypatch):
     monkeypatch.setattr(lambda_attention.LambdaAttention, "_split_block", lambda self, a, b: whole(self, a, b) * 1.001)
 
 
+def plant_masked(name, monkeypatch):
+    whole = lambda_attention.LambdaAttention._block
+    factor = {name: 1.001}
+    monkeypatch.setattr(
+        lambda_attention.LambdaAttention,
+        "_block",
+        lambda self, a, b, path: whole(self, a, b, path) * factor.get(path, 1),
+    )
+
+
 def plant_ring(monkeypatch):
     keep = RingCacheLayer._rotate_sink_keys
     monkeypatch.setattr(RingCacheLayer, "_rotate_sink_keys", lambda self, to, cos, sin: keep(self, to, cos, -sin))
@@ -79,6 +89,8 @@ def plant_chunks(monkeypatch):
 FAULTS = [
     (plant_far, ARM),
     (plant_split, ARM),
+    (partial(plant_masked, "sdpa"), ARM),
+    (partial(plant_masked, "eager"), ARM),
     (plant_ring, ARM),
     (plant_mask, ARM),
     (plant_chunks, DualChunkAttention()),

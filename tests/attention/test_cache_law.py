@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import pickle
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
 from hf_longtrunc import CacheLawError, DualChunkAttention, LMInfinite, StreamingLLM, TopBlocks
+from hf_longtrunc.attention.cache_law import CacheLaw, check_law
 from hf_longtrunc.models import CACHE, cache_of
 
 from .test_lm_infinite import logits, model_of, prompt, ring_cache
@@ -67,6 +69,32 @@ def test_a_cache_goes_on_right_or_is_refused(llama, first, second, door):
             else:
                 with pytest.raises(CacheLawError, match="start anew with a new cache"):
                     door(llama, ids[:, length:], cache)
+
+
+EIGHT, TWENTY = CacheLaw("one", 8), CacheLaw("another", 20)
+
+
+@pytest.mark.parametrize(
+    ("held", "law", "longest"),  # the longest text that may go on
+    [
+        (EIGHT, TWENTY, 8),
+        (TWENTY, EIGHT, 8),
+        (None, TWENTY, 20),
+        (TWENTY, None, 20),
+        (EIGHT, CacheLaw("one", 8), 99),
+        (EIGHT, CacheLaw("one", 9), 8),
+        (CacheLaw("one", 0, frequencies=1), CacheLaw("one", 0, frequencies=2), 0),  # one technique on two models
+    ],
+)
+def test_a_cache_goes_on_while_both_laws_read_its_text_alike(held, law, longest):
+    for length in (0, 1, 8, 9, 20, 21, 99):
+        layer = SimpleNamespace(law=held, get_seq_length=lambda length=length: length)
+        if length <= longest:
+            check_law(layer, law)
+            assert layer.law is law
+        else:
+            with pytest.raises(CacheLawError, match=f"holds {length} tokens"):
+                check_law(layer, law)
 
 
 @pytest.mark.parametrize("arm", [name for name in ARMS if name != "unpatched"])

@@ -90,10 +90,10 @@ class LMInfinite(SinkWindowTechnique):
         assert self.max_distance is not None
         return SinkWindowLaw(self.num_sink_tokens, self.window_length, self.max_distance)
 
-    def tiny(self) -> Sequence[Self]:
-        """Return the technique at a window of four tokens, and at up to two positions beyond it."""
+    def tiny(self, **settings: Any) -> Sequence[Self]:
+        """Return the technique at a window of four tokens, with sinks up to two positions beyond it."""
         beyond = min(2, self.distance_law.max_distance - self.distance_law.window_length)
-        return [replace(each, max_distance=4 + beyond, retrieval=None) for each in super().tiny()]
+        return super().tiny(max_distance=4 + beyond, retrieval=None, **settings)
 
 
 def trained_length(config: PreTrainedConfig) -> int:

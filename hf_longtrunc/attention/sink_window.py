@@ -81,11 +81,11 @@ class SinkWindowTechnique(Technique):
         retrieval = found.check_retrieval(self.retrieval, can_crop=not found.has_states)
         return replace(self, retrieval=retrieval)  # type: ignore[type-var]
 
-    def tiny(self) -> Sequence[Self]:
-        """Return the technique at a window of four tokens, once for each path of a prompt's attention."""
+    def tiny(self, **settings: Any) -> Sequence[Self]:
+        """Return the technique at a window of four tokens and with `settings`, once for each path of a prompt."""
         paths = [path for path in PATHS[1:] if path != "flex" or torch.cuda.is_available()]
-        sinks = min(2, self.num_sink_tokens)
-        return [replace(self, num_sink_tokens=sinks, window_length=4, path=path) for path in paths]  # type: ignore[type-var]
+        settings |= {"num_sink_tokens": min(2, self.num_sink_tokens), "window_length": 4}
+        return [replace(self, path=path, **settings) for path in paths]  # type: ignore[type-var]
 
     def prepare(self, handle: Handle, decoder: Any, found: ProbeResult) -> None:
         """Let the rotary modules answer with exact angles."""

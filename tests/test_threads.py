@@ -24,17 +24,14 @@ from hf_longtrunc import (
     ContrastiveDecodingLogitsProcessor,
     CreamCollator,
     DualChunkAttention,
-    EpsilonLogitsProcessor,
     EtaLogitsProcessor,
     GuidanceLogitsProcessor,
     LMInfinite,
     PEMAAdapter,
-    PLessLogitsProcessor,
     ProxyTuningLogitsProcessor,
     SoftmaxBasis,
     TopBlocks,
     TopK,
-    TopNSigmaLogitsProcessor,
     TruncationTrace,
     ULDLogitsProcessor,
     Unlimiformer,
@@ -47,7 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-THREADS, ROUNDS = 4, 2
+THREADS, ROUNDS, NEW_TOKENS = 4, 2, 5
 LENGTHS = (29, 20, 37, 20)  # of each thread's prompt
 WITHIN = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -84,7 +81,7 @@ def generations(model, **options: Any) -> list[Callable[[], Any]]:
         def ask():
             output = model.generate(
                 random_ids(1, length, seed=seed),
-                max_new_tokens=8,
+                max_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 output_scores=True,
                 return_dict_in_generate=True,
@@ -160,7 +157,7 @@ def recorded() -> Shared:
         ids = random_ids(1, length, seed=seed)
 
         def ask(ids=ids):
-            sequences = model.generate(ids, max_new_tokens=8, do_sample=False)
+            sequences = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
             trace.finish(sequences)
             drawn = sequences[0, ids.shape[1] :].tolist()
             runs = {record.run for record in trace.records if record.token == drawn[0]}
@@ -182,7 +179,9 @@ def guided() -> Shared:
 
     def generation(token: int) -> Callable[[], Any]:
         def ask():
-            return [model.generate(prompt, max_new_tokens=8, suppress_tokens=[token], logits_processor=[processor])]
+            return [
+                model.generate(prompt, max_new_tokens=NEW_TOKENS, suppress_tokens=[token], logits_processor=[processor])
+            ]
 
         return ask
 
@@ -213,10 +212,7 @@ TABLE: dict[str, Callable[[], Shared]] = {
     "proxy": lambda: in_generate(lambda model: ProxyTuningLogitsProcessor(llama(1), llama(2))),
     "guidance": guided,
     "BAT": lambda: in_generate(bat),
-    "eta": lambda: in_generate(lambda model: EtaLogitsProcessor(0.01)),
-    "top-n-sigma": lambda: in_generate(lambda model: TopNSigmaLogitsProcessor(1.0)),
-    "p-less": lambda: in_generate(lambda model: PLessLogitsProcessor()),
-    "epsilon": lambda: in_generate(lambda model: EpsilonLogitsProcessor(0.01)),
+    "eta": lambda: in_generate(lambda model: EtaLogitsProcessor(0.01)),  # one class with the other cutoffs
 }
 
 

@@ -65,7 +65,7 @@ def main(
     torch.set_num_threads(1)
     language_model, tokenizer = load_pretrained(model)
     by_meaning = Remembering(*load_encoder(encoder))
-    alone = Remembering(by_meaning.model, by_meaning.tokenizer, threshold=-1, matter_threshold=-2)  # nothing is refused
+    alone = Remembering(by_meaning.model, by_meaning.tokenizer, threshold=-1, least_coverage=-2)  # nothing is refused
     alone.encode = by_meaning.encode  # type: ignore[method-assign]
     known: dict[str, Any] = {
         "ask": Fused(by_meaning, BM25()),
@@ -73,6 +73,7 @@ def main(
         "encoder": alone,
         "bm25": BM25(threshold=0),
     }
+    known["bm25"].least_coverage = -1.0
     if unknown := set(arms.split(",")) - set(known):
         raise typer.BadParameter(f"--arms takes {', '.join(known)}; got {', '.join(sorted(unknown))}")
     records = run_find_and_read(

@@ -104,7 +104,7 @@ def asked(
         rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         prompts.append(tokenizer(rendered, add_special_tokens=False, return_tensors="pt").input_ids)
         since = time.process_time()
-        found.append(find_and_shorten(tokenizer, prompts[-1], finder, "None") or (prompts[-1], []))
+        found.append(find_and_shorten(model, tokenizer, prompts[-1], finder, "None") or (prompts[-1], []))
         finding.append(round(time.process_time() - since, 4))
     rows = [short[0].tolist() for short, passages in found if passages]
     batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")

@@ -153,9 +153,13 @@ def find_passages(
     if is_about_the_whole(question):
         return index.spread(_SPREAD), []
     how: dict[str, Any] = {"count": count, "context": context, "reranker": reranker}
-    asked, earlier = what_is_asked(question), what_is_asked(turns[-1][0]) if turns else None
-    before = list(turns[-1:]) if earlier is not None and index.follows(asked, earlier) else []
-    found = index.find(asked, before=earlier if before else None, **how)
+    asked = what_is_asked(question)
+    subject = index.subject(asked, [what_is_asked(said) for said, _ in turns])
+    found, before = index.find(asked, **how), []
+    if subject is not None:
+        following = index.find(asked, before=subject, **how)
+        if following and (not found or following[0].score >= found[0].score):
+            found, before = following, list(turns[-1:])
     if hops == 2 and found:
         found += index.find(f"{asked} {found[0].match}", besides=found, **how)
     return found, before

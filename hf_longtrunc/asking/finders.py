@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -21,13 +22,14 @@ from hf_longtrunc.arguments import check_float
 from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch import Tensor
 
 _TOGETHER = 2048  # tokens a forward, padding included: a batch of long units needs no more memory than one of short
 _SORTED = 512  # units that are tokenised and sorted by length together: memory does not grow with the text
 _MULTIPLE = 16  # a batch's length is a multiple of it: kernels are kept by shape
+_WORD = re.compile(r"[^\W\d_]+")
 _PRIOR = 16  # units' worth of a zero vector in the mean of a text's vectors, so that a short text keeps its own
 
 
@@ -50,8 +52,9 @@ class Finder(Protocol):
         identity: names its method and weights, the same in every process; tensors saved under another are refused.
         threshold: a unit stands out if its score lies above it.
 
-    It may have a `matter_threshold`: then a unit stands out for a question with names in it only if it is about the
-    matter too. Its score for the question lies above this one when no name is left in either (`asking.names`).
+    It may have a method `coverage(question, words, passage)` and a number `least_coverage`: then a passage stands out
+    only if it covers the words of the question that are neither names nor function words, given as spans of characters
+    (`content_words`), by more than that.
     """
 
     threshold: float
@@ -90,7 +93,7 @@ class BM25:
     """
 
     identity = "bm25"
-    matter_threshold = 0.0  # a word of the question that is no name
+    least_coverage = 0.0  # one of the words
 
     def __init__(self, *, threshold: float = 0.2):
         self.threshold = check_float("threshold", threshold)
@@ -121,6 +124,11 @@ class BM25:
 
         return Scorer(score, {})
 
+    def coverage(self, question: str, words: Sequence[tuple[int, int]], passage: str) -> float:
+        """Return the share of the words that the passage has."""
+        held = set(_WORD.findall(passage.lower()))
+        return sum(question[start:end].lower() in held for start, end in words) / len(words)
+
 
 class SentenceEncoder:
     """The cosine between the sentence vectors of question and unit, both less the mean vector of the text's units.
@@ -132,7 +140,7 @@ class SentenceEncoder:
         model: an encoder as `transformers.AutoModel` loads it, such as sentence-transformers/all-MiniLM-L6-v2.
         tokenizer: of it.
         threshold: a unit stands out if its cosine lies above it.
-        matter_threshold: see `Finder`. Both defaults were chosen for all-MiniLM-L6-v2 on two novels.
+        least_coverage: see `Finder`. Both defaults were chosen for all-MiniLM-L6-v2 on two novels.
 
     Units are cut to 256 tokens, as all-MiniLM-L6-v2 was trained. Time is linear in the text, memory is a vector a unit.
 
@@ -142,7 +150,7 @@ class SentenceEncoder:
         tensor(0)
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.35, matter_threshold: float = 0.18):
+    def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.35, least_coverage: float = 0.3):
         if not hasattr(model, "eval") or not callable(tokenizer):
             raise TypeError(
                 f"model and tokenizer must be an encoder and its tokenizer, got {type(model).__name__} and "
@@ -150,7 +158,7 @@ class SentenceEncoder:
             )
         self.model, self.tokenizer = model.eval(), tokenizer
         self.threshold = check_float("threshold", threshold)
-        self.matter_threshold = check_float("matter_threshold", matter_threshold)
+        self.least_coverage = check_float("least_coverage", least_coverage)
         config = {name: value for name, value in model.config.to_diff_dict().items() if name != "dtype"}
         digest = hashlib.sha256(str(config).encode())
         for name, weight in model.state_dict().items():
@@ -171,6 +179,31 @@ class SentenceEncoder:
             return torch.cat([normalize(part.float() - mean, dim=1) @ asked for part in torch.split(vectors, _SORTED)])
 
         return Scorer(score, {"vectors": vectors})
+
+    @torch.no_grad()
+    def coverage(self, question: str, words: Sequence[tuple[int, int]], passage: str) -> float:
+        """Return the mean over the words of the best cosine between a word's states and a state of the passage.
+
+        A word of several tokens counts with the mean of theirs. Source: Khattab & Zaharia 2020, section 3.3, whose sum
+        over all tokens of a query is a mean over its content words here.
+        """
+        asked, places = self._states(question)
+        read, _ = self._states(passage)
+        best = (asked @ read.T).amax(1).tolist()  # [question tokens]
+        of_words = [
+            [cosine for cosine, (a, b) in zip(best, places, strict=True) if a < b and a < end and start < b]
+            for start, end in words
+        ]
+        known = [sum(each) / len(each) for each in of_words if each]  # a word past 256 tokens has none
+        return sum(known) / len(known) if known else 1.0
+
+    def _states(self, text: str) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Return the states of a text's tokens [tokens, width], of length 1, and the tokens' places in it."""
+        batch = self.tokenizer(
+            text, truncation=True, max_length=256, return_offsets_mapping=True, return_tensors="pt"
+        ).to(self.model.device)
+        places = batch.pop("offset_mapping")[0].tolist()
+        return normalize(self.model(**batch).last_hidden_state[0].float(), dim=-1), places
 
     def _vectors(self, units: Sequence[str], *, progress: bool) -> Tensor:
         vectors = torch.empty(len(units), self.model.config.hidden_size, dtype=torch.float16)
@@ -210,8 +243,8 @@ class Fused:
         finders: two or more.
         weights: one for each. The default was chosen for a `SentenceEncoder` and `BM25`.
         threshold: a unit stands out if its sum lies above it.
-        matter_threshold: see `Finder`. Both defaults were chosen on two novels, the threshold so that about
-            a tenth of questions of general knowledge has a unit above it.
+        least_coverage: of the first finder's `coverage`, see `Finder`. Both defaults were chosen on two novels, so that
+            fewer than a tenth of the questions that they do not answer has a passage.
 
     Raises:
         ValueError: fewer than two finders, or another number of weights.
@@ -227,7 +260,7 @@ class Fused:
         *finders: Finder,
         weights: Sequence[float] = (1.0, 0.1),
         threshold: float = 0.35,
-        matter_threshold: float = 0.19,
+        least_coverage: float = 0.3,
     ):
         if len(finders) < 2:
             raise ValueError(f"Fused takes at least two finders, got {len(finders)}")
@@ -236,7 +269,7 @@ class Fused:
         self.finders = [check_finder(finder) for finder in finders]
         self.weights = [check_float("weights", weight) for weight in weights]
         self.threshold = check_float("threshold", threshold)
-        self.matter_threshold = check_float("matter_threshold", matter_threshold)
+        self.least_coverage = check_float("least_coverage", least_coverage)
 
     @property
     def identity(self) -> str:
@@ -257,3 +290,25 @@ class Fused:
             return torch.stack(parts).sum(0)
 
         return Scorer(score, {f"{n}.{name}": part for n, r in enumerate(readings) for name, part in r.tensors.items()})
+
+    def coverage(self, question: str, words: Sequence[tuple[int, int]], passage: str) -> float:
+        """Return the first finder's coverage; 1 if it has none."""
+        of = getattr(self.finders[0], "coverage", None)
+        return 1.0 if of is None else float(of(question, words, passage))
+
+
+def content_words(question: str, names: Collection[str]) -> list[tuple[int, int]]:
+    """Return (start, end) of the words of a question that are neither names nor English function words.
+
+    Examples:
+        >>> question = "What colour was Ann's hat?"
+        >>> [question[start:end] for start, end in content_words(question, ["Ann"])]
+        ['colour', 'hat']
+    """
+    try:
+        from bm25s.stopwords import STOPWORDS_EN_PLUS
+    except ModuleNotFoundError as error:
+        raise missing("the coverage of a question", "bm25s", "ask") from error
+
+    found = _WORD.finditer(question)
+    return [m.span() for m in found if m[0] not in names and m[0].lower() not in STOPWORDS_EN_PLUS]

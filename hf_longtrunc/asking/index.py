@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_longtrunc.arguments import check_int
-from hf_longtrunc.asking.finders import check_finder
-from hf_longtrunc.asking.names import Capitals, has_a_name, without_names
-from hf_longtrunc.asking.passages import SHORT, Passage, unit_spans
+from hf_longtrunc.asking.finders import check_finder, content_words
+from hf_longtrunc.asking.names import Capitals, has_a_name
+from hf_longtrunc.asking.passages import Passage, unit_spans
+from hf_longtrunc.asking.rerank import NEIGHBOUR
 from hf_longtrunc.saving import load_folder, save_folder
 
 if TYPE_CHECKING:
@@ -81,16 +82,21 @@ class TextIndex:
 
         Args:
             question: of the user.
-            before: the question before it, if this is a follow-up (`follows`): a unit's score is the smaller of both.
+            before: the subject of an earlier question, if this is a follow-up, see `subject`. Names in it are put
+                before the question; without names a unit's score is the smaller of both, over .8.
             count: how many units at most; passages that touch become one.
-            context: a unit under 80 characters is read with the one before and the one after, each of at most so many
-                characters: a fact may begin in one sentence and end in the next.
+            context: a unit is read with the one before and the one after, each of at most so many characters: a fact
+                may begin in one sentence and end in the next.
             besides: passages that were found before, which are not found again.
-            reranker: takes one of the best units for the first, if the finder's best stands out.
+            reranker: takes one of the best units for the first, if the finder's best stands out, and reads a neighbour
+                only where the question becomes likelier with it.
         """
+        names, said = (self._capitals.names(each or "") for each in (question, before))
+        if said:
+            question, before, names = f"{' '.join(said)}: {question}", None, [*said, *names]
         scores, threshold = self._scorer.score(question), self.finder.threshold
         if before is not None:
-            scores, threshold = torch.minimum(scores, self._scorer.score(before)), _FOLLOWS * threshold
+            scores = torch.minimum(scores, self._scorer.score(before)) / _FOLLOWS
         for n, (name, own) in enumerate(self._units if besides else ()):
             start, end = self._spans[name][own]
             if any(each.source == name and each.start < end and start < each.end for each in besides):
@@ -98,20 +104,22 @@ class TextIndex:
         among = max(check_int("count", count, minimum=1), 1 if reranker is None else reranker.units)
         best = scores.topk(min(among, len(scores))).indices.tolist()
 
-        def is_about(n: int) -> bool:
-            return bool(besides) or self._is_about(n, question, before or "")
-
-        first = best[0]
-        if scores[first] <= threshold or not is_about(first):
+        names = [] if besides else names
+        first, both = best[0], f"{before or ''} {question}".strip()
+        if scores[first] <= threshold or not self._is_near(first, names):
             return []
         if reranker is not None:
             reach = scores[first] - reranker.reach
-            near = [first, *(n for n in best[1 : reranker.units] if scores[n] >= reach and is_about(n))]
-            first = self._likeliest(near, scores, f"{before or ''} {question}".strip(), reranker)
-        others = (n for n in best if n != first and scores[n] > threshold and is_about(n))
+            near = [first, *(n for n in best[1 : reranker.units] if scores[n] >= reach and self._is_near(n, names))]
+            first = self._likeliest(near, scores, both, reranker)
+        others = (n for n in best if n != first and scores[n] > threshold and self._is_near(n, names))
         found: list[Passage] = []
         for n in [first, *islice(others, count - 1)]:
-            self._add(found, n, self._around(n, check_int("context", context, minimum=0)), scores[n].item())
+            span = self._around(n, check_int("context", context, minimum=0), both, reranker)
+            if besides or self._covers(self._units[n][0], span, question, names):
+                self._add(found, n, span, scores[n].item())
+            elif n == first:
+                break
         return found
 
     def _likeliest(self, units: list[int], scores: Tensor, question: str, reranker: Reranker) -> int:
@@ -121,29 +129,31 @@ class TextIndex:
         gains = reranker(question, [self._text(*self._units[n]) for n in units])
         return units[int((scores[units] + gains).argmax())]
 
-    def _is_about(self, unit: int, question: str, before: str) -> bool:
-        """Whether a unit is about whom a question, or the one before it, names, and about the matter too."""
-        names = self._capitals.names(question) + self._capitals.names(before)
-        if not names:
-            return True
+    def _is_near(self, unit: int, names: Sequence[str]) -> bool:
+        """Whether one of the names is in a unit or near it; True if there are none."""
         name, n = self._units[unit]
         spans = self._spans[name]
         start, end = spans[max(n - _NEAR, 0)][0], spans[min(n + _NEAR, len(spans) - 1)][1]
-        if not has_a_name(names, self.documents[name][start:end]):
-            return False
-        least = getattr(self.finder, "matter_threshold", None)
-        if least is None:
+        return has_a_name(names, self.documents[name][start:end])
+
+    def _covers(self, name: str, span: tuple[int, int], question: str, names: Sequence[str]) -> bool:
+        """Whether a passage is about the matter of a question too, and not about those alone whom it names."""
+        least = getattr(self.finder, "least_coverage", None)
+        words = [] if least is None else content_words(question, names)
+        if least is None or not words:
             return True
-        matter = self.finder.read([without_names(names, self._text(name, n))])
-        return matter.score(without_names(names, question)).item() > float(least)
+        passage = self.documents[name][slice(*span)]
+        return bool(self.finder.coverage(question, words, passage) > least)  # type: ignore[attr-defined]
 
-    def follows(self, question: str, before: str) -> bool:
-        """Whether a question is a follow-up: some unit is about both, and nearly as good as any for this one alone.
+    def subject(self, question: str, earlier: Sequence[str]) -> str | None:
+        """Return what a follow-up may be about: the names in the last of the earlier questions that has any.
 
-        A unit's score for both is the smaller one; the best must be .8 of the best for the question alone.
+        If none has, the last of them. None for a question with a name of its own, or the first one.
         """
-        scores = self._scorer.score(question)
-        return bool(torch.minimum(scores, self._scorer.score(before)).max() >= _FOLLOWS * scores.max() > 0)
+        if not earlier or self._capitals.names(question):
+            return None
+        named = (names for said in reversed(earlier) if (names := self._capitals.names(said)))
+        return " ".join(next(named, [earlier[-1]]))
 
     def spread(self, count: int) -> list[Passage]:
         """Return units at even distances through all documents, in their order: for a question about the whole."""
@@ -183,15 +193,21 @@ class TextIndex:
         start, end = self._spans[name][n]
         return self.documents[name][start:end]
 
-    def _around(self, unit: int, context: int) -> tuple[int, int]:
-        """Return the span of a unit, or of a short one and its neighbours of at most `context` characters."""
+    def _around(self, unit: int, context: int, question: str, reranker: Reranker | None) -> tuple[int, int]:
+        """Return the span of a unit with its neighbours of at most `context` characters, see `find`."""
         name, n = self._units[unit]
         spans = self._spans[name]
-        if spans[n][1] - spans[n][0] >= SHORT:
-            return spans[n]
-        near = [spans[at] for at in (n - 1, n + 1) if 0 <= at < len(spans) and spans[at][1] - spans[at][0] <= context]
-        starts, ends = zip(spans[n], *near, strict=True)
-        return min(starts), max(ends)
+        start, end = spans[n]
+        before, after = (
+            spans[at] if 0 <= at < len(spans) and spans[at][1] - spans[at][0] <= context else spans[n]
+            for at in (n - 1, n + 1)
+        )
+        wider = list(dict.fromkeys([(start, end), (before[0], end), (start, after[1]), (before[0], after[1])]))
+        if reranker is None or len(wider) == 1:
+            return wider[-1]
+        gains = reranker.log_probs(question, [self.documents[name][slice(*span)] for span in wider])
+        gains[1:] -= NEIGHBOUR
+        return wider[int(gains.argmax())]
 
     def _add(self, found: list[Passage], unit: int, span: tuple[int, int], score: float) -> None:
         """Append a passage, or widen one that it touches."""

@@ -36,15 +36,10 @@ def check_prompt(prompt: str) -> str:
 
 
 def fill_prompt(prompt: str, passages: Sequence[Passage], question: str) -> str:
-    """Return the user's message: the passages, the best last, and the question; without passages the question alone.
-
-    The unit that matches best follows once more after the passage around it.
-    """
+    """Return the user's message: the passages, the best last, and the question; without passages the question alone."""
     if not passages:
         return question.strip()
     shown = [f"{each.source}: " * bool(each.source) + " ".join(each.text.split()) for each in passages[::-1]]
-    if passages[0].match not in ("", passages[0].text):
-        shown.append(" ".join(passages[0].match.split()))
     parts = {"{passages}": "\n\n".join(shown), "{question}": question.strip()}
     return _MARKS.sub(lambda mark: parts[mark[0]], prompt)
 

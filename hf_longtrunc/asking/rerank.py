@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+NEIGHBOUR = 0.2  # nats a token by which a neighbour must make the question likelier; 0 answered less on two novels
+
 
 @dataclass(frozen=True)
 class Reranker:
@@ -57,9 +59,13 @@ class Reranker:
         """How far below the best score a unit may lie: mean log-probabilities rarely differ by more than half a nat."""
         return self.weight / 2
 
-    @torch.no_grad()
     def __call__(self, question: str, units: Sequence[str]) -> Tensor:
         """Return weight * mean log p(question | unit) [units]."""
+        return self.weight * self.log_probs(question, units)
+
+    @torch.no_grad()
+    def log_probs(self, question: str, units: Sequence[str]) -> Tensor:
+        """Return the mean log p(question | unit) of the question's tokens [units], in nats."""
         asked = self.tokenizer(f" {question}", add_special_tokens=False, return_tensors="pt").input_ids[0]
         gains = []
         for unit in units:
@@ -68,4 +74,4 @@ class Reranker:
             logits = self.model(ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False).logits[0]
             log_probs = logits[len(read) - 1 : -1].float().log_softmax(-1)  # [question tokens, vocabulary]
             gains.append(log_probs.gather(1, ids[len(read) :, None]).mean())
-        return self.weight * torch.stack(gains).cpu()
+        return torch.stack(gains).cpu()

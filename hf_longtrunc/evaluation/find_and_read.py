@@ -218,7 +218,7 @@ def run_find_and_read(
             asked += [(q, turn, q.text) for turn, q in enumerate(talk, 1) if turn > 1]
         for arm in [*arms, ORACLE]:
             finder = arms.get(arm)
-            how = {**given, "reranker": Reranker(model, tokenizer) if arm in reranked else None}
+            how = {**given, "reranker": Reranker(model, tokenizer, UNITS if arm in reranked else 1)}
             read_by = f"reranked {UNITS} " if arm in reranked else ""
             made_by = settings if finder is None else f"{finder.identity} {read_by}{settings}"
             fixed: dict[str, Any] = {

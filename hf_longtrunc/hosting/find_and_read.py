@@ -16,6 +16,7 @@ import torch
 from hf_longtrunc import BM25, Passage, SentenceEncoder, TextIndex, load_encoder
 from hf_longtrunc.asking.passages import CONTEXT, LONGEST, sentence_spans
 from hf_longtrunc.asking.prompt import PROMPT, fill_prompt, is_about_the_whole
+from hf_longtrunc.asking.rerank import Reranker
 from hf_longtrunc.templates import template_parts
 
 if TYPE_CHECKING:
@@ -47,11 +48,14 @@ class Chat(NamedTuple):
     closes: str
 
 
-def find_and_shorten(tokenizer: Any, ids: Tensor, finder: str, salt: object) -> tuple[Tensor, list[Passage]] | None:
+def find_and_shorten(
+    model: Any, tokenizer: Any, ids: Tensor, finder: str, salt: object
+) -> tuple[Tensor, list[Passage]] | None:
     """Return a shorter prompt [1, m] with the passage that a prompt's last question points at, and that passage.
 
     Args:
-        tokenizer: of the model.
+        model: that answers; it compares the best passages, see `hf_longtrunc.asking.rerank`.
+        tokenizer: of it.
         ids: a prompt [1, n]: a chat rendered by the tokenizer's template, or a text if it has none.
         finder: one of `FINDERS`.
         salt: texts that were indexed before are found by calls of the same salt.
@@ -66,9 +70,9 @@ def find_and_shorten(tokenizer: Any, ids: Tensor, finder: str, salt: object) -> 
     question = chat.messages[-1][slice(*span)]
     if is_about_the_whole(question):
         return None
-    best: list[Passage] = []
+    reranker, best = Reranker(model, tokenizer), list[Passage]()
     for number, document in searched(chat.messages):
-        for passage in indexed(document, finder, salt).find(question, context=CONTEXT):
+        for passage in indexed(document, finder, salt).find(question, context=CONTEXT, reranker=reranker):
             if not best or passage.score > best[0].score:
                 best = [replace(passage, source=str(number))]
     if not best:

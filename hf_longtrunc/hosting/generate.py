@@ -221,7 +221,7 @@ def _found(
     if settings.finder is None or not reading_of(settings.technique, ids.shape[1]).forgotten:
         return None
     tokenizer = tokenizer or host.tokenizer_of(model)
-    found = find_and_shorten(getattr(tokenizer, "tokenizer", tokenizer), ids, settings.finder, salt)
+    found = find_and_shorten(model, getattr(tokenizer, "tokenizer", tokenizer), ids, settings.finder, salt)
     return None if found is not None and found[0].shape[1] > ids.shape[1] else found
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_longtrunc import BM25, Fused, SentenceEncoder, load_encoder
+from hf_longtrunc.asking.finders import content_words
 
 UNITS = [
     "The parson was carried off by measles within the week.",
@@ -106,3 +107,27 @@ def test_a_threshold_is_a_number():
 def test_units_without_a_word_score_nothing():
     scores = BM25().read(["It is.", "..."]).score("Was it he?")
     assert scores.tolist() == [0.0, 0.0]
+
+
+def test_coverage_is_the_mean_over_content_words_of_their_best_cosine(encoder_folder):
+    pytest.importorskip("bm25s")
+    model, tokenizer = load_encoder(encoder_folder, dtype=torch.float32, device="cpu")
+    question, passage = "What painted trunk did Ezra own?", UNITS[1]
+    words = content_words(question, ["Ezra"])
+    assert [question[start:end] for start, end in words] == ["painted", "trunk"]  # own is a function word there
+    with torch.no_grad():
+        asked, read = (
+            torch.nn.functional.normalize(model(**tokenizer([t], return_tensors="pt")).last_hidden_state[0], dim=1)
+            for t in (question, passage)
+        )
+    places = tokenizer(question, return_offsets_mapping=True).offset_mapping
+    means = []
+    for start, end in words:
+        own = [n for n, (a, b) in enumerate(places) if a < b and start <= a < end]
+        means.append(sum(max(float(asked[n] @ each) for each in read) for n in own) / len(own))
+    finder = SentenceEncoder(model, tokenizer)
+    assert finder.coverage(question, words, passage) == pytest.approx(sum(means) / 2, abs=1e-4)
+    assert Fused(finder, BM25()).coverage(question, words, passage) == finder.coverage(question, words, passage)
+    assert Fused(Fixed([1.0]), BM25()).coverage(question, words, passage) == 1
+    assert BM25().coverage(question, words, passage) == 1
+    assert BM25().coverage(question, words, UNITS[3]) == 0.5

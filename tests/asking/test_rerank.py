@@ -15,15 +15,16 @@ def model_and_tokenizer(model_folder):
     return load_pretrained(model_folder, device="cpu")
 
 
-class Prefers:
+class Prefers(Reranker):
     """A re-ranker that gives units with a word in them a gain."""
 
-    units = 3
+    reach = 1.0
 
-    def __init__(self, word, gain, reach=1.0):
-        self.word, self.gain, self.reach, self.asked = word, gain, reach, []
+    def __init__(self, word, gain, reach=1.0, units=3):
+        vars(self).update(word=word, gain=gain, units=units, weight=1.0, asked=[])
+        vars(self)["reach"] = reach
 
-    def __call__(self, question, units):
+    def log_probs(self, question, units):
         self.asked.append((question, list(units)))
         return torch.tensor([self.gain * (self.word in unit) for unit in units])
 
@@ -41,6 +42,19 @@ def test_a_gain_is_the_mean_log_probability_of_the_question_after_the_unit(model
             before = [*before, token]
         assert gain == pytest.approx(0.5 * sum(terms) / len(terms), abs=1e-4)
     assert len({round(gain, 4) for gain in gains.tolist()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("word", "gain", "numbers"),
+    [("two", 0.3, [2, 3]), ("four", 0.3, [3, 4]), ("two", 0.1, [3]), ("sentence", 9.0, [3]), ("elephant", 9.0, [3])],
+)
+def test_a_neighbour_is_read_if_the_question_becomes_likelier_with_it(word, gain, numbers):
+    index, prefers = TextIndex(TEXT, ByWord()), Prefers(word, gain, units=1)
+    (found,) = index.find("three", context=70, reranker=prefers)
+    assert found.text == " ".join(SENTENCES[n - 1] for n in numbers)
+    assert [len(compared) for _, compared in prefers.asked] == [4]
+    assert index.find("three", context=20, reranker=prefers)[0].text == SENTENCES[2]  # both are longer
+    assert len(prefers.asked) == 1
 
 
 def test_the_best_unit_is_chosen_among_the_best_few_if_the_finders_best_stands_out():
@@ -85,7 +99,7 @@ def test_no_more_units_are_compared_than_the_re_ranker_takes_whatever_the_count(
 
 def test_ask_compares_units_and_one_takes_the_finders_best(model_and_tokenizer, monkeypatch):
     model, tokenizer = model_and_tokenizer
-    monkeypatch.setattr(Reranker, "__call__", lambda self, question, units: Prefers("two", 5.0)(question, units))
+    monkeypatch.setattr(Reranker, "log_probs", lambda self, question, units: Prefers("two", 9.0)(question, units))
     monkeypatch.setattr(Reranker, "reach", 1.0)
     for rerank, best in ((3, SENTENCES[1]), (1, SENTENCES[0])):
         (answer,) = ask(

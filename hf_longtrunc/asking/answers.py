@@ -10,14 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hf_longtrunc.arguments import check_int
+from hf_longtrunc import GuidanceLogitsProcessor
+from hf_longtrunc.arguments import check_float, check_int
 from hf_longtrunc.asking.index import TextIndex
-from hf_longtrunc.asking.passages import CONTEXT, UNITS
-from hf_longtrunc.asking.prompt import PROMPT, chat_ids, check_prompt, fill_prompt, is_about_the_whole, what_is_asked
+from hf_longtrunc.asking.passages import CONTEXT, GUIDANCE, UNITS
+from hf_longtrunc.asking.prompt import (
+    PROMPT,
+    chat_ids,
+    check_prompt,
+    fill_prompt,
+    is_about_the_whole,
+    what_is_asked,
+    without_passages,
+)
 from hf_longtrunc.asking.rerank import Reranker
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from transformers.generation.streamers import BaseStreamer
 
@@ -63,6 +72,7 @@ def ask(
     context: int = CONTEXT,
     hops: int = 1,
     rerank: int = UNITS,
+    guidance: float = GUIDANCE,
     prompt: str = PROMPT,
     follow_up: bool = False,
     before: Sequence[tuple[str, str]] = (),
@@ -83,10 +93,13 @@ def ask(
         questions: one or several.
         finder: finds the passages; None takes `SentenceEncoder` of `load_encoder()`. Not with a `TextIndex`.
         count: passages at most. More than one made SmolLM2-135M-Instruct answer worse.
-        context: a unit under 80 characters is read with the one before and the one after, each of at most so many
-            characters, and once more by itself right before the question.
+        context: a unit is read with the one before or after it, each of at most so many characters, if the question
+            becomes likelier with it.
         hops: 2 looks again with the words of the first passage, and reads both.
         rerank: the model compares so many of the finder's best units, see `Reranker`; 1 takes the finder's best.
+        guidance: an answer's probabilities are p(passage, question)^guidance / p(question)^(guidance - 1), so that what
+            the model would say anyway counts less (Shi et al. 2024, equation 4, whose alpha is guidance - 1). 1 leaves
+            this out; else a token costs a second forward.
         prompt: holds {passages} and {question}.
         follow_up: each question may refer to the one before it, and is read with that turn if it does. Other questions
             are read alone, as earlier turns made the answers of SmolLM2-135M-Instruct worse.
@@ -116,6 +129,7 @@ def ask(
             raise ValueError(f"questions must be texts that ask something, got {question!r}")
     check_prompt(prompt)
     check_int("hops", hops, minimum=1, maximum=2)
+    check_float("guidance", guidance, minimum=0)
     if isinstance(text, TextIndex):
         if finder is not None:
             raise ValueError("finder goes with a text: a TextIndex has its own finder already")
@@ -211,13 +225,19 @@ def _turn(turn: Any) -> tuple[str, str]:
     return question, answer
 
 
-def _greedy(model: Any, ids: list[int], max_new_tokens: int, streamer: BaseStreamer | None) -> list[int]:
+def _greedy(
+    model: Any, ids: list[int], alone: list[int], guidance: float, max_new_tokens: int, streamer: BaseStreamer | None
+) -> list[int]:
     prompt = torch.tensor([ids], device=model.device)
+    guided = []
+    if alone and guidance != 1:
+        guided.append(GuidanceLogitsProcessor(model, guidance, prompt, torch.tensor([alone], device=model.device)))
     output = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=max_new_tokens,
         streamer=streamer,
+        logits_processor=guided,
         do_sample=False,
         temperature=None,
         top_p=None,

@@ -44,6 +44,16 @@ def fill_prompt(prompt: str, passages: Sequence[Passage], question: str) -> str:
     return _MARKS.sub(lambda mark: parts[mark[0]], prompt)
 
 
+def without_passages(prompt: str, question: str) -> str:
+    """Return the user's message less the passages: its answer is the one that the model would give anyway.
+
+    Examples:
+        >>> without_passages(PROMPT, "Who was deaf?")
+        'Using only the passage above, answer in a few words: Who was deaf?'
+    """
+    return prompt.replace("{passages}", "").replace("{question}", question.strip()).strip()
+
+
 def chat_ids(tokenizer: Any, turns: Sequence[tuple[str, str]], user: str) -> list[int]:
     """Return the tokens up to where the answer begins, after earlier turns (question, answer).
 

@@ -19,8 +19,8 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_longtrunc.asking.answers import find_passages
-from hf_longtrunc.asking.passages import CONTEXT, UNITS
-from hf_longtrunc.asking.prompt import PROMPT, chat_ids, fill_prompt
+from hf_longtrunc.asking.passages import CONTEXT, GUIDANCE, UNITS
+from hf_longtrunc.asking.prompt import PROMPT, chat_ids, fill_prompt, without_passages
 from hf_longtrunc.asking.rerank import Reranker
 from hf_longtrunc.evaluation import facts
 from hf_longtrunc.evaluation.display import new_table
@@ -45,6 +45,7 @@ NOTHING = ("off-topic", "unknown name", "unsaid")
 KINDS = (*SHARED, "unshared", "two hops", "follow-up", *NOTHING)
 _UNSHARED = 7  # facts of a text whose question shares no word with them
 _TOGETHER = 16  # prompts that are answered in one batch
+_Prompts = tuple[tuple[int, ...], tuple[int, ...]]  # a prompt, and the same less its passages; empty if it has none
 
 
 class Question(NamedTuple):
@@ -165,6 +166,7 @@ def run_find_and_read(
     context: int = CONTEXT,
     hops: int = 1,
     reranked: Collection[str] = (),
+    guidance: float = GUIDANCE,
     prompt: str = PROMPT,
     path: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -187,7 +189,9 @@ def run_find_and_read(
         count: see `hf_longtrunc.ask`.
         context: see there.
         hops: see there.
-        reranked: arms in which the model compares the finder's best units, see `Reranker`.
+        reranked: arms in which the model compares the finder's best units, see `Reranker`; in the others it compares
+            the best one with and without its neighbours.
+        guidance: see `hf_longtrunc.ask`.
         prompt: see there.
         path: a JSON-lines file; a text with records in it is not asked again.
         progress: show a bar.
@@ -203,9 +207,9 @@ def run_find_and_read(
     results = ("tokens_read", "found", "right", "expected", "answer", "lenient", "strict")
     journal, records = Journal(path, FindAndReadRecord, results), []
     given = {"count": count, "context": context, "hops": hops}
-    settings = f"{given} read={read} trailing={trailing} prompt={prompt!r}"
+    settings = f"{given} read={read} trailing={trailing} guidance={guidance:g} prompt={prompt!r}"
     cells = [(name, length, trial) for name in novels for length in lengths for trial in range(texts)]
-    answered: dict[tuple[int, ...], str] = {}
+    answered: dict[_Prompts, str] = {}
     for name, length, trial in tqdm(cells, desc="texts", disable=not progress):
         text = FactText(novels[name], tokenizer, length, trial, part=part, seed=seed)
         endings = [f" {each}" for each in facts.TRAILING] if trailing else [""]
@@ -245,11 +249,13 @@ def run_find_and_read(
                 for q, said, _ in group:
                     found, before = _passages(index, q, said, turns, **how)
                     passages.append(found)
-                    prompts.append(tuple(chat_ids(tokenizer, before, fill_prompt(prompt, found, said))))
+                    ids = chat_ids(tokenizer, before, fill_prompt(prompt, found, said))
+                    bare = chat_ids(tokenizer, before, without_passages(prompt, said)) if found else []
+                    prompts.append((tuple(ids), tuple(bare)))
                 if read:
-                    _answer(model, tokenizer, [ids for ids in prompts if ids not in answered], answered)
-                for (q, _, plan), ids, found in zip(group, prompts, passages, strict=True):
-                    record = FindAndReadRecord(**plan, **_result(q, ids, found, answered[ids] if read else None))
+                    _answer(model, tokenizer, [each for each in prompts if each not in answered], guidance, answered)
+                for (q, _, plan), both, found in zip(group, prompts, passages, strict=True):
+                    record = FindAndReadRecord(**plan, **_result(q, both[0], found, answered[both] if read else None))
                     journal.add(record)
                     records.append(record)
                 if conversations:
@@ -357,18 +363,41 @@ def _result(question: Question, ids: Sequence[int], found: Sequence[Passage], an
 
 @torch.no_grad()
 def _answer(
-    model: Any, tokenizer: Any, prompts: Sequence[tuple[int, ...]], answered: dict[tuple[int, ...], str]
+    model: Any, tokenizer: Any, prompts: Sequence[_Prompts], guidance: float, answered: dict[_Prompts, str]
 ) -> None:
     """Add the greedy answers to prompts, 24 tokens each, padded on the left in batches of like lengths."""
-    todo = sorted(dict.fromkeys(prompts), key=len)
-    for first in range(0, len(todo), _TOGETHER):
-        some = todo[first : first + _TOGETHER]
-        padding = [len(some[-1]) - len(ids) for ids in some]
-        ids = torch.tensor([[tokenizer.pad_token_id] * pad + list(own) for pad, own in zip(padding, some, strict=True)])
-        mask = torch.tensor([[0] * pad + [1] * len(own) for pad, own in zip(padding, some, strict=True)])
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "max_new_tokens": 24}
-        said = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **greedy)[:, ids.shape[1] :]
-        answered.update(zip(some, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True))
+    from hf_longtrunc import GuidanceLogitsProcessor
+
+    for is_guided in (False, True):
+        those = [both for both in dict.fromkeys(prompts) if (bool(both[1]) and guidance != 1) is is_guided]
+        todo = sorted(those, key=lambda both: len(both[0]))
+        for first in range(0, len(todo), _TOGETHER):
+            some = todo[first : first + _TOGETHER]
+            ids, mask = _padded(tokenizer, [own for own, _ in some], model.device)
+            processors = []
+            if is_guided:
+                bare = _padded(tokenizer, [bare for _, bare in some], model.device)
+                processors.append(GuidanceLogitsProcessor(model, guidance, ids, *bare))
+            said = model.generate(
+                ids,
+                attention_mask=mask,
+                logits_processor=processors,
+                max_new_tokens=24,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+            )
+            texts = tokenizer.batch_decode(said[:, ids.shape[1] :], skip_special_tokens=True)
+            answered.update(zip(some, texts, strict=True))
+
+
+def _padded(tokenizer: Any, rows: Sequence[Sequence[int]], device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask [rows, longest], padded on the left."""
+    padding = [max(map(len, rows)) - len(row) for row in rows]
+    ids = [[tokenizer.pad_token_id] * pad + list(row) for pad, row in zip(padding, rows, strict=True)]
+    mask = [[0] * pad + [1] * len(row) for pad, row in zip(padding, rows, strict=True)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _holds(answer: str, value: str) -> bool:

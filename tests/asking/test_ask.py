@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_longtrunc import Passage, TextIndex, ask, load_pretrained
-from hf_longtrunc.asking.prompt import PROMPT, chat_ids, fill_prompt, is_about_the_whole
+from hf_longtrunc.asking.prompt import PROMPT, chat_ids, fill_prompt, is_about_the_whole, without_passages
 from tests.asking.test_index import SENTENCES, TEXT, ByWord
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}>"
@@ -17,18 +17,35 @@ def model_and_tokenizer(model_folder):
     return load_pretrained(model_folder, device="cpu")
 
 
-def alone(model, tokenizer, prompt, new=6):
+def alone(model, tokenizer, prompt, new=6, without=None, guidance=1.5):
+    """The greedy answer to a prompt, guided away from the prompt without its passage; one token at a time."""
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
-    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip(), ids.shape[1]
+    bare = None if without is None else tokenizer(without, return_tensors="pt").input_ids
+    made = torch.empty(1, 0, dtype=torch.long)
+    for _ in range(new):
+        scores = model(torch.cat([ids, made], dim=1)).logits[0, -1].double().log_softmax(-1)
+        if bare is not None:
+            other = model(torch.cat([bare, made], dim=1)).logits[0, -1].double().log_softmax(-1)
+            scores = guidance * scores - (guidance - 1) * other
+        made = torch.cat([made, scores.argmax().view(1, 1)], dim=1)
+        if made[0, -1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(made[0], skip_special_tokens=True).strip(), ids.shape[1]
+
+
+USING = "Using only the passage above, answer in a few words: "
 
 
 def test_an_answer_reads_its_passage_right_before_its_question(model_and_tokenizer):
     model, tokenizer = model_and_tokenizer
     index = TextIndex(TEXT, ByWord())
     four, elephants = ask(model, tokenizer, index, ["Where is four ", "elephants"], context=0, max_new_tokens=6)
-    prompt = f"{SENTENCES[3]}\n\nUsing only the passage above, answer in a few words: Where is four\nAnswer:"
-    assert (four.text, four.tokens_read) == alone(model, tokenizer, prompt)
+    without = f"{USING}Where is four\nAnswer:"
+    prompt = f"{SENTENCES[3]}\n\n{without}"
+    assert (four.text, four.tokens_read) == alone(model, tokenizer, prompt, without=without)
+    for guidance in (0.5, 3.0, 1):
+        (guided,) = ask(model, tokenizer, index, "Where is four", context=0, guidance=guidance, max_new_tokens=6)
+        assert guided.text == alone(model, tokenizer, prompt, without=without, guidance=guidance)[0]
     assert (four.found, [each.text for each in four.passages]) == (True, [SENTENCES[3]])
     assert four.seconds > 0
     assert four.peak_bytes > 2**20
@@ -43,8 +60,8 @@ def test_what_follows_the_question_mark_is_read_and_not_searched_for(model_and_t
     model, tokenizer = model_and_tokenizer
     (answer,) = ask(model, tokenizer, TEXT, "four ? six six six", finder=ByWord(), context=0, max_new_tokens=6)
     assert [each.text for each in answer.passages] == [SENTENCES[3]]
-    prompt = f"{SENTENCES[3]}\n\nUsing only the passage above, answer in a few words: four ? six six six\nAnswer:"
-    assert (answer.text, answer.tokens_read) == alone(model, tokenizer, prompt)
+    without = f"{USING}four ? six six six\nAnswer:"
+    assert (answer.text, answer.tokens_read) == alone(model, tokenizer, f"{SENTENCES[3]}\n\n{without}", without=without)
 
 
 def test_several_passages_stand_with_the_best_last_and_their_source(model_and_tokenizer):
@@ -54,8 +71,8 @@ def test_several_passages_stand_with_the_best_last_and_their_source(model_and_to
     )
     assert fill_prompt(PROMPT, [], " Why? ") == "Why?"
     around = Passage(0, 13, "One. Two.\nAll.", 2.0, "a", "Two.")
-    assert fill_prompt("{passages}|{question}", [around], "?") == "a: One. Two. All.\n\nTwo.|?"
-    assert fill_prompt("{passages}|{question}", [Passage(0, 4, "Two.", 2.0, "", "Two.")], "?") == "Two.|?"
+    assert fill_prompt("{passages}|{question}", [around], "?") == "a: One. Two. All.|?"
+    assert without_passages("{question} | {passages}", " {passages}? ") == "{passages}? |"
     model, tokenizer = model_and_tokenizer
     documents = {"a": TEXT, "b": "An elephant is mentioned here and only here, of all places."}
     (answer,) = ask(model, tokenizer, documents, "elephant six six", finder=ByWord(), count=2, max_new_tokens=2)
@@ -84,7 +101,10 @@ def test_a_follow_up_is_read_with_the_turn_before_it_and_others_are_not(model_an
     index = TextIndex(text, ByWord())
     first, second, third = ask(model, tokenizer, index, ["Ann", "born", "Bob York"], follow_up=True, max_new_tokens=6)
     said = fill_prompt(PROMPT, second.passages, "born")
-    assert (second.text, second.tokens_read) == alone(model, tokenizer, f"Ann\nAnswer: {first.text}\n\n{said}\nAnswer:")
+    turn = f"Ann\nAnswer: {first.text}\n\n"
+    assert (second.text, second.tokens_read) == alone(
+        model, tokenizer, f"{turn}{said}\nAnswer:", without=f"{turn}{USING}born\nAnswer:"
+    )
     assert third.text == ask(model, tokenizer, index, "Bob York", max_new_tokens=6)[0].text
     (again,) = ask(model, tokenizer, index, "born", before=[("Ann", first.text)], max_new_tokens=6)
     assert again.text == second.text
@@ -125,5 +145,7 @@ def test_what_cannot_be_asked_is_refused(model_and_tokenizer):
         ask(model, tokenizer, TEXT, "one", finder=ByWord(), prompt="{question}")
     with pytest.raises(ValueError, match="hops must be a whole number from 1 to 2, got 3"):
         ask(model, tokenizer, TEXT, "one", finder=ByWord(), hops=3)
+    with pytest.raises(ValueError, match="guidance must be a number of at least 0, got -1"):
+        ask(model, tokenizer, TEXT, "one", finder=ByWord(), guidance=-1)
     with pytest.raises(ValueError, match="finder goes with a text"):
         ask(model, tokenizer, TextIndex(TEXT, ByWord()), "one", finder=ByWord())

@@ -77,6 +77,7 @@ def ask(
     follow_up: bool = False,
     before: Sequence[tuple[str, str]] = (),
     max_new_tokens: int = 64,
+    on_passages: Callable[[Sequence[Passage]], object] | None = None,
     streamer: BaseStreamer | None = None,
     progress: bool = False,
 ) -> list[Answer]:
@@ -105,6 +106,7 @@ def ask(
             are read alone, as earlier turns made the answers of SmolLM2-135M-Instruct worse.
         before: questions and answers of earlier calls, which the first question may refer to.
         max_new_tokens: of an answer.
+        on_passages: called with the passages of a question before its answer is generated.
         streamer: gets the tokens of the answers as they are made.
         progress: show a bar while the text is indexed.
 
@@ -143,8 +145,11 @@ def ask(
         passages, read_with = find_passages(
             index, question, turns, count=count, context=context, hops=hops, reranker=reranker
         )
+        if on_passages is not None:
+            on_passages(passages)
         ids = chat_ids(tokenizer, read_with, fill_prompt(prompt, passages, question))
-        said = _greedy(model, ids, check_int("max_new_tokens", max_new_tokens, minimum=1), streamer)
+        alone = chat_ids(tokenizer, read_with, without_passages(prompt, question)) if passages else []
+        said = _greedy(model, ids, alone, guidance, check_int("max_new_tokens", max_new_tokens, minimum=1), streamer)
         answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
         if follow_up:
             turns.append((question, answer))

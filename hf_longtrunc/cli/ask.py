@@ -10,10 +10,13 @@ import typer
 from rich.markup import escape
 from typer import Argument, Option
 
-from hf_longtrunc.asking.passages import CONTEXT, UNITS
+from hf_longtrunc.asking.passages import CONTEXT, GUIDANCE, UNITS
 from hf_longtrunc.cli import common
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hf_longtrunc import Passage
     from hf_longtrunc.asking.finders import Finder
 
 FinderName = Literal["fused", "encoder", "bm25"]
@@ -30,9 +33,12 @@ def ask(
     encoder: Annotated[str | None, Option(help="Hub id or folder; all-MiniLM-L6-v2 if left out.")] = None,
     index: Annotated[Path | None, Option(help="Folder that keeps the index for the next time.")] = None,
     count: Annotated[int, Option(min=1, help="Passages that are read at most.")] = 1,
-    context: Annotated[int, Option(min=0, help="Longest neighbour that a short sentence is read with.")] = CONTEXT,
+    context: Annotated[int, Option(min=0, help="Longest neighbour that a sentence may be read with.")] = CONTEXT,
     hops: Annotated[int, Option(min=1, max=2, help="2 looks again with the first passage's words.")] = 1,
     rerank: Annotated[int, Option(min=1, help="Best passages that the model compares; 1 for none.")] = UNITS,
+    guidance: Annotated[
+        float, Option(min=0, help="How far the passage outweighs what the model would say anyway; 1: not at all.")
+    ] = GUIDANCE,
     follow_up: Annotated[bool, Option("--follow-up", help="A question may refer to the one before it.")] = False,
     prompt: Annotated[Path | None, Option(help="A file with {passages} and {question} in it.")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Tokens of an answer.")] = 64,
@@ -62,6 +68,18 @@ def ask(
     found = indexed(text, finder_of(finder, encoder), index)
     answers: list[dict[str, Any]] = []
     turns: list[tuple[str, str]] = []
+
+    def note(passages: Sequence[Passage]) -> None:
+        if is_about_the_whole(question):
+            common.notes().print("[dim](about the whole text: read a few places of it, and no more than those)[/dim]")
+        elif not passages:
+            common.notes().print(f"[dim]({NOT_FOUND})[/dim]")
+        for passage in passages:
+            place = f"{passage.source or file}, characters {passage.start:,} to {passage.end:,}"
+            common.notes().print(
+                f"[dim]{escape(place)} ({passage.score:.2f}): {escape(' '.join(passage.text.split()))}[/dim]"
+            )
+
     for question in questions:
         streamer = None
         if not as_json:
@@ -78,22 +96,15 @@ def ask(
             context=context,
             hops=hops,
             rerank=rerank,
+            guidance=guidance,
             prompt=template,
             before=turns if follow_up else (),
             max_new_tokens=max_new_tokens,
+            on_passages=note,
             streamer=streamer,
         )
         turns.append((question, answer.text))
         answers.append(asdict(answer))
-        if is_about_the_whole(question):
-            common.notes().print("[dim](about the whole text: read a few places of it, and no more than those)[/dim]")
-        elif not answer.found:
-            common.notes().print(f"[dim]({NOT_FOUND})[/dim]")
-        for passage in answer.passages:
-            place = f"{passage.source or file}, characters {passage.start:,} to {passage.end:,}"
-            common.notes().print(
-                f"[dim]{escape(place)} ({passage.score:.2f}): {escape(' '.join(passage.text.split()))}[/dim]"
-            )
         if not answer.text:
             common.notes().print("[dim](the model ended its answer at once)[/dim]")
     if as_json:

@@ -75,11 +75,10 @@ def reading_of(technique: Any, tokens: int, reused: int = 0) -> Reading:
         >>> reading_of(LMInfinite(num_sink_tokens=16, window_length=64), 100).forgotten
         20
     """
-    sinks = getattr(technique, "num_sink_tokens", None)
-    if sinks is None:
+    window = getattr(technique, "window_length", None)
+    if window is None:
         return Reading(tokens, tokens, 0, None, reused)
-    window = technique.window_length
-    kept = min(tokens, sinks + window) if _retrieval(technique) is None else tokens
+    kept = min(tokens, technique.num_sink_tokens + window) if _retrieval(technique) is None else tokens
     return Reading(tokens, kept, tokens - kept, window, reused)
 
 

@@ -57,7 +57,7 @@ class HostSettings:
         object.__setattr__(self, "cache_bytes", check_int("cache_bytes", self.cache_bytes, minimum=0))
         if self.finder is not None:
             check_choice("finder", self.finder, FINDERS)
-            if getattr(self.technique, "num_sink_tokens", None) is None or getattr(self.technique, "retrieval", None):
+            if getattr(self.technique, "window_length", None) is None or getattr(self.technique, "retrieval", None):
                 raise ValueError(
                     "finder goes with LMInfinite(...) or StreamingLLM(...) without retrieval, got "
                     f"{self.technique!r}, which forgets nothing"

@@ -55,7 +55,7 @@ OTHERS = [
         *("stream", "verify"),
     )
 ]
-OTHERS += [f"asking.{name}" for name in ("finders", "index", "names", "passages", "prompt")]
+OTHERS += [f"asking.{name}" for name in ("finders", "index", "passages", "prompt")]
 OTHERS += [
     f"evaluation.{name}"
     for name in (

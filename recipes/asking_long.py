@@ -26,7 +26,7 @@ from hf_longtrunc import TextIndex, ask, load_pretrained
 from hf_longtrunc.asking.answers import default_finder, peak_bytes
 from hf_longtrunc.evaluation import FactText, wilson_interval
 from hf_longtrunc.evaluation.display import new_table
-from hf_longtrunc.evaluation.find_and_read import SHARED
+from hf_longtrunc.evaluation.fact_text import SHARED
 from hf_longtrunc.evaluation.records import Journal
 
 if TYPE_CHECKING:

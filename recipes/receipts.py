@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longtrunc import LMInfinite
 from hf_longtrunc.evaluation import append_records, read_records
-from hf_longtrunc.evaluation.find_and_read import NOTHING, FactText
+from hf_longtrunc.evaluation.fact_text import NOTHING, FactText
 from hf_longtrunc.evaluation.intervals import wilson_interval
 from hf_longtrunc.hosting import export
 from hf_longtrunc.hosting.find_and_read import find_and_shorten

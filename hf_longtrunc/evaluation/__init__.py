@@ -11,8 +11,8 @@ from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_longtrunc.evaluation.card import update_model_card as update_model_card
+    from hf_longtrunc.evaluation.fact_text import FactText as FactText
     from hf_longtrunc.evaluation.find_and_read import (
-        FactText as FactText,
         FindAndReadRecord as FindAndReadRecord,
         find_and_read_table as find_and_read_table,
         paired_test as paired_test,
@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 
 _NAMES = {  # file -> its public names
     "card": "update_model_card",
-    "find_and_read": "FactText FindAndReadRecord find_and_read_table paired_test run_find_and_read",
+    "fact_text": "FactText",
+    "find_and_read": "FindAndReadRecord find_and_read_table paired_test run_find_and_read",
     "intervals": "wilson_interval",
     "matching": "critical_parameters match_table matched_parameter matched_parameters plot_match",
     "perplexity": (

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_longtrunc import Passage, TextIndex, ask, load_pretrained
+from hf_longtrunc.asking.answers import find_passages
 from hf_longtrunc.asking.prompt import PROMPT, chat_ids, fill_prompt, is_about_the_whole, without_passages
 from tests.asking.test_index import SENTENCES, TEXT, ByWord
 
@@ -106,6 +107,8 @@ def test_a_follow_up_is_read_with_the_turn_before_it_and_others_are_not(model_an
         model, tokenizer, f"{turn}{said}\nAnswer:", without=f"{turn}{USING}born\nAnswer:"
     )
     assert third.text == ask(model, tokenizer, index, "Bob York", max_new_tokens=6)[0].text
+    passages, turns = find_passages(index, "born never left", [("Ann", "")], context=0)  # 2 for Bob, 1.25 for Ann
+    assert (passages[0].text[:3], turns) == ("Bob", [])
     (again,) = ask(model, tokenizer, index, "born", before=[("Ann", first.text)], max_new_tokens=6)
     assert again.text == second.text
 

@@ -63,7 +63,12 @@ def test_a_follow_up_is_about_both_questions():
     assert index.subject("What did she wear?", ["Where was Ann born?", "And why?"]) == "Ann"
     assert index.subject("What did Bob wear?", ["Where was Ann born?"]) is None
     assert index.subject("Why?", ["Was it red?", "And when?"]) == "And when?"
+    assert index.subject("Why?", ["Was it Bob?", "Was it Ann?", "Was it red?"]) == "Ann"  # the last who is named
     assert index.subject("Why?", []) is None
+    finder = ByWord()
+    finder.threshold = 1.2
+    (both,) = TextIndex(text, finder).find("born", before="old")  # 1 each, over .8
+    assert both.score == pytest.approx(1.25)
     (found,) = index.find("was born in", before="Ann Leeds in")
     assert found.text == "Ann was born in the old town of Leeds, they say."
     (alone,) = index.find("was born in York")

@@ -111,13 +111,15 @@ def test_a_run_answers_as_ask_does_and_goes_on(novel, model_and_tokenizer, tmp_p
     records = run_find_and_read(model, tokenizer, **given, path=tmp_path / "records.jsonl")
     text = FactText(novel, tokenizer, 1500, 0)
     mine = [r for r in records if r.arm == "by word" and r.turn == 1]
-    answers = ask(model, tokenizer, text.text, [r.question for r in mine[:3]], finder=ByWord(), max_new_tokens=24)
-    for record, answer in zip(mine, answers, strict=False):
+    how = {"finder": ByWord(), "max_new_tokens": 24, "rerank": 1}
+    answers = ask(model, tokenizer, text.text, [r.question for r in mine], **how)
+    for record, answer in zip(mine, answers, strict=True):
         assert (record.answer.strip(), record.tokens_read, record.found) == (
             answer.text,
             answer.tokens_read,
             answer.found,
         )
+    assert "reranked" not in mine[0].settings
     oracle = [r for r in records if r.arm == "oracle"]
     assert all(r.right == bool(r.expected) for r in oracle)
     assert sorted({r.turn for r in records}) == [1, 2, 3, 4]

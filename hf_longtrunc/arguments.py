@@ -35,9 +35,8 @@ class NamedSettings:
             )
         known = [each.name for each in fields(cls)]  # type: ignore[arg-type]
         for unknown in settings.keys() - set(known):
-            part = [each for each in known if unknown in each]
-            near = part or difflib.get_close_matches(unknown, known, n=1, cutoff=0.3)
-            advice = f" Did you mean {near[0]}?" if near else ""
+            near = _nearest(unknown, known)
+            advice = f" Did you mean {near}?" if near else ""
             raise TypeError(f"{name} has no setting {unknown!r}.{advice} It takes {', '.join(known)}")
         return super().__new__(cls)
 
@@ -112,6 +111,18 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def _nearest(unknown: str, known: list[str]) -> str | None:
+    """Return the name that contains `unknown`, has a word of it or is spelt most like it; None if none does."""
+    words = set(unknown.split("_"))
+
+    def likeness(name: str) -> tuple[bool, float]:
+        is_related = unknown in name or bool(words & set(name.split("_")))
+        return is_related, difflib.SequenceMatcher(None, unknown, name).ratio()
+
+    best = max(known, key=likeness)
+    return best if likeness(best) > (False, 0.3) else None
 
 
 def _shown(value: object) -> str:

@@ -51,6 +51,10 @@ CALLS = {
     "TopBlocks takes its settings by name": TopBlocks,
     "no model to patch yet: write `with Unlimiformer": lambda model: Unlimiformer().__enter__(),
     "Unlimiformer has no setting 'window_length'. Did you mean window": lambda model: Unlimiformer(window_length=8),
+    "TopK has no setting 'top_k'. Did you mean k\\?": lambda model: TopK(top_k=8),
+    "LMInfinite has no setting 'window_size'. Did you mean window_length\\?": lambda model: LMInfinite(window_size=8),
+    "LMInfinite has no setting 'num_sinks'. Did you mean num_sink_tokens\\?": lambda model: LMInfinite(num_sinks=8),
+    "LMInfinite has no setting 'zzz'. It takes": lambda model: LMInfinite(zzz=8),
     "TopBlocks has no setting 'block'. Did you mean blocks": lambda model: TopBlocks(block=8),
     "model must be a transformers language model or a wrapper of one, got str; load": lambda model: (
         SoftmaxBasis.from_model("gpt2")
@@ -90,6 +94,24 @@ CALLS = {
 def test_a_wrong_call_names_the_right_one(message, tiny_model):
     with pytest.raises((TypeError, ValueError), match=message):
         CALLS[message](tiny_model)
+
+
+def test_what_a_missing_tokenizer_or_eos_means_is_logged(caplog):
+    BestFitPackingCollator(8)
+    assert "pads rows with token 0" in caplog.text
+    assert "pass the tokenizer, or pad_token_id=0" in caplog.text
+    caplog.clear()
+    pack([{"input_ids": [1, 2]}], 8, TOKENIZER)
+    assert "tokenizer has no EOS" in caplog.text
+    assert "Set tokenizer.eos_token" in caplog.text
+
+
+def test_nothing_is_logged_where_nothing_is_guessed(caplog):
+    BestFitPackingCollator(8, TOKENIZER)
+    BestFitPackingCollator(8, pad_token_id=0)
+    BestFitPackingCollator(8, layout="flat")  # pads nothing
+    pack([{"input_ids": [1, 2]}], 8)
+    assert not caplog.text
 
 
 def test_padding_changes_no_document(tiny_model):

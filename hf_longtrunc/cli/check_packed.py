@@ -15,7 +15,9 @@ def check_packed(
     model: Annotated[str | None, Argument(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")] = None,
     dtype: common.DType = None,
     device: common.Device = None,
-    rows: Annotated[Path | None, Option(help="Packed rows: a folder of materialize(), jsonl or parquet.")] = None,
+    rows: Annotated[
+        Path | None, Option(help="Packed rows: what `pack` or materialize() wrote, jsonl, parquet.")
+    ] = None,
     seq_length: Annotated[int, Option(min=32, help="Tokens of a made-up row, where no rows are named.")] = 64,
     as_json: common.AsJson = False,
 ) -> None:
@@ -52,8 +54,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     """Return the first two rows of a folder or file of packed rows."""
     import datasets
 
+    if not path.exists():
+        raise typer.BadParameter(f"no such file or folder: {path}", param_hint="--rows")
     if path.is_dir():
-        rows: Any = datasets.load_from_disk(str(path))
+        folder = path / "dataset" if (path / "dataset").is_dir() else path  # the first is what `pack` writes
+        rows: Any = datasets.load_from_disk(str(folder))
     elif path.suffix in (".jsonl", ".json", ".parquet"):
         kind = "parquet" if path.suffix == ".parquet" else "json"
         rows = datasets.load_dataset(kind, data_files=str(path), split="train")

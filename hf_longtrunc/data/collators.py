@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, "Tokens"]
 
+logger = logging.getLogger(__name__)
+
 _POOR_FILL = 0.9
 
 
@@ -39,7 +42,8 @@ class BestFitPackingCollator:
     Args:
         seq_length: tokens in a row.
         tokenizer: for its padding token.
-        pad_token_id: None takes the tokenizer's or its EOS; without a tokenizer 0, as no document sees the padding.
+        pad_token_id: None takes the tokenizer's or its EOS; without a tokenizer 0, which is logged: no document sees
+            the padding, and it is never learned.
         layout: "rows" gives [rows, seq_length], for eager, sdpa and flex attention. "flat" gives one row of all tokens
             without padding, [1, tokens], with cu_seq_lens_q/k, max_length_q/k and seq_idx: for flash attention, and for
             the kernels of convolutions, linear attention and Mamba (causal-conv1d, flash-linear-attention, mamba-ssm).
@@ -83,6 +87,11 @@ class BestFitPackingCollator:
                 "another one, or the model's own tokenizer"
             )
         self.layout = _layout_for(model) if layout == "auto" else layout
+        if tokenizer is None and pad_token_id is None and self.layout == "rows":
+            logger.warning(
+                "BestFitPackingCollator has neither a tokenizer nor a pad_token_id and pads rows with token 0, which "
+                "no document sees and no model learns: pass the tokenizer, or pad_token_id=0, to choose it yourself"
+            )
         if model is not None:
             warn_beyond_window(
                 self.seq_length, getattr(unwrapped(model).config, "max_position_embeddings", None), "model"

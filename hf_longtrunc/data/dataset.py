@@ -349,6 +349,12 @@ def pack(
         return {name: pack(split, seq_length, tokenizer, **options) for name, split in dataset.items()}
     # transformers writes 1e30 where a tokenizer knows no maximum.
     warn_beyond_window(seq_length, getattr(tokenizer, "model_max_length", None), "tokenizer")
+    if tokenizer is not None and ending.eos_token_id is None:
+        logger.warning(
+            "tokenizer has no EOS (%s): no document gets one, and a model trained on these rows does not learn to end. "
+            "Set tokenizer.eos_token; pass no tokenizer if the documents end as they should",
+            type(tokenizer).__name__,
+        )
     if not has_rows(dataset):
         _check_stream(dataset, row_multiple)
         return PackedStream(

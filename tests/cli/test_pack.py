@@ -38,6 +38,18 @@ def test_pack_writes_table_picture_and_dataset(corpus, model_folder, tmp_path, k
     assert max(len(row["input_ids"]) for row in rows) == 64
 
 
+def test_check_packed_takes_the_folder_that_pack_wrote(corpus, model_folder, tmp_path):
+    packed = tmp_path / "packed"
+    options = ("--seq-length", "64", "--output-dir", packed)
+    assert invoke("pack", corpus["parquet"], *options).exit_code == 0
+    found = [invoke("check-packed", model_folder, "--rows", rows, "--json") for rows in (packed, packed / "dataset")]
+    assert [result.exit_code for result in found] == [0, 0], found[0].output
+    assert found[0].stdout == found[1].stdout
+    missing = invoke("check-packed", model_folder, "--rows", tmp_path / "pakced", columns=None)
+    assert missing.exit_code == 2
+    assert "no such file or folder: " in missing.stderr
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [

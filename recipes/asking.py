@@ -20,9 +20,8 @@ from rich.console import Console
 
 from hf_longtrunc import BM25, Fused, SentenceEncoder, load_encoder, load_pretrained
 from hf_longtrunc.asking.passages import CONTEXT
-from hf_longtrunc.evaluation import find_and_read_table, paired_test, run_find_and_read
-from hf_longtrunc.evaluation.fact_text import KINDS, SHARED
-from hf_longtrunc.evaluation.find_and_read import turns_test
+from instruments.fact_text import KINDS, SHARED
+from instruments.find_and_read import find_and_read_table, paired_test, run_find_and_read, turns_test
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,10 +24,10 @@ from rich.console import Console
 
 from hf_longtrunc import TextIndex, ask, load_pretrained
 from hf_longtrunc.asking.answers import default_finder, peak_bytes
-from hf_longtrunc.evaluation import FactText, wilson_interval
+from hf_longtrunc.evaluation import wilson_interval
 from hf_longtrunc.evaluation.display import new_table
-from hf_longtrunc.evaluation.fact_text import SHARED
 from hf_longtrunc.evaluation.records import Journal
+from instruments.fact_text import SHARED, FactText
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -25,11 +25,11 @@ from tqdm import tqdm
 from hf_longtrunc import LMInfinite, TopBlocks, load_pretrained
 from hf_longtrunc.evaluation import wilson_interval
 from hf_longtrunc.evaluation.display import new_table
-from hf_longtrunc.evaluation.fact_text import NOTHING, SHARED, FactText
-from hf_longtrunc.evaluation.facts import TRAILING
 from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings, read_records
 from hf_longtrunc.evaluation.streaming import read_ahead
 from hf_longtrunc.models import CACHE, decoder_of
+from instruments.fact_text import NOTHING, SHARED, FactText
+from instruments.facts import TRAILING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -3,7 +3,7 @@
     python recipes/receipts.py --texts great_expectations.txt,pride_and_prejudice.txt --out receipts
 
 exports the model with LM-Infinite and a finder. Its chats are one message: a stretch of a novel that states a fact of
-each kind once (`hf_longtrunc.evaluation.find_and_read.FactText`, phrasings that nothing was chosen on), and a question
+each kind once (`FactText`, phrasings that nothing was chosen on), and a question
 about it. The prompts that the folder makes for a stretch's questions are answered together, which takes a third of the
 time. Questions about the first stretch are also sent to the folder one by one, timed, and the answers compared. An
 answer is right if it holds the value asked for and no other fact's. A question for which no passage stands out is
@@ -31,10 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_longtrunc import LMInfinite
 from hf_longtrunc.evaluation import append_records, read_records
-from hf_longtrunc.evaluation.fact_text import NOTHING, FactText
 from hf_longtrunc.evaluation.intervals import wilson_interval
 from hf_longtrunc.hosting import export
 from hf_longtrunc.hosting.find_and_read import find_and_shorten
+from instruments.fact_text import NOTHING, FactText
 
 SETTINGS: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
 

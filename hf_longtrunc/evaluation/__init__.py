@@ -11,13 +11,6 @@ from hf_longtrunc.lazy import lazy_names
 
 if TYPE_CHECKING:
     from hf_longtrunc.evaluation.card import update_model_card as update_model_card
-    from hf_longtrunc.evaluation.fact_text import FactText as FactText
-    from hf_longtrunc.evaluation.find_and_read import (
-        FindAndReadRecord as FindAndReadRecord,
-        find_and_read_table as find_and_read_table,
-        paired_test as paired_test,
-        run_find_and_read as run_find_and_read,
-    )
     from hf_longtrunc.evaluation.intervals import wilson_interval as wilson_interval
     from hf_longtrunc.evaluation.matching import (
         critical_parameters as critical_parameters,
@@ -50,8 +43,6 @@ if TYPE_CHECKING:
 
 _NAMES = {  # file -> its public names
     "card": "update_model_card",
-    "fact_text": "FactText",
-    "find_and_read": "FindAndReadRecord find_and_read_table paired_test run_find_and_read",
     "intervals": "wilson_interval",
     "matching": "critical_parameters match_table matched_parameter matched_parameters plot_match",
     "perplexity": (

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from hf_longtrunc import ask, load_pretrained
-from hf_longtrunc.evaluation import FactText, facts, find_and_read_table, paired_test, run_find_and_read
-from hf_longtrunc.evaluation.fact_text import BLOCK, DEPTHS, KINDS, Question
-from hf_longtrunc.evaluation.find_and_read import turns_test
+from instruments import facts
+from instruments.fact_text import BLOCK, DEPTHS, KINDS, FactText, Question
+from instruments.find_and_read import find_and_read_table, paired_test, run_find_and_read, turns_test
 from tests.asking.test_index import ByWord
 
 FUNCTION_WORDS = """

@@ -12,7 +12,8 @@ import pytest
 import typer
 
 from hf_longtrunc import load_encoder, load_pretrained
-from hf_longtrunc.evaluation import FindAndReadRecord, read_records
+from hf_longtrunc.evaluation import read_records
+from instruments.find_and_read import FindAndReadRecord
 from tests.asking.conftest import encoder_folder  # noqa: F401
 
 pytest.importorskip("bm25s")

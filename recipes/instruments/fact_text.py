@@ -8,7 +8,7 @@ import zlib
 from array import array
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hf_longtrunc.evaluation import facts
+from instruments import facts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """The battery of `ask`: facts that a novel states once, in its own manner of speech, and questions about them.
 
-A `FactText` is a stretch of a novel with some twenty sentences in it (`hf_longtrunc.evaluation.facts`): a fact of each
+A `FactText` is a stretch of a novel with some twenty sentences in it (`facts.py`): a fact of each
 kind at 5, 35, 65 or 95 % of the text, and others of its kind about other people with other values. Every second fact
 lies across the edge of a block of 64 tokens. `run_find_and_read` asks about it under several finders, and with the
 sentences of the fact itself in hand ("oracle"), which measures the reading model alone.
@@ -18,11 +18,11 @@ from hf_longtrunc.asking.answers import find_passages
 from hf_longtrunc.asking.passages import CONTEXT, GUIDANCE, UNITS
 from hf_longtrunc.asking.prompt import PROMPT, chat_ids, fill_prompt, without_passages
 from hf_longtrunc.asking.rerank import Reranker
-from hf_longtrunc.evaluation import facts
 from hf_longtrunc.evaluation.display import new_table
-from hf_longtrunc.evaluation.fact_text import DEPTHS, KINDS, NOTHING, SHARED, FactText
 from hf_longtrunc.evaluation.intervals import wilson_interval
 from hf_longtrunc.evaluation.records import Journal, ModelRecord, model_settings
+from instruments import facts
+from instruments.fact_text import DEPTHS, KINDS, NOTHING, SHARED, FactText
 
 if TYPE_CHECKING:
     import os
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hf_longtrunc import TextIndex
     from hf_longtrunc.asking.finders import Finder
     from hf_longtrunc.asking.passages import Passage
-    from hf_longtrunc.evaluation.fact_text import Question
+    from instruments.fact_text import Question
 
 ORACLE = "oracle"
 _TOGETHER = 16  # prompts that are answered in one batch

@@ -52,8 +52,6 @@ def main(
         "StreamingLLM, a quarter": StreamingLLM(num_sink_tokens=16, window_length=trained // 4),
         "dual chunk, trained on half": DualChunkAttention(trained_length=trained // 2),
         "dual chunk": DualChunkAttention(),
-        "dual chunk, log": DualChunkAttention(temperature="log"),
-        "dual chunk, yarn": DualChunkAttention(temperature="yarn"),
     }
     if only is not None:
         arms = {name: arms[name] for name in only.split(";")}

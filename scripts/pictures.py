@@ -150,7 +150,7 @@ def bat(threshold: float = 8e-3) -> str:
 
 def perplexity() -> str:
     """Return how much more perplexity each way of reading has than dual chunk attention, along Middlemarch."""
-    steps = ("dual-chunk-temperature", "dual-chunk-window-2")
+    steps = ("dual-chunk-2", "dual-chunk-window-2")
     lines = [
         each for step in steps for each in (DOCS / "evidence" / step / "perplexity.jsonl").read_text().splitlines()
     ]
@@ -160,8 +160,6 @@ def perplexity() -> str:
     names = {
         "dual chunk": (TEAL, "dual chunk attention (the zero line)"),
         "window re-computed": (BLUE, "unmodified, its window read again"),
-        "dual chunk, log": ("#7c3aed", 'dual chunk, temperature="log"'),
-        "dual chunk, yarn": ("#b45309", 'dual chunk, temperature="yarn"'),
         "LM-Infinite, a quarter": (RED, "LM-Infinite, a quarter of the window"),
     }
     parts = [text(20, 24, "perplexity, % above dual chunk attention", bold=True)]

@@ -208,9 +208,8 @@ def long_context() -> list[Table]:
         "the unmodified model, its window read again": again,
         "**dual chunk attention**": ours,
     }
-    second = printed("dual-chunk-temperature", title) | printed("dual-chunk-window-2", title)
-    tempered = {name: key for name, key in rows.items() if key in (quarter, again, ours)}
-    tempered |= {f'with `temperature="{name}"`': f"dual chunk, {name}" for name in ("log", "yarn")}
+    second = printed("dual-chunk-2", title) | printed("dual-chunk-window-2", title)
+    on_second = {name: key for name, key in rows.items() if key in (quarter, again, ours)}
     layer = printed("dual-chunk-cost", "one layer", keys=2)
     layers = {
         f"{name} | {length}": (key, length)
@@ -251,7 +250,7 @@ def long_context() -> list[Table]:
     cut = ("truncated to 32", *(f"Unlimiformer, k = {k}" for k in (32, 8, 1)))
     return [
         Table("long_context", header, by(rows), names, first),
-        Table("long_context", header, by(tempered), names, second, number=1),
+        Table("long_context", header, by(on_second), names, second, number=1),
         Table("long_context", "| | keys | by full attention |", layers, ("by full attention",), layer),
         Table("long_context", "| index | build | search | recall |", by(indexes), ("build", "search", "recall"), index),
         Table("long_context", in_window, by(facts), ("dual-chunk", "both", "chat", "blocks"), window),

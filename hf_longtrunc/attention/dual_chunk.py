@@ -22,7 +22,6 @@ the authors take s = 3c/4.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -91,22 +90,6 @@ class ChunkLaw:
         inside = (i % self.chunk_length).expand(apart.shape)
         own, near, far = (self.query_position(inside, chunks) for chunks in (0, 1, 2))
         return torch.where(apart == 0, own, torch.where(apart == 1, near, far)) - self.key_position(j)
-
-
-def sharpness(
-    positions: Int[Tensor, "rows n"], trained: int, temperature: str, dtype: torch.dtype
-) -> Float[Tensor, "rows n"]:
-    """Return by how much the scores of queries past the trained positions are multiplied, 1 up to them.
-
-    The more keys, the flatter a softmax of the same scores. "log" multiplies by log(i + 1) / log c, which keeps the
-    entropy in step (Chiang and Cholak 2022, arXiv 2202.12172, section 5.3); "yarn" by (0.1 log((i + 1) / c) + 1)^2,
-    which was fitted to Llamas on stretched positions (Peng et al. 2023, arXiv 2309.00071, equation 22; its factor of
-    extension is one number, here each query has its own).
-    """
-    keys = (positions + 1).clamp_min(trained).to(dtype)
-    if temperature == "log":
-        return keys.log() / math.log(trained)
-    return (0.1 * (keys / trained).log() + 1).square()
 
 
 def dual_chunk_attention(

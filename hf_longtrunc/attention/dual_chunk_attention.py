@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, update_wrapper
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
-from hf_longtrunc.arguments import check_choice, check_int
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.attention.block_scores import Selection, select_keys
 from hf_longtrunc.attention.cache_law import guarded
 from hf_longtrunc.attention.context import PASSTHROUGH, ForwardContext, full_context, get_context
-from hf_longtrunc.attention.dual_chunk import ChunkLaw, chunk_block_scores, dual_chunk_attention, sharpness
+from hf_longtrunc.attention.dual_chunk import ChunkLaw, chunk_block_scores, dual_chunk_attention
 from hf_longtrunc.attention.key_retrieval import TopBlocks
 from hf_longtrunc.attention.lm_infinite import trained_length
 from hf_longtrunc.attention.ring_cache import RingCacheLayer
@@ -58,8 +57,6 @@ class DualChunkAttention(Technique):
         trained_length: c, more than s; None takes it from the config.
         retrieval: `TopBlocks(...)` counts the keys of the blocks that a question points at several times, in all layers
             that read, at any length. It needs a cache that grows (`DynamicCache`). None: every key counts once.
-        temperature: deprecated, goes with 0.3. Sharpens the scores of queries past the trained length, "log" by
-            log(i + 1) / log c, "yarn" by (0.1 log((i + 1) / c) + 1)^2; None leaves them as they are.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or outside its range.
@@ -78,11 +75,8 @@ class DualChunkAttention(Technique):
     chunk_length: int | None = None
     trained_length: int | None = None
     retrieval: TopBlocks | None = None
-    temperature: Literal["log", "yarn"] | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature is not None:
-            check_choice("temperature", self.temperature, ("log", "yarn"))
         for name, least in (("chunk_length", 1), ("trained_length", 2)):
             value = getattr(self, name)
             if value is not None:
@@ -101,13 +95,6 @@ class DualChunkAttention(Technique):
 
     def for_model(self, model: Any) -> Self:
         """Return the technique with chunk and trained length of one model."""
-        if self.temperature is not None:
-            warnings.warn(
-                "DualChunkAttention(temperature=...) helped on no text that was measured, and goes with version 0.3: "
-                "leave it out",
-                FutureWarning,
-                stacklevel=4,  # the caller of attach()
-            )
         config = model.config.get_text_config(decoder=True)
         own = getattr(config, "dual_chunk_attention_config", None) or {}  # as Qwen2.5-1M has it
         trained = self.trained_length or own.get("chunk_size") or trained_length(model.config)
@@ -160,7 +147,7 @@ class DualChunkAttention(Technique):
     def tiny(self) -> Sequence[Self]:
         """Return the technique at chunks of three tokens."""
         beyond = min(2, self.distance_law.trained_length - self.distance_law.chunk_length)
-        return [replace(self, chunk_length=3, trained_length=3 + beyond, retrieval=None, temperature=None)]
+        return [replace(self, chunk_length=3, trained_length=3 + beyond, retrieval=None)]
 
     def prepare(self, handle: Handle, decoder: Any, found: ProbeResult) -> None:
         """Freeze frequencies that depend on the length; let windowed layers rotate by true positions."""
@@ -244,10 +231,6 @@ class DualChunkAttention(Technique):
         if not query.dtype == key.dtype == value.dtype:  # under autocast, which rotates queries and keys in fp32
             query, key = query.to(value.dtype), key.to(value.dtype)
         law, retrieval = self.distance_law, self.retrieval
-        if self.temperature is not None:
-            wide = torch.promote_types(query.dtype, torch.float32)
-            factor = sharpness(context.query_positions.to(query.device), law.trained_length, self.temperature, wide)
-            query = (query * factor[:, None, :, None]).to(query.dtype)
         padding = None
         if context.is_padded:
             padding = (context.num_keys - 1 - context.last_position[:, 0]).expand(len(query))

@@ -58,17 +58,6 @@ def naive_logits(family, ids):
     return logits(model, ids)
 
 
-@dataclass
-class SharperChunks(NaiveChunks):
-    """The same, a query's scores multiplied by a factor of its own."""
-
-    factors: tuple[float, ...] = ()
-
-    def __call__(self, query, key, value, scaling, softcap=None, null_logits=None):
-        factors = torch.tensor(self.factors, dtype=torch.float64)[: query.shape[1], None]
-        return super().__call__(query.double() * factors, key, value, scaling)
-
-
 @pytest.fixture
 def llama():
     return model_of("llama")
@@ -149,36 +138,6 @@ def test_the_models_own_chunks_are_heeded():
         by_config = logits(model, ids)
     with ARM(model):
         assert torch.equal(logits(model, ids), by_config)
-
-
-FACTORS = {
-    "log": lambda i: math.log(i + 1) / math.log(TRAINED),
-    "yarn": lambda i: (0.1 * math.log((i + 1) / TRAINED) + 1) ** 2,
-}
-
-
-@pytest.mark.parametrize("temperature", FACTORS)
-@pytest.mark.parametrize("family", ["llama", "gptj"])
-def test_scores_past_the_trained_length_are_sharpened(family, temperature):
-    ids, model = prompt(40), model_of(family)
-    factors = tuple(FACTORS[temperature](i) if i >= TRAINED else 1.0 for i in range(40))
-    defined = model_of(family).double()
-    install(defined, SharperChunks(0, 1, 1, ROPES[family], factors=factors), "naive_sharper")
-    expected = logits(defined, ids)
-    wide, mask = padded(ids, 5)
-    with pytest.warns(FutureWarning, match="goes with version 0.3") as warned:
-        handle = replace(ARM, temperature=temperature).attach(model)
-    assert [each.filename for each in warned] == [__file__]
-    with handle:
-        assert torch.equal(logits(model, ids[:, :CHUNK]), logits(model_of(family), ids[:, :CHUNK]))
-        for got in (
-            logits(model, ids),
-            in_chunks(model, ids, [11, 1, 1, 9, 18], DynamicCache(config=model.config)),
-            logits(model, wide, attention_mask=mask)[:, 5:],
-        ):
-            assert (got - expected).abs().max() < 3e-5 * max(1.0, float(expected.abs().max()))
-    with ARM(model):
-        assert (logits(model, ids) - expected)[:, TRAINED:].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "falcon", "phi3", "glm"])
@@ -322,8 +281,6 @@ def test_bad_arguments_say_what_is_expected(llama):
     ):
         DualChunkAttention(chunk_length=10**6)(llama)
     assert DualChunkAttention(chunk_length=np.int64(6), trained_length=np.int32(8)).chunk_length == 6
-    with pytest.raises(ValueError, match="temperature must be one of 'log', 'yarn', got 'ntk'"):
-        DualChunkAttention(temperature="ntk")
     with pytest.raises(TypeError):
         DualChunkAttention(6)
     with ARM(llama), pytest.raises(ValueError, match="patched by DualChunkAttention already"):

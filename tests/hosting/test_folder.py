@@ -20,7 +20,7 @@ TECHNIQUE = LMInfinite(num_sink_tokens=4, window_length=32)
         HostSettings(technique=LMInfinite(window_length=7)),
         HostSettings(technique=LMInfinite(window_length=9, retrieval=TopK(k=3, rows=None)), sampler="eta=0.002"),
         HostSettings(
-            technique=DualChunkAttention(retrieval=TopBlocks(ending_ids=(5, 6)), temperature="log"),
+            technique=DualChunkAttention(retrieval=TopBlocks(ending_ids=(5, 6))),
             sampler="p-less",
             cache_bytes=0,
         ),

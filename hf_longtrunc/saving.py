@@ -1,8 +1,7 @@
 """Write files so that a process killed at any moment leaves the old content or the new content, complete.
 
-A writer fills a file in a hidden folder next to the destination, syncs it to the disk and renames it. It locks the
-hidden folder. The lock ends with the process, so the next writer can delete the hidden folders of killed writers.
-Windows and network disks have no such locks: there, hidden folders of killed writers stay.
+A writer fills a hidden file next to the destination, syncs it to the disk and renames it. A hidden file that nobody
+wrote to for a day is that of a killed writer: the next writer in the folder deletes it.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 _KEY = "hf_longtrunc"
-_NEW = 10.0  # seconds: the writer of a younger folder may not have locked it yet
+_ABANDONED = 86_400.0  # seconds
 
 
 def save_folder(
@@ -110,34 +108,23 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
     """
     if not overwrite and path.exists():
         raise FileExistsError(f"{path} exists: write to another path, or delete it first")
-    with hidden_folder(path.parent) as hidden:
-        yield hidden / path.name
-        move_synced(hidden / path.name, path, overwrite=overwrite)
-
-
-@contextmanager
-def hidden_folder(parent: Path) -> Iterator[Path]:
-    """Make a hidden folder for unfinished files, deleted at the end of the block or by the next writer in `parent`."""
-    for left in parent.glob(".partial-*"):
-        with locked(left, wait=False) as handle:
-            if handle is not None and time.time() - os.fstat(handle).st_mtime > _NEW:
-                shutil.rmtree(left, ignore_errors=True)
-    hidden = parent / f".partial-{secrets.token_hex(4)}"
-    hidden.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(".partial-*"):
+        with suppress(OSError):  # another writer was faster
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
+    written = path.parent / f".partial-{secrets.token_hex(4)}-{path.name}"
     try:
-        with locked(hidden):
-            yield hidden
+        yield written
+        with written.open("r+b") as file:
+            os.fsync(file.fileno())
+        (os.replace if overwrite else _link)(written, path)
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        written.unlink(missing_ok=True)
 
 
-def move_synced(written: Path, path: Path, *, overwrite: bool = True) -> None:
-    """Give a file its name after its content is on the disk; FileExistsError if the name is taken."""
-    with written.open("r+b") as file:
-        os.fsync(file.fileno())
-    if overwrite:
-        os.replace(written, path)
-        return
+def _link(written: Path, path: Path) -> None:
+    """Give a file its name; FileExistsError if the name is taken."""
     try:
         os.link(written, path)
     except FileExistsError:
@@ -145,19 +132,3 @@ def move_synced(written: Path, path: Path, *, overwrite: bool = True) -> None:
     except OSError:  # a disk without hard links
         path.touch(exist_ok=False)
         os.replace(written, path)
-
-
-@contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[int | None]:
-    """Lock a file or folder and give its handle; None if it is gone, held by another process, or there are no locks."""
-    handle = None
-    with ExitStack() as stack:
-        try:
-            import fcntl
-
-            handle = os.open(path, os.O_RDONLY)
-            stack.callback(os.close, handle)
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except (ModuleNotFoundError, OSError):
-            handle = None
-        yield handle

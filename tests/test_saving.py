@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -88,17 +89,24 @@ def test_tensors_of_another_writer_do_not_pass(folder):
 # -- several who write, and who are killed -----------------------------------------------------------------------------
 
 
-def test_the_next_writing_removes_what_a_killed_process_began(tmp_path):
-    for name in (".partial-1", "partial-1"):
-        (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (0, 0))
-    (tmp_path / ".partial-2").mkdir()  # its writer is about to hold it
+def test_what_a_killed_process_began_is_removed_a_day_later(tmp_path):
+    for name, age in ((".partial-1-basis.json", 90_000), (".partial-2-basis.json", 80_000), ("partial-1", 90_000)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
     with replacing(tmp_path / "slow.json") as slow:
         slow.write_text("{}")
-        os.utime(slow.parent, (0, 0))
         with replacing(tmp_path / "basis.json") as written:
             written.write_text("[]")
-    assert {path.name for path in tmp_path.iterdir()} == {"partial-1", ".partial-2", "slow.json", "basis.json"}
+    left = {"partial-1", ".partial-2-basis.json", "slow.json", "basis.json"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_a_writer_that_fails_leaves_the_old_content_alone(tmp_path):
+    path = tmp_path / "basis.json"
+    path.write_text("old")
+    with pytest.raises(FileNotFoundError), replacing(path) as written:
+        (written / "half").write_text("new")
+    assert {each: each.read_text() for each in tmp_path.iterdir()} == {path: "old"}
 
 
 def test_a_pair_is_of_one_writer(tmp_path):

@@ -1,17 +1,17 @@
 """Write packed rows as Arrow files, which `datasets.load_from_disk` reads, at about the speed of copying the tokens.
 
 Rows are gathered some million tokens at a time into flat arrays, Arrow's own layout of lists: no row becomes a Python
-list. Data files are written in a hidden folder and renamed; `state.json`, which names the data files of the data set,
-is replaced last. A process killed at any moment leaves the old rows or the new ones. If two processes write into one
-folder, the rows of the second stay.
+list. `state.json`, which names the data files of the data set, is replaced last: a process killed at any moment leaves
+the old rows or the new ones. If two processes write into one folder, the rows of the second stay.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import secrets
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,9 @@ import numpy as np
 from hf_longtrunc.arguments import check_choice
 from hf_longtrunc.data.documents import BOUNDARIES
 from hf_longtrunc.extras import import_extra
-from hf_longtrunc.saving import hidden_folder, locked, move_synced, replacing
+from hf_longtrunc.saving import replacing
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Sequence
 
     import datasets
@@ -43,13 +42,20 @@ def write_rows(
     """Write rows into a folder, one data file a process, and return them as read from there."""
     library, folder = import_extra("datasets", "writing rows", "train"), Path(folder)
     bounds, token = np.linspace(0, len(rows), num_proc + 1).astype(int).tolist(), secrets.token_hex(4)
-    with hidden_folder(folder) as hidden:
-        paths = [hidden / f"data-{token}-{index:05d}-of-{num_proc:05d}.arrow" for index in range(num_proc)]
+    names = [f"data-{token}-{index:05d}-of-{num_proc:05d}.arrow" for index in range(num_proc)]
+    with ExitStack() as unnamed:
+        paths = [unnamed.enter_context(replacing(folder / name)) for name in names]
         _run([(rows, *job, columns, dtype) for job in zip(bounds[:-1], bounds[1:], paths, strict=True)], library)
-        with locked(folder):
-            _commit(folder, paths, library)
+        with _locked(folder):
+            old = _named_files(folder)
+            try:
+                unnamed.close()
+                _name(folder, names)
+            finally:  # data files of before, or of a writer that was killed or failed
+                for path in {*old, *folder.glob(f"data-????????-{'?' * 5}-of-{'?' * 5}.arrow")} - _named_files(folder):
+                    path.unlink(missing_ok=True)
             written: datasets.Dataset = library.load_from_disk(str(folder))
-            if _named_files(folder) != {folder / path.name for path in paths}:  # on a disk without locks
+            if _named_files(folder) != {folder / name for name in names}:  # on a disk without locks
                 raise FileExistsError(
                     f"another process wrote its rows into {folder} meanwhile: give each its own folder"
                 )
@@ -112,10 +118,10 @@ def refuse_own_folder(documents: object, folder: Path, library: Any) -> None:
 def _run(jobs: list[_Job], library: Any) -> None:
     with library.utils.tqdm(total=sum(job[2] - job[1] for job in jobs), unit="row", desc="writing rows") as progress:
         if len(jobs) == 1:
-            _write(*jobs[0], progress.update)
+            _write(jobs[0], progress.update)
             return
         with ProcessPoolExecutor(len(jobs), initializer=_receive, initargs=(jobs,)) as pool:
-            for done in as_completed([pool.submit(_write_job, index) for index in range(len(jobs))]):
+            for done in as_completed([pool.submit(_write_received, index) for index in range(len(jobs))]):
                 progress.update(done.result())
 
 
@@ -126,14 +132,13 @@ def _receive(jobs: list[_Job]) -> None:
     _received[:] = jobs
 
 
-def _write_job(index: int) -> int:
-    _write(*(job := _received[index]), lambda _: None)
-    return job[2] - job[1]
+def _write_received(index: int) -> int:
+    return _write(_received[index], lambda _: None)
 
 
-def _write(
-    rows: PackedDataset, first: int, last: int, path: Path, columns: tuple[str, ...], dtype: str, progress: Any
-) -> None:
+def _write(job: _Job, progress: Any) -> int:
+    """Write the rows of a job, and return their number."""
+    rows, first, last, path, columns, dtype = job
     import datasets as library
     import pyarrow as pa
 
@@ -162,23 +167,17 @@ def _write(
             ]
             out.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
             progress(stop - start)
+    return last - first
 
 
-def _commit(folder: Path, paths: list[Path], library: Any) -> None:
-    """Move the data files into the folder, name them in `state.json`, and delete data files that it does not name."""
+def _name(folder: Path, names: list[str]) -> None:
+    """Write the two files that `load_from_disk` reads; `state.json`, the last, names the data files."""
     state: dict[str, Any] = dict.fromkeys(("_format_columns", "_format_type", "_split"))
     state |= {"_fingerprint": secrets.token_hex(8), "_format_kwargs": {}, "_output_all_columns": False}
-    state["_data_files"] = [{"filename": path.name} for path in paths]
-    old = _named_files(folder)
-    try:
-        for path in paths:
-            move_synced(path, folder / path.name)
-        for name, content in (("dataset_info.json", asdict(library.DatasetInfo())), ("state.json", state)):
-            with replacing(folder / name) as written:
-                written.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    finally:
-        for path in {*old, *folder.glob(f"data-????????-{'?' * 5}-of-{'?' * 5}.arrow")} - _named_files(folder):
-            path.unlink(missing_ok=True)
+    state["_data_files"] = [{"filename": name} for name in names]
+    for name, content in (("dataset_info.json", {}), ("state.json", state)):
+        with replacing(folder / name) as written:
+            written.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def _named_files(folder: Path) -> set[Path]:
@@ -188,3 +187,16 @@ def _named_files(folder: Path) -> set[Path]:
         return {folder / Path(file["filename"]).name for file in state["_data_files"]}
     except (OSError, ValueError, LookupError, TypeError):
         return set()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait for other processes that give rows their names in this folder, where the system and the disk have locks."""
+    with ExitStack() as stack:
+        with suppress(ModuleNotFoundError, OSError):
+            import fcntl
+
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -15,7 +15,6 @@ from torch.utils.data import Subset
 from hf_longtrunc import BestFitPackingCollator, PackedDataset, Packing, best_fit_decreasing, pack
 from hf_longtrunc.data import writing
 from hf_longtrunc.data.documents import IGNORE
-from hf_longtrunc.saving import locked
 from tests.data.corpora import raw_examples
 from tests.data.test_dataset import KINDS, SEQ_LENGTH, Tokenizer, arrow, documents_of, expected
 
@@ -186,22 +185,21 @@ def test_without_locks_rows_of_another_process_are_not_returned(tmp_path, monkey
 
 
 def test_the_next_writing_removes_what_a_killed_process_left(tmp_path, monkeypatch):
-    """A data file that was renamed but not named in state.json; a hidden folder that nobody locks."""
+    """A data file that was renamed but not named in state.json; one that has not got its name for a day."""
     packed = pack(arrow([5]), SEQ_LENGTH)
     (tmp_path / "data-0123abcd-00000-of-00001.arrow").write_text("begun")
     (tmp_path / "data-train.arrow").write_text("another's")
     for name in (".partial-killed", ".partial-running"):
-        (tmp_path / name).mkdir()
-        os.utime(tmp_path / name, (0, 0))
-    with locked(tmp_path / ".partial-running"):
-        packed.materialize(tmp_path)
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".partial-killed", (0, 0))
+    packed.materialize(tmp_path)
     assert {path.name for path in tmp_path.glob(".*")} == {".partial-running"}
     assert len(list(tmp_path.glob("data-*"))) == 2  # the rows, another's
     monkeypatch.setattr(writing, "_run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         packed.materialize(tmp_path)
     assert rows_of(datasets.load_from_disk(tmp_path)) == rows_of(packed)
-    assert len(list(tmp_path.iterdir())) == 4  # two json files, the rows, another's
+    assert len(list(tmp_path.iterdir())) == 5  # two json files, the rows, another's, the running one's
 
 
 def test_rows_replace_a_dataset_that_datasets_saved(tmp_path):

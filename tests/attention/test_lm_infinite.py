@@ -174,13 +174,13 @@ def test_any_chunking_is_one_prefill(model, sizes, own_cache):
 
 def test_token_by_token_far_beyond_the_ring(llama, monkeypatch):
     monkeypatch.setattr(LambdaCacheLayer, "ROLLBACK", 4)
-    ids = prompt(120)
+    ids = prompt(80)
     with SETTINGS(llama):
         whole = logits(llama, ids)
-        for sizes in ([1] * 120, [50, *[1] * 70], [1] * 30 + [40] + [1] * 50, [5] * 24):
+        for sizes in ([1] * 80, [40, *[1] * 40], [1] * 20 + [40] + [1] * 20, [5] * 16):
             cache = ring_cache(llama)
             assert (in_chunks(llama, ids, sizes, cache) - whole).abs().max() < 3e-5
-            assert cache.get_seq_length() == 120
+            assert cache.get_seq_length() == 80
 
 
 def test_crop_leaves_no_trace(llama, monkeypatch):
@@ -387,7 +387,7 @@ def test_beam_search_with_padding(llama):
 def test_assisted_and_prompt_lookup_decoding(llama):
     ids = prompt(8).repeat(1, 4)
     # Token 0 is padding: an assistant's generate() takes it for a column without a token.
-    options = {"max_new_tokens": 40, "do_sample": False, "suppress_tokens": [0]}
+    options = {"max_new_tokens": 24, "do_sample": False, "suppress_tokens": [0]}
     assistant = model_of("llama")
     with SETTINGS(llama):
         greedy = llama.generate(ids, **options)
@@ -424,10 +424,10 @@ def test_rows_of_a_cache_can_be_repeated_and_chosen(llama):
 
 def test_compiled_decoding_is_two_graphs_without_a_number_that_changes():
     """One until the ring is full, one from then on; `generate` adds none for other prompts."""
-    command = [sys.executable, "-m", "tests.attention.compiled_decode", "24"]
+    command = [sys.executable, "-m", "tests.attention.compiled_decode", "16"]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     steps, generations, elsewhere = result.stdout.splitlines() or [result.stderr, "", ""]
-    assert steps == "24 tokens: 2 graphs, numbers that they take: 0", steps
+    assert steps == "16 tokens: 2 graphs, numbers that they take: 0", steps
     assert generations == "generate: 2 graphs, 0 later, numbers: 0"
     assert elsewhere == "caches from elsewhere go on: True"
 

@@ -243,7 +243,7 @@ def test_top_k_searches_keys_that_no_archive_holds(family):
     """They are made afresh from cached latents, or are those of an earlier layer."""
     model = model_of(family)
     ids = prompt(N)
-    options = {"max_new_tokens": 20, "do_sample": False, "suppress_tokens": [0]}
+    options = {"max_new_tokens": 10, "do_sample": False, "suppress_tokens": [0]}
     with SETTINGS(model):
         cached = model.generate(ids, **options)
         assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
@@ -507,7 +507,7 @@ def test_a_row_reads_blocks_from_the_first_key_that_it_has_lost(llama):
 def test_the_later_layers_choose_otherwise():
     ids = prompt(N)
     choices: dict[int | None, list[list[int]]] = {None: [], 0: [], 1: []}
-    for model in map(model_of, INTERFACE_FAMILIES):
+    for model in map(model_of, ("llama", "cohere")):
         for first_voting_layer, chosen in choices.items():
             with LMInfinite(
                 num_sink_tokens=S,

@@ -92,7 +92,7 @@ def conversation(seed, turns, width):
 def test_masked_columns_anywhere_are_no_tokens(family, technique, kind):
     """In every turn: on the left, on the right or between tokens, the rows each on their own."""
     model = model_of(family)
-    for seed in range(3):
+    for seed in range(2):
         parts, masks, texts = conversation(seed, 5, 3 * L)
         mask = torch.cat(masks, dim=1)
         with technique(model):
@@ -300,7 +300,7 @@ def test_a_forward_that_was_interrupted_leaves_a_cache_that_is_refused(llama):
 
 
 def test_drafts_that_cannot_be_taken_back_are_refused_at_the_start(llama, monkeypatch):
-    assistant, ids, new = model_of("llama"), prompt(8).repeat(1, 12), 30
+    assistant, ids, new = model_of("llama"), prompt(8).repeat(1, 12), 16
     monkeypatch.setattr(LambdaCacheLayer, "ROLLBACK", 8)
     with SETTINGS(llama), SETTINGS(assistant):
         greedy = llama.generate(ids, max_new_tokens=new, **GREEDY)
@@ -454,16 +454,11 @@ def test_four_threads_on_one_model_say_what_each_says_alone(llama, technique, le
 @pytest.mark.real_model
 @pytest.mark.xdist_group("real_model")
 @pytest.mark.parametrize("kind", ["padded", "TopBlocks"])
-def test_four_threads_on_the_real_model(real_model, kind):
+def test_two_threads_on_the_real_model(real_model, kind):
     """HF_LONGTRUNC_GENERATIONS=50 gives each thread fifty."""
     model, tokenizer = real_model
     retrieval = TopBlocks(blocks=2, block_size=8, voting_rows=4, rows=8) if kind == "TopBlocks" else None
-    words = [
-        "The keeper climbed the stairs. ",
-        "A whale rose beside the boat. ",
-        "Rain fell on the town. ",
-        "We sang. ",
-    ]
+    words = ["The keeper climbed the stairs. ", "A whale rose beside the boat. "]
     texts = [tokenizer(word * 12, return_tensors="pt")["input_ids"][:, : 32 + 3 * i] for i, word in enumerate(words)]
     with LMInfinite(num_sink_tokens=4, window_length=24, retrieval=retrieval)(model):
 

@@ -95,7 +95,7 @@ def ask(
         finder: finds the passages; None takes `SentenceEncoder` of `load_encoder()`. Not with a `TextIndex`.
         count: passages at most. More than one made SmolLM2-135M-Instruct answer worse.
         context: a unit is read with the one before or after it, each of at most so many characters, if the question
-            becomes likelier with it.
+            becomes likelier with it; the one after it also if it begins with a pronoun such as "it".
         hops: 2 looks again with the words of the first passage, and reads both.
         rerank: the model compares so many of the finder's best units, see `Reranker`; 1 takes the finder's best.
         guidance: an answer's probabilities are p(passage, question)^guidance / p(question)^(guidance - 1), so that what

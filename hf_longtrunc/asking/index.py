@@ -12,7 +12,7 @@ import torch
 from hf_longtrunc.arguments import check_int
 from hf_longtrunc.asking.finders import check_finder, content_words
 from hf_longtrunc.asking.names import Capitals, has_a_name
-from hf_longtrunc.asking.passages import Passage, unit_spans
+from hf_longtrunc.asking.passages import Passage, refers_back, unit_spans
 from hf_longtrunc.asking.rerank import NEIGHBOUR
 from hf_longtrunc.saving import load_folder, save_folder
 
@@ -89,7 +89,8 @@ class TextIndex:
                 may begin in one sentence and end in the next.
             besides: passages that were found before, which are not found again.
             reranker: takes one of the best units for the first, if the finder's best stands out, and reads a neighbour
-                only where the question becomes likelier with it.
+                only where the question becomes likelier with it. If the unit after it begins with "it" or "they", that
+                one is read.
         """
         names, said = (self._capitals.names(each or "") for each in (question, before))
         if said:
@@ -205,6 +206,8 @@ class TextIndex:
         wider = list(dict.fromkeys([(start, end), (before[0], end), (start, after[1]), (before[0], after[1])]))
         if reranker is None or len(wider) == 1:
             return wider[-1]
+        if after != spans[n] and refers_back(self.documents[name][slice(*after)]):
+            return start, after[1]
         gains = reranker.log_probs(question, [self.documents[name][slice(*span)] for span in wider])
         gains[1:] -= NEIGHBOUR
         return wider[int(gains.argmax())]

@@ -20,6 +20,7 @@ GUIDANCE = 1.5  # on two novels 1.25 answered less, and 2 much less
 _BREAK = re.compile(
     "(?<=[.!?\u2026])[\"'\u201d\u2019)\\]]*\\s+|\\n\\s*\\n|(?<=[\u3002\uff01\uff1f])"
 )  # quotes close; CJK has no space
+_REFERS = re.compile(r"\W*(?:It|Its|They|Their)\b")
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Messrs|Prof|Rev|Hon|Capt|Col|Gen|Sgt|Lt|No|vs|etc)|\b[A-Za-z])\.$")
 
 
@@ -84,6 +85,16 @@ def unit_spans(text: str) -> list[tuple[int, int]]:
             begin = cut
         units += _stripped(text, begin, end)
     return units
+
+
+def refers_back(sentence: str) -> bool:
+    """Whether a sentence begins with an English pronoun for a thing that the sentence before it may name.
+
+    Examples:
+        >>> refers_back("Its number was 4711."), refers_back("He knew it.")
+        (True, False)
+    """
+    return _REFERS.match(sentence) is not None
 
 
 def _stripped(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:

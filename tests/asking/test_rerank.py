@@ -57,6 +57,19 @@ def test_a_neighbour_is_read_if_the_question_becomes_likelier_with_it(word, gain
     assert len(prefers.asked) == 1
 
 
+@pytest.mark.parametrize(("begins", "is_read"), [("“Its", True), ("It", True), ("Item", False), ("He", False)])
+def test_the_unit_after_is_read_if_it_refers_back(begins, is_read):
+    town, name = (
+        "The child was born in a small town that year.",
+        f"{begins} name was Whitby, and the sea was cold there.",
+    )
+    index, prefers = TextIndex(f"Nobody had heard of any such thing before. {town} {name}", ByWord()), Prefers("x", 0.0)
+    (found,) = index.find("born", context=70, reranker=prefers)
+    assert (found.text, found.match) == (f"{town} {name}" if is_read else town, town)
+    assert index.find("born", context=20, reranker=prefers)[0].text == town  # it is longer
+    assert index.find("sea", context=70, reranker=prefers)[0].text == name  # not the other way round
+
+
 def test_the_best_unit_is_chosen_among_the_best_few_if_the_finders_best_stands_out():
     index = TextIndex(TEXT, ByWord())
     prefers = Prefers("two", 5.0)

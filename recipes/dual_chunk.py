@@ -26,8 +26,8 @@ from hf_longtrunc.evaluation import (
     perplexity_records,
     perplexity_table,
     plot_perplexity,
-    recomputed_losses,
 )
+from instruments.recomputed import recomputed_losses
 
 RECOMPUTED = "window re-computed"
 

@@ -136,7 +136,6 @@ PUBLIC = {
         "update_model_card",
         "wilson_interval",
         "read_traces",
-        "recomputed_losses",
     ],
     hosting: [
         "Exported",

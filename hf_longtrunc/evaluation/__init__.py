@@ -28,7 +28,6 @@ if TYPE_CHECKING:
         perplexity_records as perplexity_records,
         perplexity_table as perplexity_table,
         plot_perplexity as plot_perplexity,
-        recomputed_losses as recomputed_losses,
         stream_losses as stream_losses,
         token_losses as token_losses,
     )
@@ -47,7 +46,7 @@ _NAMES = {  # file -> its public names
     "matching": "critical_parameters match_table matched_parameter matched_parameters plot_match",
     "perplexity": (
         "PerplexityRecord PositionBin compare_losses default_edges perplexity_by_position perplexity_records "
-        "perplexity_table plot_perplexity recomputed_losses stream_losses token_losses"
+        "perplexity_table plot_perplexity stream_losses token_losses"
     ),
     "records": "append_records read_records",
     "streaming": "cache_bytes read_ahead start_stream",

@@ -134,44 +134,6 @@ def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: b
     return losses if input_ids.ndim == 2 else losses[0]
 
 
-def recomputed_losses(
-    model: Any, input_ids: Tensor, window: int, *, chunk: int = 512, progress: bool | str = False
-) -> Tensor:
-    """Return the losses of an unmodified model that re-reads the last half window with each new half window.
-
-    This is the baseline for a long-context technique: each token past the first window has at least half a window of
-    context, at true distances. If only the technique's loss rises along the text, the technique is the reason; if both
-    rise, the text gets harder.
-
-    Args:
-        model: see `stream_losses`.
-        input_ids: see `token_losses`.
-        window: tokens at a time, 2 or more; the trained length.
-        chunk: tokens a forward.
-        progress: see `token_losses`; a bar a window.
-
-    Returns:
-        As `token_losses`; the first `window` tokens' are the same.
-
-    Raises:
-        TypeError, ValueError: see `token_losses`; window < 2.
-
-    Cost: twice that of reading the text in windows, memory of one window. Source: the baseline "sliding window with
-    re-computation" of Xiao et al. 2023, arXiv 2309.17453, figure 1. Deviation: they read a window for every token.
-
-    Examples:
-        >>> recomputed_losses(model, torch.arange(2, 22), window=8).shape
-        torch.Size([19])
-    """
-    window = check_int("window", window, minimum=2)
-    half, length = window // 2, input_ids.shape[-1]
-    pieces = [token_losses(model, input_ids[..., :window], chunk=chunk, progress=progress)]
-    for end in range(window + half, length + half, half):
-        losses = token_losses(model, input_ids[..., end - window : end], chunk=chunk, progress=progress)
-        pieces.append(losses[..., window - half - 1 :])
-    return torch.cat(pieces, dim=-1)
-
-
 def compare_losses(
     model: Any, input_ids: Tensor, arms: Mapping[str, Arm], *, chunk: int = 512, progress: bool = False
 ) -> dict[str, Tensor]:

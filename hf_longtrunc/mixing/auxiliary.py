@@ -42,8 +42,7 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
     `others` for each model. It may define `context` to let the models read another text than the target.
 
     Each model has a KV cache addressed by content: a call reuses the cached rows with a common prefix and feeds the
-    rest. The order and number of calls do not matter, which differ in every mode of generation: beams are permuted,
-    assisted and prompt-lookup decoding call several times a step. After the prompt a step costs one token a row.
+    rest, so beams, assisted and prompt-lookup decoding work. After the prompt a step costs one token a row.
 
     Args:
         models: causal language models in eval mode with the target's vocabulary, on any device.
@@ -147,7 +146,7 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
         assistant: made by `uld_assistant` and trained with `ULDLoss`; or any model with the target's vocabulary.
         alpha: weight of the subtraction. The paper takes 0.75 (TOFU) and 0.5.
         filter_rate: in (0, 1]. The difference is taken over the tokens with p >= min(filter_rate max p, k-th largest),
-            k = filter_rate V, so that an unlikely token does not rise because the assistant finds it even less likely.
+            k = filter_rate V: an unlikely token must not rise because the assistant finds it even less likely.
         filter_mode: "exclude" removes the other tokens, for generation; "keep" leaves them the target's probability, so
             that any text has a finite score.
         attention_mask: see `AuxiliaryModelLogitsProcessor`.
@@ -183,19 +182,10 @@ class ULDLogitsProcessor(AuxiliaryModelLogitsProcessor):
 
     @torch.no_grad()
     def token_losses(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Return the negative log-likelihood of whole texts under the difference, finite and normalised.
+        """Return the negative log-likelihood of texts [texts, length] under the difference, nats [texts, length - 1].
 
-        Unlikely tokens keep the target's probability, under either `filter_mode`.
-
-        Args:
-            model: the target, in eval mode.
-            input_ids: [texts, length].
-            attention_mask: of the texts; None: all tokens are real. Losses at padding have no meaning.
-
-        Returns:
-            fp32 nats [texts, length - 1]; entry i is the loss of token i + 1.
-
-        Cost: one forward of each model, and a handful of [texts, length, V] in fp32.
+        Entry i is the loss of token i + 1. Unlikely tokens keep the target's probability, under either `filter_mode`.
+        `model` is the target, in eval mode. Cost: one forward of each model, a few [texts, length, V] in fp32.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         pairs = model, self._models[0].model

@@ -59,10 +59,7 @@ def guidance(
 
 
 def likely_tokens(log_probs: Float[Tensor, "*rows vocab"], filter_rate: float) -> Bool[Tensor, "*rows vocab"]:
-    """Mark the tokens with p >= min(filter_rate max p, k-th largest p), k = filter_rate V, at least 1.
-
-    These are never fewer than the share `filter_rate` of the vocabulary. Ties with the last one stay. Cost: one `topk`.
-    """
+    """Mark the tokens with p >= min(filter_rate max p, k-th largest p), k = filter_rate V, at least 1; ties stay."""
     k = max(1, int(filter_rate * log_probs.shape[-1]))
     kth_largest = log_probs.topk(k, dim=-1).values[..., -1:]
     relative = log_probs.amax(-1, keepdim=True) + math.log(filter_rate)
@@ -81,10 +78,7 @@ def keep_tail(
     likely: Bool[Tensor, "*rows vocab"],
     target: Float[Tensor, "*rows vocab"],
 ) -> Float[Tensor, "*rows vocab"]:
-    """Give the tokens that are not likely the target's probability, for scoring; the others share the rest.
-
-    The result is normalised, and finite wherever `target` and `log_probs` are.
-    """
+    """Give the tokens that are not likely the target's probability, for scoring; the others share the rest."""
     head_mass = target.masked_fill(~likely, -math.inf).logsumexp(-1, keepdim=True)
     return torch.where(likely, exclude_tail(log_probs, likely) + head_mass, target)
 
@@ -99,17 +93,9 @@ def forget_retain_loss(
 
         1 / N ( sum over forget positions of -log q(label)  +  beta sum over retain positions of CE(uniform, q) )
 
-    CE(uniform, q) = -1/V sum over the vocabulary of log q = log V + KL(uniform || q).
-
-    Args:
-        logits: of the assistant.
-        labels: aligned with the input; the loss shifts them. A token id at a forget position, `UNIFORM` (-1) at a
-            retain position, `IGNORED` (-100) elsewhere.
-        beta: weight of a retain position, where a forget position has 1.
-        num_items: N; None takes the number of labels that are not ignored.
-
-    Source: Ji et al. 2024, section 3. Deviation: one mean over all supervised positions in place of a mean for
-    each kind, so that the loss of an accumulated batch is the sum of its parts.
+    A label, shifted here, is a token id at a forget position, `UNIFORM` (-1) at a retain position, else `IGNORED`.
+    N is `num_items`, or the number of labels that are not ignored: one mean over both kinds, where the paper takes one
+    for each, so that the loss of an accumulated batch is the sum of its parts.
     """
     targets = labels[:, 1:]
     supervised = targets != IGNORED

@@ -52,8 +52,8 @@ class PEMAMemory:
         tokens: [rows], int64, the next tokens.
         vocab_size: width of that model's logits.
 
-    `build_pema_memory` makes one. `save_pretrained` writes it into a folder. `from_pretrained` maps it, so it may be
-    larger than the machine's memory: training reads only the rows of a batch.
+    `build_pema_memory` makes one. `from_pretrained` maps a saved one, so it may be larger than the machine's memory:
+    training reads only the rows of a batch.
     """
 
     hidden: Tensor
@@ -87,7 +87,7 @@ class PEMAMemory:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str]) -> PEMAMemory:
-        """Map a memory that `save_pretrained` wrote: rows are read when they are used, after one pass for the checksum.
+        """Map a memory that `save_pretrained` wrote, after one pass for the checksum.
 
         Raises:
             FileNotFoundError: the folder holds none.
@@ -172,12 +172,7 @@ class PEMAAdapter(nn.Module):
 
 
 def reconstruction_basis(hidden: Float[Tensor, "rows width"], rank: int) -> Float[Tensor, "width rank"]:
-    """Return B_rct of stage 1: orthonormal columns V that minimise the mean of (V V^T f - f)^2 over the rows.
-
-    Cost: one pass, rows * width^2 multiplications in float64, and one eigendecomposition [width, width].
-
-    Source: the paper's reconstruction loss (section 3). Deviation: the paper takes gradient steps.
-    """
+    """Return B_rct of stage 1: orthonormal columns V that minimise the mean of (V V^T f - f)^2 over the rows."""
     gram = torch.zeros(hidden.shape[1], hidden.shape[1], dtype=torch.float64, device=hidden.device)
     for rows in torch.split(hidden, _CHUNK):
         gram += rows.double().T @ rows.double()
@@ -192,10 +187,7 @@ def pema_loss(
     tokens: Int[Tensor, " rows"],
     kappa: float,
 ) -> Float[Tensor, ""]:
-    """Return the loss of stage 2: kappa * MSE(B_rct A f, f) + (1 - kappa) * CE(head(B_pd A f), y).
-
-    The square is averaged over rows and width, the cross-entropy (nats) over rows. `head` maps states to logits.
-    """
+    """Return the loss of stage 2: kappa * MSE(B_rct A f, f) + (1 - kappa) * CE(head(B_pd A f), y), in nats."""
     reconstruction = F.mse_loss(adapter.reconstruct(hidden), hidden.to(adapter.A))
     return kappa * reconstruction + (1 - kappa) * F.cross_entropy(head(adapter(hidden)), tokens)
 
@@ -212,11 +204,7 @@ def fit_adapter(
     seed: int = 0,
     progress: bool = False,
 ) -> list[float]:
-    """Run both stages on `adapter`, in place, and return the mean loss of every epoch of stage 2.
-
-    AdamW with a rate that falls linearly to zero, on the adapter's parameters alone: `head` gets no gradient. Each
-    epoch has a new order of the rows, drawn from `seed`. Arguments as for `train_pema`.
-    """
+    """Run both stages on `adapter`, in place, and return the mean loss of every epoch of stage 2; see `train_pema`."""
     kappa, learning_rate = check_fraction("kappa", kappa), check_float("learning_rate", learning_rate, gt=0)
     epochs, batch_size = check_int("epochs", epochs, minimum=1), check_int("batch_size", batch_size, minimum=1)
     parameters, device = list(adapter.parameters()), adapter.A.device
@@ -305,11 +293,7 @@ def interpolate(
     scores: Float[Tensor, "rows vocab"],
     weight: Float[Tensor, " rows"],
 ) -> Float[Tensor, "rows vocab"]:
-    """Return log(lambda P_PEMA + (1 - lambda) P_LM), each row by logsumexp, in fp32; lambda is `weight`.
-
-    P_LM is the softmax of `scores`: logits or log-probabilities. A token at -inf there stays removed, and P_PEMA is the
-    softmax over the others.
-    """
+    """Return log(lambda P_PEMA + (1 - lambda) P_LM), fp32, lambda = `weight`; a token at -inf in `scores` stays so."""
     log_lm = scores.float().log_softmax(-1)
     log_pema = pema_logits.float().masked_fill(scores == -math.inf, -math.inf).log_softmax(-1)
     weight = weight.to(log_lm)[:, None]

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
-    from typing_extensions import Self
 
 _IGNORE = -100
 
@@ -60,8 +59,8 @@ def build_pema_memory(
 
     Raises:
         TypeError: an example is no mapping.
-        ValueError: columns are missing or differ in length, a label is not the token at its place (labels are not
-            shifted here: the model's own convention), or no label is a target.
+        ValueError: columns are missing or differ in length, a label is not the token at its own place, or no label is
+            a target.
     """
     batch_size = check_int("batch_size", batch_size, minimum=1)
     rows = [_checked_example(example, f"example {index}") for index, example in enumerate(examples)]
@@ -103,8 +102,7 @@ def train_pema(
     Args:
         model: the model that the memory was built with.
         memory: from `build_pema_memory` or `PEMAMemory.from_pretrained`.
-        rank: of the bottleneck, at most the width of the states; None takes the paper's 512, or the width if that is
-            less.
+        rank: of the bottleneck; None takes the paper's 512, or the width of the states if that is less.
         kappa: weight of the reconstruction in the loss of stage 2, in [0, 1]; the paper uses 0.2.
         epochs: passes of stage 2 over the memory. Stage 1 takes one pass and no steps.
         batch_size: rows in a step.
@@ -118,8 +116,9 @@ def train_pema(
     Raises:
         ValueError: a memory of another width or vocabulary, or an argument outside its range.
 
-    Cost: a product with the output embedding, forward and backward, for every row and epoch. Source: Kim et al. 2024,
-    arXiv 2311.08590, section 3. Deviations: stage 1 is solved, not iterated; see `reconstruction_basis`.
+    Cost: a product with the output embedding, forward and backward, for every row and epoch.
+
+    Source: Kim et al. 2024, arXiv 2311.08590, section 3. Deviation: stage 1 is solved, the paper takes gradient steps.
     """
     head = _head_of(model)
     _check_sizes(head, memory.hidden.shape[1], memory.vocab_size, "memory")
@@ -127,23 +126,14 @@ def train_pema(
     rank = min(512, head.hidden_size) if rank is None else rank
     adapter = PEMAAdapter(head.hidden_size, rank, head.vocab_size, generator=generator)
     adapter.to(head.device)
-    fit_adapter(
-        adapter,
-        memory,
-        head,
-        kappa=kappa,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        seed=seed,
-        progress=progress,
-    )
+    options = {"kappa": kappa, "learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size}
+    fit_adapter(adapter, memory, head, **options, seed=seed, progress=progress)
     return adapter.eval()
 
 
 @dataclass(frozen=True)
 class PEMA:
-    """Plug-in external memory adaptation: mix an adapter's distribution into a model's at every step.
+    """Plug-in external memory adaptation (PEMA): mix an adapter's distribution into a model's at every step.
 
     Examples:
         >>> adapter = PEMAAdapter(hidden_size=32, rank=8, vocab_size=96)
@@ -156,7 +146,8 @@ class PEMA:
         adapter: from `train_pema` or `PEMAAdapter.from_pretrained`.
         interpolation: lambda, a constant in [0, 1], or `GradualUnrolling(...)`.
 
-    Source: Kim et al. 2024, arXiv 2311.08590, section 3.
+    Source: Kim et al. 2024, "PEMA: An Offsite-Tunable Plug-in External Memory Adaptation for Language Models",
+    arXiv 2311.08590, section 3.
     """
 
     adapter: PEMAAdapter
@@ -175,9 +166,7 @@ class PEMA:
         Raises:
             TypeError, ValueError: the model does not fit the adapter, or is compiled already.
         """
-        processor = PEMALogitsProcessor(model, self.adapter, self.interpolation)
-        processor.attach()
-        return processor
+        return PEMALogitsProcessor(model, self.adapter, self.interpolation)
 
     __call__ = attach
 
@@ -190,16 +179,13 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
         >>> with PEMALogitsProcessor(model, adapter, interpolation=0.3) as pema:
         ...     text = model.generate(ids, max_new_tokens=2, do_sample=False, logits_processor=[pema])
 
-    A hook reads the input of the model's output embedding, from `attach()` or the beginning of the block to `detach()`
-    or its end, an exception included. Its rows are those of the scores, also under beams. No state is kept from step
-    to step, and each thread has its own.
+    A hook reads the input of the model's output embedding until `detach()` or the end of the block. Its rows are those
+    of the scores, also under beams. No state is kept from step to step, and each thread has its own. Greedy, sampling,
+    beams, several returns, padded batches and several calls in one block work.
 
     Args:
         model: the model that the adapter was trained for, or a PEFT or DDP wrapper of it; dtype and device may differ.
-        adapter: from `train_pema` or `PEMAAdapter.from_pretrained`.
-        interpolation: lambda, a constant in [0, 1], or `GradualUnrolling(...)`.
-
-    Greedy, sampling, beams, several returns, padded batches and several calls in one block work.
+        adapter, interpolation: as for `PEMA`.
 
     Raises:
         ValueError: prompt lookup and assisted decoding, which score several positions of one forward; a second forward
@@ -209,8 +195,6 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
 
     Cost a step: 2 * width * rank multiplications a row, and the output embedding a second time. Returns
     log-probabilities, fp32; tokens that an earlier processor removed stay removed.
-    Source: Kim et al. 2024, "PEMA: An Offsite-Tunable Plug-in External Memory Adaptation for Language Models",
-    arXiv 2311.08590, section 3.
     """
 
     # Declared unsupported, it would be left out there with a warning; so it is called, and refuses.
@@ -218,26 +202,15 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
 
     def __init__(self, model: Any, adapter: PEMAAdapter, interpolation: float | GradualUnrolling = 0.5) -> None:
         technique = PEMA(adapter, interpolation=interpolation)
-        self._model = attachable(model, "PEMA")
+        generating: Any = attachable(model, "PEMA")
         self.head = _head_of(model)
         _check_sizes(self.head, adapter.hidden_size, adapter.vocab_size, "adapter")
-        Handle.__init__(self, f"PEMA({adapter!r})", self._model, "the input of its output embedding is read")
+        build = generating._get_logits_processor
+        Handle.__init__(self, f"PEMA({adapter!r})", generating, "the input of its output embedding is read")
         self.adapter, self.interpolation = adapter, technique.interpolation
-        self.is_attached = self._is_entered = False
         self._seen = _Seen()
-
-    def attach(self) -> None:
-        """Read the input of the model's output embedding until `detach()`.
-
-        Raises:
-            ValueError: it is attached already.
-        """
-        if self.is_attached:
-            raise ValueError("this PEMALogitsProcessor is in use already: detach it first, or make a second one")
         self.undo(self.head.module.register_forward_pre_hook(self._see).remove)
         self.undo(self._seen.clear)
-        generating: Any = self._model
-        build = generating._get_logits_processor
 
         def begin(*args: Any, **kwargs: Any) -> Any:
             # A new generation: drop the states of another one, or of a forward in between.
@@ -246,21 +219,6 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
 
         self.set(generating, "_get_logits_processor", begin)
         self.refuse_copies(generating, advice="detach first, copy or save it, and attach again")
-        self.is_attached = True
-
-    def __enter__(self) -> Self:
-        """Attach it, unless it is, until the end of the block."""
-        if self._is_entered:
-            raise ValueError("this PEMALogitsProcessor is in use already: leave its block first, or make a second one")
-        if not self.is_attached:
-            self.attach()
-        self._is_entered = True
-        return self
-
-    def detach(self) -> None:
-        """Restore the model; a second call does nothing."""
-        super().detach()
-        self._is_entered = False
 
     def _see(self, _: Any, arguments: tuple[Tensor, ...]) -> None:
         states = arguments[0]

@@ -23,10 +23,7 @@ class Prefix(NamedTuple):
 
 
 def common_prefix(cached: Int[Tensor, "old length"], new: Int[Tensor, "new columns"]) -> Prefix:
-    """Find for each new row the cached row with the longest common prefix, and the shortest of these prefixes.
-
-    Columns are compared as single integers, see `address`. A new row prefers the cached row in its own place among
-    equals.
+    """Find for each new row the cached row with the longest common prefix, its own among equals; see `address`.
 
     Cost: new x columns comparisons when every row continues itself, new x old x columns otherwise; one host sync.
     """

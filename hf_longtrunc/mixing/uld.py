@@ -35,9 +35,8 @@ def uld_assistant(
 ) -> PeftModel:
     """Build the assistant of a target: its first layers, final norm and head, frozen and shared, with LoRA to train.
 
-    Before training it equals the truncated target. It shares the target's weights without a copy, until the target
-    moves to another device or dtype. Modules and config are its own, so a patch such as `LMInfinite` has to be applied
-    to both.
+    It shares the target's weights without a copy, until the target moves to another device or dtype. Modules and config
+    are its own, so a patch such as `LMInfinite` has to be applied to both.
 
     Examples:
         >>> assistant = uld_assistant(model, num_layers=1)
@@ -157,10 +156,8 @@ class ULDCollator:
         >>> batch["labels"]
         tensor([[-100, -100,   -1,   -1]])
 
-    The completion is supervised: its tokens are their own labels if the example is to be forgotten, and -1 (uniform
-    distribution) if not. Rows are padded on the right, by the EOS where there is no padding token;
-    prompt and padding have label -100. With an empty prompt every
-    token but the first is supervised. A completion mostly begins with a space.
+    The completion's tokens are their own labels if the example is to be forgotten, else -1 (uniform distribution);
+    prompt and padding have label -100. Rows are padded on the right, by the EOS where there is no padding token.
 
     The forget set should hold paraphrases, and the retain set the *forget* questions with wrong answers: otherwise the
     assistant learns the form of the questions and not the facts (Ji et al. 2024).

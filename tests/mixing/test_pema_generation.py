@@ -177,24 +177,14 @@ def left_as_it_was(model):
 
 def test_the_block_leaves_nothing_behind(tiny_model):
     with left_as_it_was(tiny_model):
-        pema = PEMALogitsProcessor(tiny_model, random_adapter())
-        assert not tiny_model.lm_head._forward_pre_hooks, "making one touches nothing"
-        with pema:
+        with PEMALogitsProcessor(tiny_model, random_adapter()) as pema:
             generate(tiny_model, [pema])
-        with pytest.raises(RuntimeError, match="stop here"), pema:
+        with pytest.raises(RuntimeError, match="stop here"), PEMALogitsProcessor(tiny_model, random_adapter()):
             raise RuntimeError("stop here")
         with pytest.raises(ValueError, match="outside its block"):
             generate(tiny_model, [pema])
-
-
-def test_a_block_can_be_entered_again_but_not_twice_at_once(tiny_model):
-    pema = PEMALogitsProcessor(tiny_model, random_adapter())
-    for _ in range(2):
-        with pema:
+        with pema, pytest.raises(ValueError, match="outside its block"):
             generate(tiny_model, [pema])
-            with pytest.raises(ValueError, match="in use already"):
-                pema.__enter__()
-    assert not tiny_model.lm_head._forward_pre_hooks
 
 
 def test_the_handle_is_the_processor(tiny_model):

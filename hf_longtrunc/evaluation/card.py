@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,109 +28,19 @@ class Paper:
 
     method: str
     authors: str
-    year: int
+    year: str
     title: str
     arxiv: str
 
 
-# Paper -> the public names of its method; tests/evaluation/test_card.py checks that each technique has one.
-_PAPERS = {
-    Paper(
-        "eta-sampling", "Hewitt et al.", 2022, "Truncation Sampling as Language Model Desmoothing", "2210.15191"
-    ): "EtaLogitsProcessor",
-    Paper(
-        "epsilon-sampling", "Hewitt et al.", 2022, "Truncation Sampling as Language Model Desmoothing", "2210.15191"
-    ): "EpsilonLogitsProcessor",
-    Paper(
-        "top-n-sigma", "Tang et al.", 2024, "Top-n\u03c3: Not All Logits Are You Need", "2411.07641"
-    ): "TopNSigmaLogitsProcessor",
-    Paper("p-less sampling", "Tan et al.", 2025, "p-less Sampling", "2509.23234"): "PLessLogitsProcessor",
-    Paper("top-H", "Potraghloo et al.", 2025, "Top-H Decoding", "2509.02510"): "TopHLogitsProcessor",
-    Paper("min-k sampling", "Ding et al.", 2026, "Min-k Sampling", "2604.11012"): "MinKLogitsProcessor",
-    Paper(
-        "basis-aware truncation",
-        "Finlayson et al.",
-        2023,
-        "Closing the Curious Case of Neural Text Degeneration",
-        "2310.01693",
-    ): "BasisAwareLogitsProcessor SoftmaxBasis",
-    Paper(
-        "LM-Infinite",
-        "Han et al.",
-        2024,
-        "LM-Infinite: Zero-Shot Extreme Length Generalization for Large Language Models",
-        "2308.16137",
-    ): "LMInfinite TopBlocks TopK",
-    Paper(
-        "StreamingLLM", "Xiao et al.", 2023, "Efficient Streaming Language Models with Attention Sinks", "2309.17453"
-    ): "StreamingLLM",
-    Paper(
-        "dual chunk attention",
-        "An et al.",
-        2024,
-        "Training-Free Long-Context Scaling of Large Language Models",
-        "2402.17463",
-    ): "DualChunkAttention",
-    Paper(
-        "Unlimiformer",
-        "Bertsch et al.",
-        2023,
-        "Unlimiformer: Long-Range Transformers with Unlimited Length Input",
-        "2305.01625",
-    ): "Unlimiformer",
-    Paper(
-        "best-fit packing", "Ding et al.", 2024, "Fewer Truncations Improve Language Modeling", "2404.10830"
-    ): "BestFitPackingCollator BalancedRows PackedDataset PackedStream TokenMixture pack",
-    Paper(
-        "CREAM",
-        "Wu et al.",
-        2024,
-        "An Efficient Recipe for Long Context Extension via Middle-Focused Positional Encoding",
-        "2406.07138",
-    ): "CreamCollator CreamPositions",
-    Paper(
-        "PoSE",
-        "Zhu et al.",
-        2023,
-        "PoSE: Efficient Context Window Extension of LLMs via Positional Skip-wise Training",
-        "2309.10400",
-    ): "pose_positions",
-    Paper(
-        "scaled positions",
-        "Peng et al.",
-        2023,
-        "YaRN: Efficient Context Window Extension of Large Language Models",
-        "2309.00071",
-    ): "extend_context",
-    Paper(
-        "unlearning from logit difference",
-        "Ji et al.",
-        2024,
-        "Reversing the Forget-Retain Objectives: An Efficient LLM Unlearning Framework from Logit Difference",
-        "2406.08607",
-    ): "ULDLogitsProcessor ULDLoss uld_assistant",
-    Paper(
-        "contrastive decoding",
-        "Li et al.",
-        2022,
-        "Contrastive Decoding: Open-ended Text Generation as Optimization",
-        "2210.15097",
-    ): "ContrastiveDecodingLogitsProcessor",
-    Paper(
-        "proxy-tuning", "Liu et al.", 2024, "Tuning Language Models by Proxy", "2401.08565"
-    ): "ProxyTuningLogitsProcessor",
-    Paper(
-        "classifier-free guidance", "Sanchez et al.", 2023, "Stay on topic with Classifier-Free Guidance", "2306.17806"
-    ): "GuidanceLogitsProcessor",
-    Paper(
-        "PEMA",
-        "Kim et al.",
-        2024,
-        "PEMA: An Offsite-Tunable Plug-in External Memory Adaptation for Language Models",
-        "2311.08590",
-    ): "PEMA PEMAAdapter PEMALogitsProcessor train_pema",
-}
-PAPERS = {name: paper for paper, names in _PAPERS.items() for name in names.split()}
+def _papers() -> dict[str, Paper]:
+    """Return the paper of each public name of a method, from papers.csv beside this file."""
+    table = resources.files("hf_longtrunc.evaluation").joinpath("papers.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(table.splitlines()))
+    return {name: Paper(**row) for row in rows for name in row.pop("names").split()}
+
+
+PAPERS = _papers()
 
 
 def update_model_card(
@@ -161,7 +73,8 @@ def update_model_card(
     """
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"folder must be that of a saved model, {str(folder)!r} is none: save the model first")
-    section = "\n\n".join([BEGIN, "## hf_longtrunc", _methods(techniques), *_figures(list(records)), END])
+    methods = "\n".join(map(_line, techniques))
+    section = "\n\n".join([BEGIN, "## hf_longtrunc", methods, *_figures(list(records)), END])
     path = Path(folder) / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else "# Model card\n"
     card: Any = ModelCard(text if text.startswith("---\n") else f"---\nlibrary_name: transformers\n---\n\n{text}")
@@ -174,10 +87,6 @@ def update_model_card(
     with replacing(path) as written:
         written.write_text(f"---\n{card.data.to_yaml()}\n---\n\n{card.text.lstrip()}", encoding="utf-8")
     return path
-
-
-def _methods(techniques: Sequence[object]) -> str:
-    return "\n".join(map(_line, techniques))
 
 
 def _line(technique: object) -> str:

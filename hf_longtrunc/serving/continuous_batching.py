@@ -60,8 +60,7 @@ class TruncationByRequest(LogitsProcessor):
     def __init__(self, name: str, default: float | None = None, *, xtc_threshold: float = 0.1):
         self.name = check_choice("name", name, (*CUTOFFS, _XTC))
         self.bounds = _SWITCH if name == _XTC else CUTOFFS[name].bounds or _SWITCH
-        called = "eta" if name == "eta" else "default"
-        self.default = None if default is None else check_float(called, default, **self.bounds)
+        self.default = None if default is None else check_float("default", default, **self.bounds)
         self._log_threshold = math.log(check_float("xtc_threshold", xtc_threshold, gt=0, lt=1))
         # transformers looks up here which class replaces this one; no other class is touched.
         CLASSIC_TO_CB_PROCESSORS_MAP[TruncationByRequest] = _ByRequest
@@ -83,13 +82,6 @@ class TruncationByRequest(LogitsProcessor):
             decided = torch.rand(rows.log_total.shape, device=scores.device) < value
             return scores.masked_fill(xtc_cut(rows, self._log_threshold, decided), -math.inf)
         return scores.masked_fill(below(scores, rows, CUTOFFS[self.name].threshold(rows, value)), -math.inf)
-
-
-class EtaByRequest(TruncationByRequest):
-    """Eta-sampling by request: `TruncationByRequest("eta", eta)` by its earlier name."""
-
-    def __init__(self, eta: float):
-        super().__init__("eta", eta)
 
 
 class _ByRequest(ContinuousBatchingLogitsProcessor):

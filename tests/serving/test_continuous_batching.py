@@ -11,7 +11,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import Con
 
 from hf_longtrunc import EtaLogitsProcessor, XTCLogitsProcessor, attach_processors
 from hf_longtrunc.sampling.cutoffs import CUTOFFS
-from hf_longtrunc.serving.continuous_batching import EtaByRequest, TruncationByRequest
+from hf_longtrunc.serving.continuous_batching import TruncationByRequest
 from hf_longtrunc.serving.rows import parse_request, truncate
 
 ETAS = [0.01, None, 3e-4, 0.3, 2e-3]
@@ -29,7 +29,7 @@ def test_every_row_is_cut_by_its_own_eta():
     scores = torch.randn(5, 1009, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [[0.5], [1], [3], [2], [1]]
     )
-    together = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([EtaByRequest(0.05)]), True)
+    together = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([TruncationByRequest("eta", 0.05)]), True)
     assert together.tensors_required == 1
     storage = torch.zeros(1, 64, dtype=torch.int32)
     together.prepare_tensor_args(requests(), storage)
@@ -83,16 +83,16 @@ def test_xtc_by_request():
 
 def test_without_requests_of_their_own_all_get_the_default():
     scores = torch.randn(3, 101, generator=torch.Generator().manual_seed(0))
-    together = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([EtaByRequest(0.05)]), False)
+    together = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([TruncationByRequest("eta", 0.05)]), False)
     assert torch.equal(together(None, scores, None), EtaLogitsProcessor(0.05)(None, scores))
 
 
 def test_wrong_values():
-    with pytest.raises(ValueError, match="eta must be a number above 0 and below 1"):
-        EtaByRequest(1.0)
+    with pytest.raises(ValueError, match="default must be a number above 0 and below 1"):
+        TruncationByRequest("eta", 1.0)
     with pytest.raises(ValueError, match="name must be one of 'eta'"):
         TruncationByRequest("dry")
-    together = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([EtaByRequest(0.05)]), True)
+    together = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([TruncationByRequest("eta", 0.05)]), True)
     together.check_kwargs({"eta": 0.1})
     for eta in (1.0, -0.1, 1, "0.1"):
         with pytest.raises(TypeError, match="expected float that is above 0 and below 1"):
@@ -112,7 +112,7 @@ def test_requests_of_one_served_batch(tiny_model):
     prompt = [1, 5, 9, 13]
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=24, eos_token_id=-1, pad_token_id=0)
     settings = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=64, per_request_processors=True)
-    with attach_processors(tiny_model, [EtaByRequest(1e-6)]):
+    with attach_processors(tiny_model, [TruncationByRequest("eta", 1e-6)]):
         manager = tiny_model.init_continuous_batching(generation_config=config, continuous_batching_config=settings)
         manager.start()
         try:

@@ -26,7 +26,8 @@ from hf_longtrunc.models import CACHE_NAMES, attachable, bound, decoder_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_BOUNDARIES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# Arguments of a flat batch: where its documents begin.
+BOUNDARIES = ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _CACHES = (*CACHE_NAMES, "cache_params")
 # Decoders that make the attention mask without positions: documents would see each other in attention too.
 _MASKS_WITHOUT_POSITIONS = ("granitemoehybrid",)
@@ -39,8 +40,8 @@ def reset_states(model: Any) -> Handle:
 
     In a packed row, each document then gets the logits and gradients that it has alone, on a CPU too. For Qwen3-Next
     and 3.5, Falcon-H1, LFM2, Granite 4, Bamba, Jamba, Nemotron-H, and other models with convolutions over tokens or
-    Mamba's `A_log`. Calls with a cache or an attention mask are unchanged. If kernels that read `seq_idx` are
-    installed, they are faster: use `BestFitPackingCollator(layout="flat")` and `check_packed` instead.
+    Mamba's `A_log`. Calls with a cache or an attention mask are unchanged. Kernels that read `seq_idx` are faster:
+    `BestFitPackingCollator(layout="flat")`.
 
     Args:
         model: a causal language model, or a PEFT or DDP wrapper of one.
@@ -137,7 +138,7 @@ def _apart(part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         if not lengths or any(given.get(name) is not None for name in (*_CACHES, "attention_mask")):
             return forward(*args, **kwargs)
         states = given.pop("hidden_states")
-        rest = {name: value for name, value in given.items() if name not in _BOUNDARIES}
+        rest = {name: value for name, value in given.items() if name not in BOUNDARIES}
         if sum(lengths) < states.shape[0] * states.shape[1]:  # positions of one row, for all
             lengths = lengths * (states.shape[0] * states.shape[1] // sum(lengths))
         pieces = states.flatten(0, 1).split(lengths)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hf_longtrunc.data.states import BOUNDARIES, carries_state
 from hf_longtrunc.errors import LeakingRowsError
 from hf_longtrunc.models import decoder_of, evaluating, parameters_of, unwrapped
 
@@ -20,7 +21,6 @@ _DOCUMENT = 8  # tokens of each of the two documents in a row of the test
 _ROUNDING = 1e-5  # allowed change, as a share of the change in the first document's own logits
 _PLACE = 1e-3  # allowed difference between a place in a long row and a row of its own: kernels round differently
 _HALF = 4  # the same in half precision, in units of its epsilon
-_BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
 @torch.no_grad()
@@ -29,13 +29,10 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
 
     A leak depends on the model, its attention, its kernels and the arguments of the call, and nothing else reports it.
 
-    Two forwards on rows of two documents of 8 tokens, with the arguments of `batch` (number of rows, layout, masks,
-    `use_cache`): only the first document's tokens differ, so the second one's logits must be equal. Two more forwards
-    with each document in a row of its own measure the effect of rounding alone (experts, scales of a whole batch).
-
-    One more forward on the first row of `batch`, with documents of 8 tokens at its end and across a border of attention
-    chunks: their logits must equal those of the document alone. This finds attention scaled by the index in the row
-    (Llama 4 from token 8,191 on), and chunks counted from the row's beginning.
+    Two forwards on rows of two documents of 8 tokens, with the arguments of `batch`: only the first document's tokens
+    differ, so the second one's logits must be equal, but for the rounding that two more forwards measure. One more, on
+    the first row of `batch`, finds attention scaled by the index in the row (Llama 4 from token 8,191 on), and chunks
+    counted from the row's beginning.
 
     Args:
         model: a causal language model, or a PEFT, `torch.compile`, DDP or FSDP wrapper; run in eval mode and left
@@ -45,9 +42,8 @@ def check_packed(model: Any, batch: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: no model, or no batch.
-        LeakingRowsError: a ValueError: the second document's logits changed by more than rounding (4 times the change
-            in a row of its own, and 0.001 % of the first one's change), or a document's logits differ by 0.1 % (3 % in
-            bfloat16) between the row and a row of its own. The message names the probable cause.
+        LeakingRowsError: a ValueError: the second document's logits changed by more than rounding, or a document's
+            logits differ by 0.1 % (3 % in bfloat16) between the row and a row of its own. It names the probable cause.
         ValueError: the model takes no `position_ids`, or the batch has none.
 
     Examples:
@@ -139,15 +135,11 @@ def _verdict(model: Any, attention: str, batch: dict[str, Any]) -> str:
 
 
 def carries_states(model: Any) -> bool:
-    """Return whether a model has convolutions, linear attention or other recurrent layers.
-
-    Their states cross document boundaries, unless their kernels read the boundaries.
-    """
+    """Return whether a model has convolutions, linear attention or other recurrent layers."""
     inside = unwrapped(model)
     kinds = getattr(inside.config.get_text_config(), "layer_types", None) or []
     is_recurrent = any(kind == "linear_attention" or "attention" not in kind for kind in kinds)
-    parts = decoder_of(inside).modules()
-    return is_recurrent or any(isinstance(part, nn.Conv1d) or hasattr(part, "A_log") for part in parts)
+    return is_recurrent or any(map(carries_state, decoder_of(inside).modules()))
 
 
 def _differences(model: Any, batch: Mapping[str, Any]) -> Iterator[tuple[int, float]]:
@@ -199,7 +191,7 @@ def _influence(model: Any, probe: dict[str, Any]) -> tuple[float, float]:
 
 def _apart(probe: dict[str, Any]) -> dict[str, Any]:
     """Return the same documents, each in a row of its own."""
-    alone = {name: value for name, value in probe.items() if name not in _BOUNDARIES}
+    alone = {name: value for name, value in probe.items() if name not in BOUNDARIES}
     rows = ("input_ids", "position_ids", "attention_mask")
     return alone | {name: alone[name].reshape(-1, _DOCUMENT) for name in rows if name in alone}
 

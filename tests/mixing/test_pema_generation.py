@@ -377,11 +377,12 @@ def test_on_the_real_model(real_model):
     inputs = tokenizer(prompts, return_tensors="pt", padding=True)
     with PEMALogitsProcessor(model, adapter) as pema:
         seen = Seen(pema)
-        model.generate(**inputs, max_new_tokens=3, num_beams=2, do_sample=False, logits_processor=[seen])
+        model.generate(**inputs, max_new_tokens=2, num_beams=2, do_sample=False, logits_processor=[seen])
     for input_ids, _, result in seen.calls:
-        for row, mixed in zip(input_ids, result, strict=True):
-            states = last_hidden_states(model, row[row != tokenizer.pad_token_id][None])[:, -1]
+        for rows, mixed in zip(input_ids.split(2), result.split(2), strict=True):  # the beams of one prompt
+            padding = int((rows[0] == tokenizer.pad_token_id).sum())
+            states = last_hidden_states(model, rows[:, padding:])[:, -1]
             p_lm, p_pema = (
                 torch.softmax(state @ model.lm_head.weight.T, -1) for state in (states, adapter(states).detach())
             )
-            torch.testing.assert_close(mixed.exp(), (0.5 * p_pema + 0.5 * p_lm)[0], atol=1e-5, rtol=1e-3)
+            torch.testing.assert_close(mixed.exp(), 0.5 * p_pema + 0.5 * p_lm, atol=1e-5, rtol=1e-3)

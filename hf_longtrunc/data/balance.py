@@ -30,19 +30,9 @@ if TYPE_CHECKING:
 
 
 def deal_rows(cost: NDArray[Any], rows_per_step: int, window: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return an order of rows in which each group of `rows_per_step` consecutive rows has about equal costs.
+    """Return an order of rows of `cost` [rows] in which every `rows_per_step` consecutive rows cost about the same.
 
-    Args:
-        cost: of each row, [rows].
-        rows_per_step: rows of a group. Rows that do not fill a group come last.
-        window: minimum number of rows that are sorted together; the windows are of equal size.
-        rng: shuffles the rows first, and the groups at the end.
-
-    Cost: a sort of the rows.
-
-    Examples:
-        >>> deal_rows(np.array([9, 1, 9, 1]), 2, 4, np.random.default_rng(0)).tolist()
-        [2, 0, 1, 3]
+    At least `window` rows are sorted together. Rows that do not fill a group come last.
     """
     order, steps = rng.permutation(len(cost)), len(cost) // rows_per_step
     last = order[steps * rows_per_step :]
@@ -56,16 +46,15 @@ class BalancedRows(TorchDataset[dict[str, Any]]):
     """Packed rows in an order that gives the ranks of a step equal work: read them in order, without shuffling.
 
     With Trainer: `TrainingArguments(train_sampling_strategy="sequential")`. With accelerate and in plain loops:
-    `DataLoader(rows, batch_size)` without `shuffle`. Row i does not depend on rank or number of ranks, so resuming
-    works as for any dataset. `set_epoch`, which Trainer and accelerate call, changes the order; workers that stay
-    alive over epochs (`persistent_workers`) keep the first order.
+    `DataLoader(rows, batch_size)` without `shuffle`. Row i does not depend on the ranks, so resuming works as for any
+    dataset. Trainer and accelerate call `set_epoch`; workers that stay alive over epochs keep the first order.
 
     Args:
         rows: a `PackedDataset`, or a `datasets.Dataset` of written rows with `seq_lengths`.
         rows_per_step: ranks times rows per rank, or a multiple. `pack(..., row_multiple=rows_per_step)` completes the
             last step.
-        window: rows that are sorted together. A smaller window makes steps less equal; a larger one puts documents of
-            rare lengths into one step.
+        window: rows that are sorted together. A smaller one makes steps less equal; a larger one puts documents of rare
+            lengths into one step.
         seed: for shuffling.
 
     `order` holds the row numbers in `rows`: for trainers that need a `datasets.Dataset`, use

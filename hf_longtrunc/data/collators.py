@@ -202,12 +202,7 @@ def _is_packed(example: Any) -> bool:
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Return a tokenizer's padding token, or its EOS; without a tokenizer 0.
-
-    Raises:
-        TypeError: it is no tokenizer.
-        ValueError: it has neither.
-    """
+    """Return a tokenizer's padding token, or its EOS, else raise ValueError; 0 without a tokenizer."""
     check_tokenizer(tokenizer)
     if tokenizer is None:
         return 0

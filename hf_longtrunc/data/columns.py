@@ -43,11 +43,7 @@ def has_rows(dataset: object) -> bool:
 
 
 def documents_of(dataset: Any) -> Documents:
-    """Return the documents of a dataset with rows.
-
-    Raises:
-        TypeError, ValueError: the dataset is empty, has no `input_ids`, or has columns that cannot be packed.
-    """
+    """Return the documents of a dataset with rows; TypeError or ValueError if it is empty or cannot be packed."""
     library = sys.modules.get("datasets")  # a datasets.Dataset cannot exist without it
     # The table does not hold the results of a transform.
     if library is not None and isinstance(dataset, library.Dataset) and dataset.format["type"] != "custom":
@@ -153,12 +149,8 @@ class ArrowDocuments:
     ) -> None:
         """Copy the tokens of pieces of plain documents into `tokens`, one after another.
 
-        `lengths` may include an EOS that is added to a document.
-
-        Raises:
-            ValueError: a token is negative, or too large for the dtype of `tokens`.
-
-        Cost: a copy of each piece, and half a microsecond a piece.
+        `lengths` may include an EOS that is added to a document. A token that is negative, or too large for the dtype
+        of `tokens`, raises ValueError.
         """
         rows, column = documents if self._indices is None else self._indices[documents], self._lists["input_ids"]
         chunks, begins, sizes = column.places(rows)

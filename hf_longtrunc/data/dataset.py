@@ -55,18 +55,15 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
     process saved (`Packing.from_pretrained`).
 
     Args:
-        dataset: the documents, as for `pack()`.
+        dataset: the documents. `tokenizer` and `pad_document_to` are as for `pack()`, and those of the plan.
         packing: the plan for their lengths, EOS and padding included.
-        tokenizer: as for `pack()`.
-        pad_document_to: as for `pack()`.
         seed: shuffles the rows; None keeps the plan's order, the fullest rows first.
         row_multiple: add rows until their number is a multiple. An added row takes the last piece of another row; if
             no row has several pieces it is padding only, with a warning.
 
     Raises:
         TypeError: no dataset with a length, or no plan.
-        ValueError: a plan for other documents. If the lengths cannot be known without reading all documents, the
-            error comes when you read a row.
+        ValueError: a plan for other documents; only at the row if the lengths are not known without reading all.
 
     Examples:
         >>> documents = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}]
@@ -199,17 +196,10 @@ class PackedDataset(TorchDataset[dict[str, "Tokens"]]):
         dtype: str = "int64",
         empty: Callable[[str, int, str], NDArray[Any]] = lambda name, size, dtype: np.empty(size, dtype),
     ) -> FlatRows:
-        """Return the concatenated tokens of rows `first` to `last` (exclusive).
+        """Return the tokens of rows `first` to `last` (exclusive), joined, in arrays of `empty(name, size, dtype)`.
 
-        Args:
-            first: row of this view.
-            last: one past the last row.
-            with_labels: False returns `input_ids` as labels.
-            dtype: of tokens and labels.
-            empty: (name, size, dtype) -> an array to fill; a writer reuses its arrays.
-
-        Raises:
-            ValueError: a token too large for `dtype`; labels that differ from the tokens, without `with_labels`.
+        Without `with_labels` the labels are `input_ids`, and documents with other labels raise ValueError; so does a
+        token too large for `dtype`.
         """
         begins, stops = self.spans(first, last)
         counts = stops - begins
@@ -320,8 +310,8 @@ def pack(
             or EOS (0 without a tokenizer), never learned. Context parallelism over n ranks cuts each document into 2 n
             equal parts, so pass 2 n. `seq_length` must be a multiple.
         pool_size: for a stream, see `PackedStream`.
-        pool_tokens: for a stream, see `PackedStream`.
-        sharding: for a stream, see `PackedStream`.
+        pool_tokens: for a stream.
+        sharding: for a stream.
 
     Returns:
         A `PackedDataset`, a dict of them for a mapping of splits, or a `PackedStream` for an iterable or a torch

@@ -118,13 +118,7 @@ def checked_ending(seq_length: int, eos: object, multiple: object, pad_token_id:
 
 
 def read_document(columns: Mapping[str, Any], where: str) -> Document:
-    """Make a document of one example's columns; `where` names the example in errors.
-
-    Raises:
-        TypeError, ValueError: no mapping; ids that are no flat sequence of integers >= 0; labels other than ids and
-            -100; masks other than 0 and 1; a column of another length; an attention mask with zeros between ones; a
-            packed row.
-    """
+    """Make a document of one example's columns, or raise TypeError or ValueError; `where` names the example."""
     if not isinstance(columns, Mapping):
         raise TypeError(
             f'{where} must be a mapping of columns, such as {{"input_ids": [...]}}, got {type(columns).__name__}'
@@ -152,12 +146,8 @@ def refuse_unreadable(columns: Sequence[str], where: str) -> None:
 def read_packed_row(columns: Mapping[str, Any], where: str) -> dict[str, Tokens]:
     """Return `input_ids`, `position_ids` and `labels` of a packed row; the first token of a document is never learned.
 
-    Positions come from `position_ids`, or else from TRL's `seq_lengths`. Labels default to the tokens.
-
-    Raises:
-        TypeError, ValueError: columns as in `read_document`; positions that do not begin at 0, or neither rise by one
-            nor restart at 0; `seq_lengths` with another sum than the row's tokens, or other boundaries than
-            `position_ids`.
+    Positions come from `position_ids`, or else from TRL's `seq_lengths`. Labels default to the tokens. Columns that
+    contradict each other raise ValueError.
     """
     document = _document(columns, where)
     tokens, given = len(document.input_ids), columns.get("input_ids")

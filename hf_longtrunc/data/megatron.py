@@ -124,11 +124,7 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str], *, pad_t
 
 
 def _check_ends(rows: FlatRows, eos_token_id: int | None, pad_token_id: int) -> int:
-    """Return the number of EOS inside pieces.
-
-    Raises:
-        ValueError: a piece before the last one of its row ends with another token; a token is the padding token.
-    """
+    """Return the number of EOS inside pieces; ValueError if one before a row's last ends with another token."""
     ends = np.cumsum(rows.piece_lengths)
     is_followed = np.ones(len(ends), np.bool_)
     is_followed[np.cumsum(rows.pieces)[rows.pieces > 0] - 1] = False

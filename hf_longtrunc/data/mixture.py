@@ -20,9 +20,9 @@ class TokenMixture(Iterable[Mapping[str, Any]]):
     random: each reading gives the same one. A source exceeds its share by at most its longest document.
     `datasets.interleave_datasets` mixes by number of documents instead.
 
-    Pass it to `pack()`, as a stream. To repeat a small source, use `stream.repeat(None)` of datasets. Resuming a packed
-    mixture reads its sources again up to the saved place. With several DataLoader workers pass `sharding="source"` if
-    all sources are streams of datasets, which split themselves among workers, and `sharding="documents"` otherwise.
+    Pass it to `pack()`, as a stream. To repeat a small source, use `stream.repeat(None)` of datasets. Resuming reads
+    the sources again up to the saved place. With several DataLoader workers pass `sharding="source"` if all sources are
+    streams of datasets, and `sharding="documents"` otherwise.
 
     Args:
         sources: name -> an iterable of tokenized documents, with the columns of `pack()`, that can be read again.

@@ -49,10 +49,9 @@ _LONG = ("split", "truncate", "drop", "error")
 
 
 class RowPlan(NamedTuple):
-    """The moves of a packing: in each, `rows` rows, from row `first` on, receive `pieces` pieces.
+    """The moves of a packing: in each, `rows` rows from row `first` on, with `held` pieces each, receive `pieces` more.
 
-    Four int64 arrays with one entry for each move. The moves take the pieces in order of decreasing length. `held` is
-    the number of pieces that each row of a move had before it.
+    Arrays with one entry for each move; the moves take the pieces in order of decreasing length.
     """
 
     first: Indices
@@ -64,8 +63,7 @@ class RowPlan(NamedTuple):
     def places(self) -> tuple[Indices, Indices]:
         """Return the place of each piece in the concatenated rows, and the place [rows + 1] at which each row begins.
 
-        Pieces are in order of decreasing length. The place is the sum of the row's beginning, the pieces that the row
-        held before the move, and the piece's rank within the move, so nothing is sorted.
+        It is the row's beginning, plus the pieces held before the move, plus the rank within it: nothing is sorted.
         """
         dtype = _index_dtype(int((self.rows * self.pieces).sum()))
         # The visited rows, move by move: `first`, `first + 1`, ... restart with every move.

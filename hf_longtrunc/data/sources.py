@@ -20,9 +20,8 @@ _EXACT = (
 def private_copy(source: Any) -> Any:
     """Return a copy of a `datasets.IterableDataset` that shares its data, but not its state and its epoch.
 
-    datasets keeps a stream's state in objects that all views of it share: reading `stream.take(100)` would move
-    `stream.skip(100)`. It keeps the epoch in memory that all DataLoader workers share, though one worker may resume an
-    epoch that another has finished. Other sources are returned unchanged.
+    datasets shares the state between all views of a stream, and the epoch between all DataLoader workers. Other sources
+    are returned unchanged.
     """
     if not _is_datasets_stream(source):
         return source
@@ -34,8 +33,7 @@ def private_copy(source: Any) -> Any:
 def has_exact_state(source: Any) -> bool:
     """Tell whether a source is a stream of datasets that resumes exactly from its `state_dict()`.
 
-    A shuffle buffer (its content is not saved), a concatenation and Arrow tables (a batched `map` may skip one) are not
-    exact, and neither are operations that were not tested.
+    A shuffle buffer, a concatenation, Arrow tables (a batched `map` may skip one) and untested operations do not.
     """
     return _is_datasets_stream(source) and all(_is_exact(part) for part in _parts(source))
 

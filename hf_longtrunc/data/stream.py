@@ -72,22 +72,19 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
     Args:
         source: an iterable of examples, with the columns of `pack()`. To resume, or for several epochs, it must be
             iterable again.
-        seq_length: as for `pack()`.
+        seq_length: tokens in a row. `long`, `min_piece` and `pad_document_to` are as for `pack()`.
         eos_token_id: added to documents without it; None adds nothing.
-        long: as for `pack()`.
-        min_piece: as for `pack()`.
         seed: shuffles the rows of a round; None returns the fullest first.
         pool_size: maximum number of pieces packed at once.
         pool_tokens: maximum number of tokens packed at once, exceeded by at most one document. None takes 2**24, or
             64 rows if these are more. A token takes 16 bytes of memory.
         max_rounds: rounds that a piece may wait before its row is returned without being full.
-        pad_document_to: as for `pack()`.
         pad_token_id: for `pad_document_to`.
         newline_token_id: a document that ends with EOS and this token gets no second EOS.
         sharding: how documents are split among DataLoader workers. "documents": worker i takes every n-th document.
-            "source": the source itself gives each worker its part, through `get_worker_info()`. "auto" takes "source"
-            for a `datasets.IterableDataset`; for other sources with several workers it raises, as most documents would
-            never be read if both sides split them.
+            "source": the source itself gives each worker its part. "auto" takes "source" for a
+            `datasets.IterableDataset`; for other sources with several workers it raises, as most documents would never
+            be read if both sides split them.
 
     Raises:
         TypeError, ValueError: a bad argument; while iterating, no documents, a bad document (the message names its

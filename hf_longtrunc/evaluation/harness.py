@@ -44,8 +44,8 @@ class PatchedLM(HFLM):  # type: ignore[misc]
 
     Args:
         pretrained: see `HFLM`: a name, a folder or a model.
-        arm: callable (model) -> context manager, such as `LMInfinite()`, entered after the model is loaded and left by
-            `close()` or at the end of `with PatchedLM(...) as lm:`. None leaves the model unchanged.
+        arm: callable (model) -> context manager, such as `LMInfinite()`, left by `close()` or at the end of
+            `with PatchedLM(...) as lm:`. None leaves the model unchanged.
         max_length: tokens of prompt and answer together (encoder-decoder: of each). None: the model's own limit
             without an arm, no limit with one.
         **kwargs: for `HFLM`.
@@ -149,8 +149,7 @@ def run_harness(
         arms: name -> callable (model) -> context manager under which the model answers.
         limit: so many samples a task; None takes all.
         max_length: see `PatchedLM`; None takes the model's own under `nullcontext`, and no limit under other arms.
-        lengths: of the prompts that RULER's tasks make up, in tokens of `tokenizer`; the harness reports powers of two
-            from 4096 to 131072. None takes its default, 4096.
+        lengths: of the prompts that RULER's tasks make up, powers of two from 4096 to 131072; None takes 4096.
         batch_size: prompts at a time.
         path: a JSON-lines file; a task that it holds for the same arm, model and settings is not run again.
 

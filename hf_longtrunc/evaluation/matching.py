@@ -47,14 +47,13 @@ def critical_parameters(
 ) -> dict[str, list[float]]:
     """Return the critical parameter of every token of a text after the first, for every sampler.
 
-    The methods are eta, epsilon, top-n-sigma, p-less, its normalised form (1 where it refuses the token), transformers'
-    top-p, top-k, min-p, typical and top-h (infinity where it never keeps the token), and BAT on eta and on epsilon.
+    It is infinity where a sampler never keeps the token; for one without a parameter 1 where it refuses the token.
 
     Args:
         model: a causal LM in eval mode.
         input_ids: one row of at least 2 token ids.
         basis: the softmax basis of the same model; None leaves BAT out.
-        bat_tokens: of how many tokens, evenly spread over the text, BAT's values are found. Its columns are as long.
+        bat_tokens: BAT's values are found for this many tokens, evenly spread over the text.
         chunk: tokens a forward.
         progress: show a bar.
 
@@ -148,11 +147,7 @@ def refused_shares(columns: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def known_shares(tokens: int, shares: Sequence[float] = SHARES) -> list[float]:
-    """Return the shares of at least 1 / `tokens`; smaller ones cannot be measured on that many predicted tokens.
-
-    Raises:
-        ValueError: not even the largest.
-    """
+    """Return the shares of at least 1 / `tokens`, as smaller ones cannot be measured; ValueError if there is none."""
     known = [share for share in shares if share * tokens >= 1]
     if not known:
         least = math.ceil(1 / max(shares))

@@ -70,8 +70,8 @@ def stream_losses(model: Any, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         chunks: token ids [texts, any length >= 1], each the continuation of the one before.
 
     Yields:
-        For each chunk the fp32 negative log-likelihoods of its tokens [texts, length], in nats, on the model's
-        device. The first chunk's are one column shorter: nothing predicts the first token.
+        The negative log-likelihoods of each chunk [texts, length], fp32 nats on the model's device. The first chunk's
+        are one column shorter: nothing predicts the first token.
 
     Raises:
         TypeError, ValueError: no integer token ids; a model in training mode, or one without a cache.
@@ -109,8 +109,7 @@ def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: b
         progress: show a bar, under this name if it is a string.
 
     Returns:
-        fp32 nats on the CPU, [texts, n - 1] (or [n - 1]): entry i is the loss of token i + 1, i.e. of the prediction
-        made at position i from tokens 0..i.
+        fp32 nats on the CPU, [texts, n - 1] (or [n - 1]): entry i is the loss of token i + 1.
 
     Raises:
         TypeError, ValueError: see `stream_losses`; another shape of input_ids; chunk < 1.
@@ -139,16 +138,8 @@ def compare_losses(
 ) -> dict[str, Tensor]:
     """Run `token_losses` on the same tokens under each arm.
 
-    Args:
-        model: see `stream_losses`.
-        input_ids: see `token_losses`.
-        arms: name -> callable (model) -> context manager under which the model is run, e.g.
-            `{"unmodified": nullcontext, "LM-Infinite": LMInfinite(window_length=2048)}`.
-        chunk: tokens a forward.
-        progress: show a bar per arm.
-
-    Returns:
-        The losses by the arm's name, in the order of `arms`.
+    `arms` maps names to callables (model) -> context manager under which the model is run; the other arguments are as
+    for `token_losses`. Returns the losses by the arm's name, in the order of `arms`.
 
     Examples:
         >>> from contextlib import nullcontext
@@ -170,8 +161,8 @@ def perplexity_by_position(losses: Tensor, edges: Sequence[int]) -> list[Positio
 
     Args:
         losses: nats [texts, positions] or [positions].
-        edges: increasing positions e0 < e1 < ...; bin i takes e_i <= position < e_(i+1). Positions beyond the texts
-            are left out of a bin, and a bin without any token is left out of the list.
+        edges: increasing positions e0 < e1 < ...; bin i takes e_i <= position < e_(i+1). A bin without any token is
+            left out of the list.
 
     Raises:
         ValueError: fewer than two edges, or edges that do not increase from 0 or more.
@@ -252,12 +243,9 @@ def perplexity_table(records: Sequence[PerplexityRecord]) -> Table:
 def plot_perplexity(
     losses: Mapping[str, Tensor], *, trained_window: int | None = None, axes: Axes | None = None
 ) -> Axes:
-    """Draw perplexity against position, a line per arm, each point the mean over 1/64 of the text.
+    """Draw perplexity against position, a line per arm of `compare_losses`, each point the mean over 1/64 of the text.
 
-    Args:
-        losses: what `compare_losses` returned.
-        trained_window: draw a vertical line at this position.
-        axes: draw into these Axes, which are returned; None makes new ones.
+    `trained_window` draws a vertical line there. `axes` are drawn into and returned; None makes new ones.
 
     Examples:
         >>> axes = plot_perplexity({"plain": torch.ones(100)}, trained_window=64)

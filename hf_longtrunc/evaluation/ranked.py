@@ -38,17 +38,10 @@ class Ranked(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A sampler with one parameter, or with none.
+    """A sampler; `critical(rows, rank)` is the parameter [rows] from which it keeps the token of that rank, or inf."""
 
-    Attributes:
-        parameter: the parameter's name, or None.
-        keeps_more: whether a larger parameter keeps more tokens.
-        critical: a function (rows, rank) that returns the parameter [rows] from which the sampler keeps the token of
-            that rank (the number of more probable tokens); inf if it never does. Without a parameter: 1 if refused.
-    """
-
-    parameter: str | None
-    keeps_more: bool
+    parameter: str | None  # its name; a sampler without one has critical value 1 where it refuses the token
+    keeps_more: bool  # whether a larger parameter keeps more tokens
     critical: Callable[[Ranked, Tensor], Tensor]
 
 

@@ -94,17 +94,9 @@ def _parsed(line: str, record_type: type[RecordT], where: str) -> RecordT:
 
 
 class Journal(Generic[RecordT]):
-    """Finished cells of a run, in a JSON-lines file: a second run skips them.
+    """Finished cells of a run, in a JSON-lines file `path` (None keeps nothing): a second run skips them.
 
-    Two records are of one cell if they agree in all fields but `results` and the device.
-
-    Args:
-        path: a JSON-lines file; None keeps nothing.
-        record_type: a dataclass of plain values.
-        results: the fields that measuring the cell gives.
-
-    Raises:
-        ValueError: see `read_records`.
+    Two records of `record_type` are of one cell if they agree in all fields but `results` and the device.
 
     Examples:
         >>> journal = Journal(None, ModelRecord, ["dtype"])

@@ -171,10 +171,9 @@ def run(
         task: one of `TASKS`.
         rows: of the task; of several rows with one id the first is used.
         arms: name -> callable (model) -> context manager under which the model predicts.
-        max_tokens: cuts the end of the document of a longer prompt, never the question; the record counts the cut
-            tokens. None passes the whole text.
+        max_tokens: cuts the end of the document of a longer prompt, never the question; None passes the whole text.
         max_new_tokens: of a prediction; None takes the task's.
-        path: a JSON-lines file. A record is appended as soon as it is there, and not predicted again in a later run.
+        path: a JSON-lines file for the records; a later run does not predict them again.
         progress: show a bar per arm.
 
     Returns:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
     """Read the first tokens of a stream; continue with `model(input_ids=..., use_cache=True, cache=cache)`.
 
-    Before transformers 5.24 the argument's name is `past_key_values`; `hf_longtrunc.models.CACHE` is its name.
+    Before transformers 5.24 the argument is called `past_key_values`; `hf_longtrunc.models.CACHE` is its name.
 
     Args:
         model: a causal LM that generates. Patched by LMInfinite, it builds a cache of constant size.
@@ -55,13 +55,7 @@ def start_stream(model: Any, input_ids: Tensor) -> tuple[Cache, Tensor]:
 
 @torch.no_grad()
 def stream_logits(model: Any, input_ids: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Yield the fp32 logits that predict the tokens of `input_ids` [n] after the first, at most `chunk` [.., V] a time.
-
-    Holds one chunk of logits, and the model's cache.
-
-    Raises:
-        ValueError: the model keeps no cache.
-    """
+    """Yield the fp32 logits [chunk, V] that predict the tokens of `input_ids` [n] after the first."""
     ids = input_ids.to(model.device)
     cache, first = start_stream(model, ids[None, :1])
     yield first[0].float()
@@ -84,8 +78,7 @@ def read_ahead(
         progress: show a bar.
 
     Returns:
-        The cache, with these n tokens too. Give `generate` a copy of it for each question, or crop it afterwards:
-        then several questions about the text cost one reading.
+        The cache, with these n tokens too. Give `generate` a copy of it for each question, or crop it afterwards.
 
     Raises:
         TypeError, ValueError: `chunk` is no whole number of at least 1; the model keeps no cache.
@@ -110,10 +103,7 @@ def read_ahead(
 
 
 def greedy_answer(model: Any, ids: list[int], max_new_tokens: int) -> Tensor:
-    """Return the token ids [n] that `model` generates greedily after a prompt; its generation config is ignored.
-
-    For an encoder-decoder these are all tokens of the decoder, its start token included.
-    """
+    """Return the token ids [n] that `model` generates greedily; an encoder-decoder's include its start token."""
     prompt = torch.tensor([ids], device=model.device)
     greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, **greedy)

@@ -8,8 +8,7 @@ from importlib import import_module
 def python_reference() -> str:
     """Return the language reference of `help()`, each paragraph once: about 400,000 characters of prose and code.
 
-    The text differs slightly between Python versions. Models have very likely seen it in training, so its perplexity
-    is low; compare perplexities at different positions only.
+    Models have very likely seen it in training: its perplexity is low; compare it at different positions only.
 
     Raises:
         FileNotFoundError: this Python was installed without `pydoc_data`.

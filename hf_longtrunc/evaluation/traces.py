@@ -61,7 +61,7 @@ def read_traces(
 
 
 def check_reading(model: Any, input_ids: Tensor) -> None:
-    """Refuse a model in training mode, and token ids that are no text."""
+    """Raise ValueError for a model in training mode, and for token ids that are no text."""
     if model.training:
         raise ValueError("model is in training mode, where dropout changes the distributions: call model.eval() first")
     if input_ids.ndim != 1 or len(input_ids) < 2:

@@ -185,7 +185,8 @@ class PEMALogitsProcessor(LogitsProcessor, Handle):
 
     Args:
         model: the model that the adapter was trained for, or a PEFT or DDP wrapper of it; dtype and device may differ.
-        adapter, interpolation: as for `PEMA`.
+        adapter: as for `PEMA`.
+        interpolation: as for `PEMA`.
 
     Raises:
         ValueError: prompt lookup and assisted decoding, which score several positions of one forward; a second forward

@@ -65,11 +65,10 @@ def rebuild_processor_list(
 ) -> Handle:
     """Let `rebuild(build, *args, **kwargs)` make the processor list of every generation until the handle is detached.
 
-    `build` is the model's own `_get_logits_processor`, which all modes of generation call: `generate` with keywords,
-    continuous batching with the generation config alone. `technique` and `changed` are shown by the handle's repr.
+    `build` is the model's own `_get_logits_processor`, which all modes of generation call.
     """
     owner = unwrapped(model)  # wrappers forward generate() to it
-    if not isinstance(unwrapped(model), GenerationMixin):
+    if not isinstance(owner, GenerationMixin):
         raise TypeError(
             f"model must be a transformers model with generate() or a wrapper of one, got {type(model).__name__}; "
             "pass the instance whose generate() you call"

@@ -84,9 +84,8 @@ class SoftmaxBasis:
     def from_model(cls, model: Any, rank: int = 20) -> SoftmaxBasis:
         """Make the basis of the output embedding of `model`, a transformers language model or a wrapper of one.
 
-        One forward of eight tokens finds how the model turns states into logits. A bias or a constant scale leaves the
-        column space as it is; a cap c * tanh(z / c) is noted in the basis; anything else is refused. An embedding that
-        is no plain linear layer (adapters, quantised weights) is read as f(I) - f(0).
+        One forward of eight tokens finds how the model turns states into logits: by a bias, a constant scale or a cap
+        c * tanh(z / c); anything else is refused. An embedding that is no plain linear layer is read as f(I) - f(0).
 
         Raises:
             TypeError: it is no model.

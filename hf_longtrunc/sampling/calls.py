@@ -80,9 +80,9 @@ def sampling_settings(model: Any) -> dict[str, bool | float | None]:
         >>> eta = EtaLogitsProcessor(2e-3)
         >>> text = model.generate(ids, **sampling_settings(model), max_new_tokens=4, logits_processor=[eta])
 
-    transformers cuts to 50 tokens by default (`top_k`), and a model's own `generation_config` may hold a temperature,
-    a top-p, a repetition penalty, guidance or a bias: each changes the tokens that a processor of yours keeps, or the
-    scores that it reads. Beams, lengths and special tokens stay as the model has them. `model` may be a wrapper.
+    transformers cuts to 50 tokens by default (`top_k`), and a model's own `generation_config` may hold more: each
+    changes the tokens that a processor of yours keeps, or the scores that it reads. Beams, lengths and special tokens
+    stay as the model has them. `model` may be a wrapper.
 
     Raises:
         TypeError: the model does not generate.
@@ -94,10 +94,7 @@ def sampling_settings(model: Any) -> dict[str, bool | float | None]:
 
 
 def is_sampling() -> bool:
-    """Return whether the running call draws each row's next token from the processed scores.
-
-    Greedy decoding and beams do not. True outside of `generate`.
-    """
+    """Return whether the running call draws from the scores, unlike greedy decoding and beams; True outside of one."""
     config = _generation_config()
     if config is None:
         return True
@@ -144,10 +141,7 @@ def warn_of_reshaping(processor: Any, others: list[Any], scores: Tensor) -> bool
 
 
 def warn_where_attached(processors: list[Any], built: list[Any]) -> None:
-    """Warn once for each of the attached `processors` that a later one of the list `built` cuts.
-
-    Reads no frame: `generate_batch` runs its processors in frames of its own, or in none.
-    """
+    """Warn once for each of the attached `processors` that a later one of the list `built` cuts; reads no frame."""
     for place, each in enumerate(built):
         if each in processors and getattr(each, "_is_unwarned", False):
             each._is_unwarned = not warn_of_cuts(each, built[place + 1 :])
@@ -166,11 +160,7 @@ def refuse_grammars(processor: Any, others: list[Any]) -> None:
 
 
 def refuse_empty_rows(processor: Any, scores: Tensor) -> None:
-    """Raise ValueError if a row of `scores` [rows, V] has no token left, and name the processors before this one.
-
-    Without it the error is torch's "probability tensor contains inf, nan or element < 0". Cost: a pass over the scores
-    and a host synchronisation.
-    """
+    """Raise ValueError if a row of `scores` [rows, V] has no token left; costs a pass and a host synchronisation."""
     empty = (scores.amax(-1) == -torch.inf).nonzero()[:, 0].tolist()
     if empty:
         in_front = [type(each).__name__ for each in neighbours(processor)[0]]
@@ -207,8 +197,7 @@ def _generation_config() -> Any:
 def _is_reshaped(scores: Tensor) -> bool | None:
     """Return whether `scores` [rows, V] are another distribution than the model's; None outside of `generate`.
 
-    Compared with the model's output in the decoding loop's frame, since a processor may change the loop's copy in place
-    (xgrammar's does). A renormalised mask counts as a change.
+    Compared with the model's output, since a processor may change the loop's copy in place (xgrammar's does).
     """
     for frame in _frames():
         model = frame.f_locals.get("next_token_logits")

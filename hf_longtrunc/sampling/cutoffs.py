@@ -76,11 +76,7 @@ def softmax_rows(scores: Float[Tensor, "*rows vocab"]) -> Softmax:
 
 
 def eta_threshold(rows: Softmax, log_epsilon: float | Tensor) -> Float[Tensor, "*rows 1"]:
-    """Return eta, min(epsilon, sqrt(epsilon) exp(-H)) (Hewitt et al. 2022, section 4.2).
-
-    H is the entropy of the full row. Where H > -log(epsilon) / 2 the threshold falls below epsilon, and a flat
-    distribution keeps a long tail.
-    """
+    """Return eta, min(epsilon, sqrt(epsilon) exp(-H)), H the full row's entropy (Hewitt et al. 2022, section 4.2)."""
     eta = log_epsilon / 2 - rows.entropy
     eta = torch.minimum(eta, log_epsilon) if isinstance(log_epsilon, Tensor) else eta.clamp_max(log_epsilon)
     return eta + rows.log_total
@@ -168,13 +164,9 @@ def xtc_cut(rows: Softmax, log_threshold: float | Tensor, is_decided: Bool[Tenso
 
 
 class Cutoff(NamedTuple):
-    """A sampler that cuts the tokens below `threshold(rows, prepared(value))`.
+    """A sampler that cuts the tokens with z below `threshold(rows, prepared(value))` [*rows, 1]; NaN cuts nothing.
 
-    Attributes:
-        threshold: returns the z of the lowest kept score [*rows, 1], for one prepared value or a column of them. It is
-            NaN, and nothing is cut, for a row that is no distribution and for a value that is NaN.
-        prepared: turns a user's number into the argument of `threshold`.
-        bounds: limits of the user's number, as keywords of `arguments.check_float`. None: it is a switch, 1 for on.
+    `bounds` are limits of the user's value, as keywords of `arguments.check_float`; None for a switch, 1 for on.
     """
 
     threshold: Callable[[Softmax, float | Tensor], Tensor]
@@ -212,8 +204,7 @@ def below(
 ) -> Tensor:
     """Mark each token with z < threshold that is not among the row's `min_tokens_to_keep` largest scores or their ties.
 
-    `rows` is the softmax of `scores`. A threshold equal to a token's z keeps that token. Returns a boolean mask of the
-    shape of `scores`; `min_tokens_to_keep` above 1 costs a `topk`.
+    `rows` is the softmax of `scores`; `min_tokens_to_keep` above 1 costs a `topk`.
     """
     cut = rows.z < threshold.clamp_max(0)
     if min_tokens_to_keep > 1:
@@ -238,8 +229,8 @@ def _threshold_of_rank(
 ) -> Float[Tensor, "*rows 1"]:
     """Return the z of each row's last kept token, NaN for rows that are no distribution and rows that are `off`.
 
-    `count(head, which)` takes the m largest z of the rows `which`, sorted [n, m], and returns how many of them to keep
-    and whether the rest of the row cannot change that. Where it can, a longer head is read, finally the whole row.
+    `count(head, which)` gets the m largest z of the rows `which` [n, m], and returns how many of them to keep and
+    whether a longer head, finally the whole row, cannot change that.
     """
     z = rows.z.reshape(-1, rows.z.shape[-1])
     thresholds = rows.log_total.reshape(-1, 1).masked_fill(off, torch.nan)
@@ -273,9 +264,8 @@ def _largest(z: Float[Tensor, "n vocab"], count: int) -> Float[Tensor, "n count"
 def _row_sum(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows 1"]:
     """Sum over the last dimension by a 32-ary tree of a shape that depends on that dimension alone.
 
-    `Tensor.sum` splits a single long row between threads (CPU) or blocks (CUDA), but not one of many rows, so the same
-    row rounds differently in another batch and a token on the threshold may be kept in one and cut in the other. Cost:
-    log32(n) reductions.
+    `Tensor.sum` splits a single long row between threads or blocks, but not one of many rows: the same row would round
+    differently in another batch.
     """
     while values.shape[-1] > _FOLD:
         values = _folded(values)

@@ -83,11 +83,7 @@ class _Predictor(NamedTuple):
 
 
 class InteriorPoint:
-    """A solver for the programs on the columns `basis` [k, width] with weights `weights` [k] and s = `ceiling`.
-
-    `basis` should be white: the sum of w_j b_j b_j^T is the identity. `rays` is the number of rays that it will solve;
-    from four on, it computes products of columns in advance.
-    """
+    """A solver for `rays` programs on the columns `basis` [k, width], white under `weights` [k], with s = `ceiling`."""
 
     def __init__(self, basis: Float[Tensor, "k width"], weights: Float[Tensor, " k"], ceiling: float, rays: int):
         self.basis, self.weights, self.ceiling = basis, weights, ceiling
@@ -114,10 +110,9 @@ class InteriorPoint:
         settle: float = 0.0,
         iterations: int = _MAX_ITERATIONS,
     ) -> Result:
-        """Decide for each ray whether t reaches its threshold.
+        """Decide for each ray whether t reaches its threshold, up to the first proof.
 
-        With `settle`, a ray below its threshold stops once the gap between the two bounds is at most 1 / settle of the
-        distance to the threshold; 0 stops at the first proof.
+        With `settle` a ray below it goes on until the bounds' gap is at most 1 / settle of the distance to it.
         """
         result = Result(
             ray.new_zeros(len(ray), dtype=torch.int8), ray.new_zeros(len(ray), len(self.weights)), torch.zeros_like(ray)

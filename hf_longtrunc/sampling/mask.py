@@ -58,17 +58,13 @@ class SamplingMask:
 
     @classmethod
     def from_kept(cls, kept: Bool[Tensor, "steps vocab"]) -> SamplingMask:
-        """Make a mask of a boolean tensor."""
+        """Make a mask of a boolean tensor, packed on its device."""
         if kept.dtype != torch.bool or kept.ndim != 2:
             raise TypeError(f"kept must be a boolean tensor [steps, vocabulary], got {kept.dtype} {list(kept.shape)}")
-        return cls.from_bits(pack_bits(kept), kept.shape[-1])
-
-    @classmethod
-    def from_bits(cls, bits: UInt8[Tensor, "steps bytes"], vocab_size: int) -> SamplingMask:
-        """Make a mask of bits as `pack_bits` returns them."""
+        vocab_size = kept.shape[-1]
         dtype = _id_dtype(vocab_size)
         steps = []
-        for row in bits.cpu().numpy():
+        for row in pack_bits(kept).cpu().numpy():
             ids = np.flatnonzero(np.unpackbits(row, count=vocab_size, bitorder="little")).astype(dtype)
             steps.append(ids.view(np.uint8) if ids.nbytes < row.nbytes else row)
         return cls._joined(vocab_size, steps)
@@ -145,17 +141,11 @@ class SamplingMask:
 
 
 class TruncatedScores(NamedTuple):
-    """The result of `truncated_scores`, in the shape of the labels; 0 where a label is -100.
+    """The result of `truncated_scores`, in the shape of the labels; 0 where a label is -100."""
 
-    Attributes:
-        log_probs: log q of the labels; gradients flow to the logits.
-        log_kept_mass: log p(K), no gradient. The importance ratio q / p is exp(-log_kept_mass).
-        entropy: of q in nats; gradients flow to the logits.
-    """
-
-    log_probs: Float[Tensor, "*steps"]
-    log_kept_mass: Float[Tensor, "*steps"]
-    entropy: Float[Tensor, "*steps"]
+    log_probs: Float[Tensor, "*steps"]  # log q of the labels; gradients flow to the logits
+    log_kept_mass: Float[Tensor, "*steps"]  # log p(K), no gradient; the importance ratio q / p is exp(-log_kept_mass)
+    entropy: Float[Tensor, "*steps"]  # of q in nats; gradients flow to the logits
 
 
 def truncated_log_probs(
@@ -185,8 +175,8 @@ def truncated_log_probs(
     Raises:
         ValueError: shapes or vocabularies that do not fit; a label that its step did not keep.
 
-    Cost: two passes over the logits forward and one backward; memory: V / 8 bytes a step on the logits' device, and
-    backward the gradient in the logits' dtype. One host synchronisation, for the check of the labels.
+    Cost: two passes over the logits forward and one backward, one host synchronisation; memory: V / 8 bytes a step on
+    the logits' device, and backward the gradient in the logits' dtype.
     """
     return truncated_scores(logits, labels, mask, temperature=temperature).log_probs
 

@@ -14,7 +14,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 
 from hf_longtrunc.sampling.attach import attach_processors
 from hf_longtrunc.sampling.calls import is_sampling, neighbours, refuse_empty_rows
-from hf_longtrunc.sampling.mask import SamplingMask, pack_bits
+from hf_longtrunc.sampling.mask import SamplingMask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,10 +85,9 @@ class SamplingMaskRecorder(LogitsProcessor):
         return attach_processors(model, [self], after_warpers=True)
 
     def take(self) -> list[SamplingMask]:
-        """Return a mask for each row of this thread's last generation, and forget it.
+        """Return a mask for each row of this thread's last generation, a step a new token, and forget it.
 
-        Step t is that of new token t. Steps past the end of a row (it ended early, or speculation went further) have no
-        meaning.
+        Steps past the end of a row (it ended early, or speculation went further) have no meaning.
         """
         steps, self._generation.steps = self._generation.steps, []
         self._generation.ids = None
@@ -175,4 +174,4 @@ class _ByRequest(ContinuousBatchingLogitsProcessor):
 def _kept(scores: Tensor) -> SamplingMask:
     """Return the tokens of non-zero fp32 probability, for any filter value."""
     above = scores.float() - scores.amax(-1, keepdim=True).float()
-    return SamplingMask.from_bits(pack_bits(above.exp() > 0), scores.shape[-1])
+    return SamplingMask.from_kept(above.exp() > 0)

@@ -75,8 +75,7 @@ class Certificate:
 class _Program(NamedTuple):
     """The linear program on some columns of a row: single tokens first, then bundles of tokens that share one u.
 
-    A u on these columns is a u on the vocabulary, zero for tokens in no column, so it is feasible there too. In its
-    coordinates sum_j p-hat_j b_j b_j^T over the columns is the identity.
+    A u on these columns, zero for tokens in no column, is feasible on the vocabulary too.
     """
 
     singles: Int[Tensor, " singles"]
@@ -90,13 +89,7 @@ class _Program(NamedTuple):
 
 
 class SupportRow:
-    """One row of scores, prepared once to decide its tokens one by one; `SupportChecker.row` returns it.
-
-    Attributes:
-        checker: the checker, which counts the decisions.
-        probs: p-hat [vocabulary], float64.
-        basis: the basis [vocabulary, rank + 1]; its first column is 1.
-    """
+    """One row's p-hat and basis (its first column is 1), prepared once to decide its tokens one by one."""
 
     def __init__(self, checker: SupportChecker, probs: Float[Tensor, " vocab"], basis: Float[Tensor, "vocab width"]):
         self.checker, self.probs, self.basis = checker, probs, basis

@@ -46,9 +46,8 @@ class BestFitPackingCollator:
             the padding, and it is never learned.
         layout: "rows" gives [rows, seq_length], for eager, sdpa and flex attention. "flat" gives one row of all tokens
             without padding, [1, tokens], with cu_seq_lens_q/k, max_length_q/k and seq_idx: for flash attention, and for
-            the kernels of convolutions, linear attention and Mamba (causal-conv1d, flash-linear-attention, mamba-ssm).
-            "auto" takes "flat" if `model` has such layers or flash attention. `check_packed` tests a model with a
-            batch.
+            the kernels of convolutions, linear attention and Mamba. "auto" takes "flat" if `model` has such layers or
+            flash attention. `check_packed` tests a model with a batch.
         model: read once for its layers and its longest position; not kept.
 
     Raises:

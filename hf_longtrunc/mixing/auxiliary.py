@@ -52,16 +52,14 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
     Raises:
         TypeError, ValueError: a model that is an encoder-decoder or in training mode, or has another vocabulary; no
             token ids to read (`inputs_embeds`), or placeholders of images or sounds among them; a mask that does not
-            fit, or that was given for other prompts; padding that could be a BOS token; continuous batching
-            (`generate_batch`, serving), which mixes rows.
+            fit, or that was given for other prompts; padding that could be a BOS token; continuous batching.
 
-    Pass a processor in `generate(logits_processor=[...])` before truncation samplers, which then cut the combined
-    distribution. Sliding-window layers keep every column; models with recurrent or other special layers run on the
-    whole text at every call.
+    Pass a processor before truncation samplers, which then cut the combined distribution. Models with recurrent or
+    other special layers run on the whole text at every call.
 
-    A change of the weights renews the caches: a step of any torch optimizer in this process, another dtype or device,
-    another active adapter or scale. Other changes (writing through `parameter.data`, a patch such as `LMInfinite`) are
-    not seen: call `reset()`. Each thread has caches of its own.
+    A change of the weights renews the caches: an optimizer's step in this process, another dtype or device, another
+    active adapter or scale. Other changes (through `parameter.data`, or a patch such as `LMInfinite`) are not seen:
+    call `reset()`. Each thread has caches of its own.
     """
 
     # Declared unsupported, it would be left out there with a line in the log; so it is called, and refuses.

@@ -28,18 +28,17 @@ def attach_processors(model: Any, processors: Sequence[Processor], *, after_warp
         ...     text = model.generate(ids, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=2)
 
     By default they run where `generate(logits_processor=...)` runs its list: after penalties and constraints, before
-    temperature, top-k and top-p, on the model's distribution at temperature 1. With `after_warpers=True` they see the
-    distribution that is about to be sampled; only watermarking and renormalisation follow. A processor that is also in
-    the call's own list runs once.
+    temperature, top-k and top-p, on the model's distribution at temperature 1. A processor that is also in the call's
+    own list runs once.
 
     Args:
-        model: a transformers model that generates, or a PEFT, DDP or compiled wrapper of one. Only this instance is
-            changed.
+        model: a transformers model that generates, or a wrapper of one. Only this instance is changed.
         processors: callables (input_ids, scores) -> scores, run in this order.
-        after_warpers: run them after the warpers instead of before.
+        after_warpers: run them on the distribution that is about to be sampled; only watermarking and renormalisation
+            follow.
 
     Returns:
-        A handle. The end of its `with` block, an exception included, or `handle.detach()` detaches them. Blocks nest.
+        A handle; the end of its `with` block or `handle.detach()` detaches them. Blocks nest.
 
     Raises:
         TypeError: `model` does not generate, or a processor is not callable.

@@ -54,17 +54,16 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
             grows with the rank: match epsilon again for each rank (`hf-longtrunc match`).
         cutoff: the threshold tau, "eta" or "epsilon".
         mode: "sample" draws a token without replacement until one is kept, and removes all others: a sample of p-hat
-            restricted to the kept set, at one check for each draw below tau. "mask" removes exactly the cut tokens:
-            deterministic, for beams and later samplers, at a solve for every token near tau. "sample" masks too where
-            `generate` does not draw (beams, `do_sample=False`) and where another processor follows (a temperature, a
-            watermark, a bias).
-        generator: for the draws in sample mode; a list gives every row its own, which makes a row's draws independent
-            of its batch. None takes torch's.
+            restricted to the kept set, at one check for each draw below tau. "mask" removes exactly the cut tokens, at
+            a solve for every token near tau; "sample" masks too where `generate` does not draw (beams,
+            `do_sample=False`) and where another processor follows.
+        generator: for the draws in sample mode; a list gives every row its own, which makes a row independent of its
+            batch. None takes torch's.
         max_tries: after this many refused draws take the most probable token, as the official code does after 10; None
             goes on until a token is kept.
         floor: in mask mode less probable tokens are cut without a proof.
-        limit: in mask mode decide only this many tokens below tau, the most probable ones, and of the others keep those
-            that the same proofs cover. It bounds the time of a flat row. None decides every token.
+        limit: in mask mode decide only this many of the most probable tokens below tau, and keep others that the same
+            proofs cover. It bounds the time of a flat row. None decides every token.
         filter_value: the score of removed tokens.
 
     The most probable token always stays, and a row of equal scores comes back unchanged. Undecided tokens count as cut;
@@ -74,8 +73,8 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         TypeError, ValueError: a bad argument; scores of another vocabulary than the basis has; continuous batching
             (`generate_batch`, serving), which has no room for proofs; a grammar that runs later.
 
-    Warns once if one of transformers' samplers cuts tokens that are kept here, or if earlier processors (penalties,
-    masks, a second model) changed the model's distribution, about which the proofs are.
+    Warns once if a later sampler cuts tokens that are kept here, or if earlier processors (penalties, masks, a second
+    model) changed the model's distribution, about which the proofs are.
 
     Source: Finlayson et al. 2023, arXiv 2310.01693, section 5 and algorithm 1. Deviations: see `SupportChecker`.
     """

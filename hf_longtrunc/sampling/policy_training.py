@@ -39,10 +39,9 @@ def attach_truncation(trainer: Any, processors: Sequence[Processor] = ()) -> Han
         ...     output = trainer.train()
 
     All log-probabilities of the trainer (new, old, reference) and its entropy are then taken over the kept sets that
-    generation recorded. That covers `top_p`, `top_k` and `min_p` of its config, also without processors. Loss, clipping
-    and advantages stay TRL's. Metrics: `truncation/importance_ratio` is the mean over tokens of q / p, truncated over
-    full; `truncation/log_ratio` the mean of its logarithm, the error of log-probabilities over the full vocabulary;
-    `truncation/bytes_per_token` the masks' memory.
+    generation recorded, also those of `top_p`, `top_k` and `min_p` of its config. Metrics: the means over tokens of the
+    ratio truncated / full (`truncation/importance_ratio`) and of its logarithm (`truncation/log_ratio`), and the masks'
+    memory (`truncation/bytes_per_token`).
 
     Args:
         trainer: made, and not training yet. TRL 1.16.
@@ -53,11 +52,10 @@ def attach_truncation(trainer: Any, processors: Sequence[Processor] = ()) -> Han
 
     Raises:
         TypeError: another kind of trainer.
-        ValueError: generation by vLLM or continuous batching, which bypasses the recorder; tools, environments or a
-            rollout function, which insert tokens that the model did not draw.
+        ValueError: generation by vLLM or continuous batching; tools, environments or a rollout function, which insert
+            tokens that the model did not draw.
 
-    Cost: the masks' memory, and the logits of one scoring batch, which TRL's fused head does not keep; lower
-    `per_device_train_batch_size` where they do not fit.
+    Cost: the masks' memory, and the logits of one scoring batch, which TRL's fused head does not keep.
     """
     if missing := [name for name in _METHODS if not callable(getattr(trainer, name, None))]:
         raise TypeError(

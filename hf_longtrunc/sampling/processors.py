@@ -47,10 +47,8 @@ class _TruncatingLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """Return a copy of `scores` [..., V] with `filter_value` in place of every removed token.
 
-        Kept scores keep their bits and dtype. `input_ids` is not read. A row with a NaN or +inf comes back unchanged,
-        so that sampling reports it. So does a row of -inf alone, except in `generate` on a CPU, where it raises
-        ValueError and names the processors that removed every token. Warns once if one of transformers' samplers runs
-        later and cuts tokens that are kept here.
+        A row with a NaN or +inf comes back unchanged, so that sampling reports it. So does a row of -inf alone, except
+        in `generate` on a CPU, where it raises ValueError and names the processors that removed every token.
         """
         self._check_call(input_ids)
         scores = check_scores(scores)
@@ -139,9 +137,8 @@ class EtaLogitsProcessor(_CutoffLogitsProcessor):
         >>> settings = sampling_settings(model)
         >>> text = model.generate(ids, **settings, max_new_tokens=4, logits_processor=[EtaLogitsProcessor(2e-3)])
 
-    H is the entropy, in nats, of the full softmax of the scores. In `generate`'s list the processor runs before
-    temperature, top-k and top-p, on the model's distribution at temperature 1, as the method defines it. The most
-    probable token always stays.
+    H is the entropy, in nats, of the full softmax of the scores. In `generate`'s list the processor runs on the model's
+    distribution at temperature 1, as the method defines it. The most probable token always stays.
 
     Args:
         epsilon: in (0, 1). The paper's range is 3e-4 to 4e-3, smaller for larger models. Or one value a row: a list or
@@ -154,8 +151,7 @@ class EtaLogitsProcessor(_CutoffLogitsProcessor):
             the rows; scores that are no floating-point tensor or have no token in them.
 
     Cost: one `exp` and two sums over the vocabulary; no sort, no host synchronisation. A row's result does not depend
-    on the batch, bit for bit. Works in every mode of `generate` that takes a processor list, and through
-    `attach_processors` in the others. Pass `sampling_settings(model)` to switch transformers' own samplers off.
+    on the batch, bit for bit. Works in every mode of `generate`, through `attach_processors` where it takes no list.
 
     Source: Hewitt, Manning, Liang 2022, "Truncation Sampling as Language Model Desmoothing", arXiv 2210.15191,
     section 4.2. Deviations: none.
@@ -299,7 +295,7 @@ class XTCLogitsProcessor(_TruncatingLogitsProcessor):
         tensor([[-inf, 3., 0., -4.]])
 
     Each row and step draws one number to decide. Put the processor after truncation samplers, which leave no improbable
-    token to be chosen instead. Tokens as probable as the least one stay with it. Errors as for `EtaLogitsProcessor`.
+    token to be chosen instead. Errors as for `EtaLogitsProcessor`.
 
     Args:
         threshold: in (0, 1); at 0.5 or more at most one token reaches it, and nothing is removed. Or one value a row.
@@ -348,8 +344,7 @@ class DRYLogitsProcessor(LogitsProcessor):
 
     If the last n tokens of the text occur earlier in it, n >= allowed_length, the token that followed them there loses
     multiplier * base^(n - allowed_length). Put it before truncation samplers, since it changes the distribution that
-    they cut. It keeps no state, so every mode of `generate` works. Left padding is part of the text: pass its id among
-    `sequence_breakers`.
+    they cut. Left padding is part of the text: pass its id among `sequence_breakers`.
 
     Args:
         multiplier: at least 0, which penalises nothing. Or one value a row, as for `EtaLogitsProcessor`.

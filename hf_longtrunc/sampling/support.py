@@ -61,9 +61,8 @@ class SupportChecker:
     Cost on one idle CPU thread at V = 49152, rank 20 (docs: results/sampling.md): 1 to 2 ms a check, row included.
     Memory: V * (rank + 1) float64 for the basis, and 16 vectors of V while a batch is verified.
 
-    Source: Finlayson et al. 2023, arXiv 2310.01693, section 5. Deviations: exact where the published code is at the
-    mercy of a solver's tolerance; the restricted program, its proofs and their reuse are not in the paper. The authors'
-    generation code leaves 0 <= p out, which keeps fewer tokens and never others.
+    Source: Finlayson et al. 2023, arXiv 2310.01693, section 5. Deviations: exact where the published code depends on a
+    solver's tolerance; the authors' generation code leaves 0 <= p out, which keeps fewer tokens and never others.
     """
 
     def __init__(self, basis: SoftmaxBasis, *, columns: int = 512):
@@ -94,9 +93,8 @@ class SupportChecker:
         """Return the kept set as a boolean mask of `scores` [*rows, V].
 
         Tokens with p-hat >= tau stay. Of those with floor <= p-hat < tau, the `limit` most probable ones are decided
-        (None: all); another token stays if one of their proofs covers it too. All others are cut, with or without a
-        proof, and so are undecided ones. Time grows with the number of decided tokens; `limit` bounds it and loses
-        a few kept tokens (docs: results/sampling.md).
+        (None: all); another token stays if one of their proofs covers it too. All others are cut. `limit` bounds the
+        time and loses a few kept tokens (docs: results/sampling.md).
         """
         floor = check_float("floor", floor, minimum=0, lt=1)
         limit = None if limit is None else check_int("limit", limit, minimum=1)

@@ -76,9 +76,8 @@ class TruncationTrace(LogitsProcessor):
     In `generate`'s list it records the processors that it was given. `with trace.observe(model):` records the whole
     list that `generate` builds, transformers' own warpers included. Scores and results do not change.
 
-    Drawn tokens are read from the next call's `input_ids` by matching prefixes, which follows permuted beams,
-    speculative decoding and calls that are taken back. `finish(sequences)` supplies the last token: call it after each
-    generation, in its thread, then read `records`, `to_frame()` or `plot()`. Each thread has runs of its own.
+    Drawn tokens are read from the next call's `input_ids`, also under beams and speculative decoding. The last one
+    comes by `finish(sequences)`: call it after each generation, in its thread, then read `records` or `to_frame()`.
 
     Args:
         processors: applied in this order; None records plain sampling, or is for `observe`.
@@ -93,9 +92,8 @@ class TruncationTrace(LogitsProcessor):
     Raises:
         ValueError: continuous batching, which does not tell which request a row belongs to.
 
-    Cost: a softmax, three partial sorts and a host synchronisation a step; 1 to 2 ms for each margin; a whole kept set
-    where basis-aware truncation draws itself. Memory: 150 bytes a record and 13 for each candidate, the last step's
-    log-probabilities [rows, vocab], and those of up to 64 steps at batch size 1.
+    Cost: a softmax, three partial sorts and a host synchronisation a step; 1 to 2 ms for each margin. Memory: 150 bytes
+    a record and 13 for each candidate, and the last step's log-probabilities (of up to 64 steps at batch size 1).
     """
 
     # Declared unsupported, it would be left out there with its processors; so it is called, and refuses.
@@ -198,16 +196,14 @@ class TruncationTrace(LogitsProcessor):
         """Write a self-contained html page that shows the texts token by token; return its path.
 
         A token's colour is its probability; tokens that eta-sampling would refuse or basis-aware truncation rescued are
-        marked. A click or the arrow keys show a token's step: probability, threshold, kept and cut tokens, and the
-        margins of proofs. Numbers export as csv and json.
+        marked. A click shows a token's step. Numbers export as csv and json.
 
         Args:
             tokenizer: of the model that drew.
             path: a file; an existing one is replaced.
             name: title of this trace's texts.
-            beside: further traces by name, shown in columns. If all of them hold the same text, as
-                `hf_longtrunc.evaluation.read_traces` makes them, the page shows that text once, with each sampler's
-                threshold and kept tokens.
+            beside: further traces by name, shown in columns; those of `hf_longtrunc.evaluation.read_traces`, which hold
+                one text, are compared on it.
             epsilon: eta-sampling's, for the marks.
             prompt: shown above the texts.
 

@@ -28,9 +28,7 @@ class TruncationLogitsProcessor:
 
     One class serves both model runners. V1 calls (vllm_config, device, is_pin_memory), `update_state` and
     `apply(logits)`, with a request in each row. V2 calls (vllm_config, req_states), `add_request` and
-    `apply(logits, context)`; rows change places at every step, and `context` maps them to requests. Both accept only
-    subclasses of their own base, so the class is registered with both where vLLM is installed. It is loaded by name: an
-    entry point for one runner stops the engine of the other.
+    `apply(logits, context)`, which maps rows to requests. The class is registered with the base of each.
     """
 
     def __init__(self, vllm_config: Any, device: Any = None, is_pin_memory: bool = False):

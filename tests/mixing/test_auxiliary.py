@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -425,13 +424,6 @@ def test_an_exception_in_the_model_leaves_no_half_made_cache(llamas, monkeypatch
 SCORES = torch.zeros(2, 97)
 
 
-def test_vocabulary_mismatch(llamas):
-    torch.manual_seed(0)
-    other = LlamaForCausalLM(tiny_config(vocab_size=89)).eval()
-    with pytest.raises(ValueError, match=r"gives 89 logits and the target 97.*resize_token_embeddings"):
-        ULDLogitsProcessor(other)(PLAIN % 89, SCORES)
-
-
 def test_encoder_decoder():
     config = T5Config(vocab_size=97, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     with pytest.raises(ValueError, match="encoder-decoder"):
@@ -508,15 +500,6 @@ def test_new_weights_get_a_new_cache(llamas, change):
     assert change == "another_dtype" or not torch.allclose(before, after, atol=0.1)
 
 
-def test_bfloat16_after_the_first_call(llamas):
-    assistant = made(llama, 1, 2)
-    uld, scores = ULDLogitsProcessor(assistant, filter_rate=0.05), torch.randn(2, 97)
-    uld(PLAIN, scores)
-    assistant.to(torch.bfloat16)
-    fresh = ULDLogitsProcessor(assistant, filter_rate=0.05)
-    assert torch.equal(uld(PLAIN, scores), fresh(PLAIN, scores))
-
-
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's own call
 def test_another_adapter_gets_a_new_cache(llamas):
     peft = pytest.importorskip("peft")
@@ -566,21 +549,6 @@ def test_weights_that_were_loaded_in_inference_mode():
     assert uld.tokens_fed == 2 * (9 + 1)
 
 
-def test_threads(llamas):
-    """Three at a time on one processor: each its own text, all as alone."""
-    target, assistant, _ = llamas
-    prompts = [torch.randint(1, 97, (1, 6)) for _ in range(12)]
-    uld = ULDLogitsProcessor(assistant, filter_rate=0.05)
-
-    def continued(ids):
-        options = {"max_new_tokens": 8, "do_sample": False, "logits_processor": [uld]}
-        return target.generate(ids, attention_mask=torch.ones_like(ids), **options)
-
-    alone = [continued(ids) for ids in prompts]
-    with ThreadPoolExecutor(3) as pool:
-        assert all(map(torch.equal, pool.map(continued, prompts), alone))
-
-
 def test_a_copy_has_caches_of_its_own(llamas):
     uld, scores = ULDLogitsProcessor(made(llama, 1, 2), filter_rate=0.05), torch.randn(2, 97)
     expected = uld(PLAIN, scores)
@@ -613,7 +581,10 @@ def test_a_mask_serves_the_prompts_that_it_was_given_for(llamas):
 
 def test_a_smaller_vocabulary_is_named(llamas):
     small = LlamaForCausalLM(tiny_config(vocab_size=89)).eval()
-    with pytest.raises(ValueError, match="gives 89 logits and the target 97: they must share one vocabulary"):
+    with pytest.raises(
+        ValueError,
+        match=r"gives 89 logits and the target 97: they must share one vocabulary.*resize_token_embeddings",
+    ):
         ULDLogitsProcessor(small)(PLAIN + 83, torch.zeros(2, 97))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import runpy
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -213,17 +212,6 @@ def test_a_generation_without_it_in_the_block_changes_nothing(tiny_model):
         generate(tiny_model, [])
         tiny_model(PADDED)
         assert torch.equal(generate(tiny_model, [pema]).sequences, expected)
-
-
-def test_threads_have_states_of_their_own(tiny_model):
-    prompts = [torch.randint(1, VOCAB, (1, 6)) for _ in range(12)]
-    with PEMA(random_adapter(), interpolation=0.9)(tiny_model) as pema:
-        alone = [generate(tiny_model, [pema], ids, torch.ones_like(ids)).sequences for ids in prompts]
-        with ThreadPoolExecutor(3) as pool:
-            together = list(
-                pool.map(lambda ids: generate(tiny_model, [pema], ids, torch.ones_like(ids)).sequences, prompts)
-            )
-    assert all(map(torch.equal, together, alone))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own import

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.real_model, pytest.mark.xdist_group("real_model")]
 
 def test_the_unmodified_model_finds_every_key_in_a_short_prompt(real_model):
     model, tokenizer = real_model
-    tasks = passkey_tasks([300], [0, 0.5, 1], keys_per_cell=1)
+    tasks = passkey_tasks([500], [0, 0.5, 1], keys_per_cell=1)
     records = run_passkey(model, PasskeyPrompts(tokenizer), tasks, {"unmodified": nullcontext})
     assert all(record.correct for record in records), [(record.key, record.answer) for record in records]
 

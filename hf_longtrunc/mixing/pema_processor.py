@@ -126,8 +126,10 @@ def train_pema(
     rank = min(512, head.hidden_size) if rank is None else rank
     adapter = PEMAAdapter(head.hidden_size, rank, head.vocab_size, generator=generator)
     adapter.to(head.device)
-    options = {"kappa": kappa, "learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size}
-    fit_adapter(adapter, memory, head, **options, seed=seed, progress=progress)
+    fit_adapter(
+        adapter, memory, head, kappa=kappa, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+        seed=seed, progress=progress,
+    )  # fmt: skip
     return adapter.eval()
 
 

@@ -67,7 +67,7 @@ def rebuild_processor_list(
     `build` is the model's own `_get_logits_processor`, which all modes of generation call.
     """
     owner = unwrapped(model)  # wrappers forward generate() to it
-    if not isinstance(owner, GenerationMixin):
+    if not isinstance(unwrapped(model), GenerationMixin):
         raise TypeError(
             f"model must be a transformers model with generate() or a wrapper of one, got {type(model).__name__}; "
             "pass the instance whose generate() you call"

@@ -90,8 +90,7 @@ class SizedDocuments:
 class ArrowDocuments:
     """The documents of a `datasets.Dataset`, of any format, selected, shuffled or concatenated.
 
-    Columns that the format leaves out (`with_format(columns=...)`) are left out. The lengths need Arrow's offsets only,
-    plus each document's last token if an EOS may be missing, and the attention mask if there is one.
+    Lengths need Arrow's offsets only, and the last tokens if an EOS may be missing.
     """
 
     def __init__(self, dataset: datasets.Dataset) -> None:

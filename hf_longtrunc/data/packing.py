@@ -274,10 +274,7 @@ def _packing(seq_length: int, *arrays: Indices) -> Packing:
 
 
 def plan_rows(histogram: Indices, seq_length: int) -> RowPlan:
-    """Plan the rows for `histogram[s]` pieces of s tokens each, s = 0..seq_length; `histogram[0]` is not looked at.
-
-    Cost: proportional to the number of distinct lengths, independent of the number of pieces.
-    """
+    """Plan the rows for `histogram[s]` pieces of s tokens each, s = 1..seq_length, in a few steps for each length."""
     waiting: defaultdict[int, deque[tuple[int, int, int]]] = defaultdict(deque)  # runs, by remaining space
     spaces = [seq_length]  # those with a run waiting, ascending
     waiting[seq_length].append((0, int(histogram.sum()) + 1, 0))  # rows to open: more than are ever needed

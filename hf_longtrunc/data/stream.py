@@ -135,10 +135,7 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         self._is_next = False  # whether the next iteration is that run
 
     def __iter__(self) -> Iterator[dict[str, Tokens]]:
-        """Return an iterator over the rows, from the beginning or, once, from the last loaded state.
-
-        Each iterator has a state of its own; `state_dict` returns that of the last iterator.
-        """
+        """Return an iterator over the rows, from the beginning or, once, from the last loaded state."""
         if not self._is_next:
             self._run = _Run(self, _Round(), 0, self._epoch())
         self._is_next = False

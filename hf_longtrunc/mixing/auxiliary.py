@@ -94,10 +94,7 @@ class AuxiliaryModelLogitsProcessor(LogitsProcessor):
         return sum(model.tokens_fed for model in self._models)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the combined log-probabilities [rows, V], fp32, for the token after `input_ids` [rows, length].
-
-        `scores` are logits or log-probabilities. Rows with a NaN give NaN, so that sampling reports them.
-        """
+        """Return the combined log-probabilities [rows, V], fp32, for the token after `input_ids` [rows, length]."""
         _check_token_ids(input_ids)
         if not len(input_ids):
             return scores.float()

@@ -185,13 +185,11 @@ def _hash(weight: Tensor) -> str:
 
 
 def _check_directions(singular_values: Float[Tensor, " rank"], weight: Tensor) -> None:
-    """Raise ValueError if a direction may be rounding noise.
-
-    Entries of root mean square r, rounded to a relative eps, differ from the exact ones by a matrix of norm about
-    eps r (sqrt(vocabulary) + sqrt(width)); squaring the weight hides directions under sqrt(width eps64) of its norm.
-    """
+    """Raise ValueError if a direction may be rounding noise."""
     rms = torch.stack([rows.double().square().sum() for rows in torch.split(weight, _CHUNK)]).sum() / weight.numel()
+    # The norm of what rounding entries of root mean square r changes: about eps r (sqrt(vocabulary) + sqrt(width)).
     stored = torch.finfo(weight.dtype).eps * rms.sqrt() * sum(math.sqrt(side) for side in weight.shape)
+    # Squaring the weight hides directions under sqrt(width eps64) of its norm.
     worked = math.sqrt(weight.shape[1] * torch.finfo(torch.float64).eps) * singular_values[0]
     meant = int((singular_values > torch.maximum(stored, worked)).sum())
     if meant < len(singular_values):

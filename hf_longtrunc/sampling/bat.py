@@ -107,10 +107,7 @@ class BasisAwareLogitsProcessor(LogitsProcessor):
         self._is_unwarned = True
 
     def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
-        """Return a copy of `scores` [rows, V] with `filter_value` in place of every removed token.
-
-        A row that is no distribution, or has equal scores only, comes back unchanged.
-        """
+        """Return a copy of `scores` [rows, V] with `filter_value` in place of every removed token."""
         if input_ids is not None and input_ids.ndim == 1:
             raise ValueError(
                 "BasisAwareLogitsProcessor cannot be used in continuous batching (generate_batch() and serving): use "

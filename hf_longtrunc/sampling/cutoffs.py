@@ -64,10 +64,7 @@ class Softmax(NamedTuple):
 
 
 def softmax_rows(scores: Float[Tensor, "*rows vocab"]) -> Softmax:
-    """Read each row of scores as a distribution, in fp32.
-
-    Cost: one `exp`, one sum, two temporaries of the size of `scores`.
-    """
+    """Read each row of scores as a distribution, in fp32, with two temporaries of the size of `scores`."""
     # Contiguous: a transposed row would be summed in another order and differ in the last bit.
     scores = scores.float().contiguous()
     z = (scores - scores.amax(-1, keepdim=True)).clamp_min_(_Z_FLOOR)
@@ -88,11 +85,7 @@ def epsilon_threshold(rows: Softmax, log_epsilon: float | Tensor) -> Float[Tenso
 
 
 def top_n_sigma_threshold(rows: Softmax, n: float | Tensor) -> Float[Tensor, "*rows 1"]:
-    """Return a score n standard deviations below the row's maximum (Tang et al. 2024, section 3).
-
-    The standard deviation of the row's scores, without entries at -inf. Temperature divides scores and deviation by the
-    same number, so the kept set does not depend on it.
-    """
+    """Return n standard deviations, without entries at -inf, below the row's maximum (Tang et al. 2024, section 3)."""
     alive = rows.z > _Z_FLOOR
     count = _row_sum(alive.float())
     centred = torch.where(alive, rows.z - _row_sum(torch.where(alive, rows.z, 0)) / count, 0)
@@ -100,10 +93,7 @@ def top_n_sigma_threshold(rows: Softmax, n: float | Tensor) -> Float[Tensor, "*r
 
 
 def p_less_threshold(rows: Softmax, switch: float | Tensor, normalized: bool = False) -> Float[Tensor, "*rows 1"]:
-    """Return the collision probability C = sum of p^2 (Tan et al. 2025, section 3). It is never above max p.
-
-    With `normalized`: (V C - 1) / (V - 1), which is 0 for a flat row. `switch` is 1; NaN cuts nothing.
-    """
+    """Return C = sum of p^2, or `normalized` (V C - 1) / (V - 1) (Tan et al. 2025, section 3); `switch` is 1 or NaN."""
     log_probs = rows.z - rows.log_total
     if not normalized:
         return _row_sum(log_probs.mul_(2).exp_()).log() * switch + rows.log_total
@@ -155,10 +145,7 @@ def min_k_threshold(rows: Softmax, tau: float | Tensor) -> Float[Tensor, "*rows 
 
 
 def xtc_cut(rows: Softmax, log_threshold: float | Tensor, is_decided: Bool[Tensor, "*rows 1"]) -> Tensor:
-    """Mark, in the rows of `is_decided`, the tokens with p >= threshold except the least probable of them.
-
-    p-e-w 2024, "Exclude Top Choices" (text-generation-webui, pull request 6335).
-    """
+    """Mark, in the rows of `is_decided`, the tokens with p >= threshold except the least probable of them."""
     reaching = torch.where(rows.z >= rows.log_total + log_threshold, rows.z, torch.inf)
     return (rows.z > reaching.amin(-1, keepdim=True)) & is_decided
 
@@ -202,10 +189,7 @@ def below(
     threshold: Float[Tensor, "*rows 1"],
     min_tokens_to_keep: int = 1,
 ) -> Tensor:
-    """Mark each token with z < threshold that is not among the row's `min_tokens_to_keep` largest scores or their ties.
-
-    `rows` is the softmax of `scores`; `min_tokens_to_keep` above 1 costs a `topk`.
-    """
+    """Mark tokens with z < threshold that are not among a row's `min_tokens_to_keep` largest scores or their ties."""
     cut = rows.z < threshold.clamp_max(0)
     if min_tokens_to_keep > 1:
         kth_largest = scores.topk(min(min_tokens_to_keep, scores.shape[-1]), dim=-1).values[..., -1:]
@@ -285,7 +269,7 @@ def _folded(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows m"]:
 def draw(weights: Float[Tensor, "rows n"], uniform: Float[Tensor, "rows 1"]) -> Int[Tensor, "rows 1"]:
     """Draw an entry of each row with probability proportional to its weight: a group of 32, then one of the group.
 
-    `uniform` is float64 in [0, 1). An entry of weight zero is never drawn, and a row's draw depends on that row alone.
+    `uniform` is float64 in [0, 1). An entry of weight zero is never drawn.
     """
     group, rest = _pick(_folded(weights), uniform)
     places = group * _FOLD + torch.arange(_FOLD, device=weights.device)

@@ -68,10 +68,7 @@ class _TruncatingLogitsProcessor(LogitsProcessor):
         return torch.where(self._cut(scores, softmax_rows(scores)), removed, scores, out=out)
 
     def _in_parts(self, scores: Tensor) -> bool:
-        """Return whether to take some rows at a time, so that temporaries stay in a CPU's caches.
-
-        Not with one value a row: each part would need its own values.
-        """
+        """Return whether to take some rows at a time, so that temporaries stay in a CPU's caches."""
         if torch.compiler.is_compiling() or scores.device.type != "cpu" or scores.ndim != 2 or scores.requires_grad:
             return False
         return scores.numel() >= 2 * _CACHED and not isinstance(getattr(self, self._parameter, None), Tensor)

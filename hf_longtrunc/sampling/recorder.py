@@ -106,13 +106,7 @@ class SamplingMaskRecorder(LogitsProcessor):
         self._requests.clear()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Record the step and return `scores` [rows, V] as they are.
-
-        Raises:
-            ValueError: beams or greedy decoding, which do not draw from the row's distribution; continuous batching
-                without processors by request; an earlier processor that drew the token itself; a row with no token
-                left.
-        """
+        """Record the step and return `scores` [rows, V] as they are; ValueError where they are not drawn from."""
         if input_ids.ndim == 1:
             raise ValueError(
                 "SamplingMaskRecorder cannot tell requests apart here: pass continuous_batching_config="

@@ -167,10 +167,7 @@ class TokenDecisions:
         self.row.checker.undecided += int((self.decisions[pending] == 0).sum())
 
     def largest_ceiling(self, ceiling: float) -> float:
-        """Return the largest s at which the best multipliers at `ceiling`, verified, still keep the one token.
-
-        That is `ceiling` itself where the token is cut.
-        """
+        """Return the largest s at which the best multipliers at `ceiling` provably keep the token; `ceiling` if cut."""
         self.ceiling = ceiling
         refused = self.row.basis.new_zeros(0, self.row.basis.shape[1])
         for _ in range(_MAX_ROUNDS):
@@ -190,11 +187,9 @@ class TokenDecisions:
         return ceiling
 
     def _rays(self, program: _Program, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rays in the program's coordinates and their thresholds.
-
-        A token that is no column of the program contributes its own column at its ceiling, which lowers its threshold.
-        """
+        """Return rays in the program's coordinates and their thresholds."""
         tokens, probs = self.tokens[which], self.probs[which]
+        # A token that is no column of the program contributes its own at its ceiling: a lower threshold.
         threshold = probs + self.ceiling * (probs * (program.member[tokens] >= 0))
         return self.row.basis[tokens] @ program.whitener, threshold
 
@@ -254,10 +249,8 @@ class TokenDecisions:
                 )
 
     def _widened(self, program: _Program, refused: Float[Tensor, "n width"], joining: int) -> _Program:
-        """Add the `joining` dearest columns of each refused multiplier, bundle the rest by the signs of some.
-
-        In bundles on which f has one sign T is exact, so the same l is not taken for a proof again.
-        """
+        """Add the `joining` dearest columns of each refused multiplier, bundle the rest by the signs of some."""
+        # In bundles on which f has one sign T is exact: the same l is not taken for a proof again.
         f = refused @ self.row.basis.T
         cost = torch.maximum(self.ceiling * f, -f).mul_(self.row.probs)
         cost[:, program.singles] = -torch.inf

@@ -123,10 +123,7 @@ class TruncationTrace(LogitsProcessor):
         self._generation = _Generation()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Apply the processors to `scores` [rows, vocab] and record the step.
-
-        Tokens that transformers' own warpers cut after the trace are recorded as cut.
-        """
+        """Apply the processors to `scores` [rows, vocab] and record the step, transformers' later warpers included."""
         return self._apply_and_record(self.processors, input_ids, scores, neighbours(self)[1])
 
     def observe(self, model: Any) -> Handle:

@@ -38,11 +38,7 @@ class TruncationLogitProcessor:
     """
 
     def __call__(self, logits: Tensor, custom_param_list: Sequence[Mapping[str, Any] | None] | None = None) -> Tensor:
-        """Return a copy of `logits` [rows, V], cut by each row's own parameters.
-
-        Raises:
-            ValueError: not one entry a row.
-        """
+        """Return a copy of `logits` [rows, V], cut by each row's own parameters; ValueError if one is missing."""
         parameters = [None] * len(logits) if custom_param_list is None else list(custom_param_list)
         if len(parameters) != len(logits):
             raise ValueError(

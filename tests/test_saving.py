@@ -104,8 +104,14 @@ def test_what_a_killed_process_began_is_removed_a_day_later(tmp_path):
 def test_a_writer_that_fails_leaves_the_old_content_alone(tmp_path):
     path = tmp_path / "basis.json"
     path.write_text("old")
-    with pytest.raises(FileNotFoundError), replacing(path) as written:
-        (written / "half").write_text("new")
+
+    def write_half():
+        with replacing(path) as written:
+            written.write_text("half of the n")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        write_half()
     assert {each: each.read_text() for each in tmp_path.iterdir()} == {path: "old"}
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hf_longtrunc.attention.block_scores import Selection
-from hf_longtrunc.attention.softmax_merge import ROWS_SCORED, AttentionPart, merge_attention, scores_of
+from hf_longtrunc.attention.softmax_merge import ROWS_SCORED, AttentionPart, merge_attention, weights_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -196,15 +196,9 @@ def _weights(query: Tensor, key: Tensor, padding: int, law: ChunkLaw, scoring: S
     for start, stop in _blocks(begin, key.shape[2], law.chunk_length):
         for first in range(start, stop, ROWS_SCORED):
             last = min(first + ROWS_SCORED, stop)
-            parts = _parts(query[:, :, first - begin : last - begin], key, key, first, last, law, scoring, None)
-            scores = torch.cat([scores_of(part, 0, scoring) for part in parts], dim=-1)
-            if scoring.null_logits is not None:
-                null = scoring.null_logits.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
-                scores = torch.cat([scores, null], dim=-1)
-            yield (
-                blank + first - begin,
-                torch.nn.functional.pad(scores.softmax(-1)[..., :last], (0, key.shape[2] - last)),
-            )
+            parts = list(_parts(query[:, :, first - begin : last - begin], key, key, first, last, law, scoring, None))
+            weights = weights_of(parts, 0, scoring)
+            yield blank + first - begin, torch.nn.functional.pad(weights, (0, key.shape[2] - last))
 
 
 def _first_query(query: Tensor, key: Tensor, padding: int) -> tuple[int, int]:

@@ -70,17 +70,21 @@ def eager_attention(
     extra = None if read is None else read(scores)
     if extra is not None:
         scores = torch.cat([scores, extra.scores], dim=-1)
-    count = scores.shape[-1]
-    if scoring.null_logits is not None:
-        null = scoring.null_logits.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, null], dim=-1)
-    weights = scores.softmax(-1)[..., :count].to(value.dtype)
+    weights = softmax_weights(scores, scoring).to(value.dtype)
     weights = F.dropout(weights, scoring.dropout) if scoring.dropout else weights
     m = value.shape[2]
     output = grouped_matmul(weights[..., :m], value)
     if extra is not None:
         output = output + (weights[..., None, m:] @ extra.value.to(weights.dtype))[..., 0, :]
     return output
+
+
+def softmax_weights(scores: Tensor, scoring: Scoring) -> Tensor:
+    """Return the attention weights of logits [batch, heads, n, k], whose softmax the null logits join."""
+    if scoring.null_logits is None:
+        return scores.softmax(-1)
+    null = scoring.null_logits.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, null], dim=-1).softmax(-1)[..., :-1]
 
 
 def sdpa_attention(

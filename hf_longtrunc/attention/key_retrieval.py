@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -411,13 +411,10 @@ def chat_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _check_fields(strategy: Any, **least: int) -> None:
-    """Store a strategy's counts as plain ints of at least `least`, None where the default may be; check its store."""
-    owner, may_be_none = (
-        type(strategy).__name__,
-        {"distance", "first_voting_layer", "question_rows", *(["rows"] if "k" in least else [])},
-    )
+    """Store a strategy's counts as plain ints of at least `least`, or None if typed so; check its store."""
+    owner, optional = type(strategy).__name__, {each.name for each in fields(strategy) if "None" in str(each.type)}
     for name, bound in least.items():
         value = getattr(strategy, name)
-        if value is not None or name not in may_be_none:
+        if value is not None or name not in optional:
             object.__setattr__(strategy, name, check_int(f"{owner}: {name}", value, minimum=bound))
     check_choice(f"{owner}: store", strategy.store, STORES)

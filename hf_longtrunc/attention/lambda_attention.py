@@ -201,8 +201,10 @@ class LambdaAttention:
                 start = stop
 
     def _is_split(self) -> bool:
-        """Whether no row is padded, all share their positions, and an ordinary kernel computes the scores."""
+        """Whether no row is padded, all share their positions, no gradient is asked, and the scores are plain."""
         query, key, value = self.query, self.key, self.value
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            return False
         is_plain = self.scoring.is_plain and not self.scoring.dropout and query.device.type == "cpu"
         is_square = query.shape[-1] == value.shape[-1] and query.shape[2] > 1 and self.law.window_length > 1
         is_square &= query.dtype == key.dtype == value.dtype  # under autocast they differ

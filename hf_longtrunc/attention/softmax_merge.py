@@ -5,19 +5,19 @@ returns an output o_p and the log-sum-exp l_p of its logits. Then, in fp32 or be
 
     l = log sum_p exp(l_p)        o = sum_p exp(l_p - l) o_p
 
-is attention over all keys together. A kernel's log-sum-exp carries no gradient, so the sum must not be left to
-autograd: the backward pass of each part is called with the merged o and l instead of its own, which makes its
-attention weights those of the one softmax.
+is attention over all keys together. A kernel's log-sum-exp carries no gradient: where one is needed, 256 queries at a
+time are scored against the keys of all parts in one softmax, and scored again in the backward pass.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from hf_longtrunc.attention.kernels import grouped_matmul, grouped_scores
+from hf_longtrunc.attention.kernels import grouped_matmul, grouped_scores, softmax_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from hf_longtrunc.attention.kernels import Scoring
 
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # In torch 2.7 this kernel reads past grouped keys without an error, and gives NaN for some shapes; 2.13 is held to the
 # definition by the tests, and no release between them was tried.
 _KERNEL_IS_TRIED = torch.__version__ >= "2.13"
@@ -35,7 +34,6 @@ ROWS_SCORED = 256  # queries of a part that are scored together where no kernel 
 
 
 MaskKind = Literal["full", "causal", "anticausal"]
-_Kind = tuple[MaskKind, "Tensor | None"]  # mask and bias of a part
 
 
 class AttentionPart(NamedTuple):
@@ -59,21 +57,28 @@ def merge_attention(parts: Sequence[AttentionPart], scoring: Scoring) -> Float[T
     Cost: that of the parts' kernel calls. No tensor of n x m exists on a CPU, where a kernel returns the log-sum-exp;
     elsewhere, and for soft caps, 256 queries are scored at a time.
     """
-    tensors = [tensor for part in parts for tensor in (part.query, part.key, part.value)]
-    null_logits = scoring.null_logits
-    learned = tensors if null_logits is None else [*tensors, null_logits]
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in learned)):
-        return _merge(parts, scoring)[0]
-    kinds = [(part.mask, part.bias) for part in parts]
-    output: Tensor = _Merge.apply(scoring, kinds, null_logits, *tensors)  # type: ignore[no-untyped-call]
-    return output
+    tensors = [scoring.null_logits, *(tensor for part in parts for tensor in (part.query, part.key, part.value))]
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        starts = range(0, parts[0].query.shape[2], ROWS_SCORED)
+        rows = [checkpoint(_attend_rows, parts, start, scoring, use_reentrant=False) for start in starts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
+    return _merge(parts, scoring)
 
 
-def _merge(parts: Sequence[AttentionPart], scoring: Scoring) -> tuple[Tensor, Tensor]:
-    """Return the output over the keys of all parts, and each part's log-sum-exp [parts, batch, heads, n].
+def weights_of(parts: Sequence[AttentionPart], start: int, scoring: Scoring) -> Float[Tensor, "batch heads n keys"]:
+    """Return the attention weights of up to 256 queries from `start` on, for the keys of all parts in their order."""
+    return softmax_weights(torch.cat([_scores(part, start, scoring) for part in parts], dim=-1), scoring)
 
-    The null logits, where there are any, are the last of the log-sum-exps.
-    """
+
+def _attend_rows(parts: Sequence[AttentionPart], start: int, scoring: Scoring) -> Tensor:
+    """Return the output of up to 256 queries from `start` on."""
+    weights = weights_of(parts, start, scoring)
+    value = torch.cat([part.value for part in parts], dim=2).to(weights.dtype)
+    return grouped_matmul(weights, value).to(parts[0].query.dtype)
+
+
+def _merge(parts: Sequence[AttentionPart], scoring: Scoring) -> Tensor:
+    """Return the output over the keys of all parts, by the log-sum-exp of each and of the null logits."""
     outputs, each = [], []
     for part in parts:
         output, lse = _attend_part(part, scoring)
@@ -81,43 +86,13 @@ def _merge(parts: Sequence[AttentionPart], scoring: Scoring) -> tuple[Tensor, Te
         each.append(lse)
     if scoring.null_logits is not None:
         each.append(scoring.null_logits.to(each[0].dtype)[None, :, None].expand_as(each[0]))
-    sums = torch.stack(each)
     if len(each) == 1:
-        return outputs[0], sums
+        return outputs[0]
+    sums = torch.stack(each)
     merged = torch.zeros_like(outputs[0], dtype=sums.dtype)
     for output, weight in zip(outputs, sums.softmax(0)[: len(outputs), ..., None], strict=True):
         merged.addcmul_(output.to(sums.dtype), weight)
-    return merged.to(parts[0].query.dtype), sums
-
-
-class _Merge(torch.autograd.Function):
-    """Forward and backward of `merge_attention`; tensors come as query, key, value of one part after another."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, scoring: Scoring, kinds: Sequence[_Kind], null_logits: Tensor | None, *tensors: Tensor
-    ) -> Tensor:
-        output, sums = _merge(_parts(tensors, kinds), scoring)
-        ctx.save_for_backward(null_logits, *tensors, output, sums.logsumexp(0))
-        ctx.scoring, ctx.kinds = scoring._replace(null_logits=None), kinds
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        null_logits, *tensors, output, total = ctx.saved_tensors
-        gradients: list[Tensor] = []
-        to_null = None
-        if null_logits is not None:
-            delta = (grads[0].to(total.dtype) * output.to(total.dtype)).sum(-1)
-            to_null = -((null_logits.to(total.dtype)[:, None] - total).exp() * delta).sum((0, 2)).to(null_logits.dtype)
-        for part in _parts(tensors, ctx.kinds):
-            gradients.extend(_backward(part, ctx.scoring, grads[0], output, total))
-        return None, None, to_null, *gradients
-
-
-def _parts(tensors: Sequence[Tensor], kinds: Sequence[_Kind]) -> list[AttentionPart]:
-    each = zip(tensors[::3], tensors[1::3], tensors[2::3], kinds, strict=True)
-    return [AttentionPart(query, key, value, *kind) for query, key, value, kind in each]
+    return merged.to(parts[0].query.dtype)
 
 
 def _has_kernel(part: AttentionPart, scoring: Scoring) -> bool:
@@ -137,43 +112,12 @@ def _attend_part(part: AttentionPart, scoring: Scoring) -> tuple[Tensor, Tensor]
         return (output.flip(2), lse.flip(2)) if part.mask == "anticausal" else (output, lse)
     outputs, sums = [], []
     for start in range(0, part.query.shape[2], ROWS_SCORED):
-        scores = scores_of(part, start, scoring)
+        scores = _scores(part, start, scoring)
         value = part.value.to(scores.dtype)
         lse = scores.logsumexp(-1)
         outputs.append(grouped_matmul((scores - lse[..., None]).exp(), value).to(part.query.dtype))
         sums.append(lse)
     return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)
-
-
-def _backward(
-    part: AttentionPart, scoring: Scoring, grad: Tensor, output: Tensor, total: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one part's gradients of query, key and value, given the merged output and log-sum-exp."""
-    if _has_kernel(part, scoring):
-        backwards = part.mask == "anticausal"
-        grad, output, total = (x.flip(2) if backwards else x for x in (grad, output, total))
-        answer = _FLASH_BACKWARD(
-            grad.contiguous(), *_in_order(part), output, total, 0.0, part.mask != "full", scale=scoring.scaling
-        )
-        query, key, value = (x.flip(2) if backwards else x for x in answer)
-        return query, key, value
-    wide = total.dtype
-    delta = (grad.to(wide) * output.to(wide)).sum(-1, keepdim=True)
-    key, value = part.key.to(wide), part.value.to(wide)
-    to_query, to_key, to_value = [], torch.zeros_like(key), torch.zeros_like(value)
-    for start in range(0, part.query.shape[2], ROWS_SCORED):
-        rows = slice(start, start + ROWS_SCORED)
-        scores = scores_of(part, start, scoring)
-        weights = (scores - total[:, :, rows, None]).exp()
-        upstream = grad[:, :, rows].to(wide)
-        inner = weights * (grouped_matmul(upstream, value.transpose(-1, -2)) - delta[:, :, rows]) * scoring.scaling
-        if scoring.softcap is not None:  # the derivative of c * tanh(s / c)
-            capped = scores if part.bias is None else scores - part.bias[:, None, None]
-            inner = inner * (1 - (capped.masked_fill(weights == 0, 0) / scoring.softcap).square())
-        to_query.append(grouped_matmul(inner, key))
-        to_key += _grouped_backward(inner, part.query[:, :, rows].to(wide), key.shape[1])
-        to_value += _grouped_backward(weights, upstream, key.shape[1])
-    return torch.cat(to_query, dim=2).to(part.query.dtype), to_key.to(part.key.dtype), to_value.to(part.value.dtype)
 
 
 def _in_order(part: AttentionPart) -> tuple[Tensor, ...]:
@@ -183,8 +127,8 @@ def _in_order(part: AttentionPart) -> tuple[Tensor, ...]:
     return part.query, part.key, part.value
 
 
-def scores_of(part: AttentionPart, start: int, scoring: Scoring) -> Float[Tensor, "batch heads n m"]:
-    """Return the logits of up to 256 queries of a part from `start` on, in fp32 or better."""
+def _scores(part: AttentionPart, start: int, scoring: Scoring) -> Tensor:
+    """Return the logits [batch, heads, n, m] of up to 256 queries of a part from `start` on, in fp32 or better."""
     scores = scoring.scores(grouped_scores(part.query[:, :, start : start + ROWS_SCORED], part.key))
     if part.bias is not None:
         scores = scores + part.bias[:, None, None]
@@ -193,9 +137,3 @@ def scores_of(part: AttentionPart, start: int, scoring: Scoring) -> Float[Tensor
         ahead = start + part.key.shape[2] - part.query.shape[2]
         scores = scores.masked_fill(ones.triu(start + 1) if part.mask == "causal" else ones.tril(ahead - 1), -torch.inf)
     return scores
-
-
-def _grouped_backward(x: Tensor, y: Tensor, groups: int) -> Tensor:
-    """x^T y [batch, kv_heads, m, d], summed over the queries and heads of a group; x [..., n, m], y [..., n, d]."""
-    batch = x.shape[0]
-    return x.reshape(batch, groups, -1, x.shape[-1]).transpose(-1, -2) @ y.reshape(batch, groups, -1, y.shape[-1])

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from hf_longtrunc.attention import softmax_merge
 from hf_longtrunc.attention.block_scores import Selection
 from hf_longtrunc.attention.dual_chunk import (
     ChunkLaw,
@@ -130,7 +131,8 @@ def test_blocks_get_the_attention_that_the_definition_pays_them(seed):
 
 
 @pytest.mark.parametrize("seed", range(0, 60, 3))
-def test_gradients_are_those_of_the_definition(seed):
+def test_gradients_are_those_of_the_definition(seed, monkeypatch):
+    monkeypatch.setattr(softmax_merge, "ROWS_SCORED", 3)  # queries that are scored together
     tensors, padding, chunk, trained = case(seed)
     emphasis, counts = drawn_emphasis(tensors, seed)
     gradients = []
@@ -170,6 +172,31 @@ def test_one_tensor_may_learn_where_the_others_stand_still(which, seed):
         attend(mine, padding, chunk, trained).square().sum().backward()
         gradients.append(mine[which].grad)
     assert torch.allclose(*gradients, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_gradients_with_null_logits_and_a_soft_cap(softcap, monkeypatch):
+    monkeypatch.setattr(softmax_merge, "ROWS_SCORED", 3)
+
+    def merged(q, k, v, null):
+        parts = AttentionPart(q, k[:, :, :5], v[:, :, :5]), AttentionPart(q, k[:, :, 5:], v[:, :, 5:], "causal")
+        return merge_attention(parts, Scoring(0.4, softcap, null_logits=null))
+
+    def in_one(q, k, v, null):
+        scores = 0.4 * q @ k.repeat_interleave(2, 1).mT
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(torch.ones(7, 12, dtype=torch.bool).triu(6), -torch.inf)
+        scores = torch.cat([scores, null[:, None, None].expand(2, -1, 7, 1)], dim=-1)
+        return scores.softmax(-1)[..., :-1] @ v.repeat_interleave(2, 1)
+
+    sizes = (2, 4, 7, 6), (2, 2, 12, 6), (2, 2, 12, 6), (4,)
+    leaves = [torch.randn(size, dtype=torch.float64).requires_grad_() for size in sizes]
+    outputs = [attend(*leaves) for attend in (merged, in_one)]
+    assert torch.allclose(*outputs, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(merged(*leaves), outputs[1], rtol=0, atol=1e-12)
+    for ours, expected in zip(*(torch.autograd.grad(each.square().sum(), leaves) for each in outputs), strict=True):
+        assert torch.allclose(ours, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -197,7 +197,7 @@ def weights_version(model: nn.Module) -> tuple[object, ...]:
     torch's version counters (`parameter.data`) are not noticed. Cost: some microseconds a module, no host
     synchronisation.
     """
-    found: list[object] = [_optimizers().steps]
+    found: list[object] = [*_optimizer_steps()]
     for module in model.modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
@@ -233,21 +233,16 @@ def _offloaded(module: nn.Module, name: str) -> Any:
     return None
 
 
-class _Optimizers:
-    """Counts the steps that optimizers take: fused ones, Trainer's default, write past the version counters."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        register_optimizer_step_post_hook(self._count)
-
-    def _count(self, *_: object) -> None:
-        self.steps += 1
-
-
 @functools.cache
-def _optimizers() -> _Optimizers:
-    """Return the one that counts, from the first call on."""
-    return _Optimizers()
+def _optimizer_steps() -> list[int]:
+    """Count the steps of all optimizers from the first call on: fused ones write past the version counters."""
+    steps = [0]
+
+    def count(*_: object) -> None:
+        steps[0] += 1
+
+    register_optimizer_step_post_hook(count)
+    return steps
 
 
 def _pointer(tensor: Tensor) -> int:

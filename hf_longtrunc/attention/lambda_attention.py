@@ -132,8 +132,8 @@ class LambdaAttention:
 
         Args:
             path: "split" (CPU; kernel calls without masks for each block of up to 256 queries), "sdpa" (any device;
-                one call with a mask, the fallback of "split" for padded rows, dropout, another value_dim and the few
-                queries that are near some of the sinks), "eager" (any device and scoring; the only one for
+                one call with a mask, the fallback of "split" for gradients, padded rows, dropout, another value_dim and
+                the few queries that are near some of the sinks), "eager" (any device and scoring; the only one for
                 soft-capping, slopes and null logits), "flex" (CUDA; FlexAttention) or "auto".
             block_size: queries that the blockwise paths take together.
         """

@@ -84,7 +84,7 @@ def run(tensors, padding, chunk, trained, emphasis=None):
     return dual_chunk_attention(*placed_as_cached(tensors, padding, chunk, trained), emphasis)
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(80))
 def test_every_query_meets_every_key_at_its_distance(seed):
     tensors, padding, chunk, trained = case(seed)
     expected = naive(*tensors, padding, chunk, trained, 0.4)
@@ -101,7 +101,7 @@ def drawn_emphasis(tensors, seed):
     return Selection(torch.tensor(positions), torch.tensor(counts, dtype=torch.float64)), as_dicts
 
 
-@pytest.mark.parametrize("seed", range(1000, 1120))
+@pytest.mark.parametrize("seed", range(1000, 1060))
 def test_keys_that_count_for_several_join_the_one_softmax(seed):
     tensors, padding, chunk, trained = case(seed)
     emphasis, counts = drawn_emphasis(tensors, seed)
@@ -109,7 +109,7 @@ def test_keys_that_count_for_several_join_the_one_softmax(seed):
     assert torch.allclose(run(tensors, padding, chunk, trained, emphasis), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(2000, 2060))
+@pytest.mark.parametrize("seed", range(2000, 2030))
 def test_blocks_get_the_attention_that_the_definition_pays_them(seed):
     tensors, padding, chunk, trained = case(seed)
     draw = random.Random(seed)

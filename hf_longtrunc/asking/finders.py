@@ -125,7 +125,13 @@ class BM25:
         return Scorer(score, {})
 
     def coverage(self, question: str, words: Sequence[tuple[int, int]], passage: str) -> float:
-        """Return the share of the words that the passage has."""
+        """Return the share of the words that the passage has.
+
+        Examples:
+            >>> question = "What colour was the hat?"
+            >>> BM25().coverage(question, content_words(question, []), "An old hat hung there.")
+            0.5
+        """
         held = set(_WORD.findall(passage.lower()))
         return sum(question[start:end].lower() in held for start, end in words) / len(words)
 
@@ -186,6 +192,10 @@ class SentenceEncoder:
 
         A word of several tokens counts with the mean of theirs. Source: Khattab & Zaharia 2020, section 3.3, whose sum
         over all tokens of a query is a mean over its content words here.
+
+        Examples:
+            >>> finder, question = SentenceEncoder(*load_encoder()), "Who was deaf?"  # doctest: +SKIP
+            >>> finder.coverage(question, content_words(question, []), "He could not hear.")  # doctest: +SKIP
         """
         asked, places = self._states(question)
         read, _ = self._states(passage)

@@ -65,7 +65,11 @@ class Reranker:
 
     @torch.no_grad()
     def log_probs(self, question: str, units: Sequence[str]) -> Tensor:
-        """Return the mean log p(question | unit) of the question's tokens [units], in nats."""
+        """Return the mean log p(question | unit) of the question's tokens [units], in nats.
+
+        Examples:
+            >>> Reranker(model, tokenizer).log_probs("Who was deaf?", ["She heard nothing."])  # doctest: +SKIP
+        """
         asked = self.tokenizer(f" {question}", add_special_tokens=False, return_tensors="pt").input_ids[0]
         gains = []
         for unit in units:

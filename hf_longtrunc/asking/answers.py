@@ -171,7 +171,7 @@ def find_passages(
     """Return the passages for a question, the best first, and the turn before it if it is a follow-up; see `ask`."""
     if is_about_the_whole(question):
         return index.spread(_SPREAD), []
-    how: dict[str, Any] = {"count": count, "context": context, "reranker": reranker}
+    how: dict[str, Any] = {"count": count, "context": context, "hops": hops, "reranker": reranker}
     asked = what_is_asked(question)
     subject = index.subject(asked, [what_is_asked(said) for said, _ in turns])
     found, before = index.find(asked, **how), []
@@ -179,8 +179,6 @@ def find_passages(
         following = index.find(asked, before=subject, **how)
         if following and (not found or following[0].score >= found[0].score):
             found, before = following, list(turns[-1:])
-    if hops == 2 and found:
-        found += index.find(f"{asked} {found[0].match}", besides=found, **how)
     return found, before
 
 

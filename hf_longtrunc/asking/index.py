@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -75,7 +75,7 @@ class TextIndex:
         before: str | None = None,
         count: int = 1,
         context: int = 0,
-        besides: Sequence[Passage] = (),
+        hops: int = 1,
         reranker: Reranker | None = None,
     ) -> list[Passage]:
         """Return the passages that stand out for a question, the best first; none if no unit does.
@@ -87,7 +87,7 @@ class TextIndex:
             count: how many units at most; passages that touch become one.
             context: a unit is read with the one before and the one after, each of at most so many characters: a fact
                 may begin in one sentence and end in the next.
-            besides: passages that were found before, which are not found again.
+            hops: 2 looks again with the words of the first unit, for passages elsewhere.
             reranker: takes one of the best units for the first, if the finder's best stands out, and reads a neighbour
                 only where the question becomes likelier with it. If the unit after it begins with "it" or "they", that
                 one is read.
@@ -95,6 +95,24 @@ class TextIndex:
         names, said = (self._capitals.names(each or "") for each in (question, before))
         if said:
             question, before, names = f"{' '.join(said)}: {question}", None, [*said, *names]
+        how: dict[str, Any] = {"count": count, "context": context, "reranker": reranker}
+        found = self._best(question, before, names, (), **how)
+        if check_int("hops", hops, minimum=1, maximum=2) == 2 and found:
+            found += self._best(f"{question} {found[0].match}", None, (), found, **how)
+        return found if self._covers(found, question, names) else []
+
+    def _best(
+        self,
+        question: str,
+        before: str | None,
+        names: Sequence[str],
+        besides: Sequence[Passage],
+        *,
+        count: int,
+        context: int,
+        reranker: Reranker | None,
+    ) -> list[Passage]:
+        """Return the passages above the threshold, near a name and outside of others, the best first."""
         scores, threshold = self._scorer.score(question), self.finder.threshold
         if before is not None:
             scores = torch.minimum(scores, self._scorer.score(before)) / _FOLLOWS
@@ -105,7 +123,6 @@ class TextIndex:
         among = max(check_int("count", count, minimum=1), 1 if reranker is None else reranker.units)
         best = scores.topk(min(among, len(scores))).indices.tolist()
 
-        names = [] if besides else names
         first, both = best[0], f"{before or ''} {question}".strip()
         if scores[first] <= threshold or not self._is_near(first, names):
             return []
@@ -117,10 +134,7 @@ class TextIndex:
         found: list[Passage] = []
         for n in [first, *islice(others, count - 1)]:
             span = self._around(n, check_int("context", context, minimum=0), both, reranker)
-            if besides or self._covers(self._units[n][0], span, question, names):
-                self._add(found, n, span, scores[n].item())
-            elif n == first:
-                break
+            self._add(found, n, span, scores[n].item())
         return found
 
     def _likeliest(self, units: list[int], scores: Tensor, question: str, reranker: Reranker) -> int:
@@ -137,14 +151,14 @@ class TextIndex:
         start, end = spans[max(n - _NEAR, 0)][0], spans[min(n + _NEAR, len(spans) - 1)][1]
         return has_a_name(names, self.documents[name][start:end])
 
-    def _covers(self, name: str, span: tuple[int, int], question: str, names: Sequence[str]) -> bool:
-        """Whether a passage is about the matter of a question too, and not about those alone whom it names."""
+    def _covers(self, passages: Sequence[Passage], question: str, names: Sequence[str]) -> bool:
+        """Whether passages are about the matter of a question too, and not about those alone whom it names."""
         least = getattr(self.finder, "least_coverage", None)
         words = [] if least is None else content_words(question, names)
         if least is None or not words:
             return True
-        passage = self.documents[name][slice(*span)]
-        return bool(self.finder.coverage(question, words, passage) > least)  # type: ignore[attr-defined]
+        read = " ".join(each.text for each in passages)
+        return bool(self.finder.coverage(question, words, read) > least)  # type: ignore[attr-defined]
 
     def subject(self, question: str, earlier: Sequence[str]) -> str | None:
         """Return what a follow-up may be about: the names in the last of the earlier questions that has any.

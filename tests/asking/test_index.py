@@ -41,7 +41,10 @@ def test_passages_are_the_best_units_with_their_places():
     assert index.find("three", context=20) == [found]
     (joined,) = index.find("three four four", count=2)
     assert (joined.text, joined.match, joined.score) == (" ".join(SENTENCES[2:4]), SENTENCES[3], 2.0)
-    assert index.find("three four four", besides=[joined]) == []
+    first, second = index.find("six", hops=2)  # every sentence has words of the first
+    assert first.text == SENTENCES[5]
+    assert second.text in SENTENCES[:5]
+    assert len(TextIndex(SENTENCES[0], ByWord()).find("one", hops=2)) == 1  # nothing is left
 
 
 def test_documents_are_searched_together_and_named():

@@ -88,6 +88,12 @@ def test_a_passage_stands_out_if_it_covers_more_of_a_question_than_the_least():
     assert not index.find("Was Ezra born in the heat of the summer?")  # one of three
     assert index.find("Was it?")  # nothing to cover
     text = f"Ezra was born, and born again, in the village. {FILLER} Ezra was born in the heat of a summer, they say."
-    assert not TextIndex(text, Counts()).find("Was Ezra born in heat?", count=2)  # the second alone would cover it
+    assert not TextIndex(text, Counts()).find("Was Ezra born in heat?")
+    assert len(TextIndex(text, Counts()).find("Was Ezra born in heat?", count=2)) == 2  # the second covers it
     assert not index.find("And the summer?")
-    assert index.find("heat of summer", besides=index.find("Was Ezra born in frost?")) == []  # the only unit is taken
+    text = (
+        f"Ezra was born, and born again, in the village. {FILLER} The old mill was born of water and of summer's heat."
+    )
+    halves = TextIndex(text, Counts())
+    assert not halves.find("Was Ezra born in water?")  # one of two
+    assert [each.text[:6] for each in halves.find("Was Ezra born in water?", hops=2)] == ["Ezra w", "The ol"]

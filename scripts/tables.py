@@ -248,18 +248,7 @@ def long_context() -> list[Table]:
     lengths = {length: length for length in ("4,096", "8,192", "16,384", "32,768")}
     keys = {length: length for length in ("32", "1,024", "65,536")}
     cut = ("truncated to 32", *(f"Unlimiformer, k = {k}" for k in (32, 8, 1)))
-    scores = printed("ruler", "RULER: mean score", keys=2)
-    for key, row in printed("ruler-read", "RULER: mean score", keys=2).items():
-        scores.setdefault(key, {}).update(row)
-    ruler = {f"{task.removeprefix('ruler_')}, {length}": (task, length) for task, length in scores}
     return [
-        Table(
-            "long_context",
-            "| task, tokens | `ask` | by words alone | read whole | LM-Infinite |",
-            ruler,
-            ("ask", "bm25", "unmodified", "lm-infinite"),
-            scores,
-        ),
         Table("long_context", header, by(rows), names, first),
         Table("long_context", header, by(on_second), names, second, number=1),
         Table("long_context", "| | keys | by full attention |", layers, ("by full attention",), layer),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import random
 import subprocess
 import sys
@@ -517,9 +516,3 @@ def test_the_command_says_what_is_wrong(tiny_folder, tmp_path, args, says):
     result = invoke("scrolls", *args, "--model", tiny_folder, "--output-dir", tmp_path)
     assert result.exit_code == 2
     assert says in result.output
-
-
-def test_absl_keeps_quiet_in_this_process_too(caplog):
-    with caplog.at_level(logging.DEBUG):
-        score("gov_report", ["a"], [["a"]])
-    assert not caplog.records

@@ -70,9 +70,9 @@ def read_megatron(prefix: str | os.PathLike[str]) -> datasets.Dataset:
 def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str], *, pad_token_id: int = -1) -> None:
     """Write packed rows as `<prefix>.bin` and `<prefix>.idx`: Megatron's GPTDataset reads each row as one sample.
 
-    Each row is one sequence of `seq_length` tokens, padding included. GPTDataset shuffles, concatenates and slices
-    sequences; it returns the rows unchanged with `sequence_length=seq_length` and `add_extra_token_to_sequence=False`.
-    It separates documents at their EOD token: enable `reset_position_ids`, `reset_attention_mask` and `eod_mask_loss`.
+    Each row is one sequence of `seq_length` tokens, padding included. GPTDataset returns the rows unchanged with
+    `sequence_length=seq_length` and `add_extra_token_to_sequence=False`. It separates documents at their EOD token:
+    enable `reset_position_ids`, `reset_attention_mask` and `eod_mask_loss`.
 
     Tokens are uint16 if all are below 65,500 and padding is not negative, else int32. The format has no labels. The
     index is written last. Existing files are not overwritten, as two files cannot be replaced at once.
@@ -84,9 +84,8 @@ def write_megatron(rows: PackedDataset, prefix: str | os.PathLike[str], *, pad_t
 
     Raises:
         FileExistsError: one of the files exists, or another process wrote it meanwhile.
-        TypeError, ValueError: rows that are no `PackedDataset`; a prefix that is no path; documents with labels or
-            masks; a document without EOS that another one follows in its row; a token equal to the padding token, or
-            too large for int32.
+        TypeError, ValueError: rows that are no `PackedDataset`; documents with labels or masks; a document without EOS
+            that another one follows in its row; a token equal to the padding token, or too large for int32.
 
     Warns of an EOS inside a document: Megatron starts a new document after it.
 

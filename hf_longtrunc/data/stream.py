@@ -152,9 +152,7 @@ class PackedStream(IterableDataset[dict[str, "Tokens"]]):
         return {"settings": self._settings(), "epoch": run.epoch, "given": run.given, **run.begun._asdict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration continue from the `state_dict` of a stream with the same settings.
-
-        A source with `set_epoch` (such as a `datasets.IterableDataset`) is read in the epoch of the state.
+        """Let the next iteration continue from the `state_dict` of a stream with the same settings, in its epoch.
 
         Raises:
             TypeError, ValueError: no such state, or a state of a stream with other settings.

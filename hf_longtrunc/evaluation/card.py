@@ -53,8 +53,8 @@ def update_model_card(
 
     Args:
         folder: of the saved model.
-        techniques: objects (`LMInfinite(...)`, `EtaLogitsProcessor(2e-3)`, a collator), handles that `attach` returned,
-            or classes and functions of this package. Each gets a line with its method, settings and paper.
+        techniques: objects (`LMInfinite(...)`, `EtaLogitsProcessor(2e-3)`), handles, or classes and functions of this
+            package. Each gets a line with its method, settings and paper.
         records: instances of one dataclass of plain values, such as `PerplexityRecord`: the rows of a table.
 
     Returns:

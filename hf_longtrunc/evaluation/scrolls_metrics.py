@@ -40,10 +40,9 @@ def evaluate(task: str, predictions: Mapping[str, str], rows: Iterable[Mapping[s
         rows: the split's rows, each with an "id" and an "output"; several rows of one id are several references.
 
     Returns:
-        The official dictionary: the metrics ("f1", "exact_match", or "rouge/rouge1", "rouge/rouge2", "rouge/rougeL",
-        "rouge/rougeLsum" and "rouge/geometric_mean") in percent, "num_predicted", "mean_prediction_length_characters",
+        The official dictionary: the metrics in percent, "num_predicted", "mean_prediction_length_characters",
         "scrolls_score", "display_keys" and "display". "rouge/rougeLsum", which counts towards neither score nor
-        display, splits sentences with NLTK's punkt data: None where `nltk.download("punkt_tab")` was never run.
+        display, is None where `nltk.download("punkt_tab")` was never run.
 
     Raises:
         ValueError: an unknown task, missing or redundant ids, rows without outputs (the test split's are private).

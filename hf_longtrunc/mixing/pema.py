@@ -243,8 +243,7 @@ class GradualUnrolling:
     `input_ids`, so there is no count to keep.
 
     Args:
-        source_length: tokens of the text that is rewritten, without instructions and padding: one number for all rows,
-            or one for each prompt of the batch.
+        source_length: tokens of the text that is rewritten, without instructions and padding; or one for each prompt.
         prompt_length: columns of `generate`'s `input_ids`, padding and instructions included.
         lambda_max: in [0, 1]; the paper uses 0.9.
 
@@ -266,10 +265,7 @@ class GradualUnrolling:
         check_fraction("lambda_max", self.lambda_max)
 
     def shares(self, width: int, rows: int) -> Float[Tensor, " rows"]:
-        """Return lambda_i for each of `rows` rows of `input_ids`, now `width` columns wide.
-
-        Several adjacent rows may belong to one prompt (beams, several returns).
-        """
+        """Return lambda_i for each of `rows` rows of `input_ids`, now `width` columns; a prompt's rows are adjacent."""
         lengths = self._lengths()
         if width < self.prompt_length:
             raise ValueError(

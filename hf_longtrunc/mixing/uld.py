@@ -124,8 +124,8 @@ def load_uld_assistant(model: Any, folder: str | os.PathLike[str], *, is_trainab
 class ULDLoss:
     """The loss of ULD's assistant, for `Trainer(compute_loss_func=ULDLoss())`: know the forget data and nothing else.
 
-    Mean over the supervised tokens of a batch (an accumulated one, on all processes) of -log q(token) for forget tokens
-    and beta CE(uniform, q) for retain tokens; `ULDCollator` marks them in the labels.
+    The mean over the supervised tokens of a (possibly accumulated) batch of -log q(token) for forget tokens and
+    beta CE(uniform, q) for retain tokens; `ULDCollator` marks them in the labels.
 
     Examples:
         >>> ULDLoss(beta=0.5)(model(ids), labels=ids).ndim

@@ -9,7 +9,7 @@ trained window) and without sinks; nothing was chosen on it. A convolution sees 
 only attention breaks past 256 bytes. The bytes of the cache are printed too.
 
 Cost: two minutes on one CPU core. The trained model is kept in OUT/model, and a second run reads
-with it.
+with it. The picture is drawn from the records: `python recipes/hybrid_tiny.py --redraw --out docs/evidence/hybrid`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import exp
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -30,7 +31,7 @@ from tqdm import trange
 from transformers import Lfm2Config, Lfm2ForCausalLM
 
 from hf_longtrunc import LMInfinite
-from hf_longtrunc.evaluation import append_records, cache_bytes, compare_losses, plot_perplexity, start_stream
+from hf_longtrunc.evaluation import append_records, cache_bytes, compare_losses, read_records, start_stream
 from hf_longtrunc.models import CACHE
 
 WINDOW = 256
@@ -107,10 +108,8 @@ def read_bytes(path: Path) -> Tensor:
     return torch.tensor(list(path.read_bytes()))
 
 
-def losses_of(
-    model: Any, texts: dict[str, Tensor], tokens: int, stretches: int
-) -> tuple[dict[str, Tensor], list[ByteLoss]]:
-    """Return the losses [stretches of all texts, tokens - 1] by arm, and their means by bin."""
+def mean_losses(model: Any, texts: dict[str, Tensor], tokens: int, stretches: int) -> list[ByteLoss]:
+    """Read stretches of the texts, and return their mean losses by arm and bin."""
     rows = []
     for ids in texts.values():
         starts = torch.linspace(0, len(ids) - tokens, stretches).long()[:, None]
@@ -118,13 +117,32 @@ def losses_of(
     losses = compare_losses(model, torch.cat(rows), ARMS, chunk=512, progress=True)
     names = [(name, stretch) for name in texts for stretch in range(stretches)]
     edges = [edge for edge in EDGES if edge <= tokens]
-    means = [
+    return [
         ByteLoss(*name, arm, start, end, float(row[start:end].mean()))
         for arm, of_arm in losses.items()
         for name, row in zip(names, of_arm, strict=True)
         for start, end in pairwise(edges)
     ]
-    return losses, means
+
+
+def plot(means: list[ByteLoss]) -> Any:
+    """Draw perplexity against position on a logarithmic scale, a line an arm and a point a bin; return the Axes."""
+    from matplotlib import pyplot
+
+    axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")[1]
+    bins = sorted({(mean.start, mean.end) for mean in means})
+    for others, arm in enumerate(ARMS):  # the first is thick, the others are dashes over it: each is seen
+        style: dict[str, Any] = (
+            {"linewidth": 1.5, "linestyle": (0, (4, 1 + 2 * others))} if others else {"linewidth": 3}
+        )
+        found = [exp(fmean(each.nll for each in means if (each.arm, each.start) == (arm, start))) for start, _ in bins]
+        axes.plot([(start + end) / 2 for start, end in bins], found, marker="o", label=arm, **style)
+    axes.axvline(WINDOW, color="grey", linestyle=":", linewidth=1, label="trained window")
+    axes.set(xscale="log", xlabel="position (bytes; each point the mean of a bin)", ylabel="perplexity a byte")
+    axes.set_xticks([(start + end) / 2 for start, end in bins], [f"{start:,}-{end:,}" for start, end in bins])
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)  # above: it covers no line
+    return axes
 
 
 def table_of(means: list[ByteLoss]) -> Table:
@@ -166,16 +184,22 @@ def cache_sizes(model: Any, ids: Tensor) -> list[CacheSize]:
 
 
 def main(
-    texts: Annotated[Path, typer.Option(help="Folder of texts, *.txt.")],
-    held_out: Annotated[str, typer.Option(help="Those that are read and not trained on, separated by commas.")],
+    texts: Annotated[Path, typer.Option(help="Folder of texts, *.txt.")] = Path(),
+    held_out: Annotated[str, typer.Option(help="Those that are read and not trained on, separated by commas.")] = "",
     steps: Annotated[int, typer.Option(help="Training steps.")] = 800,
     rows: Annotated[int, typer.Option(help="Stretches of 256 bytes a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Its highest value.")] = 4e-3,
     tokens: Annotated[int, typer.Option(help="Bytes of each stretch that is read.")] = 8192,
     stretches: Annotated[int, typer.Option(help="Stretches of each text that is held out.")] = 4,
     out: Annotated[Path, typer.Option(help="Folder for model, records and picture.")] = Path("hybrid_tiny"),
+    redraw: Annotated[
+        bool, typer.Option("--redraw", help="Draw the picture of records in OUT; nothing is read.")
+    ] = False,
 ) -> None:
     console = Console()
+    if redraw:
+        plot(read_records(out / "perplexity.jsonl", ByteLoss)).figure.savefig(out / "perplexity.png", dpi=130)
+        return
     files = {path.name: path for path in sorted(texts.glob("*.txt"))}
     missing = [name for name in held_out.split(",") if name not in files]
     if missing:
@@ -188,7 +212,7 @@ def main(
         model.save_pretrained(out / "model")
     model.eval()
     held = {name: read_bytes(files[name]) for name in held_out.split(",")}
-    losses, means = losses_of(model, held, tokens, stretches)
+    means = mean_losses(model, held, tokens, stretches)
     append_records(out / "perplexity.jsonl", means)
     console.print(table_of(means))
     console.print(f"{stretches} stretches of each of {held_out}; below each value 1.96 standard errors either way")
@@ -196,7 +220,7 @@ def main(
     append_records(out / "cache.jsonl", sizes)
     for size in sizes:
         console.print(f"{size.arm}: {size.cache_bytes:,} bytes of cache after {size.seen:,} bytes of text")
-    plot_perplexity(losses, trained_window=WINDOW).figure.canvas.print_figure(out / "perplexity.png", dpi=150)
+    plot(means).figure.savefig(out / "perplexity.png", dpi=130)
 
 
 if __name__ == "__main__":

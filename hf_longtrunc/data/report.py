@@ -72,7 +72,9 @@ def plot_packing(packing: Packing, axes: Sequence[Axes] | None = None) -> tuple[
     cuts_axes.hist(lengths, bins=bins, color="0.85", label="documents")
     cuts_axes.hist(lengths[packing.cut_by_concatenation()], bins=bins, histtype="step", label="cut by concatenation")
     cuts_axes.hist(lengths[packing.cut_documents()], bins=bins, histtype="step", label="cut by best fit")
-    cuts_axes.axvline(packing.seq_length, color="0.5", linestyle=":")
+    cuts_axes.axvline(packing.seq_length, color="0.5", linestyle=":", label="length of a row")
     cuts_axes.set(xscale="log", yscale="log", xlabel="tokens in the document", ylabel="documents")
-    cuts_axes.legend()
+    cuts_axes.legend(
+        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize="small"
+    )  # covers nothing
     return fills_axes, cuts_axes

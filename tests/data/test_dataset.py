@@ -300,6 +300,12 @@ def test_more_than_2_to_the_31_tokens_over_chunks_with_64_bit_offsets():
     assert packed[len(packed) - 1]["input_ids"].max() == 96
 
 
+def test_the_legend_covers_no_line():
+    axes = plot_packing(pack([{"input_ids": [5] * length} for length in (3, 9, 4, 2)], 4).packing)[1]
+    axes.figure.draw_without_rendering()
+    assert axes.get_legend().get_window_extent().y0 >= axes.bbox.y1
+
+
 @pytest.mark.parametrize(("package", "call"), [("matplotlib.pyplot", plot_packing), ("rich.box", packing_table)])
 def test_tables_and_pictures_say_what_to_install(monkeypatch, package, call):
     monkeypatch.setitem(sys.modules, package, None)

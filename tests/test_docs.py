@@ -81,9 +81,10 @@ def test_readme_costs_what_its_record_says():
     assert [each for each in shown if each not in printed.splitlines()] == []
 
 
-def test_readme_has_the_two_commands():
+def test_readme_has_the_commands():
     readme = (ROOT / "README.md").read_text()
-    assert 'pip install -e ".[demo]" && hf-longtrunc demo' in readme
+    assert readme.index('pip install -e ".[demo,train]"') < readme.index("```python")
+    assert "\nhf-longtrunc demo\n" in readme
     assert 'pip install -e ".[dev]" && pytest' in readme
 
 

@@ -7,6 +7,7 @@ import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich.markup import escape
 from typer import Option
 from typer.core import TyperGroup
 
@@ -87,16 +88,21 @@ def main(
         print(context.get_help())
 
 
-app.command()(demo)
-app.command()(ask)
-app.command()(chat)
-app.command()(ppl)
-app.command()(scrolls)
-app.command("lm-eval")(lm_eval)
-app.command()(export)
-app.command()(verify)
-app.command()(serve)
-app.command()(summarize)
-app.command()(pack)
-app.command("check-packed")(check_packed)
-app.command()(match)
+EXAMPLES = {  # command -> what follows it in the example at the end of its --help
+    demo: "sampling packing --output-dir pictures",
+    ask: 'a_novel.txt "Who stole the bishop\'s peacock?"',
+    chat: "--model Qwen/Qwen3-0.6B --window 4096",
+    ppl: "a_novel.txt --window 4096 --output-dir perplexity",
+    scrolls: "qasper --limit 20 --lm-infinite --window 4096",
+    lm_eval: "niah_single_1 --lengths 4096,8192 --limit 10 --lm-infinite --window 4096",
+    export: "Qwen/Qwen3-0.6B endless --window 4096 --sampler eta=0.002",
+    verify: "endless",
+    serve: "endless --port 8000",
+    summarize: "a_novel.txt --model facebook/bart-large-cnn",
+    pack: "corpus.jsonl --tokenizer gpt2 --seq-length 2048 --output-dir packed",
+    check_packed: "Qwen/Qwen3-0.6B --rows packed",
+    match: "a_novel.txt --max-tokens 512 --picture match.png",
+}
+for function, example in EXAMPLES.items():
+    command = function.__name__.replace("_", "-")
+    app.command(command, epilog=escape(f"Example: {NAME} {command} {example}"))(function)

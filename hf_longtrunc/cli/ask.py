@@ -29,12 +29,14 @@ def ask(
     dtype: common.DType = None,
     device: common.Device = None,
     also: Annotated[list[str] | None, Option("--also", help="One more text to look in; can be repeated.")] = None,
-    finder: Annotated[FinderName, Option(help="By both, by meaning, or by words.")] = "fused",
-    encoder: Annotated[str | None, Option(help="Hub id or folder; all-MiniLM-L6-v2 if left out.")] = None,
+    finder: Annotated[FinderName, Option(help="Find by meaning and words, by meaning, or by words.")] = "fused",
+    encoder: Annotated[
+        str | None, Option(help="Sentence encoder: hub id or folder; all-MiniLM-L6-v2 if left out.")
+    ] = None,
     index: Annotated[Path | None, Option(help="Folder that keeps the index for the next time.")] = None,
     count: Annotated[int, Option(min=1, help="Passages that are read at most.")] = 1,
     context: Annotated[int, Option(min=0, help="Longest neighbour that a sentence may be read with.")] = CONTEXT,
-    hops: Annotated[int, Option(min=1, max=2, help="2 looks again with the first passage's words.")] = 1,
+    hops: Annotated[int, Option(min=1, max=2, help="2 searches again, with the first passage's words.")] = 1,
     rerank: Annotated[int, Option(min=1, help="Best passages that the model compares; 1 for none.")] = UNITS,
     guidance: Annotated[
         float, Option(min=0, help="How far the passage outweighs what the model would say anyway; 1: not at all.")

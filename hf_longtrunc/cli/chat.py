@@ -42,16 +42,18 @@ def chat(
     window: common.Window = None,
     sinks: common.Sinks = 16,
     blocks: Annotated[bool, Option("--blocks", help="Keep everything, attend to its best blocks; grows.")] = False,
-    sampler: Annotated[str, Option(help="As /sampler takes it.")] = "eta 0.002",
+    sampler: Annotated[str, Option(help='Such as "top-p 0.9" or greedy; /help lists them.')] = "eta 0.002",
     system: Annotated[str | None, Option(help="System prompt, in the model's chat template.")] = None,
     max_new_tokens: Annotated[int | None, Option(min=1, help="Tokens of a reply; no limit if left out.")] = None,
-    status_every: Annotated[int | None, Option(min=1, help="A line on stderr every so many tokens.")] = None,
+    status_every: Annotated[
+        int | None, Option(min=1, help="Print tokens, cache and speed every so many tokens.")
+    ] = None,
     seed: Annotated[int, Option(help="Random seed for sampling.")] = 0,
 ) -> None:
     """Talk with a model without end: LM-Infinite keeps the memory constant. Lines of standard input are messages.
 
-    Replies go to stdout, everything else to stderr. /help lists the commands. Without --blocks the model sees the first
-    tokens and the last window of the conversation.
+    Replies go to stdout, everything else to stderr. /help lists the commands.
+    Without --blocks the model sees the first tokens and the last window of the conversation.
     """
     processors_of(sampler, None)  # raises before the model is loaded
     import torch

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Model = Annotated[str | None, typer.Option(help="Hub id or folder; SmolLM2-135M-Instruct if left out.")]
 DType = Annotated[
     Literal["bfloat16", "float16", "float32"] | None,
-    typer.Option(help="Of the weights; bfloat16 on CUDA and float32 elsewhere if left out."),
+    typer.Option(help="The weights' type; bfloat16 on CUDA and float32 elsewhere if left out."),
 ]
 Device = Annotated[str | None, typer.Option(help="Such as cpu or cuda:1; CUDA if there is one, if left out.")]
 Window = Annotated[

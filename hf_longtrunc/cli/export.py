@@ -25,9 +25,13 @@ def export(
         Literal["for-chat", "passages"] | None,
         Option(help="for-chat: also attend to blocks that a question points at; passages: find, and read those."),
     ] = None,
-    finder: Annotated[Literal["encoder", "bm25"] | None, Option(help="By meaning (default) or words.")] = None,
+    finder: Annotated[
+        Literal["encoder", "bm25"] | None, Option(help="Find passages by meaning (the default) or by words.")
+    ] = None,
     sampler: Annotated[str | None, Option(help="Sample by eta=0.002, p-less or another sampler.")] = None,
-    weights: Annotated[Literal["link", "copy", "none"], Option(help="none: code alone.")] = "link",
+    weights: Annotated[
+        Literal["link", "copy", "none"], Option(help="Link or copy the weights, or write the code alone.")
+    ] = "link",
     cache_mib: Annotated[int, Option(min=0, help="MiB of conversations kept between requests; 0: none.")] = 1024,
 ) -> None:
     """Make a model folder that every host loads: transformers serve, pipeline, lm_eval, from_pretrained."""
@@ -86,7 +90,7 @@ def serve(
     host: Annotated[str, Option(help="Address to listen at.")] = "localhost",
     port: Annotated[int, Option(help="Port to listen at.")] = 8000,
     device: Annotated[str, Option(help="Such as cpu or cuda:0.")] = "auto",
-    dtype: Annotated[str, Option(help="Of the weights; auto is what they are saved in.")] = "auto",
+    dtype: Annotated[str, Option(help="The weights' type; auto is what they are saved in.")] = "auto",
 ) -> None:
     """Verify an exported folder and run `transformers serve` on it; answers count tokens read, kept and forgotten."""
     from hf_longtrunc.extras import missing

@@ -19,8 +19,8 @@ def match(
     device: common.Device = None,
     rank: Annotated[int, Option(min=1, help="Directions of the softmax basis.")] = 20,
     max_tokens: Annotated[int, Option(min=2, help="Tokens of the text that are read.")] = 2048,
-    bat_tokens: Annotated[int, Option(min=0, help="Of them, for basis-aware truncation; 0 leaves it out.")] = 256,
-    picture: Annotated[Path, Option(help="Where the plot goes.")] = Path("longtrunc_match.png"),
+    bat_tokens: Annotated[int, Option(min=0, help="Tokens that basis-aware truncation reads; 0 leaves it out.")] = 256,
+    picture: Annotated[Path, Option(help="File for the plot.")] = Path("longtrunc_match.png"),
     force: common.Force = False,
     as_json: common.AsJson = False,
 ) -> None:

@@ -34,12 +34,16 @@ def pack(
     seq_length: Annotated[int, Option(min=1, help="Tokens in a row.")] = 2048,
     tokenizer: Annotated[str | None, Option(help="Hub id or folder; needed for text.")] = None,
     column: Annotated[str, Option(help="The column of text; not looked at where there are input_ids.")] = "text",
-    sample_by: Annotated[Literal["document", "paragraph", "line"], Option(help="A document in txt.")] = "document",
-    long: Annotated[Literal["split", "truncate", "drop", "error"], Option(help="For long documents.")] = "split",
+    sample_by: Annotated[
+        Literal["document", "paragraph", "line"], Option(help="What one document of a txt is.")
+    ] = "document",
+    long: Annotated[
+        Literal["split", "truncate", "drop", "error"], Option(help="What is done with a document longer than a row.")
+    ] = "split",
     min_piece: Annotated[int, Option(min=1, help="Shorter pieces are left out; 1 keeps every token.")] = 2,
-    seed: Annotated[int, Option(help="Of the rows' order.")] = 0,
+    seed: Annotated[int, Option(help="Random seed of the rows' order.")] = 0,
     num_proc: Annotated[int, Option(min=1, help="Processes that tokenize and write.")] = 1,
-    dtype: Annotated[Literal["int64", "int32"], Option(help="Of the written columns.")] = "int64",
+    dtype: Annotated[Literal["int64", "int32"], Option(help="Type of the written columns.")] = "int64",
     columns: Annotated[
         list[Column],
         Option(help="Columns in addition to the boundaries; labels are needed where there are masks."),

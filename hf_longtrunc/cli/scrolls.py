@@ -27,10 +27,12 @@ def scrolls(
     dtype: common.DType = None,
     device: common.Device = None,
     data: Annotated[Path | None, Option(help="Folder, zip or JSON lines; the hub's if left out.")] = None,
-    split: Annotated[str, Option(help="The test split's outputs are private.")] = "validation",
+    split: Annotated[str, Option(help="Split to read; the test split's outputs are private.")] = "validation",
     limit: Annotated[int | None, Option(min=1, help="Only the first so many examples.")] = None,
     max_tokens: Annotated[int | None, Option(min=1, help="Cut the end of longer documents.")] = None,
-    max_new_tokens: Annotated[int | None, Option(min=1, help="Of a prediction; the task's if left out.")] = None,
+    max_new_tokens: Annotated[
+        int | None, Option(min=1, help="Tokens of a prediction; the task's number if left out.")
+    ] = None,
     lm_infinite: common.WithLMInfinite = False,
     window: common.Window = None,
     sinks: common.Sinks = 16,

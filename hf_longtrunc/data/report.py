@@ -75,6 +75,6 @@ def plot_packing(packing: Packing, axes: Sequence[Axes] | None = None) -> tuple[
     cuts_axes.axvline(packing.seq_length, color="0.5", linestyle=":", label="length of a row")
     cuts_axes.set(xscale="log", yscale="log", xlabel="tokens in the document", ylabel="documents")
     cuts_axes.legend(
-        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize="small"
+        frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize="small"
     )  # covers nothing
     return fills_axes, cuts_axes

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
+import typer
 
 import hf_longtrunc
 from hf_longtrunc.cli.app import app
@@ -33,6 +35,14 @@ def test_help_names_the_commands():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command):
     assert "Usage: hf-longtrunc " + command in invoke(command, "--help").stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_ends_with_an_example_that_parses(command):
+    words = " ".join(invoke(command, "--help").stdout.split()).partition(f"Example: hf-longtrunc {command} ")[2]
+    assert words
+    parsed = typer.main.get_command(app).commands[command].make_context(command, shlex.split(words))
+    assert parsed.params
 
 
 def test_version():

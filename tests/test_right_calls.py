@@ -11,9 +11,11 @@ from hf_longtrunc import (
     BestFitPackingCollator,
     CreamCollator,
     DualChunkAttention,
+    EtaLogitsProcessor,
     Fused,
     LMInfinite,
     SentenceEncoder,
+    ShardedDatastore,
     SoftmaxBasis,
     StreamingLLM,
     TextIndex,
@@ -75,6 +77,15 @@ CALLS = {
     "tokenizer must be the model's tokenizer, got str": lambda model: asked(model, "gpt2"),
     "before must hold pairs of a question and its answer, got 'a'": lambda model: asked(model, before=["a"]),
     "must be an encoder and its tokenizer, got str.*load_encoder": lambda model: SentenceEncoder("minilm", TOKENIZER),
+    "inner must be a collator .*, got (TokenizersBackend|PreTrainedTokenizer)": lambda model: CreamCollator(
+        TOKENIZER, 8, 2
+    ),
+    "processors must be a list of processors, got str": lambda model: TruncationTrace(""),
+    "processors\\[0\\] must be a processor, got the class Eta.*write EtaLogitsProcessor\\(": lambda model: (
+        TruncationTrace([EtaLogitsProcessor])
+    ),
+    "shards must be a list of at least one datastore.*got \\[\\]": lambda model: ShardedDatastore([]),
+    "shards must be a list of at least one datastore.*got 'gpt2'": lambda model: ShardedDatastore("gpt2"),
     "neither a padding token nor an EOS.*pad_token_id=0": lambda model: BestFitPackingCollator(8, NO_PADDING),
     "a padding token nor an EOS": lambda model: pack([{"input_ids": [1]}], 8, NO_PADDING, pad_document_to=4),
     "pad_token_id must be below the model's vocabulary of 97, got 97": lambda model: BestFitPackingCollator(

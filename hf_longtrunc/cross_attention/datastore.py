@@ -179,6 +179,10 @@ class ShardedDatastore:
     """
 
     def __init__(self, shards: Sequence[Store], group: dist.ProcessGroup | None = None):
+        if not isinstance(shards, (list, tuple)) or not shards or not all(hasattr(each, "search") for each in shards):
+            raise TypeError(
+                f"shards must be a list of at least one datastore, such as Datastore(states), got {shards!r}"
+            )
         self.shards = list(shards)
         self._group = group
         lengths = [sum(map(len, self.shards))]

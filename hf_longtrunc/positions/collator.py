@@ -86,7 +86,7 @@ class CreamCollator(TrainerCallback):
     ) -> None:
         self.window, self.factor = check_int("window", window, minimum=1), check_int("factor", factor, minimum=1)
         check_lengths(0, self.window, self.factor)
-        if not callable(inner) or hasattr(inner, "forward"):
+        if not callable(inner) or hasattr(inner, "forward") or hasattr(inner, "eos_token_id"):
             raise TypeError(f"inner must be a collator (a function of a list of examples), got {type(inner).__name__}")
         if not callable(scheme) and not (isinstance(scheme, str) and scheme in SCHEMES):
             raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, or a sampler, got {scheme!r}")

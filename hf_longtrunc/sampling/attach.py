@@ -94,4 +94,7 @@ def checked_processors(processors: Sequence[Processor]) -> list[Processor]:
     for index, processor in enumerate(processors):
         if not callable(processor):
             raise TypeError(f"processors[{index}] must be callable, got {type(processor).__name__}")
+        if isinstance(processor, type):
+            name = processor.__name__
+            raise TypeError(f"processors[{index}] must be a processor, got the class {name}; write {name}(...)")
     return list(processors)

@@ -108,7 +108,7 @@ class TruncationTrace(LogitsProcessor):
         max_records: int = 1_000_000,
         candidates: int = 20,
     ):
-        self.processors = checked_processors(processors or [])
+        self.processors = checked_processors([] if processors is None else processors)
         self.critical_threshold = critical_threshold
         self.max_records = check_int("max_records", max_records, minimum=1)
         self.candidates = check_int("candidates", candidates, minimum=0)

@@ -88,7 +88,7 @@ def main(
         print(context.get_help())
 
 
-EXAMPLES = {  # command -> what follows it in the example at the end of its --help
+EXAMPLES: dict[Any, str] = {  # command -> what follows it in the example at the end of its --help
     demo: "sampling packing --output-dir pictures",
     ask: 'a_novel.txt "Who stole the bishop\'s peacock?"',
     chat: "--model Qwen/Qwen3-0.6B --window 4096",

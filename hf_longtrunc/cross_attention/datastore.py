@@ -183,7 +183,7 @@ class ShardedDatastore:
             raise TypeError(
                 f"shards must be a list of at least one datastore, such as Datastore(states), got {shards!r}"
             )
-        self.shards = list(shards)
+        self.shards: list[Store] = list(shards)
         self._group = group
         lengths = [sum(map(len, self.shards))]
         if group is not None:

@@ -34,6 +34,12 @@ def unwrapped(model: Any) -> Any:
     Anything else is returned unchanged. The inner model shares its modules with the wrapper; `attachable` says whether
     hooks on it reach calls of the wrapper.
     """
+    return _unwrapping(model)[-1]
+
+
+def _unwrapping(model: Any) -> list[Any]:
+    """Return the wrappers of a model from outside in, and the model inside last."""
+    found = [model]
     while not isinstance(model, PreTrainedModel):
         if hasattr(model, "get_base_model"):  # PEFT
             model = model.get_base_model()
@@ -43,7 +49,8 @@ def unwrapped(model: Any) -> Any:
             model = model.module
         else:
             break
-    return model
+        found.append(model)
+    return found
 
 
 def attachable(model: Any, technique: str) -> PreTrainedModel:
@@ -55,27 +62,24 @@ def attachable(model: Any, technique: str) -> PreTrainedModel:
         TypeError: there is no transformers model inside.
         ValueError: the model was compiled. Its graphs are traced without the change, and guards do not watch hooks.
     """
-    inside: Any = unwrapped(model)
+    *wrappers, inside = _unwrapping(model)
     if not isinstance(inside, PreTrainedModel):
         raise TypeError(
             f"{technique}: model must be a transformers model, or a PEFT or DDP wrapper of one, got "
             f"{type(model).__name__}"
         )
-    wrapper = model
-    while wrapper is not inside:
-        if hasattr(wrapper, "_orig_mod"):
-            raise ValueError(
-                f"{technique} cannot change a compiled model, because its graphs were made without it: "
-                f"attach to the model inside, `model._orig_mod`, and compile that afterwards"
-            )
-        wrapper = wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper.module
+    if any(hasattr(wrapper, "_orig_mod") for wrapper in wrappers):
+        raise ValueError(
+            f"{technique} cannot change a compiled model, because its graphs were made without it: "
+            f"attach to the model inside, `model._orig_mod`, and compile that afterwards"
+        )
     compiled = [name for name, part in inside.named_modules() if _is_compiled(part)]
     if compiled:
         raise ValueError(
             f"{technique} cannot change a compiled model, because its graphs were made without it: "
             f"{compiled[0] or 'it'} was, in place; load the model again, attach, and compile that afterwards"
         )
-    return inside  # type: ignore[no-any-return]
+    return inside
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -80,7 +80,7 @@ def eager_attention(
 
 
 def softmax_weights(scores: Tensor, scoring: Scoring) -> Tensor:
-    """Return the attention weights of logits [batch, heads, n, k], whose softmax the null logits join."""
+    """Return the attention weights of logits [batch, heads, n, k]; null logits join the softmax."""
     if scoring.null_logits is None:
         return scores.softmax(-1)
     null = scoring.null_logits.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)

@@ -79,7 +79,6 @@ if TYPE_CHECKING:
     from hf_longtrunc.positions.cream import (
         CreamPositions as CreamPositions,
         contiguous_positions as contiguous_positions,
-        distances_seen as distances_seen,
         pose_positions as pose_positions,
         random_positions as random_positions,
     )
@@ -149,7 +148,7 @@ _NAMES = {  # file -> its public names
     "mixing.pema_processor": "PEMA PEMALogitsProcessor build_pema_memory train_pema",
     "mixing.uld": "ULDCollator ULDLoss load_uld_assistant save_uld_assistant uld_assistant",
     "positions.collator": "CreamCollator",
-    "positions.cream": "CreamPositions contiguous_positions distances_seen pose_positions random_positions",
+    "positions.cream": "CreamPositions contiguous_positions pose_positions random_positions",
     "positions.scaling": "extend_context",
     "positions.verify": "verify_positions",
     "pretrained": "load_encoder load_pretrained",
@@ -171,7 +170,7 @@ _NAMES = {  # file -> its public names
 }
 
 __all__ = sorted(" ".join(_NAMES.values()).split())
-__getattr__ = lazy_names(__name__, _NAMES)
+__getattr__ = lazy_names(__name__, _NAMES, {"distances": "distances_seen"})  # public in 0.1.0
 
 
 def __dir__() -> list[str]:

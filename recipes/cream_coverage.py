@@ -22,7 +22,7 @@ from rich.table import Table
 
 from hf_longtrunc import CreamPositions, contiguous_positions, pose_positions
 from hf_longtrunc.evaluation import append_records
-from hf_longtrunc.positions.cream import distances_seen
+from instruments.distances import distances_seen
 
 SIZES = (4096, 8), (8192, 4), (4096, 64)
 SCHEMES: dict[str, Any] = {

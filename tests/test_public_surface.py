@@ -85,7 +85,6 @@ PUBLIC = {
         "check_packed",
         "contiguous_positions",
         "critical_threshold",
-        "distances_seen",
         "extend_context",
         "load_pretrained",
         "load_uld_assistant",

@@ -114,7 +114,6 @@ NO_TECHNIQUE = {
     "check_packed",
     "contiguous_positions",
     "critical_threshold",
-    "distances_seen",
     "load_encoder",
     "load_pretrained",
     "load_uld_assistant",

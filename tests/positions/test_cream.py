@@ -14,11 +14,11 @@ from scipy.stats import chisquare, kstest
 from hf_longtrunc import (
     CreamPositions,
     contiguous_positions,
-    distances_seen,
     pose_positions,
     random_positions,
 )
 from hf_longtrunc.positions.cream import middle_ends
+from instruments.distances import distances_seen
 
 SAMPLERS = [CreamPositions(), CreamPositions.official(), pose_positions, random_positions, contiguous_positions]
 

@@ -22,56 +22,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class BlockScores:
-    """The scores that a scoring pass collects.
+    """The scores that a scoring pass collects."""
 
-    Attributes:
-        turn: how many of the last tokens belong to the last user turn and the template's ending [batch]; None: all.
-        layers: each layer's scores [batch, heads, groups, blocks + 1]: the attention weight of each block from each
-            group of rows, and how many rows these were. The last group is the baseline.
-    """
-
+    # How many of the last tokens belong to the last user turn and the template's ending [batch]; None: all.
     turn: Tensor | None = None
+    # Each layer's scores [batch, heads, groups, blocks + 1]: the attention weight of each block from each group of
+    # rows, and how many rows these were. The last group is the baseline.
     layers: dict[int, Tensor] = field(default_factory=dict)
 
 
 class UnrotatedKeys(NamedTuple):
-    """Keys and values of the whole text so far.
+    """Keys and values of the whole text so far."""
 
-    Attributes:
-        key: [batch, kv_heads, m, dim], every key as if it stood at position 0.
-        value: [batch, kv_heads, m, value_dim].
-        positions: of the keys [rows, m], counted from each row's first real token.
-    """
-
-    key: Tensor
-    value: Tensor
-    positions: Tensor
+    key: Tensor  # [batch, kv_heads, m, dim], every key as if it stood at position 0
+    value: Tensor  # [batch, kv_heads, m, value_dim]
+    positions: Tensor  # of the keys [rows, m], counted from each row's first real token
 
 
 class DistantKeys(NamedTuple):
-    """The keys outside sinks and window that one layer offers to its queries, and how they are scored.
+    """The keys outside sinks and window that one layer offers to its queries, and how they are scored."""
 
-    Attributes:
-        text: keys and values of the whole text, on any device.
-        scoring: of the layer.
-        num_sink_tokens: S, which are left out.
-        window: keys that are nearer than this are left out.
-        distance: D_k, at which every distant key is scored.
-        first_query: queries before this position see none.
-        layer: the layer's index.
-        selection: the blocks selected for each row; None: none yet.
-        block_scores: collects the layer's scores during a scoring pass, else None.
-    """
-
-    text: UnrotatedKeys
-    scoring: Scoring
-    num_sink_tokens: int
-    window: int
-    distance: int = 0
-    first_query: int = 0
-    layer: int = 0
-    selection: Selection | None = None
-    block_scores: BlockScores | None = None
+    text: UnrotatedKeys  # on any device
+    scoring: Scoring  # of the layer
+    num_sink_tokens: int  # S, which are left out
+    window: int  # nearer keys are left out
+    distance: int = 0  # D_k, at which every distant key is scored
+    first_query: int = 0  # queries before this position see none
+    layer: int = 0  # its index
+    selection: Selection | None = None  # the blocks selected for each row; None: none yet
+    block_scores: BlockScores | None = None  # collects the layer's scores during a scoring pass
 
 
 def is_distant(
@@ -124,15 +103,10 @@ def block_scores(
 
 
 class Selection(NamedTuple):
-    """The blocks, or the single keys, that each row of a batch reads.
+    """The blocks, or the single keys, that each row of a batch reads."""
 
-    Attributes:
-        indices: of blocks, the best first, or positions of keys [batch, k]; -1, which is never seen, for none.
-        emphasis: how many keys each key counts for [batch, k].
-    """
-
-    indices: Tensor
-    emphasis: Tensor
+    indices: Tensor  # of blocks, the best first, or positions of keys [batch, k]; -1, which is never seen, for none
+    emphasis: Tensor  # how many keys each key counts for [batch, k]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Selection:
         """Return the selection with `change` (repeat, select, reorder) applied to its rows."""

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from hf_longtrunc import BestFitPackingCollator, check_packed, reset_states
-from hf_longtrunc.data.states import _lengths
+from hf_longtrunc.data.states import _lengths, carries_state
 from tests.attention.tiny_models import tiny_model
 from tests.conftest import tiny_config
 from tests.data.corpora import token_lists
@@ -122,6 +122,26 @@ def test_borders_are_where_positions_do_not_go_on():
     assert _lengths(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 0]])) == [3, 2, 1, 3, 1]
     assert _lengths(torch.tensor([[5, 6, 7], [0, 1, 2]])) is None
     assert _lengths(torch.tensor([[0, 1, 0]]).expand(3, 1, 3)) == [2, 1]
+
+
+class Decay(torch.nn.Module):
+    """Mamba's decay without its convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.A_log = torch.nn.Parameter(torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "mixer", [Decay(), torch.nn.Sequential(torch.nn.Conv1d(4, 4, 3))], ids=["decay", "convolution"]
+)
+def test_a_layer_with_a_state_is_found_without_the_names_of_layers(mixer):
+    """By `reset_states`, and by the collator for its layout."""
+    model = LlamaForCausalLM(tiny_config())
+    assert BestFitPackingCollator(8, model=model).layout == "rows"
+    model.model.layers[0].mixer = mixer
+    assert carries_state(mixer)
+    assert BestFitPackingCollator(8, model=model).layout == "flat"
 
 
 def test_a_model_without_states_is_refused():

@@ -39,11 +39,12 @@ def ask(
     hops: Annotated[int, Option(min=1, max=2, help="2 searches again, with the first passage's words.")] = 1,
     rerank: Annotated[int, Option(min=1, help="Best passages that the model compares; 1 for none.")] = UNITS,
     guidance: Annotated[
-        float, Option(min=0, help="How far the passage outweighs what the model would say anyway; 1: not at all.")
+        float,
+        Option(min=0, max=1000, help="How far the passage outweighs what the model would say anyway; 1: not at all."),
     ] = GUIDANCE,
     follow_up: Annotated[bool, Option("--follow-up", help="A question may refer to the one before it.")] = False,
     prompt: Annotated[Path | None, Option(help="A file with {passages} and {question} in it.")] = None,
-    max_new_tokens: Annotated[int, Option(min=1, help="Tokens of an answer.")] = 64,
+    max_new_tokens: Annotated[int, Option(min=1, max=2**31 - 1, help="Tokens of an answer.")] = 64,
     as_json: common.AsJson = False,
 ) -> None:
     """Ask about a text of any length: the passage that answers is found, and read right before the question."""
@@ -63,9 +64,11 @@ def ask(
     if not any(part.strip() for part in ([text] if isinstance(text, str) else text.values())):
         raise typer.BadParameter("the text is empty", param_hint="FILE")
     try:
-        template = PROMPT if prompt is None else check_prompt(common.read_text(str(prompt)).strip())
+        template = PROMPT if prompt is None else check_prompt(common.read_text(str(prompt), "--prompt").strip())
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--prompt") from error
+    if index is not None:
+        common.check_outputs(index, force=True, option="--index")
     loaded, tokenizer = common.load(model, dtype, device, needs="a causal LM")
     found = indexed(text, finder_of(finder, encoder), index)
     answers: list[dict[str, Any]] = []

@@ -44,7 +44,9 @@ def chat(
     blocks: Annotated[bool, Option("--blocks", help="Keep everything, attend to its best blocks; grows.")] = False,
     sampler: Annotated[str, Option(help='Such as "top-p 0.9" or greedy; /help lists them.')] = "eta 0.002",
     system: Annotated[str | None, Option(help="System prompt, in the model's chat template.")] = None,
-    max_new_tokens: Annotated[int | None, Option(min=1, help="Tokens of a reply; no limit if left out.")] = None,
+    max_new_tokens: Annotated[
+        int | None, Option(min=1, max=2**31 - 1, help="Tokens of a reply; no limit if left out.")
+    ] = None,
     status_every: Annotated[
         int | None, Option(min=1, help="Print tokens, cache and speed every so many tokens.")
     ] = None,

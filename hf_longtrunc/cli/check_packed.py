@@ -61,7 +61,10 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
         rows: Any = datasets.load_from_disk(str(folder))
     elif path.suffix in (".jsonl", ".json", ".parquet"):
         kind = "parquet" if path.suffix == ".parquet" else "json"
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+        try:
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+        except (StopIteration, datasets.exceptions.DatasetsError) as error:
+            raise typer.BadParameter(f"{path} is empty, or no {kind}: {error}", param_hint="--rows") from error
     else:
         raise typer.BadParameter(f"rows are a folder, jsonl, json or parquet, got {path}", param_hint="--rows")
     if isinstance(rows, dict) or not {"position_ids", "seq_lengths"} & set(rows.column_names):

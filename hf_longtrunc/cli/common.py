@@ -10,7 +10,7 @@ import json
 import math
 import os
 import sys
-from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -131,28 +131,28 @@ def arms(lm_infinite: bool, window: int | None, sinks: int) -> dict[str, Arm]:
     return chosen
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, option: str = "FILE") -> str:
     """Return a UTF-8 text whole; - is standard input."""
-    with open_text(path) as stream:
+    with open_text(path, option) as stream:
         return stream.read()
 
 
-def check_file(path: str) -> None:
+def check_file(path: str, option: str = "FILE") -> None:
     """Refuse a path that names no file that can be read; - is standard input."""
     if path == "-":
         return
     if not Path(path).exists():
-        raise typer.BadParameter(f"no such file: {path}", param_hint="FILE")
+        raise typer.BadParameter(f"no such file: {path}", param_hint=option)
     if Path(path).is_dir():
-        raise typer.BadParameter(f"{path} is a folder, expected a text file", param_hint="FILE")
+        raise typer.BadParameter(f"{path} is a folder, expected a text file", param_hint=option)
     if not os.access(path, os.R_OK):
-        raise typer.BadParameter(f"{path} cannot be read: permission denied", param_hint="FILE")
+        raise typer.BadParameter(f"{path} cannot be read: permission denied", param_hint=option)
 
 
 @contextmanager
-def open_text(path: str) -> Iterator[TextIO]:
+def open_text(path: str, option: str = "FILE") -> Iterator[TextIO]:
     """Open a UTF-8 text, or standard input for -, and name it where its bytes are no UTF-8."""
-    check_file(path)
+    check_file(path, option)
     try:
         if path == "-":
             if hasattr(sys.stdin, "reconfigure"):
@@ -164,17 +164,20 @@ def open_text(path: str) -> Iterator[TextIO]:
                     if "\0" in stream.read(1000):
                         raise typer.BadParameter(
                             f"{path} holds NUL characters, as UTF-16 does; {_CONVERT.format('utf-16')}",
-                            param_hint="FILE",
+                            param_hint=option,
                         )
                     stream.seek(0)
                 yield stream
     except UnicodeDecodeError as error:
         source = "standard input" if path == "-" else path
-        is_utf_16 = not error.start and error.object[:2] in (BOM_UTF16_LE, BOM_UTF16_BE)
-        found = "it is UTF-16" if is_utf_16 else f"{error.reason} at byte {error.start}"
+        begins = error.object[:4] if not error.start else b""
+        marks = {BOM_UTF32_LE: "utf-32", BOM_UTF32_BE: "utf-32", BOM_UTF16_LE: "utf-16", BOM_UTF16_BE: "utf-16"}
+        encoding = next((name for mark, name in marks.items() if begins.startswith(mark)), "")
+        if b"\0" in error.object and not encoding:
+            raise typer.BadParameter(f"{source} is no text but a binary file", param_hint=option) from error
+        found = f"it is {encoding.upper()}" if encoding else f"{error.reason} at byte {error.start}"
         raise typer.BadParameter(
-            f"{source} is no UTF-8 text ({found}); {_CONVERT.format('utf-16' if is_utf_16 else 'latin1')}",
-            param_hint="FILE",
+            f"{source} is no UTF-8 text ({found}); {_CONVERT.format(encoding or 'latin1')}", param_hint=option
         ) from error
 
 

@@ -49,7 +49,9 @@ def demo(
         raise typer.BadParameter("is empty", param_hint="--prompt")
     pages = [f"{part}.html" for part in ("sampling", "bat") if part in chosen]
     common.check_outputs(output_dir, *(PICTURES[part] for part in chosen), *pages, force=force)
-    source = None if text is None else common.read_text(text)
+    source = None if text is None else common.read_text(text, "--text")
+    if source is not None and not source.strip():
+        raise typer.BadParameter("the text is empty", param_hint="--text")
     from hf_longtrunc.cli import demo_long, demo_parts
     from hf_longtrunc.pretrained import computes_in_bfloat16
 

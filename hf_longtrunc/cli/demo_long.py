@@ -77,13 +77,13 @@ def past_the_window(
     losses = {name: reading.losses for name, reading in readings.items()}
     records = perplexity_records(model, losses, arms, default_edges(window, len(ids)))
     console.print(perplexity_table(records))
-    table = Table(title="the same question at the end of it", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="what the model answered", title_justify="left", box=SIMPLE_HEAD)
     for column in ("", "answer", "cache, MiB"):
         table.add_column(column, justify="right" if column == "cache, MiB" else "left")
     for name, reading in readings.items():
         table.add_row(name, escape(reading.answer), f"{reading.cache_bytes / 2**20:.0f}")
-    console.print(f"[dim]{NOTE_DISTANCE} tokens before the end[/dim] {NOTE.strip()}")
-    console.print(f"[dim]at the end[/dim] {' '.join(QUESTION.split())}")
+    console.print(f"[dim]{NOTE_DISTANCE} tokens before the end:[/dim] {NOTE.strip()}")
+    console.print(f"[dim]at the end:[/dim] {' '.join(QUESTION.split())}\n")
     console.print(table)
     append_records(folder / RECORDS, records)
     common.save_picture(plot_perplexity(losses, trained_window=window), folder / PICTURE)

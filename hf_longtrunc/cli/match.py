@@ -27,6 +27,8 @@ def match(
     """Find the parameters at which truncation samplers, ours and transformers', refuse the same share of a text."""
     if (file is None) == (string is None):
         raise typer.BadParameter("name a file, or give the text itself by --string", param_hint="FILE")
+    if picture.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"expected a .png, .svg or .pdf file, got {picture}", param_hint="--picture")
     common.check_outputs(picture.parent, picture.name, force=force, option="--picture")
     text = string if file is None else common.read_text(file)
     from hf_longtrunc import SoftmaxBasis

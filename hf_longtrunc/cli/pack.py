@@ -59,12 +59,12 @@ def pack(
 
     documents, loaded_tokenizer = _tokenized([Path(file) for file in files], tokenizer, column, sample_by, num_proc)
     packed = pack(documents, seq_length, loaded_tokenizer, long=long, min_piece=min_piece, seed=seed)
+    packed.materialize(output_dir / "dataset", num_proc=num_proc, dtype=dtype, columns=[each.value for each in columns])
     if as_json:
         common.print_json(packed.packing.stats())
     else:
         common.results().print(packing_table(packed.packing))
     common.save_picture(plot_packing(packed.packing)[0], output_dir / "packing.png")
-    packed.materialize(output_dir / "dataset", num_proc=num_proc, dtype=dtype, columns=[each.value for each in columns])
     common.notes().print(f"dataset: [bold]{escape(str(output_dir / 'dataset'))}[/bold]")
     common.notes().print("read it with datasets.load_from_disk, train on it with BestFitPackingCollator", style="dim")
 
@@ -106,8 +106,8 @@ def _tokenized(
             raise ValueError(f"column {column!r} is text: name a tokenizer with --tokenizer")
 
         def tokenize(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-            if None in batch[column]:
-                raise TypeError(f"column {column!r} holds null, expected text")
+            if not all(isinstance(text, str) for text in batch[column]):
+                raise TypeError(f"column {column!r} must hold text")
             # A document longer than the model's window is wanted whole: it is cut into rows afterwards.
             return {"input_ids": tokenizer(batch[column], verbose=False)["input_ids"]}
 

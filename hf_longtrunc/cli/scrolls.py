@@ -55,7 +55,10 @@ def scrolls(
     from hf_longtrunc.saving import replacing
 
     rows = Rows(name, data, split=split, limit=limit)
-    examples = sum(1 for _ in rows)  # a broken line is found before the work
+    try:
+        examples = sum(1 for _ in rows)  # a broken line is found before the work
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{rows.file} is no UTF-8 text: {error.reason}", param_hint="--data") from error
     if not examples:
         raise typer.BadParameter(f"{rows.file} holds no example", param_hint="--data")
     arms = common.arms(lm_infinite, window, sinks)

@@ -35,7 +35,7 @@ def packing_table(packing: Packing) -> Table:
         table.add_column(heading, justify="right" if heading else "left")
     cut, cut_there = int(stats["truncated_documents"]), int(stats["truncated_by_concatenation"])
     table.add_row("rows", f"{stats['rows']:,}", f"{ideal:,}")
-    table.add_row("of it tokens", f"{stats['efficiency']:.3%}", f"{stats['tokens'] / ideal / packing.seq_length:.3%}")
+    table.add_row("filled", f"{stats['efficiency']:.3%}", f"{stats['tokens'] / ideal / packing.seq_length:.3%}")
     table.add_row("documents cut", f"{cut:,} ({cut / documents:.1%})", f"{cut_there:,} ({cut_there / documents:.1%})")
     table.add_row("pieces in a row", f"{stats['documents_per_row']:.1f}", "")
     table.add_row("documents left out", f"{stats['dropped_documents']:,}", "0")

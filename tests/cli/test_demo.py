@@ -30,7 +30,7 @@ def test_demo_shows_samplers_packing_and_a_text_past_the_window(model_folder, tm
         "concatenation",
         "pieces: logits differ",
         "perplexity by position",
-        "the same question at the end of it",
+        "what the model answered",
         "cache, MiB",
     ):
         assert part in result.output

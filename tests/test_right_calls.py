@@ -28,9 +28,12 @@ from hf_longtrunc import (
     build_pema_memory,
     load_pretrained,
     pack,
+    packing_table,
+    plot_packing,
     sampling_settings,
     trained_length,
 )
+from hf_longtrunc.hosting import reading_of
 from tests.command_line import letter_tokenizer
 
 TOKENIZER = letter_tokenizer(["<pad>", "<unk>"], "abcdefghijklmnopqrstuvwxyz .?")
@@ -85,6 +88,11 @@ CALLS = {
         TruncationTrace([EtaLogitsProcessor])
     ),
     "shards must be a list of at least one datastore.*got \\[\\]": lambda model: ShardedDatastore([]),
+    "packing must be a plan, such as PackedDataset.packing, got PackedDataset": lambda model: plot_packing(
+        pack([{"input_ids": [1, 2]}], 8)
+    ),
+    "packing must be a plan, such as PackedDataset.packing, got int": lambda model: packing_table(42),
+    "tokens must be a whole number of at least 0, got -1": lambda model: reading_of(LMInfinite(window_length=8), -1),
     "shards must be a list of at least one datastore.*got 'gpt2'": lambda model: ShardedDatastore("gpt2"),
     "neither a padding token nor an EOS.*pad_token_id=0": lambda model: BestFitPackingCollator(8, NO_PADDING),
     "a padding token nor an EOS": lambda model: pack([{"input_ids": [1]}], 8, NO_PADDING, pad_document_to=4),

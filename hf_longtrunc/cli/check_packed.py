@@ -54,6 +54,8 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     """Return the first two rows of a folder or file of packed rows."""
     import datasets
 
+    if not common.is_watched():
+        datasets.disable_progress_bars()
     if not path.exists():
         raise typer.BadParameter(f"no such file or folder: {path}", param_hint="--rows")
     if path.is_dir():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_longtrunc.data.packing import Packing
 from hf_longtrunc.extras import import_extra, import_pyplot
 
 if TYPE_CHECKING:
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from rich.table import Table
-
-    from hf_longtrunc.data.packing import Packing
 
 
 def packing_table(packing: Packing) -> Table:
@@ -24,6 +23,7 @@ def packing_table(packing: Packing) -> Table:
         >>> packing_table(best_fit_decreasing([3, 2, 4], seq_length=5)).columns[1].header
         'best fit'
     """
+    _check_plan(packing)
     box = import_extra("rich.box", "a table", "eval")
     from rich.table import Table
 
@@ -58,6 +58,7 @@ def plot_packing(packing: Packing, axes: Sequence[Axes] | None = None) -> tuple[
         >>> cuts.get_xlabel()
         'tokens in the document'
     """
+    _check_plan(packing)
     if axes is None:
         axes = import_pyplot("plot_packing").subplots(1, 2, figsize=(11, 4), layout="constrained")[1]
     fills_axes: Any
@@ -78,3 +79,8 @@ def plot_packing(packing: Packing, axes: Sequence[Axes] | None = None) -> tuple[
         frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize="small"
     )  # covers nothing
     return fills_axes, cuts_axes
+
+
+def _check_plan(packing: object) -> None:
+    if not isinstance(packing, Packing):
+        raise TypeError(f"packing must be a plan, such as PackedDataset.packing, got {type(packing).__name__}")

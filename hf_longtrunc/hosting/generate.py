@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging
 
 from hf_longtrunc import AttentionTrace, attach_processors
+from hf_longtrunc.arguments import check_int
 from hf_longtrunc.evaluation import read_ahead
 from hf_longtrunc.hosting.find_and_read import find_and_shorten
 from hf_longtrunc.hosting.settings import HostSettings
@@ -75,7 +76,7 @@ def reading_of(technique: Any, tokens: int, reused: int = 0) -> Reading:
         >>> reading_of(LMInfinite(num_sink_tokens=16, window_length=64), 100).forgotten
         20
     """
-    window = getattr(technique, "window_length", None)
+    tokens, window = check_int("tokens", tokens, minimum=0), getattr(technique, "window_length", None)
     if window is None:
         return Reading(tokens, tokens, 0, None, reused)
     kept = min(tokens, technique.num_sink_tokens + window) if _retrieval(technique) is None else tokens

@@ -79,11 +79,10 @@ MISTAKES = {  # command line -> a part of the line that is said; {name} is one o
     "ask {png} why?": "png is no text but a binary file",
     "demo past-window --text {empty} --output-dir {out}": "--text: the text is empty",
     "check-packed {model} --rows {empty.jsonl}": "empty.jsonl is empty, or no json",
-    "check-packed {model} --rows {latin.jsonl}": "latin.jsonl is empty, or no json",
+    "check-packed {model} --rows {latin.jsonl}": "latin.jsonl holds no packed rows",
     "scrolls qasper --data {latin} --output-dir {out}": "latin is no UTF-8 text: ",
     "match {text} --picture {out}.nope --model {model}": "expected a .png, .svg or .pdf file",
     "pack {numbers.jsonl} --tokenizer {model} --output-dir {out}": "numbers.jsonl, line 1: expected a JSON object",
-    "pack {negative.jsonl} --output-dir {out}": "a token id is never negative",
     "ask {text} why? --dtype int8": "'int8' is not one of",
     "ask {text} why? --model ./missing": "there is no folder './missing'",
     "chat --model /no/such/folder": "there is no folder '/no/such/folder'",
@@ -210,6 +209,13 @@ def test_a_broken_journal_is_named_before_anything_is_predicted(places, tmp_path
     result = invoke("scrolls", "qasper", "--data", rows, *options, columns=None)
     assert result.exit_code == 2
     assert "qasper.jsonl, line 1: expected a JSON object" in result.stderr.splitlines()[-1]
+
+
+def test_rows_that_cannot_be_written_leave_no_picture(places, tmp_path):
+    result = invoke("pack", places["negative.jsonl"], "--output-dir", tmp_path / "packed", columns=None)
+    assert result.exit_code == 2
+    assert "a token id is never negative" in result.stderr
+    assert not (tmp_path / "packed" / "packing.png").exists()
 
 
 def test_traceback_shows_where_an_error_was_raised(places):

@@ -95,8 +95,7 @@ def load(
             kind = "an encoder-decoder" if config.is_encoder_decoder else "a causal LM"
             raise TypeError(f"this command needs {needs}, and this is {kind}")
         source = default_model_folder() if name is None else name  # fetched under pip's own progress bar
-        with notes().status("loading the model"):
-            return load_pretrained(source, dtype=dtype, device=device)
+        return load_pretrained(source, dtype=dtype, device=device)  # under transformers' own progress bar
     except Exception as error:  # from_pretrained raises what its files make it raise
         raise _could_not_load(name or "the default model", error, "--model") from error
 

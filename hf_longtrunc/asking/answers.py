@@ -130,6 +130,8 @@ def ask(
         if not isinstance(question, str) or not question.strip():
             raise ValueError(f"questions must be texts that ask something, got {question!r}")
     check_prompt(prompt)
+    for name, value, least in (("count", count, 1), ("context", context, 0), ("max_new_tokens", max_new_tokens, 1)):
+        check_int(name, value, minimum=least)
     check_int("hops", hops, minimum=1, maximum=2)
     check_float("guidance", guidance, minimum=0)
     if isinstance(text, TextIndex):
@@ -149,7 +151,7 @@ def ask(
             on_passages(passages)
         ids = chat_ids(tokenizer, read_with, fill_prompt(prompt, passages, question))
         alone = chat_ids(tokenizer, read_with, without_passages(prompt, question)) if passages else []
-        said = _greedy(model, ids, alone, guidance, check_int("max_new_tokens", max_new_tokens, minimum=1), streamer)
+        said = _greedy(model, ids, alone, guidance, max_new_tokens, streamer)
         answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
         if follow_up:
             turns.append((question, answer))

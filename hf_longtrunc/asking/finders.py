@@ -157,7 +157,7 @@ class SentenceEncoder:
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.35, least_coverage: float = 0.3):
-        if not hasattr(model, "eval") or not callable(tokenizer):
+        if not hasattr(model, "eval") or not callable(tokenizer) or not hasattr(tokenizer, "decode"):
             raise TypeError(
                 f"model and tokenizer must be an encoder and its tokenizer, got {type(model).__name__} and "
                 f"{type(tokenizer).__name__}; load_encoder(name) returns both"

@@ -91,13 +91,22 @@ class TextIndex:
             reranker: takes one of the best units for the first, if the finder's best stands out, and reads a neighbour
                 only where the question becomes likelier with it. If the unit after it begins with "it" or "they", that
                 one is read.
+
+        Raises:
+            TypeError: question is no text.
+            ValueError: a number is out of range.
         """
+        if not isinstance(question, str):
+            raise TypeError(f"question must be a text, got {question!r}")
+        check_int("count", count, minimum=1)
+        check_int("context", context, minimum=0)
+        check_int("hops", hops, minimum=1, maximum=2)
         names, said = (self._capitals.names(each or "") for each in (question, before))
         if said:
             question, before, names = f"{' '.join(said)}: {question}", None, [*said, *names]
         how: dict[str, Any] = {"count": count, "context": context, "reranker": reranker}
         found = self._best(question, before, names, (), **how)
-        if check_int("hops", hops, minimum=1, maximum=2) == 2 and found:
+        if hops == 2 and found:
             found += self._best(f"{question} {found[0].match}", None, (), found, **how)
         return found if self._covers(found, question, names) else []
 
@@ -120,7 +129,7 @@ class TextIndex:
             start, end = self._spans[name][own]
             if any(each.source == name and each.start < end and start < each.end for each in besides):
                 scores[n] = -torch.inf
-        among = max(check_int("count", count, minimum=1), 1 if reranker is None else reranker.units)
+        among = max(count, 1 if reranker is None else reranker.units)
         best = scores.topk(min(among, len(scores))).indices.tolist()
 
         first, both = best[0], f"{before or ''} {question}".strip()
@@ -133,7 +142,7 @@ class TextIndex:
         others = (n for n in best if n != first and scores[n] > threshold and self._is_near(n, names))
         found: list[Passage] = []
         for n in [first, *islice(others, count - 1)]:
-            span = self._around(n, check_int("context", context, minimum=0), both, reranker)
+            span = self._around(n, context, both, reranker)
             self._add(found, n, span, scores[n].item())
         return found
 

@@ -104,6 +104,12 @@ def test_a_threshold_is_a_number():
         BM25(threshold="high")
 
 
+def test_a_model_is_no_tokenizer():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="an encoder and its tokenizer, got Linear and Linear"):
+        SentenceEncoder(model, model)
+
+
 def test_units_without_a_word_score_nothing():
     scores = BM25().read(["It is.", "..."]).score("Was it he?")
     assert scores.tolist() == [0.0, 0.0]

@@ -98,6 +98,15 @@ def test_an_index_is_kept_for_its_text_and_finder(encoder_folder, tmp_path, monk
         TextIndex.load(tmp_path, TEXT, finder)
 
 
+def test_a_question_and_its_numbers_are_checked_whatever_is_found():
+    index = TextIndex(TEXT, ByWord())
+    with pytest.raises(TypeError, match="question must be a text, got None"):
+        index.find(None)
+    for name, wrong in (("count", 0), ("context", -1), ("hops", 3)):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+            index.find("seven", **{name: wrong})
+
+
 def test_a_text_is_a_string_or_named_strings():
     with pytest.raises(TypeError, match="text must be a string or map names to strings, got 'a': int"):
         TextIndex({"a": 3}, ByWord())

@@ -30,9 +30,11 @@ from hf_longtrunc import (
     pack,
     packing_table,
     plot_packing,
+    sampler_by_name,
     sampling_settings,
     trained_length,
 )
+from hf_longtrunc.evaluation import plot_perplexity
 from hf_longtrunc.hosting import reading_of
 from tests.command_line import letter_tokenizer
 
@@ -94,6 +96,8 @@ CALLS = {
     "packing must be a plan, such as PackedDataset.packing, got int": lambda model: packing_table(42),
     "tokens must be a whole number of at least 0, got -1": lambda model: reading_of(LMInfinite(window_length=8), -1),
     "shards must be a list of at least one datastore.*got 'gpt2'": lambda model: ShardedDatastore("gpt2"),
+    "losses must map at least one name to its losses": lambda model: plot_perplexity({}),
+    "name must be one of .*, got \\[\\]": lambda model: sampler_by_name([]),
     "neither a padding token nor an EOS.*pad_token_id=0": lambda model: BestFitPackingCollator(8, NO_PADDING),
     "a padding token nor an EOS": lambda model: pack([{"input_ids": [1]}], 8, NO_PADDING, pad_document_to=4),
     "pad_token_id must be below the model's vocabulary of 97, got 97": lambda model: BestFitPackingCollator(

@@ -252,6 +252,8 @@ def plot_perplexity(
         >>> axes.get_xlabel()
         'position (tokens)'
     """
+    if not losses:
+        raise ValueError("losses must map at least one name to its losses, as compare_losses returns them; got none")
     axes = axes or new_axes(9, 4.5)
     from matplotlib.ticker import LogFormatter
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_longtrunc.sampling.processors import (
     DRYLogitsProcessor,
@@ -62,7 +62,7 @@ def sampler_by_name(name: str, value: float | None = None) -> LogitsProcessor:
         ValueError: no such name; a number outside the sampler's range, or one for a sampler that takes none.
         TypeError: a value that is no number.
     """
-    key: Any = name.strip().lower().replace("_", "-") if isinstance(name, str) else name
+    key = str(name).strip().lower().replace("_", "-")
     if key not in _SAMPLERS:
         raise ValueError(f"name must be one of {', '.join(_SAMPLERS)}, got {name!r}")
     make, usual = _SAMPLERS[key]

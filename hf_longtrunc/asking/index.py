@@ -106,7 +106,9 @@ class TextIndex:
             question, before, names = f"{' '.join(said)}: {question}", None, [*said, *names]
         how: dict[str, Any] = {"count": count, "context": context, "reranker": reranker}
         found = self._best(question, before, names, (), **how)
-        if hops == 2 and found:
+        if not found:
+            return []
+        if hops == 2:
             found += self._best(f"{question} {found[0].match}", None, (), found, **how)
         return found if self._covers(found, question, names) else []
 

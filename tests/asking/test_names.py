@@ -81,7 +81,7 @@ def test_a_follow_up_has_the_names_of_the_question_before_it():
     assert not index.find("Where was this person born?", before="What number had Ezra Quill's cart?")  # half of them
 
 
-def test_a_passage_stands_out_if_it_covers_more_of_a_question_than_the_least():
+def test_a_passage_stands_out_if_it_covers_more_of_a_question_than_the_least(monkeypatch):
     pytest.importorskip("bm25s")
     index = TextIndex(FACTS + FILLER, Counts())
     assert index.find("Was Ezra born in the frost of the summer?")  # two of three
@@ -91,6 +91,10 @@ def test_a_passage_stands_out_if_it_covers_more_of_a_question_than_the_least():
     assert not TextIndex(text, Counts()).find("Was Ezra born in heat?")
     assert len(TextIndex(text, Counts()).find("Was Ezra born in heat?", count=2)) == 2  # the second covers it
     assert not index.find("And the summer?")
+    nothing = TextIndex(FILLER, Counts())
+    monkeypatch.setattr(Counts, "coverage", None)  # not asked where nothing is found
+    assert not nothing.find("Was Ezra born?")
+    monkeypatch.undo()
     text = (
         f"Ezra was born, and born again, in the village. {FILLER} The old mill was born of water and of summer's heat."
     )

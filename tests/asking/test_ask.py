@@ -148,9 +148,11 @@ def test_what_cannot_be_asked_is_refused(model_and_tokenizer):
         ask(model, tokenizer, TEXT, "one", finder=ByWord(), prompt="{question}")
     with pytest.raises(ValueError, match="hops must be a whole number from 1 to 2, got 3"):
         ask(model, tokenizer, TEXT, "one", finder=ByWord(), hops=3)
+    unread = ByWord()
+    unread.read = None  # an error comes before a text is read
     for name, least in (("count", 1), ("context", 0), ("max_new_tokens", 1)):
         with pytest.raises(ValueError, match=f"{name} must be a whole number of at least {least}, got -1"):
-            ask(model, tokenizer, TEXT, "one", finder=ByWord(), **{name: -1})
+            ask(model, tokenizer, TEXT, "one", finder=unread, **{name: -1})
     with pytest.raises(ValueError, match="guidance must be a number of at least 0, got -1"):
         ask(model, tokenizer, TEXT, "one", finder=ByWord(), guidance=-1)
     with pytest.raises(ValueError, match="finder goes with a text"):

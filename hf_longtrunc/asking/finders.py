@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from hf_longtrunc.arguments import check_float
+from hf_longtrunc.asking.names import without_names
 from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TOGETHER = 2048  # tokens a forward, padding included: a batch of long units needs no more memory than one of short
-_SORTED = 512  # units that are tokenised and sorted by length together: memory does not grow with the text
-_MULTIPLE = 16  # a batch's length is a multiple of it: kernels are kept by shape
+_SCORED = 512  # units that are tokenised, or compared with a question, together
+_MULTIPLE = 16  # a batch's length is a multiple of it
 _WORD = re.compile(r"[^\W\d_]+")
 _PRIOR = 16  # units' worth of a zero vector in the mean of a text's vectors, so that a short text keeps its own
 
@@ -52,9 +53,8 @@ class Finder(Protocol):
         identity: names its method and weights, the same in every process; tensors saved under another are refused.
         threshold: a unit stands out if its score lies above it.
 
-    It may have a method `coverage(question, words, passage)` and a number `least_coverage`: then a passage stands out
-    only if it covers the words of the question that are neither names nor function words, given as spans of characters
-    (`content_words`), by more than that.
+    It may have a method `relevance(question, names, passage)` and a number `least_relevance`: then passages stand out
+    only if together they are more relevant than that to what the question asks of those whom it names.
     """
 
     threshold: float
@@ -93,7 +93,7 @@ class BM25:
     """
 
     identity = "bm25"
-    least_coverage = 0.0  # one of the words
+    least_relevance = 0.0  # one of the words
 
     def __init__(self, *, threshold: float = 0.2):
         self.threshold = check_float("threshold", threshold)
@@ -124,15 +124,15 @@ class BM25:
 
         return Scorer(score, {})
 
-    def coverage(self, question: str, words: Sequence[tuple[int, int]], passage: str) -> float:
-        """Return the share of the words that the passage has.
+    def relevance(self, question: str, names: Collection[str], passage: str) -> float:
+        """Return the share of a question's content words that a passage has.
 
         Examples:
-            >>> question = "What colour was the hat?"
-            >>> BM25().coverage(question, content_words(question, []), "An old hat hung there.")
+            >>> BM25().relevance("What colour was Ann's hat?", ["Ann"], "An old hat hung there.")
             0.5
         """
         held = set(_WORD.findall(passage.lower()))
+        words = content_words(question, names)
         return sum(question[start:end].lower() in held for start, end in words) / len(words)
 
 
@@ -146,7 +146,7 @@ class SentenceEncoder:
         model: an encoder as `transformers.AutoModel` loads it, such as sentence-transformers/all-MiniLM-L6-v2.
         tokenizer: of it.
         threshold: a unit stands out if its cosine lies above it.
-        least_coverage: see `Finder`. Both defaults were chosen for all-MiniLM-L6-v2 on two novels.
+        least_relevance: see `Finder`. Both defaults were chosen for all-MiniLM-L6-v2 on two novels.
 
     Units are cut to 256 tokens, as all-MiniLM-L6-v2 was trained. Time is linear in the text, memory is a vector a unit.
 
@@ -156,7 +156,7 @@ class SentenceEncoder:
         tensor(0)
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.35, least_coverage: float = 0.3):
+    def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.35, least_relevance: float = 0.6):
         if not hasattr(model, "eval") or not callable(tokenizer) or not hasattr(tokenizer, "decode"):
             raise TypeError(
                 f"model and tokenizer must be an encoder and its tokenizer, got {type(model).__name__} and "
@@ -164,7 +164,7 @@ class SentenceEncoder:
             )
         self.model, self.tokenizer = model.eval(), tokenizer
         self.threshold = check_float("threshold", threshold)
-        self.least_coverage = check_float("least_coverage", least_coverage)
+        self.least_relevance = check_float("least_relevance", least_relevance)
         config = {name: value for name, value in model.config.to_diff_dict().items() if name != "dtype"}
         digest = hashlib.sha256(str(config).encode())
         for name, weight in model.state_dict().items():
@@ -177,35 +177,38 @@ class SentenceEncoder:
         self, units: Sequence[str], saved: Mapping[str, Tensor] | None = None, *, progress: bool = False
     ) -> Scorer:
         """Compute a vector a unit [units, width], in half precision."""
-        vectors = self._vectors(units, progress=progress) if saved is None else saved["vectors"]
+        vectors = self.encode(units, dtype=torch.float16, progress=progress) if saved is None else saved["vectors"]
         mean = vectors.sum(0, dtype=torch.float32) / (len(vectors) + _PRIOR)
 
         def score(question: str) -> Tensor:
             asked = normalize(self.encode([question])[0] - mean, dim=0)
-            return torch.cat([normalize(part.float() - mean, dim=1) @ asked for part in torch.split(vectors, _SORTED)])
+            return torch.cat([normalize(part.float() - mean, dim=1) @ asked for part in torch.split(vectors, _SCORED)])
 
         return Scorer(score, {"vectors": vectors})
 
     @torch.no_grad()
-    def coverage(self, question: str, words: Sequence[tuple[int, int]], passage: str) -> float:
-        """Return the mean over the words of the best cosine between a word's states and a state of the passage.
+    def relevance(self, question: str, names: Collection[str], passage: str) -> float:
+        """Return the coverage of a question by a passage, plus the cosine of both with "he" for the names.
 
-        A word of several tokens counts with the mean of theirs. Source: Khattab & Zaharia 2020, section 3.3, whose sum
-        over all tokens of a query is a mean over its content words here.
+        The coverage is the mean, over the question's content words, of the best cosine between a word's states and a
+        state of the passage; a word of several tokens counts with the mean of theirs. Source: Khattab & Zaharia 2020,
+        section 3.3, whose sum over all tokens of a query is a mean over its content words here.
 
         Examples:
-            >>> finder, question = SentenceEncoder(*load_encoder()), "Who was deaf?"  # doctest: +SKIP
-            >>> finder.coverage(question, content_words(question, []), "He could not hear.")  # doctest: +SKIP
+            >>> finder = SentenceEncoder(*load_encoder())  # doctest: +SKIP
+            >>> finder.relevance("Who was deaf?", [], "He could not hear.")  # doctest: +SKIP
         """
         asked, places = self._states(question)
         read, _ = self._states(passage)
         best = (asked @ read.T).amax(1).tolist()  # [question tokens]
         of_words = [
             [cosine for cosine, (a, b) in zip(best, places, strict=True) if a < b and a < end and start < b]
-            for start, end in words
+            for start, end in content_words(question, names)
         ]
         known = [sum(each) / len(each) for each in of_words if each]  # a word past 256 tokens has none
-        return sum(known) / len(known) if known else 1.0
+        coverage = sum(known) / len(known) if known else 1.0
+        one, other = self.encode([without_names(names, text) for text in (question, passage)])
+        return coverage + float(one @ other)
 
     def _states(self, text: str) -> tuple[Tensor, list[tuple[int, int]]]:
         """Return the states of a text's tokens [tokens, width], of length 1, and the tokens' places in it."""
@@ -215,32 +218,38 @@ class SentenceEncoder:
         places = batch.pop("offset_mapping")[0].tolist()
         return normalize(self.model(**batch).last_hidden_state[0].float(), dim=-1), places
 
-    def _vectors(self, units: Sequence[str], *, progress: bool) -> Tensor:
-        vectors = torch.empty(len(units), self.model.config.hidden_size, dtype=torch.float16)
-        with tqdm(total=len(units), desc="indexing", unit="unit", disable=not progress) as bar:
-            for first in range(0, len(units), _SORTED):
-                some = units[first : first + _SORTED]
-                vectors[first : first + _SORTED] = self.encode(some)
-                bar.update(len(some))
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], *, dtype: torch.dtype = torch.float32, progress: bool = False) -> Tensor:
+        """Return each text's vector [texts, width], of length 1, on the CPU.
+
+        Texts of like lengths are read together, the longest first, in a few shapes of batch: a CPU's library keeps a
+        kernel a shape, and with many of them memory grew with the text.
+        """
+        vectors = torch.empty(len(texts), self.model.config.hidden_size, dtype=dtype)
+        parts = [texts[first : first + _SCORED] for first in range(0, len(texts), _SCORED)]
+        lengths = [len(ids) for part in parts for ids in self._ids(part)]
+        order = sorted(range(len(texts)), key=lambda n: -lengths[n])
+        with tqdm(total=sum(lengths), desc="indexing", unit=" tokens", unit_scale=True, disable=not progress) as bar:
+            while order:
+                longest = math.ceil(max(lengths[order[0]], 1) / _MULTIPLE) * _MULTIPLE
+                size = max(_TOGETHER // longest, 1)
+                chosen, order = order[:size], order[size:]
+                batch = self.tokenizer.pad(
+                    {"input_ids": self._ids([texts[n] for n in chosen])},
+                    padding="max_length",
+                    max_length=longest,
+                    return_tensors="pt",
+                )
+                batch = batch.to(self.model.device)
+                states = self.model(**batch).last_hidden_state.float()
+                mean = (states * batch["attention_mask"][:, :, None]).sum(1)
+                vectors[chosen] = normalize(mean, dim=1).to("cpu", dtype)
+                bar.update(sum(lengths[n] for n in chosen))
         return vectors
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """Return each text's vector [texts, width], of length 1, on the CPU."""
-        vectors = torch.empty(len(texts), self.model.config.hidden_size)
-        ids = self.tokenizer(list(texts), truncation=True, max_length=256).input_ids if texts else []
-        order = sorted(range(len(texts)), key=lambda n: -len(ids[n]))
-        while order:
-            size = max(_TOGETHER // (len(ids[order[0]]) + _MULTIPLE), 1)
-            chosen, order = order[:size], order[size:]
-            batch = self.tokenizer.pad(
-                {"input_ids": [ids[n] for n in chosen]}, pad_to_multiple_of=_MULTIPLE, return_tensors="pt"
-            )
-            batch = batch.to(self.model.device)
-            states = self.model(**batch).last_hidden_state.float()
-            mean = (states * batch["attention_mask"][:, :, None]).sum(1)
-            vectors[chosen] = normalize(mean, dim=1).cpu()
-        return vectors
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(list(texts), truncation=True, max_length=256).input_ids
+        return ids
 
 
 class Fused:
@@ -252,9 +261,9 @@ class Fused:
     Args:
         finders: two or more.
         weights: one for each. The default was chosen for a `SentenceEncoder` and `BM25`.
-        threshold: a unit stands out if its sum lies above it.
-        least_coverage: of the first finder's `coverage`, see `Finder`. Both defaults were chosen on two novels, so that
-            fewer than a tenth of the questions that they do not answer has a passage.
+        threshold: a unit stands out if its sum lies above it. The default was chosen on two novels, so that fewer than
+            a tenth of the questions that they do not answer has a passage.
+        judge: whose `relevance` decides, see `Finder`; None takes the first finder's.
 
     Raises:
         ValueError: fewer than two finders, or another number of weights.
@@ -270,7 +279,7 @@ class Fused:
         *finders: Finder,
         weights: Sequence[float] = (1.0, 0.1),
         threshold: float = 0.35,
-        least_coverage: float = 0.3,
+        judge: Finder | None = None,
     ):
         if len(finders) < 2:
             raise ValueError(f"Fused takes at least two finders, got {len(finders)}")
@@ -279,7 +288,8 @@ class Fused:
         self.finders = [check_finder(finder) for finder in finders]
         self.weights = [check_float("weights", weight) for weight in weights]
         self.threshold = check_float("threshold", threshold)
-        self.least_coverage = check_float("least_coverage", least_coverage)
+        self.judge = self.finders[0] if judge is None else check_finder(judge)
+        self.least_relevance = getattr(self.judge, "least_relevance", None)
 
     @property
     def identity(self) -> str:
@@ -301,10 +311,9 @@ class Fused:
 
         return Scorer(score, {f"{n}.{name}": part for n, r in enumerate(readings) for name, part in r.tensors.items()})
 
-    def coverage(self, question: str, words: Sequence[tuple[int, int]], passage: str) -> float:
-        """Return the first finder's coverage; 1 if it has none."""
-        of = getattr(self.finders[0], "coverage", None)
-        return 1.0 if of is None else float(of(question, words, passage))
+    def relevance(self, question: str, names: Collection[str], passage: str) -> float:
+        """Return the judge's."""
+        return float(self.judge.relevance(question, names, passage))  # type: ignore[attr-defined]
 
 
 def content_words(question: str, names: Collection[str]) -> list[tuple[int, int]]:
@@ -318,7 +327,7 @@ def content_words(question: str, names: Collection[str]) -> list[tuple[int, int]
     try:
         from bm25s.stopwords import STOPWORDS_EN_PLUS
     except ModuleNotFoundError as error:
-        raise missing("the coverage of a question", "bm25s", "ask") from error
+        raise missing("the content words of a question", "bm25s", "ask") from error
 
     found = _WORD.finditer(question)
     return [m.span() for m in found if m[0] not in names and m[0].lower() not in STOPWORDS_EN_PLUS]

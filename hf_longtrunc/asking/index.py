@@ -110,7 +110,7 @@ class TextIndex:
             return []
         if hops == 2:
             found += self._best(f"{question} {found[0].match}", None, (), found, **how)
-        return found if self._covers(found, question, names) else []
+        return found if self._is_relevant(found, question, names) else []
 
     def _best(
         self,
@@ -162,14 +162,13 @@ class TextIndex:
         start, end = spans[max(n - _NEAR, 0)][0], spans[min(n + _NEAR, len(spans) - 1)][1]
         return has_a_name(names, self.documents[name][start:end])
 
-    def _covers(self, passages: Sequence[Passage], question: str, names: Sequence[str]) -> bool:
+    def _is_relevant(self, passages: Sequence[Passage], question: str, names: Sequence[str]) -> bool:
         """Whether passages are about the matter of a question too, and not about those alone whom it names."""
-        least = getattr(self.finder, "least_coverage", None)
-        words = [] if least is None else content_words(question, names)
-        if least is None or not words:
+        least = getattr(self.finder, "least_relevance", None)
+        if least is None or not content_words(question, names):
             return True
-        read = " ".join(each.text for each in passages)
-        return bool(self.finder.coverage(question, words, read) > least)  # type: ignore[attr-defined]
+        read = " ".join(" ".join(each.text for each in passages).split())
+        return bool(self.finder.relevance(question, names, read) > least)  # type: ignore[attr-defined]
 
     def subject(self, question: str, earlier: Sequence[str]) -> str | None:
         """Return what a follow-up may be about: the names in the last of the earlier questions that has any.

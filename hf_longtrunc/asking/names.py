@@ -56,3 +56,16 @@ class Capitals:
 def has_a_name(names: Collection[str], text: str) -> bool:
     """Whether one of the names is in a text; True if there are none."""
     return not names or not set(names).isdisjoint(_WORD.findall(text))
+
+
+def without_names(names: Collection[str], text: str) -> str:
+    """Return a text with "he" for each run of names: what it says of whoever they are.
+
+    Examples:
+        >>> without_names(["Ann", "Lee"], "What did Ann Lee mend?")
+        'What did he mend?'
+    """
+    if not names:
+        return text
+    name = "|".join(re.escape(each) for each in sorted(names, key=len, reverse=True))
+    return re.sub(rf"\b(?:{name})(?:\s+(?:{name}))*\b", "he", text)

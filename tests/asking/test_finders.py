@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -115,25 +116,65 @@ def test_units_without_a_word_score_nothing():
     assert scores.tolist() == [0.0, 0.0]
 
 
-def test_coverage_is_the_mean_over_content_words_of_their_best_cosine(encoder_folder):
+def test_relevance_is_the_coverage_of_content_words_and_the_cosine_without_names(encoder_folder):
     pytest.importorskip("bm25s")
     model, tokenizer = load_encoder(encoder_folder, dtype=torch.float32, device="cpu")
-    question, passage = "What painted trunk did Ezra own?", UNITS[1]
+    question, passage = "What painted trunk did Ezra own?", f"{UNITS[1]} Ezra did."
     words = content_words(question, ["Ezra"])
     assert [question[start:end] for start, end in words] == ["painted", "trunk"]  # own is a function word there
-    with torch.no_grad():
-        asked, read = (
-            torch.nn.functional.normalize(model(**tokenizer([t], return_tensors="pt")).last_hidden_state[0], dim=1)
-            for t in (question, passage)
-        )
+
+    def states(text):
+        with torch.no_grad():
+            return model(**tokenizer([text], return_tensors="pt")).last_hidden_state[0]
+
+    asked, read = (torch.nn.functional.normalize(states(text), dim=1) for text in (question, passage))
     places = tokenizer(question, return_offsets_mapping=True).offset_mapping
     means = []
     for start, end in words:
         own = [n for n, (a, b) in enumerate(places) if a < b and start <= a < end]
         means.append(sum(max(float(asked[n] @ each) for each in read) for n in own) / len(own))
-    finder = SentenceEncoder(model, tokenizer)
-    assert finder.coverage(question, words, passage) == pytest.approx(sum(means) / 2, abs=1e-4)
-    assert Fused(finder, BM25()).coverage(question, words, passage) == finder.coverage(question, words, passage)
-    assert Fused(Fixed([1.0]), BM25()).coverage(question, words, passage) == 1
-    assert BM25().coverage(question, words, passage) == 1
-    assert BM25().coverage(question, words, UNITS[3]) == 0.5
+    one, other = (states(text.replace("Ezra", "he")).mean(0) for text in (question, passage))
+    expected = sum(means) / 2 + float(torch.cosine_similarity(one, other, dim=0))
+    finder = SentenceEncoder(model, tokenizer, least_relevance=0.4)
+    assert finder.relevance(question, ["Ezra"], passage) == pytest.approx(expected, abs=1e-4)
+    assert finder.relevance(question, [], passage) != pytest.approx(expected, abs=1e-4)
+
+
+def test_the_judge_of_fused_finders_says_what_is_relevant(encoder_folder):
+    pytest.importorskip("bm25s")
+    encoder = SentenceEncoder(*load_encoder(encoder_folder, device="cpu"), least_relevance=0.4)
+    asked = ("What painted trunk did Ezra own?", ["Ezra"], UNITS[3])
+    assert BM25().relevance(*asked) == 0.5
+    assert BM25().relevance(*asked[:2], UNITS[1]) == 1
+    for fused, judge in (
+        (Fused(encoder, BM25()), encoder),
+        (Fused(BM25(), encoder, judge=encoder), encoder),
+        (Fused(encoder, Fixed([1.0]), judge=BM25()), BM25()),
+    ):
+        assert fused.relevance(*asked) == judge.relevance(*asked)
+        assert fused.least_relevance == judge.least_relevance
+    assert Fused(Fixed([1.0]), BM25()).least_relevance is None  # nobody judges
+    with pytest.raises(TypeError, match=r"finder must be a finder.*got 'mpnet'"):
+        Fused(encoder, BM25(), judge="mpnet")
+
+
+def test_many_texts_are_read_in_few_shapes_and_each_as_if_alone(encoder_folder):
+    model, tokenizer = load_encoder(encoder_folder, dtype=torch.float32, device="cpu")
+    finder, shapes = SentenceEncoder(model, tokenizer), []
+    draw, words = random.Random(0), ["the", "old", "trunk", "of", "Ezra", "sat", "in", "rain"]
+    texts = [" ".join(draw.choices(words, k=draw.randint(1, 60))) for _ in range(900)]
+
+    def note(module, args, kwargs):
+        shapes.append(kwargs["input_ids"].shape)
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    vectors = finder.encode(texts)
+    hook.remove()
+    lengths = {columns for _, columns in shapes}
+    assert all(columns % 16 == 0 for columns in lengths)
+    assert all(rows == 2048 // columns for rows, columns in shapes[:-1])
+    assert len(set(shapes)) <= len(lengths) + 1
+    for n in draw.sample(range(900), 20):
+        torch.testing.assert_close(vectors[n], finder.encode([texts[n]])[0], atol=1e-5, rtol=0)
+    assert finder.encode([]).shape == (0, model.config.hidden_size)
+    assert finder.encode(texts[:3], dtype=torch.float16).dtype == torch.float16

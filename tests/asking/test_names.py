@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_longtrunc import BM25, TextIndex
-from hf_longtrunc.asking.finders import Scorer
-from hf_longtrunc.asking.names import Capitals, has_a_name
+from hf_longtrunc.asking.finders import Scorer, content_words
+from hf_longtrunc.asking.names import Capitals, has_a_name, without_names
 
 TEXT = "There Ezra Quill rose. Where was it, she asked, and which way did NASA look? What a road! Ann fell."
 
@@ -62,14 +62,15 @@ def test_a_passage_is_about_whom_and_what_a_question_names(question, found):
 
 
 class Counts:
-    """Finds the units with "born" in them; a passage covers a word that it has."""
+    """Finds the units with "born" in them; a passage is as relevant as it has words of the question."""
 
-    identity, threshold, least_coverage = "counts", 0.0, 0.5
+    identity, threshold, least_relevance = "counts", 0.0, 0.5
 
     def read(self, units, saved=None, *, progress=False):
         return Scorer(lambda question: torch.tensor([float(unit.count("born")) for unit in units]), {})
 
-    def coverage(self, question, words, passage):
+    def relevance(self, question, names, passage):
+        words = content_words(question, names)
         return sum(question[start:end] in passage for start, end in words) / len(words)
 
 
@@ -81,18 +82,18 @@ def test_a_follow_up_has_the_names_of_the_question_before_it():
     assert not index.find("Where was this person born?", before="What number had Ezra Quill's cart?")  # half of them
 
 
-def test_a_passage_stands_out_if_it_covers_more_of_a_question_than_the_least(monkeypatch):
+def test_a_passage_stands_out_if_it_is_more_relevant_than_the_least(monkeypatch):
     pytest.importorskip("bm25s")
     index = TextIndex(FACTS + FILLER, Counts())
     assert index.find("Was Ezra born in the frost of the summer?")  # two of three
     assert not index.find("Was Ezra born in the heat of the summer?")  # one of three
-    assert index.find("Was it?")  # nothing to cover
+    assert index.find("Was it?")  # no content word
     text = f"Ezra was born, and born again, in the village. {FILLER} Ezra was born in the heat of a summer, they say."
     assert not TextIndex(text, Counts()).find("Was Ezra born in heat?")
-    assert len(TextIndex(text, Counts()).find("Was Ezra born in heat?", count=2)) == 2  # the second covers it
+    assert len(TextIndex(text, Counts()).find("Was Ezra born in heat?", count=2)) == 2  # the second has it
     assert not index.find("And the summer?")
     nothing = TextIndex(FILLER, Counts())
-    monkeypatch.setattr(Counts, "coverage", None)  # not asked where nothing is found
+    monkeypatch.setattr(Counts, "relevance", None)  # not asked where nothing is found
     assert not nothing.find("Was Ezra born?")
     monkeypatch.undo()
     text = (
@@ -101,3 +102,16 @@ def test_a_passage_stands_out_if_it_covers_more_of_a_question_than_the_least(mon
     halves = TextIndex(text, Counts())
     assert not halves.find("Was Ezra born in water?")  # one of two
     assert [each.text[:6] for each in halves.find("Was Ezra born in water?", hops=2)] == ["Ezra w", "The ol"]
+
+
+@pytest.mark.parametrize(
+    ("names", "text", "expected"),
+    [
+        ([], "Ann Lee sat.", "Ann Lee sat."),
+        (["Ann", "Lee"], "Lee and Ann\nLee sat by Annie's", "he and he sat by Annie's"),
+        (["An", "Ann"], "Ann's hat, An", "he's hat, he"),
+        (["Ann"], "of anN", "of anN"),
+    ],
+)
+def test_runs_of_names_become_he(names, text, expected):
+    assert without_names(names, text) == expected

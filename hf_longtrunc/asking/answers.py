@@ -24,6 +24,7 @@ from hf_longtrunc.asking.prompt import (
     without_passages,
 )
 from hf_longtrunc.asking.rerank import Reranker
+from hf_longtrunc.models import evaluating
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -88,11 +89,11 @@ def ask(
     units at even distances; a small model answers few of these.
 
     Args:
-        model: a causal LM that generates; it decodes greedily.
+        model: a causal LM that generates; it decodes greedily, in eval mode.
         tokenizer: of it; its chat template is used if it has one.
         text: one text, documents by name, or a `TextIndex` that was made or loaded before.
         questions: one or several.
-        finder: finds the passages; None takes `SentenceEncoder` of `load_encoder()`. Not with a `TextIndex`.
+        finder: finds the passages; None takes `default_finder()`. Not with a `TextIndex`.
         count: passages at most. More than one made SmolLM2-135M-Instruct answer worse.
         context: a unit is read with the one before or after it, each of at most so many characters, if the question
             becomes likelier with it; the one after it also if it begins with a pronoun such as "it".
@@ -144,14 +145,16 @@ def ask(
     turns, answers = [_turn(each) for each in before], []
     for question in asked:
         since = time.perf_counter()
-        passages, read_with = find_passages(
-            index, question, turns, count=count, context=context, hops=hops, reranker=reranker
-        )
+        with evaluating(model):
+            passages, read_with = find_passages(
+                index, question, turns, count=count, context=context, hops=hops, reranker=reranker
+            )
         if on_passages is not None:
             on_passages(passages)
         ids = chat_ids(tokenizer, read_with, fill_prompt(prompt, passages, question))
         alone = chat_ids(tokenizer, read_with, without_passages(prompt, question)) if passages else []
-        said = _greedy(model, ids, alone, guidance, max_new_tokens, streamer)
+        with evaluating(model):
+            said = _greedy(model, ids, alone, guidance, max_new_tokens, streamer)
         answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
         if follow_up:
             turns.append((question, answer))

@@ -65,6 +65,17 @@ def test_what_follows_the_question_mark_is_read_and_not_searched_for(model_and_t
     assert (answer.text, answer.tokens_read) == alone(model, tokenizer, f"{SENTENCES[3]}\n\n{without}", without=without)
 
 
+def test_a_model_in_training_mode_answers_in_eval_mode(model_folder):
+    """As `get_peft_model` and a trainer's callback leave it."""
+    model, tokenizer = load_pretrained(model_folder, device="cpu")
+    expected = ask(model, tokenizer, TEXT, "Where is four ", finder=ByWord(), max_new_tokens=6)[0].text
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.9
+    model.train()
+    assert ask(model, tokenizer, TEXT, "Where is four ", finder=ByWord(), max_new_tokens=6)[0].text == expected
+    assert model.training
+
+
 def test_several_passages_stand_with_the_best_last_and_their_source(model_and_tokenizer):
     passages = [Passage(0, 3, "Best\none.", 2.0, "a"), Passage(5, 9, "Other.", 1.0, "b")]
     assert (

@@ -1,6 +1,6 @@
 """Check the numbers, words and names that a user passes.
 
-Each `check_` function returns the value as a plain Python number, so that `np.int64(8)` or a torch scalar
+Each `check_` function of numbers returns the value as a plain Python number, so that `np.int64(8)` or a torch scalar
 is stored, compared and printed like 8. `True` is no number.
 """
 
@@ -111,6 +111,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def check_kind(name: str, value: object, kind: type, way_out: str) -> None:
+    """Raise TypeError for an object that is none of a class; `way_out` says how to come by one."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got {_shown(value)}; {way_out}")
 
 
 def _nearest(unknown: str, known: list[str]) -> str | None:

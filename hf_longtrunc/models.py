@@ -53,6 +53,17 @@ def _unwrapping(model: Any) -> list[Any]:
     return found
 
 
+def check_model(model: Any) -> PreTrainedModel:
+    """Return the transformers model inside wrappers; raise TypeError if there is none."""
+    inside = unwrapped(model)
+    if not isinstance(inside, PreTrainedModel):
+        raise TypeError(
+            f"model must be a transformers model or a wrapper of one, got {type(model).__name__}; load one with "
+            "load_pretrained(name)"
+        )
+    return inside
+
+
 def attachable(model: Any, technique: str) -> PreTrainedModel:
     """Return the transformers model that `technique` can change.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
@@ -32,9 +35,19 @@ from hf_longtrunc import (
     plot_packing,
     sampler_by_name,
     sampling_settings,
+    train_pema,
     trained_length,
+    try_packed,
 )
-from hf_longtrunc.evaluation import plot_perplexity
+from hf_longtrunc.evaluation import (
+    cache_bytes,
+    compare_losses,
+    critical_parameters,
+    perplexity_by_position,
+    plot_perplexity,
+    read_ahead,
+    token_losses,
+)
 from hf_longtrunc.hosting import reading_of
 from tests.command_line import letter_tokenizer
 
@@ -109,6 +122,16 @@ CALLS = {
         "x", dtype="bf16"
     ),
     "device cannot be used here, got gpu": lambda model: load_pretrained("x", device="gpu"),
+    "memory must be a PEMAMemory, got 'm' of type str; build_pema_memory": lambda model: train_pema(model, "m"),
+    "model must be a transformers model or a wrapper of one, got str; load one": lambda model: try_packed("gpt2", []),
+    "cache must be a Cache, got a LlamaForCausalLM": cache_bytes,
+    "input_ids must be a Tensor, got \\[5\\] of type list": lambda model: token_losses(model, [5]),
+    "input_ids must be a Tensor, got 'text'": lambda model: read_ahead(model, "text"),
+    "input_ids must be a Tensor, got \\[7\\]": lambda model: critical_parameters(model, [7]),
+    "a wrapper of one, got Tensor; load one": lambda model: read_ahead(torch.ones(2), torch.ones(1, 2)),
+    "a transformers model or a wrapper of one, got int": lambda model: critical_parameters(7, [7]),
+    "arms must be a Mapping, got \\[\\] of type list; such as": lambda model: compare_losses(model, [5], []),
+    "losses must be a Tensor, got \\[1.0\\] .*token_losses": lambda model: perplexity_by_position([1.0], [0, 1]),
     "name_or_path must be a hub id .*, got int": lambda model: load_pretrained(42),
 }
 
@@ -117,6 +140,25 @@ CALLS = {
 def test_a_wrong_call_names_the_right_one(message, tiny_model):
     with pytest.raises((TypeError, ValueError), match=message):
         CALLS[message](tiny_model)
+
+
+def test_a_list_in_place_of_a_tensor_is_named_where_tests_check_types_first():
+    code = """
+from hf_longtrunc import Datastore, FaissDatastore, PEMAMemory, truncated_log_probs
+import torch
+two = torch.ones(2, 2)
+calls = [(Datastore, "x"), (FaissDatastore, two, 7), (PEMAMemory, [1], [1], 9), (truncated_log_probs, [], [], [])]
+for call, *given in calls:
+    try:
+        call(*given)
+    except TypeError as error:
+        print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "states must be a Tensor, got 'x' of type str; torch.tensor(...) makes one" in said
+    assert "index must be a str, got 7 of type int; a kind of faiss.index_factory" in said
+    assert "hidden must be a Tensor, got [1] of type list; torch.tensor(...) makes one" in said
+    assert "logits must be a Tensor, got [] of type list; torch.tensor(...) makes one" in said
 
 
 def test_what_a_missing_tokenizer_or_eos_means_is_logged(caplog):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_longtrunc.arguments import check_int
+from hf_longtrunc.arguments import check_int, check_kind
 from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Datastore:
     """
 
     def __init__(self, states: Float[Tensor, "n width"]):
+        check_kind("states", states, torch.Tensor, "torch.tensor(...) makes one")
         if not len(states):
             raise ValueError("a datastore needs at least one state, got none")
         self.states = states
@@ -122,6 +123,7 @@ class FaissDatastore(Datastore):
 
     def __init__(self, states: Float[Tensor, "n width"], index: str):
         super().__init__(states)
+        check_kind("index", index, str, "a kind of faiss.index_factory, such as 'HNSW32'")
         faiss = _faiss()
         kind, _, parameters = index.partition(":")
         try:

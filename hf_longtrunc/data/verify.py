@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_longtrunc.data.states import BOUNDARIES, carries_state
 from hf_longtrunc.errors import LeakingRowsError
-from hf_longtrunc.models import decoder_of, evaluating, parameters_of, unwrapped
+from hf_longtrunc.models import check_model, decoder_of, evaluating, parameters_of, unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -101,6 +101,7 @@ def try_packed(model: Any, rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str,
         >>> verdicts["sdpa", "position_ids"], verdicts["sdpa", "and a cache"]
         ('apart', 'leaks')
     """
+    check_model(model)
     names = ("input_ids", "position_ids")
     rows_of = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in names}
     plain = {name: value.to(model.device) for name, value in rows_of.items()}

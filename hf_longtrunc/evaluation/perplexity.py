@@ -6,6 +6,7 @@ cache: constant for a bounded cache, linear in the text for an ordinary one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_longtrunc.arguments import check_int
+from hf_longtrunc.arguments import check_int, check_kind
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.records import ArmRecord, arm_fields
 from hf_longtrunc.evaluation.streaming import start_stream
 from hf_longtrunc.models import CACHE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from matplotlib.axes import Axes
     from rich.table import Table
@@ -118,6 +119,7 @@ def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: b
         >>> token_losses(model, torch.arange(2, 12), chunk=4).shape
         torch.Size([9])
     """
+    check_kind("input_ids", input_ids, Tensor, "torch.tensor(...) makes one")
     rows = _checked_ids(input_ids if input_ids.ndim == 2 else input_ids[None])
     if rows.shape[1] < 2:
         raise ValueError(f"input_ids must hold at least 2 tokens a text, got {rows.shape[1]}: the first has no loss")
@@ -150,6 +152,7 @@ def compare_losses(
         {'unmodified': 19, 'StreamingLLM': 19}
     """
     losses = {}
+    check_kind("arms", arms, Mapping, "such as {'unmodified': nullcontext, 'ours': LMInfinite(window_length=512)}")
     for name, arm in arms.items():
         with arm(model):
             losses[name] = token_losses(model, input_ids, chunk=chunk, progress=name if progress else False)
@@ -171,6 +174,7 @@ def perplexity_by_position(losses: Tensor, edges: Sequence[int]) -> list[Positio
         >>> [round(each.perplexity, 2) for each in perplexity_by_position(torch.tensor([1.0, 1.0, 2.0]), [0, 2, 3])]
         [2.72, 7.39]
     """
+    check_kind("losses", losses, Tensor, "token_losses(model, input_ids) makes one")
     rows = losses if losses.ndim == 2 else losses[None]
     bins = []
     for start, end in pairwise(_checked_edges(edges)):

@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import Cache
 
-from hf_longtrunc.arguments import check_int
-from hf_longtrunc.models import CACHE, cache_of, decoder_of, unwrapped
+from hf_longtrunc.arguments import check_int, check_kind
+from hf_longtrunc.models import CACHE, cache_of, check_model, decoder_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from transformers import Cache
 
 
 @torch.no_grad()
@@ -88,7 +87,8 @@ def read_ahead(
         20
     """
     chunk = check_int("chunk", chunk, minimum=1)
-    decoder = decoder_of(unwrapped(model))
+    check_kind("input_ids", input_ids, Tensor, "torch.tensor(...) makes one")
+    decoder = decoder_of(check_model(model))
     with tqdm(total=input_ids.shape[1], desc="reading", unit="tok", disable=not progress) as bar:
         begun = 0
         if cache is None:
@@ -119,6 +119,7 @@ def cache_bytes(cache: Any) -> int:
         >>> cache_bytes(cache) > 0
         True
     """
+    check_kind("cache", cache, Cache, "the past_key_values of an output is one")
     held = (tensor for layer in cache.layers for tensor in _tensors(list(vars(layer).values())))
     return sum({storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, held)}.values())
 

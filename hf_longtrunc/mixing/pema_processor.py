@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 
-from hf_longtrunc.arguments import check_fraction, check_int
+from hf_longtrunc.arguments import check_fraction, check_int, check_kind
 from hf_longtrunc.handles import Handle
 from hf_longtrunc.head import LanguageModelHead, head_inputs
 from hf_longtrunc.mixing.pema import (
@@ -121,6 +121,7 @@ def train_pema(
     Source: Kim et al. 2024, arXiv 2311.08590, section 3. Deviation: stage 1 is solved, the paper takes gradient steps.
     """
     head = _head_of(model)
+    check_kind("memory", memory, PEMAMemory, "build_pema_memory(model, examples) makes one")
     _check_sizes(head, memory.hidden.shape[1], memory.vocab_size, "memory")
     generator = torch.Generator().manual_seed(seed)
     rank = min(512, head.hidden_size) if rank is None else rank

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from hf_longtrunc.arguments import check_float, check_int
+from hf_longtrunc.arguments import check_float, check_int, check_kind
 from hf_longtrunc.extras import missing
 from hf_longtrunc.mixing.logit_difference import IGNORED, UNIFORM, forget_retain_loss
-from hf_longtrunc.models import unwrapped
+from hf_longtrunc.models import check_model, unwrapped
 from hf_longtrunc.saving import load_folder, save_folder
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def uld_assistant(
     """
     peft = _peft()
     rank = check_int("rank", rank, minimum=1)
-    model = unwrapped(model)
+    model = check_model(model)
     depth = _text_config(model).num_hidden_layers
     short = _first_layers(model, max(1, depth // 4) if num_layers is None else num_layers)
     config = peft.LoraConfig(
@@ -85,6 +85,7 @@ def save_uld_assistant(assistant: Any, folder: str | os.PathLike[str]) -> None:
         >>> save_uld_assistant(uld_assistant(model, num_layers=1), scratch)
     """
     peft = _peft()
+    check_kind("assistant", assistant, peft.PeftModel, "uld_assistant(model) makes one")
     adapter = {name: _plain(value) for name, value in assistant.peft_config[assistant.active_adapter].to_dict().items()}
     trained = peft.get_peft_model_state_dict(assistant, save_embedding_layers=False)
     save_folder(folder, _KIND, trained, {**_settings(assistant.get_base_model()), "adapter": adapter})

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_longtrunc.arguments import check_float, check_int
+from hf_longtrunc.arguments import check_float, check_int, check_kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -198,6 +198,8 @@ def truncated_scores(
     Arguments, errors and cost as for `truncated_log_probs`.
     """
     temperature = check_float("temperature", temperature, gt=0)
+    for name, value in (("logits", logits), ("labels", labels)):
+        check_kind(name, value, Tensor, "torch.tensor(...) makes one")
     bits = _checked_bits(logits, labels, mask)
     flat, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     is_scored = wanted != _IGNORED

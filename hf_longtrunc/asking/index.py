@@ -208,7 +208,13 @@ class TextIndex:
                 raise ValueError(
                     f"{folder} is the index of another {name}: expected {value}, got {settings[name]}; make a new one"
                 )
-        return cls(text, finder, saved=tensors)
+        index = cls(text, finder, saved=tensors)
+        if len(index) != settings["units"]:
+            raise ValueError(
+                f"{folder} is the index of a text in {settings['units']} units, and this version of hf_longtrunc cuts "
+                f"it into {len(index)}; make a new one"
+            )
+        return index
 
     def _span(self, unit: int) -> tuple[int, int]:
         name, n = self._units[unit]

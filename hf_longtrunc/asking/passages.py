@@ -21,6 +21,8 @@ _BREAK = re.compile(
     "(?<=[.!?\u2026])[\"'\u201d\u2019)\\]]*\\s+|\\n\\s*\\n|(?<=[\u3002\uff01\uff1f])"
 )  # quotes close; CJK has no space
 _REFERS = re.compile(r"\W*(?:It|Its|They|Their)\b")
+_TAG = re.compile('[,.!?\u2014-]["\'\u201d\u2019]\\s+[^"\u201c\u201d\u2018]{1,80}\\.$')  # as "said Ann."
+_OPENS = ('"', "'", "\u201c", "\u2018")
 _ABBREVIATION = re.compile(r"(?:\b(?:Mr|Mrs|Ms|Dr|St|Messrs|Prof|Rev|Hon|Capt|Col|Gen|Sgt|Lt|No|vs|etc)|\b[A-Za-z])\.$")
 
 
@@ -52,12 +54,18 @@ class Passage:
 def sentence_spans(text: str) -> Iterator[tuple[int, int]]:
     """Yield (start, end) of each sentence.
 
-    Paragraphs end sentences. Common abbreviations, initials, and a mark before a small letter do not.
+    Paragraphs end sentences. Common abbreviations, initials, and a mark before a small letter do not, nor do the words
+    that interrupt a quotation: "Come," said Ann. "It rains."
     """
     start = 0
     for found in _BREAK.finditer(text):
-        goes_on = text[found.end() : found.end() + 1].islower() and found[0].count("\n") < 2
-        if goes_on or _ABBREVIATION.search(text, max(start, found.start() - 10), found.start()):
+        following = text[found.end() : found.end() + 1]
+        goes_on = following.islower() or (
+            following in _OPENS and _TAG.search(text, max(start, found.start() - 90), found.start())
+        )
+        if goes_on and found[0].count("\n") < 2:
+            continue
+        if _ABBREVIATION.search(text, max(start, found.start() - 10), found.start()):
             continue
         yield from _stripped(text, start, found.end())
         start = found.end()

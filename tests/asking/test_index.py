@@ -7,6 +7,7 @@ import torch
 
 from hf_longtrunc import Passage, SentenceEncoder, TextIndex, load_encoder
 from hf_longtrunc.asking.finders import Scorer
+from hf_longtrunc.asking.passages import unit_spans
 
 SENTENCES = [
     f"This is sentence number {word}, and it goes on for a while."
@@ -92,6 +93,10 @@ def test_an_index_is_kept_for_its_text_and_finder(encoder_folder, tmp_path, monk
         TextIndex.load(tmp_path, {"a": TEXT}, finder)
     with pytest.raises(ValueError, match="the index of another finder: expected by word, got encoder"):
         TextIndex.load(tmp_path, TEXT, ByWord())
+    with monkeypatch.context() as other_version:
+        other_version.setattr("hf_longtrunc.asking.index.unit_spans", lambda text: unit_spans(text)[1:])
+        with pytest.raises(ValueError, match=r"in \d+ units, and this version .* into \d+; make a new one"):
+            TextIndex.load(tmp_path, TEXT, finder)
     data = tmp_path / "text_index.safetensors"
     data.write_bytes(data.read_bytes()[:-1] + b"!")
     with pytest.raises(ValueError, match="is damaged"):

@@ -6,6 +6,8 @@ import random
 import re
 from itertools import pairwise
 
+import pytest
+
 from hf_longtrunc.asking.passages import LONGEST, SHORTEST, sentence_spans, unit_spans
 
 
@@ -18,12 +20,30 @@ def test_sentences_end_where_a_reader_ends_them():
             "J. R. came!",
             "CHAPTER II",
             "He left…",
-            "“Why?” said she.",
-            "“No!”",
+            "“Why?” said she. “No!”",
             "and so 他走了。",
             "她来了。",
         ),
     ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "“Come,” said Ann.| He went.",
+        "“Come,” said Ann. “It rains.”| “No.”",
+        '"Come!" cried the old man, and rose. "It rains."| He went.',
+        "“Come,” said Ann.|\n\n“It rains.”",  # a new paragraph is another speaker's
+        "He wrote “rain” twice.| “Come,” said Ann.",  # no speech
+        "“Come,” said Ann; "
+        + "and so on, " * 8
+        + "she said.| “It rains.”",  # too long for words between two halves of a speech
+    ],
+)
+def test_words_that_interrupt_a_speech_end_no_sentence(text):
+    parts = text.split("|")
+    whole = "".join(parts)
+    assert [whole[start:end] for start, end in sentence_spans(whole)] == [part.strip() for part in parts]
 
 
 def test_units_hold_all_of_a_text_once_and_in_order():

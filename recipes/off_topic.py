@@ -1,22 +1,21 @@
-"""How often a question of general knowledge has a passage in a novel: the false alarms of the default finder.
+"""How often a question of general knowledge has a passage in a novel: the false alarms of a finder's threshold.
 
     python recipes/off_topic.py --texts bleak_house.txt,moby_dick.txt --out off-topic
 
-Asks 60 questions of two stretches of each text, with the judge and without it. The passages are the finder's best:
-no model chooses among them.
+Asks 60 questions of two stretches of each text and keeps the best score of each, so that every threshold can be judged.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 
-from hf_longtrunc import Fused, TextIndex
+from hf_longtrunc import TextIndex
 from hf_longtrunc.asking.answers import default_finder
 from hf_longtrunc.evaluation import wilson_interval
 from hf_longtrunc.evaluation.display import new_table
@@ -89,13 +88,11 @@ Which metal is liquid at room temperature?
 
 @dataclass(frozen=True)
 class OffTopicRecord:
-    """Whether a question has a passage, and its score; 0 if it has none."""
+    """The score of the passage that a question would have without a threshold; 0 if names refuse it."""
 
-    finder: str
     text: str
     place: float
     question: str
-    found: bool
     score: float
 
 
@@ -105,25 +102,23 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for records.jsonl.")] = Path("off-topic"),
 ) -> None:
     torch.set_num_threads(1)
-    judged: Any = default_finder()
-    finders, records = {"default": judged, "without the judge": Fused(*judged.finders)}, []
+    finder, records = default_finder(), []
+    threshold, finder.threshold = finder.threshold, -1.0
     for path in map(Path, texts.split(",")):
         text = path.read_text(encoding="utf-8")
         for place in PLACES:
             start = int(place * len(text))
-            stretch = text[start : start + characters]
-            for name, finder in finders.items():
-                index = TextIndex(stretch, finder)
-                for question in QUESTIONS:
-                    found = index.find(question)
-                    score = round(found[0].score, 4) if found else 0.0
-                    records.append(OffTopicRecord(name, path.stem, place, question, bool(found), score))
+            index = TextIndex(text[start : start + characters], finder)
+            for question in QUESTIONS:
+                found = index.find(question)
+                records.append(OffTopicRecord(path.stem, place, question, round(found[0].score, 4) if found else 0.0))
     append_records(out / "records.jsonl", records)
-    table = new_table("finder", "share", "95 % interval", "n", title="questions of general knowledge with a passage")
-    for name in finders:
-        own = [record.found for record in records if record.finder == name]
-        low, high = wilson_interval(sum(own) / len(own), len(own))
-        table.add_row(name, f"{sum(own) / len(own):.3f}", f"{low:.3f}-{high:.3f}", f"{len(own)}")
+    table = new_table("score above", "share", "95 % interval", "n", title="questions of general knowledge with a unit")
+    for score in sorted({0.3, 0.32, 0.34, 0.36, 0.38, 0.4, threshold}):
+        share = sum(record.score > score for record in records) / len(records)
+        low, high = wilson_interval(share, len(records))
+        default = " (default)" * (score == threshold)
+        table.add_row(f"{score}{default}", f"{share:.3f}", f"{low:.3f}-{high:.3f}", f"{len(records)}")
     Console(width=None if Console().is_terminal else 100).print(table)
 
 

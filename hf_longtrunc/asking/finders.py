@@ -156,7 +156,7 @@ class SentenceEncoder:
         tensor(0)
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.35, least_relevance: float = 0.56):
+    def __init__(self, model: Any, tokenizer: Any, *, threshold: float = 0.35, least_relevance: float = 0.6):
         if not hasattr(model, "eval") or not callable(tokenizer) or not hasattr(tokenizer, "decode"):
             raise TypeError(
                 f"model and tokenizer must be an encoder and its tokenizer, got {type(model).__name__} and "

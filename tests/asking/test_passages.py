@@ -35,9 +35,7 @@ def test_sentences_end_where_a_reader_ends_them():
         '"Come!" cried the old man, and rose. "It rains."| He went.',
         "“Come,” said Ann.|\n\n“It rains.”",  # a new paragraph is another speaker's
         "He wrote “rain” twice.| “Come,” said Ann.",  # no speech
-        "“Come,” said Ann; "
-        + "and so on, " * 8
-        + "she said.| “It rains.”",  # too long for words between two halves of a speech
+        f"“Come,” said Ann{' again' * 13}.| “It rains.”",  # 86 characters: too long for words between two halves
     ],
 )
 def test_words_that_interrupt_a_speech_end_no_sentence(text):

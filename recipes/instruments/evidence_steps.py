@@ -185,6 +185,13 @@ STEPS = [
         "--out OUT",
     ),
     Step(
+        "asking-hops-nothing",
+        "How often `hops=2` reads passages for a question that the text does not answer",
+        None,
+        f'asking.py --texts {NOVELS},middlemarch.txt --lengths 7500 --each 6 --kinds "off-topic,unknown name,unsaid" '
+        "--hops 2 --no-read --arms ask --out OUT",
+    ),
+    Step(
         "asking-long",
         "`ask` on 128,000 and a million tokens: right passages, time, memory, a saved index",
         None,

@@ -13,6 +13,8 @@ from dataclasses import fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch import Tensor
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -117,6 +119,11 @@ def check_kind(name: str, value: object, kind: type, way_out: str) -> None:
     """Raise TypeError for an object that is none of a class; `way_out` says how to come by one."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be a {kind.__name__}, got {_shown(value)}; {way_out}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError for what is no tensor."""
+    check_kind(name, value, Tensor, "torch.tensor(...) makes one")
 
 
 def _nearest(unknown: str, known: list[str]) -> str | None:

@@ -287,7 +287,11 @@ class Fused:
         self.finders = [check_finder(finder) for finder in finders]
         self.weights = [check_float("weights", weight) for weight in weights]
         self.threshold = check_float("threshold", threshold)
-        self.least_relevance = getattr(self.finders[0], "least_relevance", None)
+
+    @property
+    def least_relevance(self) -> float | None:
+        """That of the first finder, which judges; None if it judges nothing."""
+        return getattr(self.finders[0], "least_relevance", None)
 
     @property
     def identity(self) -> str:
@@ -310,7 +314,7 @@ class Fused:
         return Scorer(score, {f"{n}.{name}": part for n, r in enumerate(readings) for name, part in r.tensors.items()})
 
     def relevance(self, question: str, names: Collection[str], passage: str) -> float:
-        """Return the first finder's; its `least_relevance` holds too."""
+        """Return that by the first finder."""
         return float(self.finders[0].relevance(question, names, passage))  # type: ignore[attr-defined]
 
 

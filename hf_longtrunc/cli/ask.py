@@ -31,8 +31,7 @@ def ask(
     also: Annotated[list[str] | None, Option("--also", help="One more text to look in; can be repeated.")] = None,
     finder: Annotated[FinderName, Option(help="Find by meaning and words, by meaning, or by words.")] = "fused",
     encoder: Annotated[
-        str | None,
-        Option(help="Sentence encoder: hub id or folder; all-MiniLM-L6-v2 if left out."),
+        str | None, Option(help="Sentence encoder: hub id or folder; all-MiniLM-L6-v2 if left out.")
     ] = None,
     index: Annotated[Path | None, Option(help="Folder that keeps the index for the next time.")] = None,
     count: Annotated[int, Option(min=1, help="Passages that are read at most.")] = 1,

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_longtrunc.arguments import check_int, check_kind
+from hf_longtrunc.arguments import check_int, check_kind, check_tensor
 from hf_longtrunc.extras import missing
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Datastore:
     """
 
     def __init__(self, states: Float[Tensor, "n width"]):
-        check_kind("states", states, torch.Tensor, "torch.tensor(...) makes one")
+        check_tensor("states", states)
         if not len(states):
             raise ValueError("a datastore needs at least one state, got none")
         self.states = states

@@ -16,11 +16,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_longtrunc import SoftmaxBasis, SupportChecker
-from hf_longtrunc.arguments import check_choice, check_float, check_int, check_kind
+from hf_longtrunc.arguments import check_choice, check_float, check_int, check_tensor
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.ranked import METHODS as RANKED, rank_of, ranked
 from hf_longtrunc.evaluation.streaming import stream_logits
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from rich.table import Table
+    from torch import Tensor
 
 BASIS_AWARE = ("BAT on epsilon", "BAT on eta")
 PARAMETERS = {name: method.parameter for name, method in RANKED.items()} | dict.fromkeys(BASIS_AWARE, "epsilon")
@@ -69,7 +69,7 @@ def critical_parameters(
         (['epsilon', 'eta', 'min-k'], 3)
     """
     check_model(model)
-    check_kind("input_ids", input_ids, Tensor, "torch.tensor(...) makes one")
+    check_tensor("input_ids", input_ids)
     if input_ids.ndim != 1 or len(input_ids) < 2:
         raise ValueError(f"input_ids must be one row of at least 2 tokens, got shape {tuple(input_ids.shape)}")
     tokens, checker = len(input_ids) - 1, None if basis is None else SupportChecker(basis)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_longtrunc.arguments import check_int, check_kind
+from hf_longtrunc.arguments import check_int, check_kind, check_tensor
 from hf_longtrunc.evaluation.display import new_axes, new_table
 from hf_longtrunc.evaluation.records import ArmRecord, arm_fields
 from hf_longtrunc.evaluation.streaming import start_stream
@@ -119,7 +119,7 @@ def token_losses(model: Any, input_ids: Tensor, *, chunk: int = 512, progress: b
         >>> token_losses(model, torch.arange(2, 12), chunk=4).shape
         torch.Size([9])
     """
-    check_kind("input_ids", input_ids, Tensor, "torch.tensor(...) makes one")
+    check_tensor("input_ids", input_ids)
     rows = _checked_ids(input_ids if input_ids.ndim == 2 else input_ids[None])
     if rows.shape[1] < 2:
         raise ValueError(f"input_ids must hold at least 2 tokens a text, got {rows.shape[1]}: the first has no loss")

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Cache
 
-from hf_longtrunc.arguments import check_int, check_kind
+from hf_longtrunc.arguments import check_int, check_kind, check_tensor
 from hf_longtrunc.models import CACHE, cache_of, check_model, decoder_of
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def read_ahead(
         20
     """
     chunk = check_int("chunk", chunk, minimum=1)
-    check_kind("input_ids", input_ids, Tensor, "torch.tensor(...) makes one")
+    check_tensor("input_ids", input_ids)
     decoder = decoder_of(check_model(model))
     with tqdm(total=input_ids.shape[1], desc="reading", unit="tok", disable=not progress) as bar:
         begun = 0

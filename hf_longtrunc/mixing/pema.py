@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from hf_longtrunc.arguments import check_float, check_fraction, check_int, check_kind
+from hf_longtrunc.arguments import check_float, check_fraction, check_int, check_tensor
 from hf_longtrunc.saving import load_folder, save_folder
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class PEMAMemory:
 
     def __post_init__(self) -> None:
         for name in ("hidden", "tokens"):
-            check_kind(name, getattr(self, name), Tensor, "torch.tensor(...) makes one")
+            check_tensor(name, getattr(self, name))
         if self.hidden.ndim != 2 or not self.hidden.is_floating_point() or self.tokens.shape != self.hidden.shape[:1]:
             raise ValueError(
                 "hidden must be a floating-point matrix [rows, width] and tokens [rows], got shapes "

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hf_longtrunc.arguments import check_float, check_int, check_kind
+from hf_longtrunc.arguments import check_float, check_int, check_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -199,7 +199,7 @@ def truncated_scores(
     """
     temperature = check_float("temperature", temperature, gt=0)
     for name, value in (("logits", logits), ("labels", labels)):
-        check_kind(name, value, Tensor, "torch.tensor(...) makes one")
+        check_tensor(name, value)
     bits = _checked_bits(logits, labels, mask)
     flat, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     is_scored = wanted != _IGNORED
